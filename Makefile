@@ -1,0 +1,53 @@
+# `make test` is what CI runs. Every step prints its time.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+CARGO ?= cargo
+CACHE ?= $(HOME)/.cache/kvfabric
+PYTHON ?= python3
+VENV := $(CACHE)/venv
+STEP = @scripts/step
+
+.PHONY: help setup check test test-rust test-c test-python test-long demo bench wheel install fmt
+
+help: ## What can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: ## Install what the tests need and is missing
+	@CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/setup
+
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+check: setup ## Formatting, lints, licences, documentation
+	$(STEP) "format" $(CARGO) fmt --all --check
+	$(STEP) "clippy" $(CARGO) clippy --workspace --all-targets --all-features -- -D warnings
+	$(STEP) "cargo-deny" scripts/deny
+	$(STEP) "documentation" env RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --exclude kvfabric-python
+
+test: setup check test-rust test-c test-python ## Everything CI runs
+
+test-rust: ## Unit, property, conformance, simulation and integration tests
+	$(STEP) "build the programs" $(CARGO) build --bins
+	$(STEP) "rust tests" $(CARGO) test --workspace --exclude kvfabric-python
+
+test-c: setup ## The C programs, built with the system's compiler
+	$(STEP) "C ABI" ffi/c/tests/run
+
+test-python: setup ## The Python package, installed into a virtual environment
+	$(STEP) "Python package" env VENV='$(VENV)' ffi/python/tests/run
+
+test-long: ## The simulation over many seeds, and property tests with many cases
+	$(STEP) "simulation, many seeds" env KVFABRIC_SEEDS=2000 $(CARGO) test --release -p kvfabric-sim
+	$(STEP) "properties, many cases" env PROPTEST_CASES=20000 $(CARGO) test --release -p kvcache-core -p kvfabric-indexer
+
+demo: ## A small cluster on this machine
+	$(CARGO) run --release --bin kvfabric -- demo
+
+bench: ## Transfer, index and demo figures beside their references
+	$(CARGO) build --release --bin kv-bench --bin kvfabric
+	scripts/bench
+
+wheel: setup ## Build the Python wheel
+	cd ffi/python && '$(VENV)/bin/maturin' build --release
