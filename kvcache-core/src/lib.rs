@@ -9,10 +9,14 @@
 
 pub mod error;
 pub mod event;
+pub mod evict;
 pub mod id;
 pub mod key;
+pub mod manager;
 pub mod place;
+pub mod pool;
 pub mod ports;
+pub mod table;
 
 pub use error::{Error, ErrorKind, Result};
 pub use id::{Epoch, Generation, LeaseId, OperationId, PeerId, PodName, Sequence, SlotIndex, Time};
