@@ -16,6 +16,8 @@ pub mod manager;
 pub mod place;
 pub mod pool;
 pub mod ports;
+pub mod prefix;
+pub mod shape;
 pub mod table;
 
 pub use error::{Error, ErrorKind, Result};
