@@ -1,5 +1,8 @@
 //! Traces in Mooncake's JSONL schema: `timestamp`, `input_length`, `output_length`, `hash_ids`, one request a line.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};

@@ -1,5 +1,8 @@
 //! Which pods serve a request: the policies that the demo compares.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::str::FromStr;
 

@@ -3,6 +3,9 @@
 //! The simulated engine "computes" a block by filling it so; whoever gets a block, over whatever way, can check it byte
 //! for byte. A block's layers lie one after the other, all of the same length.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
 use kvcache_core::{BlockKey, Error, Result};

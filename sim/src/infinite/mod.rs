@@ -3,6 +3,9 @@
 //! It keeps every block of every sequence in a tree of the tokens (or ids) themselves. No key, no hash chain and no code
 //! of the cache under test is involved, so the two can only agree by both being right.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 
 use crate::workload::{Prompt, Request};
