@@ -7,6 +7,7 @@
 //! This crate does not move or hold block bytes, and knows nothing of device memory.
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 #[cfg(feature = "client")]
 pub mod client;
 #[cfg(feature = "server")]

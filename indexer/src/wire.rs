@@ -6,67 +6,50 @@ use kvcache_core::ports::Position;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use kvfabric_proto::v1;
 
-/// Which events a source sends, and so how its reports are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum SourceKind {
-    /// vLLM's events: copies are counted.
-    Vllm,
-    /// vLLM configured to re-report reused prefixes: idempotent.
-    VllmFull,
-    /// SGLang's events: idempotent.
-    Sglang,
-    /// A kvfabric node's own events: hashes are index keys; idempotent.
-    Node,
+pub use crate::adapter::SourceKind;
+
+/// The kind with this name in configuration.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] naming the value and the accepted ones.
+pub fn parse_source_kind(name: &str) -> Result<SourceKind> {
+    [
+        SourceKind::Vllm,
+        SourceKind::VllmFull,
+        SourceKind::Sglang,
+        SourceKind::Node,
+    ]
+    .into_iter()
+    .find(|kind| kind.name() == name)
+    .ok_or_else(|| {
+        Error::invalid(
+            "source kind",
+            format!("{name:?}"),
+            "vllm, vllm-full, sglang or node",
+        )
+    })
 }
 
-impl SourceKind {
-    /// The name in configuration, status and metrics.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Vllm => "vllm",
-            Self::VllmFull => "vllm-full",
-            Self::Sglang => "sglang",
-            Self::Node => "node",
-        }
+pub(crate) const fn source_kind_to_wire(kind: SourceKind) -> v1::SourceKind {
+    match kind {
+        SourceKind::Vllm => v1::SourceKind::Vllm,
+        SourceKind::VllmFull => v1::SourceKind::VllmFull,
+        SourceKind::Sglang => v1::SourceKind::Sglang,
+        SourceKind::Node => v1::SourceKind::Node,
     }
+}
 
-    /// The kind with this name.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] naming the value and the accepted ones.
-    pub fn parse(name: &str) -> Result<Self> {
-        [Self::Vllm, Self::VllmFull, Self::Sglang, Self::Node]
-            .into_iter()
-            .find(|kind| kind.name() == name)
-            .ok_or_else(|| {
-                Error::invalid(
-                    "source kind",
-                    format!("{name:?}"),
-                    "one of vllm, vllm-full, sglang, node",
-                )
-            })
-    }
-
-    pub(crate) const fn to_wire(self) -> v1::SourceKind {
-        match self {
-            Self::Vllm => v1::SourceKind::Vllm,
-            Self::VllmFull => v1::SourceKind::VllmFull,
-            Self::Sglang => v1::SourceKind::Sglang,
-            Self::Node => v1::SourceKind::Node,
-        }
-    }
-
-    pub(crate) fn from_wire(raw: i32) -> Result<Self> {
-        match v1::SourceKind::try_from(raw) {
-            Ok(v1::SourceKind::Vllm) => Ok(Self::Vllm),
-            Ok(v1::SourceKind::VllmFull) => Ok(Self::VllmFull),
-            Ok(v1::SourceKind::Sglang) => Ok(Self::Sglang),
-            Ok(v1::SourceKind::Node) => Ok(Self::Node),
-            Ok(v1::SourceKind::Unspecified) | Err(_) => {
-                Err(Error::invalid("source kind", raw, "a known SourceKind"))
-            }
-        }
+pub(crate) fn source_kind_from_wire(raw: i32) -> Result<SourceKind> {
+    match v1::SourceKind::try_from(raw) {
+        Ok(v1::SourceKind::Vllm) => Ok(SourceKind::Vllm),
+        Ok(v1::SourceKind::VllmFull) => Ok(SourceKind::VllmFull),
+        Ok(v1::SourceKind::Sglang) => Ok(SourceKind::Sglang),
+        Ok(v1::SourceKind::Node) => Ok(SourceKind::Node),
+        Ok(v1::SourceKind::Unspecified) | Err(_) => Err(Error::invalid(
+            "source kind",
+            raw,
+            "a SourceKind of kvfabric.v1",
+        )),
     }
 }
 
@@ -164,4 +147,57 @@ pub(crate) fn tier_from_wire(raw: i32) -> Result<Tier> {
             format!("tier number {raw} is unknown"),
         )),
     }
+}
+
+/// The longest gRPC message either side accepts, in bytes: four million tokens.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+/// The metadata entry that carries an error's kind, since several kinds share a gRPC code.
+const KIND_METADATA: &str = "kvfabric-error";
+
+/// An error as the gRPC status that carries it.
+#[cfg(feature = "server")]
+pub(crate) fn status_from_error(error: &Error) -> tonic::Status {
+    use tonic::Code;
+    let code = match error.kind() {
+        ErrorKind::Invalid => Code::InvalidArgument,
+        ErrorKind::Version | ErrorKind::Unsupported => Code::FailedPrecondition,
+        ErrorKind::Busy | ErrorKind::NoSpace => Code::ResourceExhausted,
+        ErrorKind::Timeout => Code::DeadlineExceeded,
+        ErrorKind::Cancelled => Code::Cancelled,
+        ErrorKind::PeerLost => Code::Unavailable,
+        ErrorKind::Denied => Code::PermissionDenied,
+        ErrorKind::NotFound => Code::NotFound,
+        _ => Code::Internal,
+    };
+    let mut status = tonic::Status::new(code, error.to_string());
+    let kind = tonic::metadata::MetadataValue::from_static(error.kind().name());
+    status.metadata_mut().insert(KIND_METADATA, kind);
+    status
+}
+
+/// What a gRPC status means to the caller.
+#[cfg(feature = "client")]
+pub(crate) fn error_from_status(status: &tonic::Status) -> Error {
+    use tonic::Code;
+    let told = status
+        .metadata()
+        .get(KIND_METADATA)
+        .and_then(|kind| kind.to_str().ok());
+    let kind = match (told, status.code()) {
+        (Some("version"), _) => ErrorKind::Version,
+        (Some("unsupported"), _) | (_, Code::Unimplemented) => ErrorKind::Unsupported,
+        (_, Code::DeadlineExceeded) => ErrorKind::Timeout,
+        (_, Code::Cancelled) => ErrorKind::Cancelled,
+        (_, Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange) => {
+            ErrorKind::Invalid
+        }
+        (_, Code::NotFound) => ErrorKind::NotFound,
+        (_, Code::ResourceExhausted) => ErrorKind::Busy,
+        (_, Code::PermissionDenied | Code::Unauthenticated) => ErrorKind::Denied,
+        (_, Code::Unavailable | Code::Aborted) => ErrorKind::PeerLost,
+        (_, Code::DataLoss) => ErrorKind::Corrupt,
+        _ => ErrorKind::Io,
+    };
+    Error::new(kind, status.message().to_owned())
 }

@@ -1,23 +1,51 @@
 //! Asks the global index, and keeps a pod registered with it.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kvcache_core::ports::{Directory, LocateFuture, Located};
-use kvcache_core::{IndexKey, PodName, Result};
+use kvcache_core::ports::{Directory, Holder, LocateFuture, Located};
+use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
+use kvfabric_proto::v1;
+use kvfabric_proto::v1::index_client::IndexClient as Grpc;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::wire;
+
+mod register;
 
 pub use crate::wire::{Registration, SourceKind, SourcePosition, SourceSpec};
+pub use register::Registered;
+
+/// Calls that may wait for the connection; further ones wait their turn until their deadline.
+const CALLS_QUEUED_MAX: usize = 1024;
+/// How often an idle connection is probed, and how long the answer may take: a vanished index is noticed within both.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How a client reaches the index.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientConfig {
     /// The index's gRPC address, `host:port` or `http://host:port`.
     pub address: String,
-    /// Namespace of [`Directory`] lookups: the model; empty when the index serves only one.
+    /// The model of [`Directory`] questions; empty when the index serves only one.
     pub model: String,
-    /// How long a call may take that names no deadline.
+    /// How long a call may take that names no deadline of its own.
     pub deadline: Duration,
     /// How long one attempt to connect may take.
     pub connect_timeout: Duration,
+}
+
+impl ClientConfig {
+    /// One second for a call, two for connecting.
+    #[must_use]
+    pub fn new(address: impl Into<String>) -> Self {
+        Self {
+            address: address.into(),
+            model: String::new(),
+            deadline: Duration::from_secs(1),
+            connect_timeout: Duration::from_secs(2),
+        }
+    }
 }
 
 /// The prompt of a lookup.
@@ -25,12 +53,12 @@ pub struct ClientConfig {
 pub enum Prompt {
     /// Token ids; the tail that does not fill a block is ignored.
     Tokens(Vec<u32>),
-    /// Index keys of the prompt's blocks, in order.
+    /// Index keys of the prompt's blocks, in order, made with the index's scheme.
     Keys(Vec<IndexKey>),
 }
 
 /// One question to the index.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LookupRequest {
     /// The model as registered; empty when the index serves only one.
     pub model: String,
@@ -50,6 +78,54 @@ pub struct LookupRequest {
     pub deadline: Option<Duration>,
 }
 
+impl LookupRequest {
+    /// A question about every pod, as the index stands, in the plain name space of `model`.
+    #[must_use]
+    pub fn new(model: impl Into<String>, prompt: Prompt) -> Self {
+        Self {
+            model: model.into(),
+            lora: String::new(),
+            cache_salt: String::new(),
+            prompt,
+            pods_max: 0,
+            pods: Vec::new(),
+            min_position: Vec::new(),
+            deadline: None,
+        }
+    }
+
+    fn into_wire(self) -> v1::LookupRequest {
+        let prompt = match self.prompt {
+            Prompt::Tokens(tokens) => v1::lookup_request::Prompt::Tokens(
+                tokens
+                    .iter()
+                    .flat_map(|token| token.to_le_bytes())
+                    .collect(),
+            ),
+            Prompt::Keys(keys) => v1::lookup_request::Prompt::Keys(v1::BlockKeys {
+                keys: keys.into_iter().map(|key| key.0).collect(),
+            }),
+        };
+        v1::LookupRequest {
+            model: self.model,
+            lora: self.lora,
+            cache_salt: self.cache_salt,
+            prompt: Some(prompt),
+            pods_max: self.pods_max,
+            pods: self
+                .pods
+                .iter()
+                .map(|pod| pod.as_str().to_owned())
+                .collect(),
+            min_position: self
+                .min_position
+                .iter()
+                .map(SourcePosition::to_wire)
+                .collect(),
+        }
+    }
+}
+
 /// What one pod holds of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PodDepth {
@@ -57,9 +133,10 @@ pub struct PodDepth {
     pub pod: PodName,
     /// Blocks from the first, without a hole, in tiers it reaches by itself.
     pub depth: u32,
-    /// For how many of those each tier is the fastest: HBM, DRAM, NVMe, object, as [`kvcache_core::Tier::ALL`].
+    /// For how many of those each tier is the fastest, in the order of [`kvcache_core::Tier::ALL`]; they add up to
+    /// `depth`.
     pub by_tier: [u32; 4],
-    /// Sum of weight × `by_tier`.
+    /// Sum of weight × `by_tier`, with the index's weights.
     pub score: f64,
     /// Where its peer service listens, if it has one.
     pub peer_address: Option<String>,
@@ -80,67 +157,178 @@ pub struct LookupAnswer {
     pub positions: Vec<SourcePosition>,
 }
 
-/// A connection to the index; clones share it.
-#[derive(Clone, Debug)]
-pub struct IndexClient {
-    config: ClientConfig,
+impl LookupAnswer {
+    fn from_wire(wire: v1::LookupResponse) -> Result<Self> {
+        let pods = wire
+            .pods
+            .into_iter()
+            .map(pod_from_wire)
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            pods,
+            shared_depth: wire.shared_depth,
+            blocks: wire.blocks,
+            block_size: wire.block_size,
+            positions: wire
+                .positions
+                .into_iter()
+                .map(SourcePosition::from_wire)
+                .collect(),
+        })
+    }
 }
 
-/// A pod's registration; dropping it withdraws the pod.
+fn pod_from_wire(wire: v1::PodDepth) -> Result<PodDepth> {
+    let mut by_tier = [0; 4];
+    for depth in &wire.by_tier {
+        by_tier[wire::tier_from_wire(depth.tier)? as usize] = depth.blocks;
+    }
+    Ok(PodDepth {
+        pod: PodName::new(&wire.pod)?,
+        depth: wire.depth,
+        by_tier,
+        score: wire.score,
+        peer_address: Some(wire.peer_address).filter(|address| !address.is_empty()),
+    })
+}
+
+/// A connection to the index; clones share it.
+///
+/// It lives on the tokio runtime of its first call.
+#[derive(Clone, Debug)]
+pub struct IndexClient {
+    inner: Arc<Inner>,
+}
+
 #[derive(Debug)]
-pub struct Registered {}
+struct Inner {
+    config: ClientConfig,
+    endpoint: Endpoint,
+    channel: OnceLock<Channel>,
+}
 
 impl IndexClient {
     /// Checks the address; connects at the first call, and again whenever the connection was lost.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::Invalid`] for a malformed address.
+    /// [`ErrorKind::Invalid`] for a malformed address.
     pub fn new(config: ClientConfig) -> Result<Self> {
-        Ok(Self { config })
+        let uri = if config.address.contains("://") {
+            config.address.clone()
+        } else {
+            format!("http://{}", config.address)
+        };
+        let endpoint = Endpoint::from_shared(uri)
+            .map_err(|error| {
+                let context = format!("index address {:?}", config.address);
+                Error::new(ErrorKind::Invalid, context).with_source(error)
+            })?
+            .connect_timeout(config.connect_timeout)
+            .buffer_size(CALLS_QUEUED_MAX)
+            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true);
+        Ok(Self {
+            inner: Arc::new(Inner {
+                config,
+                endpoint,
+                channel: OnceLock::new(),
+            }),
+        })
+    }
+
+    /// How this client reaches the index.
+    #[must_use]
+    pub fn config(&self) -> &ClientConfig {
+        &self.inner.config
     }
 
     /// Depth per pod and tier of one prompt.
     ///
     /// # Errors
     /// `Timeout` when the deadline passed first (also while waiting for a position), `PeerLost` when the index cannot be
-    /// reached, `Invalid` when it refused the question.
+    /// reached, `Invalid` when it refused the question, `Busy` when it is overloaded.
+    ///
+    /// # Cancel safety
+    /// Dropping the future withdraws the question.
     pub async fn lookup(&self, request: LookupRequest) -> Result<LookupAnswer> {
-        let _ = (request, &self.config);
-        Ok(LookupAnswer::default())
+        let deadline = request.deadline.unwrap_or(self.inner.config.deadline);
+        let request = self.request(request.into_wire(), deadline);
+        let answer = self
+            .within(deadline, "lookup", self.grpc().lookup(request))
+            .await?;
+        LookupAnswer::from_wire(answer).map_err(|error| error.at("answer of the index"))
     }
 
     /// The pods and sources the index knows, with positions and lag.
     ///
     /// # Errors
     /// As [`IndexClient::lookup`].
-    pub async fn status(&self) -> Result<kvfabric_proto::v1::StatusResponse> {
-        Ok(kvfabric_proto::v1::StatusResponse::default())
+    pub async fn status(&self) -> Result<v1::StatusResponse> {
+        let deadline = self.inner.config.deadline;
+        let request = self.request(v1::StatusRequest {}, deadline);
+        self.within(deadline, "status", self.grpc().status(request))
+            .await
     }
 
     /// Keeps the pod registered until the answer is dropped: reconnects with back-off and registers again.
     ///
-    /// Must be called within a tokio runtime.
+    /// # Panics
+    /// When called outside a tokio runtime.
     #[must_use]
     pub fn register(&self, registration: Registration) -> Registered {
-        let _ = registration;
-        Registered {}
+        Registered::start(self.clone(), registration)
     }
-}
 
-impl Registered {
-    /// Waits until the index has every source connected and replayed.
-    ///
-    /// # Errors
-    /// `Timeout` with the last reason; `Version` or `Invalid` at once when the index refuses the registration.
-    pub async fn ready(&self, deadline: Duration) -> Result<()> {
-        let _ = deadline;
-        Ok(())
+    fn grpc(&self) -> Grpc<Channel> {
+        let channel = self
+            .inner
+            .channel
+            .get_or_init(|| self.inner.endpoint.connect_lazy());
+        Grpc::new(channel.clone()).max_decoding_message_size(wire::MESSAGE_BYTES_MAX)
+    }
+
+    fn request<T>(&self, message: T, deadline: Duration) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        request.set_timeout(deadline);
+        request
+    }
+
+    /// The call's answer, or what became of it, with the index's address.
+    async fn within<T>(
+        &self,
+        deadline: Duration,
+        call: &str,
+        answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    ) -> Result<T> {
+        let place = || format!("{call} at index {}", self.inner.config.address);
+        match tokio::time::timeout(deadline, answer).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(wire::error_from_status(&status).at(place())),
+            Err(_) => {
+                let context = format!("no answer within {} ms", deadline.as_millis());
+                Err(Error::new(ErrorKind::Timeout, context).at(place()))
+            }
+        }
     }
 }
 
 impl Directory for IndexClient {
     fn locate(&self, chain: Vec<IndexKey>) -> LocateFuture<'_> {
-        let _ = chain;
-        Box::pin(async { Ok(Located::default()) })
+        Box::pin(async {
+            let question = LookupRequest::new(&self.inner.config.model, Prompt::Keys(chain));
+            let answer = self.lookup(question).await?;
+            let holders = answer.pods.into_iter();
+            Ok(Located {
+                holders: holders
+                    .map(|pod| Holder {
+                        pod: pod.pod,
+                        depth: pod.depth,
+                    })
+                    .collect(),
+                shared_depth: answer.shared_depth,
+            })
+        })
     }
 }

@@ -1,10 +1,45 @@
 //! Tells the index what changed: vLLM's wire format over ZMQ, with a replay socket, bounded in bytes.
+//!
+//! Events go out as three frames (topic, sequence number as u64 big-endian, msgpack batch). The replay socket takes
+//! `[empty, first sequence]` and answers `[empty, topic, sequence, batch]` for each batch it still has, then
+//! `[empty, empty, ff×8, empty]`: both as vLLM's own publisher does, so that its subscribers work unchanged.
+//!
+//! Publishing encodes the batch and puts it into the history; the thread sends from there. A subscriber that stops
+//! reading costs at most [`PublisherConfig::queue_bytes_max`].
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use kvcache_core::event::{EngineEvent, NodeEvent};
 use kvcache_core::ports::{EventSink, Position};
-use kvcache_core::{Epoch, PodName, Result};
+use kvcache_core::{Epoch, Error, PodName, Result, Sequence};
+use tokio::sync::watch;
+
+use crate::adapter::{self, Topic};
+use crate::wire::{SourceKind, SourceSpec};
+
+mod budget;
+mod history;
+mod listen;
+mod session;
+#[cfg(test)]
+mod tests;
+
+use budget::Budget;
+use history::History;
+use listen::Listening;
+
+/// Default of [`PublisherConfig::replay_bytes_max`].
+pub const REPLAY_BYTES_MAX_DEFAULT: usize = 64 << 20;
+/// Default of [`PublisherConfig::queue_bytes_max`].
+pub const QUEUE_BYTES_MAX_DEFAULT: usize = 16 << 20;
+/// Bytes of replies that may wait for one replay to be read.
+const REPLAY_QUEUE_BYTES_MAX: usize = 8 << 20;
+/// Node events in one batch; longer publications are split, so that one batch never dominates the history.
+const NODE_EVENTS_PER_BATCH_MAX: usize = 4096;
 
 /// Whose events these are; it decides the topic and what the hashes mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,31 +62,137 @@ pub struct PublisherConfig {
     pub model: String,
     /// Engine or node.
     pub stream: Stream,
-    /// Where subscribers connect: `tcp://127.0.0.1:0` (0: any free port) or `ipc://PATH`.
+    /// Where subscribers connect: `tcp://HOST:PORT` (port 0: any free one; host `*`: every interface) or `ipc://PATH`.
     pub endpoint: String,
     /// Where replays are asked for; same forms.
     pub replay_endpoint: String,
-    /// Bytes of past batches kept for replay; the oldest go first.
+    /// Bytes of past batches kept for replay; the oldest go first, the newest always stays.
     pub replay_bytes_max: usize,
-    /// Bytes waiting in send queues; more means a subscriber has stopped reading, and all are disconnected.
+    /// Bytes waiting in send queues beside those; when full and not moving, every subscriber is disconnected.
     pub queue_bytes_max: usize,
 }
 
-/// A publisher of KV events, on a thread of its own.
+impl PublisherConfig {
+    /// Free ports on loopback and the default bounds.
+    #[must_use]
+    pub fn new(pod: PodName, model: impl Into<String>, stream: Stream) -> Self {
+        Self {
+            pod,
+            model: model.into(),
+            stream,
+            endpoint: "tcp://127.0.0.1:0".to_owned(),
+            replay_endpoint: "tcp://127.0.0.1:0".to_owned(),
+            replay_bytes_max: REPLAY_BYTES_MAX_DEFAULT,
+            queue_bytes_max: QUEUE_BYTES_MAX_DEFAULT,
+        }
+    }
+
+    fn topic(&self) -> Topic {
+        match self.stream {
+            Stream::Engine => Topic::engine(&self.pod, &self.model),
+            Stream::Node { epoch } => Topic::node(&self.pod, &self.model, epoch),
+        }
+    }
+}
+
+/// What a publisher has done and holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PublisherStats {
+    /// Batches published.
+    pub batches: u64,
+    /// Bytes of batches kept for replay.
+    pub replay_bytes: usize,
+    /// Bytes that wait in send queues, of live events and of replays.
+    pub queue_bytes: usize,
+    /// Replays that were asked for.
+    pub replays: u64,
+    /// Batches that left the history before they could be sent: subscribers see a gap.
+    pub skipped: u64,
+    /// How often a stopped subscriber made the publisher disconnect all.
+    pub disconnects: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    replays: AtomicU64,
+    skipped: AtomicU64,
+    disconnects: AtomicU64,
+}
+
+/// What the publishing side and the thread share.
+struct Shared {
+    topic: Bytes,
+    history: Mutex<History>,
+    replay_bytes_max: usize,
+    queue: Budget,
+    replay_queue: Budget,
+    /// The sequence number after the last batch in the history.
+    published: watch::Sender<u64>,
+    /// The sequence number after the last batch given to the sockets.
+    sent: watch::Sender<u64>,
+    stop: watch::Sender<bool>,
+    counters: Counters,
+}
+
+impl Shared {
+    fn history(&self) -> MutexGuard<'_, History> {
+        // Nothing in there panics half-way through a change, so a poisoned history is still whole.
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn topic_text(&self) -> std::borrow::Cow<'_, str> {
+        String::from_utf8_lossy(&self.topic)
+    }
+}
+
+/// A publisher of KV events, on a thread of its own; dropping it closes the sockets.
 pub struct Publisher {
+    shared: Arc<Shared>,
+    epoch: Epoch,
     endpoint: String,
     replay_endpoint: String,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Publisher {
     /// Binds both sockets and starts the thread.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::Invalid`] for a malformed endpoint or topic part, `Io` naming the address when it is in use.
+    /// [`kvcache_core::ErrorKind::Invalid`] for a malformed endpoint, `Io` naming the endpoint when it cannot be bound.
     pub fn bind(config: PublisherConfig) -> Result<Self> {
+        let topic = Bytes::from(config.topic().to_string());
+        let events = Listening::bind(&config.endpoint)?;
+        let replay = Listening::bind(&config.replay_endpoint)?;
+        let (endpoint, replay_endpoint) = (events.endpoint()?, replay.endpoint()?);
+        let epoch = match config.stream {
+            Stream::Engine => Epoch(0),
+            Stream::Node { epoch } => epoch,
+        };
+        let shared = Arc::new(Shared {
+            topic,
+            history: Mutex::new(History::new(config.replay_bytes_max)),
+            replay_bytes_max: config.replay_bytes_max,
+            queue: Budget::new(config.queue_bytes_max),
+            replay_queue: Budget::new(REPLAY_QUEUE_BYTES_MAX),
+            published: watch::Sender::new(0),
+            sent: watch::Sender::new(0),
+            stop: watch::Sender::new(false),
+            counters: Counters::default(),
+        });
+        let endpoints = session::Endpoints { events, replay };
+        let thread = std::thread::Builder::new()
+            .name("kv-publisher".to_owned())
+            .spawn({
+                let shared = shared.clone();
+                move || session::run(&shared, &endpoints)
+            })
+            .map_err(|error| Error::io("start the publisher's thread", error))?;
         Ok(Self {
-            endpoint: config.endpoint,
-            replay_endpoint: config.replay_endpoint,
+            shared,
+            epoch,
+            endpoint,
+            replay_endpoint,
+            thread: Some(thread),
         })
     }
 
@@ -67,31 +208,104 @@ impl Publisher {
         &self.replay_endpoint
     }
 
+    /// This publisher as a source to register, under `name`.
+    #[must_use]
+    pub fn source(&self, name: impl Into<String>, kind: SourceKind) -> SourceSpec {
+        SourceSpec {
+            name: name.into(),
+            kind,
+            endpoint: self.endpoint.clone(),
+            replay_endpoint: Some(self.replay_endpoint.clone()),
+        }
+    }
+
     /// Publishes one batch of an engine's events; never blocks. Returns the position after it.
     pub fn publish_engine(&self, events: Vec<EngineEvent>) -> Position {
-        let _ = events;
-        self.position()
+        if events.is_empty() {
+            return self.position();
+        }
+        self.publish_payload(adapter::encode_engine_batch(timestamp(), &events))
+    }
+
+    /// Publishes one batch that is encoded already, as it is; never blocks. Returns the position after it.
+    pub fn publish_payload(&self, payload: Vec<u8>) -> Position {
+        let next = {
+            let mut history = self.shared.history();
+            let next = history.push(Bytes::from(payload));
+            // Inside the lock, so that the number never goes back.
+            self.shared.published.send_replace(next);
+            next
+        };
+        Position {
+            epoch: self.epoch,
+            next: Sequence(next),
+        }
     }
 
     /// The position after the last batch.
     #[must_use]
     pub fn position(&self) -> Position {
         Position {
-            epoch: Epoch(0),
-            next: kvcache_core::Sequence(0),
+            epoch: self.epoch,
+            next: Sequence(self.shared.history().next()),
         }
     }
 
-    /// Waits until every queue has drained into the sockets, at most for `patience`; true if so.
-    pub fn flush(&self, patience: Duration) -> bool {
-        let _ = patience;
-        true
+    /// What it has done and holds.
+    #[must_use]
+    pub fn stats(&self) -> PublisherStats {
+        let (batches, replay_bytes) = {
+            let history = self.shared.history();
+            (history.next(), history.bytes())
+        };
+        let counters = &self.shared.counters;
+        PublisherStats {
+            batches,
+            replay_bytes,
+            queue_bytes: self.shared.queue.held() + self.shared.replay_queue.held(),
+            replays: counters.replays.load(Ordering::Relaxed),
+            skipped: counters.skipped.load(Ordering::Relaxed),
+            disconnects: counters.disconnects.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Waits until everything published so far was handed to the operating system, at most for `patience`; false if
+    /// that was not enough.
+    pub async fn flush(&self, patience: Duration) -> bool {
+        let next = self.position().next.0;
+        let drained = async {
+            let mut sent = self.shared.sent.subscribe();
+            let mut held = self.shared.queue.watch();
+            // The senders live as long as `self`, so neither wait can fail.
+            let _ = sent.wait_for(|sent| *sent >= next).await;
+            let _ = held.wait_for(|held| *held == 0).await;
+        };
+        tokio::time::timeout(patience, drained).await.is_ok()
     }
 }
 
 impl EventSink for Publisher {
     fn publish(&self, events: Vec<NodeEvent>) -> Position {
-        let _ = events;
+        for batch in events.chunks(NODE_EVENTS_PER_BATCH_MAX) {
+            self.publish_payload(adapter::encode_node_batch(timestamp(), batch));
+        }
         self.position()
     }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        self.shared.stop.send_replace(true);
+        if let Some(thread) = self.thread.take() {
+            // A panic over there has been printed; there is nothing left to close.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Seconds since 1970, as batches carry them.
+fn timestamp() -> f64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
 }
