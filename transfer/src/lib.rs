@@ -1,1 +1,31 @@
-//! Placeholder.
+//! Moves bytes between registered memory, files, objects and peers.
+//!
+//! An [`Agent`] registers places ([`Region`]), learns of peers from their metadata, and makes requests: pairs of byte
+//! ranges to read or write, checked once ([`PreparedList`]), posted any number of times ([`Request`]). A request
+//! keeps its regions until it is settled; a failed one says whether its memory is free ([`MemoryFate`]).
+//!
+//! This crate does not know what a block is, choose what to move, or speak gRPC.
+
+pub mod agent;
+pub mod backend;
+mod descriptor;
+mod metadata;
+mod outcome;
+mod plan;
+mod region;
+mod request;
+mod stats;
+mod sys;
+mod wire;
+
+pub use agent::{Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle};
+pub use backend::Operation;
+pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side};
+pub use metadata::{AGENT_NAME_BYTES_MAX, EXPORTED_REGIONS_MAX, METADATA_VERSION};
+pub use outcome::{Completion, MemoryFate, Status, TransferError};
+pub use region::{Deregistration, MemoryKind, Region, RegionId, RegionOptions};
+pub use request::{
+    Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, Request, RequestOptions,
+};
+pub use stats::{AgentStats, BackendStats};
+pub use sys::memory::HostMemory;

@@ -1,0 +1,138 @@
+//! How an agent is made.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use kvcache_core::Result;
+
+use super::{Agent, AgentCore, Exports, Timer};
+use crate::backend::copy::Copier;
+use crate::backend::{Fabric, memcpy};
+use crate::metadata::check_name;
+use crate::stats::Stats;
+use crate::sys::fork::Process;
+
+type Step = Box<dyn FnOnce(&Agent) -> Result<()> + Send>;
+type MakeFabric = Box<dyn FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Send>;
+
+/// What an agent should be able to do. By default: copies within the process, and shared memory within the host.
+pub struct AgentBuilder {
+    name: String,
+    shm: bool,
+    memcpy: bool,
+    tcp: Option<SocketAddr>,
+    allowed: Option<BTreeSet<String>>,
+    fabrics: Vec<MakeFabric>,
+    steps: Vec<Step>,
+}
+
+impl AgentBuilder {
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            shm: true,
+            memcpy: true,
+            tcp: None,
+            allowed: None,
+            fabrics: Vec::new(),
+            steps: Vec::new(),
+        }
+    }
+
+    /// Whether peers on this host are reached through shared memory. Default: yes.
+    #[must_use]
+    pub fn shm(mut self, enabled: bool) -> Self {
+        self.shm = enabled;
+        self
+    }
+
+    /// Whether agents of this process are reached by plain copies. Default: yes.
+    #[must_use]
+    pub fn memcpy(mut self, enabled: bool) -> Self {
+        self.memcpy = enabled;
+        self
+    }
+
+    /// Serves and reaches peers over TCP, listening on this address (port 0: any free one). Default: not at all.
+    /// Traffic is neither encrypted nor authenticated beyond region keys: stay on loopback or a trusted network.
+    #[must_use]
+    pub fn tcp(mut self, listen: Option<SocketAddr>) -> Self {
+        self.tcp = listen;
+        self
+    }
+
+    /// Only agents of these names may connect. Default: all that know a region's key.
+    #[must_use]
+    pub fn allow_peers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.allowed = Some(names.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Adds a step that ends the building of the agent.
+    pub(crate) fn on_build(
+        mut self,
+        step: impl FnOnce(&Agent) -> Result<()> + Send + 'static,
+    ) -> Self {
+        self.steps.push(Box::new(step));
+        self
+    }
+
+    /// Adds a way to reach peers, tried before the built-in ones.
+    pub(crate) fn with_fabric(
+        mut self,
+        make: impl FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Send + 'static,
+    ) -> Self {
+        self.fabrics.push(Box::new(make));
+        self
+    }
+
+    /// Starts the agent.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Io`] when the
+    /// address is in use (it is named) or the system refuses threads or sockets.
+    pub fn build(self) -> Result<Agent> {
+        check_name(&self.name)?;
+        let process = Process::current();
+        let exports = Arc::new(Exports::new(&self.name, self.allowed)?);
+        let mut fabrics = Vec::new();
+        for make in self.fabrics {
+            fabrics.push(make(&exports)?);
+        }
+        let (timer, timer_thread) = Timer::start()?;
+        let (copier, copier_thread) = Copier::start()?;
+        let own: Arc<dyn crate::backend::Backend> = memcpy::own(copier.clone());
+        if self.memcpy {
+            fabrics.push(memcpy::fabric(&exports, copier.clone()));
+        }
+        // Everything is owned by the agent before anything can fail, so that its drop ends what was started.
+        exports.set_fabrics(fabrics);
+        let agent = Agent(Arc::new(AgentCore {
+            process,
+            exports,
+            stats: Stats::default(),
+            timer,
+            copier,
+            own,
+            extensions: Mutex::new(HashMap::new()),
+            peers: Mutex::new(HashMap::new()),
+            threads: Mutex::new(vec![timer_thread, copier_thread]),
+        }));
+        for step in self.steps {
+            step(&agent)?;
+        }
+        Ok(agent)
+    }
+}
+
+impl std::fmt::Debug for AgentBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AgentBuilder")
+            .field("name", &self.name)
+            .field("shm", &self.shm)
+            .field("memcpy", &self.memcpy)
+            .field("tcp", &self.tcp)
+            .finish_non_exhaustive()
+    }
+}

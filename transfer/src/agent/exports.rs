@@ -1,0 +1,169 @@
+//! What an agent offers to others: its name, its regions by key, its inbox.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use bytes::Bytes;
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::inbox::Inbox;
+use crate::backend::{Fabric, Operation};
+use crate::metadata::{EXPORTED_REGIONS_MAX, HostId, Incarnation, PeerCard, RemoteRegion};
+use crate::region::{RegionCore, RegionId, RegionKey, RegionUse};
+
+/// Shared by an agent with the serving ends of its fabrics. Knows no peer and starts nothing.
+pub(crate) struct Exports {
+    name: Arc<str>,
+    incarnation: Incarnation,
+    host: HostId,
+    /// Names of the agents that may connect; none: every one that knows a key.
+    allowed: Option<BTreeSet<String>>,
+    regions: RwLock<HashMap<RegionId, Arc<RegionCore>>>,
+    inbox: Inbox,
+    fabrics: OnceLock<Vec<Arc<dyn Fabric>>>,
+}
+
+impl Exports {
+    pub(crate) fn new(name: &str, allowed: Option<BTreeSet<String>>) -> Result<Self> {
+        let mut random = [0; 8];
+        getrandom::fill(&mut random)
+            .map_err(|e| Error::new(ErrorKind::Io, format!("draw an incarnation: {e}")))?;
+        Ok(Self {
+            name: name.into(),
+            incarnation: Incarnation(u64::from_le_bytes(random)),
+            host: host_id()?,
+            allowed,
+            regions: RwLock::default(),
+            inbox: Inbox::default(),
+            fabrics: OnceLock::new(),
+        })
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    pub(crate) fn host(&self) -> HostId {
+        self.host
+    }
+
+    pub(crate) fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    pub(crate) fn set_fabrics(&self, fabrics: Vec<Arc<dyn Fabric>>) {
+        let set = self.fabrics.set(fabrics);
+        assert!(set.is_ok(), "an agent's fabrics are set once, when it is built");
+    }
+
+    pub(crate) fn fabrics(&self) -> &[Arc<dyn Fabric>] {
+        self.fabrics.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Denied`] for an agent that is not on the allow list.
+    pub(crate) fn check_allowed(&self, name: &str) -> Result<()> {
+        match &self.allowed {
+            Some(allowed) if !allowed.contains(name) => {
+                let text = format!("agent {name:?} is not on the allow list of {:?}", self.name);
+                Err(Error::new(ErrorKind::Denied, text))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn insert(&self, region: Arc<RegionCore>) -> Result<()> {
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        if regions.len() >= EXPORTED_REGIONS_MAX {
+            let text = format!("{EXPORTED_REGIONS_MAX} regions are registered");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        regions.insert(region.id(), region);
+        Ok(())
+    }
+
+    /// The region is being deregistered: nobody finds it any more, and peers are told.
+    pub(crate) fn withdraw(&self, region: &Arc<RegionCore>) {
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        regions.remove(&region.id());
+        drop(regions);
+        self.fabrics().iter().for_each(|fabric| fabric.withdraw(region));
+    }
+
+    /// One of this agent's own regions.
+    pub(crate) fn find(&self, id: RegionId) -> Result<Arc<RegionCore>> {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        regions.get(&id).cloned().ok_or_else(|| {
+            let text = format!("region {id} is not registered with agent {:?}", self.name);
+            Error::new(ErrorKind::NotFound, text)
+        })
+    }
+
+    /// Lets a peer use a region. A wrong key and an unknown region look the same to it.
+    pub(crate) fn admit(
+        &self,
+        id: RegionId,
+        key: &RegionKey,
+        operation: Operation,
+    ) -> Result<RegionUse> {
+        let region = self.find(id).ok().filter(|region| region.key().matches(key));
+        let Some(region) = region else {
+            let text = format!("region {id} is unknown, or its key is wrong");
+            return Err(Error::new(ErrorKind::Denied, text));
+        };
+        if !region.allows(operation) {
+            let text = format!("region {id} is not exported for this ({operation:?})");
+            return Err(Error::new(ErrorKind::Denied, text));
+        }
+        RegionUse::begin(region)
+    }
+
+    pub(crate) fn deliver(&self, from: &Arc<str>, bytes: Bytes) -> Result<()> {
+        self.inbox.deliver(from, bytes).map_err(|e| e.at(format!("agent {:?}", self.name)))
+    }
+
+    /// What peers are told.
+    pub(crate) fn card(&self) -> PeerCard {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let mut exported: Vec<_> = regions
+            .values()
+            .filter(|region| region.options().remote_read || region.options().remote_write)
+            .map(|region| {
+                Arc::new(RemoteRegion {
+                    id: region.id(),
+                    key: region.key(),
+                    bytes: region.bytes(),
+                    readable: region.options().remote_read,
+                    writable: region.options().remote_write,
+                    shareable: region.host().is_some_and(|memory| memory.is_shareable()),
+                })
+            })
+            .collect();
+        drop(regions);
+        exported.sort_by_key(|region| region.id);
+        let addresses = self.fabrics().iter().filter_map(|fabric| {
+            fabric.address().map(|address| (fabric.name().to_owned(), address))
+        });
+        PeerCard {
+            name: self.name.to_string(),
+            incarnation: self.incarnation,
+            host: self.host,
+            addresses: addresses.collect(),
+            regions: exported,
+        }
+    }
+}
+
+/// Tells running kernels apart: the boot id, which containers of one host share.
+fn host_id() -> Result<HostId> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(PATH).map_err(|e| Error::io(PATH, e))?;
+    let digits = text.chars().filter(char::is_ascii_hexdigit).collect::<String>();
+    let value = u128::from_str_radix(&digits, 16)
+        .map_err(|e| Error::new(ErrorKind::Io, format!("{PATH} is {text:?}")).with_source(e))?;
+    Ok(HostId(value.to_le_bytes()))
+}

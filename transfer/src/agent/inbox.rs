@@ -1,0 +1,114 @@
+//! Notifications that wait to be taken.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvcache_core::{Error, ErrorKind, Result};
+
+/// Notifications that an agent keeps until they are taken; above it, senders are told `Busy`.
+pub const INBOX_NOTIFICATIONS_MAX: usize = 16_384;
+
+/// Bytes of notifications that an agent keeps; above it, senders are told `Busy`.
+pub const INBOX_BYTES_MAX: usize = 8 << 20;
+
+/// A message that came with, or after, a transfer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notification {
+    /// The name of the agent that sent it.
+    pub peer: Arc<str>,
+    /// What it sent.
+    pub bytes: Bytes,
+}
+
+#[derive(Default)]
+pub(crate) struct Inbox {
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Notification>,
+    bytes: usize,
+    refused: u64,
+    wakers: Vec<Waker>,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn deliver(&self, peer: &Arc<str>, bytes: Bytes) -> Result<()> {
+        let mut state = self.lock();
+        let (count, held) = (state.waiting.len(), state.bytes);
+        if count >= INBOX_NOTIFICATIONS_MAX || held + bytes.len() > INBOX_BYTES_MAX {
+            state.refused += 1;
+            let text = format!("inbox holds {count} notifications of {held} bytes");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        state.bytes += bytes.len();
+        state.waiting.push_back(Notification { peer: peer.clone(), bytes });
+        let wakers = std::mem::take(&mut state.wakers);
+        drop(state);
+        self.arrived.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+        Ok(())
+    }
+
+    pub(crate) fn take(&self) -> Vec<Notification> {
+        let mut state = self.lock();
+        state.bytes = 0;
+        std::mem::take(&mut state.waiting).into()
+    }
+
+    pub(crate) fn refused(&self) -> u64 {
+        self.lock().refused
+    }
+
+    pub(crate) fn wait(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
+        let mut state = self.lock();
+        while state.waiting.is_empty() {
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            state = match self.arrived.wait_timeout(state, left) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        true
+    }
+
+    fn poll(&self, waker: &Waker) -> bool {
+        let mut state = self.lock();
+        if !state.waiting.is_empty() {
+            return true;
+        }
+        if !state.wakers.iter().any(|known| known.will_wake(waker)) {
+            state.wakers.push(waker.clone());
+        }
+        false
+    }
+}
+
+/// Resolves when a notification waits to be taken.
+pub struct Notified {
+    pub(crate) exports: Arc<super::Exports>,
+}
+
+impl Future for Notified {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if self.exports.inbox().poll(context.waker()) {
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+}

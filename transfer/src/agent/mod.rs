@@ -1,0 +1,369 @@
+//! The agent: registers places, knows peers, makes requests.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use kvcache_core::{Error, ErrorKind, Result};
+
+mod builder;
+mod exports;
+mod inbox;
+mod peer;
+mod timer;
+
+pub use builder::AgentBuilder;
+pub(crate) use exports::Exports;
+pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
+pub(crate) use peer::PeerCore;
+pub use peer::{PathReport, PeerHandle};
+pub(crate) use timer::{Timer, TimerKey};
+
+pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
+
+use crate::backend::copy::Copier;
+use crate::backend::{Backend, Operation, memcpy};
+use crate::descriptor::{Descriptor, PreparedList, Side, Target};
+use crate::plan::Plan;
+use crate::region::{Body, Region, RegionCore, RegionOptions};
+use crate::request::{Request, RequestOptions, Route};
+use crate::stats::{AgentStats, Stats};
+use crate::sys::fork::Process;
+use crate::sys::memory::HostMemory;
+
+/// The most peers that one agent keeps.
+pub const PEERS_MAX: usize = 16_384;
+
+/// Moves bytes between registered places of this process and its peers. Cheap to clone; safe to use from any thread.
+///
+/// An agent has a few threads of its own, all asleep when there is nothing to do. They end when the last handle and
+/// the last request of it are dropped.
+#[derive(Clone)]
+pub struct Agent(Arc<AgentCore>);
+
+/// What the handles and requests of an agent share.
+pub(crate) struct AgentCore {
+    process: Process,
+    exports: Arc<Exports>,
+    stats: Stats,
+    timer: Arc<Timer>,
+    copier: Arc<Copier>,
+    /// Copies between regions of this agent.
+    own: Arc<dyn Backend>,
+    extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
+    peers: Mutex<HashMap<String, Arc<PeerCore>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl AgentCore {
+    /// # Errors
+    /// [`ErrorKind::Forked`] in a forked child.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.process.check()
+    }
+
+    pub(crate) fn exports(&self) -> &Arc<Exports> {
+        &self.exports
+    }
+
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    pub(crate) fn timer(&self) -> &Arc<Timer> {
+        &self.timer
+    }
+
+    /// The one value of this type that belongs to the agent, made at first use: an engine of a backend that is started
+    /// only where it is needed.
+    pub(crate) fn extension<T: Any + Send + Sync>(
+        &self,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        let mut extensions = self.extensions.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = extensions.get(&TypeId::of::<T>()).cloned();
+        if let Some(Ok(extension)) = known.map(Arc::downcast) {
+            return Ok(extension);
+        }
+        let extension = Arc::new(make()?);
+        extensions.insert(TypeId::of::<T>(), extension.clone());
+        Ok(extension)
+    }
+}
+
+impl Drop for AgentCore {
+    fn drop(&mut self) {
+        // A child has none of the threads, and must leave the parent's sockets alone.
+        if self.process.check().is_err() {
+            return;
+        }
+        memcpy::leave(&self.exports);
+        self.exports.fabrics().iter().for_each(|fabric| fabric.close());
+        self.timer.close();
+        self.copier.close();
+        let threads = std::mem::take(
+            self.threads.get_mut().unwrap_or_else(PoisonError::into_inner),
+        );
+        for thread in threads {
+            // The last handle may be dropped by a waker that one of these threads calls.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!(agent = %self.exports.name(), "a thread of the agent panicked");
+            }
+        }
+    }
+}
+
+impl Agent {
+    /// Describes an agent; `name` is how peers know it.
+    #[must_use]
+    pub fn builder(name: &str) -> AgentBuilder {
+        AgentBuilder::new(name)
+    }
+
+    pub(crate) fn core(&self) -> &Arc<AgentCore> {
+        &self.0
+    }
+
+    /// How peers know it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.0.exports.name()
+    }
+
+    /// Registers host memory, which is never touched before or after by anyone but its users.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when too many regions are registered, [`ErrorKind::Forked`] in a forked child.
+    pub fn register(&self, memory: HostMemory, options: RegionOptions) -> Result<Region> {
+        self.insert(Body::Host(memory), options)
+    }
+
+    /// Registers a place that a backend of its own serves; never exported to peers.
+    pub(crate) fn register_external(
+        &self,
+        external: Arc<dyn crate::region::External>,
+    ) -> Result<Region> {
+        self.insert(Body::External(external), RegionOptions::default())
+    }
+
+    fn insert(&self, body: Body, options: RegionOptions) -> Result<Region> {
+        self.0.check()?;
+        let core = Arc::new(RegionCore::new(body, options)?);
+        self.0.exports.insert(core.clone())?;
+        Ok(Region::new(core, &self.0.exports))
+    }
+
+    /// What peers need to reach this agent and the regions that it exports now: pass it to [`Agent::load_peer`] there.
+    /// It contains the regions' keys: whoever has it may do what the regions' options allow.
+    #[must_use]
+    pub fn metadata(&self) -> Bytes {
+        self.0.exports.card().encode().into()
+    }
+
+    /// Learns of a peer, or what is new about one: its exports are replaced, and a restarted peer is reached anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for damaged metadata, [`ErrorKind::Version`] for another version's (both are
+    /// named), [`ErrorKind::Busy`] above [`PEERS_MAX`].
+    pub fn load_peer(&self, metadata: &[u8]) -> Result<PeerHandle> {
+        self.0.check()?;
+        let card = PeerCard::decode(metadata)?;
+        let mut peers = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(peer) = peers.get(&card.name) {
+            peer.update(card);
+            return Ok(PeerHandle::new(peer.clone()));
+        }
+        if peers.len() >= PEERS_MAX {
+            return Err(Error::new(ErrorKind::Busy, format!("{PEERS_MAX} peers are known")));
+        }
+        let name = card.name.clone();
+        let peer = Arc::new(PeerCore::new(card));
+        peers.insert(name, peer.clone());
+        Ok(PeerHandle::new(peer))
+    }
+
+    /// Ends the connections to a peer; requests in flight fail with [`ErrorKind::PeerLost`].
+    pub fn forget_peer(&self, peer: &PeerHandle) {
+        let mut peers = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if peers.get(peer.name()).is_some_and(|known| Arc::ptr_eq(known, peer.core())) {
+            peers.remove(peer.name());
+        }
+        drop(peers);
+        peer.core().close();
+    }
+
+    /// Checks descriptors once, for any number of requests.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] with the descriptor's position, if one has no bytes or lies outside its region;
+    /// [`ErrorKind::NotFound`] if its region is unknown on that side.
+    pub fn prepare(&self, side: Side<'_>, descriptors: &[Descriptor]) -> Result<PreparedList> {
+        self.prepare_all(side, descriptors.iter().copied())
+    }
+
+    fn prepare_all(
+        &self,
+        side: Side<'_>,
+        descriptors: impl ExactSizeIterator<Item = Descriptor>,
+    ) -> Result<PreparedList> {
+        self.0.check()?;
+        match side {
+            Side::Local => PreparedList::build(None, descriptors, |id| {
+                Ok(Target::Local(self.0.exports.find(id)?))
+            }),
+            Side::Peer(peer) => {
+                let peer = peer.core();
+                PreparedList::build(Some(peer.clone()), descriptors, |id| {
+                    Ok(Target::Remote(peer.find(id)?))
+                })
+            }
+        }
+    }
+
+    /// Makes a request that moves the descriptors of both lists, paired in order. The remote list is a peer's, or, for
+    /// files, objects and copies within the agent, one of its own.
+    ///
+    /// Connects to the peer if there is no connection, and makes its regions ready.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when the lists don't pair, [`ErrorKind::Denied`] when the peer doesn't export a
+    /// region for this, [`ErrorKind::PeerLost`] when it can't be reached, [`ErrorKind::Unsupported`]
+    /// when nothing moves bytes between these kinds of places.
+    pub fn request(
+        &self,
+        operation: Operation,
+        local: &PreparedList,
+        remote: &PreparedList,
+        options: RequestOptions,
+    ) -> Result<Request> {
+        self.0.check()?;
+        if let Some(peer) = &local.0.peer {
+            let text = format!("the local list names regions of peer {:?}", peer.name());
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        for target in &*local.0.targets {
+            if let Target::Local(region) = target {
+                region.mapping()?;
+            }
+        }
+        let plan = Plan::pair(operation, local, remote, options.positions.as_ref())?;
+        let route = match &remote.0.peer {
+            Some(peer) => self.route_to(peer, &plan)?,
+            None => {
+                if options.notification.is_some() {
+                    let text = "a notification needs a peer to deliver it to";
+                    return Err(Error::new(ErrorKind::Invalid, text));
+                }
+                let backend = self.own_backend(&plan)?;
+                backend.prepare(&plan)?;
+                Route::Own(backend)
+            }
+        };
+        Request::new(self.0.clone(), route, plan, options.notification, options.deadline)
+    }
+
+    fn route_to(&self, peer: &Arc<PeerCore>, plan: &Plan) -> Result<Route> {
+        for target in &*plan.remote {
+            if let Target::Remote(region) = target {
+                region.check(plan.operation)?;
+            }
+        }
+        peer.channel(&self.0, plan)?.prepare(plan)?;
+        Ok(Route::Peer(peer.clone()))
+    }
+
+    /// The one engine that serves all of the plan's remote side.
+    fn own_backend(&self, plan: &Plan) -> Result<Arc<dyn Backend>> {
+        let mut chosen: Option<Arc<dyn Backend>> = None;
+        for target in &*plan.remote {
+            let Target::Local(region) = target else { continue };
+            let backend = region.external().map_or_else(|| self.0.own.clone(), |e| e.backend());
+            match &chosen {
+                Some(other) if other.name() != backend.name() => {
+                    let text = format!(
+                        "one request cannot use both {} and {}",
+                        other.name(),
+                        backend.name()
+                    );
+                    return Err(Error::new(ErrorKind::Unsupported, text));
+                }
+                Some(_) => {}
+                None => chosen = Some(backend),
+            }
+        }
+        Ok(chosen.unwrap_or_else(|| self.0.own.clone()))
+    }
+
+    /// Prepares, makes and posts a request for pairs of (local, remote) descriptors.
+    ///
+    /// # Errors
+    /// As [`Agent::prepare`], [`Agent::request`] and [`Request::post`].
+    pub fn transfer(
+        &self,
+        operation: Operation,
+        pairs: &[(Descriptor, Descriptor)],
+        remote: Side<'_>,
+        options: RequestOptions,
+    ) -> Result<Request> {
+        let local = self.prepare_all(Side::Local, pairs.iter().map(|pair| pair.0))?;
+        let remote = self.prepare_all(remote, pairs.iter().map(|pair| pair.1))?;
+        let request = self.request(operation, &local, &remote, options)?;
+        request.post()?;
+        Ok(request)
+    }
+
+    /// Sends a notification alone. The request is done when the peer's inbox has taken it; it fails with
+    /// [`ErrorKind::Busy`] when that is full.
+    ///
+    /// # Errors
+    /// As [`Request::post`]; [`ErrorKind::Invalid`] above [`crate::NOTIFICATION_BYTES_MAX`].
+    pub fn notify(&self, peer: &PeerHandle, bytes: Bytes) -> Result<Request> {
+        self.0.check()?;
+        let route = Route::Peer(peer.core().clone());
+        let request = Request::new(self.0.clone(), route, Plan::empty(), Some(bytes), None)?;
+        request.post()?;
+        Ok(request)
+    }
+
+    /// Takes all notifications that wait, oldest first. Those of one peer keep the order in which it saw them done.
+    #[must_use]
+    pub fn notifications(&self) -> Vec<Notification> {
+        self.0.exports.inbox().take()
+    }
+
+    /// Resolves when a notification waits.
+    pub fn notified(&self) -> Notified {
+        Notified { exports: self.0.exports.clone() }
+    }
+
+    /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.
+    #[must_use]
+    pub fn wait_notifications(&self, timeout: Duration) -> Vec<Notification> {
+        self.0.exports.inbox().wait(timeout);
+        self.notifications()
+    }
+
+    /// Which way bytes go to a peer, and why; connects if there is no connection.
+    #[must_use]
+    pub fn path_to(&self, peer: &PeerHandle) -> PathReport {
+        peer.core().report(&self.0)
+    }
+
+    /// What each backend has moved.
+    #[must_use]
+    pub fn stats(&self) -> AgentStats {
+        AgentStats {
+            backends: self.0.stats.snapshot(),
+            notifications_refused: self.0.exports.inbox().refused(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("name", &self.name()).finish()
+    }
+}

@@ -1,0 +1,255 @@
+//! Peers, and the choice of the way to each.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::AgentCore;
+use crate::backend::Channel;
+use crate::descriptor::Target;
+use crate::metadata::{PeerCard, RemoteRegion};
+use crate::plan::Plan;
+use crate::region::RegionId;
+
+/// How long connecting to a peer may take, for each way that is tried.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A peer that was loaded from metadata. Cheap to clone.
+#[derive(Clone)]
+pub struct PeerHandle(Arc<PeerCore>);
+
+impl PeerHandle {
+    pub(super) fn new(core: Arc<PeerCore>) -> Self {
+        Self(core)
+    }
+
+    pub(crate) fn core(&self) -> &Arc<PeerCore> {
+        &self.0
+    }
+
+    /// Its agent's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The regions that it exported, with their sizes in bytes, in no particular order.
+    #[must_use]
+    pub fn regions(&self) -> Vec<(RegionId, u64)> {
+        let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.regions.values().map(|region| (region.id, region.bytes)).collect()
+    }
+}
+
+impl std::fmt::Debug for PeerHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PeerHandle").field("name", &self.name()).finish()
+    }
+}
+
+/// Which way bytes go to a peer, and why not another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathReport {
+    /// The backend in use; none when the peer can't be reached.
+    pub backend: Option<&'static str>,
+    /// What is worth knowing about the connection; empty without one.
+    pub why: String,
+    /// Backends that would have been preferred, with what kept them from being used.
+    pub refused: Vec<(&'static str, String)>,
+}
+
+/// One way to the peer, in order of preference.
+struct Link {
+    name: &'static str,
+    state: LinkState,
+}
+
+enum LinkState {
+    Untried,
+    Connected(Arc<dyn Channel>),
+    Refused(String),
+}
+
+struct Known {
+    card: Arc<PeerCard>,
+    regions: HashMap<RegionId, Arc<RemoteRegion>>,
+}
+
+impl Known {
+    fn new(card: PeerCard) -> Self {
+        let regions = card.regions.iter().map(|region| (region.id, region.clone())).collect();
+        Self { card: Arc::new(card), regions }
+    }
+}
+
+/// What the handles, lists and requests of a peer share.
+pub(crate) struct PeerCore {
+    name: String,
+    known: RwLock<Known>,
+    links: RwLock<Vec<Link>>,
+    /// Held while connecting, so that it is done once, and readers of `links` don't wait for it.
+    connecting: Mutex<()>,
+}
+
+impl PeerCore {
+    pub(super) fn new(card: PeerCard) -> Self {
+        Self {
+            name: card.name.clone(),
+            known: RwLock::new(Known::new(card)),
+            links: RwLock::default(),
+            connecting: Mutex::new(()),
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn card(&self) -> Arc<PeerCard> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).card.clone()
+    }
+
+    /// Newer metadata of the same name. Ways that were refused are tried again.
+    pub(super) fn update(&self, card: PeerCard) {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let restarted = known.card.incarnation != card.incarnation;
+        *known = Known::new(card);
+        drop(known);
+        if restarted {
+            self.close();
+            return;
+        }
+        let mut links = self.links.write().unwrap_or_else(PoisonError::into_inner);
+        for link in links.iter_mut() {
+            if matches!(link.state, LinkState::Refused(_)) {
+                link.state = LinkState::Untried;
+            }
+        }
+    }
+
+    pub(super) fn find(&self, id: RegionId) -> Result<Arc<RemoteRegion>> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.regions.get(&id).cloned().ok_or_else(|| {
+            let text = format!("peer {:?} exports no region {id}", self.name);
+            Error::new(ErrorKind::NotFound, text)
+        })
+    }
+
+    /// Ends all connections; the next use makes new ones.
+    pub(super) fn close(&self) {
+        let links = std::mem::take(&mut *self.links.write().unwrap_or_else(PoisonError::into_inner));
+        for link in links {
+            if let LinkState::Connected(channel) = link.state {
+                channel.close();
+            }
+        }
+    }
+
+    /// The best connection that reaches all of the plan's regions; connects if there is none.
+    pub(crate) fn channel(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+    ) -> Result<Arc<dyn Channel>> {
+        if let Some(channel) = self.connected(plan) {
+            return Ok(channel);
+        }
+        let _connecting = self.begin_connecting();
+        if let Some(channel) = self.connected(plan) {
+            return Ok(channel);
+        }
+        self.connect(agent, plan)
+    }
+
+    fn begin_connecting(&self) -> MutexGuard<'_, ()> {
+        self.connecting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connected(&self, plan: &Plan) -> Option<Arc<dyn Channel>> {
+        let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
+        links.iter().find_map(|link| match &link.state {
+            LinkState::Connected(channel)
+                if channel.check().is_ok() && refusal(&**channel, plan).is_none() =>
+            {
+                Some(channel.clone())
+            }
+            _ => None,
+        })
+    }
+
+    /// Tries every way that is not connected, best first, until one serves the plan.
+    fn connect(&self, agent: &Arc<AgentCore>, plan: &Plan) -> Result<Arc<dyn Channel>> {
+        let card = self.card();
+        let mut refused = Vec::new();
+        for (position, fabric) in agent.exports().fabrics().iter().enumerate() {
+            let channel = match self.usable(position) {
+                Some(channel) => Ok(channel),
+                None => fabric.connect(&card, CONNECT_TIMEOUT),
+            };
+            let state = match &channel {
+                Ok(channel) => LinkState::Connected(channel.clone()),
+                Err(reason) => LinkState::Refused(reason.to_string()),
+            };
+            self.set_link(position, Link { name: fabric.name(), state });
+            match channel {
+                Ok(channel) => match refusal(&*channel, plan) {
+                    None => return Ok(channel),
+                    Some(reason) => refused.push(format!("{}: {reason}", fabric.name())),
+                },
+                Err(reason) => refused.push(format!("{}: {reason}", fabric.name())),
+            }
+        }
+        let reasons = if refused.is_empty() { "no way is enabled".into() } else { refused.join("; ") };
+        let text = format!("peer {:?} can't be reached ({reasons})", self.name);
+        Err(Error::new(ErrorKind::PeerLost, text))
+    }
+
+    fn usable(&self, position: usize) -> Option<Arc<dyn Channel>> {
+        let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
+        match &links.get(position)?.state {
+            LinkState::Connected(channel) if channel.check().is_ok() => Some(channel.clone()),
+            _ => None,
+        }
+    }
+
+    fn set_link(&self, position: usize, link: Link) {
+        let mut links = self.links.write().unwrap_or_else(PoisonError::into_inner);
+        while links.len() <= position {
+            links.push(Link { name: link.name, state: LinkState::Untried });
+        }
+        links[position] = link;
+    }
+
+    pub(super) fn report(self: &Arc<Self>, agent: &Arc<AgentCore>) -> PathReport {
+        let chosen = agent.check().and_then(|()| self.channel(agent, &Plan::empty()));
+        let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = Vec::new();
+        for link in links.iter() {
+            match &link.state {
+                LinkState::Untried => refused.push((link.name, "not tried".to_owned())),
+                LinkState::Refused(reason) => refused.push((link.name, reason.clone())),
+                LinkState::Connected(channel) => match (&chosen, channel.check()) {
+                    (Ok(chosen), _) if Arc::ptr_eq(chosen, channel) => break,
+                    (_, Ok(())) => {}
+                    (_, Err(reason)) => refused.push((link.name, reason.to_string())),
+                },
+            }
+        }
+        match chosen {
+            Ok(channel) => {
+                PathReport { backend: Some(channel.name()), why: channel.detail(), refused }
+            }
+            Err(_) => PathReport { backend: None, why: String::new(), refused },
+        }
+    }
+}
+
+/// Why a channel cannot carry this plan; none if it can.
+fn refusal(channel: &dyn Channel, plan: &Plan) -> Option<String> {
+    plan.remote.iter().find_map(|target| match target {
+        Target::Local(_) => None,
+        Target::Remote(region) => channel.reaches(region).err(),
+    })
+}

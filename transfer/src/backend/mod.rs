@@ -1,0 +1,159 @@
+//! What moves bytes: one trait, and the job it is handed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::agent::{PeerCard, RemoteRegion};
+use crate::plan::Plan;
+use crate::region::MemoryKind;
+use crate::request::Ticket;
+
+pub(crate) mod copy;
+pub(crate) mod memcpy;
+
+/// Which way bytes go, seen from the one who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// From the remote side into local memory.
+    Read,
+    /// From local memory to the remote side.
+    Write,
+}
+
+/// What a backend can do; read once, when a path is chosen.
+#[derive(Clone, Debug)]
+pub(crate) struct Capabilities {
+    /// Kinds of the remote side that it reaches.
+    pub(crate) remote: &'static [MemoryKind],
+    /// Whether it carries notifications.
+    pub(crate) notifications: bool,
+}
+
+/// Something that moves bytes: the connection to one peer, or the engine behind files or objects.
+///
+/// Every accepted [`Job`] is settled exactly once, whatever happens. Nothing here blocks for long: work that does
+/// goes to a thread of the backend. A job's failure after acceptance goes to the job, never to `post`'s result.
+pub(crate) trait Backend: Send + Sync {
+    /// The name in reports, statistics and completions.
+    fn name(&self) -> &'static str;
+
+    /// What it can do.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Makes ready for requests with this plan (resolves keys, maps memory). May block, up to a deadline of its own;
+    /// called when a request is made, not when it is posted.
+    fn prepare(&self, plan: &Plan) -> Result<()> {
+        let _ = plan;
+        Ok(())
+    }
+
+    /// Starts the job, or refuses it with `job.refuse(error)`: then nothing has been started.
+    fn post(&self, job: Job) -> Result<(), Refusal>;
+
+    /// Some job of this backend was given up by its caller (deadline or cancel): look for jobs with
+    /// [`Job::is_abandoned`] and settle them as soon as their memory is no longer in use. Never blocks.
+    fn reap(&self) {}
+
+    /// Lends the calling thread to the backend until `done` or `until`, if it can be used to make progress sooner
+    /// than a thread of the backend would. The default does nothing, and the caller sleeps.
+    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        let _ = (until, done);
+    }
+}
+
+/// A connection to one peer.
+pub(crate) trait Channel: Backend {
+    /// Whether requests can still be posted; the reason otherwise.
+    fn check(&self) -> Result<()>;
+
+    /// Whether this region can be reached; the reason otherwise.
+    fn reaches(&self, region: &RemoteRegion) -> Result<(), String>;
+
+    /// What is worth telling about it, such as the congestion control in force.
+    fn detail(&self) -> String;
+
+    /// Ends it: jobs in flight fail with `PeerLost`.
+    fn close(&self);
+}
+
+/// A way to reach other agents; one per agent and kind.
+pub(crate) trait Fabric: Send + Sync {
+    /// The name of its channels, and of its address in metadata.
+    fn name(&self) -> &'static str;
+
+    /// How peers can reach this agent this way, in a form only the same fabric reads; none if they cannot.
+    fn address(&self) -> Option<Vec<u8>>;
+
+    /// Connects, within `timeout`. The error is the reason that path reports give.
+    fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>>;
+
+    /// A region of this agent is being deregistered: peers must stop using it. Whatever still has to end counts as
+    /// a user of the region: `RegionCore::hold` now, `leave` when it has ended.
+    fn withdraw(&self, region: &Arc<crate::region::RegionCore>) {
+        let _ = region;
+    }
+
+    /// Ends all connections and stops accepting.
+    fn close(&self);
+}
+
+/// One posted request. Holds the regions it names until it is settled.
+pub(crate) struct Job {
+    ticket: Ticket,
+    /// Delivered to the peer after the data.
+    notification: Option<Bytes>,
+}
+
+impl Job {
+    pub(crate) fn new(ticket: Ticket, notification: Option<Bytes>) -> Self {
+        Self { ticket, notification }
+    }
+
+    /// What to move.
+    pub(crate) fn plan(&self) -> &Arc<Plan> {
+        self.ticket.plan()
+    }
+
+    /// What to deliver to the peer once the data is in place.
+    pub(crate) fn notification(&self) -> Option<&Bytes> {
+        self.notification.as_ref()
+    }
+
+    /// Whether the caller no longer waits (deadline or cancel). Settle soon.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.ticket.is_abandoned()
+    }
+
+    /// The terminal outcome: no byte of the job's memory is touched after this.
+    pub(crate) fn settle(self, outcome: Result<()>) {
+        self.ticket.settle(outcome);
+    }
+
+    /// Reports a failure now, although the job's memory may still be in use; `settle` must follow.
+    pub(crate) fn report(&self, error: Error) {
+        self.ticket.abandon(error);
+    }
+
+    /// Nothing was started, and nothing will be.
+    pub(crate) fn refuse(self, error: Error) -> Refusal {
+        self.ticket.withdraw();
+        Refusal(error)
+    }
+}
+
+/// Why a job was not accepted. Only [`Job::refuse`] makes one.
+pub(crate) struct Refusal(Error);
+
+impl Refusal {
+    pub(crate) fn into_error(self) -> Error {
+        self.0
+    }
+}
+
+/// The error of a job whose caller gave up before it was finished.
+pub(crate) fn abandoned() -> Error {
+    Error::new(ErrorKind::Cancelled, "given up by the caller")
+}

@@ -1,0 +1,155 @@
+//! What a request moves: pairs of ranges, neighbours merged.
+
+use kvcache_core::{Error, ErrorKind, Result};
+use std::sync::Arc;
+
+use crate::backend::Operation;
+use crate::descriptor::{Prepared, PreparedList, Range, Target};
+
+/// Bytes to move between one local and one remote range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// Position in [`Plan::local`].
+    pub(crate) local: u32,
+    /// Position in [`Plan::remote`].
+    pub(crate) remote: u32,
+    /// Bytes from the local region's start.
+    pub(crate) local_offset: u64,
+    /// Bytes from the remote region's start.
+    pub(crate) remote_offset: u64,
+    /// How many bytes; never 0.
+    pub(crate) len: u64,
+}
+
+/// What a request moves. Keeps the regions of both sides alive.
+pub(crate) struct Plan {
+    pub(crate) operation: Operation,
+    /// The regions of this agent that hold the local side: always [`Target::Local`].
+    pub(crate) local: Arc<[Target]>,
+    /// The other side's: a peer's regions, or own files, objects or memory.
+    pub(crate) remote: Arc<[Target]>,
+    /// In the order of the descriptors; adjacent ones on both sides are one extent.
+    pub(crate) extents: Vec<Extent>,
+    pub(crate) bytes: u64,
+}
+
+impl Plan {
+    /// Nothing to move: carries a notification.
+    pub(crate) fn empty() -> Self {
+        let none: Arc<[Target]> = Arc::from([]);
+        Self {
+            operation: Operation::Write,
+            local: none.clone(),
+            remote: none,
+            extents: Vec::new(),
+            bytes: 0,
+        }
+    }
+
+    /// Pairs descriptors in order: all of both lists, or those at `positions`.
+    pub(crate) fn pair(
+        operation: Operation,
+        local: &PreparedList,
+        remote: &PreparedList,
+        positions: Option<&(Vec<u32>, Vec<u32>)>,
+    ) -> Result<Self> {
+        let (local, remote) = (&*local.0, &*remote.0);
+        let (count, remote_count) = match positions {
+            None => (local.ranges.len(), remote.ranges.len()),
+            Some((locals, remotes)) => (locals.len(), remotes.len()),
+        };
+        if count != remote_count {
+            let text = format!("{count} local descriptors are paired with {remote_count} remote ones");
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        let mut builder = Builder { extents: Vec::with_capacity(count), bytes: 0 };
+        match positions {
+            None => {
+                for (position, (a, b)) in local.ranges.iter().zip(&remote.ranges).enumerate() {
+                    builder.push(position, a, b)?;
+                }
+            }
+            Some((locals, remotes)) => {
+                for (position, (&a, &b)) in locals.iter().zip(remotes).enumerate() {
+                    let a = range_at(local, a, "local")?;
+                    builder.push(position, a, range_at(remote, b, "remote")?)?;
+                }
+            }
+        }
+        Ok(Self {
+            operation,
+            local: local.targets.clone(),
+            remote: remote.targets.clone(),
+            extents: builder.extents,
+            bytes: builder.bytes,
+        })
+    }
+
+    /// Counts the transfer as a user of every region of this agent that it names.
+    pub(crate) fn enter(&self) -> Result<()> {
+        for (position, region) in self.own_regions().enumerate() {
+            if let Err(error) = region.enter() {
+                self.own_regions().take(position).for_each(|entered| entered.leave());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes [`Plan::enter`] back.
+    pub(crate) fn leave(&self) {
+        self.own_regions().for_each(|region| region.leave());
+    }
+
+    fn own_regions(&self) -> impl Iterator<Item = &crate::region::RegionCore> {
+        self.local.iter().chain(self.remote.iter()).filter_map(|target| match target {
+            Target::Local(region) => Some(&**region),
+            Target::Remote(_) => None,
+        })
+    }
+}
+
+fn range_at<'a>(list: &'a Prepared, position: u32, side: &str) -> Result<&'a Range> {
+    list.ranges.get(position as usize).ok_or_else(|| {
+        let count = list.ranges.len();
+        Error::invalid(&format!("{side} position"), position, 0..count)
+    })
+}
+
+struct Builder {
+    extents: Vec<Extent>,
+    bytes: u64,
+}
+
+impl Builder {
+    fn push(&mut self, position: usize, local: &Range, remote: &Range) -> Result<()> {
+        if local.len != remote.len {
+            let text = format!(
+                "pair {position}: {} local bytes against {} remote ones",
+                local.len, remote.len
+            );
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        self.bytes = self
+            .bytes
+            .checked_add(local.len)
+            .ok_or_else(|| Error::invalid("bytes of a request", "too many", 0..=u64::MAX))?;
+        if let Some(last) = self.extents.last_mut()
+            && last.local == local.target
+            && last.remote == remote.target
+            && last.local_offset + last.len == local.offset
+            && last.remote_offset + last.len == remote.offset
+        {
+            last.len += local.len;
+            return Ok(());
+        }
+        self.extents.push(Extent {
+            local: local.target,
+            remote: remote.target,
+            local_offset: local.offset,
+            remote_offset: remote.offset,
+            len: local.len,
+        });
+        Ok(())
+    }
+}

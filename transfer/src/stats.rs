@@ -1,0 +1,91 @@
+//! What each backend has moved.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use crate::backend::Operation;
+
+/// The counters of one backend.
+#[derive(Default)]
+pub(crate) struct Counters {
+    bytes_read: AtomicU64,
+    bytes_written: AtomicU64,
+    requests: AtomicU64,
+    failures: AtomicU64,
+    busy_ns: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn complete(&self, operation: Operation, bytes: u64, elapsed: Duration) {
+        let moved = match operation {
+            Operation::Read => &self.bytes_read,
+            Operation::Write => &self.bytes_written,
+        };
+        moved.fetch_add(bytes, Ordering::Relaxed);
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.busy_ns.fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn fail(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn snapshot(&self) -> BackendStats {
+        BackendStats {
+            bytes_read: self.bytes_read.load(Ordering::Relaxed),
+            bytes_written: self.bytes_written.load(Ordering::Relaxed),
+            requests: self.requests.load(Ordering::Relaxed),
+            failures: self.failures.load(Ordering::Relaxed),
+            busy_ns: self.busy_ns.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What one backend has done since the agent was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendStats {
+    /// Bytes of successful reads.
+    pub bytes_read: u64,
+    /// Bytes of successful writes.
+    pub bytes_written: u64,
+    /// Requests that succeeded.
+    pub requests: u64,
+    /// Requests that failed after they were accepted.
+    pub failures: u64,
+    /// Nanoseconds from post to completion, of all successful requests together.
+    pub busy_ns: u64,
+}
+
+/// What an agent has done since it was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AgentStats {
+    /// By the backend's name.
+    pub backends: BTreeMap<&'static str, BackendStats>,
+    /// Notifications that waited for nobody because the inbox was full: their senders were told `Busy`.
+    pub notifications_refused: u64,
+}
+
+/// The counters of all backends of an agent.
+#[derive(Default)]
+pub(crate) struct Stats {
+    backends: RwLock<BTreeMap<&'static str, Arc<Counters>>>,
+}
+
+impl Stats {
+    pub(crate) fn counters(&self, backend: &'static str) -> Arc<Counters> {
+        let known = self.backends.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(counters) = known.get(backend) {
+            return counters.clone();
+        }
+        drop(known);
+        let mut known = self.backends.write().unwrap_or_else(PoisonError::into_inner);
+        known.entry(backend).or_default().clone()
+    }
+
+    pub(crate) fn snapshot(&self) -> BTreeMap<&'static str, BackendStats> {
+        let known = self.backends.read().unwrap_or_else(PoisonError::into_inner);
+        known.iter().map(|(name, counters)| (*name, counters.snapshot())).collect()
+    }
+}

@@ -1,0 +1,341 @@
+//! Byte ranges that other threads, other processes or the kernel may change at any time.
+//!
+//! There is never a Rust reference into them: bytes go in and out by raw copies between checked bounds.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvcache_core::{Error, ErrorKind, Result};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// Bytes copied out at a time to compute a checksum: fits the first-level cache.
+const CHECKSUM_STEP_BYTES: usize = 16 << 10;
+
+/// A range of addresses; mapped here and unmapped when dropped, or lent by a caller.
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    ownership: Ownership,
+    writable: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ownership {
+    Mapped,
+    Lent,
+}
+
+// SAFETY: a mapping is plain addresses valid in every thread; all access is by raw copies, which
+// tolerate concurrent writers (the bytes are then unspecified, never the control flow).
+unsafe impl Send for Mapping {}
+// SAFETY: as above: no method gives out a reference into the memory.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Zeroed private memory, not inherited by forked children.
+    pub(crate) fn anonymous(len: u64) -> Result<Self> {
+        let len = checked_len(len)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new private mapping at an address the kernel chooses overlaps nothing.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE)
+        };
+        Self::mapped(base, len, true)
+    }
+
+    /// Maps `len` bytes of `file` from its start. The caller has made sure that the file can't shrink.
+    pub(crate) fn of_file(file: impl AsFd, len: u64, writable: bool) -> Result<Self> {
+        let len = checked_len(len)?;
+        let mut protection = ProtFlags::READ;
+        protection.set(ProtFlags::WRITE, writable);
+        // SAFETY: a new shared mapping at an address the kernel chooses overlaps nothing.
+        let base = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, 0)
+        };
+        Self::mapped(base, len, writable)
+    }
+
+    fn mapped(base: rustix::io::Result<*mut c_void>, len: usize, writable: bool) -> Result<Self> {
+        let base = base.map_err(|e| Error::io(format!("map {len} bytes"), e.into()))?;
+        let Some(base) = NonNull::new(base.cast::<u8>()) else {
+            return Err(Error::new(ErrorKind::Internal, "the kernel mapped memory at address 0"));
+        };
+        let mapping = Self { base, len, ownership: Ownership::Mapped, writable };
+        // SAFETY: the range was mapped just now and is ours.
+        let advised = unsafe {
+            rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxDontFork)
+        };
+        advised.map_err(|e| Error::io("keep mapped memory from forked children", e.into()))?;
+        Ok(mapping)
+    }
+
+    /// Memory of someone else's.
+    ///
+    /// # Safety
+    /// `base` must be valid for reads and writes of `len` bytes until the mapping is dropped.
+    pub(crate) unsafe fn lent(base: *mut u8, len: u64) -> Result<Self> {
+        let len = checked_len(len)?;
+        let Some(base) = NonNull::new(base) else {
+            return Err(Error::new(ErrorKind::Invalid, "memory address is null"));
+        };
+        if (base.as_ptr() as usize).checked_add(len).is_none() {
+            return Err(Error::invalid("memory length", len, "not past the address space"));
+        }
+        Ok(Self { base, len, ownership: Ownership::Lent, writable: true })
+    }
+
+    /// Bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether writes are possible.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The address of `offset`, after checking that `len` bytes lie there.
+    fn at(&self, offset: u64, len: u64) -> Result<NonNull<u8>> {
+        let end = offset.checked_add(len);
+        if end.is_none_or(|end| end > self.len as u64) {
+            return Err(out_of_bounds(offset, len, self.len as u64));
+        }
+        // SAFETY: `offset <= self.len` was checked just now, so the result stays within the range
+        // or one past its end.
+        Ok(unsafe { self.base.add(offset as usize) })
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Denied, "memory is mapped read-only"))
+    }
+
+    /// Copies `bytes` in at `offset`.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        let target = self.at(offset, bytes.len() as u64)?;
+        // SAFETY: `target` is valid for the length (checked by `at`, writable checked above); a
+        // caller's slice cannot overlap memory that is only ever handed out by copies. For lent
+        // memory the lender's contract forbids slices into it, and `copy` tolerates overlap.
+        unsafe { std::ptr::copy(bytes.as_ptr(), target.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies out from `offset` until `bytes` is full.
+    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let source = self.at(offset, bytes.len() as u64)?;
+        // SAFETY: `source` is valid for the length (checked by `at`); overlap is tolerated as above.
+        unsafe { std::ptr::copy(source.as_ptr(), bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies `len` bytes between two mappings, which may be the same one and overlap.
+    pub(crate) fn copy(
+        from: &Self,
+        from_offset: u64,
+        to: &Self,
+        to_offset: u64,
+        len: u64,
+    ) -> Result<()> {
+        to.check_writable()?;
+        let source = from.at(from_offset, len)?;
+        let target = to.at(to_offset, len)?;
+        // SAFETY: both ends are valid for `len` bytes (checked by `at`), the target is writable
+        // (checked above), and `copy` is defined for overlapping ranges.
+        unsafe { std::ptr::copy(source.as_ptr(), target.as_ptr(), len as usize) };
+        Ok(())
+    }
+
+    /// Sets `len` bytes to `value`.
+    pub(crate) fn fill(&self, offset: u64, len: u64, value: u8) -> Result<()> {
+        self.check_writable()?;
+        let target = self.at(offset, len)?;
+        // SAFETY: the target is valid for `len` bytes (checked by `at`) and writable.
+        unsafe { std::ptr::write_bytes(target.as_ptr(), value, len as usize) };
+        Ok(())
+    }
+
+    /// The CRC-32C of `len` bytes.
+    pub(crate) fn crc32c(&self, offset: u64, len: u64) -> Result<u32> {
+        self.at(offset, len)?;
+        let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+        let mut step = [0_u8; CHECKSUM_STEP_BYTES];
+        let mut done = 0;
+        while done < len {
+            let count = (len - done).min(CHECKSUM_STEP_BYTES as u64) as usize;
+            self.read(offset + done, &mut step[..count])?;
+            digest.update(&step[..count]);
+            done += count as u64;
+        }
+        Ok(digest.finalize() as u32)
+    }
+
+    /// The aligned 8-byte word at `offset`, as an atomic.
+    fn word(&self, offset: u64) -> Result<&AtomicU64> {
+        let address = self.at(offset, 8)?.cast::<AtomicU64>();
+        if !address.is_aligned() {
+            return Err(Error::invalid("word offset", offset, "a multiple of 8"));
+        }
+        // SAFETY: eight valid, aligned bytes (checked above) that live as long as `self`; an atomic
+        // may be changed by others at any time, and every bit pattern is a valid value.
+        Ok(unsafe { address.as_ref() })
+    }
+
+    /// Reads a word that others may change; what they wrote before it is visible after.
+    pub(crate) fn load_u64(&self, offset: u64) -> Result<u64> {
+        Ok(self.word(offset)?.load(Ordering::Acquire))
+    }
+
+    /// Writes a word; whoever reads it with [`Mapping::load_u64`] sees what was written before.
+    pub(crate) fn store_u64(&self, offset: u64, value: u64) -> Result<()> {
+        self.check_writable()?;
+        self.word(offset)?.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// A checked range to hand to the kernel.
+    pub(crate) fn span(&self, offset: u64, len: u64) -> Result<Span<'_>> {
+        let base = self.at(offset, len)?;
+        let raw = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len as usize };
+        Ok(Span { raw, owner: PhantomData })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.ownership == Ownership::Lent {
+            return;
+        }
+        // SAFETY: the range was mapped by `mapped` with this length and is unmapped only here;
+        // whoever copies holds a reference to `self`, so nobody does any more.
+        let status = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        if let Err(error) = status {
+            tracing::warn!(%error, "unmap memory");
+        }
+    }
+}
+
+/// A range that the kernel may read from or write to, in the form of its vectored calls.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct Span<'a> {
+    raw: libc::iovec,
+    owner: PhantomData<&'a Mapping>,
+}
+
+impl<'a> Span<'a> {
+    /// Private bytes to send.
+    pub(crate) fn of_bytes(bytes: &'a [u8]) -> Self {
+        let raw = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        Self { raw, owner: PhantomData }
+    }
+
+    /// The kernel's view of it.
+    pub(crate) fn raw(&self) -> libc::iovec {
+        self.raw
+    }
+}
+
+fn checked_len(len: u64) -> Result<usize> {
+    match usize::try_from(len) {
+        Ok(len) if len > 0 && len <= isize::MAX as usize => Ok(len),
+        _ => Err(Error::invalid("memory length", len, 1..=isize::MAX)),
+    }
+}
+
+fn out_of_bounds(offset: u64, len: u64, size: u64) -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        format!("bytes {offset}+{len} lie outside the {size} bytes of the region"),
+    )
+}
+
+/// Memory of this host to register with an agent.
+///
+/// Only [`HostMemory::shared`] can be mapped by other processes of this host; other kinds are reached over `tcp`.
+pub struct HostMemory {
+    mapping: Mapping,
+    shared: Option<OwnedFd>,
+}
+
+impl HostMemory {
+    /// Zeroed memory, private to this process.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for no bytes, [`ErrorKind::Io`] when the system has none left.
+    pub fn anonymous(bytes: u64) -> Result<Self> {
+        Ok(Self { mapping: Mapping::anonymous(bytes)?, shared: None })
+    }
+
+    /// Zeroed memory that processes of this host may map; its size is sealed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for no bytes, [`ErrorKind::Io`] when the system has none left.
+    pub fn shared(bytes: u64) -> Result<Self> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("kvfabric", flags)
+            .map_err(|e| Error::io("create shared memory", e.into()))?;
+        rustix::fs::ftruncate(&file, bytes)
+            .map_err(|e| Error::io(format!("size shared memory to {bytes} bytes"), e.into()))?;
+        rustix::fs::fcntl_add_seals(&file, SIZE_SEALS | SealFlags::SEAL)
+            .map_err(|e| Error::io("seal the size of shared memory", e.into()))?;
+        let mapping = Mapping::of_file(&file, bytes, true)?;
+        Ok(Self { mapping, shared: Some(file) })
+    }
+
+    /// Memory that someone else owns, such as an engine's cache pool.
+    ///
+    /// # Safety
+    /// `base` must be valid for reads and writes of `bytes` bytes until the region made of it has been
+    /// deregistered and [`crate::Deregistration`] has completed (not merely until it was dropped). No
+    /// Rust reference may point into the range while a transfer that names it is in flight.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a null address or no bytes.
+    pub unsafe fn from_raw(base: *mut u8, bytes: u64) -> Result<Self> {
+        // SAFETY: passed on to the caller, word for word.
+        let mapping = unsafe { Mapping::lent(base, bytes)? };
+        Ok(Self { mapping, shared: None })
+    }
+
+    /// Its size in bytes, never zero.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.mapping.len()
+    }
+
+    /// Whether other processes of this host can map it.
+    #[must_use]
+    pub fn is_shareable(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    pub(crate) fn shared_file(&self) -> Option<&OwnedFd> {
+        self.shared.as_ref()
+    }
+}
+
+impl std::fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostMemory")
+            .field("bytes", &self.bytes())
+            .field("shareable", &self.is_shareable())
+            .finish()
+    }
+}
+
+/// What keeps a peer from cutting memory away under us.
+pub(crate) const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);

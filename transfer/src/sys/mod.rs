@@ -1,0 +1,4 @@
+//! The operating system, behind safe functions: the only place of this crate, with the backends, that has `unsafe`.
+
+pub(crate) mod fork;
+pub(crate) mod memory;
