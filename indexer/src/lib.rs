@@ -12,8 +12,11 @@ pub mod adapter;
 pub mod client;
 #[cfg(feature = "server")]
 pub mod config;
+pub mod index;
+pub mod ingest;
 #[cfg(feature = "client")]
 pub mod publisher;
 #[cfg(feature = "server")]
 pub mod server;
+pub mod score;
 pub mod wire;

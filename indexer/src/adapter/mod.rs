@@ -1,0 +1,126 @@
+//! The wire format of KV events, and the only place that knows it.
+//!
+//! Engines of many versions publish the same facts in many shapes: events as arrays or maps, batches with two or three
+//! elements, hashes as integers of any width and sign or as whole digests. [`decode_batch`] accepts all of them and
+//! yields [`SourceEvent`]s; an event that makes no sense costs only itself. [`encode_engine_batch`] and
+//! [`encode_node_batch`] write the shape that vLLM publishes today.
+
+mod decode;
+mod encode;
+mod extra;
+mod medium;
+mod msgpack;
+mod topic;
+
+#[cfg(test)]
+mod tests;
+
+use kvcache_core::{EngineHash, Result, Tier};
+
+pub use decode::{
+    BATCH_BYTES_MAX, EVENTS_MAX, HASHES_MAX, IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX, NAME_BYTES_MAX,
+    TOKENS_MAX, decode_batch,
+};
+pub use encode::{encode_engine_batch, encode_node_batch};
+pub use medium::tier_of_medium;
+pub use topic::{TOPIC_BYTES_MAX, TOPIC_PREFIX, Topic};
+
+/// What publishes a source's events, and so how they are read and what repeating one means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourceKind {
+    /// vLLM: a block may be announced once per copy, and is gone when as many removals have come.
+    Vllm,
+    /// vLLM told to report reused prefixes again: repeating an announcement means nothing.
+    VllmFull,
+    /// SGLang: repeating an announcement means nothing; a clear empties the host's cache too.
+    Sglang,
+    /// A kvfabric node: hashes are index keys; repeating an announcement means nothing.
+    Node,
+}
+
+impl SourceKind {
+    /// Whether each announcement is one more copy that a removal of its own must take back.
+    #[must_use]
+    pub const fn is_counted(self) -> bool {
+        matches!(self, Self::Vllm)
+    }
+
+    /// The name in configuration and logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vllm => "vllm",
+            Self::VllmFull => "vllm-full",
+            Self::Sglang => "sglang",
+            Self::Node => "node",
+        }
+    }
+}
+
+/// One message of a source: what happened between two of its steps, in order.
+#[derive(Debug)]
+pub struct Batch {
+    /// When the source published it, in seconds since 1970 by its own clock.
+    pub timestamp: f64,
+    /// The data-parallel rank, where it is told.
+    pub rank: Option<u32>,
+    /// The events in order; an error stands for one that could not be read or is not understood.
+    pub events: Vec<Result<SourceEvent>>,
+}
+
+/// One event of a source, as all encodings tell it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// Blocks appeared in a tier.
+    Stored(StoredBlocks),
+    /// Blocks left a tier.
+    Removed(RemovedBlocks),
+    /// The source's cache was emptied.
+    Cleared,
+}
+
+/// Blocks that appeared in a tier, in sequence order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredBlocks {
+    /// The source's hashes, one a block; of a node, the index keys.
+    pub hashes: Vec<EngineHash>,
+    /// The block before the first; none at the start of a sequence.
+    pub parent: Option<EngineHash>,
+    /// The tokens of all blocks, in order; empty when the source tells only that known blocks are in one more tier.
+    pub tokens: Vec<u32>,
+    /// Tokens a block; 0 when there are no tokens.
+    pub block_size: u32,
+    /// Where they are.
+    pub tier: Tier,
+    /// The KV-cache group, for models that have several.
+    pub group: Option<CacheGroup>,
+    /// The adapter whose blocks these are.
+    pub lora: Option<String>,
+    /// The tenant's salt, told with the first block of a sequence only.
+    pub cache_salt: Option<String>,
+    /// Per block, what else shaped it; as long as `hashes`, or empty when nothing did.
+    pub identifiers: Vec<BlockIdentifiers>,
+}
+
+/// What shaped a block beside its tokens: identifiers of images and the like, in the order told.
+pub type BlockIdentifiers = Vec<String>;
+
+/// Blocks that left a tier: one copy each where the source counts copies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemovedBlocks {
+    /// The source's hashes; of a node, the index keys.
+    pub hashes: Vec<EngineHash>,
+    /// Where they were.
+    pub tier: Tier,
+    /// The number of the KV-cache group, for models that have several.
+    pub group: Option<u32>,
+}
+
+/// One group of layers that share a way to cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheGroup {
+    /// Its number.
+    pub number: u32,
+    /// Whether its blocks form prefixes: a sliding window's or a state-space layer's do not.
+    pub is_prefix: bool,
+}

@@ -1,0 +1,592 @@
+//! What one source says it holds, and where its blocks belong in the index: only the source's own events read this.
+
+use std::collections::HashMap;
+use std::mem::size_of;
+use std::sync::Arc;
+
+use kvcache_core::prefix::{ChainRoot, IndexChain, IndexScheme, Namespace};
+use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
+
+use super::Applied;
+use super::table::{Change, KeyState};
+use crate::adapter::{CacheGroup, RemovedBlocks, SourceKind, StoredBlocks};
+use crate::score::TIERS;
+
+/// Copies of a block by tier. More than 65,535 of one block in one tier are as good as that many.
+type Copies = [u16; TIERS];
+
+/// Where a block of the source belongs.
+#[derive(Clone, Copy)]
+struct Placed {
+    key: IndexKey,
+    /// The chain it is part of, for blocks that will follow it.
+    root: u32,
+    copies: Copies,
+}
+
+/// A block that is held, but whose place is not known yet.
+struct Orphan {
+    /// None when the block's own tokens have not been told, so that a parent would not help.
+    content: Option<Content>,
+    copies: Copies,
+}
+
+struct Content {
+    parent: EngineHash,
+    tokens: Box<[u32]>,
+    identifiers: Vec<String>,
+}
+
+/// How a ledger makes keys.
+pub(super) struct Keys {
+    pub(super) scheme: IndexScheme,
+    pub(super) model: String,
+    pub(super) block_size: TokensPerBlock,
+}
+
+/// The ledger of an engine: its hashes are bridged to index keys by the tokens that come with them.
+pub(super) struct EngineLedger {
+    kind: SourceKind,
+    keys: Arc<Keys>,
+    orphans_max: usize,
+    placed: HashMap<EngineHash, Placed, KeyState>,
+    orphans: HashMap<EngineHash, Orphan>,
+    /// The orphans that wait for a block, by that block.
+    waiting: HashMap<EngineHash, Vec<EngineHash>>,
+    roots: Roots,
+    /// The cache group that the index follows; the first one that forms prefixes.
+    group: Option<u32>,
+}
+
+impl EngineLedger {
+    pub(super) fn new(kind: SourceKind, keys: Arc<Keys>, orphans_max: usize) -> Self {
+        Self {
+            kind,
+            keys,
+            orphans_max,
+            placed: HashMap::with_hasher(KeyState::random()),
+            orphans: HashMap::new(),
+            waiting: HashMap::new(),
+            roots: Roots::default(),
+            group: None,
+        }
+    }
+
+    pub(super) fn orphans(&self) -> usize {
+        self.orphans.len()
+    }
+
+    /// Takes stored blocks in; what may appear in the index by that is appended to `changes`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when the blocks have another size than the index's; both are named.
+    pub(super) fn store(
+        &mut self,
+        blocks: &StoredBlocks,
+        changes: &mut Vec<Change>,
+    ) -> Result<Applied> {
+        let mut applied = Applied::default();
+        if !self.follows(blocks.group) {
+            applied.ignored += blocks.hashes.len() as u32;
+            return Ok(applied);
+        }
+        let block_size = self.keys.block_size.get();
+        if blocks.tokens.is_empty() {
+            for &hash in &blocks.hashes {
+                self.count(hash, blocks.tier, None, changes, &mut applied);
+            }
+            return Ok(applied);
+        }
+        if blocks.block_size != block_size {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "the source's blocks have {} tokens, the index's {block_size}",
+                    blocks.block_size
+                ),
+            ));
+        }
+        let tokens = blocks.tokens.chunks_exact(block_size as usize);
+        if tokens.len() != blocks.hashes.len() {
+            return Err(Error::invalid(
+                "stored blocks' tokens",
+                blocks.tokens.len(),
+                blocks.hashes.len(),
+            ));
+        }
+        let mut chain = self.open_chain(blocks);
+        let mut parent = blocks.parent;
+        for (position, (&hash, tokens)) in blocks.hashes.iter().zip(tokens).enumerate() {
+            let identifiers = blocks
+                .identifiers
+                .get(position)
+                .map_or(&[][..], Vec::as_slice);
+            match &mut chain {
+                Some(chain) => {
+                    let key = self.place(chain, hash, tokens, identifiers);
+                    self.settle(hash, key, chain.root, changes);
+                    self.count(hash, blocks.tier, None, changes, &mut applied);
+                }
+                None => {
+                    let content = parent.map(|parent| Content {
+                        parent,
+                        tokens: tokens.into(),
+                        identifiers: identifiers.to_vec(),
+                    });
+                    self.count(hash, blocks.tier, content, changes, &mut applied);
+                }
+            }
+            parent = Some(hash);
+        }
+        if let Some(chain) = chain {
+            self.roots.release(chain.root);
+        }
+        Ok(applied)
+    }
+
+    /// Whether the index follows the group that an event is about.
+    fn follows(&mut self, group: Option<CacheGroup>) -> bool {
+        match group {
+            None => true,
+            Some(group) if !group.is_prefix => false,
+            Some(group) => *self.group.get_or_insert(group.number) == group.number,
+        }
+    }
+
+    /// The chain that an event's blocks go on with; `None` when their parent's place is not known.
+    fn open_chain(&mut self, blocks: &StoredBlocks) -> Option<OpenChain> {
+        match blocks.parent {
+            None => {
+                let root = self.roots.acquire(&self.keys, blocks);
+                Some(OpenChain {
+                    chain: IndexChain::new(self.roots.get(root)),
+                    root,
+                })
+            }
+            Some(parent) => {
+                let &Placed { key, root, .. } = self.placed.get(&parent)?;
+                self.roots.add(root);
+                Some(OpenChain {
+                    chain: IndexChain::after(self.roots.get(root), key),
+                    root,
+                })
+            }
+        }
+    }
+
+    /// The key of the chain's next block.
+    fn place(
+        &self,
+        open: &mut OpenChain,
+        hash: EngineHash,
+        tokens: &[u32],
+        identifiers: &[String],
+    ) -> IndexKey {
+        if let Some(known) = self.placed.get(&hash) {
+            // The first placing stands: it had everything that shaped the block.
+            open.chain = IndexChain::after(self.roots.get(open.root), known.key);
+            return known.key;
+        }
+        if identifiers.is_empty() {
+            open.chain.push(tokens)
+        } else {
+            let identifiers: Vec<&str> = identifiers.iter().map(String::as_str).collect();
+            open.chain.push_with(tokens, &identifiers)
+        }
+    }
+
+    /// Notes the place of a block, and of those that waited for it.
+    fn settle(&mut self, hash: EngineHash, key: IndexKey, root: u32, changes: &mut Vec<Change>) {
+        let mut settling = vec![(hash, key)];
+        while let Some((hash, key)) = settling.pop() {
+            if self.placed.contains_key(&hash) {
+                continue;
+            }
+            let copies = self
+                .forget_orphan(hash)
+                .map_or(Copies::default(), |orphan| orphan.copies);
+            self.roots.add(root);
+            self.placed.insert(hash, Placed { key, root, copies });
+            for tier in Tier::ALL {
+                if copies[tier as usize] > 0 {
+                    changes.push(Change {
+                        key,
+                        tier,
+                        is_stored: true,
+                    });
+                }
+            }
+            for child in self.waiting.remove(&hash).unwrap_or_default() {
+                let Some(content) = self
+                    .orphans
+                    .get(&child)
+                    .and_then(|child| child.content.as_ref())
+                else {
+                    continue;
+                };
+                let identifiers: Vec<&str> =
+                    content.identifiers.iter().map(String::as_str).collect();
+                let mut chain = IndexChain::after(self.roots.get(root), key);
+                settling.push((child, chain.push_with(&content.tokens, &identifiers)));
+            }
+        }
+    }
+
+    /// Counts one more copy of a block; one whose place is unknown becomes an orphan with `content`.
+    fn count(
+        &mut self,
+        hash: EngineHash,
+        tier: Tier,
+        content: Option<Content>,
+        changes: &mut Vec<Change>,
+        applied: &mut Applied,
+    ) {
+        let is_counted = self.kind.is_counted() && !tier.is_shared();
+        if let Some(placed) = self.placed.get_mut(&hash) {
+            // What others delete from a shared tier is stored anew, however often this source has said so.
+            if add_copy(&mut placed.copies, tier, is_counted) || tier.is_shared() {
+                changes.push(Change {
+                    key: placed.key,
+                    tier,
+                    is_stored: true,
+                });
+            }
+            return;
+        }
+        if !self.orphans.contains_key(&hash) {
+            if self.orphans.len() >= self.orphans_max {
+                applied.refused += 1;
+                return;
+            }
+            self.orphans.insert(
+                hash,
+                Orphan {
+                    content: None,
+                    copies: Copies::default(),
+                },
+            );
+            applied.orphaned += 1;
+        }
+        let Some(orphan) = self.orphans.get_mut(&hash) else {
+            return;
+        };
+        add_copy(&mut orphan.copies, tier, is_counted);
+        if let (None, Some(content)) = (&orphan.content, content) {
+            self.waiting.entry(content.parent).or_default().push(hash);
+            orphan.content = Some(content);
+        }
+    }
+
+    /// Takes a copy of each block away; what leaves the index by that is appended to `changes`.
+    pub(super) fn remove(&mut self, blocks: &RemovedBlocks, changes: &mut Vec<Change>) -> Applied {
+        let mut applied = Applied::default();
+        if let (Some(number), Some(followed)) = (blocks.group, self.group)
+            && number != followed
+        {
+            applied.ignored += blocks.hashes.len() as u32;
+            return applied;
+        }
+        for &hash in &blocks.hashes {
+            self.remove_copy(hash, blocks.tier, changes, &mut applied);
+        }
+        applied
+    }
+
+    fn remove_copy(
+        &mut self,
+        hash: EngineHash,
+        tier: Tier,
+        changes: &mut Vec<Change>,
+        applied: &mut Applied,
+    ) {
+        if let Some(placed) = self.placed.get_mut(&hash) {
+            match take_copy(&mut placed.copies, tier) {
+                // Whoever deletes from a shared tier says so, not only who stored.
+                None if tier.is_shared() => {
+                    changes.push(Change {
+                        key: placed.key,
+                        tier,
+                        is_stored: false,
+                    });
+                }
+                None => applied.unknown += 1,
+                Some(0) => {
+                    changes.push(Change {
+                        key: placed.key,
+                        tier,
+                        is_stored: false,
+                    });
+                    if placed.copies == Copies::default() {
+                        let root = placed.root;
+                        self.placed.remove(&hash);
+                        self.roots.release(root);
+                    }
+                }
+                Some(_) => {}
+            }
+        } else if let Some(orphan) = self.orphans.get_mut(&hash) {
+            match take_copy(&mut orphan.copies, tier) {
+                None => applied.unknown += 1,
+                Some(_) if orphan.copies == Copies::default() => {
+                    self.forget_orphan(hash);
+                }
+                Some(_) => {}
+            }
+        } else {
+            applied.unknown += 1;
+        }
+    }
+
+    fn forget_orphan(&mut self, hash: EngineHash) -> Option<Orphan> {
+        let orphan = self.orphans.remove(&hash)?;
+        if let Some(content) = &orphan.content
+            && let Some(siblings) = self.waiting.get_mut(&content.parent)
+        {
+            siblings.retain(|sibling| *sibling != hash);
+            if siblings.is_empty() {
+                self.waiting.remove(&content.parent);
+            }
+        }
+        Some(orphan)
+    }
+
+    /// Empties the tiers that a clear of this kind of engine empties.
+    pub(super) fn clear(&mut self, changes: &mut Vec<Change>) {
+        // vLLM resets its accelerator's cache only; SGLang its host's cache with it.
+        let tiers: &[Tier] = match self.kind {
+            SourceKind::Sglang => &[Tier::Device, Tier::Host, Tier::Disk],
+            _ => &[Tier::Device],
+        };
+        let roots = &mut self.roots;
+        self.placed.retain(|_, placed| {
+            for &tier in tiers {
+                if std::mem::take(&mut placed.copies[tier as usize]) > 0 {
+                    changes.push(Change {
+                        key: placed.key,
+                        tier,
+                        is_stored: false,
+                    });
+                }
+            }
+            let is_held = placed.copies != Copies::default();
+            if !is_held {
+                roots.release(placed.root);
+            }
+            is_held
+        });
+        let mut gone = Vec::new();
+        for (hash, orphan) in &mut self.orphans {
+            tiers
+                .iter()
+                .for_each(|&tier| orphan.copies[tier as usize] = 0);
+            if orphan.copies == Copies::default() {
+                gone.push(*hash);
+            }
+        }
+        for hash in gone {
+            self.forget_orphan(hash);
+        }
+    }
+
+    /// Forgets everything; what the source held itself is appended to `changes`, what it put in shared tiers stays.
+    pub(super) fn forget(&mut self, changes: &mut Vec<Change>) {
+        for placed in self.placed.values() {
+            for tier in Tier::ALL {
+                if !tier.is_shared() && placed.copies[tier as usize] > 0 {
+                    changes.push(Change {
+                        key: placed.key,
+                        tier,
+                        is_stored: false,
+                    });
+                }
+            }
+        }
+        *self = Self::new(self.kind, Arc::clone(&self.keys), self.orphans_max);
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        let contents = self
+            .orphans
+            .values()
+            .filter_map(|orphan| orphan.content.as_ref());
+        let contents: usize = contents.map(|content| content.tokens.len() * 4).sum();
+        self.placed.capacity() * (size_of::<(EngineHash, Placed)>() + 1) * 8 / 7
+            + self.orphans.capacity() * (size_of::<(EngineHash, Orphan)>() + 1) * 8 / 7
+            + self.waiting.capacity() * (size_of::<(EngineHash, Vec<EngineHash>)>() + 1) * 8 / 7
+            + self.orphans.len() * size_of::<EngineHash>()
+            + contents
+    }
+}
+
+/// Counts a copy in; true when it is the first in its tier.
+fn add_copy(copies: &mut Copies, tier: Tier, is_counted: bool) -> bool {
+    let copies = &mut copies[tier as usize];
+    let is_first = *copies == 0;
+    if is_first || is_counted {
+        *copies = copies.saturating_add(1);
+    }
+    is_first
+}
+
+/// Takes a copy out; how many are left, or `None` when there was none.
+fn take_copy(copies: &mut Copies, tier: Tier) -> Option<u16> {
+    let copies = &mut copies[tier as usize];
+    *copies = copies.checked_sub(1)?;
+    Some(*copies)
+}
+
+struct OpenChain {
+    chain: IndexChain,
+    root: u32,
+}
+
+/// The chains' starting points that a source uses: one per adapter and salt, for as long as a block needs it.
+#[derive(Default)]
+struct Roots {
+    slots: Vec<RootSlot>,
+    by_name: HashMap<RootName, u32>,
+    free: Vec<u32>,
+}
+
+type RootName = (Option<String>, Option<String>);
+
+struct RootSlot {
+    root: ChainRoot,
+    name: RootName,
+    /// At 0 the slot waits for reuse.
+    references: usize,
+}
+
+impl Roots {
+    /// The root for the adapter and salt of an event, with a reference to it.
+    fn acquire(&mut self, keys: &Keys, blocks: &StoredBlocks) -> u32 {
+        let name = (blocks.lora.clone(), blocks.cache_salt.clone());
+        if let Some(&slot) = self.by_name.get(&name) {
+            self.add(slot);
+            return slot;
+        }
+        let root = keys.scheme.root(&Namespace {
+            model: &keys.model,
+            lora: name.0.as_deref(),
+            cache_salt: name.1.as_deref(),
+        });
+        let used = RootSlot {
+            root,
+            name: name.clone(),
+            references: 1,
+        };
+        let slot = match self.free.pop() {
+            Some(slot) => {
+                self.slots[slot as usize] = used;
+                slot
+            }
+            None => {
+                self.slots.push(used);
+                self.slots.len() as u32 - 1
+            }
+        };
+        self.by_name.insert(name, slot);
+        slot
+    }
+
+    fn get(&self, slot: u32) -> &ChainRoot {
+        &self.slots[slot as usize].root
+    }
+
+    fn add(&mut self, slot: u32) {
+        self.slots[slot as usize].references += 1;
+    }
+
+    fn release(&mut self, slot: u32) {
+        let root = &mut self.slots[slot as usize];
+        assert!(
+            root.references > 0,
+            "root {slot} released more often than acquired"
+        );
+        root.references -= 1;
+        if root.references == 0 {
+            self.by_name.remove(&root.name);
+            self.free.push(slot);
+        }
+    }
+}
+
+/// The ledger of a node: its hashes are index keys already, so only what it holds where must be known.
+#[derive(Default)]
+pub(super) struct NodeLedger {
+    /// One bit per tier.
+    held: HashMap<IndexKey, u8, KeyState>,
+}
+
+impl NodeLedger {
+    pub(super) fn store(&mut self, blocks: &StoredBlocks, changes: &mut Vec<Change>) {
+        for hash in &blocks.hashes {
+            let key = IndexKey(hash.0);
+            let tier = blocks.tier;
+            if !tier.is_shared() {
+                let held = self.held.entry(key).or_default();
+                let bit = 1 << tier as u8;
+                if *held & bit != 0 {
+                    continue;
+                }
+                *held |= bit;
+            }
+            changes.push(Change {
+                key,
+                tier,
+                is_stored: true,
+            });
+        }
+    }
+
+    pub(super) fn remove(&mut self, blocks: &RemovedBlocks, changes: &mut Vec<Change>) -> Applied {
+        let mut applied = Applied::default();
+        for hash in &blocks.hashes {
+            let key = IndexKey(hash.0);
+            let tier = blocks.tier;
+            if !tier.is_shared() {
+                let bit = 1 << tier as u8;
+                match self.held.get_mut(&key) {
+                    Some(held) if *held & bit != 0 => {
+                        *held &= !bit;
+                        if *held == 0 {
+                            self.held.remove(&key);
+                        }
+                    }
+                    _ => {
+                        applied.unknown += 1;
+                        continue;
+                    }
+                }
+            }
+            // In a shared tier whoever deletes says so, not only who stored.
+            changes.push(Change {
+                key,
+                tier,
+                is_stored: false,
+            });
+        }
+        applied
+    }
+
+    /// Forgets everything; what the node held in its own tiers is appended to `changes`.
+    pub(super) fn forget(&mut self, changes: &mut Vec<Change>) {
+        for (&key, &held) in &self.held {
+            for tier in Tier::ALL {
+                if held & (1 << tier as u8) != 0 {
+                    changes.push(Change {
+                        key,
+                        tier,
+                        is_stored: false,
+                    });
+                }
+            }
+        }
+        *self = Self::default();
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.held.capacity() * (size_of::<(IndexKey, u8)>() + 1) * 8 / 7
+    }
+}

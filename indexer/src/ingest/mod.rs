@@ -1,0 +1,494 @@
+//! Puts a source's batches in order, and finds out when what it said before is worth nothing any more.
+//!
+//! [`Ingest`] is a state machine without I/O or clock. The driver tells it what arrives and asks for [`Action`]s after
+//! each input until there is none. It promises that whatever was applied since the last [`Action::Clear`] is a
+//! contiguous part of what one incarnation of the publisher sent, in order and without repetition.
+//!
+//! Engines' messages carry a sequence number but no incarnation, and an idle publisher shows no gap. So on every
+//! connect the last applied batch is asked for again: only if those bytes are the ones that were applied is this still
+//! the same publisher, and what was missed follows right behind. Otherwise the source is cleared and replayed from its
+//! start.
+
+mod config;
+mod history;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use kvcache_core::ports::Position;
+use kvcache_core::{Epoch, Sequence, Time};
+
+use self::history::{History, Known};
+
+pub use config::{Action, ClearReason, IngestConfig, IngestStats};
+
+/// How often in a row a replay may end without telling anything new while live batches wait for something older. Then
+/// those batches are not this publisher's and are dropped.
+const FRUITLESS_REPLAYS_MAX: u32 = 2;
+
+/// A live batch that waits for a replay to end.
+#[derive(Debug)]
+struct Pending {
+    sequence: u64,
+    payload: Bytes,
+}
+
+/// What the replay that is under way is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Replay {
+    /// None is under way.
+    Idle,
+    /// The last applied batch comes first, then what was missed.
+    Verify,
+    /// What was missed, the publisher being the known one or nothing being applied yet.
+    Follow,
+    /// The rest is of no use; another replay is asked for when it has ended.
+    Discard,
+}
+
+/// The order of one source's batches. See the [module](self).
+#[derive(Debug)]
+pub struct Ingest {
+    config: IngestConfig,
+    is_connected: bool,
+    /// The publisher's incarnation as far as it tells.
+    epoch: Option<Epoch>,
+    /// The batch to apply next; none when any will do, as nothing is applied.
+    next: Option<u64>,
+    /// The batches applied last, by their hashes.
+    history: History,
+    replay: Replay,
+    /// Whether the replay told anything new.
+    has_progressed: bool,
+    fruitless: u32,
+    pending: VecDeque<Pending>,
+    pending_bytes: usize,
+    /// One past the highest live batch seen: the publisher has come that far.
+    live_end: u64,
+    deadline: Option<Time>,
+    actions: VecDeque<Action>,
+    stats: IngestStats,
+}
+
+impl Ingest {
+    /// A source that is not connected and has said nothing yet.
+    #[must_use]
+    pub fn new(config: IngestConfig) -> Self {
+        Self {
+            config,
+            is_connected: false,
+            epoch: None,
+            next: None,
+            history: History::default(),
+            replay: Replay::Idle,
+            has_progressed: false,
+            fruitless: 0,
+            pending: VecDeque::new(),
+            pending_bytes: 0,
+            live_end: 0,
+            deadline: None,
+            actions: VecDeque::new(),
+            stats: IngestStats::default(),
+        }
+    }
+
+    /// What to do next; `None` until the next input.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.deadline
+    }
+
+    /// How far the batches handed out reach. Engines do not tell their incarnation: their epoch is 0.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position {
+            epoch: self.epoch.unwrap_or_default(),
+            next: Sequence(self.next.unwrap_or_default()),
+        }
+    }
+
+    /// Whether all that is known to have been published is handed out: connected, and no replay under way.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.is_connected && self.replay == Replay::Idle
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn stats(&self) -> IngestStats {
+        self.stats
+    }
+
+    /// The connection to the publisher is there, for the first time or again; live batches may follow.
+    pub fn handle_connected(&mut self, now: Time) {
+        self.drop_pending();
+        self.is_connected = true;
+        self.fruitless = 0;
+        self.live_end = self.next.unwrap_or_default();
+        if self.config.has_replay {
+            self.start_replay(now);
+        } else {
+            // Nothing tells whether this is the publisher of before.
+            self.reset(ClearReason::Unverifiable);
+        }
+    }
+
+    /// The connection is gone. What was applied stays until the driver gives the source up.
+    pub fn handle_disconnected(&mut self) {
+        self.is_connected = false;
+        self.replay = Replay::Idle;
+        self.deadline = None;
+        self.drop_pending();
+    }
+
+    /// A live batch; `epoch` is what its topic tells of the publisher's incarnation.
+    pub fn handle_frame(
+        &mut self,
+        now: Time,
+        epoch: Option<Epoch>,
+        sequence: Sequence,
+        payload: Bytes,
+    ) {
+        let Some(end) = sequence.0.checked_add(1) else {
+            // The number that marks the end of a replay; no publisher gets there by counting.
+            self.stats.dropped += 1;
+            return;
+        };
+        if !self.is_connected {
+            self.handle_connected(now);
+        }
+        let frame = Pending {
+            sequence: sequence.0,
+            payload,
+        };
+        if self.is_other_epoch(epoch) {
+            self.epoch = epoch;
+            self.restart(now, frame, ClearReason::NewEpoch);
+            return;
+        }
+        self.epoch = epoch.or(self.epoch);
+        if self.replay == Replay::Idle {
+            self.live_end = self.live_end.max(end);
+            self.take_live(now, frame);
+        } else if self
+            .pending
+            .back()
+            .is_some_and(|last| last.sequence >= frame.sequence)
+        {
+            // A publisher never counts back: a new one took over while the replay was under way.
+            self.restart(now, frame, ClearReason::Restarted);
+        } else {
+            self.live_end = self.live_end.max(end);
+            self.push_pending(frame);
+        }
+    }
+
+    /// One batch of the replay asked for; `epoch` as in [`Self::handle_frame`], `None` where the reply has no topic.
+    pub fn handle_replayed(
+        &mut self,
+        now: Time,
+        epoch: Option<Epoch>,
+        sequence: Sequence,
+        payload: Bytes,
+    ) {
+        if matches!(self.replay, Replay::Idle | Replay::Discard) {
+            self.touch(now);
+            return;
+        }
+        self.touch(now);
+        if self.is_other_epoch(epoch) {
+            self.epoch = epoch;
+            self.drop_pending();
+            self.abandon(ClearReason::NewEpoch);
+            return;
+        }
+        self.epoch = epoch.or(self.epoch);
+        if sequence.0 == u64::MAX {
+            self.stats.dropped += 1;
+            return;
+        }
+        if self.replay == Replay::Verify {
+            match self.history.is_last(sequence.0, &payload) {
+                Known::Same => self.replay = Replay::Follow,
+                Known::Different => self.abandon(ClearReason::Restarted),
+                Known::Older => self.stats.duplicates += 1,
+                Known::Newer => {
+                    // The publisher no longer has the batch, so it begins with the oldest that it has.
+                    self.reset(ClearReason::HistoryLost);
+                    self.replay = Replay::Follow;
+                    self.take_replayed(sequence.0, payload);
+                }
+            }
+            return;
+        }
+        self.take_replayed(sequence.0, payload);
+    }
+
+    /// The replay has told all it has.
+    pub fn handle_replay_end(&mut self, now: Time) {
+        match self.replay {
+            Replay::Idle => {}
+            Replay::Discard => self.start_replay(now),
+            Replay::Verify => {
+                // The last applied batch does not exist there: the publisher began anew and is not that far yet.
+                self.reset(ClearReason::Restarted);
+                self.start_replay(now);
+            }
+            Replay::Follow => {
+                self.replay = Replay::Idle;
+                self.deadline = None;
+                self.fruitless = if self.has_progressed {
+                    0
+                } else {
+                    self.fruitless + 1
+                };
+                if self.next.is_none() {
+                    // Asked from the start and nothing there: the first batch is still to come.
+                    self.next = Some(0);
+                }
+                self.drain(now);
+            }
+        }
+    }
+
+    /// The replay could not be had or broke off.
+    pub fn handle_replay_failed(&mut self) {
+        let replay = std::mem::replace(&mut self.replay, Replay::Idle);
+        if replay == Replay::Idle {
+            return;
+        }
+        self.deadline = None;
+        self.stats.replay_failures += 1;
+        if replay == Replay::Verify {
+            self.reset(ClearReason::ReplayFailed);
+        }
+        self.drain_unverified();
+    }
+
+    /// Lets time pass: a replay that tells nothing for too long has failed.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
+            self.handle_replay_failed();
+        }
+    }
+
+    fn is_other_epoch(&self, epoch: Option<Epoch>) -> bool {
+        matches!((epoch, self.epoch), (Some(told), Some(known)) if told != known)
+    }
+
+    /// A live batch while no replay is under way.
+    fn take_live(&mut self, now: Time, frame: Pending) {
+        match self.next {
+            Some(next) if frame.sequence > next => {
+                self.stats.gaps += 1;
+                if self.config.has_replay {
+                    self.push_pending(frame);
+                    self.start_replay(now);
+                } else {
+                    self.reset(ClearReason::Unverifiable);
+                    self.apply(frame.sequence, frame.payload);
+                }
+            }
+            Some(next) if frame.sequence < next => match self.history.find(&frame) {
+                Known::Same => self.stats.duplicates += 1,
+                Known::Older if self.config.has_replay => {
+                    // Too long ago to tell a late batch from a new publisher's.
+                    self.push_pending(frame);
+                    self.start_replay(now);
+                }
+                _ => self.restart(now, frame, ClearReason::Restarted),
+            },
+            _ => {
+                self.fruitless = 0;
+                self.apply(frame.sequence, frame.payload);
+            }
+        }
+    }
+
+    /// A batch of a replay whose publisher is known to be the right one.
+    fn take_replayed(&mut self, sequence: u64, payload: Bytes) {
+        match self.next {
+            Some(next) if sequence < next => {
+                match self.history.find(&Pending { sequence, payload }) {
+                    Known::Different => self.abandon(ClearReason::Restarted),
+                    _ => self.stats.duplicates += 1,
+                }
+                return;
+            }
+            Some(next) if sequence > next => self.reset(ClearReason::HistoryLost),
+            _ => {}
+        }
+        self.has_progressed = true;
+        self.apply(sequence, payload);
+    }
+
+    /// Applies what waited for the replay, as far as it follows on.
+    fn drain(&mut self, now: Time) {
+        while let Some(frame) = self.pop_pending() {
+            match self.next {
+                Some(next) if frame.sequence > next => {
+                    if self.fruitless < FRUITLESS_REPLAYS_MAX {
+                        self.stats.gaps += 1;
+                        self.unpop_pending(frame);
+                        self.start_replay(now);
+                        return;
+                    }
+                    if self.history.is_empty() {
+                        // A publisher that replays nothing: begin with what it sends.
+                        self.apply(frame.sequence, frame.payload);
+                    } else {
+                        self.stats.dropped += 1;
+                    }
+                }
+                Some(next) if frame.sequence < next => match self.history.find(&frame) {
+                    Known::Different => {
+                        // Either this is an old publisher's last word, or a new one took over after the replay: ask.
+                        self.stats.dropped += 1;
+                        self.start_replay(now);
+                        return;
+                    }
+                    _ => self.stats.duplicates += 1,
+                },
+                _ => self.apply(frame.sequence, frame.payload),
+            }
+        }
+        let next = self.next.unwrap_or_default();
+        if self.live_end > next {
+            if self.fruitless < FRUITLESS_REPLAYS_MAX {
+                self.start_replay(now);
+            } else {
+                self.live_end = next;
+            }
+        }
+    }
+
+    /// Goes on with what waited although the replay failed: behind a gap the source begins anew.
+    fn drain_unverified(&mut self) {
+        while let Some(frame) = self.pop_pending() {
+            match self.next {
+                Some(next) if frame.sequence < next => match self.history.find(&frame) {
+                    Known::Different => {
+                        self.reset(ClearReason::Restarted);
+                        self.apply(frame.sequence, frame.payload);
+                    }
+                    _ => self.stats.duplicates += 1,
+                },
+                Some(next) if frame.sequence > next => {
+                    self.stats.gaps += 1;
+                    self.reset(ClearReason::ReplayFailed);
+                    self.apply(frame.sequence, frame.payload);
+                }
+                _ => self.apply(frame.sequence, frame.payload),
+            }
+        }
+        if self.live_end > self.next.unwrap_or_default() {
+            self.reset(ClearReason::ReplayFailed);
+            self.live_end = 0;
+        }
+    }
+
+    /// Another publisher sent this batch.
+    fn restart(&mut self, now: Time, frame: Pending, reason: ClearReason) {
+        self.drop_pending();
+        self.reset(reason);
+        self.live_end = frame.sequence.saturating_add(1);
+        if self.replay != Replay::Idle {
+            self.replay = Replay::Discard;
+            self.push_pending(frame);
+        } else if frame.sequence == 0 || !self.config.has_replay {
+            self.apply(frame.sequence, frame.payload);
+        } else {
+            self.push_pending(frame);
+            self.start_replay(now);
+        }
+    }
+
+    /// The replay shows that the publisher is another one: its start is asked for once this replay has ended.
+    fn abandon(&mut self, reason: ClearReason) {
+        self.reset(reason);
+        self.replay = Replay::Discard;
+    }
+
+    /// Forgets everything about the publisher but what waits.
+    fn reset(&mut self, reason: ClearReason) {
+        if !self.history.is_empty() {
+            self.stats.resyncs += 1;
+            self.actions.push_back(Action::Clear { reason });
+        }
+        self.history = History::default();
+        self.next = None;
+    }
+
+    fn apply(&mut self, sequence: u64, payload: Bytes) {
+        self.history.push(sequence, &payload);
+        self.next = Some(sequence + 1);
+        self.live_end = self.live_end.max(sequence + 1);
+        self.stats.applied += 1;
+        let position = self.position();
+        self.actions.push_back(Action::Apply {
+            sequence: Sequence(sequence),
+            payload,
+            position,
+        });
+    }
+
+    fn start_replay(&mut self, now: Time) {
+        let last = self.history.last();
+        self.replay = if last.is_some() {
+            Replay::Verify
+        } else {
+            Replay::Follow
+        };
+        self.has_progressed = false;
+        self.stats.replays += 1;
+        self.touch(now);
+        self.actions.push_back(Action::RequestReplay {
+            from: Sequence(last.unwrap_or_default()),
+        });
+    }
+
+    fn touch(&mut self, now: Time) {
+        if self.replay != Replay::Idle {
+            self.deadline = Some(now + self.config.replay_timeout);
+        }
+    }
+
+    /// Keeps a batch for the end of the replay. One for which there is no room can still be replayed later, as
+    /// `live_end` remembers that it exists.
+    fn push_pending(&mut self, frame: Pending) {
+        let bytes = self.pending_bytes + frame.payload.len();
+        if self.pending.len() >= self.config.pending_batches_max
+            || bytes > self.config.pending_bytes_max
+        {
+            self.stats.dropped += 1;
+            return;
+        }
+        self.pending_bytes = bytes;
+        self.pending.push_back(frame);
+    }
+
+    fn pop_pending(&mut self) -> Option<Pending> {
+        let frame = self.pending.pop_front()?;
+        self.pending_bytes -= frame.payload.len();
+        Some(frame)
+    }
+
+    fn unpop_pending(&mut self, frame: Pending) {
+        self.pending_bytes += frame.payload.len();
+        self.pending.push_front(frame);
+    }
+
+    fn drop_pending(&mut self) {
+        self.stats.dropped += self.pending.len() as u64;
+        self.pending.clear();
+        self.pending_bytes = 0;
+    }
+}
