@@ -223,8 +223,8 @@ impl IndexChain {
     pub fn push_with(&mut self, tokens: &[u32], multimodal: &[&str]) -> IndexKey {
         let mut bytes = std::mem::take(&mut self.bytes);
         bytes.resize(tokens.len() * 4, 0);
-        for (place, token) in bytes.chunks_exact_mut(4).zip(tokens) {
-            place.copy_from_slice(&token.to_le_bytes());
+        for (place, token) in bytes.as_chunks_mut().0.iter_mut().zip(tokens) {
+            *place = token.to_le_bytes();
         }
         let key = self.push_le(&bytes, multimodal);
         self.bytes = bytes;

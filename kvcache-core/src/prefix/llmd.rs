@@ -74,12 +74,8 @@ impl Algorithm {
                 cbor::array(&mut hash, 3);
                 cbor::unsigned(&mut hash, parent);
                 cbor::array(&mut hash, tokens.len() / 4);
-                for token in tokens.chunks_exact(4) {
-                    let token = token
-                        .iter()
-                        .rev()
-                        .fold(0, |value, byte| value << 8 | u64::from(*byte));
-                    cbor::unsigned(&mut hash, token);
+                for token in tokens.as_chunks().0 {
+                    cbor::unsigned(&mut hash, u64::from(u32::from_le_bytes(*token)));
                 }
                 if extra_count == 0 {
                     cbor::null(&mut hash);

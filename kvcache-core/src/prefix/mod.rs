@@ -24,3 +24,6 @@ pub mod vllm;
 pub mod xxh3;
 
 pub use chain::{ChainRoot, IndexChain, IndexScheme, Namespace};
+
+#[cfg(test)]
+mod tests;

@@ -119,21 +119,20 @@ impl Reshard {
     }
 
     /// Bytes of a block on each source rank.
-    ///
-    /// # Errors
-    /// None after [`Self::new`] has checked the sizes.
-    pub fn source_bytes(&self) -> Result<u64, Error> {
-        let heads = Tensor::new(0, self.source_size)?.heads(self.form.heads)?;
-        Ok(self.form.bytes(heads.end))
+    #[must_use]
+    pub fn source_bytes(&self) -> u64 {
+        self.form.bytes(self.heads_each(self.source_size))
     }
 
     /// Bytes of a block on each target rank.
-    ///
-    /// # Errors
-    /// None after [`Self::new`] has checked the sizes.
-    pub fn target_bytes(&self) -> Result<u64, Error> {
-        let heads = Tensor::new(0, self.target_size)?.heads(self.form.heads)?;
-        Ok(self.form.bytes(heads.end))
+    #[must_use]
+    pub fn target_bytes(&self) -> u64 {
+        self.form.bytes(self.heads_each(self.target_size))
+    }
+
+    /// `new` has checked that one number divides the other.
+    fn heads_each(&self, size: u32) -> u32 {
+        (self.form.heads / size).max(1)
     }
 
     /// What to copy for one target rank, in the order of its bytes; neighbours are merged.

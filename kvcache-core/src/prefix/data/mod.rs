@@ -27,19 +27,20 @@
 //!
 //! Keys made from tokens and keys bridged from an engine's hashes never meet: their domains differ.
 
+mod message;
+
 use std::ops::Range;
 
+use self::message::{Message, count};
 use crate::error::{Error, ErrorKind};
 use crate::key::BlockKey;
+use crate::shape::Tensor;
 
 const MODEL: &[u8] = b"kvfabric/model/v1\0";
 const ADAPTER: &[u8] = b"kvfabric/adapter/v1\0";
 const ROOT: &[u8] = b"kvfabric/root/v1\0";
 const TOKENS: &[u8] = b"kvfabric/tokens/v1\0";
 const ENGINE: &[u8] = b"kvfabric/engine/v1\0";
-
-/// The most ranks of one tensor-parallel group that a shard can name.
-pub const TENSOR_RANKS_MAX: u32 = 4096;
 
 /// The length of a SHA-256 digest, the only engine hash that tiers outliving the process accept.
 const SHA256_BYTES: usize = 32;
@@ -122,10 +123,8 @@ impl ModelIdentity {
 /// Which part of a block's bytes one rank holds; two ranks never overwrite each other.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shard {
-    /// The rank's number in its tensor-parallel group.
-    pub tensor_rank: u32,
-    /// Ranks in the group.
-    pub tensor_size: u32,
+    /// The rank in its tensor-parallel group.
+    pub tensor: Tensor,
     /// The layers it holds, by their numbers in the whole model.
     pub layers: Range<u32>,
     /// The KV heads it holds, by their numbers in the whole model; `0..1` for one latent shared by all.
@@ -139,8 +138,7 @@ impl Shard {
     #[must_use]
     pub const fn whole(layers: u32, heads: u32) -> Self {
         Self {
-            tensor_rank: 0,
-            tensor_size: 1,
+            tensor: Tensor::SINGLE,
             layers: 0..layers,
             heads: 0..heads,
             cache_group: 0,
@@ -148,20 +146,6 @@ impl Shard {
     }
 
     fn check(&self) -> Result<(), Error> {
-        if !(1..=TENSOR_RANKS_MAX).contains(&self.tensor_size) {
-            return Err(Error::invalid(
-                "tensor_size",
-                self.tensor_size,
-                1..=TENSOR_RANKS_MAX,
-            ));
-        }
-        if self.tensor_rank >= self.tensor_size {
-            return Err(Error::invalid(
-                "tensor_rank",
-                self.tensor_rank,
-                0..self.tensor_size,
-            ));
-        }
         for (field, range) in [("layers", &self.layers), ("heads", &self.heads)] {
             if range.is_empty() {
                 let context = format!("the shard's {field} are {range:?}, expected at least one");
@@ -193,7 +177,7 @@ impl DataChain {
     /// A chain without blocks; `salt` keeps a tenant's blocks apart. An empty salt differs from none.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a shard that names no layers or heads, or a rank outside its group.
+    /// [`ErrorKind::Invalid`] for a shard that names no layers or no heads.
     pub fn new(identity: &ModelIdentity, shard: &Shard, salt: Option<&str>) -> Result<Self, Error> {
         let root = root(identity, shard, salt)?;
         Ok(Self {
@@ -338,8 +322,8 @@ fn root(identity: &ModelIdentity, shard: &Shard, salt: Option<&str>) -> Result<[
     shard.check()?;
     let mut message = Message::new(ROOT);
     message.bytes(&identity.0);
-    message.u32(shard.tensor_rank);
-    message.u32(shard.tensor_size);
+    message.u32(shard.tensor.rank());
+    message.u32(shard.tensor.size());
     for range in [&shard.layers, &shard.heads] {
         message.u32(range.start);
         message.u32(range.end - range.start);
@@ -349,75 +333,5 @@ fn root(identity: &ModelIdentity, shard: &Shard, salt: Option<&str>) -> Result<[
     Ok(message.digest())
 }
 
-/// Lengths in messages are u32; nothing that is hashed here comes near.
-fn count(len: usize) -> u32 {
-    assert!(u32::try_from(len).is_ok(), "{len} items in one block");
-    len as u32
-}
-
-/// A message in the making; the buffer is kept from block to block.
-#[derive(Clone, Debug, Default)]
-struct Message(Vec<u8>);
-
-impl Message {
-    fn new(domain: &[u8]) -> Self {
-        Self(domain.to_vec())
-    }
-
-    fn begin(&mut self, domain: &[u8]) {
-        self.0.clear();
-        self.bytes(domain);
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
-
-    fn u32(&mut self, value: u32) {
-        self.bytes(&value.to_le_bytes());
-    }
-
-    fn str(&mut self, value: &[u8]) {
-        self.bytes(&(value.len() as u64).to_le_bytes());
-        self.bytes(value);
-    }
-
-    fn optional(&mut self, value: Option<&[u8]>) {
-        match value {
-            None => self.bytes(&[0]),
-            Some(value) => {
-                self.bytes(&[1]);
-                self.str(value);
-            }
-        }
-    }
-
-    fn weights(&mut self, weights: &Weights<'_>) -> Result<(), Error> {
-        let empty = |what: &str| {
-            let context = format!("the {what} that names the weights is empty");
-            Err(Error::new(ErrorKind::Invalid, context))
-        };
-        match *weights {
-            Weights::Snapshot { commit: "", .. } => return empty("commit"),
-            Weights::Named("") => return empty("name"),
-            Weights::Snapshot { repository, commit } => {
-                self.bytes(&[1]);
-                self.str(repository.as_bytes());
-                self.str(commit.as_bytes());
-            }
-            Weights::Digest(digest) => {
-                self.bytes(&[2]);
-                self.bytes(&digest);
-            }
-            Weights::Named(name) => {
-                self.bytes(&[3]);
-                self.str(name.as_bytes());
-            }
-        }
-        Ok(())
-    }
-
-    fn digest(&self) -> [u8; 32] {
-        *blake3::hash(&self.0).as_bytes()
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -4,9 +4,9 @@
 //! hash[i] = SHA-256(hash[i-1] || content of page i)
 //! ```
 //!
-//! The first page of a chain without a namespace has nothing before it. A token is u32 little-endian; one that does
-//! not fit is `ff` and then u64 little-endian. A bigram page (EAGLE drafts) has each pair of neighbours, so its
-//! sequence is one token longer than it has positions.
+//! The first page of a chain without a namespace has nothing before it. Tokens are u32 little-endian; a page with a
+//! token that does not fit is a byte `ff` and then all its tokens as u64 little-endian. A bigram page (EAGLE drafts) has
+//! each pair of neighbours, so its sequence is one token longer than it has positions.
 //!
 //! Two rules put tenants apart, and both give the chain a predecessor. *Event* chains with a salt start at
 //! `SHA-256("sglang-cache-salt-v1\0" || salt)`. *Storage* chains start at
@@ -15,6 +15,7 @@
 
 use sha2::{Digest, Sha256};
 
+use crate::error::Error;
 use crate::key::EngineHash;
 
 /// One page's hash.
@@ -100,14 +101,27 @@ impl Chain {
     }
 
     /// Appends a page whose tokens may not fit 32 bits.
-    pub fn push_wide(&mut self, tokens: &[u64]) -> PageHash {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) for a token that does not fit 63 bits: SGLang's are signed.
+    pub fn push_wide(&mut self, tokens: &[u64]) -> Result<PageHash, Error> {
+        const TOKEN_MAX: u64 = i64::MAX as u64;
+        if let Some(token) = tokens.iter().find(|token| **token > TOKEN_MAX) {
+            return Err(Error::invalid("token", token, 0..=TOKEN_MAX));
+        }
+        if tokens.iter().all(|token| u32::try_from(*token).is_ok()) {
+            let hash = tokens.iter().fold(self.begin(), |hash, token| {
+                hash.chain_update((*token as u32).to_le_bytes())
+            });
+            return Ok(self.end(hash));
+        }
+        // The odd length keeps wide pages apart from narrow ones.
         let hash = tokens
             .iter()
-            .fold(self.begin(), |hash, token| match u32::try_from(*token) {
-                Ok(token) => hash.chain_update(token.to_le_bytes()),
-                Err(_) => hash.chain_update([0xff]).chain_update(token.to_le_bytes()),
+            .fold(self.begin().chain_update([0xff]), |hash, token| {
+                hash.chain_update(token.to_le_bytes())
             });
-        self.end(hash)
+        Ok(self.end(hash))
     }
 
     /// Appends a page of bigrams: `tokens` are the page's own and the first of the next page.
@@ -134,3 +148,6 @@ impl Chain {
         hash
     }
 }
+
+#[cfg(test)]
+mod tests;
