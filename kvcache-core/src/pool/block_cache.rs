@@ -41,6 +41,9 @@ impl<K: Copy + Eq + Hash + Debug + Send> BlockCache<K> {
     /// `count` slots to fill, evicting unpinned blocks, leaf first and least recently used, until there are enough.
     ///
     /// None, and nothing evicted, when pinned and filling slots leave too few.
+    ///
+    /// # Panics
+    /// Never, unless the counts of this cache are wrong.
     pub fn allocate(&mut self, count: u32) -> Option<Allocation<K>> {
         let available = self.slots.vacant() as usize + self.evictor.evictable();
         if (count as usize) > available {

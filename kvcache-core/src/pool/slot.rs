@@ -155,7 +155,12 @@ impl Slots {
     /// How many pins a slot has.
     #[must_use]
     pub fn pins(&self, place: HostSlot) -> u32 {
-        self.pins[place.index.0 as usize]
+        self.pins_of(place.index)
+    }
+
+    /// How many pins a slot has, whatever its generation.
+    pub(crate) fn pins_of(&self, index: SlotIndex) -> u32 {
+        self.pins[index.0 as usize]
     }
 
     /// How many slots there are.
