@@ -90,12 +90,19 @@ impl fmt::Display for RecordFault {
             }
             Self::Magic => f.write_str("does not begin like a record"),
             Self::Version { found } => {
-                write!(f, "written in version {found}, this build reads version {RECORD_VERSION}")
+                write!(
+                    f,
+                    "written in version {found}, this build reads version {RECORD_VERSION}"
+                )
             }
             Self::HeaderChecksum => f.write_str("header does not match its checksum"),
             Self::Unknown { field, found } => write!(f, "{field} {found} is not known"),
             Self::ForeignModel { found } => {
-                write!(f, "belongs to another model, identity {:016x}…", u64::from_be_bytes(*found))
+                write!(
+                    f,
+                    "belongs to another model, identity {:016x}…",
+                    u64::from_be_bytes(*found)
+                )
             }
             Self::Length { found, expected } => {
                 write!(f, "payload of {found} bytes, expected {expected}")
@@ -119,7 +126,10 @@ impl RecordHeader {
     #[must_use]
     pub fn encode(&self) -> [u8; RECORD_HEADER_BYTES] {
         let mut bytes = [0; RECORD_HEADER_BYTES];
-        let mut writer = Writer { bytes: &mut bytes, at: 0 };
+        let mut writer = Writer {
+            bytes: &mut bytes,
+            at: 0,
+        };
         let mut flags = 0;
         if self.info.parent.is_some() {
             flags |= FLAG_PARENT;
@@ -137,7 +147,16 @@ impl RecordHeader {
         writer.put(&self.info.index_key.0.to_le_bytes());
         writer.put(&self.info.index_parent.map_or(0, |key| key.0).to_le_bytes());
         writer.put(&self.payload_bytes.to_le_bytes());
-        writer.put(&[self.checksum.algorithm as u8, ENCODING_RAW, 0, 0, 0, 0, 0, 0]);
+        writer.put(&[
+            self.checksum.algorithm as u8,
+            ENCODING_RAW,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ]);
         writer.put(&self.checksum.value.to_le_bytes());
         let crc = crc32c(&bytes[..CRC_AT]);
         bytes[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
@@ -202,7 +221,10 @@ impl RecordHeader {
                 index_parent: (flags & FLAG_INDEX_PARENT != 0).then_some(index_parent),
             },
             payload_bytes,
-            checksum: Checksum { algorithm, value: u64::from_le_bytes(reader.take()) },
+            checksum: Checksum {
+                algorithm,
+                value: u64::from_le_bytes(reader.take()),
+            },
         })
     }
 

@@ -36,7 +36,13 @@ pub struct ScanFault {
 
 impl fmt::Display for ScanFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: {}", file_name(self.segment), self.offset, self.fault)
+        write!(
+            f,
+            "{}:{}: {}",
+            file_name(self.segment),
+            self.offset,
+            self.fault
+        )
     }
 }
 
@@ -80,8 +86,17 @@ impl Scanner {
         segment: u32,
         file_bytes: u64,
     ) -> Self {
-        let expected = Expected { model_identity, block_bytes: layout.block_bytes() };
-        Self { layout, expected, segment, file_bytes, report: ScanReport::default() }
+        let expected = Expected {
+            model_identity,
+            block_bytes: layout.block_bytes(),
+        };
+        Self {
+            layout,
+            expected,
+            segment,
+            file_bytes,
+            report: ScanReport::default(),
+        }
     }
 
     /// Looks at the first page: `page` has what the file has of it.
@@ -147,7 +162,11 @@ impl Scanner {
     }
 
     fn fault(&mut self, offset: u64, fault: RecordFault) {
-        self.report.faults.push(ScanFault { segment: self.segment, offset, fault });
+        self.report.faults.push(ScanFault {
+            segment: self.segment,
+            offset,
+            fault,
+        });
     }
 }
 

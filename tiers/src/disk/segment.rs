@@ -33,7 +33,11 @@ impl SegmentLayout {
     /// absurd size.
     pub fn new(segment_bytes: u64, block_bytes: u64) -> Result<Self> {
         if block_bytes == 0 || block_bytes > BLOCK_BYTES_MAX {
-            return Err(Error::invalid("block_bytes", block_bytes, 1..=BLOCK_BYTES_MAX));
+            return Err(Error::invalid(
+                "block_bytes",
+                block_bytes,
+                1..=BLOCK_BYTES_MAX,
+            ));
         }
         let slots = segment_bytes.saturating_sub(PAGE_BYTES) / stride(block_bytes);
         let slots = u32::try_from(slots).unwrap_or(u32::MAX);
@@ -65,7 +69,11 @@ impl SegmentLayout {
     /// Where the header page of the record at `position` begins.
     #[must_use]
     pub fn record_offset(&self, position: u32) -> u64 {
-        assert!(position < self.slots, "position {position} of {} slots", self.slots);
+        assert!(
+            position < self.slots,
+            "position {position} of {} slots",
+            self.slots
+        );
         PAGE_BYTES + u64::from(position) * stride(self.block_bytes)
     }
 
@@ -113,7 +121,10 @@ impl SegmentHeader {
     #[must_use]
     pub fn encode(&self) -> [u8; RECORD_HEADER_BYTES] {
         let mut bytes = [0; RECORD_HEADER_BYTES];
-        let mut writer = Writer { bytes: &mut bytes, at: 0 };
+        let mut writer = Writer {
+            bytes: &mut bytes,
+            at: 0,
+        };
         writer.put(&MAGIC);
         writer.put(&SEGMENT_VERSION.to_le_bytes());
         writer.put(&(RECORD_HEADER_BYTES as u16).to_le_bytes());
@@ -153,7 +164,10 @@ impl SegmentHeader {
         let header_bytes = u16::from_le_bytes(reader.take());
         if usize::from(header_bytes) != RECORD_HEADER_BYTES {
             let found = header_bytes.into();
-            return Err(RecordFault::Unknown { field: "header length", found });
+            return Err(RecordFault::Unknown {
+                field: "header length",
+                found,
+            });
         }
         Ok(Self {
             segment: u32::from_le_bytes(reader.take()),

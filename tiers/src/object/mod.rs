@@ -50,14 +50,20 @@ fn check_prefix(prefix: &str) -> Result<()> {
     }
     let rule = if prefix.len() > PREFIX_BYTES_MAX {
         "is longer than 512 bytes"
-    } else if prefix.split('/').any(|part| matches!(part, "" | "." | "..")) {
+    } else if prefix
+        .split('/')
+        .any(|part| matches!(part, "" | "." | ".."))
+    {
         "has an empty, '.' or '..' segment"
     } else if prefix.chars().any(|c| c.is_control() || c == '\\') {
         "has a control character or a backslash"
     } else {
         return Ok(());
     };
-    Err(Error::new(ErrorKind::Invalid, format!("object prefix {prefix:?} {rule}")))
+    Err(Error::new(
+        ErrorKind::Invalid,
+        format!("object prefix {prefix:?} {rule}"),
+    ))
 }
 
 #[cfg(test)]
@@ -72,7 +78,10 @@ mod tests {
         let key = BlockKey([0xc0; 32]);
         let hex = "c0".repeat(32);
         let names = ObjectNames::new("kv/prod", &identity).unwrap();
-        assert_eq!(names.name(&key), format!("kv/prod/0123456789abcdef/c0/{hex}"));
+        assert_eq!(
+            names.name(&key),
+            format!("kv/prod/0123456789abcdef/c0/{hex}")
+        );
         let names = ObjectNames::new("", &identity).unwrap();
         assert_eq!(names.name(&key), format!("0123456789abcdef/c0/{hex}"));
     }
@@ -80,7 +89,16 @@ mod tests {
     /// Each rule once; the message names the prefix.
     #[test]
     fn prefixes_that_would_escape_or_vanish_are_refused() {
-        for prefix in ["/a", "a/", "a//b", "a/../b", ".", "a\nb", "a\\b", &"x".repeat(513)] {
+        for prefix in [
+            "/a",
+            "a/",
+            "a//b",
+            "a/../b",
+            ".",
+            "a\nb",
+            "a\\b",
+            &"x".repeat(513),
+        ] {
             let error = ObjectNames::new(prefix, &[0; 32]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid);
             assert!(error.context().contains(&format!("{prefix:?}")), "{error}");

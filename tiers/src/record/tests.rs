@@ -3,7 +3,10 @@ use proptest::prelude::*;
 use super::*;
 
 const IDENTITY: [u8; 32] = [7; 32];
-const EXPECTED: Expected = Expected { model_identity: IDENTITY, block_bytes: 4096 };
+const EXPECTED: Expected = Expected {
+    model_identity: IDENTITY,
+    block_bytes: 4096,
+};
 
 prop_compose! {
     fn headers()(
@@ -111,21 +114,42 @@ fn a_whole_header_with_a_foreign_field_is_refused_by_name() {
     let version = RecordHeader::decode(&rewritten(8, &[9, 0])).unwrap_err();
     assert_eq!(version, RecordFault::Version { found: 9 });
     let text = version.to_string();
-    assert!(text.contains("version 9") && text.contains("version 1"), "{text}");
+    assert!(
+        text.contains("version 9") && text.contains("version 1"),
+        "{text}"
+    );
 
     for (at, field) in [(10, "header length"), (12, "flags")] {
         let fault = RecordHeader::decode(&rewritten(at, &[0xf0])).unwrap_err();
         assert!(matches!(fault, RecordFault::Unknown { field: found, .. } if found == field));
     }
     let algorithm = RecordHeader::decode(&rewritten(136, &[77])).unwrap_err();
-    assert_eq!(algorithm, RecordFault::Unknown { field: "checksum algorithm", found: 77 });
+    assert_eq!(
+        algorithm,
+        RecordFault::Unknown {
+            field: "checksum algorithm",
+            found: 77
+        }
+    );
     let encoding = RecordHeader::decode(&rewritten(137, &[1])).unwrap_err();
-    assert_eq!(encoding, RecordFault::Unknown { field: "payload encoding", found: 1 });
+    assert_eq!(
+        encoding,
+        RecordFault::Unknown {
+            field: "payload encoding",
+            found: 1
+        }
+    );
 
     let foreign = RecordHeader::decode(&rewritten(16, &[8])).unwrap();
-    assert!(matches!(foreign.check(&EXPECTED), Err(RecordFault::ForeignModel { .. })));
+    assert!(matches!(
+        foreign.check(&EXPECTED),
+        Err(RecordFault::ForeignModel { .. })
+    ));
     let length = RecordHeader::decode(&rewritten(128, &[1])).unwrap();
-    let fault = RecordFault::Length { found: 4097, expected: 4096 };
+    let fault = RecordFault::Length {
+        found: 4097,
+        expected: 4096,
+    };
     assert_eq!(length.check(&EXPECTED), Err(fault));
     assert_eq!(ours().check(&EXPECTED), Ok(()));
 }

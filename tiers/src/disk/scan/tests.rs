@@ -14,7 +14,9 @@ fn layout() -> SegmentLayout {
 }
 
 fn payload(block: u8) -> Vec<u8> {
-    (0..BLOCK).map(|at| (at as u8).wrapping_mul(31).wrapping_add(block)).collect()
+    (0..BLOCK)
+        .map(|at| (at as u8).wrapping_mul(31).wrapping_add(block))
+        .collect()
 }
 
 fn header(block: u8) -> RecordHeader {
@@ -36,8 +38,13 @@ fn file(blocks: u8) -> Vec<u8> {
     let layout = layout();
     let mut bytes = vec![0; layout.file_bytes() as usize];
     let (block_bytes, slots) = (layout.block_bytes(), layout.slots());
-    let head =
-        SegmentHeader { model_identity: IDENTITY, segment: SEGMENT, block_bytes, slots }.encode();
+    let head = SegmentHeader {
+        model_identity: IDENTITY,
+        segment: SEGMENT,
+        block_bytes,
+        slots,
+    }
+    .encode();
     bytes[..head.len()].copy_from_slice(&head);
     for block in 0..blocks {
         let at = layout.record_offset(block.into()) as usize;
@@ -86,8 +93,18 @@ fn a_foreign_file_is_skipped_as_a_whole_and_counted_once() {
     );
 
     for head in [
-        SegmentHeader { model_identity: [8; 32], segment: 3, block_bytes: 5000, slots: 7 },
-        SegmentHeader { model_identity: IDENTITY, segment: 3, block_bytes: 4999, slots: 7 },
+        SegmentHeader {
+            model_identity: [8; 32],
+            segment: 3,
+            block_bytes: 5000,
+            slots: 7,
+        },
+        SegmentHeader {
+            model_identity: IDENTITY,
+            segment: 3,
+            block_bytes: 4999,
+            slots: 7,
+        },
     ] {
         let mut bytes = file(3);
         bytes[..RECORD_HEADER_BYTES].copy_from_slice(&head.encode());
@@ -101,13 +118,19 @@ fn a_foreign_file_is_skipped_as_a_whole_and_counted_once() {
 fn a_foreign_record_costs_only_itself() {
     let mut bytes = file(4);
     bytes[layout().record_offset(1) as usize + 8] = 9;
-    let foreign = RecordHeader { model_identity: [8; 32], ..header(2) };
+    let foreign = RecordHeader {
+        model_identity: [8; 32],
+        ..header(2)
+    };
     let at = layout().record_offset(2) as usize;
     bytes[at..at + RECORD_HEADER_BYTES].copy_from_slice(&foreign.encode());
     let report = scan(&bytes);
     assert_eq!(positions(&report), [0, 3]);
     let places: Vec<_> = report.faults.iter().map(|fault| fault.offset).collect();
-    assert_eq!(places, [layout().record_offset(1), layout().record_offset(2)]);
+    assert_eq!(
+        places,
+        [layout().record_offset(1), layout().record_offset(2)]
+    );
     assert!(report.faults[0].to_string().contains("version 9"));
 }
 

@@ -50,7 +50,13 @@ proptest! {
 /// Near misses.
 #[test]
 fn other_file_names_are_not_ours() {
-    for name in ["segment-7.kvf", "segment-+0000007.kvf", "segment-00000007.kvf.tmp", "x.kvf", ""] {
+    for name in [
+        "segment-7.kvf",
+        "segment-+0000007.kvf",
+        "segment-00000007.kvf.tmp",
+        "x.kvf",
+        "",
+    ] {
         assert_eq!(segment_of_file_name(name), None, "{name}");
     }
 }
@@ -62,6 +68,11 @@ fn impossible_sizes_are_refused_with_the_value() {
     assert!(error.context().contains("segment_bytes is 8191"), "{error}");
     for block_bytes in [0, BLOCK_BYTES_MAX + 1, u64::MAX] {
         let error = SegmentLayout::new(u64::MAX, block_bytes).unwrap_err();
-        assert!(error.context().contains(&format!("block_bytes is {block_bytes}")), "{error}");
+        assert!(
+            error
+                .context()
+                .contains(&format!("block_bytes is {block_bytes}")),
+            "{error}"
+        );
     }
 }

@@ -1,0 +1,131 @@
+//! How requests reach the driver: one bounded queue, each request with the way its answer takes back.
+
+use std::time::{Duration, Instant};
+
+use kvcache_core::manager::{LeasedBlock, PeerHint, Stats};
+use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, PeerId, Result};
+use tokio::sync::{mpsc, oneshot};
+
+use super::types::{FetchBlock, FetchReport, HeldDepth, StoreBlock, StoreReport};
+
+/// Requests that may wait for the driver; more are refused as busy.
+pub(super) const REQUESTS_MAX: usize = 1024;
+
+/// A lease that is ready to be read under.
+#[derive(Clone, Debug)]
+pub(crate) struct ReadyLease {
+    pub(crate) lease: LeaseId,
+    pub(crate) ttl: Duration,
+    pub(crate) blocks: Vec<LeasedBlock>,
+}
+
+/// The answer to a request, once it is there.
+pub(super) type Reply<T> = oneshot::Sender<Result<T>>;
+
+/// Something asked of the driver.
+#[derive(Debug)]
+pub(super) enum Request {
+    Store {
+        blocks: Vec<StoreBlock>,
+        deadline: Instant,
+        reply: Reply<StoreReport>,
+    },
+    Fetch {
+        fetch: Fetch,
+        reply: Reply<FetchReport>,
+    },
+    Lookup {
+        keys: Vec<BlockKey>,
+        reply: Reply<HeldDepth>,
+    },
+    Stats {
+        reply: Reply<Stats>,
+    },
+    Lease {
+        peer: PeerId,
+        keys: Vec<BlockKey>,
+        ttl: Duration,
+        reply: Reply<ReadyLease>,
+    },
+    Release {
+        peer: PeerId,
+        lease: LeaseId,
+    },
+    PeerLost {
+        peer: PeerId,
+    },
+    Shutdown {
+        deadline: Instant,
+        reply: Reply<()>,
+    },
+}
+
+/// A fetch, with its holders as the manager knows them.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    pub(super) blocks: Vec<FetchBlock>,
+    pub(super) holders: Vec<PeerHint>,
+    pub(super) shared_depth: u32,
+    pub(super) deadline: Instant,
+}
+
+/// A handle on the driver's queue.
+#[derive(Clone, Debug)]
+pub(crate) struct Desk {
+    requests: mpsc::Sender<Request>,
+}
+
+impl Desk {
+    pub(super) fn new() -> (Self, mpsc::Receiver<Request>) {
+        let (requests, queue) = mpsc::channel(REQUESTS_MAX);
+        (Self { requests }, queue)
+    }
+
+    /// Readies blocks for a peer to read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] above the limits of leases.
+    pub(crate) async fn lease(
+        &self,
+        peer: PeerId,
+        keys: Vec<BlockKey>,
+        ttl: Duration,
+    ) -> Result<ReadyLease> {
+        self.ask(|reply| Request::Lease {
+            peer,
+            keys,
+            ttl,
+            reply,
+        })
+        .await
+    }
+
+    /// Ends a lease of a peer.
+    pub(crate) fn release(&self, peer: PeerId, lease: LeaseId) -> Result<()> {
+        self.tell(Request::Release { peer, lease })
+    }
+
+    /// Puts a request into the queue and waits for its answer, which the manager's own deadlines bound.
+    pub(super) async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(request(reply))?;
+        answer.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    pub(super) fn tell(&self, request: Request) -> Result<()> {
+        self.requests
+            .try_send(request)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => {
+                    let context = format!("{REQUESTS_MAX} requests wait for the cache already");
+                    Error::new(ErrorKind::Busy, context)
+                }
+                mpsc::error::TrySendError::Closed(_) => closed(),
+            })
+    }
+}
+
+/// What callers hear once the driver has ended.
+pub(super) fn closed() -> Error {
+    Error::new(ErrorKind::Cancelled, "the cache is shut down")
+}

@@ -1,0 +1,441 @@
+//! The one task that owns the manager: requests and completions go in, commands, events and answers
+//! come out, in order.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvcache_core::event::NodeEvent;
+use kvcache_core::manager::{BlockSource, FetchRequest, Manager, Outcome};
+use kvcache_core::ports::{EventSink, Position};
+use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, OperationId, PeerId, Result, Time};
+use kvfabric_transfer::Descriptor;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use super::desk::{Fetch, ReadyLease, Reply, Request, closed};
+use super::execute::Completion;
+use super::types::{FetchReport, HeldDepth, Source, StoreBlock, StoreReport};
+use crate::mover::Mover;
+
+/// Events in one batch for the sink.
+const EVENTS_PER_BATCH_MAX: usize = 1024;
+
+/// Requests taken from the queue before their commands are started.
+const REQUESTS_PER_TURN_MAX: usize = 64;
+
+/// How far ahead a deadline may lie; later ones count as this.
+const DEADLINE_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// An operation of an engine: its memory, and who waits.
+pub(super) struct Operation<T> {
+    memory: Vec<Descriptor>,
+    reply: Reply<T>,
+}
+
+/// The state of the driver's task.
+pub(super) struct Driver {
+    pub(super) manager: Manager,
+    pub(super) mover: Arc<Mover>,
+    pub(super) tasks: JoinSet<Completion>,
+    sink: Arc<dyn EventSink>,
+    position: watch::Sender<Position>,
+    requests: mpsc::Receiver<Request>,
+    /// What [`Time`] counts from.
+    start: Instant,
+    stores: HashMap<OperationId, Operation<StoreReport>>,
+    fetches: HashMap<OperationId, Operation<FetchReport>>,
+    draining: HashMap<OperationId, oneshot::Sender<()>>,
+    grants: HashMap<LeaseId, Reply<ReadyLease>>,
+    /// Leases granted to each peer, and when they end.
+    granted: BTreeMap<PeerId, BTreeMap<LeaseId, Time>>,
+    leases_per_peer_max: usize,
+    closing: Option<(Time, Reply<()>)>,
+}
+
+/// What a driver is made of.
+pub(super) struct Parts {
+    pub(super) manager: Manager,
+    pub(super) mover: Arc<Mover>,
+    pub(super) sink: Arc<dyn EventSink>,
+    pub(super) position: watch::Sender<Position>,
+    pub(super) requests: mpsc::Receiver<Request>,
+    pub(super) start: Instant,
+    pub(super) leases_per_peer_max: u32,
+}
+
+impl Driver {
+    pub(super) fn new(parts: Parts) -> Self {
+        Self {
+            manager: parts.manager,
+            mover: parts.mover,
+            tasks: JoinSet::new(),
+            sink: parts.sink,
+            position: parts.position,
+            requests: parts.requests,
+            start: parts.start,
+            stores: HashMap::new(),
+            fetches: HashMap::new(),
+            draining: HashMap::new(),
+            grants: HashMap::new(),
+            granted: BTreeMap::new(),
+            leases_per_peer_max: parts.leases_per_peer_max as usize,
+            closing: None,
+        }
+    }
+
+    /// Runs until shutdown, or until the last handle is gone.
+    pub(super) async fn run(mut self) {
+        loop {
+            self.pump();
+            if self.is_closed() {
+                return self.close().await;
+            }
+            let wake = tokio::time::Instant::from_std(self.wake());
+            tokio::select! {
+                request = self.requests.recv() => match request {
+                    Some(request) => self.take_requests(request),
+                    None => return,
+                },
+                Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => match done {
+                    Ok(completion) => self.complete(completion),
+                    Err(error) => {
+                        // The command will never be answered, so nothing here can be trusted to end.
+                        tracing::error!(%error, "a command ended without an answer; cache stops");
+                        return;
+                    }
+                },
+                () = tokio::time::sleep_until(wake) => {
+                    let now = self.now();
+                    self.manager.handle_timeout(now);
+                }
+            }
+        }
+    }
+
+    pub(super) fn now(&self) -> Time {
+        self.time(Instant::now())
+    }
+
+    fn time(&self, instant: Instant) -> Time {
+        Time::default()
+            + instant
+                .saturating_duration_since(self.start)
+                .min(DEADLINE_MAX * 365)
+    }
+
+    /// The instant that the manager means; bounded, so that it can be added and slept for.
+    pub(super) fn instant(&self, time: Time) -> Instant {
+        let now = Instant::now();
+        now + time.since(self.time(now)).min(DEADLINE_MAX)
+    }
+
+    fn wake(&self) -> Instant {
+        let mut wake = self.manager.poll_timeout().unwrap_or(Time::MAX);
+        if let Some((deadline, _)) = &self.closing {
+            wake = wake.min(*deadline);
+        }
+        self.instant(wake)
+    }
+
+    /// Carries out everything that the manager has ready.
+    fn pump(&mut self) {
+        loop {
+            let now = self.now();
+            let mut idle = true;
+            while let Some(command) = self.manager.poll_command(now) {
+                self.execute(command);
+                idle = false;
+            }
+            self.publish();
+            while let Some(outcome) = self.manager.poll_outcome() {
+                self.answer(outcome);
+                idle = false;
+            }
+            if idle {
+                return;
+            }
+        }
+    }
+
+    /// Hands events to the sink before the answers of what caused them, so that a caller who asks for
+    /// the position afterwards finds its own changes in it.
+    fn publish(&mut self) {
+        let manager = &mut self.manager;
+        loop {
+            let events: Vec<_> = std::iter::from_fn(|| manager.poll_event())
+                .take(EVENTS_PER_BATCH_MAX)
+                .collect();
+            if events.is_empty() {
+                return;
+            }
+            self.position.send_replace(self.sink.publish(events));
+        }
+    }
+
+    fn take_requests(&mut self, first: Request) {
+        let mut next = Some(first);
+        for _ in 0..REQUESTS_PER_TURN_MAX {
+            let Some(request) = next else { return };
+            self.take_request(request);
+            next = self.requests.try_recv().ok();
+        }
+        if let Some(request) = next {
+            self.take_request(request);
+        }
+    }
+
+    fn take_request(&mut self, request: Request) {
+        let closing = self.closing.is_some();
+        match request {
+            Request::Store { reply, .. } if closing => refuse(reply),
+            Request::Fetch { reply, .. } if closing => refuse(reply),
+            Request::Lease { reply, .. } if closing => refuse(reply),
+            Request::Shutdown { reply, .. } if closing => refuse(reply),
+            Request::Store {
+                blocks,
+                deadline,
+                reply,
+            } => self.store(blocks, deadline, reply),
+            Request::Fetch { fetch, reply } => self.fetch(fetch, reply),
+            Request::Lease {
+                peer,
+                keys,
+                ttl,
+                reply,
+            } => self.lease(peer, &keys, ttl, reply),
+            Request::Release { peer, lease } => self.release(peer, lease),
+            Request::PeerLost { peer } => {
+                self.granted.remove(&peer);
+                self.manager.handle_peer_lost(self.now(), peer);
+            }
+            Request::Lookup { keys, reply } => {
+                let held = self.manager.lookup(&keys);
+                let depth = HeldDepth {
+                    depth: held.depth,
+                    host: held.host,
+                    disk: held.disk,
+                };
+                give(reply, Ok(depth));
+            }
+            Request::Stats { reply } => give(reply, Ok(self.manager.stats())),
+            Request::Shutdown { deadline, reply } => {
+                self.closing = Some((self.time(deadline), reply));
+            }
+        }
+    }
+
+    fn store(&mut self, blocks: Vec<StoreBlock>, deadline: Instant, reply: Reply<StoreReport>) {
+        let infos = blocks.iter().map(|block| block.info).collect();
+        match self
+            .manager
+            .handle_store(self.now(), infos, self.time(deadline))
+        {
+            Ok(operation) => {
+                let memory = blocks.iter().map(|block| block.memory).collect();
+                self.stores.insert(operation, Operation { memory, reply });
+            }
+            Err(error) => give(reply, Err(error)),
+        }
+    }
+
+    fn fetch(&mut self, fetch: Fetch, reply: Reply<FetchReport>) {
+        let request = FetchRequest {
+            blocks: fetch.blocks.iter().map(|block| block.info).collect(),
+            holders: fetch.holders,
+            shared_depth: fetch.shared_depth,
+        };
+        match self
+            .manager
+            .handle_fetch(self.now(), request, self.time(fetch.deadline))
+        {
+            Ok(operation) => {
+                let memory = fetch.blocks.iter().map(|block| block.memory).collect();
+                self.fetches.insert(operation, Operation { memory, reply });
+            }
+            Err(error) => give(reply, Err(error)),
+        }
+    }
+
+    fn lease(&mut self, peer: PeerId, keys: &[BlockKey], ttl: Duration, reply: Reply<ReadyLease>) {
+        let now = self.now();
+        let of_peer = self.granted.entry(peer).or_default();
+        of_peer.retain(|_, ends| *ends > now);
+        if of_peer.len() >= self.leases_per_peer_max {
+            let context = format!("{} leases are granted to this peer already", of_peer.len());
+            return give(reply, Err(Error::new(ErrorKind::Busy, context)));
+        }
+        match self.manager.handle_lease(now, peer, keys, ttl) {
+            Ok(lease) => {
+                // Until it is ready it lasts at least as long as staging may take.
+                let limits = self.manager.limits();
+                let ends = now + limits.stage_wait + ttl.min(limits.lease_ttl);
+                self.granted.entry(peer).or_default().insert(lease, ends);
+                self.grants.insert(lease, reply);
+            }
+            Err(error) => give(reply, Err(error)),
+        }
+    }
+
+    fn release(&mut self, peer: PeerId, lease: LeaseId) {
+        if let Some(of_peer) = self.granted.get_mut(&peer) {
+            of_peer.remove(&lease);
+        }
+        self.manager.handle_release(self.now(), peer, lease);
+    }
+
+    /// Where the engine has, or wants, a block of an operation that is still under way.
+    pub(super) fn engine_memory(
+        &self,
+        operation: OperationId,
+        position: u32,
+    ) -> Option<Descriptor> {
+        let memory = match (self.stores.get(&operation), self.fetches.get(&operation)) {
+            (Some(store), _) => &store.memory,
+            (None, Some(fetch)) => &fetch.memory,
+            (None, None) => return None,
+        };
+        memory.get(position as usize).copied()
+    }
+
+    fn answer(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Stored {
+                operation,
+                stored,
+                already_held,
+                refused,
+                failed,
+            } => {
+                if let Some(store) = self.stores.remove(&operation) {
+                    let report = StoreReport {
+                        stored,
+                        already_held,
+                        refused,
+                        failed,
+                    };
+                    give(store.reply, Ok(report));
+                }
+            }
+            Outcome::Fetched {
+                operation,
+                sources,
+                unsettled,
+            } => {
+                self.answer_fetch(operation, &sources, unsettled);
+            }
+            Outcome::Drained { operation } => {
+                if let Some(drained) = self.draining.remove(&operation) {
+                    // An error means that nobody waits any more.
+                    let _ = drained.send(());
+                }
+            }
+            Outcome::LeaseReady {
+                lease,
+                peer,
+                blocks,
+                ttl,
+            } => {
+                let Some(reply) = self.grants.remove(&lease) else {
+                    return;
+                };
+                let empty = blocks.is_empty();
+                let gone = reply.send(Ok(ReadyLease { lease, ttl, blocks })).is_err();
+                if gone || empty {
+                    self.release(peer, lease);
+                }
+            }
+        }
+    }
+
+    fn answer_fetch(
+        &mut self,
+        operation: OperationId,
+        sources: &[BlockSource],
+        unsettled: Vec<u32>,
+    ) {
+        let Some(fetch) = self.fetches.remove(&operation) else {
+            return;
+        };
+        let drained = (!unsettled.is_empty()).then(|| {
+            let (ended, drained) = oneshot::channel();
+            self.draining.insert(operation, ended);
+            drained
+        });
+        let sources = sources.iter().map(|source| self.source(source)).collect();
+        give(
+            fetch.reply,
+            Ok(FetchReport {
+                sources,
+                unsettled,
+                drained,
+            }),
+        );
+    }
+
+    fn source(&self, source: &BlockSource) -> Source {
+        match source {
+            BlockSource::Host => Source::Host,
+            BlockSource::Disk => Source::Disk,
+            BlockSource::Object => Source::Object,
+            BlockSource::Miss => Source::Miss,
+            BlockSource::Peer { peer, tier } => match self.mover.peers.roster.name(*peer) {
+                Some(pod) => Source::Peer { pod, tier: *tier },
+                // Only numbers of the roster are ever given to the manager.
+                None => Source::Miss,
+            },
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        let Some((deadline, _)) = &self.closing else {
+            return false;
+        };
+        let busy = !self.stores.is_empty() || !self.fetches.is_empty() || !self.tasks.is_empty();
+        !busy || self.now() >= *deadline
+    }
+
+    /// Ends what is still under way, tells the world, and syncs the disk.
+    async fn close(mut self) {
+        let now = self.now();
+        let operations: Vec<_> = self
+            .stores
+            .keys()
+            .chain(self.fetches.keys())
+            .copied()
+            .collect();
+        for operation in operations {
+            self.manager.handle_cancel(now, operation);
+        }
+        self.publish();
+        while let Some(outcome) = self.manager.poll_outcome() {
+            self.answer(outcome);
+        }
+        self.position
+            .send_replace(self.sink.publish(vec![NodeEvent::Cleared]));
+        self.mover.arena.close();
+        let Some((deadline, reply)) = self.closing.take() else {
+            return;
+        };
+        let deadline = tokio::time::Instant::from_std(self.instant(deadline));
+        let synced = match &self.mover.disk {
+            None => Ok(()),
+            Some(disk) => tokio::time::timeout_at(deadline, disk.sync())
+                .await
+                .unwrap_or_else(|_| {
+                    let context = "the disk tier was not synced before the deadline";
+                    Err(Error::new(ErrorKind::Timeout, context))
+                }),
+        };
+        give(reply, synced);
+    }
+}
+
+fn refuse<T>(reply: Reply<T>) {
+    give(reply, Err(closed()));
+}
+
+/// Answers, unless nobody waits any more.
+fn give<T>(reply: Reply<T>, answer: Result<T>) {
+    let _ = reply.send(answer);
+}

@@ -1,0 +1,143 @@
+//! The manager's commands as tasks, and their results as the manager's answers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvcache_core::manager::{Command, CommandId, GrantedLease, Move};
+use kvcache_core::place::Place;
+use kvcache_core::{BlockKey, Error, ErrorKind, PeerId, Result, Time};
+use kvfabric_transfer::Descriptor;
+
+use super::driver::Driver;
+use crate::mover::{Answer, Job};
+
+/// How a task of the driver ended.
+pub(super) enum Completion {
+    /// A copy command, some of whose transfers may still be at work.
+    Copied(CommandId, Answer),
+    /// The last of those transfers.
+    Drained(CommandId),
+    /// A peer's answer to a lease.
+    Leased(CommandId, Result<GrantedLease>),
+    /// A segment's deletion.
+    Dropped(CommandId, Result<()>),
+    /// Something that is not answered.
+    Silent,
+}
+
+impl Driver {
+    /// Starts a command. Their number is bounded by the manager's `commands_in_flight_max`.
+    pub(super) fn execute(&mut self, command: Command) {
+        match command {
+            Command::Copy {
+                id,
+                moves,
+                deadline,
+            } => self.copy(id, moves, deadline),
+            Command::Lease {
+                id,
+                peer,
+                keys,
+                ttl,
+                deadline,
+            } => {
+                self.ask_lease(id, peer, keys, ttl, deadline);
+            }
+            Command::Release { peer, lease } => {
+                let peers = self.mover.peers.clone();
+                self.tasks.spawn(async move {
+                    peers.release(peer, lease).await;
+                    Completion::Silent
+                });
+            }
+            Command::DropSegment { id, segment } => {
+                let mover = self.mover.clone();
+                self.tasks.spawn(async move {
+                    let dropped = match &mover.disk {
+                        Some(disk) => disk.drop_segment(segment).await,
+                        None => Err(Error::new(ErrorKind::Internal, "no disk tier")),
+                    };
+                    Completion::Dropped(id, dropped)
+                });
+            }
+        }
+    }
+
+    fn copy(&mut self, id: CommandId, moves: Vec<Move>, deadline: Time) {
+        let engine = moves.iter().map(|one| self.engine_end(one)).collect();
+        let job = Job {
+            moves,
+            engine,
+            deadline: self.instant(deadline),
+        };
+        let mover = self.mover.clone();
+        self.tasks
+            .spawn(async move { Completion::Copied(id, mover.copy(&job).await) });
+    }
+
+    fn engine_end(&self, one: &Move) -> Option<Descriptor> {
+        match (one.from, one.to) {
+            (
+                Place::Engine {
+                    operation,
+                    position,
+                },
+                _,
+            )
+            | (
+                _,
+                Place::Engine {
+                    operation,
+                    position,
+                },
+            ) => self.engine_memory(operation, position),
+            _ => None,
+        }
+    }
+
+    fn ask_lease(
+        &mut self,
+        id: CommandId,
+        peer: PeerId,
+        keys: Vec<BlockKey>,
+        ttl: Duration,
+        deadline: Time,
+    ) {
+        let (peers, deadline) = (Arc::clone(&self.mover.peers), self.instant(deadline));
+        self.tasks.spawn(async move {
+            Completion::Leased(id, peers.lease(peer, keys, ttl, deadline).await)
+        });
+    }
+
+    /// Tells the manager how a task ended.
+    pub(super) fn complete(&mut self, completion: Completion) {
+        let now = self.now();
+        match completion {
+            Completion::Copied(id, Answer { results, unsettled }) => {
+                self.manager.handle_copied(now, id, results);
+                if !unsettled.is_empty() {
+                    self.tasks.spawn(async move {
+                        unsettled.drained().await;
+                        Completion::Drained(id)
+                    });
+                }
+            }
+            Completion::Drained(id) => self.manager.handle_drained(now, id),
+            Completion::Leased(id, result) => {
+                let result = result.map_err(|error| {
+                    tracing::debug!(%error, "no lease");
+                    error.kind()
+                });
+                self.manager.handle_leased(now, id, result);
+            }
+            Completion::Dropped(id, result) => {
+                let result = result.map_err(|error| {
+                    tracing::warn!(%error, "segment not dropped");
+                    error.kind()
+                });
+                self.manager.handle_segment_dropped(now, id, result);
+            }
+            Completion::Silent => {}
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The cache of one node: an asynchronous face over the manager and the mover.
+
+mod desk;
+mod driver;
+mod execute;
+mod open;
+mod types;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvcache_core::manager::PeerHint;
+use kvcache_core::ports::{Directory, EventSink, Located, Position};
+use kvcache_core::{BlockKey, PodName, Result};
+use kvfabric_transfer::Agent;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+pub(crate) use desk::{Desk, ReadyLease};
+pub use types::{
+    CacheStats, FetchBlock, FetchHints, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
+};
+
+use crate::config::CacheConfig;
+use crate::mover::Mover;
+use crate::peer::PeerServer;
+use desk::{Fetch, Request};
+
+/// The blocks of one node, in its host memory, on its disk and in a shared object store, and the
+/// way to its peers' blocks.
+///
+/// A clone is another handle on the same cache. It ends with [`Cache::shutdown`]; when the last
+/// handle is dropped without that, it ends too, but nobody is told what it held.
+#[derive(Clone)]
+pub struct Cache {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    desk: Desk,
+    mover: Arc<Mover>,
+    directory: Arc<dyn Directory>,
+    position: watch::Receiver<Position>,
+    pod: PodName,
+    locate_timeout: Duration,
+    scan_faults: u64,
+    peer_address: Option<SocketAddr>,
+    server: Mutex<Option<PeerServer>>,
+    driver: JoinHandle<()>,
+}
+
+impl Cache {
+    /// Opens the tiers, recovers what is on disk, announces it to `sink` as a snapshot that begins
+    /// with `Cleared`, and starts to serve peers if the configuration says where.
+    ///
+    /// Must be called within a tokio runtime, which then drives the cache.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for a value in `config`; [`kvcache_core::ErrorKind::Busy`]
+    /// when another process uses the disk tier's directory; otherwise what the system says, with the
+    /// path or the address.
+    pub async fn open(
+        config: CacheConfig,
+        agent: Agent,
+        directory: Arc<dyn Directory>,
+        sink: Arc<dyn EventSink>,
+    ) -> Result<Self> {
+        open::open(config, agent, directory, sink).await
+    }
+
+    /// Keeps these blocks; resolves when nothing of the cache reads the engine's memory any more.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Busy`] when too much is under way,
+    /// [`kvcache_core::ErrorKind::Invalid`] for a block that cannot be one,
+    /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown. Blocks that were not kept for want
+    /// of room or time are no error: the report counts them.
+    ///
+    /// # Cancel safety
+    /// Dropping the future stops nothing: the engine's memory must stay as it is until `deadline`.
+    pub async fn store(&self, blocks: Vec<StoreBlock>, deadline: Instant) -> Result<StoreReport> {
+        if blocks.is_empty() {
+            return Ok(StoreReport::default());
+        }
+        self.inner
+            .check_memory(blocks.iter().map(|block| block.memory.len))?;
+        self.inner
+            .desk
+            .ask(|reply| Request::Store {
+                blocks,
+                deadline,
+                reply,
+            })
+            .await
+    }
+
+    /// Brings as many of these blocks, in order from the first, as can be had anywhere in time.
+    ///
+    /// The engine's memory holds verified bytes for every block up to the first miss. Memory of later
+    /// blocks may have been written to; that of the report's `unsettled` blocks may still be.
+    ///
+    /// # Errors
+    /// As [`Cache::store`]. Blocks that cannot be had are no error but misses.
+    ///
+    /// # Cancel safety
+    /// Dropping the future stops nothing: the engine's memory may be written to after `deadline`, if
+    /// transfers do not settle. Do not drop it.
+    pub async fn fetch(
+        &self,
+        blocks: Vec<FetchBlock>,
+        hints: FetchHints,
+        deadline: Instant,
+    ) -> Result<FetchReport> {
+        if blocks.is_empty() {
+            return Ok(FetchReport::default());
+        }
+        let inner = &self.inner;
+        inner.check_memory(blocks.iter().map(|block| block.memory.len))?;
+        self.know_peers(&hints.peer_addresses);
+        let located = if hints.is_empty() {
+            inner.locate(&blocks, deadline).await?
+        } else {
+            Located {
+                holders: hints.holders,
+                shared_depth: hints.shared_depth,
+            }
+        };
+        let holders = inner.hints(&located);
+        let fetch = Fetch {
+            blocks,
+            holders,
+            shared_depth: located.shared_depth,
+            deadline,
+        };
+        inner
+            .desk
+            .ask(|reply| Request::Fetch { fetch, reply })
+            .await
+    }
+
+    /// How much of a chain this node could supply by itself; does not count as a use.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Busy`] or [`kvcache_core::ErrorKind::Cancelled`], as [`Cache::store`].
+    pub async fn lookup(&self, keys: &[BlockKey]) -> Result<HeldDepth> {
+        let keys = keys.to_vec();
+        self.inner
+            .desk
+            .ask(|reply| Request::Lookup { keys, reply })
+            .await
+    }
+
+    /// The counters and levels.
+    ///
+    /// # Errors
+    /// As [`Cache::lookup`].
+    pub async fn stats(&self) -> Result<CacheStats> {
+        let manager = self
+            .inner
+            .desk
+            .ask(|reply| Request::Stats { reply })
+            .await?;
+        let faults = &self.inner.mover.faults;
+        Ok(CacheStats {
+            manager,
+            scan_faults: self.inner.scan_faults,
+            corrupt_blocks: faults.corrupt.load(Ordering::Relaxed),
+            stale_reads: faults.generation.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Up to where the changes of this cache have been given to the event sink. A store's own
+    /// changes are among them when it resolves.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        *self.inner.position.borrow()
+    }
+
+    /// Where the peer service listens, if there is one.
+    #[must_use]
+    pub fn peer_address(&self) -> Option<SocketAddr> {
+        self.inner.peer_address
+    }
+
+    /// Remembers where the peer services of pods listen (`host:port`), for fetches whose holders
+    /// come from the directory. Addresses that cannot be any are logged and left out.
+    pub fn know_peers(&self, addresses: &BTreeMap<PodName, String>) {
+        for (pod, address) in addresses {
+            if let Err(error) = self.inner.mover.peers.roster.set_address(pod, address) {
+                tracing::warn!(%error, "peer address not remembered");
+            }
+        }
+    }
+
+    /// A pod has left for certain: what it leased from here is free again, and what was asked of it
+    /// fails now.
+    ///
+    /// # Errors
+    /// As [`Cache::lookup`].
+    pub async fn forget_peer(&self, pod: &PodName) -> Result<()> {
+        let peer = self.inner.mover.peers.roster.id(pod)?;
+        self.inner.mover.peers.forget(peer).await;
+        self.inner.desk.tell(Request::PeerLost { peer })
+    }
+
+    /// Ends the cache in order, by `deadline` at the latest: no more leases, stores or fetches;
+    /// operations in progress end; `Cleared` is published; what was written to disk is synced.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Cancelled`] when it is shut down already; what the disk said to the
+    /// sync.
+    pub async fn shutdown(&self, deadline: Instant) -> Result<()> {
+        let server = self
+            .inner
+            .server
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let ended = self
+            .inner
+            .desk
+            .ask(|reply| Request::Shutdown { deadline, reply })
+            .await;
+        if let Some(server) = server {
+            server.shutdown(deadline).await;
+        }
+        ended
+    }
+}
+
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cache")
+            .field("pod", &self.inner.pod)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.mover.arena.close();
+        self.driver.abort();
+    }
+}
+
+impl Inner {
+    fn check_memory(&self, lengths: impl Iterator<Item = u64>) -> Result<()> {
+        let block_bytes = self.mover.expected.block_bytes;
+        for (position, length) in lengths.enumerate() {
+            if length != block_bytes {
+                let error = kvcache_core::Error::invalid("bytes of memory", length, [block_bytes]);
+                return Err(error.at(format_args!("block {position}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the directory, unless this node has all of it by itself. An error or a late answer is as
+    /// good as nobody holding anything.
+    async fn locate(&self, blocks: &[FetchBlock], deadline: Instant) -> Result<Located> {
+        let keys = blocks.iter().map(|block| block.info.key).collect();
+        let held = self
+            .desk
+            .ask(|reply| Request::Lookup { keys, reply })
+            .await?;
+        if held.depth as usize == blocks.len() {
+            return Ok(Located::default());
+        }
+        let chain = blocks.iter().map(|block| block.info.index_key).collect();
+        let left = deadline
+            .saturating_duration_since(Instant::now())
+            .min(self.locate_timeout);
+        match tokio::time::timeout(left, self.directory.locate(chain)).await {
+            Ok(Ok(located)) => return Ok(located),
+            Ok(Err(error)) => tracing::debug!(%error, "the directory does not answer"),
+            Err(_) => tracing::debug!(?left, "the directory does not answer in time"),
+        }
+        Ok(Located::default())
+    }
+
+    /// The holders that can be asked: not this node, and with a known address.
+    fn hints(&self, located: &Located) -> Vec<PeerHint> {
+        let roster = &self.mover.peers.roster;
+        let others = located
+            .holders
+            .iter()
+            .filter(|holder| holder.pod != self.pod);
+        others
+            .filter_map(|holder| {
+                let peer = roster.id(&holder.pod).ok()?;
+                if roster.address(peer).is_none() {
+                    tracing::debug!(pod = %holder.pod, "holder without a known peer address");
+                    return None;
+                }
+                Some(PeerHint {
+                    peer,
+                    depth: holder.depth,
+                })
+            })
+            .collect()
+    }
+}

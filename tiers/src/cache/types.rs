@@ -1,0 +1,156 @@
+//! What goes into a cache and what comes back.
+
+use std::collections::BTreeMap;
+
+use kvcache_core::manager::Stats;
+use kvcache_core::ports::Holder;
+use kvcache_core::{BlockInfo, PodName, Tier};
+use kvfabric_transfer::Descriptor;
+use tokio::sync::oneshot;
+
+/// A block to keep, and where the engine has it.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreBlock {
+    /// What the block is.
+    pub info: BlockInfo,
+    /// Its bytes, in memory registered with the cache's agent.
+    pub memory: Descriptor,
+}
+
+/// A block to bring, and where the engine wants it.
+#[derive(Clone, Copy, Debug)]
+pub struct FetchBlock {
+    /// What the block is.
+    pub info: BlockInfo,
+    /// Where its bytes shall go, in memory registered with the cache's agent.
+    pub memory: Descriptor,
+}
+
+/// What the caller knows about where blocks are; all empty asks the [`kvcache_core::ports::Directory`].
+#[derive(Clone, Debug, Default)]
+pub struct FetchHints {
+    /// The pods that hold the first blocks of the fetch, deepest first.
+    pub holders: Vec<Holder>,
+    /// Where the peer service of each pod listens, `host:port`; remembered for later fetches.
+    pub peer_addresses: BTreeMap<PodName, String>,
+    /// How many blocks, from the first, the object tier is said to hold.
+    pub shared_depth: u32,
+}
+
+impl FetchHints {
+    /// Whether nothing is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.holders.is_empty() && self.shared_depth == 0
+    }
+}
+
+/// Where the bytes of a fetched block came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// This node's host memory.
+    Host,
+    /// This node's disk.
+    Disk,
+    /// Another pod, which had it in this tier when it was asked.
+    Peer {
+        /// Who.
+        pod: PodName,
+        /// The holder's tier.
+        tier: Tier,
+    },
+    /// The object store.
+    Object,
+    /// Nowhere in time: the engine computes it. Its memory may have been written to.
+    Miss,
+}
+
+/// What became of a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreReport {
+    /// Blocks copied and sealed.
+    pub stored: u32,
+    /// Blocks that were here already.
+    pub already_held: u32,
+    /// Blocks for which there was no room in time.
+    pub refused: u32,
+    /// Blocks whose copy failed.
+    pub failed: u32,
+}
+
+/// What became of a fetch.
+#[derive(Debug, Default)]
+pub struct FetchReport {
+    /// One entry per block asked for, in order. The first miss ends the useful prefix.
+    pub sources: Vec<Source>,
+    /// The blocks, by position, whose engine memory a failed transfer may still write to: wait for
+    /// [`FetchReport::drained`] before using that memory. All of them are misses; mostly there are none.
+    pub unsettled: Vec<u32>,
+    pub(super) drained: Option<oneshot::Receiver<()>>,
+}
+
+impl FetchReport {
+    /// How many blocks, from the first, were brought without a hole.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.sources
+            .iter()
+            .take_while(|source| **source != Source::Miss)
+            .count()
+    }
+
+    /// Resolves when no transfer can write to the memory of the `unsettled` blocks any more; at once
+    /// if there are none. Whether that is certain: false when the cache ended before.
+    ///
+    /// # Cancel safety
+    /// May be dropped and called again, until it has resolved.
+    pub async fn drained(&mut self) -> bool {
+        match &mut self.drained {
+            None => self.unsettled.is_empty(),
+            Some(drained) => {
+                let certain = drained.await.is_ok();
+                self.drained = None;
+                if certain {
+                    self.unsettled.clear();
+                }
+                certain
+            }
+        }
+    }
+}
+
+/// What happened so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Counters and levels of the tiers.
+    pub manager: Stats,
+    /// Places in segment files that were skipped at the start: damaged, cut or foreign.
+    pub scan_faults: u64,
+    /// Blocks whose bytes on disk, in an object or from a peer were not what they should be.
+    pub corrupt_blocks: u64,
+    /// Reads from peers thrown away because the slot held another block afterwards.
+    pub stale_reads: u64,
+}
+
+impl CacheStats {
+    /// Every value by its name, in a fixed order.
+    #[must_use]
+    pub fn entries(&self) -> Vec<(&'static str, u64)> {
+        let mut entries = self.manager.entries();
+        entries.push(("scan_faults", self.scan_faults));
+        entries.push(("corrupt_blocks", self.corrupt_blocks));
+        entries.push(("stale_reads", self.stale_reads));
+        entries
+    }
+}
+
+/// How much of a chain this node has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeldDepth {
+    /// Blocks, from the first, without a hole in host memory and disk together.
+    pub depth: u32,
+    /// How many of those are in host memory.
+    pub host: u32,
+    /// How many of those are only on disk.
+    pub disk: u32,
+}

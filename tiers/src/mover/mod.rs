@@ -1,0 +1,266 @@
+//! Carries out the manager's copies through the transfer agent, and vouches for every byte.
+//!
+//! What a copy wrote into memory is summed there, afterwards: the sum must be the one that the block
+//! is known by, or the block counts as corrupt. Bytes for disk and objects leave with the sum in
+//! their header. Commands stay batches: one request to the agent where one can carry them.
+
+mod local;
+mod object;
+mod peer;
+mod transport;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use kvcache_core::manager::{Move, MoveFailure};
+use kvcache_core::place::{DiskSlot, HostSlot, Place};
+use kvcache_core::{Checksum, Error, ErrorKind, Result};
+use kvfabric_transfer::{Agent, DEADLINE_DEFAULT, Descriptor, Operation, RequestOptions, Side};
+
+use crate::arena::Arena;
+use crate::disk::SegmentFiles;
+use crate::object::ObjectNames;
+use crate::peer::Peers;
+use crate::record::Expected;
+use crate::scratch::Scratch;
+pub(crate) use transport::Unsettled;
+
+/// How one move of a command ended.
+type Moved = Result<Checksum, MoveFailure>;
+
+/// A copy command with engine positions made into places in memory.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// What to move; all between the same two kinds of place.
+    pub(crate) moves: Vec<Move>,
+    /// For each move the engine's memory, where the move begins or ends there.
+    pub(crate) engine: Vec<Option<Descriptor>>,
+    /// When it must be done.
+    pub(crate) deadline: Instant,
+}
+
+/// What became of a [`Job`].
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// One a move, in order.
+    pub(crate) results: Vec<Moved>,
+    /// What is left at work; wait for it, then tell the manager.
+    pub(crate) unsettled: Unsettled,
+}
+
+/// What went wrong with stored bytes, counted since the start.
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    /// Blocks whose bytes on disk, in objects or at peers were not what they should be.
+    pub(crate) corrupt: AtomicU64,
+    /// Reads from peers thrown away because the slot had been given to another block.
+    pub(crate) generation: AtomicU64,
+}
+
+/// The shared objects of this cache.
+#[derive(Debug)]
+pub(crate) struct Objects {
+    pub(crate) store_name: String,
+    pub(crate) names: ObjectNames,
+}
+
+/// Everything a copy may touch.
+#[derive(Debug)]
+pub(crate) struct Mover {
+    pub(crate) agent: Agent,
+    pub(crate) arena: Arena,
+    pub(crate) disk: Option<SegmentFiles>,
+    pub(crate) objects: Option<Objects>,
+    pub(crate) peers: Arc<Peers>,
+    /// Pages for headers and generation words.
+    pub(crate) pages: Arc<Scratch>,
+    /// Blocks on their way from disk to the object store.
+    pub(crate) staging: Arc<Scratch>,
+    pub(crate) expected: Expected,
+    pub(crate) faults: Faults,
+}
+
+/// Where in memory a move begins or ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Memory {
+    Engine(Descriptor),
+    Host(HostSlot),
+}
+
+/// Where a move begins or ends.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Memory(Memory),
+    Disk(DiskSlot),
+    Object,
+    Peer,
+}
+
+impl Mover {
+    /// Carries out one copy command.
+    pub(crate) async fn copy(&self, job: &Job) -> Answer {
+        let mut unsettled = Unsettled::default();
+        let results = match self.dispatch(job, &mut unsettled).await {
+            Ok(results) => results,
+            Err(error) => {
+                tracing::debug!(%error, blocks = job.moves.len(), "copy not started");
+                vec![Err(MoveFailure::settled(error.kind())); job.moves.len()]
+            }
+        };
+        assert!(results.len() == job.moves.len(), "every move is answered");
+        Answer { results, unsettled }
+    }
+
+    async fn dispatch(&self, job: &Job, unsettled: &mut Unsettled) -> Result<Vec<Moved>> {
+        let ends = |place: fn(&Move) -> &Place| -> Result<Vec<End>> {
+            job.moves
+                .iter()
+                .zip(&job.engine)
+                .map(|(one, engine)| end(place(one), *engine))
+                .collect()
+        };
+        let from = ends(|one| &one.from)?;
+        let to = ends(|one| &one.to)?;
+        let (Some(first_from), Some(first_to)) = (from.first(), to.first()) else {
+            return Ok(Vec::new());
+        };
+        match (first_from, first_to) {
+            (End::Memory(_), End::Memory(_)) => {
+                let (from, to) = (memories(&from)?, memories(&to)?);
+                self.memory_to_memory(job, &from, &to, unsettled).await
+            }
+            (End::Disk(_), End::Memory(_)) => {
+                let (from, to) = (disk_slots(&from)?, memories(&to)?);
+                self.disk_to_memory(job, &from, &to, unsettled).await
+            }
+            (End::Memory(_), End::Disk(_)) => {
+                let (from, to) = (memories(&from)?, disk_slots(&to)?);
+                self.memory_to_disk(job, &from, &to, unsettled).await
+            }
+            (End::Memory(_), End::Object) => {
+                let from = memories(&from)?;
+                self.memory_to_objects(job, &from, unsettled).await
+            }
+            (End::Object, End::Memory(_)) => {
+                let to = memories(&to)?;
+                self.objects_to_memory(job, &to, unsettled).await
+            }
+            (End::Disk(_), End::Object) => {
+                let from = disk_slots(&from)?;
+                self.disk_to_objects(job, &from, unsettled).await
+            }
+            (End::Peer, End::Memory(_)) => {
+                let to = memories(&to)?;
+                self.peer_to_memory(job, &to, unsettled).await
+            }
+            (from, to) => {
+                let context = format!("no way from {from:?} to {to:?}");
+                Err(Error::new(ErrorKind::Unsupported, context))
+            }
+        }
+    }
+
+    fn descriptor(&self, memory: Memory) -> Descriptor {
+        match memory {
+            Memory::Engine(descriptor) => descriptor,
+            Memory::Host(slot) => self.arena.block(slot),
+        }
+    }
+
+    /// Tells peers that the bytes of these host slots are about to change.
+    fn begin_fill(&self, targets: &[Memory]) -> Result<()> {
+        targets.iter().try_for_each(|target| match target {
+            Memory::Engine(_) => Ok(()),
+            Memory::Host(slot) => self.arena.begin_fill(*slot),
+        })
+    }
+
+    /// Sums the bytes that a copy has put into memory.
+    fn sum(&self, memory: Memory) -> Result<Checksum> {
+        match memory {
+            Memory::Host(slot) => self.arena.checksum(slot),
+            Memory::Engine(descriptor) => self.sum_engine(descriptor),
+        }
+    }
+
+    /// Sums engine memory in a private copy, since a descriptor alone gives no access to it.
+    fn sum_engine(&self, memory: Descriptor) -> Result<Checksum> {
+        let copy = self.staging.take(1)?;
+        let pairs = [(copy.descriptor(0, memory.len), memory)];
+        let options = RequestOptions::default();
+        let request = self
+            .agent
+            .transfer(Operation::Read, &pairs, Side::Local, options)?;
+        request.wait(DEADLINE_DEFAULT)?;
+        copy.checksum(0, memory.len).map(Checksum::crc32c)
+    }
+
+    /// Sums what was copied into memory and compares it with what is known of the block.
+    ///
+    /// A wrong sum speaks of the source, named by `place`: it is counted, and logged here, once,
+    /// because the manager forgets the place on hearing of it.
+    fn verify(&self, one: &Move, memory: Memory, place: impl FnOnce() -> String) -> Moved {
+        let sum = self.sum(memory).map_err(|error| {
+            tracing::warn!(%error, "copied bytes cannot be summed");
+            // Not the source's fault, whatever the kind.
+            MoveFailure::settled(ErrorKind::Cancelled)
+        })?;
+        match one.checksum {
+            Some(known) if known != sum => {
+                let what = format!("checksum {:08x}, expected {:08x}", sum.value, known.value);
+                Err(self.corrupt(one, &place(), what))
+            }
+            _ => Ok(sum),
+        }
+    }
+
+    /// Counts and logs bytes that are not what they should be.
+    fn corrupt(&self, one: &Move, place: &str, what: impl std::fmt::Display) -> MoveFailure {
+        self.faults.corrupt.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(key = ?one.info.key, "{place}: {what}");
+        MoveFailure::settled(ErrorKind::Corrupt)
+    }
+}
+
+fn end(place: &Place, engine: Option<Descriptor>) -> Result<End> {
+    Ok(match place {
+        Place::Engine {
+            operation,
+            position,
+        } => {
+            let descriptor = engine.ok_or_else(|| {
+                let context = format!("operation {operation} has no block {position}");
+                Error::new(ErrorKind::Internal, context)
+            })?;
+            End::Memory(Memory::Engine(descriptor))
+        }
+        Place::Host(slot) => End::Memory(Memory::Host(*slot)),
+        Place::Disk(slot) => End::Disk(*slot),
+        Place::Object(_) => End::Object,
+        Place::Peer { .. } => End::Peer,
+    })
+}
+
+fn memories(ends: &[End]) -> Result<Vec<Memory>> {
+    let memory = |end: &End| match end {
+        End::Memory(memory) => Ok(*memory),
+        other => Err(mixed(other)),
+    };
+    ends.iter().map(memory).collect()
+}
+
+fn disk_slots(ends: &[End]) -> Result<Vec<DiskSlot>> {
+    let slot = |end: &End| match end {
+        End::Disk(slot) => Ok(*slot),
+        other => Err(mixed(other)),
+    };
+    ends.iter().map(slot).collect()
+}
+
+fn mixed(end: &End) -> Error {
+    Error::new(
+        ErrorKind::Internal,
+        format!("a command with more than one kind of place: {end:?}"),
+    )
+}

@@ -1,0 +1,226 @@
+//! Copies to and from the object store: one object a block, which says itself what it is.
+
+use futures_util::future::join_all;
+use kvcache_core::manager::{Move, MoveFailure};
+use kvcache_core::place::DiskSlot;
+use kvcache_core::{Checksum, Error, ErrorKind, Result};
+use kvfabric_transfer::{Descriptor, Operation, Region};
+
+use super::transport::{Unsettled, transfer};
+use super::{Job, Memory, Moved, Mover};
+use crate::record::{RECORD_HEADER_BYTES, RecordFault, RecordHeader};
+use crate::scratch::Buffers;
+
+const HEADER_BYTES: u64 = RECORD_HEADER_BYTES as u64;
+
+impl Mover {
+    pub(super) async fn memory_to_objects(
+        &self,
+        job: &Job,
+        from: &[Memory],
+        unsettled: &mut Unsettled,
+    ) -> Result<Vec<Moved>> {
+        let moved = job.moves.iter().zip(from).map(|(one, from)| async move {
+            let mut unsettled = Unsettled::default();
+            let checksum = one.checksum.map_or_else(|| self.sum(*from), Ok);
+            let result = match checksum {
+                Ok(checksum) => {
+                    let payload = self.descriptor(*from);
+                    self.put(job, one, checksum, payload, &mut unsettled).await
+                }
+                Err(error) => Err(MoveFailure::settled(error.kind())),
+            };
+            (result, unsettled)
+        });
+        Ok(gather(join_all(moved).await, unsettled))
+    }
+
+    /// Puts one object whose bytes are `payload`, in this agent's memory.
+    async fn put(
+        &self,
+        job: &Job,
+        one: &Move,
+        checksum: Checksum,
+        payload: Descriptor,
+        unsettled: &mut Unsettled,
+    ) -> Moved {
+        let prepared = self.object(one).and_then(|(object, _)| {
+            let page = self.pages.take(1)?;
+            page.write(0, &self.header(one, checksum).encode())?;
+            Ok((object, page))
+        });
+        let (object, page) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Err(MoveFailure::settled(error.kind())),
+        };
+        let pairs = vec![
+            (
+                page.descriptor(0, HEADER_BYTES),
+                object.descriptor(0, HEADER_BYTES),
+            ),
+            (payload, object.descriptor(HEADER_BYTES, payload.len)),
+        ];
+        let put = transfer(&self.agent, Operation::Write, pairs, None, job.deadline).await;
+        let result = put.map(|()| checksum).map_err(|failed| {
+            tracing::debug!(error = %failed.error, "block not put into the object store");
+            unsettled.note(failed)
+        });
+        unsettled.hold(page);
+        result
+    }
+
+    pub(super) async fn objects_to_memory(
+        &self,
+        job: &Job,
+        to: &[Memory],
+        unsettled: &mut Unsettled,
+    ) -> Result<Vec<Moved>> {
+        self.begin_fill(to)?;
+        let moved = job.moves.iter().zip(to).map(|(one, to)| async move {
+            let mut unsettled = Unsettled::default();
+            let result = self.take_object(job, one, *to, &mut unsettled).await;
+            (result, unsettled)
+        });
+        Ok(gather(join_all(moved).await, unsettled))
+    }
+
+    async fn take_object(
+        &self,
+        job: &Job,
+        one: &Move,
+        to: Memory,
+        unsettled: &mut Unsettled,
+    ) -> Moved {
+        let prepared = self
+            .object(one)
+            .and_then(|named| Ok((named, self.pages.take(1)?)));
+        let ((object, name), page) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Err(MoveFailure::settled(error.kind())),
+        };
+        let payload = self.descriptor(to);
+        let pairs = vec![
+            (
+                page.descriptor(0, HEADER_BYTES),
+                object.descriptor(0, HEADER_BYTES),
+            ),
+            (payload, object.descriptor(HEADER_BYTES, payload.len)),
+        ];
+        let taken = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
+        let result = match taken {
+            Ok(()) => self.check_object(one, to, &name, &page),
+            // An object too short for its block.
+            Err(failed) if failed.in_flight.is_none() && is_short(failed.error.kind()) => {
+                Err(self.corrupt(one, &name, &failed.error))
+            }
+            Err(failed) => {
+                if failed.error.kind() != ErrorKind::NotFound {
+                    tracing::debug!(error = %failed.error, "block not taken from the object store");
+                }
+                Err(unsettled.note(failed))
+            }
+        };
+        unsettled.hold(page);
+        result
+    }
+
+    /// The header must name this block of this model; then the bytes must match the header.
+    fn check_object(&self, one: &Move, to: Memory, name: &str, page: &Buffers) -> Moved {
+        let mut bytes = [0; RECORD_HEADER_BYTES];
+        page.read(0, 0, &mut bytes)
+            .map_err(|error| MoveFailure::settled(error.kind()))?;
+        let header = RecordHeader::decode(&bytes).and_then(|header| {
+            header.check(&self.expected)?;
+            match header.info.key == one.info.key {
+                true => Ok(header),
+                false => Err(RecordFault::Key {
+                    found: header.info.key,
+                }),
+            }
+        });
+        let header = header.map_err(|fault| self.corrupt(one, name, fault))?;
+        let sum = self.verify(one, to, || name.to_owned())?;
+        if sum != header.checksum {
+            let (sum, known) = (sum.value, header.checksum.value);
+            let what = format!("checksum {sum:08x}, header says {known:08x}");
+            return Err(self.corrupt(one, name, what));
+        }
+        Ok(sum)
+    }
+
+    pub(super) async fn disk_to_objects(
+        &self,
+        job: &Job,
+        from: &[DiskSlot],
+        unsettled: &mut Unsettled,
+    ) -> Result<Vec<Moved>> {
+        let mut results = Vec::with_capacity(job.moves.len());
+        // One after the other: a rescue has time, and staging memory is dear.
+        for (one, from) in job.moves.iter().zip(from) {
+            results.push(self.disk_to_object(job, one, *from, unsettled).await);
+        }
+        Ok(results)
+    }
+
+    async fn disk_to_object(
+        &self,
+        job: &Job,
+        one: &Move,
+        from: DiskSlot,
+        unsettled: &mut Unsettled,
+    ) -> Moved {
+        let block_bytes = self.expected.block_bytes;
+        let prepared = self
+            .staging
+            .take(1)
+            .and_then(|buffer| Ok((buffer, self.disk()?.payload(from)?)));
+        let (buffer, payload) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Err(MoveFailure::settled(error.kind())),
+        };
+        let staged = buffer.descriptor(0, block_bytes);
+        let pairs = vec![(staged, payload)];
+        let read = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
+        if let Err(failed) = read {
+            let failure = unsettled.note(failed);
+            unsettled.hold(buffer);
+            return Err(failure);
+        }
+        let sum = buffer.checksum(0, block_bytes).map(Checksum::crc32c);
+        let sum = sum.map_err(|error| MoveFailure::settled(error.kind()))?;
+        if one.checksum.is_some_and(|known| known != sum) {
+            let place = self
+                .disk()
+                .map_or_else(|_| String::new(), |disk| disk.place(from));
+            return Err(self.corrupt(one, &place, "bytes do not match their checksum"));
+        }
+        let result = self.put(job, one, sum, staged, unsettled).await;
+        unsettled.hold(buffer);
+        result
+    }
+
+    /// The object of a block, and its name for messages.
+    fn object(&self, one: &Move) -> Result<(Region, String)> {
+        let objects = self.objects.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Internal,
+                "an object command without an object tier",
+            )
+        })?;
+        let name = objects.names.name(&one.info.key);
+        let object = self.agent.object(&objects.store_name, &name)?;
+        Ok((object, name))
+    }
+}
+
+fn is_short(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::Invalid | ErrorKind::Corrupt)
+}
+
+fn gather(moved: Vec<(Moved, Unsettled)>, unsettled: &mut Unsettled) -> Vec<Moved> {
+    let gathered = moved.into_iter().map(|(result, left)| {
+        unsettled.merge(left);
+        result
+    });
+    gathered.collect()
+}
