@@ -334,11 +334,17 @@ impl<'a> RawEvent<'a> {
                 group: self.group,
             }));
         }
+        let mut tokens = self.tokens;
+        if kind.is_vllm() && tier != Tier::Device && self.extra_keys.is_none() {
+            // Offloaded blocks are announced without what else shaped them, even when something did: their tokens
+            // would place them wrongly, so only their hash is believed.
+            tokens.clear();
+        }
         let tokens_wanted = hashes.len() as u64 * u64::from(self.block_size);
-        if !self.tokens.is_empty() && self.tokens.len() as u64 != tokens_wanted {
+        if !tokens.is_empty() && tokens.len() as u64 != tokens_wanted {
             return Err(place.error(format_args!(
                 "{} tokens for {} blocks of {}",
-                self.tokens.len(),
+                tokens.len(),
                 hashes.len(),
                 self.block_size
             )));
@@ -365,8 +371,12 @@ impl<'a> RawEvent<'a> {
         Ok(SourceEvent::Stored(StoredBlocks {
             hashes,
             parent: self.parent,
-            tokens: self.tokens,
-            block_size: self.block_size,
+            block_size: if tokens.is_empty() {
+                0
+            } else {
+                self.block_size
+            },
+            tokens,
             tier,
             group,
             lora,

@@ -70,7 +70,7 @@ fn engine_event_bytes(event: &EngineEvent) -> usize {
 /// one, so a snapshot of a million blocks stays near 9 bytes each.
 #[must_use]
 pub fn encode_node_batch(timestamp: f64, events: &[NodeEvent]) -> Vec<u8> {
-    let runs = || events.chunk_by(|first, second| is_run(first, second));
+    let runs = || events.chunk_by(is_run);
     let mut writer = open_batch(timestamp, runs().count(), 160 + 9 * events.len());
     for run in runs() {
         match &run[0] {

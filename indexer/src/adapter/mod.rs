@@ -45,6 +45,12 @@ impl SourceKind {
         matches!(self, Self::Vllm)
     }
 
+    /// Whether the events are vLLM's, with all their peculiarities.
+    #[must_use]
+    pub const fn is_vllm(self) -> bool {
+        matches!(self, Self::Vllm | Self::VllmFull)
+    }
+
     /// The name in configuration and logs.
     #[must_use]
     pub const fn name(self) -> &'static str {

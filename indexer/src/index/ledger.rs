@@ -115,28 +115,28 @@ impl EngineLedger {
                 blocks.hashes.len(),
             ));
         }
-        let mut chain = self.open_chain(blocks);
+        let mut chain = self.open_chain(blocks.parent, blocks);
         let mut parent = blocks.parent;
         for (position, (&hash, tokens)) in blocks.hashes.iter().zip(tokens).enumerate() {
             let identifiers = blocks
                 .identifiers
                 .get(position)
                 .map_or(&[][..], Vec::as_slice);
-            match &mut chain {
-                Some(chain) => {
-                    let key = self.place(chain, hash, tokens, identifiers);
-                    self.settle(hash, key, chain.root, changes);
-                    self.count(hash, blocks.tier, None, changes, &mut applied);
-                }
-                None => {
-                    let content = parent.map(|parent| Content {
-                        parent,
-                        tokens: tokens.into(),
-                        identifiers: identifiers.to_vec(),
-                    });
-                    self.count(hash, blocks.tier, content, changes, &mut applied);
-                }
+            if chain.is_none() {
+                chain = self.open_chain(parent, blocks);
             }
+            let mut content = None;
+            if let Some(chain) = &mut chain {
+                let key = self.place(chain, hash, tokens, identifiers);
+                self.settle(hash, key, chain.root, changes);
+            } else {
+                content = parent.map(|parent| Content {
+                    parent,
+                    tokens: tokens.into(),
+                    identifiers: identifiers.to_vec(),
+                });
+            }
+            self.count(hash, blocks.tier, content, changes, &mut applied);
             parent = Some(hash);
         }
         if let Some(chain) = chain {
@@ -154,25 +154,25 @@ impl EngineLedger {
         }
     }
 
-    /// The chain that an event's blocks go on with; `None` when their parent's place is not known.
-    fn open_chain(&mut self, blocks: &StoredBlocks) -> Option<OpenChain> {
-        match blocks.parent {
-            None => {
-                let root = self.roots.acquire(&self.keys, blocks);
-                Some(OpenChain {
-                    chain: IndexChain::new(self.roots.get(root)),
-                    root,
-                })
-            }
-            Some(parent) => {
-                let &Placed { key, root, .. } = self.placed.get(&parent)?;
-                self.roots.add(root);
-                Some(OpenChain {
-                    chain: IndexChain::after(self.roots.get(root), key),
-                    root,
-                })
-            }
-        }
+    /// The chain that goes on after `parent`; `None` when its place is not known.
+    fn open_chain(
+        &mut self,
+        parent: Option<EngineHash>,
+        blocks: &StoredBlocks,
+    ) -> Option<OpenChain> {
+        let Some(parent) = parent else {
+            let root = self.roots.acquire(&self.keys, blocks);
+            return Some(OpenChain {
+                chain: IndexChain::new(self.roots.get(root)),
+                root,
+            });
+        };
+        let &Placed { key, root, .. } = self.placed.get(&parent)?;
+        self.roots.add(root);
+        Some(OpenChain {
+            chain: IndexChain::after(self.roots.get(root), key),
+            root,
+        })
     }
 
     /// The key of the chain's next block.

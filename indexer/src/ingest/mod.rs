@@ -28,6 +28,8 @@ pub use config::{Action, ClearReason, IngestConfig, IngestStats};
 /// How often in a row a replay may end without telling anything new while live batches wait for something older. Then
 /// those batches are not this publisher's and are dropped.
 const FRUITLESS_REPLAYS_MAX: u32 = 2;
+/// After so many the publisher evidently never replays what it sends: the source begins anew with what comes live.
+const FRUITLESS_REPLAYS_TO_RESET: u32 = 4;
 
 /// A live batch that waits for a replay to end.
 #[derive(Debug)]
@@ -128,6 +130,8 @@ impl Ingest {
     }
 
     /// The connection to the publisher is there, for the first time or again; live batches may follow.
+    ///
+    /// Batches of an earlier connection must not be handed in any more: they may be another publisher's.
     pub fn handle_connected(&mut self, now: Time) {
         self.drop_pending();
         self.is_connected = true;
@@ -341,8 +345,9 @@ impl Ingest {
                         self.start_replay(now);
                         return;
                     }
-                    if self.history.is_empty() {
-                        // A publisher that replays nothing: begin with what it sends.
+                    if self.history.is_empty() || self.fruitless >= FRUITLESS_REPLAYS_TO_RESET {
+                        self.reset(ClearReason::HistoryLost);
+                        self.fruitless = 0;
                         self.apply(frame.sequence, frame.payload);
                     } else {
                         self.stats.dropped += 1;
