@@ -13,6 +13,8 @@ pub struct IngestConfig {
     pub has_replay: bool,
     /// A replay has failed when nothing of it came for this long.
     pub replay_timeout: Duration,
+    /// After a failed replay another is tried this much later.
+    pub replay_retry: Duration,
     /// How many live batches wait while a replay is under way; more are dropped and asked for again.
     pub pending_batches_max: usize,
     /// How many bytes of payload may wait so.
@@ -20,11 +22,12 @@ pub struct IngestConfig {
 }
 
 impl Default for IngestConfig {
-    /// With replay, 5 s without an answer, 65,536 batches, 64 MiB.
+    /// With replay, 5 s without an answer, another try after 30 s, 65,536 batches, 64 MiB.
     fn default() -> Self {
         Self {
             has_replay: true,
             replay_timeout: Duration::from_secs(5),
+            replay_retry: Duration::from_secs(30),
             pending_batches_max: 65_536,
             pending_bytes_max: 64 << 20,
         }

@@ -62,6 +62,8 @@ pub struct Ingest {
     next: Option<u64>,
     /// The batches applied last, by their hashes.
     history: History,
+    /// Whether a replay failed that would have told more of what was before.
+    is_partial: bool,
     replay: Replay,
     /// Whether the replay told anything new.
     has_progressed: bool,
@@ -85,6 +87,7 @@ impl Ingest {
             epoch: None,
             next: None,
             history: History::default(),
+            is_partial: false,
             replay: Replay::Idle,
             has_progressed: false,
             fruitless: 0,
@@ -138,6 +141,9 @@ impl Ingest {
         self.fruitless = 0;
         self.live_end = self.next.unwrap_or_default();
         if self.config.has_replay {
+            if self.is_partial {
+                self.reset(ClearReason::ReplayFailed);
+            }
             self.start_replay(now);
         } else {
             // Nothing tells whether this is the publisher of before.
@@ -248,7 +254,7 @@ impl Ingest {
             }
             Replay::Follow => {
                 self.replay = Replay::Idle;
-                self.deadline = None;
+                self.deadline = self.is_partial.then(|| now + self.config.replay_retry);
                 self.fruitless = if self.has_progressed {
                     0
                 } else {
@@ -263,24 +269,33 @@ impl Ingest {
         }
     }
 
-    /// The replay could not be had or broke off.
-    pub fn handle_replay_failed(&mut self) {
+    /// The replay could not be had or broke off. What live batches tell is followed meanwhile, and some time later the
+    /// publisher's start is asked for again.
+    pub fn handle_replay_failed(&mut self, now: Time) {
         let replay = std::mem::replace(&mut self.replay, Replay::Idle);
         if replay == Replay::Idle {
             return;
         }
-        self.deadline = None;
         self.stats.replay_failures += 1;
-        if replay == Replay::Verify {
+        if replay == Replay::Verify || self.next.is_none() {
             self.reset(ClearReason::ReplayFailed);
+            self.is_partial = true;
         }
         self.drain_unverified();
+        self.deadline = self.is_partial.then(|| now + self.config.replay_retry);
     }
 
-    /// Lets time pass: a replay that tells nothing for too long has failed.
+    /// Lets time pass: a replay that tells nothing for too long has failed, and what failed is tried again.
     pub fn handle_timeout(&mut self, now: Time) {
-        if self.deadline.is_some_and(|deadline| deadline <= now) {
-            self.handle_replay_failed();
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        if self.replay != Replay::Idle {
+            self.handle_replay_failed(now);
+        } else if self.is_connected && self.is_partial {
+            self.reset(ClearReason::ReplayFailed);
+            self.start_replay(now);
         }
     }
 
@@ -382,6 +397,7 @@ impl Ingest {
                 Some(next) if frame.sequence < next => match self.history.find(&frame) {
                     Known::Different => {
                         self.reset(ClearReason::Restarted);
+                        self.is_partial = true;
                         self.apply(frame.sequence, frame.payload);
                     }
                     _ => self.stats.duplicates += 1,
@@ -389,6 +405,7 @@ impl Ingest {
                 Some(next) if frame.sequence > next => {
                     self.stats.gaps += 1;
                     self.reset(ClearReason::ReplayFailed);
+                    self.is_partial = true;
                     self.apply(frame.sequence, frame.payload);
                 }
                 _ => self.apply(frame.sequence, frame.payload),
@@ -396,6 +413,7 @@ impl Ingest {
         }
         if self.live_end > self.next.unwrap_or_default() {
             self.reset(ClearReason::ReplayFailed);
+            self.is_partial = true;
             self.live_end = 0;
         }
     }
@@ -430,9 +448,13 @@ impl Ingest {
         }
         self.history = History::default();
         self.next = None;
+        self.is_partial = false;
     }
 
     fn apply(&mut self, sequence: u64, payload: Bytes) {
+        if sequence == 0 {
+            self.is_partial = false;
+        }
         self.history.push(sequence, &payload);
         self.next = Some(sequence + 1);
         self.live_end = self.live_end.max(sequence + 1);

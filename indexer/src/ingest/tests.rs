@@ -1,1 +1,519 @@
-//! Tests of the order of batches.
+//! The state machine against a publisher whose true log is known, over a wire that loses and repeats.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Which batch this is, of which incarnation: the payload says it, so that nothing can be mixed up unseen.
+fn batch(incarnation: u64, sequence: u64) -> Bytes {
+    Bytes::from(format!("{incarnation}/{sequence}"))
+}
+
+fn parse(payload: &Bytes) -> (u64, u64) {
+    let text = std::str::from_utf8(payload).unwrap();
+    let (incarnation, sequence) = text.split_once('/').unwrap();
+    (incarnation.parse().unwrap(), sequence.parse().unwrap())
+}
+
+/// A publisher, the wire and the state machine at its end.
+struct World {
+    ingest: Ingest,
+    now: Time,
+    incarnation: u64,
+    published: u64,
+    buffered_max: u64,
+    tells_epoch: bool,
+    is_connected: bool,
+    live: VecDeque<(u64, u64)>,
+    request: Option<u64>,
+    /// Answers on their way; none when no request was answered yet.
+    replies: Option<VecDeque<(u64, u64)>>,
+    /// What is applied since the last clear.
+    applied: Vec<(u64, u64)>,
+    clears: Vec<ClearReason>,
+    /// Whether frames of one connection are of one incarnation, so that mixing them up is the machine's fault.
+    is_strict: bool,
+}
+
+impl World {
+    fn new(config: IngestConfig) -> Self {
+        Self {
+            ingest: Ingest::new(config),
+            now: Time(0),
+            incarnation: 1,
+            published: 0,
+            buffered_max: u64::MAX,
+            tells_epoch: false,
+            is_connected: false,
+            live: VecDeque::new(),
+            request: None,
+            replies: None,
+            applied: Vec::new(),
+            clears: Vec::new(),
+            is_strict: true,
+        }
+    }
+
+    fn epoch(&self, incarnation: u64) -> Option<Epoch> {
+        self.tells_epoch.then_some(Epoch(incarnation))
+    }
+
+    fn publish(&mut self, batches: u64) {
+        for _ in 0..batches {
+            if self.is_connected {
+                self.live.push_back((self.incarnation, self.published));
+            }
+            self.published += 1;
+        }
+    }
+
+    fn connect(&mut self) {
+        if !self.is_connected {
+            self.is_connected = true;
+            self.ingest.handle_connected(self.now);
+            self.act();
+        }
+    }
+
+    fn disconnect(&mut self) {
+        self.is_connected = false;
+        self.live.clear();
+        (self.request, self.replies) = (None, None);
+        self.ingest.handle_disconnected();
+        self.act();
+    }
+
+    /// Another incarnation takes the publisher's place.
+    fn restart(&mut self) {
+        self.incarnation += 1;
+        self.published = 0;
+    }
+
+    fn deliver_live(&mut self) {
+        if let Some((incarnation, sequence)) = self.live.pop_front() {
+            self.hand_in(incarnation, sequence);
+        }
+    }
+
+    fn hand_in(&mut self, incarnation: u64, sequence: u64) {
+        let epoch = self.epoch(incarnation);
+        let payload = batch(incarnation, sequence);
+        self.ingest
+            .handle_frame(self.now, epoch, Sequence(sequence), payload);
+        self.act();
+    }
+
+    fn serve_replay(&mut self) {
+        if let Some(from) = self.request.take() {
+            let first = from.max(self.published.saturating_sub(self.buffered_max));
+            let incarnation = self.incarnation;
+            self.replies = Some(
+                (first..self.published)
+                    .map(|sequence| (incarnation, sequence))
+                    .collect(),
+            );
+        }
+    }
+
+    fn deliver_reply(&mut self) {
+        match self.replies.as_mut().map(VecDeque::pop_front) {
+            None => return,
+            Some(Some((incarnation, sequence))) => {
+                let epoch = self.epoch(incarnation);
+                let payload = batch(incarnation, sequence);
+                self.ingest
+                    .handle_replayed(self.now, epoch, Sequence(sequence), payload);
+            }
+            Some(None) => {
+                self.replies = None;
+                self.ingest.handle_replay_end(self.now);
+            }
+        }
+        self.act();
+    }
+
+    fn fail_replay(&mut self) {
+        if self.request.take().is_some() || self.replies.take().is_some() {
+            self.ingest.handle_replay_failed(self.now);
+            self.act();
+        }
+    }
+
+    fn pass_time(&mut self, duration: Duration) {
+        self.now = self.now + duration;
+        if self
+            .ingest
+            .poll_timeout()
+            .is_some_and(|deadline| deadline <= self.now)
+        {
+            (self.request, self.replies) = (None, None);
+            self.ingest.handle_timeout(self.now);
+            self.act();
+        }
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.ingest.poll_action() {
+            match action {
+                Action::Apply {
+                    sequence,
+                    payload,
+                    position,
+                } => {
+                    let told = parse(&payload);
+                    assert_eq!(told.1, sequence.0);
+                    assert_eq!(position.next.0, sequence.0 + 1);
+                    if let Some(last) = self.applied.last().filter(|_| self.is_strict) {
+                        assert_eq!(told, (last.0, last.1 + 1), "applied after {last:?}");
+                    }
+                    self.applied.push(told);
+                }
+                Action::Clear { reason } => {
+                    self.applied.clear();
+                    self.clears.push(reason);
+                }
+                Action::RequestReplay { from } => {
+                    assert_eq!((self.request, &self.replies), (None, &None), "two replays");
+                    self.request = Some(from.0);
+                }
+            }
+        }
+    }
+
+    /// Lets everything on its way arrive.
+    fn settle(&mut self) {
+        for _ in 0..10_000 {
+            if !self.live.is_empty() {
+                self.deliver_live();
+            } else if self.request.is_some() {
+                self.serve_replay();
+            } else if self.replies.is_some() {
+                self.deliver_reply();
+            } else {
+                return;
+            }
+        }
+        panic!("the exchange never comes to rest");
+    }
+
+    /// What is applied is what this publisher sent, up to its last batch and as far back as it can tell.
+    fn assert_exact(&self) {
+        assert!(self.ingest.is_current());
+        let first = match self.applied.first() {
+            Some((_, first)) => *first,
+            None => self.published,
+        };
+        assert!(
+            first <= self.published.saturating_sub(self.buffered_max),
+            "starts at {first}"
+        );
+        let log: Vec<_> = (first..self.published)
+            .map(|sequence| (self.incarnation, sequence))
+            .collect();
+        assert_eq!(self.applied, log);
+        assert_eq!(self.ingest.position().next.0, self.published);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Publish(u64),
+    DropLive,
+    RepeatLive,
+    DeliverLive,
+    ServeReplay,
+    DeliverReply,
+    FailReplay,
+    Disconnect,
+    Connect,
+    /// The publisher dies, another comes up in its place; how much that one has sent before we are back.
+    Restart(u64),
+    /// The same without any sign of it on the connection.
+    SilentRestart,
+    Wait,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        10 => (1..4_u64).prop_map(Step::Publish),
+        3 => Just(Step::DropLive),
+        2 => Just(Step::RepeatLive),
+        12 => Just(Step::DeliverLive),
+        6 => Just(Step::ServeReplay),
+        12 => Just(Step::DeliverReply),
+        1 => Just(Step::FailReplay),
+        1 => Just(Step::Disconnect),
+        4 => Just(Step::Connect),
+        1 => (0..20_u64).prop_map(Step::Restart),
+        1 => Just(Step::SilentRestart),
+        1 => Just(Step::Wait),
+    ]
+}
+
+fn run(world: &mut World, steps: &[Step]) {
+    for step in steps {
+        match step {
+            Step::Publish(batches) => world.publish(*batches),
+            Step::DropLive => drop(world.live.pop_front()),
+            Step::RepeatLive => {
+                if let Some(next) = world.live.front().copied() {
+                    world.live.push_front(next);
+                }
+            }
+            Step::DeliverLive => world.deliver_live(),
+            Step::ServeReplay => world.serve_replay(),
+            Step::DeliverReply => world.deliver_reply(),
+            Step::FailReplay => world.fail_replay(),
+            Step::Disconnect => world.disconnect(),
+            Step::Connect => world.connect(),
+            Step::Restart(batches) => {
+                world.disconnect();
+                world.restart();
+                world.publish(*batches);
+            }
+            Step::SilentRestart => world.restart(),
+            Step::Wait => world.pass_time(Duration::from_secs(7)),
+        }
+    }
+    world.settle();
+    world.disconnect();
+    world.connect();
+    world.settle();
+}
+
+/// The same steps, but no publisher is exchanged unseen.
+fn all_seen(steps: Vec<Step>) -> Vec<Step> {
+    let seen = |step| {
+        if let Step::SilentRestart = step {
+            Step::Restart(0)
+        } else {
+            step
+        }
+    };
+    steps.into_iter().map(seen).collect()
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    proptest::collection::vec(step(), 1..300)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Losses, repeats, failed replays, reconnects and restarts: at every moment one incarnation's batches in a row
+    /// are applied, and after a last reconnect all that the publisher can still tell.
+    #[test]
+    fn whatever_the_wire_does_the_applied_batches_are_one_publishers(
+        steps in steps(),
+        buffered_max in prop_oneof![Just(u64::MAX), 1..30_u64],
+        pending_batches_max in prop_oneof![Just(1000_usize), 1..4_usize],
+        tells_epoch in any::<bool>(),
+    ) {
+        let config = IngestConfig { pending_batches_max, ..IngestConfig::default() };
+        let mut world = World { buffered_max, tells_epoch, ..World::new(config) };
+        run(&mut world, &all_seen(steps));
+        world.assert_exact();
+    }
+
+    /// The same when publishers are exchanged behind a connection that seems to hold; where the topic tells the epoch,
+    /// even that fools nobody for a moment.
+    #[test]
+    fn a_restart_that_nobody_saw_is_found_at_the_next_connect(
+        steps in steps(),
+        tells_epoch in any::<bool>(),
+    ) {
+        let mut world =
+            World { tells_epoch, is_strict: tells_epoch, ..World::new(IngestConfig::default()) };
+        run(&mut world, &steps);
+        world.assert_exact();
+    }
+
+    /// Without a replay socket nothing missed can be made up for, but nothing wrong is kept.
+    #[test]
+    fn without_replay_every_doubt_clears_the_source(steps in steps()) {
+        let config = IngestConfig { has_replay: false, ..IngestConfig::default() };
+        let mut world = World::new(config);
+        run(&mut world, &all_seen(steps));
+        prop_assert!(world.request.is_none());
+        prop_assert!(world.applied.is_empty(), "the last connect proves nothing");
+        world.publish(3);
+        world.settle();
+        prop_assert_eq!(world.applied.len(), 3);
+    }
+}
+
+fn connected(published: u64) -> World {
+    let mut world = World::new(IngestConfig::default());
+    world.publish(published);
+    world.connect();
+    world.settle();
+    world.assert_exact();
+    world
+}
+
+/// Cut off, restarted, and the new publisher is past the old one's number when the wire is back.
+#[test]
+fn a_restart_while_partitioned_is_found_even_when_the_new_sequence_is_past_the_old() {
+    let mut world = connected(10);
+    world.disconnect();
+    world.restart();
+    world.publish(25);
+    world.connect();
+    assert_eq!(
+        world.request,
+        Some(9),
+        "the last applied batch is asked for"
+    );
+    world.settle();
+    world.assert_exact();
+    assert_eq!(world.clears, [ClearReason::Restarted]);
+}
+
+/// A connection that comes and goes with nothing published: no gap could show anything.
+#[test]
+fn an_idle_publisher_is_recognised_and_nothing_is_applied_twice() {
+    let mut world = connected(10);
+    world.disconnect();
+    world.connect();
+    world.settle();
+    world.assert_exact();
+    assert_eq!((world.clears.len(), world.ingest.stats().applied), (0, 10));
+}
+
+/// More was missed than the publisher keeps.
+#[test]
+fn a_replay_that_begins_too_late_clears_the_source_first() {
+    let mut world = connected(10);
+    world.disconnect();
+    world.buffered_max = 5;
+    world.publish(20);
+    world.connect();
+    world.settle();
+    world.assert_exact();
+    assert_eq!(world.clears, [ClearReason::HistoryLost]);
+    assert_eq!(world.applied.first(), Some(&(1, 25)));
+}
+
+/// One live batch is lost; those behind it wait for the replay.
+#[test]
+fn a_gap_is_replayed_and_nothing_is_cleared() {
+    let mut world = connected(3);
+    world.publish(1);
+    world.live.clear();
+    world.publish(2);
+    world.deliver_live();
+    assert!(!world.ingest.is_current(), "a gap is open");
+    assert_eq!(world.ingest.position().next, Sequence(3));
+    world.settle();
+    world.assert_exact();
+    assert_eq!((world.clears.len(), world.ingest.stats().gaps), (0, 1));
+}
+
+/// The publisher of before does not answer: what it said cannot be vouched for, and later it is asked again.
+#[test]
+fn a_replay_that_never_comes_clears_the_source_and_is_tried_again() {
+    let mut world = connected(5);
+    world.disconnect();
+    world.publish(2);
+    world.connect();
+    world.publish(1);
+    world.deliver_live();
+    world.pass_time(Duration::from_secs(5));
+    assert_eq!(world.clears, [ClearReason::ReplayFailed]);
+    assert_eq!(
+        world.applied,
+        [(1, 7)],
+        "what comes live is followed meanwhile"
+    );
+    assert!(world.request.is_none());
+    world.pass_time(Duration::from_secs(30));
+    world.settle();
+    world.assert_exact();
+}
+
+/// Three batches come during a replay and there is room for one; then the publisher falls silent.
+#[test]
+fn batches_for_which_there_was_no_room_are_asked_for_again() {
+    let config = IngestConfig {
+        pending_batches_max: 1,
+        ..IngestConfig::default()
+    };
+    let mut world = World::new(config);
+    world.publish(2);
+    world.connect();
+    world.serve_replay();
+    world.publish(3);
+    for _ in 0..3 {
+        world.deliver_live();
+    }
+    assert_eq!(world.ingest.stats().dropped, 2);
+    world.settle();
+    world.assert_exact();
+    assert_eq!((world.clears.len(), world.applied.len()), (0, 5));
+}
+
+/// A node's topic names another epoch in the middle of the stream.
+#[test]
+fn a_new_epoch_in_the_topic_clears_the_source_at_once() {
+    let mut world = World {
+        tells_epoch: true,
+        ..World::new(IngestConfig::default())
+    };
+    world.publish(4);
+    world.connect();
+    world.settle();
+    world.restart();
+    world.publish(1);
+    world.deliver_live();
+    assert_eq!(world.clears, [ClearReason::NewEpoch]);
+    assert_eq!(world.applied, [(2, 0)]);
+    assert_eq!(
+        world.ingest.position(),
+        Position {
+            epoch: Epoch(2),
+            next: Sequence(1)
+        }
+    );
+}
+
+/// A live batch that was replayed already, and one with the same number from somebody else.
+#[test]
+fn a_late_batch_is_told_from_a_foreign_one_by_its_bytes() {
+    let mut world = connected(4);
+    world.hand_in(1, 2);
+    assert_eq!(
+        (world.clears.len(), world.ingest.stats().duplicates),
+        (0, 1)
+    );
+    world.restart();
+    world.publish(1);
+    world.deliver_live();
+    assert_eq!(world.clears, [ClearReason::Restarted]);
+    assert_eq!(world.applied, [(2, 0)]);
+}
+
+/// A publisher whose replay socket answers, but with nothing.
+#[test]
+fn a_publisher_that_replays_nothing_is_followed_live() {
+    let mut world = World {
+        buffered_max: 0,
+        ..World::new(IngestConfig::default())
+    };
+    world.publish(6);
+    world.connect();
+    world.settle();
+    world.publish(3);
+    world.settle();
+    assert_eq!(world.applied, [(1, 6), (1, 7), (1, 8)]);
+    assert!(world.ingest.is_current());
+}
+
+/// The number that ends replays cannot be a batch's.
+#[test]
+fn the_number_of_the_end_marker_is_refused_in_live_batches() {
+    let mut world = connected(1);
+    world.hand_in(1, u64::MAX);
+    assert_eq!((world.applied.len(), world.ingest.stats().dropped), (1, 1));
+}
