@@ -1,7 +1,7 @@
 //! A request as an engine and a node see it: tokens cut into blocks, each with its keys.
 
 use kvcache_core::prefix::data::{DataChain, ModelIdentity, Shard};
-use kvcache_core::prefix::{ChainRoot, IndexChain, IndexScheme, Namespace};
+use kvcache_core::prefix::{ChainRoot, IndexScheme, Namespace, describe};
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{BlockInfo, BlockKey, EngineHash, IndexKey, Result};
 
@@ -63,16 +63,8 @@ impl Sequencer {
     #[must_use]
     pub fn tokens(&self, tokens: Vec<u32>) -> Sequence {
         let block_tokens = self.block_tokens();
-        let (mut data, mut index) = (self.data.clone(), IndexChain::new(&self.index));
-        let blocks: Vec<BlockInfo> = tokens
-            .chunks_exact(block_tokens as usize)
-            .map(|block| BlockInfo {
-                parent: data.last(),
-                index_parent: index.last(),
-                key: data.push(block),
-                index_key: index.push(block),
-            })
-            .collect();
+        let blocks: Vec<BlockInfo> =
+            describe(self.data.clone(), &self.index, &tokens, self.block_tokens).collect();
         let reusable_blocks = tokens.len().saturating_sub(1) / block_tokens as usize;
         let prompt_blocks = blocks.len();
         Sequence {

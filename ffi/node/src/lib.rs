@@ -1,1 +1,29 @@
-//! Placeholder.
+//! A kvfabric node: the tiers, the fabric and the index of one pod, joined.
+//!
+//! [`Node::open`] reads a [`NodeConfig`], opens the tiers (recovering what the disk holds), serves peers, publishes
+//! events and registers with the index. An engine registers its memory with [`Node::agent`], hands blocks over with
+//! [`Node::store`] and takes them back with [`Node::fetch`]. The C ABI and the Python package are skins of this crate.
+//!
+//! This crate does not decide anything: what to keep, evict, fetch or trust is settled below it.
+#![forbid(unsafe_code)]
+
+mod blocks;
+pub mod config;
+mod metrics;
+mod node;
+mod ports;
+
+#[cfg(test)]
+mod tests;
+
+pub use blocks::Namespace;
+pub use config::NodeConfig;
+pub use node::{Lookup, Node};
+
+// What a caller needs to use a node, so that an engine depends on one crate.
+pub use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, IndexKey, PodName, Result, Tier};
+pub use kvfabric_indexer::client::{LookupAnswer, PodDepth, SourcePosition};
+pub use kvfabric_tiers::{
+    FetchBlock, FetchHints, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
+};
+pub use kvfabric_transfer as transfer;

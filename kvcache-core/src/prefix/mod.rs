@@ -17,6 +17,7 @@
 mod cbor;
 mod chain;
 pub mod data;
+mod describe;
 pub mod llmd;
 mod pickle;
 pub mod sglang;
@@ -24,6 +25,7 @@ pub mod vllm;
 pub mod xxh3;
 
 pub use chain::{ChainRoot, IndexChain, IndexScheme, Namespace};
+pub use describe::describe;
 
 #[cfg(test)]
 mod tests;
