@@ -1,0 +1,215 @@
+//! The processes of a demo: one indexer, pods, and the folder where their tiers live.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric::config::{
+    DirectSetting, DiskSection, FabricSection, HostSection, IndexSection, NodeConfig, ObjectSection,
+    ShardSection,
+};
+use kvfabric_indexer::client::{ClientConfig, IndexClient};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::args::{DemoArgs, TransportKind};
+use super::plan::Plan;
+use super::process::PodProcess;
+use super::protocol::PodSetup;
+
+/// The model's name in the index.
+const MODEL: &str = "demo";
+
+/// How index keys are made in a demo.
+const KEY_SCHEME: &str = "xxh3:1337";
+
+/// How long the indexer may take to listen.
+const INDEXER_START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long a fetch may take before blocks are computed instead.
+const FETCH_DEADLINE_MS: u64 = 10_000;
+
+/// What a pod does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Prefill,
+    Decode,
+}
+
+/// A pod and what it does.
+pub(crate) struct ClusterPod {
+    role: Role,
+    process: PodProcess,
+}
+
+impl ClusterPod {
+    pub(crate) fn role(&self) -> Role {
+        self.role
+    }
+
+    pub(crate) fn process(&self) -> &PodProcess {
+        &self.process
+    }
+}
+
+/// All processes of one run; they die with it.
+pub(crate) struct Cluster {
+    indexer: tokio::sync::Mutex<Child>,
+    index: IndexClient,
+    pods: Vec<ClusterPod>,
+    prefill_tokens_per_second: f64,
+    object_url: Option<String>,
+}
+
+impl Cluster {
+    /// Starts the indexer, then all pods at once, and waits until they are ready.
+    pub(crate) async fn start(args: &DemoArgs, plan: &Plan, folder: &Path) -> Result<Self> {
+        let (indexer, address) = start_indexer(plan.block_tokens).await?;
+        let index = IndexClient::new(ClientConfig {
+            address: format!("http://{address}"),
+            model: MODEL.to_owned(),
+            deadline: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(5),
+        })?;
+        let object_url = object_url(args, folder);
+        let roles = (0..args.pods.prefill)
+            .map(|number| (Role::Prefill, format!("prefill-{number}")))
+            .chain((0..args.pods.decode).map(|n| (Role::Decode, format!("decode-{n}"))));
+        let setups: Vec<(Role, PodSetup)> = roles
+            .map(|(role, name)| {
+                let setup = pod_setup(args, plan, folder, &name, address, object_url.clone());
+                (role, setup)
+            })
+            .collect();
+        let starts = setups.iter().map(|(_, setup)| PodProcess::start(setup));
+        let processes = futures_util::future::try_join_all(starts).await?;
+        let pods = setups
+            .iter()
+            .zip(processes)
+            .map(|((role, _), process)| ClusterPod { role: *role, process })
+            .collect();
+        Ok(Self {
+            indexer: tokio::sync::Mutex::new(indexer),
+            index,
+            pods,
+            prefill_tokens_per_second: args.prefill_tokens_per_second,
+            object_url,
+        })
+    }
+
+    pub(crate) fn pods(&self) -> &[ClusterPod] {
+        &self.pods
+    }
+
+    pub(crate) fn index(&self) -> &IndexClient {
+        &self.index
+    }
+
+    pub(crate) fn model(&self) -> &'static str {
+        MODEL
+    }
+
+    pub(crate) fn prefill_tokens_per_second(&self) -> f64 {
+        self.prefill_tokens_per_second
+    }
+
+    pub(crate) fn object_url(&self) -> Option<&str> {
+        self.object_url.as_deref()
+    }
+
+    /// Stops every pod, then the indexer.
+    pub(crate) async fn stop(&self) -> Result<()> {
+        let stops = self.pods.iter().map(|pod| pod.process.stop());
+        let results = futures_util::future::join_all(stops).await;
+        let mut indexer = self.indexer.lock().await;
+        // The indexer keeps nothing, so it need not be asked politely.
+        let killed = indexer.kill().await.map_err(|e| Error::io("stop the indexer", e));
+        results.into_iter().collect::<Result<Vec<()>>>()?;
+        killed
+    }
+}
+
+/// The same program once more, as `kvfabric indexer serve`.
+async fn start_indexer(block_tokens: u32) -> Result<(Child, SocketAddr)> {
+    let program = std::env::current_exe().map_err(|e| Error::io("path of this program", e))?;
+    let mut child = Command::new(program)
+        .args(["indexer", "serve", "--grpc-listen", "127.0.0.1:0", "--ready-json"])
+        .args(["--key-scheme", KEY_SCHEME, "--block-size", &block_tokens.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|e| Error::io("start the indexer", e))?;
+    let no_pipe = || Error::new(ErrorKind::Internal, "the indexer has no standard output");
+    let mut lines = BufReader::new(child.stdout.take().ok_or_else(no_pipe)?).lines();
+    let line = tokio::time::timeout(INDEXER_START_DEADLINE, lines.next_line()).await;
+    let line = match line {
+        Ok(Ok(Some(line))) => line,
+        Ok(Ok(None)) => return Err(Error::new(ErrorKind::PeerLost, "the indexer ended at its start")),
+        Ok(Err(error)) => return Err(Error::io("read from the indexer", error)),
+        Err(_) => return Err(Error::new(ErrorKind::Timeout, "the indexer did not start in time")),
+    };
+    let address = serde_json::from_str::<serde_json::Value>(&line)
+        .ok()
+        .and_then(|value| value.get("grpc")?.as_str()?.parse().ok())
+        .ok_or_else(|| Error::new(ErrorKind::Internal, format!("the indexer said {line:?}")))?;
+    Ok((child, address))
+}
+
+/// Where the shared tier is; none when switched off.
+fn object_url(args: &DemoArgs, folder: &Path) -> Option<String> {
+    match args.object.as_deref() {
+        Some("none") => None,
+        Some(url) => Some(url.to_owned()),
+        None => Some(format!("file://{}", folder.join("object").display())),
+    }
+}
+
+fn pod_setup(
+    args: &DemoArgs,
+    plan: &Plan,
+    folder: &Path,
+    name: &str,
+    indexer: SocketAddr,
+    object_url: Option<String>,
+) -> PodSetup {
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+    let path: PathBuf = folder.join(name).join("nvme");
+    PodSetup {
+        node: NodeConfig {
+            pod: name.to_owned(),
+            model: MODEL.to_owned(),
+            model_identity: "6b".repeat(32),
+            block_bytes: plan.block_bytes,
+            block_tokens: plan.block_tokens,
+            shard: ShardSection::default(),
+            key_scheme: KEY_SCHEME.to_owned(),
+            host: HostSection { bytes: plan.dram_bytes },
+            disk: plan.nvme.map(|nvme| DiskSection {
+                path,
+                bytes: nvme.bytes,
+                segment_bytes: nvme.segment_bytes,
+                direct: DirectSetting::Auto,
+            }),
+            object: object_url.map(|url| ObjectSection { url, prefix: "blocks".to_owned() }),
+            fabric: FabricSection {
+                shm: args.transport != TransportKind::Tcp,
+                tcp_listen: (args.transport != TransportKind::Shm).then_some(loopback),
+            },
+            peer_listen: Some(loopback),
+            index: Some(IndexSection {
+                address: format!("http://{indexer}"),
+                publish_host: "127.0.0.1".to_owned(),
+                lookup_deadline_ms: 2_000,
+            }),
+            metrics_listen: None,
+        },
+        hbm_bytes: plan.hbm_bytes,
+        layers: plan.layers,
+        prefill_tokens_per_second: args.prefill_tokens_per_second,
+        fetch_deadline_ms: FETCH_DEADLINE_MS,
+        lossless: args.unbounded,
+    }
+}
