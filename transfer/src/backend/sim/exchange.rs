@@ -264,12 +264,13 @@ impl Exchange {
     /// Starts a transfer.
     ///
     /// # Errors
-    /// `Busy` at [`TRANSFERS_MAX`], `Invalid` for no bytes or more than [`CHUNKS_MAX`] chunks, `NotFound` for a node
-    /// that never joined.
+    /// `Busy` at [`TRANSFERS_MAX`], `Invalid` for neither bytes nor a notification and for more than [`CHUNKS_MAX`]
+    /// chunks, `NotFound` for a node that never joined.
     pub fn handle_transfer(&mut self, now: Time, plan: SimTransfer) -> Result<SimTransferId> {
         let data_chunks = plan.bytes.div_ceil(self.config.chunk_bytes);
-        if !(1..=CHUNKS_MAX).contains(&data_chunks) {
-            let accepted = 1..=CHUNKS_MAX.saturating_mul(self.config.chunk_bytes);
+        let least = u64::from(!plan.notify);
+        if !(least..=CHUNKS_MAX).contains(&data_chunks) {
+            let accepted = least..=CHUNKS_MAX.saturating_mul(self.config.chunk_bytes);
             return Err(Error::invalid("transfer length in bytes", plan.bytes, accepted));
         }
         if self.running.len() >= TRANSFERS_MAX {

@@ -1,0 +1,201 @@
+//! What every backend must do, as one suite: run it with a [`Fixture`] for the backend.
+//!
+//! A case that a backend breaks is an error naming the backend, the case and what was found; nothing here panics or
+//! waits without a limit. Cases about deadlines and cancelling accept that a fast backend is done first; then what they
+//! check is that nothing hangs, leaks or tears.
+
+mod cases;
+mod fixture;
+
+use std::time::Duration;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::agent::{Agent, PeerHandle};
+use crate::backend::Operation;
+use crate::descriptor::{Descriptor, PreparedList, Side};
+use crate::region::{Region, RegionOptions};
+use crate::request::{Request, RequestOptions};
+use crate::sys::memory::HostMemory;
+
+pub use fixture::{FileFixture, ObjectFixture, PeerFixture};
+
+/// The longest that the suite waits for any one thing: far beyond what a loaded machine needs.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A remote place of some bytes that a fixture made.
+pub struct Place {
+    /// The place as its owner sees it; kept for as long as it is used.
+    pub owner: Region,
+    /// Through whom it is reached; none when it is the agent's own.
+    pub peer: Option<PeerHandle>,
+}
+
+/// Gives the suite a backend to work with.
+pub trait Fixture {
+    /// The name that completions and statistics must carry.
+    fn backend(&self) -> &'static str;
+
+    /// Who makes the requests.
+    fn agent(&self) -> &Agent;
+
+    /// Who gets notifications; none where the backend carries none.
+    fn peer(&self) -> Option<&Agent>;
+
+    /// A new remote place of `bytes`.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being made.
+    fn place(&self, bytes: u64) -> Result<Place>;
+
+    /// Whether a write replaces the whole place, so that its descriptors must cover it from 0 on.
+    fn writes_whole(&self) -> bool {
+        false
+    }
+}
+
+/// What the suite did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Cases that held.
+    pub passed: Vec<&'static str>,
+    /// Cases that do not apply to the backend.
+    pub skipped: Vec<&'static str>,
+}
+
+/// What a case found.
+enum Verdict {
+    Held,
+    DoesNotApply,
+}
+
+type Case = fn(&Bench<'_>) -> Result<Verdict>;
+
+const CASES: [(&str, Case); 12] = [
+    ("sizes from 1 B to 4 MiB survive a round trip", cases::sizes),
+    ("any alignment of memory and place works", cases::alignment),
+    ("scattered ranges go where they belong and nowhere else", cases::scattered),
+    ("thousands of descriptors make one request", cases::many_descriptors),
+    ("empty, unpaired and out-of-range descriptors are refused", cases::refusals),
+    ("requests run concurrently", cases::concurrent),
+    ("a request can be posted again", cases::repost),
+    ("a notification comes after the data", cases::notification),
+    ("deregistering waits for requests and refuses new ones", cases::deregister),
+    ("a deadline ends a request, and its memory drains", cases::deadline),
+    ("cancelling ends a request, and its memory drains", cases::cancel),
+    ("statistics count exactly what was moved", cases::stats),
+];
+
+/// Runs every case.
+///
+/// # Errors
+/// The first case that does not hold, with the backend and what was found.
+pub fn run(fixture: &dyn Fixture) -> Result<Report> {
+    let mut report = Report::default();
+    let bench = Bench { fixture };
+    for (name, case) in CASES {
+        let place = format!("backend {}: {name}", fixture.backend());
+        match case(&bench).map_err(|error| error.at(place))? {
+            Verdict::Held => report.passed.push(name),
+            Verdict::DoesNotApply => report.skipped.push(name),
+        }
+    }
+    Ok(report)
+}
+
+/// A broken promise.
+fn broken(text: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Internal, text.into())
+}
+
+/// What the cases share.
+struct Bench<'a> {
+    fixture: &'a dyn Fixture,
+}
+
+impl Bench<'_> {
+    fn agent(&self) -> &Agent {
+        self.fixture.agent()
+    }
+
+    /// Local memory, shareable so that no backend is left out.
+    fn memory(&self, bytes: u64) -> Result<Region> {
+        self.agent().register(HostMemory::shared(bytes)?, RegionOptions::default())
+    }
+
+    fn list(&self, place: &Place, ranges: &[(u64, u64)]) -> Result<PreparedList> {
+        let side = place.peer.as_ref().map_or(Side::Local, Side::Peer);
+        self.agent().prepare(side, &descriptors(&place.owner, ranges))
+    }
+
+    fn request(
+        &self,
+        operation: Operation,
+        local: (&Region, &[(u64, u64)]),
+        remote: (&Place, &[(u64, u64)]),
+        options: RequestOptions,
+    ) -> Result<Request> {
+        let locals = self.agent().prepare(Side::Local, &descriptors(local.0, local.1))?;
+        let remotes = self.list(remote.0, remote.1)?;
+        self.agent().request(operation, &locals, &remotes, options)
+    }
+
+    /// Makes, posts and waits.
+    fn transfer(
+        &self,
+        operation: Operation,
+        local: (&Region, &[(u64, u64)]),
+        remote: (&Place, &[(u64, u64)]),
+    ) -> Result<()> {
+        let request = self.request(operation, local, remote, RequestOptions::default())?;
+        request.post()?;
+        self.finish(&request)
+    }
+
+    /// Waits for success and checks what is told about it.
+    fn finish(&self, request: &Request) -> Result<()> {
+        let done = request.wait(PATIENCE)?;
+        if done.backend != self.fixture.backend() {
+            return Err(broken(format!("{} moved the bytes", done.backend)));
+        }
+        if done.bytes != request.bytes() {
+            return Err(broken(format!("{} of {} bytes are told", done.bytes, request.bytes())));
+        }
+        if !request.wait_drained(PATIENCE) {
+            return Err(broken("a request that is done does not drain"));
+        }
+        Ok(())
+    }
+}
+
+fn descriptors(region: &Region, ranges: &[(u64, u64)]) -> Vec<Descriptor> {
+    ranges.iter().map(|(offset, len)| region.descriptor(*offset, *len)).collect()
+}
+
+/// Bytes that tell their position and their seed.
+fn pattern(seed: u64, len: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len as usize + 8);
+    while bytes.len() < len as usize {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len as usize);
+    bytes
+}
+
+/// Compares a range of host memory with what it should hold.
+fn expect(region: &Region, offset: u64, expected: &[u8]) -> Result<()> {
+    let mut found = vec![0; expected.len()];
+    region.read_at(offset, &mut found)?;
+    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
+        None => Ok(()),
+        Some(at) => {
+            let (found, expected) = (found[at], expected[at]);
+            let text = format!("the byte at {} is {found:#04x}, not {expected:#04x}", offset + at as u64);
+            Err(broken(text))
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The way into a file engine: bounded, never blocking, and closed with a reason.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use kvcache_core::{Error, ErrorKind};
+
+use super::job::FileJob;
+
+/// The most jobs an engine holds, waiting and under way; more are refused as `Busy`.
+pub const FILE_JOBS_MAX: usize = 16 << 10;
+
+/// What the engine's threads find.
+#[derive(Default)]
+pub(super) struct Letters {
+    pub(super) jobs: VecDeque<FileJob>,
+    /// Some job was given up by its caller.
+    pub(super) reap: bool,
+    /// Set when no more jobs are taken.
+    pub(super) closed: Option<&'static str>,
+    unsettled: usize,
+}
+
+/// A shared box of [`Letters`].
+#[derive(Default)]
+pub(super) struct Inbox {
+    letters: Mutex<Letters>,
+    arrived: Condvar,
+}
+
+impl Inbox {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Letters> {
+        // Every change to the letters is complete before anything can panic.
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a job in, or hands it back with the reason.
+    pub(super) fn submit(&self, job: FileJob) -> Result<(), (FileJob, Error)> {
+        let mut letters = self.lock();
+        if let Some(reason) = letters.closed {
+            let error = Error::new(ErrorKind::Poisoned, format!("file engine: {reason}"));
+            return Err((job, error));
+        }
+        if letters.unsettled >= FILE_JOBS_MAX {
+            let text = format!("the file engine holds {FILE_JOBS_MAX} jobs");
+            return Err((job, Error::new(ErrorKind::Busy, text)));
+        }
+        letters.unsettled += 1;
+        letters.jobs.push_back(job);
+        Ok(())
+    }
+
+    /// Counts one job less.
+    pub(super) fn settled(&self) {
+        self.lock().unsettled -= 1;
+    }
+
+    /// Takes no more jobs.
+    pub(super) fn close(&self, reason: &'static str) {
+        self.lock().closed.get_or_insert(reason);
+        self.arrived.notify_all();
+    }
+
+    /// Makes one of those in [`Inbox::wait`] look again.
+    pub(super) fn wake(&self) {
+        self.arrived.notify_one();
+    }
+
+    /// Waits for a job; none once the inbox is closed and empty.
+    pub(super) fn wait(&self) -> Option<FileJob> {
+        let mut letters = self.lock();
+        loop {
+            if let Some(job) = letters.jobs.pop_front() {
+                return Some(job);
+            }
+            if letters.closed.is_some() {
+                return None;
+            }
+            letters = self.arrived.wait(letters).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}

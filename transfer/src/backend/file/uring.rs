@@ -1,0 +1,365 @@
+//! The io_uring engine: one thread, one ring, a bounded number of calls in the kernel.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use kvcache_core::{Error, ErrorKind, Result};
+use rustix::event::EventfdFlags;
+
+use super::inbox::Inbox;
+use super::job::{FileJob, FileOperation, Waiter};
+use super::plan::{Call, calls};
+use crate::backend::abandoned;
+
+/// Calls in the kernel at once: enough to fill an NVMe drive with 1 MiB calls, few enough that a job does not wait behind
+/// a wall of others.
+const CALLS_MAX: usize = 64;
+/// Submission entries: calls, their cancellations and the wake-up, with room.
+const RING_ENTRIES: u32 = 256;
+/// The wake-up's number; calls have their slot's.
+const WAKE: u64 = u64::MAX;
+/// The number of cancellations, whose answers do not matter: the cancelled call answers for itself.
+const CANCELLATION: u64 = u64::MAX - 1;
+
+/// A running ring.
+pub(super) struct Uring {
+    wake: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Uring {
+    /// Starts the thread and its ring.
+    ///
+    /// # Errors
+    /// `Unsupported` when the kernel refuses a ring or lacks one of the operations.
+    pub(super) fn start(inbox: Arc<Inbox>) -> Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = rustix::event::eventfd(0, flags)
+            .map_err(|error| Error::io("make an eventfd for the file engine", error.into()))?;
+        let wake = Arc::new(wake);
+        let (started, outcome) = mpsc::sync_channel(1);
+        let waking = Arc::clone(&wake);
+        // The ring is made on its own thread: with a single issuer the kernel wants it so.
+        let thread = std::thread::Builder::new()
+            .name("kvf-file".to_owned())
+            .spawn(move || match ring() {
+                Ok(ring) => {
+                    // The receiver waits below.
+                    let _ = started.send(Ok(()));
+                    Worker::new(ring, inbox, waking).run();
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                }
+            })
+            .map_err(|error| Error::io("start the file engine's thread", error))?;
+        match outcome.recv() {
+            Ok(Ok(())) => Ok(Self { wake, thread: Some(thread) }),
+            Ok(Err(error)) => {
+                Err(Error::new(ErrorKind::Unsupported, "io_uring").with_source(error))
+            }
+            Err(_) => Err(Error::new(ErrorKind::Internal, "the file engine died at its start")),
+        }
+    }
+
+    /// Makes the thread look into its inbox.
+    pub(super) fn wake(&self) {
+        // A full counter means that a wake-up is pending already.
+        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        self.wake();
+        if let Some(thread) = self.thread.take() {
+            // The last owner can be a waiter that runs on that very thread.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!("the file engine's thread panicked");
+            }
+        }
+    }
+}
+
+fn ring() -> io::Result<IoUring> {
+    let ring = IoUring::builder()
+        .dontfork()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .build(RING_ENTRIES)
+        .or_else(|_| IoUring::builder().dontfork().build(RING_ENTRIES))?;
+    if !ring.params().is_feature_nodrop() || !ring.params().is_feature_submit_stable() {
+        return Err(io::Error::other("this kernel's rings may drop answers"));
+    }
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    for (name, code) in [
+        ("readv", opcode::Readv::CODE),
+        ("writev", opcode::Writev::CODE),
+        ("fsync", opcode::Fsync::CODE),
+        ("poll", opcode::PollAdd::CODE),
+        ("cancel", opcode::AsyncCancel::CODE),
+    ] {
+        if !probe.is_supported(code) {
+            return Err(io::Error::other(format!("this kernel's rings lack {name}")));
+        }
+    }
+    Ok(ring)
+}
+
+/// A job whose calls are being made.
+struct Active {
+    waiting: VecDeque<Call>,
+    in_kernel: usize,
+    waiter: Box<dyn Waiter>,
+    /// Why no more calls are made; told when the kernel has answered for all of them.
+    failure: Option<Error>,
+}
+
+struct Worker {
+    ring: IoUring,
+    inbox: Arc<Inbox>,
+    wake: Arc<OwnedFd>,
+    jobs: BTreeMap<u64, Active>,
+    started: u64,
+    /// Jobs with calls to make, in turn.
+    turns: VecDeque<u64>,
+    /// The calls in the kernel, by slot, with their job.
+    slots: Vec<Option<(u64, Call)>>,
+    free: Vec<usize>,
+    wake_armed: bool,
+}
+
+impl Worker {
+    fn new(ring: IoUring, inbox: Arc<Inbox>, wake: Arc<OwnedFd>) -> Self {
+        Self {
+            ring,
+            inbox,
+            wake,
+            jobs: BTreeMap::new(),
+            started: 0,
+            turns: VecDeque::new(),
+            slots: (0..CALLS_MAX).map(|_| None).collect(),
+            free: (0..CALLS_MAX).rev().collect(),
+            wake_armed: false,
+        }
+    }
+
+    fn run(mut self) {
+        loop {
+            let closed = self.take_letters();
+            self.issue();
+            if closed && self.jobs.is_empty() {
+                return;
+            }
+            if let Err(error) = self.wait() {
+                self.break_down(&error);
+                return;
+            }
+            self.complete();
+        }
+    }
+
+    /// Takes what came in; true when the engine is to end.
+    fn take_letters(&mut self) -> bool {
+        let (jobs, reap, closed) = {
+            let mut letters = self.inbox.lock();
+            let reap = std::mem::take(&mut letters.reap);
+            (std::mem::take(&mut letters.jobs), reap, letters.closed)
+        };
+        for job in jobs {
+            self.admit(job);
+        }
+        if reap || closed.is_some() {
+            for id in self.jobs.keys().copied().collect::<Vec<_>>() {
+                if let Some(why) = closed {
+                    let text = format!("file engine: {why}");
+                    self.fail(id, Error::new(ErrorKind::Cancelled, text));
+                } else if self.jobs.get(&id).is_some_and(|job| job.waiter.is_abandoned()) {
+                    self.fail(id, abandoned());
+                }
+            }
+        }
+        closed.is_some()
+    }
+
+    fn admit(&mut self, job: FileJob) {
+        match calls(&job) {
+            Ok(calls) => {
+                let id = self.started;
+                self.started += 1;
+                let waiting = calls.into();
+                let active = Active { waiting, in_kernel: 0, waiter: job.waiter, failure: None };
+                self.jobs.insert(id, active);
+                self.turns.push_back(id);
+            }
+            Err(error) => {
+                self.inbox.settled();
+                job.waiter.settle(Err(error));
+            }
+        }
+    }
+
+    /// Makes no more calls for a job, withdraws those under way, and settles it once the kernel has answered for each.
+    fn fail(&mut self, id: u64, error: Error) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        if job.failure.is_some() {
+            return;
+        }
+        job.failure = Some(error);
+        job.waiting.clear();
+        if job.in_kernel > 0 {
+            self.cancel_calls(id);
+        } else {
+            self.settle_if_over(id);
+        }
+    }
+
+    fn cancel_calls(&mut self, id: u64) {
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].as_ref().is_some_and(|(job, _)| *job == id) {
+                let entry = opcode::AsyncCancel::new(slot as u64).build().user_data(CANCELLATION);
+                self.push(&entry);
+            }
+        }
+    }
+
+    /// Hands calls to the kernel, one a job in turn, as long as slots are free.
+    fn issue(&mut self) {
+        while !self.free.is_empty() {
+            let Some(id) = self.turns.pop_front() else { return };
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
+            let Some(call) = job.waiting.pop_front() else { continue };
+            job.in_kernel += 1;
+            if !job.waiting.is_empty() {
+                self.turns.push_back(id);
+            }
+            let Some(slot) = self.free.pop() else { return };
+            self.enter(slot, id, call);
+        }
+    }
+
+    fn enter(&mut self, slot: usize, id: u64, mut call: Call) {
+        call.begin();
+        let descriptor = types::Fd(call.descriptor);
+        let (vectors, count) = (call.vectors.as_ptr(), call.vectors.len() as u32);
+        let entry = match call.operation {
+            FileOperation::Read => {
+                opcode::Readv::new(descriptor, vectors, count).offset(call.offset).build()
+            }
+            FileOperation::Write => {
+                opcode::Writev::new(descriptor, vectors, count).offset(call.offset).build()
+            }
+            FileOperation::Sync => {
+                opcode::Fsync::new(descriptor).flags(types::FsyncFlags::DATASYNC).build()
+            }
+        };
+        // The call lives in its slot until the kernel answers, and with it the vectors' heap and any bounce buffer.
+        self.slots[slot] = Some((id, call));
+        self.push(&entry.user_data(slot as u64));
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: an entry names only what stays put until its answer: vectors and bounce buffers kept in `slots`,
+            // descriptors kept open by the job's file, and memory lent until the waiter is told that it is free.
+            let pushed = unsafe { self.ring.submission().push(entry) };
+            if pushed.is_ok() {
+                return;
+            }
+            // Full: let the kernel take what is there. Its refusal comes back from the next wait.
+            if self.ring.submit().is_err() {
+                self.complete();
+            }
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if !self.wake_armed {
+            self.wake_armed = true;
+            let events = libc::POLLIN as u32;
+            let entry = opcode::PollAdd::new(types::Fd(self.wake.as_raw_fd()), events).build();
+            self.push(&entry.user_data(WAKE));
+        }
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => Ok(()),
+            // A signal, a full completion queue, short memory: look at what is there and come again.
+            Err(error)
+                if [libc::EINTR, libc::EBUSY, libc::EAGAIN]
+                    .map(Some)
+                    .contains(&error.raw_os_error()) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn complete(&mut self) {
+        let answers: Vec<(u64, i32)> =
+            self.ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
+        for (number, result) in answers {
+            match number {
+                WAKE => {
+                    self.wake_armed = false;
+                    let mut count = [0; 8];
+                    // Empty already is fine.
+                    let _ = rustix::io::read(&*self.wake, &mut count);
+                }
+                CANCELLATION => {}
+                slot => self.complete_call(slot as usize, result),
+            }
+        }
+    }
+
+    fn complete_call(&mut self, slot: usize, result: i32) {
+        let Some((id, mut call)) = self.slots.get_mut(slot).and_then(Option::take) else { return };
+        self.free.push(slot);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.in_kernel -= 1;
+        if job.failure.is_none() {
+            match call.advance(result) {
+                Ok(true) => {}
+                Ok(false) => {
+                    // The rest of a short call goes first: its siblings are done or on their way.
+                    job.waiting.push_front(call);
+                    self.turns.push_front(id);
+                    return;
+                }
+                Err(error) => self.fail(id, error),
+            }
+        }
+        self.settle_if_over(id);
+    }
+
+    fn settle_if_over(&mut self, id: u64) {
+        let over = |job: &Active| job.in_kernel == 0 && job.waiting.is_empty();
+        if !self.jobs.get(&id).is_some_and(over) {
+            return;
+        }
+        if let Some(job) = self.jobs.remove(&id) {
+            self.inbox.settled();
+            job.waiter.settle(job.failure.map_or(Ok(()), Err));
+        }
+    }
+
+    /// The ring is unusable: jobs that the kernel may still work on are never settled, so their memory is never called
+    /// free; the deadline tells who waits for them.
+    fn break_down(&mut self, error: &io::Error) {
+        tracing::error!(%error, jobs = self.jobs.len(), "the file engine's ring broke down");
+        self.inbox.close("its ring broke down");
+        self.take_letters();
+        // Vectors and bounce buffers may be read by the kernel as well: they live as long as the process.
+        for call in self.slots.drain(..).flatten() {
+            Box::leak(Box::new(call));
+        }
+        for (_, job) in std::mem::take(&mut self.jobs) {
+            Box::leak(Box::new(job));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Every backend that runs on any Linux machine, against the one suite.
+
+use kvfabric_transfer::backend::conformance::{
+    FileFixture, Fixture, ObjectFixture, PeerFixture, Report, run,
+};
+use kvfabric_transfer::backend::sim::{ExchangeConfig, LinkProfile, SimNetwork};
+use kvfabric_transfer::{
+    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions,
+};
+
+/// How many cases the suite has.
+const CASES: usize = 12;
+
+fn check(fixture: &dyn Fixture, skipped: usize) -> Report {
+    let report = run(fixture).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(report.passed.len() + report.skipped.len(), CASES);
+    assert_eq!(report.skipped.len(), skipped, "skipped: {:?}", report.skipped);
+    report
+}
+
+fn alone(name: &str) -> AgentBuilder {
+    Agent::builder(name).memcpy(false).shm(false)
+}
+
+fn pair(backend: &'static str, builder: impl Fn(&str) -> AgentBuilder) -> PeerFixture {
+    let agent = builder("conformance-a").build().expect("agent");
+    let peer = builder("conformance-b").build().expect("agent");
+    PeerFixture::new(backend, agent, peer)
+}
+
+/// Two agents of this process.
+#[test]
+fn memcpy_conforms() {
+    check(&pair("memcpy", |name| alone(name).memcpy(true)), 0);
+}
+
+/// Two agents of this process that map each other's memory.
+#[test]
+fn shm_conforms() {
+    check(&pair("shm", |name| alone(name).shm(true)), 0);
+}
+
+/// Two agents of this process over loopback.
+#[test]
+fn tcp_conforms() {
+    let listen = "127.0.0.1:0".parse().expect("address");
+    check(&pair("tcp", |name| alone(name).tcp(Some(listen))), 0);
+}
+
+fn files(mode: FileEngineMode, direct: DirectMode) {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let agent = alone("conformance-file").build().expect("agent");
+    let report = agent.start_file_engine(mode).expect("file engine");
+    if mode != FileEngineMode::Blocking && !report.starts_with("io_uring") {
+        eprintln!("SKIPPED in part: files run on {report}");
+    }
+    let options = FileOptions { direct, ..FileOptions::default() };
+    check(&FileFixture::new(agent, directory.path().to_owned(), options), 1);
+}
+
+/// As an agent opens files by default: io_uring, direct where alignment allows.
+#[test]
+fn file_conforms() {
+    files(FileEngineMode::Auto, DirectMode::Auto);
+}
+
+/// Everything goes through the page cache.
+#[test]
+fn buffered_file_conforms() {
+    files(FileEngineMode::Auto, DirectMode::Off);
+}
+
+/// The engine of kernels that refuse io_uring.
+#[test]
+fn file_on_blocking_threads_conforms() {
+    files(FileEngineMode::Blocking, DirectMode::Auto);
+}
+
+/// A directory as an object store.
+#[test]
+fn object_in_a_directory_conforms() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let url = format!("file://{}/new/store", directory.path().display());
+    let agent = alone("conformance-object")
+        .object_store("local", &url, ObjectOptions::default())
+        .build()
+        .expect("agent");
+    check(&ObjectFixture::new(agent, "local"), 1);
+}
+
+fn simulated(profile: LinkProfile) {
+    let network = SimNetwork::new(42, ExchangeConfig::over(profile)).expect("network");
+    check(&pair("sim", |name| alone(name).simulated(&network)), 0);
+}
+
+/// Two agents on a faultless simulated network.
+#[test]
+fn sim_conforms() {
+    simulated(LinkProfile::perfect());
+}
+
+/// Two agents on a simulated network that loses, repeats and reorders datagrams.
+#[test]
+fn lossy_sim_conforms() {
+    simulated(LinkProfile::lossy());
+}
