@@ -105,7 +105,15 @@ impl PreparedList {
         let mut last = None;
         let mut bytes = 0_u64;
         let mut ranges = Vec::with_capacity(count);
-        for (position, Descriptor { region, offset, len }) in descriptors.enumerate() {
+        for (
+            position,
+            Descriptor {
+                region,
+                offset,
+                len,
+            },
+        ) in descriptors.enumerate()
+        {
             // Lists mostly stay in one region, so the table is asked only when it changes.
             let target = match last {
                 Some((id, target)) if id == region => target,
@@ -131,17 +139,29 @@ impl PreparedList {
             bytes = bytes.checked_add(len).ok_or_else(|| {
                 Error::invalid("bytes of all descriptors", "too many", 0..=u64::MAX)
             })?;
-            ranges.push(Range { target, offset, len });
+            ranges.push(Range {
+                target,
+                offset,
+                len,
+            });
         }
         let targets = targets.into_iter().map(|(target, _)| target).collect();
-        Ok(Self(Arc::new(Prepared { peer, targets, ranges, bytes })))
+        Ok(Self(Arc::new(Prepared {
+            peer,
+            targets,
+            ranges,
+            bytes,
+        })))
     }
 }
 
 impl std::fmt::Debug for PreparedList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PreparedList")
-            .field("peer", &self.0.peer.as_ref().map(|peer| peer.name().to_owned()))
+            .field(
+                "peer",
+                &self.0.peer.as_ref().map(|peer| peer.name().to_owned()),
+            )
             .field("descriptors", &self.len())
             .field("bytes", &self.bytes())
             .finish()

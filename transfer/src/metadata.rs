@@ -150,7 +150,10 @@ impl PeerCard {
         }
         let flags = reader.u16("flags")?;
         if flags != 0 {
-            return Err(Error::new(ErrorKind::Corrupt, format!("unknown flags {flags:#x}")));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("unknown flags {flags:#x}"),
+            ));
         }
         let incarnation = Incarnation(reader.u64("incarnation")?);
         let host = HostId(reader.array("host")?);
@@ -159,14 +162,24 @@ impl PeerCard {
         let addresses = decode_addresses(&mut reader)?;
         let regions = decode_regions(&mut reader)?;
         reader.end("metadata")?;
-        Ok(Self { name, incarnation, host, addresses, regions })
+        Ok(Self {
+            name,
+            incarnation,
+            host,
+            addresses,
+            regions,
+        })
     }
 }
 
 fn decode_addresses(reader: &mut Reader<'_>) -> Result<Vec<(String, Vec<u8>)>> {
     let count = usize::from(reader.u8("number of addresses")?);
     if count > ADDRESSES_MAX {
-        return Err(Error::invalid("number of addresses", count, 0..=ADDRESSES_MAX));
+        return Err(Error::invalid(
+            "number of addresses",
+            count,
+            0..=ADDRESSES_MAX,
+        ));
     }
     let mut addresses = Vec::with_capacity(count);
     for _ in 0..count {
@@ -179,7 +192,11 @@ fn decode_addresses(reader: &mut Reader<'_>) -> Result<Vec<(String, Vec<u8>)>> {
 fn decode_regions(reader: &mut Reader<'_>) -> Result<Vec<Arc<RemoteRegion>>> {
     let count = reader.u32("number of regions")? as usize;
     if count > EXPORTED_REGIONS_MAX {
-        return Err(Error::invalid("number of regions", count, 0..=EXPORTED_REGIONS_MAX));
+        return Err(Error::invalid(
+            "number of regions",
+            count,
+            0..=EXPORTED_REGIONS_MAX,
+        ));
     }
     // 33 bytes each: the rest of the input bounds what is allocated.
     let mut regions = Vec::with_capacity(count.min(reader.left() / 33));
@@ -208,11 +225,17 @@ fn decode_regions(reader: &mut Reader<'_>) -> Result<Vec<Arc<RemoteRegion>>> {
 /// [`ErrorKind::Invalid`] for a name that is empty, too long or unprintable.
 pub(crate) fn check_name(name: &str) -> Result<()> {
     if name.is_empty() || name.len() > AGENT_NAME_BYTES_MAX {
-        let text = format!("agent name has {} bytes, expected 1 to {AGENT_NAME_BYTES_MAX}", name.len());
+        let text = format!(
+            "agent name has {} bytes, expected 1 to {AGENT_NAME_BYTES_MAX}",
+            name.len()
+        );
         return Err(Error::new(ErrorKind::Invalid, text));
     }
     if name.chars().any(char::is_control) {
-        return Err(Error::new(ErrorKind::Invalid, format!("agent name {name:?} is not printable")));
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("agent name {name:?} is not printable"),
+        ));
     }
     Ok(())
 }

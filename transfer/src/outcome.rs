@@ -26,11 +26,17 @@ pub struct TransferError {
 
 impl TransferError {
     pub(crate) fn new(error: Error, fate: MemoryFate) -> Self {
-        Self { error: Arc::new(error), fate }
+        Self {
+            error: Arc::new(error),
+            fate,
+        }
     }
 
     pub(crate) fn with_fate(&self, fate: MemoryFate) -> Self {
-        Self { error: self.error.clone(), fate }
+        Self {
+            error: self.error.clone(),
+            fate,
+        }
     }
 
     /// What went wrong, and where.

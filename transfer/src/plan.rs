@@ -59,10 +59,14 @@ impl Plan {
             Some((locals, remotes)) => (locals.len(), remotes.len()),
         };
         if count != remote_count {
-            let text = format!("{count} local descriptors are paired with {remote_count} remote ones");
+            let text =
+                format!("{count} local descriptors are paired with {remote_count} remote ones");
             return Err(Error::new(ErrorKind::Invalid, text));
         }
-        let mut builder = Builder { extents: Vec::with_capacity(count), bytes: 0 };
+        let mut builder = Builder {
+            extents: Vec::with_capacity(count),
+            bytes: 0,
+        };
         match positions {
             None => {
                 for (position, (a, b)) in local.ranges.iter().zip(&remote.ranges).enumerate() {
@@ -89,7 +93,9 @@ impl Plan {
     pub(crate) fn enter(&self) -> Result<()> {
         for (position, region) in self.own_regions().enumerate() {
             if let Err(error) = region.enter() {
-                self.own_regions().take(position).for_each(|entered| entered.leave());
+                self.own_regions()
+                    .take(position)
+                    .for_each(|entered| entered.leave());
                 return Err(error);
             }
         }
@@ -102,10 +108,13 @@ impl Plan {
     }
 
     fn own_regions(&self) -> impl Iterator<Item = &crate::region::RegionCore> {
-        self.local.iter().chain(self.remote.iter()).filter_map(|target| match target {
-            Target::Local(region) => Some(&**region),
-            Target::Remote(_) => None,
-        })
+        self.local
+            .iter()
+            .chain(self.remote.iter())
+            .filter_map(|target| match target {
+                Target::Local(region) => Some(&**region),
+                Target::Remote(_) => None,
+            })
     }
 }
 

@@ -30,7 +30,11 @@ pub(crate) struct RegionKey(pub(crate) [u8; 16]);
 impl RegionKey {
     /// Compares in time that does not depend on where the first difference is.
     pub(crate) fn matches(&self, other: &Self) -> bool {
-        let differences = self.0.iter().zip(&other.0).fold(0, |all, (a, b)| all | (a ^ b));
+        let differences = self
+            .0
+            .iter()
+            .zip(&other.0)
+            .fold(0, |all, (a, b)| all | (a ^ b));
         differences == 0
     }
 }
@@ -166,7 +170,15 @@ impl RegionCore {
         if self.gate.enter() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::NotFound, format!("region {} is deregistered", self.id)))
+        Err(Error::new(
+            ErrorKind::NotFound,
+            format!("region {} is deregistered", self.id),
+        ))
+    }
+
+    /// Whether it is being deregistered.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.gate.is_closed()
     }
 
     /// Counts one user less.
@@ -226,7 +238,10 @@ impl Gate {
 
     fn leave(&self) {
         let before = self.users.fetch_sub(1, Ordering::AcqRel);
-        assert!(before & !CLOSED > 0, "a region was left more often than entered");
+        assert!(
+            before & !CLOSED > 0,
+            "a region was left more often than entered"
+        );
         if before == CLOSED | 1 {
             self.wake();
         }
@@ -315,7 +330,10 @@ impl Drop for Registration {
 
 impl Region {
     pub(crate) fn new(core: Arc<RegionCore>, exports: &Arc<Exports>) -> Self {
-        Self(Arc::new(Registration { core, exports: Arc::downgrade(exports) }))
+        Self(Arc::new(Registration {
+            core,
+            exports: Arc::downgrade(exports),
+        }))
     }
 
     pub(crate) fn core(&self) -> &Arc<RegionCore> {
@@ -343,7 +361,11 @@ impl Region {
     /// A descriptor of `len` bytes at `offset`; not checked before it is prepared.
     #[must_use]
     pub fn descriptor(&self, offset: u64, len: u64) -> crate::Descriptor {
-        crate::Descriptor { region: self.id(), offset, len }
+        crate::Descriptor {
+            region: self.id(),
+            offset,
+            len,
+        }
     }
 
     fn open_mapping(&self) -> Result<&Mapping> {
@@ -413,7 +435,9 @@ impl Region {
     /// then may memory lent with [`HostMemory::from_raw`] be freed.
     pub fn deregister(&self) -> Deregistration {
         self.0.close();
-        Deregistration { core: self.0.core.clone() }
+        Deregistration {
+            core: self.0.core.clone(),
+        }
     }
 }
 
@@ -442,7 +466,10 @@ impl Deregistration {
         if self.core.gate.wait(timeout) {
             return Ok(());
         }
-        let text = format!("region {} has work in flight after {timeout:?}", self.core.id);
+        let text = format!(
+            "region {} has work in flight after {timeout:?}",
+            self.core.id
+        );
         Err(Error::new(ErrorKind::Busy, text))
     }
 }

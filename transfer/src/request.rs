@@ -66,7 +66,13 @@ impl Request {
             timer: agent.timer().clone(),
         };
         let deadline = deadline.unwrap_or(DEADLINE_DEFAULT);
-        Ok(Self { core: Arc::new(core), agent, route, notification, deadline })
+        Ok(Self {
+            core: Arc::new(core),
+            agent,
+            route,
+            notification,
+            deadline,
+        })
     }
 
     /// Bytes that it moves.
@@ -104,7 +110,10 @@ impl Request {
             self.core.plan.leave();
             return Err(error);
         }
-        let ticket = Ticket { core: self.core.clone(), open: true };
+        let ticket = Ticket {
+            core: self.core.clone(),
+            open: true,
+        };
         let job = Job::new(ticket, self.notification.clone());
         match backend.post(job) {
             Ok(()) => {
@@ -136,12 +145,16 @@ impl Request {
         if let Some(backend) = backend {
             backend.assist(until, &|| self.core.is_decided());
         }
-        self.core.wait(until, |state| !matches!(state.status, Status::InFlight));
+        self.core
+            .wait(until, |state| !matches!(state.status, Status::InFlight));
         match self.core.take_result() {
             Taken::Result(result) => result,
             Taken::Pending(_) => {
                 let text = format!("transfer not finished after {timeout:?}");
-                Err(TransferError::new(Error::new(ErrorKind::Timeout, text), MemoryFate::InFlight))
+                Err(TransferError::new(
+                    Error::new(ErrorKind::Timeout, text),
+                    MemoryFate::InFlight,
+                ))
             }
         }
     }
@@ -151,25 +164,31 @@ impl Request {
     /// # Cancel safety
     /// Dropping the future changes nothing; ask for another one at any time.
     pub fn completion(&self) -> Completed {
-        Completed { core: self.core.clone() }
+        Completed {
+            core: self.core.clone(),
+        }
     }
 
     /// Resolves when no byte of its memory is in use any more: at once, unless its fate is
     /// [`MemoryFate::InFlight`] or it is running.
     pub fn drained(&self) -> Drained {
-        Drained { core: self.core.clone() }
+        Drained {
+            core: self.core.clone(),
+        }
     }
 
     /// As [`Request::drained`], for callers without an executor. Whether it is drained within `timeout`.
     #[must_use]
     pub fn wait_drained(&self, timeout: Duration) -> bool {
-        self.core.wait(Instant::now() + timeout, |state| state.is_drained())
+        self.core
+            .wait(Instant::now() + timeout, |state| state.is_drained())
     }
 
     /// Asks for it to end. If it is in flight it fails with [`ErrorKind::Cancelled`] now; its memory is settled when
     /// [`Request::drained`] says so.
     pub fn cancel(&self) {
-        self.core.give_up(Error::new(ErrorKind::Cancelled, "cancelled by the caller"));
+        self.core
+            .give_up(Error::new(ErrorKind::Cancelled, "cancelled by the caller"));
     }
 }
 
@@ -184,9 +203,11 @@ impl std::fmt::Debug for Request {
 
 fn check_notification(notification: Option<&Bytes>) -> Result<()> {
     match notification {
-        Some(bytes) if bytes.len() > NOTIFICATION_BYTES_MAX => {
-            Err(Error::invalid("notification bytes", bytes.len(), 0..=NOTIFICATION_BYTES_MAX))
-        }
+        Some(bytes) if bytes.len() > NOTIFICATION_BYTES_MAX => Err(Error::invalid(
+            "notification bytes",
+            bytes.len(),
+            0..=NOTIFICATION_BYTES_MAX,
+        )),
         _ => Ok(()),
     }
 }
@@ -252,7 +273,10 @@ impl RequestCore {
     ) -> Result<()> {
         let mut state = self.lock();
         if state.posted {
-            return Err(Error::new(ErrorKind::Busy, "the request is still in flight"));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "the request is still in flight",
+            ));
         }
         let now = Instant::now();
         state.status = Status::InFlight;
@@ -275,7 +299,10 @@ impl RequestCore {
 
     /// The deadline has passed.
     pub(crate) fn expire(&self) {
-        self.give_up(Error::new(ErrorKind::Timeout, "the deadline of the transfer has passed"));
+        self.give_up(Error::new(
+            ErrorKind::Timeout,
+            "the deadline of the transfer has passed",
+        ));
     }
 
     fn give_up(&self, error: Error) {
@@ -318,7 +345,11 @@ impl RequestCore {
                     counters.complete(self.plan.operation, self.plan.bytes, elapsed);
                 }
                 let name = backend.as_ref().map_or("none", |backend| backend.name());
-                let done = Completion { bytes: self.plan.bytes, backend: name, elapsed };
+                let done = Completion {
+                    bytes: self.plan.bytes,
+                    backend: name,
+                    elapsed,
+                };
                 state.status = Status::Done(done);
             }
             (Status::InFlight, Err(error)) => {
@@ -409,7 +440,8 @@ impl Ticket {
     }
 
     pub(crate) fn abandon(&self, error: Error) {
-        self.core.decide(TransferError::new(error, MemoryFate::InFlight));
+        self.core
+            .decide(TransferError::new(error, MemoryFate::InFlight));
     }
 
     pub(crate) fn settle(mut self, outcome: Result<()>) {
@@ -424,10 +456,16 @@ impl Ticket {
 }
 
 impl Drop for Ticket {
-    #[expect(clippy::mem_forget, reason = "memory that may be in use is leaked, never freed")]
+    #[expect(
+        clippy::mem_forget,
+        reason = "memory that may be in use is leaked, never freed"
+    )]
     fn drop(&mut self) {
         if self.open {
-            self.abandon(Error::new(ErrorKind::Internal, "a backend lost track of a transfer"));
+            self.abandon(Error::new(
+                ErrorKind::Internal,
+                "a backend lost track of a transfer",
+            ));
             std::mem::forget(self.core.plan.clone());
         }
     }

@@ -25,7 +25,8 @@ impl Counters {
         };
         moved.fetch_add(bytes, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
-        self.busy_ns.fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
+        self.busy_ns
+            .fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn fail(&self) {
@@ -80,12 +81,18 @@ impl Stats {
             return counters.clone();
         }
         drop(known);
-        let mut known = self.backends.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self
+            .backends
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         known.entry(backend).or_default().clone()
     }
 
     pub(crate) fn snapshot(&self) -> BTreeMap<&'static str, BackendStats> {
         let known = self.backends.read().unwrap_or_else(PoisonError::into_inner);
-        known.iter().map(|(name, counters)| (*name, counters.snapshot())).collect()
+        known
+            .iter()
+            .map(|(name, counters)| (*name, counters.snapshot()))
+            .collect()
     }
 }

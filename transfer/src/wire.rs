@@ -18,7 +18,10 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn bytes(&mut self, field: &str, count: usize) -> Result<&'a [u8]> {
-        let end = self.at.checked_add(count).filter(|&end| end <= self.bytes.len());
+        let end = self
+            .at
+            .checked_add(count)
+            .filter(|&end| end <= self.bytes.len());
         let Some(end) = end else {
             let (at, left) = (self.at, self.left());
             let text = format!("{field} at byte {at} needs {count} bytes, {left} are left");
@@ -72,7 +75,11 @@ impl<'a> Reader<'a> {
         if self.left() == 0 {
             return Ok(());
         }
-        let text = format!("{what} has {} bytes too many after byte {}", self.left(), self.at);
+        let text = format!(
+            "{what} has {} bytes too many after byte {}",
+            self.left(),
+            self.at
+        );
         Err(Error::new(ErrorKind::Corrupt, text))
     }
 }

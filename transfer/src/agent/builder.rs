@@ -8,8 +8,9 @@ use kvcache_core::Result;
 
 use super::{Agent, AgentCore, Exports, Timer};
 use crate::backend::copy::Copier;
-use crate::backend::{Fabric, memcpy};
+use crate::backend::{Fabric, memcpy, shm, tcp};
 use crate::metadata::check_name;
+use crate::reactor::Reactor;
 use crate::stats::Stats;
 use crate::sys::fork::Process;
 
@@ -22,6 +23,7 @@ pub struct AgentBuilder {
     shm: bool,
     memcpy: bool,
     tcp: Option<SocketAddr>,
+    tcp_advertised: Option<SocketAddr>,
     allowed: Option<BTreeSet<String>>,
     fabrics: Vec<MakeFabric>,
     steps: Vec<Step>,
@@ -34,6 +36,7 @@ impl AgentBuilder {
             shm: true,
             memcpy: true,
             tcp: None,
+            tcp_advertised: None,
             allowed: None,
             fabrics: Vec::new(),
             steps: Vec::new(),
@@ -59,6 +62,13 @@ impl AgentBuilder {
     #[must_use]
     pub fn tcp(mut self, listen: Option<SocketAddr>) -> Self {
         self.tcp = listen;
+        self
+    }
+
+    /// The address that peers are told, where it differs from the one listened on. Needed when that is unspecified.
+    #[must_use]
+    pub fn tcp_advertise(mut self, address: Option<SocketAddr>) -> Self {
+        self.tcp_advertised = address;
         self
     }
 
@@ -96,29 +106,39 @@ impl AgentBuilder {
         check_name(&self.name)?;
         let process = Process::current();
         let exports = Arc::new(Exports::new(&self.name, self.allowed)?);
-        let mut fabrics = Vec::new();
-        for make in self.fabrics {
-            fabrics.push(make(&exports)?);
-        }
         let (timer, timer_thread) = Timer::start()?;
         let (copier, copier_thread) = Copier::start()?;
-        let own: Arc<dyn crate::backend::Backend> = memcpy::own(copier.clone());
-        if self.memcpy {
-            fabrics.push(memcpy::fabric(&exports, copier.clone()));
-        }
-        // Everything is owned by the agent before anything can fail, so that its drop ends what was started.
-        exports.set_fabrics(fabrics);
+        let (reactor, reactor_thread) = Reactor::start()?;
+        // From here on the agent owns what was started, so that its drop ends it when the rest fails.
         let agent = Agent(Arc::new(AgentCore {
             process,
-            exports,
+            exports: exports.clone(),
             stats: Stats::default(),
             timer,
-            copier,
-            own,
+            copier: copier.clone(),
+            reactor: reactor.clone(),
+            own: memcpy::own(copier.clone()),
             extensions: Mutex::new(HashMap::new()),
             peers: Mutex::new(HashMap::new()),
-            threads: Mutex::new(vec![timer_thread, copier_thread]),
+            threads: Mutex::new(vec![timer_thread, copier_thread, reactor_thread]),
         }));
+        for make in self.fabrics {
+            exports.add_fabric(make(&exports)?);
+        }
+        if self.memcpy {
+            exports.add_fabric(memcpy::fabric(&exports, copier.clone()));
+        }
+        if self.shm {
+            exports.add_fabric(shm::fabric(&exports, &reactor, copier)?);
+        }
+        if let Some(address) = self.tcp {
+            exports.add_fabric(tcp::fabric(
+                &exports,
+                &reactor,
+                address,
+                self.tcp_advertised,
+            )?);
+        }
         for step in self.steps {
             step(&agent)?;
         }

@@ -1,7 +1,7 @@
 //! What an agent offers to others: its name, its regions by key, its inbox.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
@@ -20,7 +20,8 @@ pub(crate) struct Exports {
     allowed: Option<BTreeSet<String>>,
     regions: RwLock<HashMap<RegionId, Arc<RegionCore>>>,
     inbox: Inbox,
-    fabrics: OnceLock<Vec<Arc<dyn Fabric>>>,
+    /// The ways to other agents, best first; they know this in turn until [`Exports::close`].
+    fabrics: RwLock<Vec<Arc<dyn Fabric>>>,
 }
 
 impl Exports {
@@ -35,7 +36,7 @@ impl Exports {
             allowed,
             regions: RwLock::default(),
             inbox: Inbox::default(),
-            fabrics: OnceLock::new(),
+            fabrics: RwLock::default(),
         })
     }
 
@@ -55,13 +56,27 @@ impl Exports {
         &self.inbox
     }
 
-    pub(crate) fn set_fabrics(&self, fabrics: Vec<Arc<dyn Fabric>>) {
-        let set = self.fabrics.set(fabrics);
-        assert!(set.is_ok(), "an agent's fabrics are set once, when it is built");
+    pub(crate) fn add_fabric(&self, fabric: Arc<dyn Fabric>) {
+        self.fabrics
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(fabric);
     }
 
-    pub(crate) fn fabrics(&self) -> &[Arc<dyn Fabric>] {
-        self.fabrics.get().map_or(&[], Vec::as_slice)
+    /// The ways to other agents, best first.
+    pub(crate) fn fabrics(&self) -> Vec<Arc<dyn Fabric>> {
+        self.fabrics
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Ends all connections, and the listening.
+    pub(crate) fn close(&self) {
+        let mut fabrics = self.fabrics.write().unwrap_or_else(PoisonError::into_inner);
+        let closing = std::mem::take(&mut *fabrics);
+        drop(fabrics);
+        closing.iter().for_each(|fabric| fabric.close());
     }
 
     /// # Errors
@@ -91,7 +106,9 @@ impl Exports {
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         regions.remove(&region.id());
         drop(regions);
-        self.fabrics().iter().for_each(|fabric| fabric.withdraw(region));
+        self.fabrics()
+            .iter()
+            .for_each(|fabric| fabric.withdraw(region));
     }
 
     /// One of this agent's own regions.
@@ -110,7 +127,10 @@ impl Exports {
         key: &RegionKey,
         operation: Operation,
     ) -> Result<RegionUse> {
-        let region = self.find(id).ok().filter(|region| region.key().matches(key));
+        let region = self
+            .find(id)
+            .ok()
+            .filter(|region| region.key().matches(key));
         let Some(region) = region else {
             let text = format!("region {id} is unknown, or its key is wrong");
             return Err(Error::new(ErrorKind::Denied, text));
@@ -123,7 +143,9 @@ impl Exports {
     }
 
     pub(crate) fn deliver(&self, from: &Arc<str>, bytes: Bytes) -> Result<()> {
-        self.inbox.deliver(from, bytes).map_err(|e| e.at(format!("agent {:?}", self.name)))
+        self.inbox
+            .deliver(from, bytes)
+            .map_err(|e| e.at(format!("agent {:?}", self.name)))
     }
 
     /// What peers are told.
@@ -145,8 +167,11 @@ impl Exports {
             .collect();
         drop(regions);
         exported.sort_by_key(|region| region.id);
-        let addresses = self.fabrics().iter().filter_map(|fabric| {
-            fabric.address().map(|address| (fabric.name().to_owned(), address))
+        let fabrics = self.fabrics();
+        let addresses = fabrics.iter().filter_map(|fabric| {
+            fabric
+                .address()
+                .map(|address| (fabric.name().to_owned(), address))
         });
         PeerCard {
             name: self.name.to_string(),
@@ -162,7 +187,10 @@ impl Exports {
 fn host_id() -> Result<HostId> {
     const PATH: &str = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(PATH).map_err(|e| Error::io(PATH, e))?;
-    let digits = text.chars().filter(char::is_ascii_hexdigit).collect::<String>();
+    let digits = text
+        .chars()
+        .filter(char::is_ascii_hexdigit)
+        .collect::<String>();
     let value = u128::from_str_radix(&digits, 16)
         .map_err(|e| Error::new(ErrorKind::Io, format!("{PATH} is {text:?}")).with_source(e))?;
     Ok(HostId(value.to_le_bytes()))

@@ -52,7 +52,10 @@ impl Inbox {
             return Err(Error::new(ErrorKind::Busy, text));
         }
         state.bytes += bytes.len();
-        state.waiting.push_back(Notification { peer: peer.clone(), bytes });
+        state.waiting.push_back(Notification {
+            peer: peer.clone(),
+            bytes,
+        });
         let wakers = std::mem::take(&mut state.wakers);
         drop(state);
         self.arrived.notify_all();

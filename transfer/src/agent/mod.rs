@@ -18,7 +18,7 @@ mod timer;
 pub use builder::AgentBuilder;
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
-pub(crate) use peer::PeerCore;
+pub(crate) use peer::{CONNECT_TIMEOUT, PeerCore};
 pub use peer::{PathReport, PeerHandle};
 pub(crate) use timer::{Timer, TimerKey};
 
@@ -28,6 +28,7 @@ use crate::backend::copy::Copier;
 use crate::backend::{Backend, Operation, memcpy};
 use crate::descriptor::{Descriptor, PreparedList, Side, Target};
 use crate::plan::Plan;
+use crate::reactor::Reactor;
 use crate::region::{Body, Region, RegionCore, RegionOptions};
 use crate::request::{Request, RequestOptions, Route};
 use crate::stats::{AgentStats, Stats};
@@ -51,6 +52,7 @@ pub(crate) struct AgentCore {
     stats: Stats,
     timer: Arc<Timer>,
     copier: Arc<Copier>,
+    reactor: Arc<Reactor>,
     /// Copies between regions of this agent.
     own: Arc<dyn Backend>,
     extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
@@ -83,7 +85,10 @@ impl AgentCore {
         &self,
         make: impl FnOnce() -> Result<T>,
     ) -> Result<Arc<T>> {
-        let mut extensions = self.extensions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut extensions = self
+            .extensions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let known = extensions.get(&TypeId::of::<T>()).cloned();
         if let Some(Ok(extension)) = known.map(Arc::downcast) {
             return Ok(extension);
@@ -101,11 +106,14 @@ impl Drop for AgentCore {
             return;
         }
         memcpy::leave(&self.exports);
-        self.exports.fabrics().iter().for_each(|fabric| fabric.close());
+        self.exports.close();
         self.timer.close();
+        self.reactor.close();
         self.copier.close();
         let threads = std::mem::take(
-            self.threads.get_mut().unwrap_or_else(PoisonError::into_inner),
+            self.threads
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
         );
         for thread in threads {
             // The last handle may be dropped by a waker that one of these threads calls.
@@ -177,7 +185,10 @@ impl Agent {
             return Ok(PeerHandle::new(peer.clone()));
         }
         if peers.len() >= PEERS_MAX {
-            return Err(Error::new(ErrorKind::Busy, format!("{PEERS_MAX} peers are known")));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("{PEERS_MAX} peers are known"),
+            ));
         }
         let name = card.name.clone();
         let peer = Arc::new(PeerCore::new(card));
@@ -188,7 +199,10 @@ impl Agent {
     /// Ends the connections to a peer; requests in flight fail with [`ErrorKind::PeerLost`].
     pub fn forget_peer(&self, peer: &PeerHandle) {
         let mut peers = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        if peers.get(peer.name()).is_some_and(|known| Arc::ptr_eq(known, peer.core())) {
+        if peers
+            .get(peer.name())
+            .is_some_and(|known| Arc::ptr_eq(known, peer.core()))
+        {
             peers.remove(peer.name());
         }
         drop(peers);
@@ -253,16 +267,22 @@ impl Agent {
         let route = match &remote.0.peer {
             Some(peer) => self.route_to(peer, &plan)?,
             None => {
-                if options.notification.is_some() {
+                let backend = self.own_backend(&plan)?;
+                if options.notification.is_some() && !backend.capabilities().notifications {
                     let text = "a notification needs a peer to deliver it to";
                     return Err(Error::new(ErrorKind::Invalid, text));
                 }
-                let backend = self.own_backend(&plan)?;
                 backend.prepare(&plan)?;
                 Route::Own(backend)
             }
         };
-        Request::new(self.0.clone(), route, plan, options.notification, options.deadline)
+        Request::new(
+            self.0.clone(),
+            route,
+            plan,
+            options.notification,
+            options.deadline,
+        )
     }
 
     fn route_to(&self, peer: &Arc<PeerCore>, plan: &Plan) -> Result<Route> {
@@ -279,8 +299,12 @@ impl Agent {
     fn own_backend(&self, plan: &Plan) -> Result<Arc<dyn Backend>> {
         let mut chosen: Option<Arc<dyn Backend>> = None;
         for target in &*plan.remote {
-            let Target::Local(region) = target else { continue };
-            let backend = region.external().map_or_else(|| self.0.own.clone(), |e| e.backend());
+            let Target::Local(region) = target else {
+                continue;
+            };
+            let backend = region
+                .external()
+                .map_or_else(|| self.0.own.clone(), |e| e.backend());
             match &chosen {
                 Some(other) if other.name() != backend.name() => {
                     let text = format!(
@@ -336,7 +360,9 @@ impl Agent {
 
     /// Resolves when a notification waits.
     pub fn notified(&self) -> Notified {
-        Notified { exports: self.0.exports.clone() }
+        Notified {
+            exports: self.0.exports.clone(),
+        }
     }
 
     /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.

@@ -14,7 +14,7 @@ use crate::plan::Plan;
 use crate::region::RegionId;
 
 /// How long connecting to a peer may take, for each way that is tried.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A peer that was loaded from metadata. Cheap to clone.
 #[derive(Clone)]
@@ -39,13 +39,19 @@ impl PeerHandle {
     #[must_use]
     pub fn regions(&self) -> Vec<(RegionId, u64)> {
         let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.regions.values().map(|region| (region.id, region.bytes)).collect()
+        known
+            .regions
+            .values()
+            .map(|region| (region.id, region.bytes))
+            .collect()
     }
 }
 
 impl std::fmt::Debug for PeerHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PeerHandle").field("name", &self.name()).finish()
+        f.debug_struct("PeerHandle")
+            .field("name", &self.name())
+            .finish()
     }
 }
 
@@ -79,8 +85,15 @@ struct Known {
 
 impl Known {
     fn new(card: PeerCard) -> Self {
-        let regions = card.regions.iter().map(|region| (region.id, region.clone())).collect();
-        Self { card: Arc::new(card), regions }
+        let regions = card
+            .regions
+            .iter()
+            .map(|region| (region.id, region.clone()))
+            .collect();
+        Self {
+            card: Arc::new(card),
+            regions,
+        }
     }
 }
 
@@ -108,7 +121,11 @@ impl PeerCore {
     }
 
     fn card(&self) -> Arc<PeerCard> {
-        self.known.read().unwrap_or_else(PoisonError::into_inner).card.clone()
+        self.known
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .card
+            .clone()
     }
 
     /// Newer metadata of the same name. Ways that were refused are tried again.
@@ -139,7 +156,8 @@ impl PeerCore {
 
     /// Ends all connections; the next use makes new ones.
     pub(super) fn close(&self) {
-        let links = std::mem::take(&mut *self.links.write().unwrap_or_else(PoisonError::into_inner));
+        let links =
+            std::mem::take(&mut *self.links.write().unwrap_or_else(PoisonError::into_inner));
         for link in links {
             if let LinkState::Connected(channel) = link.state {
                 channel.close();
@@ -164,7 +182,9 @@ impl PeerCore {
     }
 
     fn begin_connecting(&self) -> MutexGuard<'_, ()> {
-        self.connecting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connecting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn connected(&self, plan: &Plan) -> Option<Arc<dyn Channel>> {
@@ -192,7 +212,13 @@ impl PeerCore {
                 Ok(channel) => LinkState::Connected(channel.clone()),
                 Err(reason) => LinkState::Refused(reason.to_string()),
             };
-            self.set_link(position, Link { name: fabric.name(), state });
+            self.set_link(
+                position,
+                Link {
+                    name: fabric.name(),
+                    state,
+                },
+            );
             match channel {
                 Ok(channel) => match refusal(&*channel, plan) {
                     None => return Ok(channel),
@@ -201,7 +227,11 @@ impl PeerCore {
                 Err(reason) => refused.push(format!("{}: {reason}", fabric.name())),
             }
         }
-        let reasons = if refused.is_empty() { "no way is enabled".into() } else { refused.join("; ") };
+        let reasons = if refused.is_empty() {
+            "no way is enabled".into()
+        } else {
+            refused.join("; ")
+        };
         let text = format!("peer {:?} can't be reached ({reasons})", self.name);
         Err(Error::new(ErrorKind::PeerLost, text))
     }
@@ -217,13 +247,18 @@ impl PeerCore {
     fn set_link(&self, position: usize, link: Link) {
         let mut links = self.links.write().unwrap_or_else(PoisonError::into_inner);
         while links.len() <= position {
-            links.push(Link { name: link.name, state: LinkState::Untried });
+            links.push(Link {
+                name: link.name,
+                state: LinkState::Untried,
+            });
         }
         links[position] = link;
     }
 
     pub(super) fn report(self: &Arc<Self>, agent: &Arc<AgentCore>) -> PathReport {
-        let chosen = agent.check().and_then(|()| self.channel(agent, &Plan::empty()));
+        let chosen = agent
+            .check()
+            .and_then(|()| self.channel(agent, &Plan::empty()));
         let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
         let mut refused = Vec::new();
         for link in links.iter() {
@@ -238,10 +273,16 @@ impl PeerCore {
             }
         }
         match chosen {
-            Ok(channel) => {
-                PathReport { backend: Some(channel.name()), why: channel.detail(), refused }
-            }
-            Err(_) => PathReport { backend: None, why: String::new(), refused },
+            Ok(channel) => PathReport {
+                backend: Some(channel.name()),
+                why: channel.detail(),
+                refused,
+            },
+            Err(_) => PathReport {
+                backend: None,
+                why: String::new(),
+                refused,
+            },
         }
     }
 }

@@ -86,8 +86,14 @@ impl Timer {
             }
             queue.looks_at = queue.entries.first_key_value().map(|(key, _)| key.0);
             queue = match queue.looks_at {
-                None => self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
-                Some(at) => match self.changed.wait_timeout(queue, at.saturating_duration_since(now)) {
+                None => self
+                    .changed
+                    .wait(queue)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(at) => match self
+                    .changed
+                    .wait_timeout(queue, at.saturating_duration_since(now))
+                {
                     Ok((queue, _)) => queue,
                     Err(poisoned) => poisoned.into_inner().0,
                 },

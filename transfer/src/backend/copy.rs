@@ -24,9 +24,9 @@ const COPIES_WAITING_MAX: usize = 16_384;
 const STEP_BYTES: u64 = 1 << 20;
 
 /// A job with all that it needs to run, on any thread.
-pub(crate) struct Task {
-    pub(crate) job: Job,
-    pub(crate) work: Box<dyn FnOnce(Job) + Send>,
+struct Task {
+    job: Job,
+    work: Box<dyn FnOnce(Job) + Send>,
 }
 
 /// The agent's copying thread.
@@ -42,33 +42,48 @@ impl Copier {
             .name("kvf-copy".into())
             .spawn(move || run(&receiver))
             .map_err(|e| Error::io("start the copying thread", e))?;
-        Ok((Arc::new(Self { queue: RwLock::new(Some(sender)) }), thread))
+        Ok((
+            Arc::new(Self {
+                queue: RwLock::new(Some(sender)),
+            }),
+            thread,
+        ))
     }
 
     pub(crate) fn close(&self) {
         *self.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Runs the task here if it is small, else on the copying thread.
-    pub(crate) fn post(&self, task: Task) -> Result<(), Refusal> {
-        let plan = task.job.plan();
+    /// Runs `work`, which settles the job: here if it is small, else on the copying thread.
+    pub(crate) fn post(
+        &self,
+        job: Job,
+        work: impl FnOnce(Job) + Send + 'static,
+    ) -> Result<(), Refusal> {
+        let plan = job.plan();
         if plan.bytes <= INLINE_BYTES_MAX && plan.extents.len() <= INLINE_EXTENTS_MAX {
-            (task.work)(task.job);
+            work(job);
             return Ok(());
         }
         let queue = self.queue.read().unwrap_or_else(PoisonError::into_inner);
         let Some(queue) = &*queue else {
-            return Err(task.job.refuse(Error::new(ErrorKind::Cancelled, "the agent is closed")));
+            return Err(job.refuse(Error::new(ErrorKind::Cancelled, "the agent is closed")));
         };
-        queue.try_send(task).map_err(|refused| match refused {
-            TrySendError::Full(task) => {
-                let text = format!("{COPIES_WAITING_MAX} copies are waiting");
-                task.job.refuse(Error::new(ErrorKind::Busy, text))
-            }
-            TrySendError::Disconnected(task) => {
-                task.job.refuse(Error::new(ErrorKind::Internal, "the copying thread has ended"))
-            }
-        })
+        queue
+            .try_send(Task {
+                job,
+                work: Box::new(work),
+            })
+            .map_err(|refused| match refused {
+                TrySendError::Full(task) => {
+                    let text = format!("{COPIES_WAITING_MAX} copies are waiting");
+                    task.job.refuse(Error::new(ErrorKind::Busy, text))
+                }
+                TrySendError::Disconnected(task) => task.job.refuse(Error::new(
+                    ErrorKind::Internal,
+                    "the copying thread has ended",
+                )),
+            })
     }
 }
 
@@ -87,7 +102,10 @@ pub(crate) fn copy_plan<'a>(
     let mut since_look = 0;
     for extent in &plan.extents {
         let Target::Local(local) = &plan.local[extent.local as usize] else {
-            return Err(Error::new(ErrorKind::Internal, "the local side names a peer's region"));
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "the local side names a peer's region",
+            ));
         };
         let (local, remote) = (local.mapping()?, remote(extent.remote)?);
         let mut done = 0;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::copy::{Copier, Task, copy_plan};
+use super::copy::{Copier, copy_plan};
 use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::descriptor::Target;
@@ -21,16 +21,24 @@ static AGENTS: LazyLock<Mutex<HashMap<u64, Weak<Exports>>>> = LazyLock::new(Mute
 
 /// Copies between regions of one agent.
 pub(crate) fn own(copier: Arc<Copier>) -> Arc<dyn Backend> {
-    const CAPABILITIES: Capabilities =
-        Capabilities { remote: &[MemoryKind::Host], notifications: false };
-    Arc::new(Own { copier, capabilities: CAPABILITIES })
+    const CAPABILITIES: Capabilities = Capabilities {
+        remote: &[MemoryKind::Host],
+        notifications: false,
+    };
+    Arc::new(Own {
+        copier,
+        capabilities: CAPABILITIES,
+    })
 }
 
 /// Makes the agent known in this process, and others reachable.
 pub(crate) fn fabric(exports: &Arc<Exports>, copier: Arc<Copier>) -> Arc<dyn Fabric> {
     let mut agents = AGENTS.lock().unwrap_or_else(PoisonError::into_inner);
     agents.insert(exports.incarnation().0, Arc::downgrade(exports));
-    Arc::new(Process { own_name: exports.name().clone(), copier })
+    Arc::new(Process {
+        own_name: exports.name().clone(),
+        copier,
+    })
 }
 
 /// The agent is going: others don't find it any more.
@@ -62,12 +70,15 @@ impl Backend for Own {
             });
             job.settle(outcome);
         };
-        self.copier.post(Task { job, work: Box::new(work) })
+        self.copier.post(job, work)
     }
 }
 
 fn not_ours(region: &RemoteRegion) -> Error {
-    Error::new(ErrorKind::Internal, format!("region {} belongs to a peer", region.id))
+    Error::new(
+        ErrorKind::Internal,
+        format!("region {} belongs to a peer", region.id),
+    )
 }
 
 struct Process {
@@ -88,7 +99,10 @@ impl Fabric for Process {
     fn connect(&self, peer: &PeerCard, _timeout: Duration) -> Result<Arc<dyn Channel>> {
         let agents = AGENTS.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(exports) = agents.get(&peer.incarnation.0).and_then(Weak::upgrade) else {
-            return Err(Error::new(ErrorKind::Unsupported, "not an agent of this process"));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "not an agent of this process",
+            ));
         };
         drop(agents);
         exports.check_allowed(&self.own_name)?;
@@ -97,7 +111,10 @@ impl Fabric for Process {
             peer: Arc::downgrade(&exports),
             copier: self.copier.clone(),
             closed: AtomicBool::new(false),
-            capabilities: Capabilities { remote: &[MemoryKind::Host], notifications: true },
+            capabilities: Capabilities {
+                remote: &[MemoryKind::Host],
+                notifications: true,
+            },
         }))
     }
 
@@ -116,9 +133,10 @@ struct Neighbour {
 impl Neighbour {
     fn peer(&self) -> Result<Arc<Exports>> {
         let closed = self.closed.load(Ordering::Acquire);
-        self.peer.upgrade().filter(|_| !closed).ok_or_else(|| {
-            Error::new(ErrorKind::PeerLost, "the agent of this process is gone")
-        })
+        self.peer
+            .upgrade()
+            .filter(|_| !closed)
+            .ok_or_else(|| Error::new(ErrorKind::PeerLost, "the agent of this process is gone"))
     }
 
     /// Counts the transfer as a user of each remote region.
@@ -157,15 +175,16 @@ impl Backend for Neighbour {
         let own_name = self.own_name.clone();
         let work = move |job: Job| {
             let plan = job.plan().clone();
-            let mut outcome =
-                copy_plan(&job, &plan, |remote| uses[remote as usize].region().mapping());
+            let mut outcome = copy_plan(&job, &plan, |remote| {
+                uses[remote as usize].region().mapping()
+            });
             drop(uses);
             if let (Ok(()), Some(notification)) = (&outcome, job.notification()) {
                 outcome = peer.deliver(&own_name, notification.clone());
             }
             job.settle(outcome);
         };
-        self.copier.post(Task { job, work: Box::new(work) })
+        self.copier.post(job, work)
     }
 }
 

@@ -11,8 +11,14 @@ use crate::plan::Plan;
 use crate::region::MemoryKind;
 use crate::request::Ticket;
 
+pub mod conformance;
 pub(crate) mod copy;
+pub mod file;
 pub(crate) mod memcpy;
+pub mod object;
+pub(crate) mod shm;
+pub mod sim;
+pub(crate) mod tcp;
 
 /// Which way bytes go, seen from the one who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,7 +115,10 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(ticket: Ticket, notification: Option<Bytes>) -> Self {
-        Self { ticket, notification }
+        Self {
+            ticket,
+            notification,
+        }
     }
 
     /// What to move.

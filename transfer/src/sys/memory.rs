@@ -54,7 +54,14 @@ impl Mapping {
         protection.set(ProtFlags::WRITE, writable);
         // SAFETY: a new shared mapping at an address the kernel chooses overlaps nothing.
         let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, file, 0)
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                protection,
+                MapFlags::SHARED,
+                file,
+                0,
+            )
         };
         Self::mapped(base, len, writable)
     }
@@ -62,13 +69,20 @@ impl Mapping {
     fn mapped(base: rustix::io::Result<*mut c_void>, len: usize, writable: bool) -> Result<Self> {
         let base = base.map_err(|e| Error::io(format!("map {len} bytes"), e.into()))?;
         let Some(base) = NonNull::new(base.cast::<u8>()) else {
-            return Err(Error::new(ErrorKind::Internal, "the kernel mapped memory at address 0"));
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "the kernel mapped memory at address 0",
+            ));
         };
-        let mapping = Self { base, len, ownership: Ownership::Mapped, writable };
+        let mapping = Self {
+            base,
+            len,
+            ownership: Ownership::Mapped,
+            writable,
+        };
         // SAFETY: the range was mapped just now and is ours.
-        let advised = unsafe {
-            rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxDontFork)
-        };
+        let advised =
+            unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxDontFork) };
         advised.map_err(|e| Error::io("keep mapped memory from forked children", e.into()))?;
         Ok(mapping)
     }
@@ -83,9 +97,18 @@ impl Mapping {
             return Err(Error::new(ErrorKind::Invalid, "memory address is null"));
         };
         if (base.as_ptr() as usize).checked_add(len).is_none() {
-            return Err(Error::invalid("memory length", len, "not past the address space"));
+            return Err(Error::invalid(
+                "memory length",
+                len,
+                "not past the address space",
+            ));
         }
-        Ok(Self { base, len, ownership: Ownership::Lent, writable: true })
+        Ok(Self {
+            base,
+            len,
+            ownership: Ownership::Lent,
+            writable: true,
+        })
     }
 
     /// Bytes.
@@ -199,11 +222,23 @@ impl Mapping {
         Ok(())
     }
 
-    /// A checked range to hand to the kernel.
+    /// A checked range for the kernel to read from.
     pub(crate) fn span(&self, offset: u64, len: u64) -> Result<Span<'_>> {
         let base = self.at(offset, len)?;
-        let raw = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len as usize };
-        Ok(Span { raw, owner: PhantomData })
+        Ok(Span {
+            raw: iovec(base, len),
+            owner: PhantomData,
+        })
+    }
+
+    /// A checked range for the kernel to write to.
+    pub(crate) fn sink(&self, offset: u64, len: u64) -> Result<Sink<'_>> {
+        self.check_writable()?;
+        let base = self.at(offset, len)?;
+        Ok(Sink {
+            raw: iovec(base, len),
+            owner: PhantomData,
+        })
     }
 }
 
@@ -221,7 +256,14 @@ impl Drop for Mapping {
     }
 }
 
-/// A range that the kernel may read from or write to, in the form of its vectored calls.
+fn iovec(base: NonNull<u8>, len: u64) -> libc::iovec {
+    libc::iovec {
+        iov_base: base.as_ptr().cast(),
+        iov_len: len as usize,
+    }
+}
+
+/// A range that the kernel may read from, in the form of its vectored calls.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub(crate) struct Span<'a> {
@@ -230,13 +272,51 @@ pub(crate) struct Span<'a> {
 }
 
 impl<'a> Span<'a> {
-    /// Private bytes to send.
+    /// Private bytes.
     pub(crate) fn of_bytes(bytes: &'a [u8]) -> Self {
+        let base = bytes.as_ptr().cast_mut().cast();
         let raw = libc::iovec {
-            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_base: base,
             iov_len: bytes.len(),
         };
-        Self { raw, owner: PhantomData }
+        Self {
+            raw,
+            owner: PhantomData,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.raw.iov_len
+    }
+
+    /// The kernel's view of it.
+    pub(crate) fn raw(&self) -> libc::iovec {
+        self.raw
+    }
+}
+
+/// A range that the kernel may write to, in the form of its vectored calls.
+#[repr(transparent)]
+pub(crate) struct Sink<'a> {
+    raw: libc::iovec,
+    owner: PhantomData<&'a Mapping>,
+}
+
+impl<'a> Sink<'a> {
+    /// Private bytes.
+    pub(crate) fn of_bytes(bytes: &'a mut [u8]) -> Self {
+        let raw = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        Self {
+            raw,
+            owner: PhantomData,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.raw.iov_len
     }
 
     /// The kernel's view of it.
@@ -273,7 +353,10 @@ impl HostMemory {
     /// # Errors
     /// [`ErrorKind::Invalid`] for no bytes, [`ErrorKind::Io`] when the system has none left.
     pub fn anonymous(bytes: u64) -> Result<Self> {
-        Ok(Self { mapping: Mapping::anonymous(bytes)?, shared: None })
+        Ok(Self {
+            mapping: Mapping::anonymous(bytes)?,
+            shared: None,
+        })
     }
 
     /// Zeroed memory that processes of this host may map; its size is sealed.
@@ -289,7 +372,10 @@ impl HostMemory {
         rustix::fs::fcntl_add_seals(&file, SIZE_SEALS | SealFlags::SEAL)
             .map_err(|e| Error::io("seal the size of shared memory", e.into()))?;
         let mapping = Mapping::of_file(&file, bytes, true)?;
-        Ok(Self { mapping, shared: Some(file) })
+        Ok(Self {
+            mapping,
+            shared: Some(file),
+        })
     }
 
     /// Memory that someone else owns, such as an engine's cache pool.
@@ -304,7 +390,10 @@ impl HostMemory {
     pub unsafe fn from_raw(base: *mut u8, bytes: u64) -> Result<Self> {
         // SAFETY: passed on to the caller, word for word.
         let mapping = unsafe { Mapping::lent(base, bytes)? };
-        Ok(Self { mapping, shared: None })
+        Ok(Self {
+            mapping,
+            shared: None,
+        })
     }
 
     /// Its size in bytes, never zero.

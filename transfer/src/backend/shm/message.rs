@@ -1,0 +1,233 @@
+//! What the two ends of a shared-memory path tell each other, one datagram a message. Same host and same
+//! build are not promised, so the version is in every greeting.
+
+use bytes::Bytes;
+use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::metadata::{Incarnation, check_name};
+use crate::region::{RegionId, RegionKey};
+use crate::request::NOTIFICATION_BYTES_MAX;
+use crate::wire::{Reader, put_counted};
+
+/// The version that this build speaks, and the only one that it accepts.
+const VERSION: u16 = 1;
+
+const MAGIC: [u8; 4] = *b"KVFS";
+
+/// Error texts are cut here.
+const CONTEXT_BYTES_MAX: usize = 512;
+
+/// The longest message.
+pub(super) const MESSAGE_BYTES_MAX: usize = NOTIFICATION_BYTES_MAX + 1024;
+
+/// One message.
+#[derive(Clone, Debug)]
+pub(super) enum Message {
+    /// The first one, from the side that connects.
+    Hello { name: String, wanted: Incarnation },
+    /// Asks for a region's memory.
+    Map {
+        id: u64,
+        region: RegionId,
+        key: RegionKey,
+    },
+    /// The memory is no longer mapped.
+    Unmapped { region: RegionId },
+    /// A notification for the inbox.
+    Notify { id: u64, bytes: Bytes },
+    /// How a greeting (id 0), a map or a notification ended. A granted map comes with a descriptor.
+    Done { id: u64, outcome: Outcome },
+    /// The memory is to be unmapped: its region is being deregistered.
+    Revoke { region: RegionId },
+}
+
+/// An outcome as it travels.
+#[derive(Clone, Debug)]
+pub(super) enum Outcome {
+    Done,
+    /// Memory of this size, in the descriptor that comes along.
+    Granted {
+        bytes: u64,
+        writable: bool,
+    },
+    Failed {
+        code: u32,
+        text: String,
+    },
+}
+
+impl Outcome {
+    pub(super) fn of(outcome: Result<()>) -> Self {
+        match outcome {
+            Ok(()) => Self::Done,
+            Err(error) => {
+                let mut text = error.to_string();
+                let mut end = text.len().min(CONTEXT_BYTES_MAX);
+                while !text.is_char_boundary(end) {
+                    end -= 1;
+                }
+                text.truncate(end);
+                Self::Failed {
+                    code: error.kind().code(),
+                    text,
+                }
+            }
+        }
+    }
+
+    /// What the peer said, as an error of ours.
+    pub(super) fn failure(code: u32, text: &str) -> Error {
+        let kind = match code {
+            2 => ErrorKind::Busy,
+            4 => ErrorKind::PeerLost,
+            8 => ErrorKind::Version,
+            10 => ErrorKind::Denied,
+            12 => ErrorKind::NotFound,
+            _ => ErrorKind::Io,
+        };
+        Error::new(kind, format!("the peer answered: {text}"))
+    }
+}
+
+const HELLO: u8 = 1;
+const MAP: u8 = 2;
+const UNMAPPED: u8 = 3;
+const NOTIFY: u8 = 4;
+const DONE: u8 = 5;
+const REVOKE: u8 = 6;
+
+impl Message {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(64);
+        match self {
+            Self::Hello { name, wanted } => {
+                out.push(HELLO);
+                out.extend_from_slice(&MAGIC);
+                out.extend_from_slice(&VERSION.to_le_bytes());
+                out.extend_from_slice(&wanted.0.to_le_bytes());
+                put_counted(&mut out, name.as_bytes());
+            }
+            Self::Map { id, region, key } => {
+                out.push(MAP);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(&region.0.to_le_bytes());
+                out.extend_from_slice(&key.0);
+            }
+            Self::Unmapped { region } => {
+                out.push(UNMAPPED);
+                out.extend_from_slice(&region.0.to_le_bytes());
+            }
+            Self::Notify { id, bytes } => {
+                out.push(NOTIFY);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(bytes);
+            }
+            Self::Done { id, outcome } => {
+                out.push(DONE);
+                out.extend_from_slice(&id.to_le_bytes());
+                outcome.encode(&mut out);
+            }
+            Self::Revoke { region } => {
+                out.push(REVOKE);
+                out.extend_from_slice(&region.0.to_le_bytes());
+            }
+        }
+        out
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut reader = Reader::new(bytes);
+        let message = match reader.u8("message kind")? {
+            HELLO => {
+                let magic: [u8; 4] = reader.array("magic")?;
+                if magic != MAGIC {
+                    let text = format!("magic is {magic:02x?}, not {MAGIC:02x?}");
+                    return Err(Error::new(ErrorKind::Corrupt, text));
+                }
+                let version = reader.u16("version")?;
+                if version != VERSION {
+                    let text =
+                        format!("the other side speaks version {version}, this build {VERSION}");
+                    return Err(Error::new(ErrorKind::Version, text));
+                }
+                let wanted = Incarnation(reader.u64("wanted incarnation")?);
+                let name = reader.text("agent name")?.to_owned();
+                check_name(&name)?;
+                Self::Hello { name, wanted }
+            }
+            MAP => Self::Map {
+                id: reader.u64("request id")?,
+                region: RegionId(reader.u64("region id")?),
+                key: RegionKey(reader.array("region key")?),
+            },
+            UNMAPPED => Self::Unmapped {
+                region: RegionId(reader.u64("region id")?),
+            },
+            NOTIFY => {
+                let id = reader.u64("request id")?;
+                let bytes = reader.bytes("notification", reader.left())?;
+                if bytes.len() > NOTIFICATION_BYTES_MAX {
+                    return Err(Error::invalid("notification length", bytes.len(), ..65537));
+                }
+                Self::Notify {
+                    id,
+                    bytes: Bytes::copy_from_slice(bytes),
+                }
+            }
+            DONE => Self::Done {
+                id: reader.u64("request id")?,
+                outcome: Outcome::decode(&mut reader)?,
+            },
+            REVOKE => Self::Revoke {
+                region: RegionId(reader.u64("region id")?),
+            },
+            other => return Err(Error::invalid("message kind", other, HELLO..=REVOKE)),
+        };
+        reader.end("message")?;
+        Ok(message)
+    }
+}
+
+impl Outcome {
+    fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Done => out.push(0),
+            Self::Granted { bytes, writable } => {
+                out.push(1);
+                out.extend_from_slice(&bytes.to_le_bytes());
+                out.push(u8::from(*writable));
+            }
+            Self::Failed { code, text } => {
+                out.push(2);
+                out.extend_from_slice(&code.to_le_bytes());
+                put_counted(out, text.as_bytes());
+            }
+        }
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self> {
+        match reader.u8("outcome")? {
+            0 => Ok(Self::Done),
+            1 => {
+                let bytes = reader.u64("region size")?;
+                let writable = match reader.u8("writable flag")? {
+                    0 => false,
+                    1 => true,
+                    other => return Err(Error::invalid("writable flag", other, 0..=1)),
+                };
+                Ok(Self::Granted { bytes, writable })
+            }
+            2 => {
+                let code = reader.u32("error code")?;
+                Ok(Self::Failed {
+                    code,
+                    text: reader.text("reason")?.to_owned(),
+                })
+            }
+            other => Err(Error::invalid("outcome", other, 0..=2)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

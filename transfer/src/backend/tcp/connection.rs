@@ -1,0 +1,380 @@
+//! One connection, of either side: what it sends, what it receives, how it ends.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvcache_core::{Error, ErrorKind, Result};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::frame::Header;
+use super::initiator::Initiator;
+use super::receive::{Handler, Intake, Receiver, Stopped};
+use super::scatter::Scatter;
+use super::target::TargetSide;
+use crate::reactor::{Interest, Reactor, Source, Token};
+use crate::sys::memory::Span;
+use crate::sys::socket::{self, SPANS_MAX};
+
+/// Bytes that one connection moves before others get their turn.
+const TURN_BYTES: u64 = 4 << 20;
+
+/// Bytes that a poster sends by itself; the rest is the reactor's work.
+pub(super) const INLINE_BYTES_MAX: u64 = 64 << 10;
+
+/// How long a waiting caller takes the reactor's place; then it sleeps, so that cancelling reaches it.
+const ASSIST_MAX: Duration = Duration::from_millis(1);
+
+/// A frame to send: encoded bytes, then memory.
+pub(super) struct Frame {
+    bytes: Vec<u8>,
+    sent: usize,
+    payload: Option<Scatter>,
+}
+
+impl Frame {
+    pub(super) fn new(bytes: Vec<u8>, payload: Option<Scatter>) -> Self {
+        Self {
+            bytes,
+            sent: 0,
+            payload,
+        }
+    }
+
+    /// Counts `count` sent bytes; returns those beyond this frame, and whether the frame is finished.
+    fn advance(&mut self, count: u64) -> (u64, bool) {
+        let own = count.min((self.bytes.len() - self.sent) as u64);
+        self.sent += own as usize;
+        let mut beyond = count - own;
+        let mut finished = self.sent == self.bytes.len();
+        if let Some(payload) = &mut self.payload {
+            let moved = beyond.min(payload.left());
+            payload.advance(moved);
+            beyond -= moved;
+            finished &= payload.left() == 0;
+        }
+        (beyond, finished)
+    }
+}
+
+/// What waits to be sent.
+#[derive(Default)]
+pub(super) struct Outbox {
+    pub(super) frames: VecDeque<Frame>,
+    /// Initiator: requests that are not wholly cut into frames.
+    pub(super) jobs: VecDeque<Arc<super::initiator::Active>>,
+    pub(super) ended: bool,
+}
+
+impl Outbox {
+    /// One system call's worth of frames.
+    fn send(&mut self, socket: BorrowedFd<'_>) -> Result<io::Result<u64>> {
+        let mut spans = Vec::with_capacity(16);
+        let mut bytes = 0;
+        for frame in &self.frames {
+            if spans.len() + 2 > SPANS_MAX || bytes >= TURN_BYTES {
+                break;
+            }
+            if frame.sent < frame.bytes.len() {
+                spans.push(Span::of_bytes(&frame.bytes[frame.sent..]));
+            }
+            if let Some(payload) = &frame.payload {
+                let before = spans.len();
+                payload.spans(&mut spans, SPANS_MAX)?;
+                let ready = spans[before..]
+                    .iter()
+                    .map(|span| span.len() as u64)
+                    .sum::<u64>();
+                bytes += ready;
+                // The rest of this frame must go before the next one.
+                if ready < payload.left() {
+                    break;
+                }
+            }
+        }
+        let sent = match socket::send(socket, &spans) {
+            Ok(sent) => sent as u64,
+            Err(error) => return Ok(Err(error)),
+        };
+        drop(spans);
+        let mut left = sent;
+        while let Some(frame) = self.frames.front_mut() {
+            let (beyond, finished) = frame.advance(left);
+            left = beyond;
+            if !finished {
+                break;
+            }
+            self.frames.pop_front();
+        }
+        Ok(Ok(sent))
+    }
+}
+
+/// Which side of the protocol this process plays on a connection.
+pub(super) enum Role {
+    Initiator(Initiator),
+    Target(TargetSide),
+}
+
+struct Watch {
+    token: Option<Token>,
+    interest: Interest,
+}
+
+/// One TCP connection.
+pub(super) struct Connection {
+    stream: TcpStream,
+    reactor: Arc<Reactor>,
+    watch: Mutex<Watch>,
+    receiver: Mutex<Receiver>,
+    outbox: Mutex<Outbox>,
+    pub(super) role: Role,
+    /// Someone wants memory back.
+    poked: AtomicBool,
+    lost: OnceLock<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Connection {
+    /// Takes over a non-blocking stream and has the reactor watch it.
+    pub(super) fn start(
+        stream: TcpStream,
+        reactor: &Arc<Reactor>,
+        role: Role,
+    ) -> Result<Arc<Self>> {
+        let receiver = match &role {
+            Role::Initiator(_) => Receiver::of_connected(),
+            Role::Target(_) => Receiver::of_accepted(),
+        };
+        let connection = Arc::new(Self {
+            stream,
+            reactor: reactor.clone(),
+            watch: Mutex::new(Watch {
+                token: None,
+                interest: Interest::READABLE,
+            }),
+            receiver: Mutex::new(receiver),
+            outbox: Mutex::default(),
+            role,
+            poked: AtomicBool::new(false),
+            lost: OnceLock::new(),
+        });
+        let mut watch = lock(&connection.watch);
+        let source: Arc<dyn Source> = connection.clone();
+        watch.token = Some(reactor.add(connection.socket(), Interest::READABLE, source)?);
+        drop(watch);
+        Ok(connection)
+    }
+
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    pub(super) fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        lock(&self.outbox)
+    }
+
+    /// # Errors
+    /// Why it can't be used any more.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.lost.get() {
+            None => Ok(()),
+            Some(reason) => Err(Error::new(ErrorKind::PeerLost, reason.clone())),
+        }
+    }
+
+    fn set_interest(&self, change: impl FnOnce(&mut Interest)) {
+        let mut watch = lock(&self.watch);
+        let before = watch.interest;
+        change(&mut watch.interest);
+        if let Some(token) = watch.token
+            && watch.interest != before
+        {
+            self.reactor.modify(token, self.socket(), watch.interest);
+        }
+    }
+
+    /// Has the reactor send what waits, soon.
+    pub(super) fn pump_later(&self) {
+        self.set_interest(|interest| interest.writable = true);
+    }
+
+    /// Has the reactor take back memory that is no longer to be used, soon.
+    pub(super) fn poke(&self) {
+        self.poked.store(true, Ordering::Release);
+        self.pump_later();
+    }
+
+    /// Sends what waits until the socket is full, or about `budget` bytes.
+    pub(super) fn pump(&self, budget: u64) {
+        let mut outbox = self.outbox();
+        let mut left = budget;
+        while !outbox.ended {
+            if let Role::Initiator(initiator) = &self.role {
+                initiator.refill(&mut outbox);
+            }
+            if outbox.frames.is_empty() {
+                self.set_interest(|interest| interest.writable = false);
+                return;
+            }
+            if left == 0 {
+                self.pump_later();
+                return;
+            }
+            match outbox.send(self.socket()) {
+                Ok(Ok(sent)) => left = left.saturating_sub(sent),
+                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.pump_later();
+                    return;
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return self.lose(&format!("send to the other side: {error}")),
+                Err(error) => return self.lose(&error.to_string()),
+            }
+        }
+    }
+
+    /// Ends the connection; the reactor does the rest when it sees that.
+    pub(super) fn lose(&self, reason: &str) {
+        // The first reason is the interesting one.
+        let _ = self.lost.set(reason.to_owned());
+        // Fails only when the other side was faster.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    fn receive(&self, receiver: &mut Receiver) -> Option<Stopped> {
+        if receiver.has_ended() {
+            return None;
+        }
+        match receiver.run(self.socket(), self, TURN_BYTES) {
+            Ok(stopped) => {
+                self.pump(TURN_BYTES);
+                Some(stopped)
+            }
+            Err(error) => {
+                if error.kind() != ErrorKind::PeerLost {
+                    tracing::warn!(%error, role = self.role.name(), "a connection broke the protocol");
+                }
+                self.lose(&error.to_string());
+                self.end(receiver);
+                None
+            }
+        }
+    }
+
+    /// Nothing is sent or received any more: memory is given back, requests fail.
+    fn end(&self, receiver: &mut Receiver) {
+        receiver.end();
+        let token = lock(&self.watch).token.take();
+        if let Some(token) = token {
+            self.reactor.remove(token, self.socket());
+        }
+        let mut outbox = self.outbox();
+        outbox.ended = true;
+        let (frames, jobs) = (
+            std::mem::take(&mut outbox.frames),
+            std::mem::take(&mut outbox.jobs),
+        );
+        drop(outbox);
+        drop(frames);
+        if let Role::Initiator(initiator) = &self.role {
+            let reason = self
+                .lost
+                .get()
+                .map_or("the connection ended", String::as_str);
+            initiator.fail_all(jobs, reason);
+        }
+    }
+
+    /// Receives in the calling thread until `done`, in place of the reactor.
+    pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        let Ok(mut receiver) = self.receiver.try_lock() else {
+            return;
+        };
+        self.set_interest(|interest| interest.readable = false);
+        let until = until.min(Instant::now() + ASSIST_MAX);
+        while self.receive(&mut receiver).is_some() && !done() {
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                break;
+            };
+            let timeout = rustix::event::Timespec {
+                tv_sec: 0,
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            let mut polled = [PollFd::from_borrowed_fd(self.socket(), PollFlags::IN)];
+            if poll(&mut polled, Some(&timeout)).is_err() {
+                break;
+            }
+        }
+        drop(receiver);
+        self.set_interest(|interest| interest.readable = true);
+    }
+}
+
+impl Role {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Initiator(_) => "initiator",
+            Self::Target(_) => "target",
+        }
+    }
+}
+
+impl Handler for Connection {
+    fn greeted(&self, greeting: &[u8]) -> Result<()> {
+        match &self.role {
+            Role::Initiator(_) => Err(Error::new(ErrorKind::Internal, "greeted twice")),
+            Role::Target(target) => target.greeted(self, greeting),
+        }
+    }
+
+    fn begin(&self, header: &Header, head: &[u8]) -> Result<Intake> {
+        match &self.role {
+            Role::Initiator(initiator) => initiator.begin(self, header, head),
+            Role::Target(target) => target.begin(self, header, head),
+        }
+    }
+
+    fn finish(&self, header: &Header, intake: Intake) -> Result<()> {
+        match &self.role {
+            Role::Initiator(initiator) => initiator.finish(self, header, intake),
+            Role::Target(target) => target.finish(self, header, intake),
+        }
+    }
+}
+
+impl Source for Connection {
+    fn ready(&self, readiness: Interest) {
+        if self.poked.swap(false, Ordering::AcqRel) {
+            let mut receiver = lock(&self.receiver);
+            if let Role::Initiator(initiator) = &self.role {
+                initiator.reap();
+            }
+            receiver.yield_memory();
+        }
+        if readiness.writable {
+            self.pump(TURN_BYTES);
+        }
+        // A caller who assists receives what there is.
+        if readiness.readable
+            && let Ok(mut receiver) = self.receiver.try_lock()
+        {
+            self.receive(&mut receiver);
+        }
+    }
+
+    fn orphaned(&self) {
+        self.lose("the agent was closed");
+        let mut receiver = lock(&self.receiver);
+        if !receiver.has_ended() {
+            self.end(&mut receiver);
+        }
+    }
+}

@@ -1,0 +1,442 @@
+//! The side that asks: cuts requests into frames, keeps a window of them in flight, matches answers.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::connection::{Connection, Frame, Outbox};
+use super::frame::{
+    Access, CHUNK_BYTES_MAX, CHUNK_RANGES_MAX, FrameKind, Header, WireRange, decode_outcome,
+};
+use super::receive::{Intake, Then};
+use super::scatter::{Piece, Scatter};
+use crate::backend::{Job, Operation, abandoned};
+use crate::descriptor::Target;
+use crate::plan::Plan;
+
+/// Bytes asked for or sent and not yet answered; more wait here, not in the network.
+const WINDOW_BYTES: u64 = 16 << 20;
+
+/// Frames not yet answered; fewer than a target is ready to queue answers for.
+const WINDOW_FRAMES: usize = 1024;
+
+/// Frames kept ready to send: enough to fill a socket's buffer in one call.
+const FRAMES_READY_MAX: usize = 32;
+
+/// A request on this connection.
+pub(super) struct Active {
+    plan: Arc<Plan>,
+    state: Mutex<ActiveState>,
+}
+
+struct ActiveState {
+    /// None once it is settled.
+    job: Option<Job>,
+    /// The first extent that is not wholly cut, and the bytes of it that are.
+    extent: usize,
+    skip: u64,
+    all_cut: bool,
+    /// Frames not answered.
+    open: usize,
+    error: Option<Error>,
+    /// A notification has still to be sent, alone.
+    notify: bool,
+}
+
+/// What follows from a change of a request's state; done without its lock.
+enum Next {
+    Nothing,
+    Notify,
+    Settle(Job, Result<()>),
+}
+
+impl ActiveState {
+    /// Whether the request is over, or its notification due.
+    fn next(&mut self) -> Next {
+        if !self.all_cut || self.open > 0 {
+            return Next::Nothing;
+        }
+        if self.error.is_none() && self.notify {
+            self.notify = false;
+            self.open = 1;
+            return Next::Notify;
+        }
+        match self.job.take() {
+            None => Next::Nothing,
+            Some(job) => Next::Settle(job, self.error.take().map_or(Ok(()), Err)),
+        }
+    }
+}
+
+impl Active {
+    pub(super) fn new(job: Job) -> Self {
+        let plan = job.plan().clone();
+        let notify = job.notification().is_some();
+        let state = ActiveState {
+            job: Some(job),
+            extent: 0,
+            skip: 0,
+            all_cut: plan.extents.is_empty(),
+            open: 0,
+            error: None,
+            notify,
+        };
+        Self {
+            plan,
+            state: Mutex::new(state),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ActiveState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the request still owns its memory.
+    pub(super) fn is_live(&self) -> bool {
+        self.lock().job.is_some()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.plan.bytes
+    }
+
+    /// Cuts the next chunk; none when there is nothing left to cut.
+    fn cut(&self, state: &mut ActiveState) -> Option<Cut> {
+        if let Some(job) = &state.job
+            && job.is_abandoned()
+        {
+            state.all_cut = true;
+            state.error.get_or_insert_with(abandoned);
+        }
+        if state.all_cut || state.job.is_none() {
+            return None;
+        }
+        let whole = state.extent == 0 && state.skip == 0;
+        let mut cut = Cut::default();
+        // Targets of the plan, by position in the access table.
+        let mut targets: Vec<u32> = Vec::new();
+        while cut.bytes < CHUNK_BYTES_MAX && cut.access.ranges.len() < CHUNK_RANGES_MAX {
+            let Some(extent) = self.plan.extents.get(state.extent) else {
+                break;
+            };
+            let len = (extent.len - state.skip).min(CHUNK_BYTES_MAX - cut.bytes);
+            let region = match targets.iter().rposition(|&target| target == extent.remote) {
+                Some(position) => position as u32,
+                None => {
+                    if let Target::Remote(region) = &self.plan.remote[extent.remote as usize] {
+                        cut.access.regions.push((region.id, region.key));
+                    }
+                    targets.push(extent.remote);
+                    (targets.len() - 1) as u32
+                }
+            };
+            let offset = extent.remote_offset + state.skip;
+            cut.access.ranges.push(WireRange {
+                region,
+                len: len as u32,
+                offset,
+            });
+            let offset = extent.local_offset + state.skip;
+            cut.pieces.push(Piece {
+                region: extent.local,
+                offset,
+                len,
+            });
+            cut.bytes += len;
+            state.skip += len;
+            if state.skip == extent.len {
+                state.extent += 1;
+                state.skip = 0;
+            }
+        }
+        state.all_cut = state.extent == self.plan.extents.len();
+        state.open += 1;
+        // What fits one write carries its notification along: one round trip instead of two.
+        if whole && state.all_cut && self.plan.operation == Operation::Write && state.notify {
+            state.notify = false;
+            let notification = state.job.as_ref().and_then(Job::notification);
+            cut.access.notification = notification.map(|bytes| bytes.to_vec());
+        }
+        Some(cut)
+    }
+}
+
+/// The part of a request that one frame asks for or brings.
+#[derive(Default)]
+struct Cut {
+    access: Access,
+    pieces: Vec<Piece>,
+    bytes: u64,
+}
+
+/// A frame that was not answered.
+struct Open {
+    active: Arc<Active>,
+    kind: FrameKind,
+    bytes: u64,
+    /// Read: where the bytes go.
+    pieces: Vec<Piece>,
+}
+
+#[derive(Default)]
+struct Table {
+    next: u64,
+    open: HashMap<u64, Open>,
+}
+
+/// The requests of one connection.
+#[derive(Default)]
+pub(super) struct Initiator {
+    table: Mutex<Table>,
+    bytes_open: AtomicU64,
+    frames_open: AtomicUsize,
+}
+
+impl Initiator {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, open: Open) -> u64 {
+        self.bytes_open.fetch_add(open.bytes, Ordering::AcqRel);
+        self.frames_open.fetch_add(1, Ordering::AcqRel);
+        let mut table = self.table();
+        let id = table.next;
+        table.next += 1;
+        table.open.insert(id, open);
+        id
+    }
+
+    fn leave(&self, open: &Open) {
+        self.bytes_open.fetch_sub(open.bytes, Ordering::AcqRel);
+        self.frames_open.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Cuts waiting requests, in turn, into as many frames as the window allows.
+    pub(super) fn refill(&self, outbox: &mut Outbox) {
+        while outbox.frames.len() < FRAMES_READY_MAX
+            && self.bytes_open.load(Ordering::Acquire) < WINDOW_BYTES
+            && self.frames_open.load(Ordering::Acquire) < WINDOW_FRAMES
+        {
+            let Some(active) = outbox.jobs.pop_front() else {
+                return;
+            };
+            let mut state = active.lock();
+            let Some(cut) = active.cut(&mut state) else {
+                let next = state.next();
+                drop(state);
+                self.follow(&active, next, outbox);
+                continue;
+            };
+            let more = !state.all_cut;
+            drop(state);
+            outbox.frames.push_back(self.frame(&active, cut));
+            if more {
+                outbox.jobs.push_back(active);
+            }
+        }
+    }
+
+    fn frame(&self, active: &Arc<Active>, cut: Cut) -> Frame {
+        let mut head = Vec::with_capacity(64 + cut.access.ranges.len() * 16);
+        cut.access.encode(&mut head);
+        let (kind, payload_bytes, pieces, payload) = match active.plan.operation {
+            Operation::Read => (FrameKind::Read, 0, cut.pieces, None),
+            Operation::Write => {
+                let scatter = Scatter::of_plan(active.plan.clone(), cut.pieces);
+                (FrameKind::Write, cut.bytes, Vec::new(), Some(scatter))
+            }
+        };
+        let id = self.enter(Open {
+            active: active.clone(),
+            kind,
+            bytes: cut.bytes,
+            pieces,
+        });
+        let header = Header {
+            kind,
+            head_bytes: head.len() as u32,
+            id,
+            payload_bytes,
+        };
+        let mut bytes = Vec::with_capacity(super::frame::HEADER_BYTES + head.len());
+        header.encode(&mut bytes);
+        bytes.append(&mut head);
+        Frame::new(bytes, payload)
+    }
+
+    fn notification(&self, active: &Arc<Active>) -> Frame {
+        let notification = active
+            .lock()
+            .job
+            .as_ref()
+            .and_then(Job::notification)
+            .cloned()
+            .unwrap_or_default();
+        let kind = FrameKind::Notify;
+        let open = Open {
+            active: active.clone(),
+            kind,
+            bytes: 0,
+            pieces: Vec::new(),
+        };
+        let id = self.enter(open);
+        let head_bytes = notification.len() as u32;
+        let mut bytes = Vec::with_capacity(super::frame::HEADER_BYTES + notification.len());
+        Header {
+            kind,
+            head_bytes,
+            id,
+            payload_bytes: 0,
+        }
+        .encode(&mut bytes);
+        bytes.extend_from_slice(&notification);
+        Frame::new(bytes, None)
+    }
+
+    fn follow(&self, active: &Arc<Active>, next: Next, outbox: &mut Outbox) {
+        match next {
+            Next::Nothing => {}
+            Next::Notify => outbox.frames.push_back(self.notification(active)),
+            Next::Settle(job, outcome) => job.settle(outcome),
+        }
+    }
+
+    /// An answer has begun.
+    pub(super) fn begin(
+        &self,
+        connection: &Connection,
+        header: &Header,
+        head: &[u8],
+    ) -> Result<Intake> {
+        match header.kind {
+            FrameKind::Data => self.begin_data(header),
+            FrameKind::Done if header.payload_bytes == 0 => {
+                let outcome = decode_outcome(head)?;
+                let open = self.answered(header.id)?;
+                if outcome.is_ok() && open.kind == FrameKind::Read {
+                    return Err(breach(header, "a read is answered without bytes"));
+                }
+                self.complete(connection, &open.active, outcome);
+                Ok(Intake::NOTHING)
+            }
+            _ => Err(breach(header, "not an answer")),
+        }
+    }
+
+    fn begin_data(&self, header: &Header) -> Result<Intake> {
+        let mut table = self.table();
+        let Some(open) = table.open.get_mut(&header.id) else {
+            return Err(breach(header, "no such request is open"));
+        };
+        if open.kind != FrameKind::Read || open.bytes != header.payload_bytes {
+            return Err(breach(header, "not what was asked for"));
+        }
+        let pieces = std::mem::take(&mut open.pieces);
+        let active = open.active.clone();
+        drop(table);
+        Ok(Intake {
+            left: header.payload_bytes,
+            scatter: Some(Scatter::of_plan(active.plan.clone(), pieces)),
+            then: Then::Arrived(active),
+        })
+    }
+
+    /// An answer is complete.
+    pub(super) fn finish(
+        &self,
+        connection: &Connection,
+        header: &Header,
+        intake: Intake,
+    ) -> Result<()> {
+        if let Then::Arrived(active) = intake.then {
+            self.answered(header.id)?;
+            self.complete(connection, &active, Ok(()));
+        }
+        Ok(())
+    }
+
+    fn answered(&self, id: u64) -> Result<Open> {
+        let open = self.table().open.remove(&id);
+        let Some(open) = open else {
+            let text = format!("answer to request {id}, which is not open");
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        };
+        self.leave(&open);
+        Ok(open)
+    }
+
+    fn complete(&self, connection: &Connection, active: &Arc<Active>, outcome: Result<()>) {
+        let mut state = active.lock();
+        state.open -= 1;
+        if let Err(error) = outcome {
+            state.all_cut = true;
+            state.error.get_or_insert(error);
+        }
+        let next = state.next();
+        drop(state);
+        match next {
+            Next::Nothing => {}
+            Next::Settle(job, outcome) => job.settle(outcome),
+            Next::Notify => {
+                let frame = self.notification(active);
+                connection.outbox().frames.push_back(frame);
+            }
+        }
+    }
+
+    /// Settles reads that were given up: what still arrives for them is dropped. The caller holds the receiver, so
+    /// nothing is being received. Writes that were given up end with the answers to what was sent of them.
+    pub(super) fn reap(&self) {
+        let mut given_up = Vec::new();
+        for open in self.table().open.values() {
+            let mut state = open.active.lock();
+            let reads = open.active.plan.operation == Operation::Read;
+            if reads && state.job.as_ref().is_some_and(Job::is_abandoned) {
+                state.all_cut = true;
+                given_up.extend(state.job.take());
+            }
+        }
+        given_up
+            .into_iter()
+            .for_each(|job| job.settle(Err(abandoned())));
+    }
+
+    /// The connection has ended: nothing of any request is sent or received any more.
+    pub(super) fn fail_all(&self, jobs: VecDeque<Arc<Active>>, reason: &str) {
+        let open = std::mem::take(&mut self.table().open);
+        let waiting = jobs.into_iter();
+        for active in waiting.chain(open.into_values().map(|open| open.active)) {
+            let job = active.lock().job.take();
+            if let Some(job) = job {
+                job.settle(Err(Error::new(ErrorKind::PeerLost, reason.to_owned())));
+            }
+        }
+    }
+
+    /// Starts a request; what the poster does not send itself is left to the reactor.
+    pub(super) fn start(&self, connection: &Connection, active: Arc<Active>, outbox: &mut Outbox) {
+        let mut state = active.lock();
+        let next = state.next();
+        drop(state);
+        match next {
+            Next::Nothing => {
+                let bytes = active.bytes();
+                outbox.jobs.push_back(active);
+                if bytes > super::connection::INLINE_BYTES_MAX {
+                    connection.pump_later();
+                }
+            }
+            next => self.follow(&active, next, outbox),
+        }
+    }
+}
+
+fn breach(header: &Header, what: &str) -> Error {
+    Error::new(
+        ErrorKind::Corrupt,
+        format!("{:?} frame {}: {what}", header.kind, header.id),
+    )
+}

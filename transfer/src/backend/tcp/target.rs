@@ -1,0 +1,224 @@
+//! The side that is asked: admits requests by region key, checks bounds, moves bytes, answers.
+
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::connection::{Connection, Frame};
+use super::frame::{
+    Access, CHUNK_BYTES_MAX, FrameKind, Greeting, HEADER_BYTES, Header, encode_outcome,
+    encode_welcome,
+};
+use super::receive::{Intake, Then};
+use super::scatter::{Piece, Scatter};
+use crate::agent::Exports;
+use crate::backend::Operation;
+use crate::request::NOTIFICATION_BYTES_MAX;
+
+/// Answers that may wait to be sent; an initiator that keeps to its window never gets there.
+const ANSWERS_MAX: usize = 4096;
+
+/// How long a connection may stay without a greeting.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a connection that was accepted needs to serve its initiator.
+pub(super) struct TargetSide {
+    exports: Arc<Exports>,
+    accepted: Instant,
+    initiator: OnceLock<Arc<str>>,
+}
+
+impl TargetSide {
+    pub(super) fn new(exports: Arc<Exports>) -> Self {
+        Self {
+            exports,
+            accepted: Instant::now(),
+            initiator: OnceLock::new(),
+        }
+    }
+
+    /// Whether it has held a place for too long without saying who it is.
+    pub(super) fn is_stale(&self) -> bool {
+        self.initiator.get().is_none() && self.accepted.elapsed() > GREETING_TIMEOUT
+    }
+
+    pub(super) fn greeted(&self, connection: &Connection, greeting: &[u8]) -> Result<()> {
+        let greeting = Greeting::decode(greeting)?;
+        let outcome = self.check(&greeting);
+        let welcome = Frame::new(encode_welcome(&outcome), None);
+        connection.outbox().frames.push_back(welcome);
+        connection.pump(u64::MAX);
+        outcome?;
+        // A connection is greeted once: the receiver leaves that state for good.
+        let _ = self.initiator.set(greeting.name.into());
+        Ok(())
+    }
+
+    fn check(&self, greeting: &Greeting) -> Result<()> {
+        let own = self.exports.incarnation();
+        if greeting.wanted != own {
+            let text = format!(
+                "incarnation {:?} of agent {:?} is gone, this is {own:?}",
+                greeting.wanted,
+                self.exports.name()
+            );
+            return Err(Error::new(ErrorKind::PeerLost, text));
+        }
+        self.exports.check_allowed(&greeting.name)
+    }
+
+    /// A request's header and head are there.
+    pub(super) fn begin(
+        &self,
+        connection: &Connection,
+        header: &Header,
+        head: &[u8],
+    ) -> Result<Intake> {
+        match header.kind {
+            FrameKind::Read if header.payload_bytes == 0 => {
+                let access = Access::decode(head)?;
+                if access.bytes() > CHUNK_BYTES_MAX {
+                    return Err(Error::invalid(
+                        "bytes asked for",
+                        access.bytes(),
+                        CHUNK_BYTES_MAX,
+                    ));
+                }
+                let frame = match self.admit(&access, Operation::Read) {
+                    Ok(scatter) => data(header.id, scatter),
+                    Err(error) => done(header.id, &Err(error)),
+                };
+                answer(connection, frame)?;
+                Ok(Intake::NOTHING)
+            }
+            FrameKind::Write => {
+                let access = Access::decode(head)?;
+                if access.bytes() != header.payload_bytes {
+                    let text = format!(
+                        "a write of {} bytes brings {}",
+                        access.bytes(),
+                        header.payload_bytes
+                    );
+                    return Err(Error::new(ErrorKind::Corrupt, text));
+                }
+                let (scatter, outcome) = match self.admit(&access, Operation::Write) {
+                    Ok(scatter) => (Some(scatter), Ok(())),
+                    Err(error) => (None, Err(error)),
+                };
+                let then = Then::Answer {
+                    outcome,
+                    notification: access.notification,
+                };
+                Ok(Intake {
+                    left: header.payload_bytes,
+                    scatter,
+                    then,
+                })
+            }
+            FrameKind::Notify if header.payload_bytes == 0 => {
+                if head.len() > NOTIFICATION_BYTES_MAX {
+                    return Err(Error::invalid("notification length", head.len(), ..65536));
+                }
+                let outcome = self.deliver(head.to_vec());
+                answer(connection, done(header.id, &outcome))?;
+                Ok(Intake::NOTHING)
+            }
+            kind => {
+                let text = format!(
+                    "{kind:?} frame of {} bytes at a target",
+                    header.payload_bytes
+                );
+                Err(Error::new(ErrorKind::Corrupt, text))
+            }
+        }
+    }
+
+    /// A request's payload is in place.
+    pub(super) fn finish(
+        &self,
+        connection: &Connection,
+        header: &Header,
+        intake: Intake,
+    ) -> Result<()> {
+        let Then::Answer {
+            mut outcome,
+            notification,
+        } = intake.then
+        else {
+            return Ok(());
+        };
+        // The regions' use ends before the initiator hears of it.
+        drop(intake.scatter);
+        if outcome.is_ok()
+            && let Some(notification) = notification
+        {
+            outcome = self.deliver(notification);
+        }
+        answer(connection, done(header.id, &outcome))
+    }
+
+    fn deliver(&self, notification: Vec<u8>) -> Result<()> {
+        let Some(from) = self.initiator.get() else {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "a notification before the greeting",
+            ));
+        };
+        self.exports.deliver(from, notification.into())
+    }
+
+    fn admit(&self, access: &Access, operation: Operation) -> Result<Scatter> {
+        let mut uses = Vec::with_capacity(access.regions.len());
+        for (id, key) in &access.regions {
+            uses.push(self.exports.admit(*id, key, operation)?);
+        }
+        let pieces = access
+            .ranges
+            .iter()
+            .map(|range| Piece {
+                region: range.region,
+                offset: range.offset,
+                len: u64::from(range.len),
+            })
+            .collect();
+        Scatter::admitted(uses, pieces)
+    }
+}
+
+fn answer(connection: &Connection, frame: Frame) -> Result<()> {
+    let mut outbox = connection.outbox();
+    if outbox.frames.len() >= ANSWERS_MAX {
+        let text = format!("the initiator leaves {ANSWERS_MAX} answers unread");
+        return Err(Error::new(ErrorKind::Busy, text));
+    }
+    outbox.frames.push_back(frame);
+    Ok(())
+}
+
+fn data(id: u64, scatter: Scatter) -> Frame {
+    let header = Header {
+        kind: FrameKind::Data,
+        head_bytes: 0,
+        id,
+        payload_bytes: scatter.left(),
+    };
+    let mut bytes = Vec::with_capacity(HEADER_BYTES);
+    header.encode(&mut bytes);
+    Frame::new(bytes, Some(scatter))
+}
+
+fn done(id: u64, outcome: &Result<()>) -> Frame {
+    let mut head = Vec::new();
+    encode_outcome(outcome, &mut head);
+    let header = Header {
+        kind: FrameKind::Done,
+        head_bytes: head.len() as u32,
+        id,
+        payload_bytes: 0,
+    };
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + head.len());
+    header.encode(&mut bytes);
+    bytes.append(&mut head);
+    Frame::new(bytes, None)
+}
