@@ -212,6 +212,34 @@ impl EnginePool {
             .for_each(|slot| self.cache.abandon(slot));
     }
 
+    /// Ends the work as [`finish`](Self::finish) does, but keeps the slots of these unsealed blocks out of use: a transfer
+    /// may still write there. Hand them to [`readmit`](Self::readmit) when that has ended.
+    ///
+    /// # Panics
+    /// If a position is sealed, or has no slot.
+    pub fn abort(&mut self, mut running: Running, positions: &[usize]) -> Vec<Slot<Filling>> {
+        let sealed = running.sealed();
+        let (mut kept, mut given_up) = (Vec::new(), VecDeque::new());
+        for (position, slot) in (sealed..).zip(running.filling.drain(..)) {
+            if positions.contains(&position) {
+                kept.push(slot);
+            } else {
+                given_up.push_back(slot);
+            }
+        }
+        assert_eq!(
+            kept.len(),
+            positions.len(),
+            "of {positions:?} not all are being filled"
+        );
+        running.slots.truncate(sealed);
+        given_up
+            .into_iter()
+            .for_each(|slot| self.cache.abandon(slot));
+        self.finish(running);
+        kept
+    }
+
     /// Exchanges the slot of an unsealed block: a transfer that was given up may still write to the old one, which the
     /// caller keeps until that has ended, and then hands to [`readmit`](Self::readmit).
     ///

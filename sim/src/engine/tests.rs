@@ -143,6 +143,25 @@ fn a_quarantined_slot_is_used_by_nobody_until_it_is_handed_back() {
     assert_eq!(pool.available(), 3);
 }
 
+/// Ends work while a transfer may still write to one of its slots.
+#[test]
+fn aborted_work_keeps_only_the_slots_that_are_still_written_to() {
+    let mut pool = EnginePool::new(4);
+    let mut running = admit(&mut pool, &prompt(&[1, 2, 3, 4])).expect("room");
+    pool.seal(&mut running, 1);
+    let slot = running.slots()[2];
+    let kept = pool.abort(running, &[2]);
+    assert_eq!(
+        kept.iter()
+            .map(|slot| slot.place().index)
+            .collect::<Vec<_>>(),
+        [slot]
+    );
+    assert_eq!((pool.available(), pool.blocks()), (3, 1));
+    kept.into_iter().for_each(|slot| pool.readmit(slot));
+    assert_eq!(pool.available(), 4);
+}
+
 /// A prompt that is here completely: its last block is computed again, unless only the answer is to be written.
 #[test]
 fn the_last_tokens_block_is_computed_again_for_a_prompt_only() {

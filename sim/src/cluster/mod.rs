@@ -1,0 +1,487 @@
+//! A whole cluster in virtual time: real managers and engine pools, a faulty network, disks that flip bits, pods that
+//! die, and a judge that knows what every byte must be.
+//!
+//! Everything follows from [`Config`], so a seed replays a failure exactly. Checked all the time: no wrong byte is ever
+//! accepted, every store and fetch ends before its deadline, no hit is claimed for a block that nobody computed, no
+//! arena slot is read or written under another use. Checked at the end: accesses add up, nothing stays pinned, leased or
+//! quarantined, and what was announced is what is there.
+
+mod audit;
+mod config;
+mod copy;
+mod directory;
+mod disturb;
+mod lease;
+mod memory;
+mod pod;
+mod serve;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::Duration;
+
+use kvcache_core::manager::{Command, CommandId, Outcome};
+use kvcache_core::place::SegmentId;
+use kvcache_core::prefix::data::{ModelIdentity, Shard};
+use kvcache_core::prefix::{IndexScheme, Namespace};
+use kvcache_core::{PeerId, Time};
+use kvfabric_transfer::backend::sim::{Effect, Exchange, SimNode, SimTransferId};
+
+pub use config::{Config, Faults, Sabotage};
+
+use crate::content::Content;
+use crate::infinite::{Accesses, InfiniteCache};
+use crate::report::Tally;
+use crate::router::Router;
+use crate::seed::Random;
+use crate::sequence::Sequencer;
+use crate::workload::{Request, Requests};
+use directory::{Announcement, Directory};
+use lease::Message;
+use memory::{Memory, Objects};
+use pod::{Active, Pod, RemoteCopy};
+
+/// A run that takes more steps than this makes no progress.
+const STEPS_MAX: u64 = 5_000_000;
+
+/// The managers check all of their own counts after so many steps: it is slow, and some sums must be caught in between.
+const STEPS_BETWEEN_CHECKS: u64 = 32;
+
+/// After the last request everything must have come to rest within this time.
+const REST_WAIT: Duration = Duration::from_secs(120);
+
+/// What a run came to; equal settings give equal summaries.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Things that happened.
+    pub steps: u64,
+    /// Requests that ended.
+    pub requests: u64,
+    /// Accesses by source, each counted once at the pod that worked on the prompt.
+    pub tally: Tally,
+    /// What a cache without limits would have hit.
+    pub infinite: Accesses,
+    /// Blocks whose every byte was compared.
+    pub verified_blocks: u64,
+    /// Pods that died.
+    pub kills: u64,
+    /// Pairs of pods that were cut off from each other.
+    pub partitions: u64,
+    /// Fetches after which a transfer was still at work.
+    pub unsettled: u64,
+    /// The managers' counters, added up over all incarnations of all pods, by name.
+    pub counters: BTreeMap<&'static str, u64>,
+    /// When it ended.
+    pub at: Time,
+    /// Over every step of the network.
+    pub network_digest: u64,
+}
+
+/// Something that must never happen did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Replays it.
+    pub seed: u64,
+    /// At which step.
+    pub step: u64,
+    /// When, in virtual time.
+    pub at: Time,
+    /// What.
+    pub what: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            seed,
+            step,
+            at,
+            what,
+        } = self;
+        write!(
+            f,
+            "seed {seed}, step {step}, {} ns: {what} (KVFABRIC_SEED={seed} replays it)",
+            at.0
+        )
+    }
+}
+
+impl std::error::Error for Failure {}
+
+type Check<T = ()> = Result<T, String>;
+
+/// Something that happens at a time.
+#[derive(Debug)]
+enum Due {
+    /// A local copy has run its time.
+    Copied(PeerId, CommandId),
+    /// A local copy that was given up has come to its end.
+    Drained(PeerId, CommandId),
+    /// A lease was not answered in time.
+    Unanswered(PeerId, CommandId),
+    SegmentDropped(PeerId, CommandId, SegmentId),
+    Announced(PeerId, Vec<Announcement>),
+    /// A request's pod has computed what was missing.
+    Computed {
+        request: u64,
+        stay: u32,
+    },
+    /// A request is to be started (again).
+    Start(u64),
+    /// The others notice that a pod is gone.
+    Gone(PeerId),
+    Restart(usize),
+    Heal(SimNode, SimNode),
+    Disturb,
+}
+
+/// A cluster before or while it runs.
+pub struct Cluster {
+    config: Config,
+    now: Time,
+    random: Random,
+    exchange: Exchange,
+    pods: Vec<Pod>,
+    /// Which pod each incarnation is, or was.
+    incarnations: Vec<usize>,
+    agenda: BTreeMap<(Time, u64), Due>,
+    scheduled: u64,
+    messages: Vec<Message>,
+    transfers: BTreeMap<SimTransferId, RemoteCopy>,
+    objects: Objects,
+    directory: Directory,
+    requests: Requests,
+    waiting: Option<Request>,
+    active: BTreeMap<u64, Active>,
+    ended: BTreeSet<u64>,
+    /// Blocks that an audit has read correctly, and whether the audit under way has ended.
+    audited: Option<bool>,
+    content: Content,
+    sequencer: Sequencer,
+    router: Router,
+    infinite: InfiniteCache,
+    summary: Summary,
+}
+
+impl Cluster {
+    /// A cluster with empty caches.
+    ///
+    /// # Errors
+    /// `Invalid` naming the setting that is out of its range.
+    pub fn new(config: Config) -> kvcache_core::Result<Self> {
+        let identity = ModelIdentity([0x51; 32]);
+        let shard = Shard::whole(config.layers, 1);
+        let scheme = IndexScheme::default();
+        let namespace = Namespace::default();
+        let mut requests = config.workload.requests()?;
+        let mut cluster = Self {
+            now: Time(0),
+            random: Random::stream(config.seed, 0xc105),
+            exchange: Exchange::new(config.seed, config.fabric.clone())?,
+            pods: Vec::new(),
+            incarnations: Vec::new(),
+            agenda: BTreeMap::new(),
+            scheduled: 0,
+            messages: Vec::new(),
+            transfers: BTreeMap::new(),
+            objects: Objects::new(),
+            directory: Directory::default(),
+            waiting: requests.next(),
+            requests,
+            active: BTreeMap::new(),
+            ended: BTreeSet::new(),
+            audited: None,
+            content: Content::new(&identity.0, config.block_bytes, config.layers)?,
+            sequencer: Sequencer::new(&identity, &shard, &scheme, &namespace, config.block_tokens)?,
+            router: Router::new(config.policy, config.seed),
+            infinite: InfiniteCache::new(config.block_tokens),
+            summary: Summary::default(),
+            config,
+        };
+        for position in 0..cluster.config.prefill_pods + cluster.config.decode_pods {
+            let pod = cluster.start_pod(position, None)?;
+            cluster.pods.push(pod);
+        }
+        Ok(cluster)
+    }
+
+    /// Serves the whole workload, lets everything come to rest, and checks what is left.
+    ///
+    /// A broken promise inside a manager or an engine pool panics there; say the seed before.
+    ///
+    /// # Errors
+    /// What must never happen, with the seed that replays it.
+    pub fn run(mut self) -> Result<Summary, Failure> {
+        match self.run_checked() {
+            Ok(()) => Ok(self.summary),
+            Err(what) => Err(Failure {
+                seed: self.config.seed,
+                step: self.summary.steps,
+                at: self.now,
+                what,
+            }),
+        }
+    }
+
+    fn run_checked(&mut self) -> Check {
+        if self.config.faults.disturbance_gap.is_some() {
+            self.schedule_disturbance();
+        }
+        self.issue()?;
+        self.pump()?;
+        while self.waiting.is_some() || !self.active.is_empty() {
+            self.step()?;
+        }
+        self.rest()?;
+        self.audit()?;
+        self.summary.infinite = self.infinite.total();
+        self.summary.network_digest = self.exchange.trace_digest();
+        self.summary.at = self.now;
+        Ok(())
+    }
+
+    /// Goes to the next time at which something happens, and lets it happen.
+    fn step(&mut self) -> Check {
+        let Some(next) = self.next_time() else {
+            return Err("requests are under way, but nothing will ever happen".to_owned());
+        };
+        // A manager may ask for a time that has passed; time itself never goes back.
+        self.now = self.now.max(next);
+        self.summary.steps += 1;
+        if self.summary.steps > STEPS_MAX {
+            return Err(format!("no end after {STEPS_MAX} steps"));
+        }
+        self.exchange.handle_timeout(self.now);
+        while let Some(effect) = self.exchange.poll_effect() {
+            self.take_effect(effect)?;
+        }
+        for position in 0..self.pods.len() {
+            let pod = &mut self.pods[position];
+            if pod.alive && pod.manager.poll_timeout().is_some_and(|at| at <= self.now) {
+                pod.manager.handle_timeout(self.now);
+            }
+        }
+        while let Some(first) = self
+            .agenda
+            .first_entry()
+            .filter(|first| first.key().0 <= self.now)
+        {
+            let due = first.remove();
+            self.take_due(due)?;
+        }
+        self.pump()?;
+        if self.summary.steps.is_multiple_of(STEPS_BETWEEN_CHECKS) {
+            self.pods
+                .iter()
+                .filter(|pod| pod.alive)
+                .for_each(|pod| pod.manager.check_invariants());
+        }
+        Ok(())
+    }
+
+    fn next_time(&self) -> Option<Time> {
+        let managers = self
+            .pods
+            .iter()
+            .filter(|pod| pod.alive)
+            .filter_map(|pod| pod.manager.poll_timeout());
+        let agenda = self.agenda.first_key_value().map(|((at, _), _)| *at);
+        managers
+            .chain(agenda)
+            .chain(self.exchange.poll_timeout())
+            .min()
+    }
+
+    /// Adds a manager's counters to those of the run: at its end, or when its pod dies.
+    fn add_counters(&mut self, position: usize) {
+        for (name, value) in self.pods[position].manager.stats().entries() {
+            *self.summary.counters.entry(name).or_default() += value;
+        }
+    }
+
+    fn schedule(&mut self, after: Duration, due: Due) {
+        self.schedule_at(self.now + after, due);
+    }
+
+    fn schedule_at(&mut self, at: Time, due: Due) {
+        self.scheduled += 1;
+        self.agenda.insert((at, self.scheduled), due);
+    }
+
+    /// A duration up to this one.
+    fn some_time(&mut self, most: Duration) -> Duration {
+        Duration::from_nanos(self.random.below(most.as_nanos() as u64 + 1))
+    }
+
+    /// Which pod an incarnation is, if it lives.
+    fn living(&self, peer: PeerId) -> Option<usize> {
+        let position = *self.incarnations.get(peer.0 as usize)?;
+        let pod = &self.pods[position];
+        (pod.alive && pod.peer == peer).then_some(position)
+    }
+
+    fn start_pod(&mut self, position: usize, memory: Option<Memory>) -> kvcache_core::Result<Pod> {
+        let name = format!("pod-{position}");
+        let peer = PeerId(self.incarnations.len() as u32);
+        self.incarnations.push(position);
+        let node = self.exchange.add_node(&name)?;
+        let Config {
+            limits,
+            block_bytes,
+            engine_slots,
+            ..
+        } = &self.config;
+        let mut fresh = Memory::new(*block_bytes, *engine_slots, limits.host_slots);
+        if let Some(old) = memory {
+            fresh.disk = old.disk;
+        }
+        self.directory.join(peer);
+        let mut pod = Pod::start(&name, peer, node, limits, fresh, *engine_slots)?;
+        pod.recover(self.now);
+        Ok(pod)
+    }
+
+    /// Does all that the managers and engines want done now.
+    fn pump(&mut self) -> Check {
+        let mut is_busy = true;
+        while is_busy {
+            is_busy = false;
+            for position in 0..self.pods.len() {
+                while let Some(command) = self.poll_command(position) {
+                    is_busy = true;
+                    self.execute(position, command)?;
+                }
+                self.announce(position);
+                while let Some(outcome) = self.poll_outcome(position) {
+                    is_busy = true;
+                    self.take_outcome(position, outcome)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn poll_command(&mut self, position: usize) -> Option<Command> {
+        let pod = &mut self.pods[position];
+        if pod.alive {
+            pod.manager.poll_command(self.now)
+        } else {
+            None
+        }
+    }
+
+    fn poll_outcome(&mut self, position: usize) -> Option<Outcome> {
+        let pod = &mut self.pods[position];
+        if pod.alive {
+            pod.manager.poll_outcome()
+        } else {
+            None
+        }
+    }
+
+    /// Sends what a pod has to announce to the index; it takes its time, and keeps its order.
+    fn announce(&mut self, position: usize) {
+        let pod = &mut self.pods[position];
+        if !pod.alive {
+            return;
+        }
+        let mut announcements: Vec<Announcement> = pod
+            .engine
+            .take_events()
+            .into_iter()
+            .map(Announcement::Engine)
+            .collect();
+        while let Some(event) = pod.manager.poll_event() {
+            if self.config.sabotage != Sabotage::SwallowRemovals || !directory::leaves_host(&event)
+            {
+                announcements.push(Announcement::Node(event));
+            }
+        }
+        if announcements.is_empty() {
+            return;
+        }
+        let peer = pod.peer;
+        let lag = self.some_time(self.config.faults.index_lag_max);
+        let at = (self.now + lag).max(self.pods[position].announced_until);
+        self.pods[position].announced_until = at;
+        if at <= self.now {
+            announcements
+                .into_iter()
+                .for_each(|one| self.directory.apply(peer, one));
+        } else {
+            self.schedule_at(at, Due::Announced(peer, announcements));
+        }
+    }
+
+    fn take_due(&mut self, due: Due) -> Check {
+        match due {
+            Due::Copied(peer, command) => self.local_copy_ended(peer, command),
+            Due::Drained(peer, command) => self.local_copy_drained(peer, command),
+            Due::Unanswered(peer, command) => {
+                self.lease_unanswered(peer, command);
+                Ok(())
+            }
+            Due::SegmentDropped(peer, command, segment) => {
+                self.segment_dropped(peer, command, segment);
+                Ok(())
+            }
+            Due::Announced(peer, announcements) => {
+                announcements
+                    .into_iter()
+                    .for_each(|one| self.directory.apply(peer, one));
+                Ok(())
+            }
+            Due::Computed { request, stay } => self.computed(request, stay),
+            Due::Start(request) => self.start(request),
+            Due::Gone(peer) => {
+                self.noticed(peer);
+                Ok(())
+            }
+            Due::Restart(position) => self.restart(position),
+            Due::Heal(one, other) => {
+                self.exchange.heal(one, other);
+                Ok(())
+            }
+            Due::Disturb => {
+                self.disturb();
+                Ok(())
+            }
+        }
+    }
+
+    fn take_effect(&mut self, effect: Effect) -> Check {
+        match effect {
+            Effect::Landed {
+                transfer,
+                offset,
+                len,
+                corruption,
+            } => {
+                self.landed(transfer, offset, len, corruption);
+                Ok(())
+            }
+            Effect::Finished {
+                transfer,
+                failure,
+                settled,
+                ..
+            } => self.transfer_finished(transfer, failure, settled),
+            Effect::Drained { transfer } => {
+                self.transfer_drained(transfer);
+                Ok(())
+            }
+            // A damaged message is as good as lost: its protocol notices.
+            Effect::Message {
+                corrupted: true, ..
+            }
+            | Effect::Notified { .. } => Ok(()),
+            Effect::Message { to, tag, .. } => {
+                self.take_message(to, tag);
+                Ok(())
+            }
+        }
+    }
+}
