@@ -1,3 +1,5 @@
+use kvcache_core::manager::Limits;
+
 use super::*;
 use crate::router::Policy;
 use crate::workload::WorkloadKind;
@@ -69,6 +71,51 @@ fn a_cluster_without_limits_hits_what_an_infinite_cache_hits_under_every_policy(
             tallies.iter().any(|tally| *tally != tallies[0]),
             "{kind}: policies made no difference"
         );
+    }
+}
+
+/// Engine pools and DRAM too small for the workload, but nothing is lost on the way down: what was computed is found again,
+/// request by request, though no longer in HBM.
+#[test]
+fn small_fast_tiers_lose_nothing_when_a_lower_tier_is_large_enough() {
+    let disk = Limits {
+        host_slots: 80,
+        disk_segments: 64,
+        disk_segment_slots: 64,
+        operations_max: 4,
+        ..Limits::default()
+    };
+    for limits in [
+        Limits {
+            host_slots: 1 << 14,
+            ..Limits::default()
+        },
+        disk,
+    ] {
+        for kind in WorkloadKind::ALL {
+            let config = Config {
+                engine_slots: 40,
+                ..Config::calm(3, kind, Policy::RoundRobin)
+            };
+            let has_disk = limits.disk_segments > 0;
+            let config = Config {
+                limits: limits.clone(),
+                ..config
+            };
+            let summary = run(config).unwrap_or_else(|failure| panic!("{kind}: {failure}"));
+            assert_eq!(summary.tally.hits.total(), summary.infinite.hits, "{kind}");
+            let hits = summary.tally.hits;
+            let slow = if has_disk { hits.nvme } else { hits.dram };
+            assert!(
+                slow + hits.peer > hits.hbm / 4,
+                "{kind}: the small tiers were not small: {hits:?}"
+            );
+            assert!(
+                !has_disk || summary.counters["demoted_disk"] > 100,
+                "{kind}: {:?}",
+                summary.counters
+            );
+        }
     }
 }
 
