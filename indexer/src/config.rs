@@ -1,27 +1,127 @@
-//! The settings of `kv-indexer`: one TOML file, environment and flags.
+//! The settings of `kv-indexer`: one TOML file, then `KVFABRIC_INDEXER_*`, then flags; unknown keys are errors.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use config::{Config, Environment, File, FileFormat};
+use kvcache_core::prefix::IndexScheme;
+use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
+use crate::score::TierWeights;
+use crate::wire::{SourceSpec, parse_source_kind};
+
+#[cfg(test)]
+mod tests;
+
+/// What every environment variable of the indexer starts with; `__` stands for the dot of a nested key.
+pub const ENVIRONMENT_PREFIX: &str = "KVFABRIC_INDEXER";
+
+/// The most tokens a block may have.
+const BLOCK_SIZE_MAX: u32 = 1 << 16;
+/// The longest any configured duration may be: a day, in milliseconds.
+const DURATION_MS_MAX: u64 = 86_400_000;
+/// The most lookups at once that may be configured.
+const LOOKUPS_MAX: usize = 1 << 20;
+
 /// Everything `kv-indexer` can be told.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerConfig {
     /// Where gRPC listens; loopback unless told otherwise. Port 0: any free one.
     pub grpc_listen: SocketAddr,
-    /// Where Prometheus metrics are served; absent: nowhere.
+    /// Where Prometheus metrics are served over HTTP, at `/metrics`; absent: nowhere.
     pub metrics_listen: Option<SocketAddr>,
     /// The scheme of index keys: `xxh3:SEED`, `cbor-fnv:SEED` or `xxh64:SEED`.
     pub key_scheme: String,
     /// Tokens a block.
     pub block_size: u32,
-    /// A `tokenizer.json` for each model that `indexer.v1` shall score text prompts of.
-    pub tokenizers: BTreeMap<String, PathBuf>,
-    /// How long a source may stay disconnected before its entries are dropped, in milliseconds.
+    /// What a block is worth in each tier, for scores.
+    pub tier_weights: TierWeightsConfig,
+    /// How long a source may stay disconnected before its entries are dropped.
     pub source_ttl_ms: u64,
+    /// How long a call may take whose client names no deadline.
+    pub lookup_deadline_ms: u64,
+    /// Lookups at once; further ones are refused as busy.
+    pub lookups_in_flight_max: usize,
+    /// Pods that may be registered at once; further ones are refused as busy.
+    pub pods_max: usize,
+    /// The tokenizers of models whose text prompts `indexer.v1` shall score.
+    pub tokenizers: Vec<TokenizerConfig>,
+    /// Engines that do not register themselves.
+    pub sources: Vec<StaticSource>,
+}
+
+/// What a block is worth in each tier, one in the accelerator's memory being 1 by default.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TierWeightsConfig {
+    /// In the accelerator's memory.
+    pub hbm: f64,
+    /// In host memory.
+    pub dram: f64,
+    /// On a local disk.
+    pub nvme: f64,
+    /// In the shared object store.
+    pub object: f64,
+}
+
+/// A model's tokenizer.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerConfig {
+    /// The model as requests name it.
+    pub model: String,
+    /// Its `tokenizer.json`.
+    pub path: PathBuf,
+    /// Whether to add the special tokens that a completion endpoint adds, like a leading BOS.
+    #[serde(default)]
+    pub add_special_tokens: bool,
+}
+
+/// A source that is known from the start.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StaticSource {
+    /// The pod's name in answers.
+    pub pod: String,
+    /// The source's name, unique within the pod.
+    #[serde(default = "default_source_name")]
+    pub name: String,
+    /// `vllm`, `vllm-full`, `sglang` or `node`.
+    #[serde(default = "default_source_kind")]
+    pub kind: String,
+    /// ZMQ endpoint of the publisher.
+    pub endpoint: String,
+    /// ZMQ endpoint of its replay socket; without one, every reconnect starts from nothing.
+    pub replay_endpoint: Option<String>,
+    /// The model it serves.
+    #[serde(default)]
+    pub model: String,
+    /// Where the pod's peer service listens, if it has one.
+    pub peer_address: Option<String>,
+}
+
+fn default_source_name() -> String {
+    "engine".to_owned()
+}
+
+fn default_source_kind() -> String {
+    "vllm".to_owned()
+}
+
+impl Default for TierWeightsConfig {
+    fn default() -> Self {
+        use kvcache_core::Tier;
+        let weights = TierWeights::default();
+        Self {
+            hbm: weights.of(Tier::Device),
+            dram: weights.of(Tier::Host),
+            nvme: weights.of(Tier::Disk),
+            object: weights.of(Tier::Object),
+        }
+    }
 }
 
 impl Default for ServerConfig {
@@ -31,8 +131,154 @@ impl Default for ServerConfig {
             metrics_listen: None,
             key_scheme: "xxh3:1337".to_owned(),
             block_size: 16,
-            tokenizers: BTreeMap::new(),
+            tier_weights: TierWeightsConfig::default(),
             source_ttl_ms: 30_000,
+            lookup_deadline_ms: 1_000,
+            lookups_in_flight_max: 4_096,
+            pods_max: 8_192,
+            tokenizers: Vec::new(),
+            sources: Vec::new(),
         }
+    }
+}
+
+impl ServerConfig {
+    /// Reads the file if there is one, then the environment, then `flags` (key and value, the last word).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the file and the key: an unknown one, or a value that does not fit.
+    pub fn load(file: Option<&Path>, flags: &[(&str, String)]) -> Result<Self> {
+        Self::load_with(file, Environment::with_prefix(ENVIRONMENT_PREFIX), flags)
+    }
+
+    fn load_with(
+        file: Option<&Path>,
+        environment: Environment,
+        flags: &[(&str, String)],
+    ) -> Result<Self> {
+        let invalid = |error: config::ConfigError| {
+            let place = file.map_or_else(String::new, |path| format!(" ({})", path.display()));
+            Error::new(
+                ErrorKind::Invalid,
+                format!("configuration of the indexer{place}"),
+            )
+            .with_source(error)
+        };
+        let mut builder = Config::builder();
+        if let Some(path) = file {
+            builder = builder.add_source(File::from(path).format(FileFormat::Toml));
+        }
+        let environment = environment
+            .prefix_separator("_")
+            .separator("__")
+            .try_parsing(true);
+        builder = builder.add_source(environment);
+        for (key, value) in flags {
+            builder = builder
+                .set_override(*key, value.as_str())
+                .map_err(invalid)?;
+        }
+        let loaded = builder.build().and_then(Config::try_deserialize::<Self>);
+        let config = loaded.map_err(invalid)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the key, the value and what is accepted.
+    pub fn check(&self) -> Result<()> {
+        let within = |key: &str, value: u64, accepted: std::ops::RangeInclusive<u64>| {
+            if accepted.contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::invalid(key, value, accepted))
+            }
+        };
+        within(
+            "block_size",
+            self.block_size.into(),
+            1..=BLOCK_SIZE_MAX.into(),
+        )?;
+        within("source_ttl_ms", self.source_ttl_ms, 1..=DURATION_MS_MAX)?;
+        within(
+            "lookup_deadline_ms",
+            self.lookup_deadline_ms,
+            1..=DURATION_MS_MAX,
+        )?;
+        let lookups = self.lookups_in_flight_max as u64;
+        within("lookups_in_flight_max", lookups, 1..=LOOKUPS_MAX as u64)?;
+        within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
+        self.scheme()?;
+        self.weights()?;
+        let mut names = std::collections::BTreeSet::new();
+        for (position, source) in self.sources.iter().enumerate() {
+            let place = format!("sources[{position}]");
+            let pod = source.pod_name().map_err(|error| error.at(&place))?;
+            source.spec().map_err(|error| error.at(&place))?;
+            if !names.insert(crate::wire::source_name(&pod, &source.name)) {
+                let context = format!("{place}: {pod}/{} is there twice", source.name);
+                return Err(Error::new(ErrorKind::Invalid, context));
+            }
+        }
+        Ok(())
+    }
+
+    /// The scheme of index keys.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the key and the value.
+    pub fn scheme(&self) -> Result<IndexScheme> {
+        IndexScheme::parse(&self.key_scheme).map_err(|error| error.at("key_scheme"))
+    }
+
+    /// The weights of tiers.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the tier and the weight.
+    pub fn weights(&self) -> Result<TierWeights> {
+        let TierWeightsConfig {
+            hbm,
+            dram,
+            nvme,
+            object,
+        } = self.tier_weights;
+        TierWeights::new([hbm, dram, nvme, object]).map_err(|error| error.at("tier_weights"))
+    }
+
+    /// How long a source may stay disconnected.
+    #[must_use]
+    pub const fn source_ttl(&self) -> Duration {
+        Duration::from_millis(self.source_ttl_ms)
+    }
+
+    /// How long a call may take whose client names no deadline.
+    #[must_use]
+    pub const fn lookup_deadline(&self) -> Duration {
+        Duration::from_millis(self.lookup_deadline_ms)
+    }
+}
+
+impl StaticSource {
+    /// The pod's name, checked.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] with the name and the rule it breaks.
+    pub fn pod_name(&self) -> Result<PodName> {
+        PodName::new(&self.pod)
+    }
+
+    /// The source as a registration would name it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for an unknown kind.
+    pub fn spec(&self) -> Result<SourceSpec> {
+        Ok(SourceSpec {
+            name: self.name.clone(),
+            kind: parse_source_kind(&self.kind)?,
+            endpoint: self.endpoint.clone(),
+            replay_endpoint: self.replay_endpoint.clone(),
+        })
     }
 }

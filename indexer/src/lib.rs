@@ -1,6 +1,6 @@
 //! The global index: which pods hold a prefix, how deep, in which tier.
 //!
-//! Events come in through [`source`] (ZMQ, vLLM's wire format), are decoded by [`adapter`], put in order by the state
+//! Events come in through `source` (ZMQ, vLLM's wire format), are decoded by [`adapter`], put in order by the state
 //! machine in [`ingest`] and applied to [`index::KvIndex`]; [`server`] answers lookups over gRPC. Engines and nodes
 //! link only the other end: [`publisher`] tells what changed, [`client`] asks and registers.
 //!
@@ -14,9 +14,15 @@ pub mod client;
 pub mod config;
 pub mod index;
 pub mod ingest;
+#[cfg(feature = "server")]
+mod metrics;
 #[cfg(feature = "client")]
 pub mod publisher;
+pub mod score;
 #[cfg(feature = "server")]
 pub mod server;
-pub mod score;
+#[cfg(feature = "server")]
+mod source;
+#[cfg(feature = "server")]
+mod tokenize;
 pub mod wire;

@@ -116,7 +116,6 @@ pub struct PublisherStats {
 struct Counters {
     replays: AtomicU64,
     skipped: AtomicU64,
-    disconnects: AtomicU64,
 }
 
 /// What the publishing side and the thread share.
@@ -131,6 +130,8 @@ struct Shared {
     /// The sequence number after the last batch given to the sockets.
     sent: watch::Sender<u64>,
     stop: watch::Sender<bool>,
+    /// How often a stopped reader made the publisher disconnect all.
+    disconnected: watch::Sender<u64>,
     counters: Counters,
 }
 
@@ -177,6 +178,7 @@ impl Publisher {
             published: watch::Sender::new(0),
             sent: watch::Sender::new(0),
             stop: watch::Sender::new(false),
+            disconnected: watch::Sender::new(0),
             counters: Counters::default(),
         });
         let endpoints = session::Endpoints { events, replay };
@@ -265,7 +267,7 @@ impl Publisher {
             queue_bytes: self.shared.queue.held() + self.shared.replay_queue.held(),
             replays: counters.replays.load(Ordering::Relaxed),
             skipped: counters.skipped.load(Ordering::Relaxed),
-            disconnects: counters.disconnects.load(Ordering::Relaxed),
+            disconnects: *self.shared.disconnected.borrow(),
         }
     }
 

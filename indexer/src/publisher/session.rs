@@ -57,7 +57,7 @@ pub(super) fn run(shared: &Arc<Shared>, endpoints: &Endpoints) {
         match runtime.block_on(session(shared, endpoints, &mut cursor)) {
             Ok(End::Stopped) => return,
             Ok(End::Stalled) => {
-                shared.counters.disconnects.fetch_add(1, Ordering::Relaxed);
+                shared.disconnected.send_modify(|count| *count += 1);
                 tracing::warn!(
                     topic = %shared.topic_text(),
                     "a subscriber of KV events stopped reading; all are disconnected and will replay"

@@ -1,17 +1,48 @@
 //! The index as a gRPC service, with health, reflection and metrics.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use kvcache_core::Result;
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric_proto::indexer_v1::indexer_service_server::IndexerServiceServer;
+use kvfabric_proto::v1::index_server::IndexServer;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 
 pub use crate::config::ServerConfig;
+use crate::tokenize::Tokenizers;
+use crate::wire::MESSAGE_BYTES_MAX;
+
+mod hub;
+mod lookup;
+mod native;
+mod scores;
+
+use hub::Hub;
+use native::{IndexService, Shared};
+use scores::ScoreService;
+
+/// How often an idle connection is probed, and how long the answer may take: a pod that vanished without closing its
+/// connection is noticed within both.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A server that listens; dropping it stops it without waiting.
 #[derive(Debug)]
 pub struct Running {
     grpc_address: SocketAddr,
     metrics_address: Option<SocketAddr>,
+    stopping: watch::Sender<bool>,
+    tasks: JoinSet<()>,
 }
 
 impl Running {
@@ -27,23 +58,144 @@ impl Running {
         self.metrics_address
     }
 
-    /// Stops taking calls, waits for the running ones at most for `patience`, and closes every source.
+    /// Stops taking calls, ends the registrations, and waits for running calls at most for `patience`.
     ///
     /// # Errors
     /// `Timeout` when calls had to be cut off.
-    pub async fn shutdown(self, patience: Duration) -> Result<()> {
-        let _ = patience;
-        Ok(())
+    ///
+    /// # Cancel safety
+    /// Dropping the future cuts off what still runs.
+    pub async fn shutdown(mut self, patience: Duration) -> Result<()> {
+        self.stopping.send_replace(true);
+        let ended = async { while self.tasks.join_next().await.is_some() {} };
+        timeout(patience, ended).await.map_err(|_| {
+            let context = format!("calls were still running after {} ms", patience.as_millis());
+            Error::new(ErrorKind::Timeout, context)
+        })
     }
 }
 
-/// Binds, connects the configured sources and serves until [`Running::shutdown`].
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stopping.send_replace(true);
+    }
+}
+
+/// Binds, starts to follow the configured sources, and serves until [`Running::shutdown`].
 ///
 /// # Errors
 /// `Invalid` naming the setting; `Io` naming the address when it is in use.
 pub async fn serve(config: ServerConfig) -> Result<Running> {
+    config.check()?;
+    let tokenizers = Tokenizers::load(&config.tokenizers)?;
+    let (grpc, grpc_address) = bind("grpc_listen", config.grpc_listen).await?;
+    let metrics = match config.metrics_listen {
+        Some(address) => Some(bind("metrics_listen", address).await?),
+        None => None,
+    };
+    let lookups = Semaphore::new(config.lookups_in_flight_max);
+    let hub = Arc::new(Hub::new(config)?);
+    hub.join_configured().await?;
+    let stopping = watch::Sender::new(false);
+    let shared = Arc::new(Shared {
+        hub: hub.clone(),
+        lookups,
+        stopping: stopping.clone(),
+    });
+    let metrics_address = metrics.as_ref().map(|(_, address)| *address);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(serve_grpc(shared, tokenizers, grpc, stopping.subscribe()));
+    if let Some((listener, _)) = metrics {
+        tasks.spawn(serve_metrics(hub, listener, stopping.subscribe()));
+    }
     Ok(Running {
-        grpc_address: config.grpc_listen,
-        metrics_address: config.metrics_listen,
+        grpc_address,
+        metrics_address,
+        stopping,
+        tasks,
     })
+}
+
+async fn bind(key: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
+    let failed = |error: std::io::Error| {
+        let context = match error.kind() {
+            std::io::ErrorKind::AddrInUse => format!("{key}: the address {address} is in use"),
+            _ => format!("{key}: listen on {address}"),
+        };
+        Error::new(ErrorKind::Io, context).with_source(error)
+    };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+async fn serve_grpc(
+    shared: Arc<Shared>,
+    tokenizers: Tokenizers,
+    listener: TcpListener,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<IndexServer<IndexService>>().await;
+    health
+        .set_serving::<IndexerServiceServer<ScoreService>>()
+        .await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(kvfabric_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    let reflection = match reflection {
+        Ok(service) => Some(service),
+        Err(error) => {
+            tracing::error!(%error, "descriptors for reflection; it is left out");
+            None
+        }
+    };
+    let index =
+        IndexServer::new(IndexService(shared.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let scores = IndexerServiceServer::new(ScoreService { shared, tokenizers })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let stopped = async move {
+        // The sender lives in `Running`; its end is a stop too.
+        let _ = stopping.wait_for(|stopping| *stopping).await;
+        health.set_not_serving::<IndexServer<IndexService>>().await;
+        health
+            .set_not_serving::<IndexerServiceServer<ScoreService>>()
+            .await;
+    };
+    let served = Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+        .add_service(health_service)
+        .add_optional_service(reflection)
+        .add_service(index)
+        .add_service(scores)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            stopped,
+        )
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "gRPC server");
+    }
+}
+
+async fn serve_metrics(hub: Arc<Hub>, listener: TcpListener, mut stopping: watch::Receiver<bool>) {
+    let page = async move || match hub.metrics.render(&hub.holdings()) {
+        Ok(text) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], text).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    };
+    let router = Router::new().route("/metrics", get(page));
+    let stopped = async move {
+        let _ = stopping.wait_for(|stopping| *stopping).await;
+    };
+    if let Err(error) = axum::serve(listener, router)
+        .with_graceful_shutdown(stopped)
+        .await
+    {
+        tracing::error!(%error, "metrics server");
+    }
 }

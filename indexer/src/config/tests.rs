@@ -1,0 +1,105 @@
+use std::collections::HashMap;
+use std::io::Write;
+
+use super::*;
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::Builder::new()
+        .suffix(".toml")
+        .tempfile()
+        .expect("temporary file");
+    file.write_all(text.as_bytes()).expect("write");
+    file
+}
+
+fn environment(variables: &[(&str, &str)]) -> Environment {
+    let variables: HashMap<String, String> = variables
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
+    Environment::with_prefix(ENVIRONMENT_PREFIX).source(Some(variables))
+}
+
+/// One key from each place, and one that all three set.
+#[test]
+fn flags_win_over_the_environment_and_that_over_the_file() {
+    let file = file("block_size = 1\nsource_ttl_ms = 5\nkey_scheme = \"xxh64:A\"\n");
+    let environment = environment(&[
+        ("KVFABRIC_INDEXER_BLOCK_SIZE", "2"),
+        ("KVFABRIC_INDEXER_SOURCE_TTL_MS", "6"),
+        ("KVFABRIC_INDEXER_TIER_WEIGHTS__DRAM", "0.25"),
+    ]);
+    let flags = [("block_size", "3".to_owned())];
+    let config = ServerConfig::load_with(Some(file.path()), environment, &flags).unwrap();
+    assert_eq!(config.block_size, 3);
+    assert_eq!(config.source_ttl_ms, 6);
+    assert_eq!(config.key_scheme, "xxh64:A");
+    assert_eq!(config.tier_weights.dram, 0.25);
+    assert_eq!(config.tier_weights.hbm, 1.0);
+}
+
+/// A misspelt key at the top, inside a table, inside a list, and in the environment.
+#[test]
+fn an_unknown_key_is_an_error_that_names_it() {
+    for text in [
+        "blok_size = 16",
+        "[tier_weights]\nblok_size = 1.0",
+        "[[sources]]\npod = \"p\"\nendpoint = \"tcp://127.0.0.1:1\"\nblok_size = 1",
+    ] {
+        let file = file(text);
+        let error = ServerConfig::load_with(Some(file.path()), environment(&[]), &[]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        let said = error.to_string();
+        assert!(said.contains("blok_size"), "{said}");
+        assert!(said.contains(&file.path().display().to_string()), "{said}");
+    }
+    let environment = environment(&[("KVFABRIC_INDEXER_BLOK_SIZE", "16")]);
+    let error = ServerConfig::load_with(None, environment, &[]).unwrap_err();
+    assert!(error.to_string().contains("blok_size"), "{error}");
+}
+
+/// Values of the right type that no index could work with, and one of the wrong type.
+#[test]
+fn a_value_that_does_not_fit_is_named_with_its_key() {
+    for (text, key) in [
+        ("block_size = 0", "block_size"),
+        ("block_size = \"many\"", "block_size"),
+        ("source_ttl_ms = 0", "source_ttl_ms"),
+        ("key_scheme = \"md5:1\"", "key_scheme"),
+        ("[tier_weights]\nnvme = -1.0", "tier_weights"),
+        (
+            "[[sources]]\npod = \"a b\"\nendpoint = \"tcp://127.0.0.1:1\"",
+            "sources[0]",
+        ),
+        (
+            "[[sources]]\npod = \"a\"\nkind = \"x\"\nendpoint = \"tcp://h:1\"",
+            "sources[0]",
+        ),
+    ] {
+        let file = file(text);
+        let error = ServerConfig::load_with(Some(file.path()), environment(&[]), &[]).unwrap_err();
+        assert!(error.to_string().contains(key), "{text}: {error}");
+    }
+}
+
+/// Model names keep their case and their dots.
+#[test]
+fn tokenizers_and_sources_are_lists_of_tables() {
+    let file = file(
+        "[[tokenizers]]\nmodel = \"Qwen/Qwen3-0.6B\"\npath = \"/models/Q.json\"\n\
+         [[sources]]\npod = \"10.0.0.1:8000\"\nendpoint = \"tcp://10.0.0.1:5557\"\nmodel = \"M\"\n",
+    );
+    let config = ServerConfig::load_with(Some(file.path()), environment(&[]), &[]).unwrap();
+    assert_eq!(config.tokenizers[0].model, "Qwen/Qwen3-0.6B");
+    assert_eq!(config.tokenizers[0].path, Path::new("/models/Q.json"));
+    assert_eq!(config.sources[0].name, "engine");
+    assert_eq!(config.sources[0].spec().unwrap().kind.name(), "vllm");
+}
+
+/// The defaults themselves must pass the check.
+#[test]
+fn without_any_setting_the_index_listens_on_loopback() {
+    let config = ServerConfig::load_with(None, environment(&[]), &[]).unwrap();
+    assert_eq!(config, ServerConfig::default());
+    assert!(config.grpc_listen.ip().is_loopback());
+}

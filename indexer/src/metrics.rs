@@ -1,0 +1,381 @@
+//! What the indexer counts, for Prometheus and for `Status`. The names are documented in `docs/metrics.md`.
+
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use kvcache_core::{Error, ErrorKind, Result};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Metric, Registry};
+
+use crate::index::Applied;
+use crate::ingest::{ClearReason, IngestStats};
+
+mod lag;
+
+pub(crate) use lag::Lag;
+
+type Number = Gauge<u64, AtomicU64>;
+
+/// Why a source was cleared, or a call refused.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TokenizerLabel {
+    tokenizer: String,
+}
+
+/// What the index holds at the moment of a scrape.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Holdings {
+    pub(crate) blocks: u64,
+    pub(crate) entries: u64,
+    pub(crate) bytes: u64,
+    pub(crate) orphans: u64,
+    pub(crate) pods: u64,
+    pub(crate) sources: u64,
+    pub(crate) sources_connected: u64,
+}
+
+/// Every counter of one server.
+pub(crate) struct Metrics {
+    registry: Registry,
+    admissions: Counter,
+    evictions: Counter,
+    lookups: Counter,
+    lookup_hits: Counter,
+    hit_blocks: Counter,
+    lookup_seconds: Histogram,
+    lookup_wait_seconds: Histogram,
+    refused: Family<Reason, Counter>,
+    tokenization_seconds: Family<TokenizerLabel, Histogram>,
+    tokenized_tokens: Family<TokenizerLabel, Counter>,
+    batches: Counter,
+    events_applied: Counter,
+    events_rejected: Counter,
+    removals_unknown: Counter,
+    orphans_refused: Counter,
+    gaps: Counter,
+    replays: Counter,
+    replay_failures: Counter,
+    duplicates: Counter,
+    dropped: Counter,
+    clears: Family<Reason, Counter>,
+    lag_seconds: Histogram,
+    blocks: Number,
+    entries: Number,
+    bytes: Number,
+    orphans: Number,
+    pods: Number,
+    sources: Number,
+    sources_connected: Number,
+    /// Publisher's timestamp to applied, over live batches.
+    pub(crate) lag: Lag,
+}
+
+fn add(to: &mut Registry, name: &str, help: &str, metric: &(impl Metric + Clone)) {
+    to.register(name, help, metric.clone());
+}
+
+/// From a microsecond to about ten seconds.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(1e-6, 2.0, 24))
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let lag_seconds = seconds();
+        let mut metrics = Self {
+            registry: Registry::default(),
+            admissions: Counter::default(),
+            evictions: Counter::default(),
+            lookups: Counter::default(),
+            lookup_hits: Counter::default(),
+            hit_blocks: Counter::default(),
+            lookup_seconds: seconds(),
+            lookup_wait_seconds: seconds(),
+            refused: Family::default(),
+            tokenization_seconds: Family::new_with_constructor(seconds),
+            tokenized_tokens: Family::default(),
+            batches: Counter::default(),
+            events_applied: Counter::default(),
+            events_rejected: Counter::default(),
+            removals_unknown: Counter::default(),
+            orphans_refused: Counter::default(),
+            gaps: Counter::default(),
+            replays: Counter::default(),
+            replay_failures: Counter::default(),
+            duplicates: Counter::default(),
+            dropped: Counter::default(),
+            clears: Family::default(),
+            lag_seconds: lag_seconds.clone(),
+            blocks: Number::default(),
+            entries: Number::default(),
+            bytes: Number::default(),
+            orphans: Number::default(),
+            pods: Number::default(),
+            sources: Number::default(),
+            sources_connected: Number::default(),
+            lag: Lag::new(lag_seconds),
+        };
+        metrics.register_as_llm_d();
+        metrics.register_own();
+        metrics
+    }
+
+    /// The names that dashboards of llm-d's indexer read.
+    fn register_as_llm_d(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvcache_index");
+        add(
+            to,
+            "admissions",
+            "Entries added to the index",
+            &self.admissions,
+        );
+        add(
+            to,
+            "evictions",
+            "Entries removed from the index",
+            &self.evictions,
+        );
+        add(to, "lookup_requests", "Lookups answered", &self.lookups);
+        add(
+            to,
+            "lookup_hits",
+            "Lookups that found at least one block",
+            &self.lookup_hits,
+        );
+        add(
+            to,
+            "max_pod_hit_count",
+            "Blocks the deepest pod of lookups held",
+            &self.hit_blocks,
+        );
+        add(
+            to,
+            "lookup_latency_seconds",
+            "Lookups, waiting left out",
+            &self.lookup_seconds,
+        );
+        let to = self
+            .registry
+            .sub_registry_with_prefix("kvcache_tokenization");
+        add(
+            to,
+            "tokenization_latency_seconds",
+            "Tokenising",
+            &self.tokenization_seconds,
+        );
+        add(
+            to,
+            "tokenized_tokens",
+            "Tokens made from prompts",
+            &self.tokenized_tokens,
+        );
+    }
+
+    fn register_own(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(to, "blocks", "Distinct blocks in the index", &self.blocks);
+        add(
+            to,
+            "entries",
+            "Entries: blocks by source and tier",
+            &self.entries,
+        );
+        add(
+            to,
+            "bytes",
+            "Bytes that the index takes, about",
+            &self.bytes,
+        );
+        add(
+            to,
+            "orphans",
+            "Blocks that wait for the block before them",
+            &self.orphans,
+        );
+        add(to, "pods", "Pods known", &self.pods);
+        add(to, "sources", "Sources known", &self.sources);
+        add(
+            to,
+            "sources_connected",
+            "Sources that are connected",
+            &self.sources_connected,
+        );
+        add(
+            to,
+            "batches_applied",
+            "Batches of events applied",
+            &self.batches,
+        );
+        add(
+            to,
+            "batches_duplicate",
+            "Batches that came again",
+            &self.duplicates,
+        );
+        add(
+            to,
+            "batches_dropped",
+            "Batches dropped unread",
+            &self.dropped,
+        );
+        add(to, "events_applied", "Events applied", &self.events_applied);
+        add(
+            to,
+            "events_rejected",
+            "Events that made no sense",
+            &self.events_rejected,
+        );
+        add(
+            to,
+            "removals_unknown",
+            "Removals of blocks not held",
+            &self.removals_unknown,
+        );
+        add(
+            to,
+            "orphans_refused",
+            "Blocks without known parent, dropped",
+            &self.orphans_refused,
+        );
+        add(
+            to,
+            "gaps",
+            "Batches that came before an older one",
+            &self.gaps,
+        );
+        add(to, "replays", "Replays asked for", &self.replays);
+        add(
+            to,
+            "replay_failures",
+            "Replays that failed",
+            &self.replay_failures,
+        );
+        add(
+            to,
+            "resyncs",
+            "Sources that began anew, by reason",
+            &self.clears,
+        );
+        add(
+            to,
+            "event_lag_seconds",
+            "Published to applied",
+            &self.lag_seconds,
+        );
+        add(
+            to,
+            "lookup_wait_seconds",
+            "Waiting for positions",
+            &self.lookup_wait_seconds,
+        );
+        add(
+            to,
+            "calls_refused",
+            "Calls not answered, by reason",
+            &self.refused,
+        );
+    }
+
+    pub(crate) fn event_applied(&self, applied: &Applied) {
+        self.events_applied.inc();
+        self.admissions.inc_by(applied.stored.into());
+        self.evictions.inc_by(applied.removed.into());
+        self.removals_unknown.inc_by(applied.unknown.into());
+        self.orphans_refused.inc_by(applied.refused.into());
+    }
+
+    pub(crate) fn events_rejected(&self, count: u64) {
+        self.events_rejected.inc_by(count);
+    }
+
+    pub(crate) fn batch_applied(&self) {
+        self.batches.inc();
+    }
+
+    /// Adds what a source's ingestion has counted since `before`.
+    pub(crate) fn ingested(&self, before: &IngestStats, now: &IngestStats) {
+        self.gaps.inc_by(now.gaps - before.gaps);
+        self.replays.inc_by(now.replays - before.replays);
+        self.replay_failures
+            .inc_by(now.replay_failures - before.replay_failures);
+        self.duplicates.inc_by(now.duplicates - before.duplicates);
+        self.dropped.inc_by(now.dropped - before.dropped);
+    }
+
+    pub(crate) fn cleared(&self, reason: ClearReason) {
+        self.clears
+            .get_or_create(&Reason {
+                reason: reason.name(),
+            })
+            .inc();
+    }
+
+    /// A lookup was answered; `deepest` is 0 when nobody held anything.
+    pub(crate) fn looked_up(&self, took: Duration, deepest: u32) {
+        self.lookups.inc();
+        self.lookup_hits.inc_by(u64::from(deepest > 0));
+        self.hit_blocks.inc_by(deepest.into());
+        self.lookup_seconds.observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn waited(&self, took: Duration) {
+        self.lookup_wait_seconds.observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn refused(&self, kind: ErrorKind) {
+        self.refused
+            .get_or_create(&Reason {
+                reason: kind.name(),
+            })
+            .inc();
+    }
+
+    pub(crate) fn tokenised(&self, model: &str, took: Duration, tokens: usize) {
+        let label = TokenizerLabel {
+            tokenizer: model.to_owned(),
+        };
+        self.tokenization_seconds
+            .get_or_create(&label)
+            .observe(took.as_secs_f64());
+        self.tokenized_tokens
+            .get_or_create(&label)
+            .inc_by(tokens as u64);
+    }
+
+    pub(crate) fn lookups(&self) -> u64 {
+        self.lookups.get()
+    }
+
+    pub(crate) fn events(&self) -> (u64, u64) {
+        (self.events_applied.get(), self.events_rejected.get())
+    }
+
+    /// Everything in Prometheus' text format (`OpenMetrics`).
+    ///
+    /// # Errors
+    /// `Internal` when a metric cannot be written as text.
+    pub(crate) fn render(&self, holdings: &Holdings) -> Result<String> {
+        self.blocks.set(holdings.blocks);
+        self.entries.set(holdings.entries);
+        self.bytes.set(holdings.bytes);
+        self.orphans.set(holdings.orphans);
+        self.pods.set(holdings.pods);
+        self.sources.set(holdings.sources);
+        self.sources_connected.set(holdings.sources_connected);
+        let mut text = String::new();
+        encode(&mut text, &self.registry).map_err(|error| {
+            Error::new(ErrorKind::Internal, "write metrics as text").with_source(error)
+        })?;
+        Ok(text)
+    }
+}

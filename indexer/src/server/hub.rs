@@ -1,0 +1,411 @@
+//! What one server knows: an index per model, the pods that feed them, and who may join.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use kvcache_core::prefix::IndexScheme;
+use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::{Error, ErrorKind, PodName, Result};
+use tokio::sync::{Mutex, watch};
+use tokio::task::AbortHandle;
+
+use crate::config::{ServerConfig, StaticSource};
+use crate::index::{self, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
+use crate::metrics::{Holdings, Metrics};
+use crate::score::TierWeights;
+use crate::source::{Follower, SourceState};
+use crate::wire::{Registration, SourceSpec, source_name};
+
+/// The most models one server takes, each having an index of its own.
+pub(super) const MODELS_MAX: usize = 256;
+/// The most sources a pod may have: an engine per data-parallel rank, and a node.
+pub(super) const SOURCES_PER_POD_MAX: usize = 64;
+/// The longest model name, source name or endpoint accepted, in bytes.
+const TEXT_BYTES_MAX: usize = 1024;
+
+/// A pod while it is known.
+#[derive(Debug)]
+pub(super) struct Pod {
+    pub(super) name: PodName,
+    pub(super) peer_address: Option<String>,
+    pub(super) sources: Vec<PodSource>,
+    /// Set when the pod is no longer known: it left, or registered anew.
+    pub(super) ended: watch::Sender<bool>,
+    model: String,
+    is_configured: bool,
+}
+
+/// One source of a pod; dropping it stops its task.
+#[derive(Debug)]
+pub(super) struct PodSource {
+    /// `pod/source`.
+    pub(super) name: String,
+    pub(super) state: Arc<SourceState>,
+    pub(super) id: SourceId,
+    task: AbortHandle,
+}
+
+impl Drop for PodSource {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The state that all services share.
+pub(super) struct Hub {
+    pub(super) config: ServerConfig,
+    pub(super) metrics: Arc<Metrics>,
+    /// Counts up when pods come or go.
+    pub(super) membership: watch::Sender<u64>,
+    scheme: IndexScheme,
+    block_size: TokensPerBlock,
+    weights: TierWeights,
+    models: RwLock<BTreeMap<String, Arc<KvIndex>>>,
+    pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
+    /// Held while a pod joins or leaves, removal of its entries included; never by a lookup.
+    joining: Mutex<()>,
+}
+
+impl Hub {
+    pub(super) fn new(config: ServerConfig) -> Result<Self> {
+        Ok(Self {
+            scheme: config.scheme()?,
+            block_size: TokensPerBlock::try_from(config.block_size)
+                .map_err(|error| error.at("block_size"))?,
+            weights: config.weights()?,
+            config,
+            metrics: Arc::new(Metrics::new()),
+            membership: watch::Sender::new(0),
+            models: RwLock::default(),
+            pods: RwLock::default(),
+            joining: Mutex::default(),
+        })
+    }
+
+    // Nothing in either map is ever half-way changed, so a panic elsewhere need not end every answer.
+    pub(super) fn pods(&self) -> RwLockReadGuard<'_, BTreeMap<PodName, Arc<Pod>>> {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn models(&self) -> RwLockReadGuard<'_, BTreeMap<String, Arc<KvIndex>>> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn scheme_name(&self) -> String {
+        self.scheme.name()
+    }
+
+    /// The index that a question about `model` goes to; none when nobody has told anything of that model.
+    ///
+    /// # Errors
+    /// `Invalid` when the question names no model and several are served.
+    pub(super) fn index_for(&self, model: &str) -> Result<Option<Arc<KvIndex>>> {
+        let models = self.models();
+        if let Some(index) = models.get(model) {
+            return Ok(Some(index.clone()));
+        }
+        match (model, models.len()) {
+            ("", 0 | 1) => Ok(models.values().next().cloned()),
+            ("", count) => {
+                let context = format!("model is empty, but {count} models are served here");
+                Err(Error::new(ErrorKind::Invalid, context))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The state of the source with this full name, if it is known.
+    pub(super) fn source(&self, full_name: &str) -> Option<Arc<SourceState>> {
+        let pods = self.pods();
+        // Pod names may contain slashes, so every cut is tried.
+        full_name.match_indices('/').find_map(|(cut, _)| {
+            let pod = pods.get(&PodName::new(&full_name[..cut]).ok()?)?;
+            let source = pod.sources.iter().find(|source| source.name == full_name)?;
+            Some(source.state.clone())
+        })
+    }
+
+    /// Takes a pod in, in the place of an earlier registration of the same name.
+    ///
+    /// # Errors
+    /// `Invalid` naming what does not fit the index; `Busy` when there are too many pods or models.
+    pub(super) async fn join(&self, registration: &Registration) -> Result<Arc<Pod>> {
+        self.check(registration)?;
+        let joining = self.joining.lock().await;
+        let known = self.pods().get(&registration.pod).cloned();
+        if let Some(known) = known {
+            if known.is_configured {
+                let context = format!("pod {} is in the indexer's configuration", known.name);
+                return Err(Error::new(ErrorKind::Invalid, context));
+            }
+            tracing::info!(pod = %known.name, "pod registers anew");
+            self.remove(&known).await;
+        }
+        let joined = self.add(registration, false);
+        drop(joining);
+        joined
+    }
+
+    /// Takes in the pods of the configuration.
+    ///
+    /// # Errors
+    /// As [`Hub::join`].
+    pub(super) async fn join_configured(&self) -> Result<()> {
+        let mut pods: BTreeMap<PodName, Vec<&StaticSource>> = BTreeMap::new();
+        for source in &self.config.sources {
+            pods.entry(source.pod_name()?).or_default().push(source);
+        }
+        let _joining = self.joining.lock().await;
+        for (pod, sources) in pods {
+            let model = &sources[0].model;
+            if let Some(other) = sources.iter().find(|source| source.model != *model) {
+                let context = format!(
+                    "sources: pod {pod} has models {model:?} and {:?}",
+                    other.model
+                );
+                return Err(Error::new(ErrorKind::Invalid, context));
+            }
+            let registration = Registration {
+                pod,
+                model: model.clone(),
+                block_size: self.config.block_size,
+                key_scheme: self.scheme_name(),
+                sources: sources
+                    .iter()
+                    .map(|source| source.spec())
+                    .collect::<Result<_>>()?,
+                peer_address: sources
+                    .iter()
+                    .find_map(|source| source.peer_address.clone()),
+            };
+            self.check(&registration)?;
+            self.add(&registration, true)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the pod out, unless it has been replaced already.
+    pub(super) async fn leave(&self, pod: &Arc<Pod>) {
+        let _joining = self.joining.lock().await;
+        let is_current = self
+            .pods()
+            .get(&pod.name)
+            .is_some_and(|known| Arc::ptr_eq(known, pod));
+        if is_current {
+            self.remove(pod).await;
+        }
+    }
+
+    fn check(&self, registration: &Registration) -> Result<()> {
+        let refuse = |what: String| {
+            let context = format!("registration of pod {}: {what}", registration.pod);
+            Err(Error::new(ErrorKind::Invalid, context))
+        };
+        let ours = self.scheme_name();
+        if registration.key_scheme != ours {
+            return refuse(format!(
+                "key scheme {:?}, the index has {ours:?}",
+                registration.key_scheme
+            ));
+        }
+        let (theirs, ours) = (registration.block_size, self.config.block_size);
+        if theirs != ours {
+            return refuse(format!("blocks of {theirs} tokens, the index has {ours}"));
+        }
+        let count = registration.sources.len();
+        if !(1..=SOURCES_PER_POD_MAX).contains(&count) {
+            return refuse(format!(
+                "{count} sources, expected 1 to {SOURCES_PER_POD_MAX}"
+            ));
+        }
+        let mut names = BTreeSet::new();
+        for source in &registration.sources {
+            if source.name.is_empty() || source.name.contains('/') {
+                return refuse(format!(
+                    "source name {:?} is empty or has a '/'",
+                    source.name
+                ));
+            }
+            if !names.insert(&source.name) {
+                return refuse(format!("source {:?} is there twice", source.name));
+            }
+            for endpoint in std::iter::once(&source.endpoint).chain(&source.replay_endpoint) {
+                check_endpoint(endpoint).or_else(|_| {
+                    refuse(format!(
+                        "endpoint {endpoint:?}, expected tcp://HOST:PORT or ipc://PATH"
+                    ))
+                })?;
+            }
+        }
+        let texts = registration.sources.iter().map(|source| &source.name);
+        let texts = texts
+            .chain([&registration.model])
+            .chain(&registration.peer_address);
+        match texts.map(String::len).max() {
+            Some(longest) if longest > TEXT_BYTES_MAX => refuse(format!(
+                "a name of {longest} bytes, at most {TEXT_BYTES_MAX} are taken"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn add(&self, registration: &Registration, is_configured: bool) -> Result<Arc<Pod>> {
+        let (known, most) = (self.pods().len(), self.config.pods_max);
+        if known >= most {
+            let context = format!("{known} pods are registered, at most {most} may be (pods_max)");
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        let index = self.index_of(&registration.model)?;
+        let mut sources = Vec::with_capacity(registration.sources.len());
+        for spec in &registration.sources {
+            match self.follow(registration, spec, &index) {
+                Ok(source) => sources.push(source),
+                Err(error) => {
+                    for source in &sources {
+                        index.remove_source(source.id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let pod = Arc::new(Pod {
+            name: registration.pod.clone(),
+            peer_address: registration.peer_address.clone(),
+            sources,
+            ended: watch::Sender::new(false),
+            model: registration.model.clone(),
+            is_configured,
+        });
+        let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
+        pods.insert(pod.name.clone(), pod.clone());
+        drop(pods);
+        self.membership.send_modify(|count| *count += 1);
+        tracing::info!(pod = %pod.name, sources = pod.sources.len(), "pod joined");
+        Ok(pod)
+    }
+
+    /// Starts the task of one source.
+    fn follow(
+        &self,
+        registration: &Registration,
+        spec: &SourceSpec,
+        index: &Arc<KvIndex>,
+    ) -> Result<PodSource> {
+        let id = index.add_source(index::SourceSpec {
+            pod: registration.pod.clone(),
+            name: spec.name.clone(),
+            kind: spec.kind,
+            block_size: registration.block_size,
+        })?;
+        let name = source_name(&registration.pod, &spec.name);
+        let state = Arc::new(SourceState::default());
+        let follower = Follower::new(
+            spec.clone(),
+            name.clone(),
+            (index.clone(), id),
+            state.clone(),
+            self.metrics.clone(),
+            self.config.source_ttl(),
+        );
+        let task = tokio::spawn(follower.run()).abort_handle();
+        Ok(PodSource {
+            name,
+            state,
+            id,
+            task,
+        })
+    }
+
+    fn index_of(&self, model: &str) -> Result<Arc<KvIndex>> {
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = models.get(model) {
+            return Ok(index.clone());
+        }
+        if models.len() >= MODELS_MAX {
+            let context = format!("{MODELS_MAX} models are served, no more are taken");
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        let index = Arc::new(KvIndex::new(index::IndexConfig {
+            scheme: self.scheme.clone(),
+            model: model.to_owned(),
+            block_size: self.block_size,
+            weights: self.weights,
+            orphan_blocks_max: ORPHAN_BLOCKS_MAX,
+        }));
+        models.insert(model.to_owned(), index.clone());
+        Ok(index)
+    }
+
+    /// Forgets the pod; answers stop naming it before this returns.
+    async fn remove(&self, pod: &Arc<Pod>) {
+        self.pods
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&pod.name);
+        for source in &pod.sources {
+            source.task.abort();
+        }
+        let index = self.models().get(&pod.model).cloned();
+        if let Some(index) = index {
+            let ids: Vec<_> = pod.sources.iter().map(|source| source.id).collect();
+            let removal = tokio::task::spawn_blocking(move || {
+                ids.into_iter().for_each(|id| index.remove_source(id));
+            });
+            if let Err(error) = removal.await {
+                tracing::error!(pod = %pod.name, %error, "remove the entries of a pod");
+            }
+        }
+        pod.ended.send_replace(true);
+        self.membership.send_modify(|count| *count += 1);
+        tracing::info!(pod = %pod.name, "pod left");
+    }
+
+    /// Entries of a pod.
+    pub(super) fn entries_of(&self, pod: &Pod) -> u64 {
+        self.models()
+            .get(&pod.model)
+            .map_or(0, |index| index.pod_entries(&pod.name))
+    }
+
+    /// What all indexes hold now.
+    pub(super) fn holdings(&self) -> Holdings {
+        let mut holdings = Holdings::default();
+        for index in self.models().values() {
+            holdings.blocks += index.blocks();
+            holdings.entries += index.entries();
+            holdings.bytes += index.bytes();
+        }
+        let pods: Vec<_> = self.pods().values().cloned().collect();
+        holdings.pods = pods.len() as u64;
+        for pod in &pods {
+            holdings.sources += pod.sources.len() as u64;
+            let connected = pod
+                .sources
+                .iter()
+                .filter(|s| s.state.progress.borrow().is_connected);
+            holdings.sources_connected += connected.count() as u64;
+            holdings.orphans += pod
+                .sources
+                .iter()
+                .map(|source| self.orphans_of(pod, source))
+                .sum::<u64>();
+        }
+        holdings
+    }
+
+    /// Blocks of a source that wait for the block before them.
+    pub(super) fn orphans_of(&self, pod: &Pod, source: &PodSource) -> u64 {
+        self.models()
+            .get(&pod.model)
+            .map_or(0, |index| index.orphans(source.id))
+    }
+}
+
+/// Refuses what the ZMQ library could not even try.
+fn check_endpoint(endpoint: &str) -> Result<(), ()> {
+    let has_known_transport = endpoint.starts_with("tcp://") || endpoint.starts_with("ipc://");
+    let is_known = endpoint.parse::<zeromq::Endpoint>().is_ok();
+    (has_known_transport && is_known && endpoint.len() <= TEXT_BYTES_MAX)
+        .then_some(())
+        .ok_or(())
+}

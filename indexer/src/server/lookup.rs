@@ -1,0 +1,348 @@
+//! Lookups: waiting for positions, then one walk through the index.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvcache_core::ports::Position;
+use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
+use kvfabric_proto::v1;
+use tokio::time::{Instant, timeout_at};
+use tonic::metadata::MetadataMap;
+
+use super::hub::Hub;
+use crate::index::{Answer, KvIndex, Query};
+use crate::wire::{SourcePosition, tier_to_wire};
+
+/// The most positions one lookup may wait for.
+const MIN_POSITIONS_MAX: usize = 4096;
+/// The most pods one lookup may name.
+const PODS_NAMED_MAX: usize = 65_536;
+/// The longest a client's deadline is believed.
+const DEADLINE_MAX: Duration = Duration::from_secs(300);
+
+/// What a thread keeps between lookups, so that they do not allocate.
+#[derive(Default)]
+struct Scratch {
+    tokens: Vec<u32>,
+    keys: Vec<IndexKey>,
+    answer: Answer,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// A prompt, checked.
+pub(super) enum Prompt<'a> {
+    /// u32 little-endian each.
+    Tokens(&'a [u8]),
+    Keys(&'a [u64]),
+}
+
+/// A question, checked.
+pub(super) struct Question<'a> {
+    pub(super) model: &'a str,
+    pub(super) lora: Option<&'a str>,
+    pub(super) cache_salt: Option<&'a str>,
+    pub(super) prompt: Prompt<'a>,
+    pub(super) pods_max: usize,
+    pub(super) pods: Vec<PodName>,
+}
+
+impl<'a> Question<'a> {
+    /// # Errors
+    /// `Invalid` naming the field and the value.
+    pub(super) fn parse(request: &'a v1::LookupRequest) -> Result<Self> {
+        let prompt = match &request.prompt {
+            Some(v1::lookup_request::Prompt::Tokens(bytes)) if bytes.len() % 4 == 0 => {
+                Prompt::Tokens(bytes)
+            }
+            Some(v1::lookup_request::Prompt::Tokens(bytes)) => {
+                return Err(Error::invalid(
+                    "tokens",
+                    format!("{} bytes", bytes.len()),
+                    "4 a token",
+                ));
+            }
+            Some(v1::lookup_request::Prompt::Keys(keys)) => Prompt::Keys(&keys.keys),
+            None => return Err(Error::invalid("prompt", "absent", "tokens or keys")),
+        };
+        Ok(Self {
+            model: &request.model,
+            lora: named(&request.lora),
+            cache_salt: named(&request.cache_salt),
+            prompt,
+            pods_max: request.pods_max as usize,
+            pods: parse_pods(&request.pods)?,
+        })
+    }
+}
+
+fn named(text: &str) -> Option<&str> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
+/// # Errors
+/// `Invalid` naming the first name that is none, or the count when there are too many.
+pub(super) fn parse_pods(names: &[String]) -> Result<Vec<PodName>> {
+    if names.len() > PODS_NAMED_MAX {
+        return Err(Error::invalid(
+            "pods named",
+            names.len(),
+            0..=PODS_NAMED_MAX,
+        ));
+    }
+    names.iter().map(|name| PodName::new(name)).collect()
+}
+
+impl Hub {
+    /// Asks the index; nothing in here waits.
+    ///
+    /// # Errors
+    /// `Invalid` when no model is named and several are served.
+    pub(super) fn answer(&self, question: &Question<'_>) -> Result<v1::LookupResponse> {
+        let started = Instant::now();
+        let index = self.index_for(question.model)?;
+        // Before the walk: what is applied in between is in the answer without being promised.
+        let positions = self.positions(&question.pods);
+        let mut response = match index {
+            Some(index) => SCRATCH.with_borrow_mut(|scratch| self.walk(&index, question, scratch)),
+            None => v1::LookupResponse::default(),
+        };
+        response.blocks = match question.prompt {
+            Prompt::Tokens(bytes) => (bytes.len() / 4) as u32 / self.config.block_size,
+            Prompt::Keys(keys) => keys.len() as u32,
+        };
+        response.block_size = self.config.block_size;
+        let answered: std::collections::HashSet<&str> =
+            response.pods.iter().map(|pod| pod.pod.as_str()).collect();
+        let positions = positions
+            .into_iter()
+            .filter(|(pod, _)| answered.contains(pod.as_str()));
+        let positions = positions.map(|(_, position)| position.to_wire()).collect();
+        drop(answered);
+        response.positions = positions;
+        let deepest = response.pods.first().map_or(0, |pod| pod.depth);
+        self.metrics
+            .looked_up(started.elapsed(), deepest.max(response.shared_depth));
+        Ok(response)
+    }
+
+    fn walk(
+        &self,
+        index: &Arc<KvIndex>,
+        question: &Question<'_>,
+        scratch: &mut Scratch,
+    ) -> v1::LookupResponse {
+        let Scratch {
+            tokens,
+            keys,
+            answer,
+        } = scratch;
+        keys.clear();
+        match question.prompt {
+            Prompt::Tokens(bytes) => {
+                tokens.clear();
+                tokens.extend(
+                    bytes
+                        .chunks_exact(4)
+                        .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]])),
+                );
+                index.keys_of(question.lora, question.cache_salt, tokens, keys);
+            }
+            Prompt::Keys(raw) => keys.extend(raw.iter().map(|key| IndexKey(*key))),
+        }
+        let query = Query {
+            pods_max: question.pods_max,
+            pods: &question.pods,
+        };
+        index.lookup(keys, &query, answer);
+        let pods = self.pods();
+        let depths = answer.pods.iter().map(|found| v1::PodDepth {
+            pod: found.pod.as_str().to_owned(),
+            depth: found.depth,
+            by_tier: Tier::ALL
+                .into_iter()
+                .zip(found.by_tier)
+                .filter(|(_, blocks)| *blocks > 0)
+                .map(|(tier, blocks)| v1::TierDepth {
+                    tier: tier_to_wire(tier).into(),
+                    blocks,
+                })
+                .collect(),
+            score: found.score,
+            peer_address: pods
+                .get(&found.pod)
+                .and_then(|pod| pod.peer_address.clone())
+                .unwrap_or_default(),
+        });
+        v1::LookupResponse {
+            pods: depths.collect(),
+            shared_depth: answer.shared_depth,
+            ..v1::LookupResponse::default()
+        }
+    }
+
+    /// How far the sources of these pods (all if none are named) are applied.
+    fn positions(&self, only: &[PodName]) -> Vec<(PodName, SourcePosition)> {
+        let pods = self.pods();
+        let chosen: Vec<_> = if only.is_empty() {
+            pods.values().collect()
+        } else {
+            only.iter().filter_map(|name| pods.get(name)).collect()
+        };
+        chosen
+            .into_iter()
+            .flat_map(|pod| pod.sources.iter().map(|source| (pod.name.clone(), source)))
+            .map(|(pod, source)| {
+                let position = source.state.progress.borrow().position;
+                (
+                    pod,
+                    SourcePosition {
+                        source: source.name.clone(),
+                        position,
+                    },
+                )
+            })
+            .collect()
+    }
+
+    /// Waits until every position is applied.
+    ///
+    /// # Errors
+    /// `Timeout` naming the first source that was not that far, and how far it was; `Invalid` for too many positions.
+    pub(super) async fn wait_for(
+        &self,
+        wanted: &[SourcePosition],
+        deadline: Instant,
+    ) -> Result<()> {
+        if wanted.len() > MIN_POSITIONS_MAX {
+            return Err(Error::invalid(
+                "positions",
+                wanted.len(),
+                0..=MIN_POSITIONS_MAX,
+            ));
+        }
+        let started = Instant::now();
+        for wanted in wanted {
+            if timeout_at(deadline, self.reach(wanted)).await.is_err() {
+                return Err(self.not_reached(wanted));
+            }
+        }
+        if !wanted.is_empty() {
+            self.metrics.waited(started.elapsed());
+        }
+        Ok(())
+    }
+
+    async fn reach(&self, wanted: &SourcePosition) {
+        let mut membership = self.membership.subscribe();
+        loop {
+            membership.mark_unchanged();
+            if let Some(state) = self.source(&wanted.source) {
+                let mut progress = state.progress.subscribe();
+                if !is_reached(progress.borrow().position, wanted.position) {
+                    state.poke.notify_one();
+                }
+                // The pod may leave meanwhile, and come back with a new state.
+                tokio::select! {
+                    reached = progress.wait_for(|now| is_reached(now.position, wanted.position)) => {
+                        if reached.is_ok() {
+                            return;
+                        }
+                    }
+                    _ = membership.changed() => continue,
+                }
+            }
+            // The hub lives as long as its calls, so this waits and cannot fail.
+            let _ = membership.changed().await;
+        }
+    }
+
+    fn not_reached(&self, wanted: &SourcePosition) -> Error {
+        let now = match self.source(&wanted.source) {
+            Some(state) => {
+                let progress = *state.progress.borrow();
+                let connected = if progress.is_connected {
+                    "connected"
+                } else {
+                    "not connected"
+                };
+                let Position { epoch, next } = progress.position;
+                format!("is {connected}, at sequence {next} of epoch {epoch}")
+            }
+            None => "is not registered".to_owned(),
+        };
+        let Position { epoch, next } = wanted.position;
+        let context = format!(
+            "source {:?} {now}; the lookup waited for sequence {next} of epoch {epoch}",
+            wanted.source
+        );
+        Error::new(ErrorKind::Timeout, context)
+    }
+}
+
+/// Whether a source at `now` has applied everything before `wanted`; a later epoch has left it behind.
+fn is_reached(now: Position, wanted: Position) -> bool {
+    (now.epoch, now.next) >= (wanted.epoch, wanted.next)
+}
+
+/// When a call must be answered: a little before its client gives up, so that the reason still gets there.
+pub(super) fn deadline(metadata: &MetadataMap, default: Duration) -> Instant {
+    let told = metadata
+        .get("grpc-timeout")
+        .and_then(|value| value.to_str().ok());
+    let patience = told
+        .and_then(parse_timeout)
+        .map_or(default, |told| told.mul_f64(0.9));
+    Instant::now() + patience.min(DEADLINE_MAX)
+}
+
+/// gRPC's `<digits><unit>`.
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    // The protocol allows eight digits.
+    let count: u64 = digits.parse().ok().filter(|count| *count < 100_000_000)?;
+    match unit {
+        "H" => Some(Duration::from_secs(count * 3600)),
+        "M" => Some(Duration::from_secs(count * 60)),
+        "S" => Some(Duration::from_secs(count)),
+        "m" => Some(Duration::from_millis(count)),
+        "u" => Some(Duration::from_micros(count)),
+        "n" => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One of each unit, and what is none.
+    #[test]
+    fn grpc_timeouts_are_read_as_the_protocol_writes_them() {
+        assert_eq!(parse_timeout("2H"), Some(Duration::from_secs(7200)));
+        assert_eq!(parse_timeout("3M"), Some(Duration::from_secs(180)));
+        assert_eq!(parse_timeout("4S"), Some(Duration::from_secs(4)));
+        assert_eq!(parse_timeout("50m"), Some(Duration::from_millis(50)));
+        assert_eq!(parse_timeout("6u"), Some(Duration::from_micros(6)));
+        assert_eq!(parse_timeout("7n"), Some(Duration::from_nanos(7)));
+        for bad in ["", "S", "5", "-1S", "1x", "123456789S", "é"] {
+            assert_eq!(parse_timeout(bad), None, "{bad:?}");
+        }
+    }
+
+    /// Same epoch, later epoch, earlier epoch.
+    #[test]
+    fn a_position_is_reached_in_its_epoch_or_a_later_one() {
+        let at = |epoch, next| Position {
+            epoch: kvcache_core::Epoch(epoch),
+            next: kvcache_core::Sequence(next),
+        };
+        assert!(is_reached(at(1, 5), at(1, 5)));
+        assert!(!is_reached(at(1, 4), at(1, 5)));
+        assert!(is_reached(at(2, 0), at(1, 5)));
+        assert!(!is_reached(at(1, 9), at(2, 0)));
+    }
+}

@@ -1,0 +1,237 @@
+//! The service `kvfabric.v1.Index`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvcache_core::{Error, ErrorKind, PodName, Result};
+use kvfabric_proto::PROTOCOL_VERSION;
+use kvfabric_proto::v1;
+use kvfabric_proto::v1::index_server::Index;
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::hub::{Hub, Pod, SOURCES_PER_POD_MAX};
+use super::lookup::{Question, deadline};
+use crate::wire::{
+    Registration, SourcePosition, SourceSpec, source_kind_from_wire, status_from_error,
+};
+
+/// A stream that registers nothing within so long is closed.
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What both services work on.
+pub(super) struct Shared {
+    pub(super) hub: Arc<Hub>,
+    pub(super) lookups: Semaphore,
+    pub(super) stopping: watch::Sender<bool>,
+}
+
+impl Shared {
+    /// Room for one more lookup.
+    ///
+    /// # Errors
+    /// `Busy` naming the setting.
+    pub(super) fn admit(&self) -> Result<SemaphorePermit<'_>> {
+        self.lookups.try_acquire().map_err(|_| {
+            let most = self.hub.config.lookups_in_flight_max;
+            let context = format!("{most} lookups are in flight (lookups_in_flight_max)");
+            Error::new(ErrorKind::Busy, context)
+        })
+    }
+
+    /// The error as the client gets it, counted.
+    pub(super) fn refuse(&self, error: &Error) -> Status {
+        self.hub.metrics.refused(error.kind());
+        tracing::debug!(%error, "call refused");
+        status_from_error(error)
+    }
+}
+
+pub(super) struct IndexService(pub(super) Arc<Shared>);
+
+#[tonic::async_trait]
+impl Index for IndexService {
+    async fn lookup(
+        &self,
+        request: Request<v1::LookupRequest>,
+    ) -> Result<Response<v1::LookupResponse>, Status> {
+        let shared = &self.0;
+        let answer = async {
+            let _room = shared.admit()?;
+            let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
+            let mut request = request.into_inner();
+            let wanted = std::mem::take(&mut request.min_position);
+            let wanted: Vec<_> = wanted.into_iter().map(SourcePosition::from_wire).collect();
+            let question = Question::parse(&request)?;
+            shared.hub.wait_for(&wanted, deadline).await?;
+            shared.hub.answer(&question)
+        };
+        answer
+            .await
+            .map(Response::new)
+            .map_err(|error| shared.refuse(&error))
+    }
+
+    type RegisterStream = ReceiverStream<Result<v1::RegisterResponse, Status>>;
+
+    async fn register(
+        &self,
+        request: Request<Streaming<v1::RegisterRequest>>,
+    ) -> Result<Response<Self::RegisterStream>, Status> {
+        let shared = self.0.clone();
+        let mut messages = request.into_inner();
+        let first = match timeout(FIRST_MESSAGE_TIMEOUT, messages.message()).await {
+            Ok(Ok(Some(first))) => first,
+            Ok(Err(status)) => return Err(status),
+            Ok(Ok(None)) | Err(_) => {
+                let context = "a registration stream without a registration";
+                return Err(shared.refuse(&Error::new(ErrorKind::Invalid, context)));
+            }
+        };
+        let joined = async { shared.hub.join(&parse_registration(first)?).await };
+        let pod = joined.await.map_err(|error| shared.refuse(&error))?;
+        let (answers, stream) = mpsc::channel(2);
+        tokio::spawn(hold(shared, pod, messages, answers));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        Ok(Response::new(self.0.hub.status()))
+    }
+}
+
+/// Keeps the pod as long as its stream is open.
+async fn hold(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    mut messages: Streaming<v1::RegisterRequest>,
+    answers: mpsc::Sender<Result<v1::RegisterResponse, Status>>,
+) {
+    let mut stopping = shared.stopping.subscribe();
+    let mut ended = pod.ended.subscribe();
+    let last_word = tokio::select! {
+        () = report_ready(&pod, &answers) => None,
+        // Whatever else comes, or the end, ends the registration: a pod says once what it is.
+        message = messages.message() => match message {
+            Ok(Some(_)) => {
+                let context = format!("pod {} registered twice on one stream", pod.name);
+                Some(status_from_error(&Error::new(ErrorKind::Invalid, context)))
+            }
+            Ok(None) | Err(_) => None,
+        },
+        () = answers.closed() => None,
+        _ = ended.wait_for(|ended| *ended) => {
+            Some(Status::aborted(format!("pod {} registered anew elsewhere", pod.name)))
+        }
+        _ = stopping.wait_for(|stopping| *stopping) => {
+            Some(Status::unavailable("the indexer is shutting down"))
+        }
+    };
+    if let Some(status) = last_word {
+        // Full only when the client does not read; then it learns of the end by the end.
+        let _ = answers.try_send(Err(status));
+    }
+    drop(answers);
+    shared.hub.leave(&pod).await;
+}
+
+/// Says so once every source is connected and replayed; never completes.
+async fn report_ready(pod: &Pod, answers: &mpsc::Sender<Result<v1::RegisterResponse, Status>>) {
+    let opened = Ok(v1::RegisterResponse { ready: false });
+    // A client that is gone is noticed by the others.
+    let _ = answers.send(opened).await;
+    for source in &pod.sources {
+        let mut progress = source.state.progress.subscribe();
+        let _ = progress.wait_for(|progress| progress.is_synced).await;
+    }
+    let _ = answers.send(Ok(v1::RegisterResponse { ready: true })).await;
+    std::future::pending().await
+}
+
+/// # Errors
+/// `Version` naming both versions; `Invalid` naming the field.
+fn parse_registration(wire: v1::RegisterRequest) -> Result<Registration> {
+    if wire.protocol_version != PROTOCOL_VERSION {
+        let context = format!(
+            "registration speaks protocol version {}, the indexer {PROTOCOL_VERSION}",
+            wire.protocol_version
+        );
+        return Err(Error::new(ErrorKind::Version, context));
+    }
+    if wire.sources.len() > SOURCES_PER_POD_MAX {
+        return Err(Error::invalid(
+            "sources",
+            wire.sources.len(),
+            1..=SOURCES_PER_POD_MAX,
+        ));
+    }
+    let some = |text: String| Some(text).filter(|text| !text.is_empty());
+    let sources = wire.sources.into_iter().map(|source| {
+        Ok(SourceSpec {
+            kind: source_kind_from_wire(source.kind)?,
+            name: source.name,
+            endpoint: source.endpoint,
+            replay_endpoint: some(source.replay_endpoint),
+        })
+    });
+    Ok(Registration {
+        pod: PodName::new(&wire.pod)?,
+        model: wire.model,
+        block_size: wire.block_size,
+        key_scheme: wire.key_scheme,
+        sources: sources.collect::<Result<_>>()?,
+        peer_address: some(wire.peer_address),
+    })
+}
+
+impl Hub {
+    fn status(&self) -> v1::StatusResponse {
+        let holdings = self.holdings();
+        let (events_applied, events_rejected) = self.metrics.events();
+        let pods: Vec<_> = self.pods().values().cloned().collect();
+        v1::StatusResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol_version: PROTOCOL_VERSION,
+            key_scheme: self.scheme_name(),
+            block_size: self.config.block_size,
+            pods: pods.iter().map(|pod| self.pod_status(pod)).collect(),
+            blocks: holdings.blocks,
+            entries: holdings.entries,
+            events_applied,
+            events_rejected,
+            lookups: self.metrics.lookups(),
+            bytes: holdings.bytes,
+            lag_p50_us: self.metrics.lag.quantile_us(0.50),
+            lag_p99_us: self.metrics.lag.quantile_us(0.99),
+        }
+    }
+
+    fn pod_status(&self, pod: &Pod) -> v1::PodStatus {
+        let sources = pod.sources.iter().map(|source| {
+            let progress = *source.state.progress.borrow();
+            let position = SourcePosition {
+                source: source.name.clone(),
+                position: progress.position,
+            };
+            v1::SourceStatus {
+                position: Some(position.to_wire()),
+                connected: progress.is_connected,
+                gaps: progress.stats.gaps,
+                replays: progress.stats.replays,
+                resyncs: progress.stats.resyncs,
+                orphans: self.orphans_of(pod, source),
+            }
+        });
+        v1::PodStatus {
+            pod: pod.name.as_str().to_owned(),
+            entries: self.entries_of(pod),
+            sources: sources.collect(),
+            peer_address: pod.peer_address.clone().unwrap_or_default(),
+        }
+    }
+}

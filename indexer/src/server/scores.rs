@@ -1,0 +1,85 @@
+//! The service `indexer.v1.IndexerService` of llm-d: scores of pods for a text prompt.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvfabric_proto::indexer_v1::indexer_service_server::IndexerService;
+use kvfabric_proto::indexer_v1::{GetPodScoresRequest, GetPodScoresResponse, PodScore};
+use tokio::time::timeout_at;
+use tonic::{Code, Request, Response, Status};
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::lookup::{Prompt, Question, deadline, parse_pods};
+use super::native::Shared;
+use crate::tokenize::Tokenizers;
+
+pub(super) struct ScoreService {
+    pub(super) shared: Arc<Shared>,
+    pub(super) tokenizers: Tokenizers,
+}
+
+#[tonic::async_trait]
+impl IndexerService for ScoreService {
+    async fn get_pod_scores(
+        &self,
+        request: Request<GetPodScoresRequest>,
+    ) -> Result<Response<GetPodScoresResponse>, Status> {
+        let hub = &self.shared.hub;
+        let deadline = deadline(request.metadata(), hub.config.lookup_deadline());
+        let request = request.into_inner();
+        let model = request.model_name.as_str();
+        let scores = async {
+            let _room = self.shared.admit()?;
+            let started = Instant::now();
+            let tokens = timeout_at(deadline, self.tokenizers.tokens(model, &request.prompt)).await;
+            let tokens = tokens.map_err(|_| {
+                Error::new(
+                    ErrorKind::Timeout,
+                    "the prompt could not be tokenised in time",
+                )
+            })??;
+            let Some(tokens) = tokens else {
+                return Ok(None);
+            };
+            hub.metrics
+                .tokenised(model, started.elapsed(), tokens.len());
+            let bytes: Vec<u8> = tokens
+                .iter()
+                .flat_map(|token| token.to_le_bytes())
+                .collect();
+            let question = Question {
+                model,
+                lora: None,
+                cache_salt: None,
+                prompt: Prompt::Tokens(&bytes),
+                pods_max: 0,
+                pods: parse_pods(&request.pod_identifiers)?,
+            };
+            hub.answer(&question).map(Some)
+        };
+        let scores: Result<_> = scores.await;
+        match scores {
+            Ok(Some(answer)) => {
+                let scores = answer.pods.into_iter();
+                let scores = scores.map(|pod| PodScore {
+                    pod: pod.pod,
+                    score: pod.score,
+                });
+                Ok(Response::new(GetPodScoresResponse {
+                    scores: scores.collect(),
+                }))
+            }
+            Ok(None) => {
+                let said = format!(
+                    "no tokenizer for model {model:?}: name its tokenizer.json under \
+                     `tokenizers` in the indexer's configuration, or look up by tokens \
+                     (kvfabric.v1.Index/Lookup)"
+                );
+                hub.metrics.refused(ErrorKind::Unsupported);
+                Err(Status::new(Code::FailedPrecondition, said))
+            }
+            Err(error) => Err(self.shared.refuse(&error)),
+        }
+    }
+}

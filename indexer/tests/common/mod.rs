@@ -1,0 +1,155 @@
+//! What the tests over real sockets share.
+#![allow(dead_code)]
+
+use std::time::Duration;
+
+use kvcache_core::event::EngineEvent;
+use kvcache_core::prefix::{IndexScheme, Namespace};
+use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::{EngineHash, Epoch, IndexKey, PodName, Tier};
+use kvfabric_indexer::client::{
+    ClientConfig, IndexClient, LookupRequest, Prompt, Registration, SourceKind, SourceSpec,
+};
+use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
+use kvfabric_indexer::server::{Running, ServerConfig, serve};
+use kvfabric_proto::v1;
+use kvfabric_proto::v1::index_client::IndexClient as Grpc;
+use tonic::transport::Channel;
+
+/// Only bounds a failing test; no test measures time.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Tokens a block in these tests.
+pub const BLOCK: u32 = 4;
+/// Two blocks.
+pub const TOKENS: [u32; 8] = [10, 11, 12, 13, 20, 21, 22, 23];
+
+pub fn pod(name: &str) -> PodName {
+    PodName::new(name).unwrap()
+}
+
+/// Free ports on loopback.
+pub fn config() -> ServerConfig {
+    ServerConfig {
+        grpc_listen: "127.0.0.1:0".parse().unwrap(),
+        block_size: BLOCK,
+        lookup_deadline_ms: 60_000,
+        ..ServerConfig::default()
+    }
+}
+
+pub async fn start(config: ServerConfig) -> Running {
+    serve(config).await.unwrap()
+}
+
+pub fn client(server: &Running) -> IndexClient {
+    let mut config = ClientConfig::new(server.grpc_address().to_string());
+    config.deadline = PATIENCE;
+    IndexClient::new(config).unwrap()
+}
+
+pub async fn raw(server: &Running) -> Grpc<Channel> {
+    Grpc::connect(format!("http://{}", server.grpc_address()))
+        .await
+        .unwrap()
+}
+
+pub fn engine(name: &str) -> Publisher {
+    Publisher::bind(PublisherConfig::new(pod(name), "m", Stream::Engine)).unwrap()
+}
+
+pub fn node(name: &str, epoch: u64) -> Publisher {
+    let stream = Stream::Node {
+        epoch: Epoch(epoch),
+    };
+    Publisher::bind(PublisherConfig::new(pod(name), "m", stream)).unwrap()
+}
+
+pub fn registration<const N: usize>(name: &str, sources: [SourceSpec; N]) -> Registration {
+    Registration {
+        pod: pod(name),
+        model: "m".to_owned(),
+        block_size: BLOCK,
+        key_scheme: "xxh3:1337".to_owned(),
+        sources: sources.to_vec(),
+        peer_address: Some("127.0.0.1:9".to_owned()),
+    }
+}
+
+pub fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterRequest {
+    let source = engine.source("engine", SourceKind::Vllm);
+    v1::RegisterRequest {
+        protocol_version: kvfabric_proto::PROTOCOL_VERSION,
+        pod: name.to_owned(),
+        model: "m".to_owned(),
+        block_size: BLOCK,
+        key_scheme: "xxh3:1337".to_owned(),
+        sources: vec![v1::Source {
+            name: source.name,
+            kind: v1::SourceKind::Vllm.into(),
+            endpoint: source.endpoint,
+            replay_endpoint: source.replay_endpoint.unwrap(),
+        }],
+        peer_address: String::new(),
+    }
+}
+
+/// Opens a registration stream; it lasts as long as the sender.
+pub async fn register_raw(
+    raw: &mut Grpc<Channel>,
+    request: v1::RegisterRequest,
+) -> Result<
+    (
+        tokio::sync::mpsc::Sender<v1::RegisterRequest>,
+        tonic::Streaming<v1::RegisterResponse>,
+    ),
+    tonic::Status,
+> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    sender.send(request).await.unwrap();
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let answers = raw.register(stream).await?.into_inner();
+    Ok((sender, answers))
+}
+
+pub fn question(prompt: Prompt) -> LookupRequest {
+    LookupRequest::new("m", prompt)
+}
+
+pub fn keys_of(tokens: &[u32]) -> Vec<IndexKey> {
+    let namespace = Namespace {
+        model: "m",
+        ..Namespace::default()
+    };
+    let root = IndexScheme::default().root(&namespace);
+    root.chain(tokens, TokensPerBlock::try_from(BLOCK).unwrap())
+        .collect()
+}
+
+pub fn stored(hashes: &[u64], parent: Option<u64>, tokens: &[u32], tier: Tier) -> EngineEvent {
+    EngineEvent::Stored {
+        hashes: hashes.iter().map(|hash| EngineHash(*hash)).collect(),
+        parent: parent.map(EngineHash),
+        tokens: tokens.to_vec(),
+        block_size: BLOCK,
+        tier,
+    }
+}
+
+pub fn removed(hashes: &[u64], tier: Tier) -> EngineEvent {
+    EngineEvent::Removed {
+        hashes: hashes.iter().map(|hash| EngineHash(*hash)).collect(),
+        tier,
+    }
+}
+
+/// Asks for the status until it is as wanted: for what no position can tell.
+pub async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusResponse) -> bool) {
+    let asking = async {
+        while !is_so(&client.status().await.unwrap()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking)
+        .await
+        .expect("the index never got there");
+}
