@@ -13,6 +13,8 @@ pub mod evict;
 pub mod id;
 pub mod key;
 pub mod manager;
+#[cfg(any(test, feature = "test-util"))]
+pub mod model;
 pub mod place;
 pub mod pool;
 pub mod ports;

@@ -24,7 +24,7 @@ pub(crate) struct Block {
     pub(crate) disk: Option<DiskSlot>,
     /// When it became known to be in the object store, as a number that orders such moments.
     pub(crate) object: Option<u64>,
-    /// Whether a slot was asked for to bring it up from disk.
+    /// Whether it waits for a slot, to be brought up from disk.
     pub(crate) staging: bool,
     /// Who wants to know when it is sealed in DRAM, or that it will not be.
     pub(crate) waiters: Vec<Waiter>,

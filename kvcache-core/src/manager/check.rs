@@ -183,9 +183,8 @@ impl Manager {
             &store.steps
         });
         let waiting = steps.filter(|step| **step == StoreStep::WaitsForSlot).count();
-        let stages = self.table.iter().filter(|b| b.staging && !b.is_filling()).count();
-        assert!(self.wanted.len() >= waiting, "a block waits for a slot but has not asked");
-        assert!(self.wanted.len() <= waiting + stages, "asked for slots that nobody needs");
+        let staging = self.table.iter().filter(|block| block.staging).count();
+        assert_eq!(self.wanted.len(), waiting + staging, "slots asked for");
         for (operation, fetch) in &self.fetches {
             assert!(fetch.unplanned.is_empty(), "{operation} was not planned");
             assert!(!fetch.is_done(), "{operation} is done but has not ended");

@@ -59,8 +59,14 @@ impl OffloadPolicy for WriteBehind {
             return 0;
         }
         let reserve = u64::from(usage.slots) * u64::from(self.vacant_per_mille) / 1000;
-        let reserve = u32::try_from(reserve).unwrap_or(u32::MAX).min(usage.slots);
-        (reserve.saturating_add(usage.wanted)).saturating_sub(usage.vacant + usage.leaving)
+        let coming = u64::from(usage.vacant) + u64::from(usage.leaving);
+        let needed = reserve + u64::from(usage.wanted);
+        if coming >= needed {
+            return 0;
+        }
+        // Half as much again, so that blocks leave in batches and not one by one.
+        let count = needed + reserve / 2 - coming;
+        u32::try_from(count).unwrap_or(u32::MAX).min(usage.slots)
     }
 
     fn under_pressure(&self, usage: &HostUsage) -> Pressure {

@@ -109,6 +109,7 @@ impl Manager {
             return None;
         };
         block.host = HostCopy::Filling;
+        block.staging = false;
         self.segments.pin(from.segment);
         let (info, expected) = (block.info, block.checksum);
         Some(Job { info, expected, task: Task::Stage { from, slot } })

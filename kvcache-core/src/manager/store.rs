@@ -251,8 +251,8 @@ impl Manager {
         assert!(block.is_filling(), "{:?} sealed without being filled", info.key);
         block.host = HostCopy::Sealed { slot, leaving: false };
         block.checksum = Some(checksum);
-        block.staging = false;
         let info = block.info;
+        self.stop_staging(&info.key);
         self.evictor.insert(info.key, info.parent);
         self.announce_stored(&info, Tier::Host);
         self.wake(&info.key);
@@ -262,10 +262,19 @@ impl Manager {
     pub(super) fn fill_failed(&mut self, key: &BlockKey) {
         if let Some(block) = self.table.get_mut(key) {
             block.host = HostCopy::Absent;
-            block.staging = false;
         }
+        self.stop_staging(key);
         self.wake(key);
         self.table.forget_if_gone(key);
+    }
+
+    /// The block does not wait for a slot any more, to be brought up from disk.
+    fn stop_staging(&mut self, key: &BlockKey) {
+        if let Some(block) = self.table.get_mut(key)
+            && std::mem::take(&mut block.staging)
+        {
+            self.wanted.retain(|request| *request != SlotRequest::Stage(*key));
+        }
     }
 
     /// Lets all who wait for this block look again.
