@@ -1,4 +1,5 @@
 //! Frames captured from real engines are decoded and indexed, and the index answers for their prompts.
+#![cfg(test)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -111,11 +112,14 @@ fn index() -> KvIndex {
     })
 }
 
+/// What makes a block the next one: the block before it, its tokens and its salt.
+type Following = (Option<u64>, Vec<u32>, Option<String>);
+
 /// What the decoded events say, read literally: copies by medium and hash, and which block follows which.
 #[derive(Default)]
 struct Literal {
     copies: BTreeMap<(String, u64), i64>,
-    next: HashMap<(Option<u64>, Vec<u32>, Option<String>), u64>,
+    next: HashMap<Following, u64>,
 }
 
 impl Literal {

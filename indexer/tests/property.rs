@@ -1,5 +1,6 @@
 //! The index beside a literal reading of the same events: a map from (source, tier, block) to copies, walked block by
 //! block for every question.
+#![cfg(test)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -165,12 +166,6 @@ struct LiteralSource {
 impl LiteralSource {
     fn copies(&self, block: Block, tier: Tier) -> u32 {
         self.copies.get(&(block, tier)).copied().unwrap_or(0)
-    }
-
-    fn holds(&self, block: Block) -> bool {
-        Tier::ALL
-            .into_iter()
-            .any(|tier| self.copies(block, tier) > 0)
     }
 
     fn forget_unheld(&mut self) {
@@ -397,19 +392,7 @@ impl Both {
                 );
                 self.literal.remove(source, block, tier);
             }
-            Step::Clear { source } => {
-                self.apply(source, SourceEvent::Cleared);
-                match SOURCES[source].2 {
-                    SourceKind::Vllm | SourceKind::VllmFull => {
-                        self.literal.clear(source, &[Tier::Device]);
-                    }
-                    SourceKind::Sglang => {
-                        self.literal
-                            .clear(source, &[Tier::Device, Tier::Host, Tier::Disk]);
-                    }
-                    SourceKind::Node => self.literal.clear(source, &Tier::ALL),
-                }
-            }
+            Step::Clear { source } => self.clear(source),
             Step::Restart { source } => {
                 self.index.clear_source(self.ids[source]);
                 self.literal.sources.remove(&source);
@@ -440,18 +423,32 @@ impl Both {
         }
     }
 
+    fn clear(&mut self, source: usize) {
+        self.apply(source, SourceEvent::Cleared);
+        match SOURCES[source].2 {
+            SourceKind::Vllm | SourceKind::VllmFull => {
+                self.literal.clear(source, &[Tier::Device]);
+            }
+            SourceKind::Sglang => {
+                self.literal
+                    .clear(source, &[Tier::Device, Tier::Host, Tier::Disk]);
+            }
+            SourceKind::Node => self.literal.clear(source, &Tier::ALL),
+        }
+    }
+
     fn check(&mut self) {
         assert_eq!(self.index.entries(), self.literal.entries());
         let one_pod = [
             PodName::new("pod-b").unwrap(),
             PodName::new("nobody").unwrap(),
         ];
-        for salt in 0..SALTS.len() {
+        for (salt, salt_name) in SALTS.into_iter().enumerate() {
             for path in 0..1 << DEPTH {
                 let prompt = Block::new(salt, DEPTH, path).prompt();
                 let tokens: Vec<u32> = prompt.iter().flat_map(|block| block.tokens()).collect();
                 let mut keys = Vec::new();
-                self.index.keys_of(None, SALTS[salt], &tokens, &mut keys);
+                self.index.keys_of(None, salt_name, &tokens, &mut keys);
                 let (wanted, shared) = self.literal.depths(&prompt);
 
                 self.index

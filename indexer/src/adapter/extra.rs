@@ -7,7 +7,7 @@
 use kvcache_core::Result;
 
 use super::BlockIdentifiers;
-use super::decode::{IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX};
+use super::event::{IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX};
 use super::msgpack::{Head, Reader};
 
 /// What the extra keys of an event's blocks turned out to be.

@@ -7,6 +7,7 @@
 
 mod decode;
 mod encode;
+mod event;
 mod extra;
 mod medium;
 mod msgpack;
@@ -17,11 +18,9 @@ mod tests;
 
 use kvcache_core::{EngineHash, Result, Tier};
 
-pub use decode::{
-    BATCH_BYTES_MAX, EVENTS_MAX, HASHES_MAX, IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX, NAME_BYTES_MAX,
-    TOKENS_MAX, decode_batch,
-};
+pub use decode::{BATCH_BYTES_MAX, EVENTS_MAX, decode_batch};
 pub use encode::{encode_engine_batch, encode_node_batch};
+pub use event::{HASHES_MAX, IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX, NAME_BYTES_MAX, TOKENS_MAX};
 pub use medium::tier_of_medium;
 pub use topic::{TOPIC_BYTES_MAX, TOPIC_PREFIX, Topic};
 

@@ -13,8 +13,8 @@ const SHARDS: usize = 256;
 
 /// A change of one block in one tier of a source, ready to be made.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Change {
-    pub(super) key: IndexKey,
+pub(in crate::index) struct Change {
+    pub(in crate::index) key: IndexKey,
     pub(super) tier: Tier,
     /// Whether the block appeared; else it left.
     pub(super) is_stored: bool,

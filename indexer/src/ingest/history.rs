@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::Pending;
+use super::pending::Frame;
 
 /// How many batches are remembered.
 const BATCHES_KEPT: usize = 256;
@@ -53,7 +53,7 @@ impl History {
         self.last = sequence;
     }
 
-    pub(super) fn find(&self, frame: &Pending) -> Known {
+    pub(super) fn find(&self, frame: &Frame) -> Known {
         if self.is_empty() || frame.sequence > self.last {
             return Known::Newer;
         }

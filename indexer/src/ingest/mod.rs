@@ -11,6 +11,8 @@
 
 mod config;
 mod history;
+mod order;
+mod pending;
 
 #[cfg(test)]
 mod tests;
@@ -22,21 +24,9 @@ use kvcache_core::ports::Position;
 use kvcache_core::{Epoch, Sequence, Time};
 
 use self::history::{History, Known};
+use self::pending::{Frame, Pending};
 
 pub use config::{Action, ClearReason, IngestConfig, IngestStats};
-
-/// How often in a row a replay may end without telling anything new while live batches wait for something older. Then
-/// those batches are not this publisher's and are dropped.
-const FRUITLESS_REPLAYS_MAX: u32 = 2;
-/// After so many the publisher evidently never replays what it sends: the source begins anew with what comes live.
-const FRUITLESS_REPLAYS_TO_RESET: u32 = 4;
-
-/// A live batch that waits for a replay to end.
-#[derive(Debug)]
-struct Pending {
-    sequence: u64,
-    payload: Bytes,
-}
 
 /// What the replay that is under way is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +58,7 @@ pub struct Ingest {
     /// Whether the replay told anything new.
     has_progressed: bool,
     fruitless: u32,
-    pending: VecDeque<Pending>,
-    pending_bytes: usize,
+    pending: Pending,
     /// One past the highest live batch seen: the publisher has come that far.
     live_end: u64,
     deadline: Option<Time>,
@@ -91,8 +80,7 @@ impl Ingest {
             replay: Replay::Idle,
             has_progressed: false,
             fruitless: 0,
-            pending: VecDeque::new(),
-            pending_bytes: 0,
+            pending: Pending::default(),
             live_end: 0,
             deadline: None,
             actions: VecDeque::new(),
@@ -175,7 +163,7 @@ impl Ingest {
         if !self.is_connected {
             self.handle_connected(now);
         }
-        let frame = Pending {
+        let frame = Frame {
             sequence: sequence.0,
             payload,
         };
@@ -188,16 +176,14 @@ impl Ingest {
         if self.replay == Replay::Idle {
             self.live_end = self.live_end.max(end);
             self.take_live(now, frame);
-        } else if self
-            .pending
-            .back()
-            .is_some_and(|last| last.sequence >= frame.sequence)
-        {
-            // A publisher never counts back: a new one took over while the replay was under way.
-            self.restart(now, frame, ClearReason::Restarted);
-        } else {
+        } else if self.pending.last().is_none_or(|last| last < frame.sequence) {
             self.live_end = self.live_end.max(end);
             self.push_pending(frame);
+        } else if self.pending.contains(&frame) || self.history.find(&frame) == Known::Same {
+            self.stats.duplicates += 1;
+        } else {
+            // A publisher never counts back: a new one took over while the replay was under way.
+            self.restart(now, frame, ClearReason::Restarted);
         }
     }
 
@@ -303,123 +289,8 @@ impl Ingest {
         matches!((epoch, self.epoch), (Some(told), Some(known)) if told != known)
     }
 
-    /// A live batch while no replay is under way.
-    fn take_live(&mut self, now: Time, frame: Pending) {
-        match self.next {
-            Some(next) if frame.sequence > next => {
-                self.stats.gaps += 1;
-                if self.config.has_replay {
-                    self.push_pending(frame);
-                    self.start_replay(now);
-                } else {
-                    self.reset(ClearReason::Unverifiable);
-                    self.apply(frame.sequence, frame.payload);
-                }
-            }
-            Some(next) if frame.sequence < next => match self.history.find(&frame) {
-                Known::Same => self.stats.duplicates += 1,
-                Known::Older if self.config.has_replay => {
-                    // Too long ago to tell a late batch from a new publisher's.
-                    self.push_pending(frame);
-                    self.start_replay(now);
-                }
-                _ => self.restart(now, frame, ClearReason::Restarted),
-            },
-            _ => {
-                self.fruitless = 0;
-                self.apply(frame.sequence, frame.payload);
-            }
-        }
-    }
-
-    /// A batch of a replay whose publisher is known to be the right one.
-    fn take_replayed(&mut self, sequence: u64, payload: Bytes) {
-        match self.next {
-            Some(next) if sequence < next => {
-                match self.history.find(&Pending { sequence, payload }) {
-                    Known::Different => self.abandon(ClearReason::Restarted),
-                    _ => self.stats.duplicates += 1,
-                }
-                return;
-            }
-            Some(next) if sequence > next => self.reset(ClearReason::HistoryLost),
-            _ => {}
-        }
-        self.has_progressed = true;
-        self.apply(sequence, payload);
-    }
-
-    /// Applies what waited for the replay, as far as it follows on.
-    fn drain(&mut self, now: Time) {
-        while let Some(frame) = self.pop_pending() {
-            match self.next {
-                Some(next) if frame.sequence > next => {
-                    if self.fruitless < FRUITLESS_REPLAYS_MAX {
-                        self.stats.gaps += 1;
-                        self.unpop_pending(frame);
-                        self.start_replay(now);
-                        return;
-                    }
-                    if self.history.is_empty() || self.fruitless >= FRUITLESS_REPLAYS_TO_RESET {
-                        self.reset(ClearReason::HistoryLost);
-                        self.fruitless = 0;
-                        self.apply(frame.sequence, frame.payload);
-                    } else {
-                        self.stats.dropped += 1;
-                    }
-                }
-                Some(next) if frame.sequence < next => match self.history.find(&frame) {
-                    Known::Different => {
-                        // Either this is an old publisher's last word, or a new one took over after the replay: ask.
-                        self.stats.dropped += 1;
-                        self.start_replay(now);
-                        return;
-                    }
-                    _ => self.stats.duplicates += 1,
-                },
-                _ => self.apply(frame.sequence, frame.payload),
-            }
-        }
-        let next = self.next.unwrap_or_default();
-        if self.live_end > next {
-            if self.fruitless < FRUITLESS_REPLAYS_MAX {
-                self.start_replay(now);
-            } else {
-                self.live_end = next;
-            }
-        }
-    }
-
-    /// Goes on with what waited although the replay failed: behind a gap the source begins anew.
-    fn drain_unverified(&mut self) {
-        while let Some(frame) = self.pop_pending() {
-            match self.next {
-                Some(next) if frame.sequence < next => match self.history.find(&frame) {
-                    Known::Different => {
-                        self.reset(ClearReason::Restarted);
-                        self.is_partial = true;
-                        self.apply(frame.sequence, frame.payload);
-                    }
-                    _ => self.stats.duplicates += 1,
-                },
-                Some(next) if frame.sequence > next => {
-                    self.stats.gaps += 1;
-                    self.reset(ClearReason::ReplayFailed);
-                    self.is_partial = true;
-                    self.apply(frame.sequence, frame.payload);
-                }
-                _ => self.apply(frame.sequence, frame.payload),
-            }
-        }
-        if self.live_end > self.next.unwrap_or_default() {
-            self.reset(ClearReason::ReplayFailed);
-            self.is_partial = true;
-            self.live_end = 0;
-        }
-    }
-
     /// Another publisher sent this batch.
-    fn restart(&mut self, now: Time, frame: Pending, reason: ClearReason) {
+    fn restart(&mut self, now: Time, frame: Frame, reason: ClearReason) {
         self.drop_pending();
         self.reset(reason);
         self.live_end = frame.sequence.saturating_add(1);
@@ -490,32 +361,13 @@ impl Ingest {
 
     /// Keeps a batch for the end of the replay. One for which there is no room can still be replayed later, as
     /// `live_end` remembers that it exists.
-    fn push_pending(&mut self, frame: Pending) {
-        let bytes = self.pending_bytes + frame.payload.len();
-        if self.pending.len() >= self.config.pending_batches_max
-            || bytes > self.config.pending_bytes_max
-        {
+    fn push_pending(&mut self, frame: Frame) {
+        if !self.pending.push(frame, &self.config) {
             self.stats.dropped += 1;
-            return;
         }
-        self.pending_bytes = bytes;
-        self.pending.push_back(frame);
-    }
-
-    fn pop_pending(&mut self) -> Option<Pending> {
-        let frame = self.pending.pop_front()?;
-        self.pending_bytes -= frame.payload.len();
-        Some(frame)
-    }
-
-    fn unpop_pending(&mut self, frame: Pending) {
-        self.pending_bytes += frame.payload.len();
-        self.pending.push_front(frame);
     }
 
     fn drop_pending(&mut self) {
-        self.stats.dropped += self.pending.len() as u64;
-        self.pending.clear();
-        self.pending_bytes = 0;
+        self.stats.dropped += self.pending.clear();
     }
 }

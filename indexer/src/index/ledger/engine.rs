@@ -1,20 +1,17 @@
-//! What one source says it holds, and where its blocks belong in the index: only the source's own events read this.
+//! The ledger of an engine.
 
 use std::collections::HashMap;
 use std::mem::size_of;
 use std::sync::Arc;
 
-use kvcache_core::prefix::{ChainRoot, IndexChain, IndexScheme, Namespace};
-use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::prefix::IndexChain;
 use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
 
-use super::Applied;
-use super::table::{Change, KeyState};
+use super::copies::{Copies, add_copy, take_copy};
+use super::roots::{Keys, Roots};
 use crate::adapter::{CacheGroup, RemovedBlocks, SourceKind, StoredBlocks};
-use crate::score::TIERS;
-
-/// Copies of a block by tier. More than 65,535 of one block in one tier are as good as that many.
-type Copies = [u16; TIERS];
+use crate::index::Applied;
+use crate::index::table::{Change, KeyState};
 
 /// Where a block of the source belongs.
 #[derive(Clone, Copy)]
@@ -38,15 +35,8 @@ struct Content {
     identifiers: Vec<String>,
 }
 
-/// How a ledger makes keys.
-pub(super) struct Keys {
-    pub(super) scheme: IndexScheme,
-    pub(super) model: String,
-    pub(super) block_size: TokensPerBlock,
-}
-
 /// The ledger of an engine: its hashes are bridged to index keys by the tokens that come with them.
-pub(super) struct EngineLedger {
+pub(in crate::index) struct EngineLedger {
     kind: SourceKind,
     keys: Arc<Keys>,
     orphans_max: usize,
@@ -60,7 +50,7 @@ pub(super) struct EngineLedger {
 }
 
 impl EngineLedger {
-    pub(super) fn new(kind: SourceKind, keys: Arc<Keys>, orphans_max: usize) -> Self {
+    pub(in crate::index) fn new(kind: SourceKind, keys: Arc<Keys>, orphans_max: usize) -> Self {
         Self {
             kind,
             keys,
@@ -73,7 +63,7 @@ impl EngineLedger {
         }
     }
 
-    pub(super) fn orphans(&self) -> usize {
+    pub(in crate::index) fn orphans(&self) -> usize {
         self.orphans.len()
     }
 
@@ -81,7 +71,7 @@ impl EngineLedger {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when the blocks have another size than the index's; both are named.
-    pub(super) fn store(
+    pub(in crate::index) fn store(
         &mut self,
         blocks: &StoredBlocks,
         changes: &mut Vec<Change>,
@@ -279,7 +269,11 @@ impl EngineLedger {
     }
 
     /// Takes a copy of each block away; what leaves the index by that is appended to `changes`.
-    pub(super) fn remove(&mut self, blocks: &RemovedBlocks, changes: &mut Vec<Change>) -> Applied {
+    pub(in crate::index) fn remove(
+        &mut self,
+        blocks: &RemovedBlocks,
+        changes: &mut Vec<Change>,
+    ) -> Applied {
         let mut applied = Applied::default();
         if let (Some(number), Some(followed)) = (blocks.group, self.group)
             && number != followed
@@ -352,7 +346,7 @@ impl EngineLedger {
     }
 
     /// Empties the tiers that a clear of this kind of engine empties.
-    pub(super) fn clear(&mut self, changes: &mut Vec<Change>) {
+    pub(in crate::index) fn clear(&mut self, changes: &mut Vec<Change>) {
         // vLLM resets its accelerator's cache only; SGLang its host's cache with it.
         let tiers: &[Tier] = match self.kind {
             SourceKind::Sglang => &[Tier::Device, Tier::Host, Tier::Disk],
@@ -390,7 +384,7 @@ impl EngineLedger {
     }
 
     /// Forgets everything; what the source held itself is appended to `changes`, what it put in shared tiers stays.
-    pub(super) fn forget(&mut self, changes: &mut Vec<Change>) {
+    pub(in crate::index) fn forget(&mut self, changes: &mut Vec<Change>) {
         for placed in self.placed.values() {
             for tier in Tier::ALL {
                 if !tier.is_shared() && placed.copies[tier as usize] > 0 {
@@ -405,7 +399,7 @@ impl EngineLedger {
         *self = Self::new(self.kind, Arc::clone(&self.keys), self.orphans_max);
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    pub(in crate::index) fn bytes(&self) -> usize {
         let contents = self
             .orphans
             .values()
@@ -419,174 +413,7 @@ impl EngineLedger {
     }
 }
 
-/// Counts a copy in; true when it is the first in its tier.
-fn add_copy(copies: &mut Copies, tier: Tier, is_counted: bool) -> bool {
-    let copies = &mut copies[tier as usize];
-    let is_first = *copies == 0;
-    if is_first || is_counted {
-        *copies = copies.saturating_add(1);
-    }
-    is_first
-}
-
-/// Takes a copy out; how many are left, or `None` when there was none.
-fn take_copy(copies: &mut Copies, tier: Tier) -> Option<u16> {
-    let copies = &mut copies[tier as usize];
-    *copies = copies.checked_sub(1)?;
-    Some(*copies)
-}
-
 struct OpenChain {
     chain: IndexChain,
     root: u32,
-}
-
-/// The chains' starting points that a source uses: one per adapter and salt, for as long as a block needs it.
-#[derive(Default)]
-struct Roots {
-    slots: Vec<RootSlot>,
-    by_name: HashMap<RootName, u32>,
-    free: Vec<u32>,
-}
-
-type RootName = (Option<String>, Option<String>);
-
-struct RootSlot {
-    root: ChainRoot,
-    name: RootName,
-    /// At 0 the slot waits for reuse.
-    references: usize,
-}
-
-impl Roots {
-    /// The root for the adapter and salt of an event, with a reference to it.
-    fn acquire(&mut self, keys: &Keys, blocks: &StoredBlocks) -> u32 {
-        let name = (blocks.lora.clone(), blocks.cache_salt.clone());
-        if let Some(&slot) = self.by_name.get(&name) {
-            self.add(slot);
-            return slot;
-        }
-        let root = keys.scheme.root(&Namespace {
-            model: &keys.model,
-            lora: name.0.as_deref(),
-            cache_salt: name.1.as_deref(),
-        });
-        let used = RootSlot {
-            root,
-            name: name.clone(),
-            references: 1,
-        };
-        let slot = match self.free.pop() {
-            Some(slot) => {
-                self.slots[slot as usize] = used;
-                slot
-            }
-            None => {
-                self.slots.push(used);
-                self.slots.len() as u32 - 1
-            }
-        };
-        self.by_name.insert(name, slot);
-        slot
-    }
-
-    fn get(&self, slot: u32) -> &ChainRoot {
-        &self.slots[slot as usize].root
-    }
-
-    fn add(&mut self, slot: u32) {
-        self.slots[slot as usize].references += 1;
-    }
-
-    fn release(&mut self, slot: u32) {
-        let root = &mut self.slots[slot as usize];
-        assert!(
-            root.references > 0,
-            "root {slot} released more often than acquired"
-        );
-        root.references -= 1;
-        if root.references == 0 {
-            self.by_name.remove(&root.name);
-            self.free.push(slot);
-        }
-    }
-}
-
-/// The ledger of a node: its hashes are index keys already, so only what it holds where must be known.
-#[derive(Default)]
-pub(super) struct NodeLedger {
-    /// One bit per tier.
-    held: HashMap<IndexKey, u8, KeyState>,
-}
-
-impl NodeLedger {
-    pub(super) fn store(&mut self, blocks: &StoredBlocks, changes: &mut Vec<Change>) {
-        for hash in &blocks.hashes {
-            let key = IndexKey(hash.0);
-            let tier = blocks.tier;
-            if !tier.is_shared() {
-                let held = self.held.entry(key).or_default();
-                let bit = 1 << tier as u8;
-                if *held & bit != 0 {
-                    continue;
-                }
-                *held |= bit;
-            }
-            changes.push(Change {
-                key,
-                tier,
-                is_stored: true,
-            });
-        }
-    }
-
-    pub(super) fn remove(&mut self, blocks: &RemovedBlocks, changes: &mut Vec<Change>) -> Applied {
-        let mut applied = Applied::default();
-        for hash in &blocks.hashes {
-            let key = IndexKey(hash.0);
-            let tier = blocks.tier;
-            if !tier.is_shared() {
-                let bit = 1 << tier as u8;
-                match self.held.get_mut(&key) {
-                    Some(held) if *held & bit != 0 => {
-                        *held &= !bit;
-                        if *held == 0 {
-                            self.held.remove(&key);
-                        }
-                    }
-                    _ => {
-                        applied.unknown += 1;
-                        continue;
-                    }
-                }
-            }
-            // In a shared tier whoever deletes says so, not only who stored.
-            changes.push(Change {
-                key,
-                tier,
-                is_stored: false,
-            });
-        }
-        applied
-    }
-
-    /// Forgets everything; what the node held in its own tiers is appended to `changes`.
-    pub(super) fn forget(&mut self, changes: &mut Vec<Change>) {
-        for (&key, &held) in &self.held {
-            for tier in Tier::ALL {
-                if held & (1 << tier as u8) != 0 {
-                    changes.push(Change {
-                        key,
-                        tier,
-                        is_stored: false,
-                    });
-                }
-            }
-        }
-        *self = Self::default();
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.held.capacity() * (size_of::<(IndexKey, u8)>() + 1) * 8 / 7
-    }
 }

@@ -1,0 +1,342 @@
+//! One event, from an array or a map of fields.
+
+use kvcache_core::{EngineHash, Error, ErrorKind, Result, Tier};
+
+use super::extra::{self, Extras};
+use super::medium::tier_of_medium;
+use super::msgpack::{Head, Reader};
+use super::{CacheGroup, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
+
+/// The most blocks in one event: a prompt of two million tokens in blocks of 16.
+pub const HASHES_MAX: u32 = 1 << 17;
+/// The most tokens in one event.
+pub const TOKENS_MAX: u32 = 1 << 22;
+/// The longest name accepted, in bytes: of a medium, an adapter, a salt, an event type or a field.
+pub const NAME_BYTES_MAX: usize = 4096;
+/// The most identifiers that may have shaped one block.
+pub const IDENTIFIERS_MAX: u32 = 256;
+/// The longest identifier of an image or the like, in bytes.
+pub const IDENTIFIER_BYTES_MAX: usize = 1024;
+/// The longest digest taken for a hash, in bytes.
+const DIGEST_BYTES_MAX: usize = 128;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Type {
+    Stored,
+    Removed,
+    Cleared,
+}
+
+impl Type {
+    fn of(tag: Option<&str>, place: &Reader<'_>) -> Result<Self> {
+        match tag {
+            Some("BlockStored") => Ok(Self::Stored),
+            Some("BlockRemoved") => Ok(Self::Removed),
+            Some("AllBlocksCleared") => Ok(Self::Cleared),
+            Some(other) => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("event type {other:?}"),
+            )),
+            None => Err(place.error("the event has no type")),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Field {
+    Hashes,
+    Parent,
+    Tokens,
+    BlockSize,
+    LoraId,
+    Medium,
+    LoraName,
+    ExtraKeys,
+    Group,
+    SpecKind,
+    CacheSalt,
+    Ignored,
+}
+
+/// The order of fields in array-encoded events, after the tag; each version only added to the end.
+const STORED_FIELDS: [Field; 10] = [
+    Field::Hashes,
+    Field::Parent,
+    Field::Tokens,
+    Field::BlockSize,
+    Field::LoraId,
+    Field::Medium,
+    Field::LoraName,
+    Field::ExtraKeys,
+    Field::Group,
+    Field::SpecKind,
+];
+const REMOVED_FIELDS: [Field; 3] = [Field::Hashes, Field::Medium, Field::Group];
+/// SGLang means other things by the positions after this many.
+const SGLANG_FIELDS: usize = 6;
+
+pub(super) fn event_of_array(
+    reader: &mut Reader<'_>,
+    count: u32,
+    kind: SourceKind,
+) -> Result<SourceEvent> {
+    let place = *reader;
+    let tag = match count {
+        0 => None,
+        _ => reader.text_or_nil("an event's type", NAME_BYTES_MAX)?,
+    };
+    let event_type = Type::of(tag, &place)?;
+    let fields: &[Field] = match event_type {
+        Type::Stored if kind == SourceKind::Sglang => &STORED_FIELDS[..SGLANG_FIELDS],
+        Type::Stored => &STORED_FIELDS,
+        Type::Removed => &REMOVED_FIELDS,
+        Type::Cleared => &[],
+    };
+    let mut raw = RawEvent::default();
+    for position in 0..count - 1 {
+        let field = fields
+            .get(position as usize)
+            .copied()
+            .unwrap_or(Field::Ignored);
+        raw.read(field, reader)?;
+    }
+    raw.finish(event_type, kind, &place)
+}
+
+pub(super) fn event_of_map(
+    reader: &mut Reader<'_>,
+    count: u32,
+    kind: SourceKind,
+) -> Result<SourceEvent> {
+    let place = *reader;
+    let mut tag = None;
+    let mut raw = RawEvent::default();
+    for _ in 0..count {
+        let name = reader
+            .text_or_nil("a field's name", NAME_BYTES_MAX)?
+            .unwrap_or("");
+        let field = match name {
+            "type" => {
+                tag = reader.text_or_nil("an event's type", NAME_BYTES_MAX)?;
+                // Fields of a type unknown here may mean anything, so they are not looked at.
+                Type::of(tag, &place)?;
+                continue;
+            }
+            "block_hashes" => Field::Hashes,
+            "parent_block_hash" => Field::Parent,
+            "token_ids" => Field::Tokens,
+            "block_size" => Field::BlockSize,
+            "lora_id" => Field::LoraId,
+            "medium" => Field::Medium,
+            "lora_name" => Field::LoraName,
+            "extra_keys" => Field::ExtraKeys,
+            "group_idx" => Field::Group,
+            "kv_cache_spec_kind" => Field::SpecKind,
+            "cache_salt" => Field::CacheSalt,
+            _ => Field::Ignored,
+        };
+        raw.read(field, reader)?;
+    }
+    raw.finish(Type::of(tag, &place)?, kind, &place)
+}
+
+/// The fields of an event as they come, whatever their order.
+#[derive(Default)]
+struct RawEvent<'a> {
+    hashes: Option<Vec<EngineHash>>,
+    parent: Option<EngineHash>,
+    tokens: Vec<u32>,
+    block_size: u32,
+    lora_id: Option<u64>,
+    medium: Option<&'a str>,
+    lora_name: Option<&'a str>,
+    /// Where the extra keys start: what they mean depends on fields that may come later.
+    extra_keys: Option<Reader<'a>>,
+    group: Option<u32>,
+    spec_kind: Option<&'a str>,
+    cache_salt: Option<&'a str>,
+}
+
+impl<'a> RawEvent<'a> {
+    fn read(&mut self, field: Field, reader: &mut Reader<'a>) -> Result<()> {
+        match field {
+            Field::Hashes => self.hashes = hashes(reader)?,
+            // Two publishers write 0 for "none".
+            Field::Parent => self.parent = hash_or_nil(reader)?.filter(|hash| hash.0 != 0),
+            Field::Tokens => tokens(reader, &mut self.tokens)?,
+            Field::BlockSize => self.block_size = reader.u32_or_nil("block_size")?.unwrap_or(0),
+            Field::LoraId => {
+                let place = *reader;
+                self.lora_id = match reader.head()? {
+                    Head::Nil => None,
+                    Head::Int { bits, .. } => Some(bits),
+                    other => return Err(place.expected("lora_id", &other)),
+                };
+            }
+            Field::Medium => self.medium = reader.text_or_nil("medium", NAME_BYTES_MAX)?,
+            Field::LoraName => self.lora_name = reader.text_or_nil("lora_name", NAME_BYTES_MAX)?,
+            Field::ExtraKeys => {
+                self.extra_keys = Some(*reader);
+                reader.skip()?;
+            }
+            Field::Group => self.group = reader.u32_or_nil("group_idx")?,
+            Field::SpecKind => {
+                self.spec_kind = reader.text_or_nil("kv_cache_spec_kind", NAME_BYTES_MAX)?;
+            }
+            Field::CacheSalt => {
+                self.cache_salt = reader.text_or_nil("cache_salt", NAME_BYTES_MAX)?;
+            }
+            Field::Ignored => reader.skip()?,
+        }
+        Ok(())
+    }
+
+    fn finish(self, event_type: Type, kind: SourceKind, place: &Reader<'_>) -> Result<SourceEvent> {
+        if event_type == Type::Cleared {
+            return Ok(SourceEvent::Cleared);
+        }
+        let tier = self.tier(kind, place)?;
+        let Some(hashes) = self.hashes else {
+            return Err(place.error("the event has no block_hashes"));
+        };
+        if event_type == Type::Removed {
+            return Ok(SourceEvent::Removed(RemovedBlocks {
+                hashes,
+                tier,
+                group: self.group,
+            }));
+        }
+        let mut tokens = self.tokens;
+        if kind.is_vllm() && tier != Tier::Device && self.extra_keys.is_none() {
+            // Offloaded blocks are announced without what else shaped them, even when something did: their tokens
+            // would place them wrongly, so only their hash is believed.
+            tokens.clear();
+        }
+        let tokens_wanted = hashes.len() as u64 * u64::from(self.block_size);
+        if !tokens.is_empty() && tokens.len() as u64 != tokens_wanted {
+            return Err(place.error(format_args!(
+                "{} tokens for {} blocks of {}",
+                tokens.len(),
+                hashes.len(),
+                self.block_size
+            )));
+        }
+        let Extras {
+            identifiers,
+            cache_salt,
+        } = match self.extra_keys {
+            Some(reader) if kind != SourceKind::Node => {
+                extra::read(reader, hashes.len(), self.parent.is_none(), self.lora_name)?
+            }
+            _ => Extras::default(),
+        };
+        let lora = match (self.lora_name, self.lora_id) {
+            (Some(name), _) => Some(name.to_owned()),
+            // An adapter known by number only: kept apart from the base model, found by no name.
+            (None, Some(number)) => Some(format!("#{number}")),
+            (None, None) => None,
+        };
+        let group = self.group.map(|number| CacheGroup {
+            number,
+            is_prefix: self.spec_kind.is_none_or(is_prefix_kind),
+        });
+        Ok(SourceEvent::Stored(StoredBlocks {
+            hashes,
+            parent: self.parent,
+            block_size: if tokens.is_empty() {
+                0
+            } else {
+                self.block_size
+            },
+            tokens,
+            tier,
+            group,
+            lora,
+            cache_salt: self.cache_salt.map(str::to_owned).or(cache_salt),
+            identifiers,
+        }))
+    }
+
+    fn tier(&self, kind: SourceKind, place: &Reader<'_>) -> Result<Tier> {
+        match self.medium {
+            Some(medium) => tier_of_medium(medium).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Unsupported,
+                    format!("medium {medium:?} is not known"),
+                )
+            }),
+            // Engines that have one cache do not name it.
+            None if kind != SourceKind::Node => Ok(Tier::Device),
+            None => Err(place.error("a node's event names no medium")),
+        }
+    }
+}
+
+/// Whether blocks of a group of this kind are held from the first token on, so that depth counts them.
+fn is_prefix_kind(kind: &str) -> bool {
+    matches!(
+        kind,
+        "full_attention" | "mla_attention" | "sink_full_attention"
+    )
+}
+
+fn hash_or_nil(reader: &mut Reader<'_>) -> Result<Option<EngineHash>> {
+    let place = *reader;
+    match reader.head()? {
+        Head::Nil => Ok(None),
+        // Signed ones keep their bits.
+        Head::Int { bits, .. } => Ok(Some(EngineHash(bits))),
+        Head::Bin(digest) if digest.len() <= DIGEST_BYTES_MAX => {
+            Ok(Some(EngineHash::from_digest(digest)))
+        }
+        Head::Bin(digest) => Err(place.error(format_args!("a digest of {} bytes", digest.len()))),
+        other => Err(place.expected("a block hash", &other)),
+    }
+}
+
+fn hashes(reader: &mut Reader<'_>) -> Result<Option<Vec<EngineHash>>> {
+    let place = *reader;
+    let Some(count) = reader.array_or_nil("block_hashes")? else {
+        return Ok(None);
+    };
+    if count > HASHES_MAX {
+        return Err(place.error(format_args!("{count} hashes, more than {HASHES_MAX}")));
+    }
+    let mut hashes = Vec::with_capacity(count as usize);
+    for _ in 0..count {
+        let place = *reader;
+        hashes.push(hash_or_nil(reader)?.ok_or_else(|| place.error("nil for a block hash"))?);
+    }
+    Ok(Some(hashes))
+}
+
+/// Reads token ids. SGLang's speculative mode sends pairs of neighbours: the first of each pair is the token, the
+/// second comes first in the next pair, so at a branch a block is at most one token too generous.
+fn tokens(reader: &mut Reader<'_>, out: &mut Vec<u32>) -> Result<()> {
+    let place = *reader;
+    let count = reader.array_or_nil("token_ids")?.unwrap_or(0);
+    if count > TOKENS_MAX {
+        return Err(place.error(format_args!("{count} tokens, more than {TOKENS_MAX}")));
+    }
+    out.clear();
+    out.reserve(count as usize);
+    for _ in 0..count {
+        let place = *reader;
+        let token = match reader.head()? {
+            Head::Int {
+                bits,
+                negative: false,
+            } if bits <= u64::from(u32::MAX) => bits as u32,
+            Head::Array(2) => {
+                let Some(first) = reader.u32_or_nil("a token")? else {
+                    return Err(place.error("nil in a pair of tokens"));
+                };
+                reader.skip()?;
+                first
+            }
+            other => return Err(place.expected("a token id of 32 bits", &other)),
+        };
+        out.push(token);
+    }
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! What an index and its sources are made with, and what applying an event did.
+
+use kvcache_core::PodName;
+use kvcache_core::prefix::IndexScheme;
+use kvcache_core::shape::TokensPerBlock;
+
+use crate::adapter::SourceKind;
+use crate::score::TierWeights;
+
+/// The default of [`IndexConfig::orphan_blocks_max`]: about 5 MiB a source with blocks of 64 tokens.
+pub const ORPHAN_BLOCKS_MAX: usize = 16_384;
+
+/// The most sources one index takes.
+pub const SOURCES_MAX: usize = 1 << 20;
+
+/// What an index is for.
+#[derive(Clone, Debug)]
+pub struct IndexConfig {
+    /// How tokens become keys; everybody who shares the index names the same scheme.
+    pub scheme: IndexScheme,
+    /// The model's name, as far as the scheme mixes it into keys; empty where one is served only.
+    pub model: String,
+    /// Tokens a block.
+    pub block_size: TokensPerBlock,
+    /// What a block is worth by tier.
+    pub weights: TierWeights,
+    /// How many blocks of a source may wait for the block before them; more are refused and counted.
+    pub orphan_blocks_max: usize,
+}
+
+/// A source of events, as it is registered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceSpec {
+    /// Whose caches it tells of.
+    pub pod: PodName,
+    /// Unique within the pod.
+    pub name: String,
+    /// How its events are meant.
+    pub kind: SourceKind,
+    /// Tokens a block of this source.
+    pub block_size: u32,
+}
+
+/// A registered source; never given out twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SourceId(pub(super) u64);
+
+/// What became of the blocks of one event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Entries that appeared in the index.
+    pub stored: u32,
+    /// Entries that left it.
+    pub removed: u32,
+    /// Blocks that now wait for the block before them.
+    pub orphaned: u32,
+    /// Blocks that would have to wait, but too many do.
+    pub refused: u32,
+    /// Removals of blocks of which the source has no copy.
+    pub unknown: u32,
+    /// Blocks of cache groups that the index does not follow.
+    pub ignored: u32,
+}
