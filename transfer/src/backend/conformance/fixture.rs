@@ -22,7 +22,11 @@ impl PeerFixture {
     /// `agent` reaches `peer` over `backend`, and nothing else, because both were built so.
     #[must_use]
     pub fn new(backend: &'static str, agent: Agent, peer: Agent) -> Self {
-        Self { backend, agent, peer }
+        Self {
+            backend,
+            agent,
+            peer,
+        }
     }
 }
 
@@ -40,10 +44,16 @@ impl Fixture for PeerFixture {
     }
 
     fn place(&self, bytes: u64) -> Result<Place> {
-        let options = RegionOptions { remote_read: true, remote_write: true };
+        let options = RegionOptions {
+            remote_read: true,
+            remote_write: true,
+        };
         let owner = self.peer.register(HostMemory::shared(bytes)?, options)?;
         let peer = self.agent.load_peer(&self.peer.metadata())?;
-        Ok(Place { owner, peer: Some(peer) })
+        Ok(Place {
+            owner,
+            peer: Some(peer),
+        })
     }
 }
 
@@ -59,7 +69,12 @@ impl FileFixture {
     /// Makes files in `directory`, which exists, opened with `options`.
     #[must_use]
     pub fn new(agent: Agent, directory: PathBuf, options: FileOptions) -> Self {
-        Self { agent, directory, options, made: AtomicU64::new(0) }
+        Self {
+            agent,
+            directory,
+            options,
+            made: AtomicU64::new(0),
+        }
     }
 }
 
@@ -79,9 +94,15 @@ impl Fixture for FileFixture {
     fn place(&self, bytes: u64) -> Result<Place> {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.join(format!("place-{number}"));
-        let options =
-            FileOptions { create: true, len_bytes: Some(bytes), ..self.options.clone() };
-        Ok(Place { owner: self.agent.open_file(path, &options)?, peer: None })
+        let options = FileOptions {
+            create: true,
+            len_bytes: Some(bytes),
+            ..self.options.clone()
+        };
+        Ok(Place {
+            owner: self.agent.open_file(path, &options)?,
+            peer: None,
+        })
     }
 }
 
@@ -96,7 +117,11 @@ impl ObjectFixture {
     /// Makes objects in `store`, which the agent knows.
     #[must_use]
     pub fn new(agent: Agent, store: &str) -> Self {
-        Self { agent, store: store.to_owned(), made: AtomicU64::new(0) }
+        Self {
+            agent,
+            store: store.to_owned(),
+            made: AtomicU64::new(0),
+        }
     }
 }
 
@@ -115,7 +140,9 @@ impl Fixture for ObjectFixture {
 
     fn place(&self, _bytes: u64) -> Result<Place> {
         let number = self.made.fetch_add(1, Ordering::Relaxed);
-        let owner = self.agent.object(&self.store, &format!("conformance/place-{number}"))?;
+        let owner = self
+            .agent
+            .object(&self.store, &format!("conformance/place-{number}"))?;
         Ok(Place { owner, peer: None })
     }
 

@@ -74,15 +74,33 @@ type Case = fn(&Bench<'_>) -> Result<Verdict>;
 const CASES: [(&str, Case); 12] = [
     ("sizes from 1 B to 4 MiB survive a round trip", cases::sizes),
     ("any alignment of memory and place works", cases::alignment),
-    ("scattered ranges go where they belong and nowhere else", cases::scattered),
-    ("thousands of descriptors make one request", cases::many_descriptors),
-    ("empty, unpaired and out-of-range descriptors are refused", cases::refusals),
+    (
+        "scattered ranges go where they belong and nowhere else",
+        cases::scattered,
+    ),
+    (
+        "thousands of descriptors make one request",
+        cases::many_descriptors,
+    ),
+    (
+        "empty, unpaired and out-of-range descriptors are refused",
+        cases::refusals,
+    ),
     ("requests run concurrently", cases::concurrent),
     ("a request can be posted again", cases::repost),
     ("a notification comes after the data", cases::notification),
-    ("deregistering waits for requests and refuses new ones", cases::deregister),
-    ("a deadline ends a request, and its memory drains", cases::deadline),
-    ("cancelling ends a request, and its memory drains", cases::cancel),
+    (
+        "deregistering waits for requests and refuses new ones",
+        cases::deregister,
+    ),
+    (
+        "a deadline ends a request, and its memory drains",
+        cases::deadline,
+    ),
+    (
+        "cancelling ends a request, and its memory drains",
+        cases::cancel,
+    ),
     ("statistics count exactly what was moved", cases::stats),
 ];
 
@@ -120,12 +138,14 @@ impl Bench<'_> {
 
     /// Local memory, shareable so that no backend is left out.
     fn memory(&self, bytes: u64) -> Result<Region> {
-        self.agent().register(HostMemory::shared(bytes)?, RegionOptions::default())
+        self.agent()
+            .register(HostMemory::shared(bytes)?, RegionOptions::default())
     }
 
     fn list(&self, place: &Place, ranges: &[(u64, u64)]) -> Result<PreparedList> {
         let side = place.peer.as_ref().map_or(Side::Local, Side::Peer);
-        self.agent().prepare(side, &descriptors(&place.owner, ranges))
+        self.agent()
+            .prepare(side, &descriptors(&place.owner, ranges))
     }
 
     fn request(
@@ -135,7 +155,9 @@ impl Bench<'_> {
         remote: (&Place, &[(u64, u64)]),
         options: RequestOptions,
     ) -> Result<Request> {
-        let locals = self.agent().prepare(Side::Local, &descriptors(local.0, local.1))?;
+        let locals = self
+            .agent()
+            .prepare(Side::Local, &descriptors(local.0, local.1))?;
         let remotes = self.list(remote.0, remote.1)?;
         self.agent().request(operation, &locals, &remotes, options)
     }
@@ -159,7 +181,11 @@ impl Bench<'_> {
             return Err(broken(format!("{} moved the bytes", done.backend)));
         }
         if done.bytes != request.bytes() {
-            return Err(broken(format!("{} of {} bytes are told", done.bytes, request.bytes())));
+            return Err(broken(format!(
+                "{} of {} bytes are told",
+                done.bytes,
+                request.bytes()
+            )));
         }
         if !request.wait_drained(PATIENCE) {
             return Err(broken("a request that is done does not drain"));
@@ -169,7 +195,10 @@ impl Bench<'_> {
 }
 
 fn descriptors(region: &Region, ranges: &[(u64, u64)]) -> Vec<Descriptor> {
-    ranges.iter().map(|(offset, len)| region.descriptor(*offset, *len)).collect()
+    ranges
+        .iter()
+        .map(|(offset, len)| region.descriptor(*offset, *len))
+        .collect()
 }
 
 /// Bytes that tell their position and their seed.
@@ -190,11 +219,18 @@ fn pattern(seed: u64, len: u64) -> Vec<u8> {
 fn expect(region: &Region, offset: u64, expected: &[u8]) -> Result<()> {
     let mut found = vec![0; expected.len()];
     region.read_at(offset, &mut found)?;
-    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
+    match found
+        .iter()
+        .zip(expected)
+        .position(|(found, expected)| found != expected)
+    {
         None => Ok(()),
         Some(at) => {
             let (found, expected) = (found[at], expected[at]);
-            let text = format!("the byte at {} is {found:#04x}, not {expected:#04x}", offset + at as u64);
+            let text = format!(
+                "the byte at {} is {found:#04x}, not {expected:#04x}",
+                offset + at as u64
+            );
             Err(broken(text))
         }
     }

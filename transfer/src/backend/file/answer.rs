@@ -45,7 +45,10 @@ impl<T> Reply<T> {
 impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
         // After an answer was taken this reaches nobody.
-        self.send(Err(Error::new(ErrorKind::Internal, "a backend ended without an answer")));
+        self.send(Err(Error::new(
+            ErrorKind::Internal,
+            "a backend ended without an answer",
+        )));
     }
 }
 
@@ -60,9 +63,20 @@ pub struct Answer<T> {
 impl<T> Answer<T> {
     /// A pair of ends.
     pub(crate) fn channel() -> (Reply<T>, Self) {
-        let progress = Mutex::new(Progress { outcome: None, waker: None });
-        let shared = Arc::new(Shared { progress, changed: Condvar::new() });
-        (Reply { shared: Arc::clone(&shared) }, Self { shared })
+        let progress = Mutex::new(Progress {
+            outcome: None,
+            waker: None,
+        });
+        let shared = Arc::new(Shared {
+            progress,
+            changed: Condvar::new(),
+        });
+        (
+            Reply {
+                shared: Arc::clone(&shared),
+            },
+            Self { shared },
+        )
     }
 
     /// Waits at most `timeout`.
@@ -103,6 +117,8 @@ impl<T> Future for Answer<T> {
 
 impl<T> std::fmt::Debug for Answer<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Answer").field("there", &self.shared.lock().outcome.is_some()).finish()
+        f.debug_struct("Answer")
+            .field("there", &self.shared.lock().outcome.is_some())
+            .finish()
     }
 }

@@ -28,7 +28,10 @@ impl Blocking {
     /// # Errors
     /// `Io` when the system gives no thread.
     pub(super) fn start(inbox: &Arc<Inbox>) -> Result<Self> {
-        let mut blocking = Self { inbox: Arc::clone(inbox), threads: Vec::new() };
+        let mut blocking = Self {
+            inbox: Arc::clone(inbox),
+            threads: Vec::new(),
+        };
         for _ in 0..THREADS {
             let inbox = Arc::clone(inbox);
             let thread = std::thread::Builder::new()
@@ -104,7 +107,9 @@ fn make(call: &Call) -> i32 {
         }
     };
     if answer < 0 {
-        return -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        return -io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO);
     }
     // A call is at most 1 MiB, so its answer fits.
     answer as i32

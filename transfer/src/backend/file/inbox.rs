@@ -76,7 +76,10 @@ impl Inbox {
             if letters.closed.is_some() {
                 return None;
             }
-            letters = self.arrived.wait(letters).unwrap_or_else(PoisonError::into_inner);
+            letters = self
+                .arrived
+                .wait(letters)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

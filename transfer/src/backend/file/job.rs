@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::open::OpenFile;
 use crate::backend::{Job, Operation, Refusal};
 use crate::descriptor::Target;
-use super::open::OpenFile;
 use crate::plan::Plan;
 
 use super::FileTarget;
@@ -92,7 +92,12 @@ impl FileJob {
             Operation::Write => FileOperation::Write,
         };
         let (files, pieces) = parts;
-        Ok(Self { operation, files, pieces, waiter: Box::new(Transfer(job)) })
+        Ok(Self {
+            operation,
+            files,
+            pieces,
+            waiter: Box::new(Transfer(job)),
+        })
     }
 }
 
@@ -100,10 +105,16 @@ fn parts(plan: &Plan) -> Result<(Vec<Arc<OpenFile>>, Vec<Piece>)> {
     let files = plan.remote.iter().map(file).collect::<Result<Vec<_>>>()?;
     let pieces = plan.extents.iter().map(|extent| {
         let Target::Local(region) = &plan.local[extent.local as usize] else {
-            return Err(Error::new(ErrorKind::Internal, "a local side names a peer's memory"));
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "a local side names a peer's memory",
+            ));
         };
         // The mapping belongs to the region, which the plan keeps alive and the job keeps entered.
-        let span = region.mapping()?.span(extent.local_offset, extent.len)?.raw();
+        let span = region
+            .mapping()?
+            .span(extent.local_offset, extent.len)?
+            .raw();
         Ok(Piece {
             file: extent.remote,
             base: span.iov_base.cast::<u8>(),
@@ -125,5 +136,10 @@ fn file(target: &Target) -> Result<Arc<OpenFile>> {
             any.downcast_ref::<FileTarget>()
         })
         .map(|target| Arc::clone(&target.file))
-        .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the file engine only reaches own files"))
+        .ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                "the file engine only reaches own files",
+            )
+        })
 }

@@ -66,12 +66,14 @@ impl FileBackend {
     fn start(mode: FileEngineMode) -> Result<Self> {
         let inbox = Arc::new(Inbox::default());
         let (engine, why) = match mode {
-            FileEngineMode::Blocking => {
-                (Engine::Blocking(Blocking::start(&inbox)?), "blocking threads, as asked".to_owned())
-            }
-            FileEngineMode::Uring => {
-                (Engine::Uring(Uring::start(Arc::clone(&inbox))?), "io_uring".to_owned())
-            }
+            FileEngineMode::Blocking => (
+                Engine::Blocking(Blocking::start(&inbox)?),
+                "blocking threads, as asked".to_owned(),
+            ),
+            FileEngineMode::Uring => (
+                Engine::Uring(Uring::start(Arc::clone(&inbox))?),
+                "io_uring".to_owned(),
+            ),
             FileEngineMode::Auto => match Uring::start(Arc::clone(&inbox)) {
                 Ok(uring) => (Engine::Uring(uring), "io_uring".to_owned()),
                 Err(error) => {
@@ -81,8 +83,16 @@ impl FileBackend {
                 }
             },
         };
-        let capabilities = Capabilities { remote: &[MemoryKind::File], notifications: false };
-        Ok(Self { capabilities, inbox, engine, why })
+        let capabilities = Capabilities {
+            remote: &[MemoryKind::File],
+            notifications: false,
+        };
+        Ok(Self {
+            capabilities,
+            inbox,
+            engine,
+            why,
+        })
     }
 
     /// Whether io_uring or blocking threads are at work, and why.
@@ -122,7 +132,8 @@ impl Backend for FileBackend {
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
         let job = FileJob::of_transfer(job).map_err(|(job, error)| job.refuse(error))?;
-        self.submit(job).map_err(|(job, error)| job.waiter.refuse(error))
+        self.submit(job)
+            .map_err(|(job, error)| job.waiter.refuse(error))
     }
 
     fn reap(&self) {

@@ -167,7 +167,9 @@ impl OpenFile {
     /// # Errors
     /// `Invalid` when direct I/O is demanded and the range is not aligned.
     pub(super) fn route(&self, address: usize, offset: u64, len: usize) -> Result<Route> {
-        let Some(direct) = &self.direct else { return Ok(Route::Buffered) };
+        let Some(direct) = &self.direct else {
+            return Ok(Route::Buffered);
+        };
         let range_aligned = offset.is_multiple_of(direct.offset_alignment)
             && (len as u64).is_multiple_of(direct.offset_alignment);
         let memory_aligned = (address as u64).is_multiple_of(direct.memory_alignment);
@@ -193,7 +195,9 @@ impl OpenFile {
 
     /// What memory must be aligned to on the direct routes, in bytes.
     pub(super) fn memory_alignment(&self) -> usize {
-        self.direct.as_ref().map_or(1, |direct| direct.memory_alignment as usize)
+        self.direct
+            .as_ref()
+            .map_or(1, |direct| direct.memory_alignment as usize)
     }
 
     /// The file descriptor of a route.
@@ -217,7 +221,11 @@ impl Direct {
             .open(&own)
             .map_err(|error| io::Error::new(error.kind(), format!("refused: {error}")))?;
         tracing::debug!(path = %path.display(), memory_alignment, offset_alignment, "direct I/O");
-        Ok(Self { file, memory_alignment, offset_alignment })
+        Ok(Self {
+            file,
+            memory_alignment,
+            offset_alignment,
+        })
     }
 }
 
@@ -231,7 +239,10 @@ fn alignment(file: &File) -> io::Result<(u64, u64)> {
     if !StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::DIOALIGN) {
         return Ok((ALIGNMENT_ASSUMED, ALIGNMENT_ASSUMED));
     }
-    let pair = (u64::from(stat.stx_dio_mem_align), u64::from(stat.stx_dio_offset_align));
+    let pair = (
+        u64::from(stat.stx_dio_mem_align),
+        u64::from(stat.stx_dio_offset_align),
+    );
     for value in [pair.0, pair.1] {
         if !value.is_power_of_two() || value > ALIGNMENT_MAX {
             return Err(io::Error::other(format!("not offered (alignment {value})")));
@@ -243,8 +254,13 @@ fn alignment(file: &File) -> io::Result<(u64, u64)> {
 /// Brings the file to the length asked for; answers its length as a region.
 fn sized(file: &File, path: &Path, options: &FileOptions) -> Result<u64> {
     let place = |what: &str| format!("{what} {}", path.display());
-    let len = file.metadata().map_err(|error| Error::io(place("stat"), error))?.len();
-    let Some(wanted) = options.len_bytes else { return Ok(len) };
+    let len = file
+        .metadata()
+        .map_err(|error| Error::io(place("stat"), error))?
+        .len();
+    let Some(wanted) = options.len_bytes else {
+        return Ok(len);
+    };
     if options.read_only {
         if wanted > len {
             let text = format!("{} has {len} bytes, expected {wanted}", path.display());
@@ -259,9 +275,13 @@ fn sized(file: &File, path: &Path, options: &FileOptions) -> Result<u64> {
             Err(error) => return Err(Error::io(place("reserve the space of"), error.into())),
         }
     }
-    let len = file.metadata().map_err(|error| Error::io(place("stat"), error))?.len();
+    let len = file
+        .metadata()
+        .map_err(|error| Error::io(place("stat"), error))?
+        .len();
     if len < wanted {
-        file.set_len(wanted).map_err(|error| Error::io(place("extend"), error))?;
+        file.set_len(wanted)
+            .map_err(|error| Error::io(place("extend"), error))?;
     }
     Ok(wanted)
 }

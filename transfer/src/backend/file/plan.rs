@@ -64,12 +64,7 @@ impl Call {
         }
     }
 
-    fn new(
-        operation: FileOperation,
-        file: &Arc<OpenFile>,
-        piece: &Piece,
-        route: Route,
-    ) -> Self {
+    fn new(operation: FileOperation, file: &Arc<OpenFile>, piece: &Piece, route: Route) -> Self {
         Self {
             operation,
             file: Arc::clone(file),
@@ -146,9 +141,7 @@ impl Call {
         }
         if answer < 0 {
             let error = std::io::Error::from_raw_os_error(-answer);
-            if matches!(error.kind(), std::io::ErrorKind::Interrupted)
-                || answer == -libc::EAGAIN
-            {
+            if matches!(error.kind(), std::io::ErrorKind::Interrupted) || answer == -libc::EAGAIN {
                 return Ok(false);
             }
             return Err(Error::io(place(), error));
@@ -172,14 +165,22 @@ impl Call {
     }
 
     fn consume(&mut self, moved: usize) {
-        assert!(moved <= self.left, "the kernel moved {moved} of {} bytes", self.left);
+        assert!(
+            moved <= self.left,
+            "the kernel moved {moved} of {} bytes",
+            self.left
+        );
         self.left -= moved;
         self.offset += moved as u64;
         let mut rest = moved;
         while rest > 0 {
             let first = &mut self.vectors[0];
             let used = rest.min(first.iov_len);
-            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(used).cast::<c_void>();
+            first.iov_base = first
+                .iov_base
+                .cast::<u8>()
+                .wrapping_add(used)
+                .cast::<c_void>();
             first.iov_len -= used;
             rest -= used;
             if first.iov_len == 0 {
@@ -203,7 +204,9 @@ impl Call {
 
     fn copy_out(&mut self) {
         let read = self.operation == FileOperation::Read;
-        let Some((theirs, bounce)) = self.bounced.as_mut().filter(|_| read) else { return };
+        let Some((theirs, bounce)) = self.bounced.as_mut().filter(|_| read) else {
+            return;
+        };
         // SAFETY: the piece's memory is writable for its length until the job ends; the buffer is ours and as long.
         unsafe {
             std::ptr::copy_nonoverlapping(
@@ -216,7 +219,10 @@ impl Call {
 }
 
 fn vector(address: *mut u8, len: usize) -> libc::iovec {
-    libc::iovec { iov_base: address.cast::<c_void>(), iov_len: len }
+    libc::iovec {
+        iov_base: address.cast::<c_void>(),
+        iov_len: len,
+    }
 }
 
 /// Cuts a job into calls.
@@ -247,7 +253,10 @@ pub(super) fn calls(job: &FileJob) -> Result<Vec<Call>> {
             };
             done += part.len;
             let route = file.route(part.base as usize, part.offset, part.len)?;
-            match calls.last_mut().filter(|call| call.takes(&part, file, route)) {
+            match calls
+                .last_mut()
+                .filter(|call| call.takes(&part, file, route))
+            {
                 Some(call) => call.take(&part),
                 None => calls.push(Call::new(job.operation, file, &part, route)),
             }
@@ -262,7 +271,11 @@ fn check_range(file: &OpenFile, piece: &Piece) -> Result<()> {
         return Ok(());
     }
     let path = file.path().display();
-    let text =
-        format!("{path} at {}, {} bytes: the file has {}", piece.offset, piece.len, file.len());
+    let text = format!(
+        "{path} at {}, {} bytes: the file has {}",
+        piece.offset,
+        piece.len,
+        file.len()
+    );
     Err(Error::new(ErrorKind::Invalid, text))
 }

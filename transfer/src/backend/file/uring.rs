@@ -59,11 +59,17 @@ impl Uring {
             })
             .map_err(|error| Error::io("start the file engine's thread", error))?;
         match outcome.recv() {
-            Ok(Ok(())) => Ok(Self { wake, thread: Some(thread) }),
+            Ok(Ok(())) => Ok(Self {
+                wake,
+                thread: Some(thread),
+            }),
             Ok(Err(error)) => {
                 Err(Error::new(ErrorKind::Unsupported, "io_uring").with_source(error))
             }
-            Err(_) => Err(Error::new(ErrorKind::Internal, "the file engine died at its start")),
+            Err(_) => Err(Error::new(
+                ErrorKind::Internal,
+                "the file engine died at its start",
+            )),
         }
     }
 
@@ -180,7 +186,11 @@ impl Worker {
                 if let Some(why) = closed {
                     let text = format!("file engine: {why}");
                     self.fail(id, Error::new(ErrorKind::Cancelled, text));
-                } else if self.jobs.get(&id).is_some_and(|job| job.waiter.is_abandoned()) {
+                } else if self
+                    .jobs
+                    .get(&id)
+                    .is_some_and(|job| job.waiter.is_abandoned())
+                {
                     self.fail(id, abandoned());
                 }
             }
@@ -194,7 +204,12 @@ impl Worker {
                 let id = self.started;
                 self.started += 1;
                 let waiting = calls.into();
-                let active = Active { waiting, in_kernel: 0, waiter: job.waiter, failure: None };
+                let active = Active {
+                    waiting,
+                    in_kernel: 0,
+                    waiter: job.waiter,
+                    failure: None,
+                };
                 self.jobs.insert(id, active);
                 self.turns.push_back(id);
             }
@@ -207,7 +222,9 @@ impl Worker {
 
     /// Makes no more calls for a job, withdraws those under way, and settles it once the kernel has answered for each.
     fn fail(&mut self, id: u64, error: Error) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(job) = self.jobs.get_mut(&id) else {
+            return;
+        };
         if job.failure.is_some() {
             return;
         }
@@ -223,7 +240,9 @@ impl Worker {
     fn cancel_calls(&mut self, id: u64) {
         for slot in 0..self.slots.len() {
             if self.slots[slot].as_ref().is_some_and(|(job, _)| *job == id) {
-                let entry = opcode::AsyncCancel::new(slot as u64).build().user_data(CANCELLATION);
+                let entry = opcode::AsyncCancel::new(slot as u64)
+                    .build()
+                    .user_data(CANCELLATION);
                 self.push(&entry);
             }
         }
@@ -232,9 +251,15 @@ impl Worker {
     /// Hands calls to the kernel, one a job in turn, as long as slots are free.
     fn issue(&mut self) {
         while !self.free.is_empty() {
-            let Some(id) = self.turns.pop_front() else { return };
-            let Some(job) = self.jobs.get_mut(&id) else { continue };
-            let Some(call) = job.waiting.pop_front() else { continue };
+            let Some(id) = self.turns.pop_front() else {
+                return;
+            };
+            let Some(job) = self.jobs.get_mut(&id) else {
+                continue;
+            };
+            let Some(call) = job.waiting.pop_front() else {
+                continue;
+            };
             job.in_kernel += 1;
             if !job.waiting.is_empty() {
                 self.turns.push_back(id);
@@ -249,15 +274,15 @@ impl Worker {
         let descriptor = types::Fd(call.descriptor);
         let (vectors, count) = (call.vectors.as_ptr(), call.vectors.len() as u32);
         let entry = match call.operation {
-            FileOperation::Read => {
-                opcode::Readv::new(descriptor, vectors, count).offset(call.offset).build()
-            }
-            FileOperation::Write => {
-                opcode::Writev::new(descriptor, vectors, count).offset(call.offset).build()
-            }
-            FileOperation::Sync => {
-                opcode::Fsync::new(descriptor).flags(types::FsyncFlags::DATASYNC).build()
-            }
+            FileOperation::Read => opcode::Readv::new(descriptor, vectors, count)
+                .offset(call.offset)
+                .build(),
+            FileOperation::Write => opcode::Writev::new(descriptor, vectors, count)
+                .offset(call.offset)
+                .build(),
+            FileOperation::Sync => opcode::Fsync::new(descriptor)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
         };
         // The call lives in its slot until the kernel answers, and with it the vectors' heap and any bounce buffer.
         self.slots[slot] = Some((id, call));
@@ -301,8 +326,11 @@ impl Worker {
     }
 
     fn complete(&mut self) {
-        let answers: Vec<(u64, i32)> =
-            self.ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
+        let answers: Vec<(u64, i32)> = self
+            .ring
+            .completion()
+            .map(|entry| (entry.user_data(), entry.result()))
+            .collect();
         for (number, result) in answers {
             match number {
                 WAKE => {
@@ -318,9 +346,13 @@ impl Worker {
     }
 
     fn complete_call(&mut self, slot: usize, result: i32) {
-        let Some((id, mut call)) = self.slots.get_mut(slot).and_then(Option::take) else { return };
+        let Some((id, mut call)) = self.slots.get_mut(slot).and_then(Option::take) else {
+            return;
+        };
         self.free.push(slot);
-        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(job) = self.jobs.get_mut(&id) else {
+            return;
+        };
         job.in_kernel -= 1;
         if job.failure.is_none() {
             match call.advance(result) {

@@ -71,7 +71,9 @@ fn s3(url: &Url, options: &mut ObjectOptions) -> Result<Arc<dyn ObjectStore>> {
     let mut builder = AmazonS3Builder::from_env()
         .with_bucket_name(bucket)
         .with_allow_http(options.allow_http)
-        .with_http_connector(RingConnector { attempt_timeout: options.attempt_timeout })
+        .with_http_connector(RingConnector {
+            attempt_timeout: options.attempt_timeout,
+        })
         .with_retry(RetryConfig {
             backoff: BackoffConfig {
                 init_backoff: BACKOFF_FIRST,
@@ -88,7 +90,9 @@ fn s3(url: &Url, options: &mut ObjectOptions) -> Result<Arc<dyn ObjectStore>> {
         builder = builder.with_region(region);
     }
     if let (Some(access), Some(secret)) = (&options.access_key, &options.secret_key) {
-        builder = builder.with_access_key_id(access).with_secret_access_key(secret.expose());
+        builder = builder
+            .with_access_key_id(access)
+            .with_secret_access_key(secret.expose());
     }
     if let Some(token) = &options.session_token {
         builder = builder.with_token(token.expose());
@@ -113,9 +117,11 @@ struct RingConnector {
 
 impl HttpConnector for RingConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
-            object_store::Error::Generic { store: "HTTP client", source }
-        };
+        let failed =
+            |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic {
+                store: "HTTP client",
+                source,
+            };
         let allow_http = options
             .get_config_value(&ClientConfigKey::AllowHttp)
             .is_some_and(|value| value == "true");
@@ -133,14 +139,15 @@ impl HttpConnector for RingConnector {
 
 /// TLS against the certificates that this system trusts. Without any, HTTPS cannot work, which matters only where plain
 /// HTTP is not allowed.
-fn tls(
-    allow_http: bool,
-) -> Result<rustls::ClientConfig, Box<dyn std::error::Error + Send + Sync>> {
+fn tls(allow_http: bool) -> Result<rustls::ClientConfig, Box<dyn std::error::Error + Send + Sync>> {
     let mut roots = rustls::RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();
     let (added, _) = roots.add_parsable_certificates(found.certs);
     if added == 0 && !allow_http {
-        let reason = found.errors.first().map_or(String::new(), |error| format!(": {error}"));
+        let reason = found
+            .errors
+            .first()
+            .map_or(String::new(), |error| format!(": {error}"));
         return Err(format!("this system has no trusted certificates{reason}").into());
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());

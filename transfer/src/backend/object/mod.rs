@@ -6,13 +6,11 @@
 mod connect;
 mod options;
 mod store;
-#[cfg(test)]
-mod tests;
 mod transfer;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use object_store::path::Path;
@@ -56,7 +54,10 @@ struct Stores {
 
 impl Stores {
     fn start() -> Result<Self> {
-        Ok(Self { backend: Arc::new(ObjectBackend::start()?), known: Mutex::default() })
+        Ok(Self {
+            backend: Arc::new(ObjectBackend::start()?),
+            known: Mutex::default(),
+        })
     }
 
     fn open(&self, name: &str, url: &str, options: ObjectOptions) -> Result<()> {
@@ -72,7 +73,10 @@ impl Stores {
     fn find(&self, name: &str) -> Result<Arc<Store>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.get(name).cloned().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("object store {name:?} is not configured"))
+            Error::new(
+                ErrorKind::NotFound,
+                format!("object store {name:?} is not configured"),
+            )
         })
     }
 }
@@ -107,7 +111,10 @@ impl ObjectBackend {
             reaped: watch::Sender::new(0),
         };
         Ok(Self {
-            capabilities: Capabilities { remote: &[MemoryKind::Object], notifications: false },
+            capabilities: Capabilities {
+                remote: &[MemoryKind::Object],
+                notifications: false,
+            },
             handle: runtime.handle().clone(),
             runtime: Some(runtime),
             shared: Arc::new(shared),
@@ -144,7 +151,9 @@ impl Backend for ObjectBackend {
     }
 
     fn reap(&self) {
-        self.shared.reaped.send_modify(|count| *count = count.wrapping_add(1));
+        self.shared
+            .reaped
+            .send_modify(|count| *count = count.wrapping_add(1));
     }
 }
 
@@ -215,7 +224,12 @@ impl Agent {
         let store = stores.find(store)?;
         let path = store.path(key)?;
         let backend = Arc::clone(&stores.backend);
-        self.register_external(Arc::new(ObjectTarget { store, path, write, backend }))
+        self.register_external(Arc::new(ObjectTarget {
+            store,
+            path,
+            write,
+            backend,
+        }))
     }
 
     /// What a store knows of an object; none if there is no such object.

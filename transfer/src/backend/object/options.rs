@@ -75,7 +75,11 @@ impl Default for ObjectOptions {
 impl ObjectOptions {
     pub(super) fn check(&self) -> Result<()> {
         if !(1..=1024).contains(&self.concurrency_max) {
-            return Err(Error::invalid("concurrency_max", self.concurrency_max, 1..=1024));
+            return Err(Error::invalid(
+                "concurrency_max",
+                self.concurrency_max,
+                1..=1024,
+            ));
         }
         if self.attempt_timeout.is_zero() {
             return Err(Error::invalid("attempt_timeout", 0, "more than 0 s"));
@@ -88,8 +92,14 @@ impl ObjectOptions {
         let secrets = [&self.secret_key, &self.session_token];
         let known = secrets.into_iter().flatten().map(Secret::expose);
         let known = known.chain(self.access_key.as_deref());
-        known.filter(|secret| !secret.is_empty()).fold(text, |text, secret| {
-            if text.contains(secret) { text.replace(secret, "(hidden)") } else { text }
-        })
+        known
+            .filter(|secret| !secret.is_empty())
+            .fold(text, |text, secret| {
+                if text.contains(secret) {
+                    text.replace(secret, "(hidden)")
+                } else {
+                    text
+                }
+            })
     }
 }

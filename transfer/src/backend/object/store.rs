@@ -29,7 +29,10 @@ pub struct ObjectInfo {
 
 impl From<ObjectMeta> for ObjectInfo {
     fn from(meta: ObjectMeta) -> Self {
-        Self { key: meta.location.into(), bytes: meta.size }
+        Self {
+            key: meta.location.into(),
+            bytes: meta.size,
+        }
     }
 }
 
@@ -53,7 +56,13 @@ impl Store {
         let inner = connect::open(url, &mut options)
             .map_err(|error| error.at(format!("object store {name:?}")))?;
         let permits = Semaphore::new(options.concurrency_max);
-        Ok(Arc::new(Self { name: name.to_owned(), options, inner, permits, runtime }))
+        Ok(Arc::new(Self {
+            name: name.to_owned(),
+            options,
+            inner,
+            permits,
+            runtime,
+        }))
     }
 
     /// The name it was opened with.
@@ -64,7 +73,7 @@ impl Store {
     /// Checks a key.
     ///
     /// # Errors
-    /// `Invalid` for an empty or overlong key and for one with empty, `.` or `..` parts.
+    /// `Invalid` for an empty or overlong key and for one with empty, `.` or `..` parts: two keys never mean one object.
     pub(crate) fn path(&self, key: &str) -> Result<Path> {
         let rule = if key.is_empty() {
             "is empty".to_owned()
@@ -72,7 +81,8 @@ impl Store {
             format!("is longer than {OBJECT_KEY_BYTES_MAX} bytes")
         } else {
             match Path::parse(key) {
-                Ok(path) => return Ok(path),
+                Ok(path) if path.as_ref() == key => return Ok(path),
+                Ok(path) => format!("is not the plain form of {path}"),
                 Err(error) => format!("is refused: {error}"),
             }
         };
@@ -133,7 +143,10 @@ impl Store {
 
     pub(super) async fn permit(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
         self.permits.acquire().await.map_err(|_| {
-            Error::new(ErrorKind::Cancelled, format!("object store {:?} is closed", self.name))
+            Error::new(
+                ErrorKind::Cancelled,
+                format!("object store {:?} is closed", self.name),
+            )
         })
     }
 
@@ -179,7 +192,10 @@ fn cause_kind(error: &object_store::Error) -> ErrorKind {
                 _ => {}
             }
         }
-        if error.downcast_ref::<reqwest::Error>().is_some_and(reqwest::Error::is_timeout) {
+        if error
+            .downcast_ref::<reqwest::Error>()
+            .is_some_and(reqwest::Error::is_timeout)
+        {
             return ErrorKind::Timeout;
         }
         cause = error.source();
@@ -204,7 +220,11 @@ impl ObjectListing {
     /// `Invalid` for a count out of range; the rest comes from the answer.
     pub fn next_page(&mut self, count_max: usize) -> Result<Answer<Vec<ObjectInfo>>> {
         if !(1..=LISTING_PAGE_MAX).contains(&count_max) {
-            return Err(Error::invalid("objects a page", count_max, 1..=LISTING_PAGE_MAX));
+            return Err(Error::invalid(
+                "objects a page",
+                count_max,
+                1..=LISTING_PAGE_MAX,
+            ));
         }
         let (store, place) = (Arc::clone(&self.store), self.place.clone());
         let objects = Arc::clone(&self.objects);
@@ -213,7 +233,9 @@ impl ObjectListing {
             let mut objects = objects.lock().await;
             let mut page = Vec::new();
             while page.len() < count_max {
-                let Some(stream) = objects.as_mut() else { break };
+                let Some(stream) = objects.as_mut() else {
+                    break;
+                };
                 match stream.next().await {
                     Some(Ok(meta)) => page.push(meta.into()),
                     Some(Err(error)) => {

@@ -111,9 +111,10 @@ fn part(target: &Target) -> Result<Part> {
 fn memory<'a>(plan: &'a Plan, extent: &Extent) -> Result<&'a Mapping> {
     match &plan.local[extent.local as usize] {
         Target::Local(region) => region.mapping(),
-        Target::Remote(_) => {
-            Err(Error::new(ErrorKind::Internal, "the local side names a peer's memory"))
-        }
+        Target::Remote(_) => Err(Error::new(
+            ErrorKind::Internal,
+            "the local side names a peer's memory",
+        )),
     }
 }
 
@@ -159,7 +160,11 @@ fn whole(part: &Part) -> Result<u64> {
         end += extent.len;
     }
     if end > OBJECT_BYTES_MAX {
-        return Err(Error::invalid("bytes of an object to write", end, 1..=OBJECT_BYTES_MAX));
+        return Err(Error::invalid(
+            "bytes of an object to write",
+            end,
+            1..=OBJECT_BYTES_MAX,
+        ));
     }
     Ok(end)
 }
@@ -216,7 +221,12 @@ async fn get_run(
     if found.range != (start..end) {
         return Err(short(found.meta.size));
     }
-    let mut target = Scatter { plan: Arc::clone(plan), extents, position: 0, done: 0 };
+    let mut target = Scatter {
+        plan: Arc::clone(plan),
+        extents,
+        position: 0,
+        done: 0,
+    };
     match found.payload {
         GetResultPayload::File(file, _) => {
             let held = Arc::clone(&control.busy).read_owned().await;
@@ -235,7 +245,11 @@ async fn get_run(
             while let Some(bytes) = stream.next().await {
                 target.put(&bytes.map_err(failed)?)?;
             }
-            if target.is_full() { Ok(()) } else { Err(short(found.meta.size)) }
+            if target.is_full() {
+                Ok(())
+            } else {
+                Err(short(found.meta.size))
+            }
         }
     }
 }
@@ -253,13 +267,14 @@ fn read_file(
             return Err(abandoned());
         }
         let count = (range.end - offset).min(step.len() as u64) as usize;
-        file.read_exact_at(&mut step[..count], offset).map_err(|error| {
-            let kind = match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => ErrorKind::Corrupt,
-                _ => ErrorKind::Io,
-            };
-            Error::new(kind, format!("read a local object at {offset}")).with_source(error)
-        })?;
+        file.read_exact_at(&mut step[..count], offset)
+            .map_err(|error| {
+                let kind = match error.kind() {
+                    std::io::ErrorKind::UnexpectedEof => ErrorKind::Corrupt,
+                    _ => ErrorKind::Io,
+                };
+                Error::new(kind, format!("read a local object at {offset}")).with_source(error)
+            })?;
         target.put(&step[..count])?;
         offset += count as u64;
     }

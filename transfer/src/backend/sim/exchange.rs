@@ -53,7 +53,10 @@ impl ExchangeConfig {
             ("chunk_bytes", self.chunk_bytes),
             ("window_chunks", u64::from(self.window_chunks)),
             ("attempts_max", u64::from(self.attempts_max)),
-            ("retransmit_after in ns", self.retransmit_after.as_nanos() as u64),
+            (
+                "retransmit_after in ns",
+                self.retransmit_after.as_nanos() as u64,
+            ),
         ] {
             if value == 0 {
                 return Err(Error::invalid(field, value, 1..=u64::MAX));
@@ -174,7 +177,10 @@ struct Running {
 impl Running {
     /// The data of one chunk; none for the notification.
     fn data_bytes(&self, chunk: u32, chunk_bytes: u64) -> u64 {
-        self.plan.bytes.saturating_sub(u64::from(chunk) * chunk_bytes).min(chunk_bytes)
+        self.plan
+            .bytes
+            .saturating_sub(u64::from(chunk) * chunk_bytes)
+            .min(chunk_bytes)
     }
 }
 
@@ -271,7 +277,11 @@ impl Exchange {
         let least = u64::from(!plan.notify);
         if !(least..=CHUNKS_MAX).contains(&data_chunks) {
             let accepted = least..=CHUNKS_MAX.saturating_mul(self.config.chunk_bytes);
-            return Err(Error::invalid("transfer length in bytes", plan.bytes, accepted));
+            return Err(Error::invalid(
+                "transfer length in bytes",
+                plan.bytes,
+                accepted,
+            ));
         }
         if self.running.len() >= TRANSFERS_MAX {
             let text = format!("{TRANSFERS_MAX} simulated transfers are under way");
@@ -321,7 +331,9 @@ impl Exchange {
         tag: u64,
     ) -> Result<()> {
         let sent = HEADER_BYTES + bytes;
-        self.network.handle_send(now, from, to, sent, Packet::Message { tag }).map(|_| ())
+        self.network
+            .handle_send(now, from, to, sent, Packet::Message { tag })
+            .map(|_| ())
     }
 
     /// The next effect, in order.
@@ -334,7 +346,10 @@ impl Exchange {
     pub fn poll_timeout(&self) -> Option<Time> {
         let timer = self.timers.first().map(|(at, ..)| *at);
         let deadline = self.deadlines.first().map(|(at, _)| *at);
-        [self.network.poll_timeout(), timer, deadline].into_iter().flatten().min()
+        [self.network.poll_timeout(), timer, deadline]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Does everything that is due at `now`, in order of time.
@@ -355,7 +370,9 @@ impl Exchange {
 
     fn fill_window(&mut self, now: Time, id: SimTransferId) {
         loop {
-            let Some(running) = self.running.get_mut(&id) else { return };
+            let Some(running) = self.running.get_mut(&id) else {
+                return;
+            };
             let next = running.next;
             let unanswered = next - running.answered;
             // The notification waits until all data is acknowledged: it may not overtake any of it.
@@ -373,7 +390,9 @@ impl Exchange {
     }
 
     fn send_forward(&mut self, now: Time, id: SimTransferId, chunk: u32) {
-        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(running) = self.running.get_mut(&id) else {
+            return;
+        };
         let carried = match running.plan.direction {
             Direction::Write => running.data_bytes(chunk, self.config.chunk_bytes),
             Direction::Read => 0,
@@ -385,21 +404,33 @@ impl Exchange {
         state.timer = Some(timer);
         self.timers.insert((timer, id, chunk));
         let (from, to) = (running.plan.initiator, running.plan.peer);
-        let packet = Packet::Forward { transfer: id, chunk };
+        let packet = Packet::Forward {
+            transfer: id,
+            chunk,
+        };
         // A full network is a lost datagram: the timer sends it again.
-        let copies = self.network.handle_send(now, from, to, HEADER_BYTES + carried, packet);
+        let copies = self
+            .network
+            .handle_send(now, from, to, HEADER_BYTES + carried, packet);
         running.in_network += copies.unwrap_or(0);
     }
 
     fn send_return(&mut self, now: Time, id: SimTransferId, chunk: u32) {
-        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(running) = self.running.get_mut(&id) else {
+            return;
+        };
         let carried = match running.plan.direction {
             Direction::Write => 0,
             Direction::Read => running.data_bytes(chunk, self.config.chunk_bytes),
         };
         let (from, to) = (running.plan.peer, running.plan.initiator);
-        let packet = Packet::Return { transfer: id, chunk };
-        let copies = self.network.handle_send(now, from, to, HEADER_BYTES + carried, packet);
+        let packet = Packet::Return {
+            transfer: id,
+            chunk,
+        };
+        let copies = self
+            .network
+            .handle_send(now, from, to, HEADER_BYTES + carried, packet);
         running.in_network += copies.unwrap_or(0);
     }
 
@@ -409,10 +440,22 @@ impl Exchange {
             Arrival::Cut(Packet::Forward { transfer, .. } | Packet::Return { transfer, .. }) => {
                 self.left_network(transfer);
             }
-            Arrival::Delivered(Delivery { at, from, to, payload, corruption }) => match payload {
+            Arrival::Delivered(Delivery {
+                at,
+                from,
+                to,
+                payload,
+                corruption,
+            }) => match payload {
                 Packet::Message { tag } => {
                     let corrupted = corruption.is_some();
-                    self.effects.push_back(Effect::Message { at, from, to, tag, corrupted });
+                    self.effects.push_back(Effect::Message {
+                        at,
+                        from,
+                        to,
+                        tag,
+                        corrupted,
+                    });
                 }
                 Packet::Forward { transfer, chunk } => {
                     if self.accept(transfer, chunk, Direction::Write, corruption) {
@@ -439,7 +482,9 @@ impl Exchange {
         carrier: Direction,
         corruption: Option<u64>,
     ) -> bool {
-        let Some(running) = self.running.get_mut(&id) else { return false };
+        let Some(running) = self.running.get_mut(&id) else {
+            return false;
+        };
         let is_notification = chunk == running.data_chunks;
         let carries = running.plan.direction == carrier && !is_notification;
         if !carries && corruption.is_some() {
@@ -454,7 +499,12 @@ impl Exchange {
         if carries {
             state.landed = true;
             let offset = u64::from(chunk) * self.config.chunk_bytes;
-            self.effects.push_back(Effect::Landed { transfer: id, offset, len, corruption });
+            self.effects.push_back(Effect::Landed {
+                transfer: id,
+                offset,
+                len,
+                corruption,
+            });
         } else if is_notification && carrier == Direction::Write {
             state.landed = true;
             self.effects.push_back(Effect::Notified { transfer: id });
@@ -463,7 +513,9 @@ impl Exchange {
     }
 
     fn answer(&mut self, now: Time, id: SimTransferId, chunk: u32) {
-        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(running) = self.running.get_mut(&id) else {
+            return;
+        };
         let state = &mut running.chunks[chunk as usize];
         if state.answered {
             return;
@@ -481,7 +533,9 @@ impl Exchange {
     }
 
     fn retry(&mut self, now: Time, id: SimTransferId, chunk: u32) {
-        let Some(running) = self.running.get(&id) else { return };
+        let Some(running) = self.running.get(&id) else {
+            return;
+        };
         if running.chunks[chunk as usize].attempts >= self.config.attempts_max {
             self.finish(now, id, Some(ErrorKind::PeerLost));
         } else {
@@ -490,7 +544,9 @@ impl Exchange {
     }
 
     fn finish(&mut self, now: Time, id: SimTransferId, failure: Option<ErrorKind>) {
-        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(running) = self.running.get_mut(&id) else {
+            return;
+        };
         if running.finished {
             return;
         }
@@ -503,7 +559,12 @@ impl Exchange {
         }
         // After a success everything has landed once, and nothing lands twice.
         let settled = failure.is_none() || running.in_network == 0;
-        self.effects.push_back(Effect::Finished { transfer: id, at: now, failure, settled });
+        self.effects.push_back(Effect::Finished {
+            transfer: id,
+            at: now,
+            failure,
+            settled,
+        });
         running.unsettled = !settled;
         if running.in_network == 0 {
             self.running.remove(&id);
@@ -511,7 +572,9 @@ impl Exchange {
     }
 
     fn left_network(&mut self, id: SimTransferId) {
-        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(running) = self.running.get_mut(&id) else {
+            return;
+        };
         running.in_network -= 1;
         if running.finished && running.in_network == 0 {
             if running.unsettled {

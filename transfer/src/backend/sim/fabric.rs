@@ -13,9 +13,7 @@ use kvcache_core::{Error, ErrorKind, Result, Time};
 use super::exchange::{Direction, Effect, Exchange, ExchangeConfig, SimTransfer, SimTransferId};
 use super::network::{LinkProfile, SimNode};
 use crate::agent::{AgentBuilder, Exports, PeerCard, RemoteRegion};
-use crate::backend::{
-    Backend, Capabilities, Channel, Fabric, Job, Operation, Refusal, abandoned,
-};
+use crate::backend::{Backend, Capabilities, Channel, Fabric, Job, Operation, Refusal, abandoned};
 use crate::descriptor::Target;
 use crate::region::{MemoryKind, RegionUse};
 use crate::sys::memory::Mapping;
@@ -99,7 +97,10 @@ impl SimNetwork {
             .name("kvf-sim".to_owned())
             .spawn(move || driven.drive())
             .map_err(|error| Error::io("start the simulated network's thread", error))?;
-        Ok(Self(Arc::new(Handle { shared, driver: Some(driver) })))
+        Ok(Self(Arc::new(Handle {
+            shared,
+            driver: Some(driver),
+        })))
     }
 
     /// Stops time: posts only queue up.
@@ -132,7 +133,9 @@ impl SimNetwork {
         let until = Instant::now() + timeout;
         let mut state = self.lock();
         while state.exchange.poll_timeout().is_some() || !state.running.is_empty() {
-            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return false;
+            };
             state = match self.0.shared.changed.wait_timeout(state, left) {
                 Ok((state, _)) => state,
                 Err(poisoned) => poisoned.into_inner().0,
@@ -195,15 +198,27 @@ impl SimNetwork {
             state.exchange.kill(node);
         }
         let node = state.exchange.add_node(&name)?;
-        state.members.insert(name, Member { node, exports: Arc::downgrade(exports) });
+        state.members.insert(
+            name,
+            Member {
+                node,
+                exports: Arc::downgrade(exports),
+            },
+        );
         drop(state);
-        Ok(Arc::new(SimFabric { network: self.clone(), node, own_name: exports.name().clone() }))
+        Ok(Arc::new(SimFabric {
+            network: self.clone(),
+            node,
+            own_name: exports.name().clone(),
+        }))
     }
 }
 
 impl std::fmt::Debug for SimNetwork {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SimNetwork").field("now", &self.lock().now).finish_non_exhaustive()
+        f.debug_struct("SimNetwork")
+            .field("now", &self.lock().now)
+            .finish_non_exhaustive()
     }
 }
 
@@ -234,10 +249,17 @@ impl Shared {
                 settle(settled);
                 return;
             }
-            let due = if state.paused { None } else { state.exchange.poll_timeout() };
+            let due = if state.paused {
+                None
+            } else {
+                state.exchange.poll_timeout()
+            };
             let Some(due) = due else {
                 self.changed.notify_all();
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let settled = state.step(due);
@@ -249,7 +271,13 @@ impl Shared {
 }
 
 fn settle(settled: Settled) {
-    for Running { job, remote, failure, .. } in settled {
+    for Running {
+        job,
+        remote,
+        failure,
+        ..
+    } in settled
+    {
         drop(remote);
         job.settle(failure.map_or(Ok(()), Err));
     }
@@ -257,10 +285,13 @@ fn settle(settled: Settled) {
 
 impl State {
     fn node(&self, name: &str) -> Result<SimNode> {
-        self.members.get(name).map(|member| member.node).ok_or_else(|| {
-            let text = format!("no agent {name:?} is on the simulated network");
-            Error::new(ErrorKind::NotFound, text)
-        })
+        self.members
+            .get(name)
+            .map(|member| member.node)
+            .ok_or_else(|| {
+                let text = format!("no agent {name:?} is on the simulated network");
+                Error::new(ErrorKind::NotFound, text)
+            })
     }
 
     /// Moves time to `due` and does what is due then.
@@ -274,7 +305,12 @@ impl State {
         let mut settled = Settled::new();
         while let Some(effect) = self.exchange.poll_effect() {
             match effect {
-                Effect::Landed { transfer, offset, len, corruption } => {
+                Effect::Landed {
+                    transfer,
+                    offset,
+                    len,
+                    corruption,
+                } => {
                     if let Some(running) = self.running.get_mut(&transfer)
                         && let Err(error) = running.land(offset, len, corruption)
                     {
@@ -286,7 +322,12 @@ impl State {
                         running.notify();
                     }
                 }
-                Effect::Finished { transfer, failure, settled: free, .. } => {
+                Effect::Finished {
+                    transfer,
+                    failure,
+                    settled: free,
+                    ..
+                } => {
                     if let Some(running) = self.running.get_mut(&transfer) {
                         running.finish(failure, free);
                         if free {
@@ -311,7 +352,9 @@ impl State {
     fn cancel(&mut self, wanted: impl Fn(&Running) -> Option<Error>) -> Settled {
         let ids: Vec<SimTransferId> = self.running.keys().copied().collect();
         for id in ids {
-            let Some(running) = self.running.get_mut(&id) else { continue };
+            let Some(running) = self.running.get_mut(&id) else {
+                continue;
+            };
             if running.cancelled {
                 continue;
             }
@@ -348,7 +391,10 @@ impl Running {
             let within = done - self.starts[position];
             let count = (extent.len - within).min(end - done);
             let Target::Local(local) = &plan.local[extent.local as usize] else {
-                return Err(Error::new(ErrorKind::Internal, "a local side names a peer's memory"));
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    "a local side names a peer's memory",
+                ));
             };
             let local = (local.mapping()?, extent.local_offset + within);
             let remote = self.remote[extent.remote as usize].region().mapping()?;
@@ -417,7 +463,10 @@ impl Fabric for SimFabric {
         }
         let mut state = self.network.lock();
         let node = state.node(&peer.name)?;
-        let exports = state.members.get(&peer.name).and_then(|member| member.exports.upgrade());
+        let exports = state
+            .members
+            .get(&peer.name)
+            .and_then(|member| member.exports.upgrade());
         let Some(exports) = exports.filter(|found| found.incarnation() == peer.incarnation) else {
             let text = format!("agent {:?} has left the simulated network", peer.name);
             return Err(Error::new(ErrorKind::PeerLost, text));
@@ -430,7 +479,10 @@ impl Fabric for SimFabric {
             nodes: (self.node, node),
             own_name: self.own_name.clone(),
             peer: Arc::downgrade(&exports),
-            capabilities: Capabilities { remote: &[MemoryKind::Host], notifications: true },
+            capabilities: Capabilities {
+                remote: &[MemoryKind::Host],
+                notifications: true,
+            },
         }))
     }
 
@@ -453,7 +505,10 @@ struct SimChannel {
 impl SimChannel {
     fn peer(&self) -> Result<Arc<Exports>> {
         self.peer.upgrade().ok_or_else(|| {
-            Error::new(ErrorKind::PeerLost, "the agent has left the simulated network")
+            Error::new(
+                ErrorKind::PeerLost,
+                "the agent has left the simulated network",
+            )
         })
     }
 
@@ -524,8 +579,10 @@ impl Backend for SimChannel {
     }
 
     fn reap(&self) {
-        let settled =
-            self.network.lock().cancel(|running| running.job.is_abandoned().then(abandoned));
+        let settled = self
+            .network
+            .lock()
+            .cancel(|running| running.job.is_abandoned().then(abandoned));
         settle(settled);
         self.network.0.shared.changed.notify_all();
     }

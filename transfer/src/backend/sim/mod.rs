@@ -9,8 +9,6 @@ mod exchange;
 mod fabric;
 mod network;
 mod random;
-#[cfg(test)]
-mod tests;
 
 pub use exchange::{
     CHUNKS_MAX, Direction, Effect, Exchange, ExchangeConfig, SimTransfer, SimTransferId,

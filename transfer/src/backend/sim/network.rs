@@ -34,7 +34,11 @@ impl Chance {
     /// `Invalid` above 1,000,000.
     pub fn from_millionths(millionths: u32) -> Result<Self> {
         if millionths > 1_000_000 {
-            return Err(Error::invalid("chance in millionths", millionths, 0..=1_000_000));
+            return Err(Error::invalid(
+                "chance in millionths",
+                millionths,
+                0..=1_000_000,
+            ));
         }
         Ok(Self(millionths))
     }
@@ -234,8 +238,14 @@ impl<T: Clone> Network<T> {
     /// The living node of this name.
     #[must_use]
     pub fn node(&self, name: &str) -> Option<SimNode> {
-        let nodes = self.names.iter().zip(0..).filter(|(known, _)| *known == name);
-        nodes.map(|(_, number)| SimNode(number)).find(|node| !self.dead.contains(node))
+        let nodes = self
+            .names
+            .iter()
+            .zip(0..)
+            .filter(|(known, _)| *known == name);
+        nodes
+            .map(|(_, number)| SimNode(number))
+            .find(|node| !self.dead.contains(node))
     }
 
     /// The name a node joined with; empty for a number that no node has.
@@ -320,7 +330,13 @@ impl<T: Clone> Network<T> {
         if repeated {
             self.note(now, from, to, datagram, TraceKind::Repeated);
             let second = arrival + self.held_back(&profile);
-            self.fly(second, (from, to), datagram, payload.clone(), profile.corruption);
+            self.fly(
+                second,
+                (from, to),
+                datagram,
+                payload.clone(),
+                profile.corruption,
+            );
         }
         self.fly(arrival, (from, to), datagram, payload, profile.corruption);
         Ok(1 + u32::from(repeated))
@@ -339,7 +355,13 @@ impl<T: Clone> Network<T> {
         if at > now {
             return None;
         }
-        let Flying { from, to, datagram, payload, corruption } = entry.remove();
+        let Flying {
+            from,
+            to,
+            datagram,
+            payload,
+            corruption,
+        } = entry.remove();
         let cut = self.cuts.contains(&(from.min(to), from.max(to)))
             || self.dead.contains(&from)
             || self.dead.contains(&to);
@@ -347,9 +369,19 @@ impl<T: Clone> Network<T> {
             self.note(at, from, to, datagram, TraceKind::Cut);
             return Some(Arrival::Cut(payload));
         }
-        let kind = if corruption.is_some() { TraceKind::Corrupted } else { TraceKind::Delivered };
+        let kind = if corruption.is_some() {
+            TraceKind::Corrupted
+        } else {
+            TraceKind::Delivered
+        };
         self.note(at, from, to, datagram, kind);
-        Some(Arrival::Delivered(Delivery { at, from, to, payload, corruption }))
+        Some(Arrival::Delivered(Delivery {
+            at,
+            from,
+            to,
+            payload,
+            corruption,
+        }))
     }
 
     /// How many datagram copies are on their way.
@@ -381,20 +413,40 @@ impl<T: Clone> Network<T> {
         payload: T,
         corruption: Chance,
     ) {
-        let corruption = self.random.happens(corruption.0).then(|| self.random.next());
-        let flying = Flying { from, to, datagram, payload, corruption };
+        let corruption = self
+            .random
+            .happens(corruption.0)
+            .then(|| self.random.next());
+        let flying = Flying {
+            from,
+            to,
+            datagram,
+            payload,
+            corruption,
+        };
         self.flying.insert((at, self.copies), flying);
         self.copies += 1;
     }
 
     fn note(&mut self, at: Time, from: SimNode, to: SimNode, datagram: u64, kind: TraceKind) {
-        for word in [at.0, u64::from(from.0) << 32 | u64::from(to.0), datagram, kind as u64] {
+        for word in [
+            at.0,
+            u64::from(from.0) << 32 | u64::from(to.0),
+            datagram,
+            kind as u64,
+        ] {
             self.digest = mix(self.digest ^ word).wrapping_add(word);
         }
         if self.trace.len() == TRACE_EVENTS_MAX {
             self.trace.pop_front();
         }
-        self.trace.push_back(TraceEvent { at, from, to, datagram, kind });
+        self.trace.push_back(TraceEvent {
+            at,
+            from,
+            to,
+            datagram,
+            kind,
+        });
     }
 }
 
