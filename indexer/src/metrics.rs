@@ -126,7 +126,9 @@ impl Metrics {
             lag: Lag::new(lag_seconds),
         };
         metrics.register_as_llm_d();
-        metrics.register_own();
+        metrics.register_holdings();
+        metrics.register_events();
+        metrics.register_calls();
         metrics
     }
 
@@ -181,7 +183,7 @@ impl Metrics {
         );
     }
 
-    fn register_own(&mut self) {
+    fn register_holdings(&mut self) {
         let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
         add(to, "blocks", "Distinct blocks in the index", &self.blocks);
         add(
@@ -210,6 +212,10 @@ impl Metrics {
             "Sources that are connected",
             &self.sources_connected,
         );
+    }
+
+    fn register_events(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
         add(
             to,
             "batches_applied",
@@ -272,6 +278,10 @@ impl Metrics {
             "Published to applied",
             &self.lag_seconds,
         );
+    }
+
+    fn register_calls(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
         add(
             to,
             "lookup_wait_seconds",

@@ -1,16 +1,16 @@
 //! A real server, real publishers and real sockets on loopback, all in one process.
 
-mod common;
+mod rig;
 
 use std::time::Duration;
 
-use common::*;
 use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::{Directory, EventSink};
 use kvcache_core::{Epoch, ErrorKind, IndexKey, Tier};
 use kvfabric_indexer::client::{Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_proto::v1;
+use rig::*;
 
 /// An engine stores two blocks; the lookup waits for exactly that position.
 #[tokio::test]
@@ -97,7 +97,7 @@ async fn engine_and_node_tiers_of_a_pod_add_up_and_shared_tiers_stand_alone() {
     drop(registered);
     wait_until(&client, |status| status.pods.is_empty()).await;
     let answer = client
-        .lookup(common::question(Prompt::Keys(keys)))
+        .lookup(rig::question(Prompt::Keys(keys)))
         .await
         .unwrap();
     assert_eq!(answer.pods, []);

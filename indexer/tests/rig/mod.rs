@@ -1,5 +1,6 @@
 //! What the tests over real sockets share.
-#![allow(dead_code)]
+// Each test binary uses a part of it, and a failing helper is a failing test.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::time::Duration;
 
@@ -17,18 +18,18 @@ use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use tonic::transport::Channel;
 
 /// Only bounds a failing test; no test measures time.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Tokens a block in these tests.
-pub const BLOCK: u32 = 4;
+pub(crate) const BLOCK: u32 = 4;
 /// Two blocks.
-pub const TOKENS: [u32; 8] = [10, 11, 12, 13, 20, 21, 22, 23];
+pub(crate) const TOKENS: [u32; 8] = [10, 11, 12, 13, 20, 21, 22, 23];
 
-pub fn pod(name: &str) -> PodName {
+pub(crate) fn pod(name: &str) -> PodName {
     PodName::new(name).unwrap()
 }
 
 /// Free ports on loopback.
-pub fn config() -> ServerConfig {
+pub(crate) fn config() -> ServerConfig {
     ServerConfig {
         grpc_listen: "127.0.0.1:0".parse().unwrap(),
         block_size: BLOCK,
@@ -37,34 +38,34 @@ pub fn config() -> ServerConfig {
     }
 }
 
-pub async fn start(config: ServerConfig) -> Running {
+pub(crate) async fn start(config: ServerConfig) -> Running {
     serve(config).await.unwrap()
 }
 
-pub fn client(server: &Running) -> IndexClient {
+pub(crate) fn client(server: &Running) -> IndexClient {
     let mut config = ClientConfig::new(server.grpc_address().to_string());
     config.deadline = PATIENCE;
     IndexClient::new(config).unwrap()
 }
 
-pub async fn raw(server: &Running) -> Grpc<Channel> {
+pub(crate) async fn raw(server: &Running) -> Grpc<Channel> {
     Grpc::connect(format!("http://{}", server.grpc_address()))
         .await
         .unwrap()
 }
 
-pub fn engine(name: &str) -> Publisher {
+pub(crate) fn engine(name: &str) -> Publisher {
     Publisher::bind(PublisherConfig::new(pod(name), "m", Stream::Engine)).unwrap()
 }
 
-pub fn node(name: &str, epoch: u64) -> Publisher {
+pub(crate) fn node(name: &str, epoch: u64) -> Publisher {
     let stream = Stream::Node {
         epoch: Epoch(epoch),
     };
     Publisher::bind(PublisherConfig::new(pod(name), "m", stream)).unwrap()
 }
 
-pub fn registration<const N: usize>(name: &str, sources: [SourceSpec; N]) -> Registration {
+pub(crate) fn registration<const N: usize>(name: &str, sources: [SourceSpec; N]) -> Registration {
     Registration {
         pod: pod(name),
         model: "m".to_owned(),
@@ -75,7 +76,7 @@ pub fn registration<const N: usize>(name: &str, sources: [SourceSpec; N]) -> Reg
     }
 }
 
-pub fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterRequest {
+pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterRequest {
     let source = engine.source("engine", SourceKind::Vllm);
     v1::RegisterRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,
@@ -94,7 +95,7 @@ pub fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterRequest 
 }
 
 /// Opens a registration stream; it lasts as long as the sender.
-pub async fn register_raw(
+pub(crate) async fn register_raw(
     raw: &mut Grpc<Channel>,
     request: v1::RegisterRequest,
 ) -> Result<
@@ -111,11 +112,11 @@ pub async fn register_raw(
     Ok((sender, answers))
 }
 
-pub fn question(prompt: Prompt) -> LookupRequest {
+pub(crate) fn question(prompt: Prompt) -> LookupRequest {
     LookupRequest::new("m", prompt)
 }
 
-pub fn keys_of(tokens: &[u32]) -> Vec<IndexKey> {
+pub(crate) fn keys_of(tokens: &[u32]) -> Vec<IndexKey> {
     let namespace = Namespace {
         model: "m",
         ..Namespace::default()
@@ -125,7 +126,12 @@ pub fn keys_of(tokens: &[u32]) -> Vec<IndexKey> {
         .collect()
 }
 
-pub fn stored(hashes: &[u64], parent: Option<u64>, tokens: &[u32], tier: Tier) -> EngineEvent {
+pub(crate) fn stored(
+    hashes: &[u64],
+    parent: Option<u64>,
+    tokens: &[u32],
+    tier: Tier,
+) -> EngineEvent {
     EngineEvent::Stored {
         hashes: hashes.iter().map(|hash| EngineHash(*hash)).collect(),
         parent: parent.map(EngineHash),
@@ -135,7 +141,7 @@ pub fn stored(hashes: &[u64], parent: Option<u64>, tokens: &[u32], tier: Tier) -
     }
 }
 
-pub fn removed(hashes: &[u64], tier: Tier) -> EngineEvent {
+pub(crate) fn removed(hashes: &[u64], tier: Tier) -> EngineEvent {
     EngineEvent::Removed {
         hashes: hashes.iter().map(|hash| EngineHash(*hash)).collect(),
         tier,
@@ -143,7 +149,7 @@ pub fn removed(hashes: &[u64], tier: Tier) -> EngineEvent {
 }
 
 /// Asks for the status until it is as wanted: for what no position can tell.
-pub async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusResponse) -> bool) {
+pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusResponse) -> bool) {
     let asking = async {
         while !is_so(&client.status().await.unwrap()) {
             tokio::task::yield_now().await;

@@ -1,0 +1,223 @@
+//! The commands that ask a running index.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use kvcache_core::{Error, ErrorKind, IndexKey, Result, Tier};
+use serde_json::json;
+
+use super::print_line;
+use crate::client::{ClientConfig, IndexClient, LookupAnswer, LookupRequest, Prompt};
+
+/// The most tokens a file may hold.
+const TOKENS_MAX: usize = 4 << 20;
+
+/// Where the index is.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Target {
+    /// The index's gRPC address.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
+    address: String,
+    /// How long to wait for the answer, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 5_000)]
+    deadline_ms: u64,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Target {
+    fn client(&self) -> Result<IndexClient> {
+        let mut config = ClientConfig::new(&self.address);
+        config.deadline = Duration::from_millis(self.deadline_ms);
+        IndexClient::new(config)
+    }
+}
+
+/// Ask a running index who holds a prompt.
+#[derive(Clone, Debug, Args)]
+pub struct Query {
+    #[command(flatten)]
+    target: Target,
+    /// The model as the pods registered it; not needed when there is only one.
+    #[arg(long, default_value = "")]
+    model: String,
+    /// The adapter.
+    #[arg(long, default_value = "")]
+    lora: String,
+    /// The tenant's cache salt.
+    #[arg(long, default_value = "")]
+    cache_salt: String,
+    /// Token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "ID,ID,…", required_unless_present_any = ["tokens_file", "keys"])]
+    tokens: Vec<u32>,
+    /// A file with a JSON array of token ids.
+    #[arg(long, value_name = "FILE", conflicts_with = "tokens")]
+    tokens_file: Option<PathBuf>,
+    /// Index keys in hexadecimal, separated by commas.
+    #[arg(long, value_delimiter = ',', value_parser = parse_key, value_name = "HEX,HEX,…", conflicts_with_all = ["tokens", "tokens_file"])]
+    keys: Vec<u64>,
+    /// At most so many pods, deepest first; 0 for all.
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pods_max: u32,
+}
+
+fn parse_key(text: &str) -> Result<u64, std::num::ParseIntError> {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16)
+}
+
+impl Query {
+    pub(super) async fn run(self) -> Result<()> {
+        let prompt = match &self.tokens_file {
+            Some(path) => Prompt::Tokens(read_tokens(path)?),
+            None if self.keys.is_empty() => Prompt::Tokens(self.tokens.clone()),
+            None => Prompt::Keys(self.keys.iter().map(|key| IndexKey(*key)).collect()),
+        };
+        let mut request = LookupRequest::new(self.model, prompt);
+        (request.lora, request.cache_salt) = (self.lora, self.cache_salt);
+        request.pods_max = self.pods_max;
+        let answer = self.target.client()?.lookup(request).await?;
+        if self.target.json {
+            print_line(&to_json(&answer).to_string())
+        } else {
+            print(&answer)
+        }
+    }
+}
+
+fn read_tokens(path: &PathBuf) -> Result<Vec<u32>> {
+    let place = path.display();
+    let text =
+        std::fs::read_to_string(path).map_err(|error| Error::io(format!("read {place}"), error))?;
+    let tokens: Vec<u32> = serde_json::from_str(&text).map_err(|error| {
+        let context = format!("{place}: not a JSON array of token ids");
+        Error::new(ErrorKind::Invalid, context).with_source(error)
+    })?;
+    if tokens.len() > TOKENS_MAX {
+        return Err(Error::invalid("tokens", tokens.len(), 0..=TOKENS_MAX).at(place));
+    }
+    Ok(tokens)
+}
+
+fn print(answer: &LookupAnswer) -> Result<()> {
+    print_line(&format!(
+        "{} blocks of {} tokens; shared tiers hold {}",
+        answer.blocks, answer.block_size, answer.shared_depth
+    ))?;
+    for pod in &answer.pods {
+        let tiers = Tier::ALL
+            .into_iter()
+            .zip(pod.by_tier)
+            .filter(|(_, blocks)| *blocks > 0);
+        let tiers: Vec<_> = tiers
+            .map(|(tier, blocks)| format!("{tier} {blocks}"))
+            .collect();
+        print_line(&format!(
+            "{:<24} depth {:>6}  score {:>10.2}  {}",
+            pod.pod,
+            pod.depth,
+            pod.score,
+            tiers.join(", ")
+        ))?;
+    }
+    Ok(())
+}
+
+fn to_json(answer: &LookupAnswer) -> serde_json::Value {
+    let pods = answer.pods.iter().map(|pod| {
+        let tiers = Tier::ALL.into_iter().zip(pod.by_tier);
+        let tiers: serde_json::Map<_, _> = tiers
+            .map(|(tier, blocks)| (tier.name().to_owned(), json!(blocks)))
+            .collect();
+        json!({
+            "pod": pod.pod.as_str(),
+            "depth": pod.depth,
+            "score": pod.score,
+            "by_tier": tiers,
+            "peer_address": pod.peer_address,
+        })
+    });
+    json!({
+        "blocks": answer.blocks,
+        "block_size": answer.block_size,
+        "shared_depth": answer.shared_depth,
+        "pods": pods.collect::<Vec<_>>(),
+    })
+}
+
+/// List the pods and sources of a running index.
+#[derive(Clone, Debug, Args)]
+pub struct Pods {
+    #[command(flatten)]
+    target: Target,
+}
+
+impl Pods {
+    pub(super) async fn run(self) -> Result<()> {
+        let status = self.target.client()?.status().await?;
+        if self.target.json {
+            let pods = status.pods.iter().map(|pod| {
+                let sources = pod.sources.iter().map(|source| {
+                    let position = source.position.clone().unwrap_or_default();
+                    json!({
+                        "source": position.source,
+                        "epoch": position.epoch,
+                        "next_sequence": position.next_sequence,
+                        "connected": source.connected,
+                        "gaps": source.gaps,
+                        "replays": source.replays,
+                        "resyncs": source.resyncs,
+                        "orphans": source.orphans,
+                    })
+                });
+                json!({
+                    "pod": pod.pod,
+                    "entries": pod.entries,
+                    "peer_address": pod.peer_address,
+                    "sources": sources.collect::<Vec<_>>(),
+                })
+            });
+            let pods: Vec<_> = pods.collect();
+            return print_line(
+                &json!({
+                    "version": status.version,
+                    "key_scheme": status.key_scheme,
+                    "block_size": status.block_size,
+                    "blocks": status.blocks,
+                    "entries": status.entries,
+                    "pods": pods,
+                })
+                .to_string(),
+            );
+        }
+        print_line(&format!(
+            "{} pods, {} blocks, {} entries; keys {}, {} tokens a block",
+            status.pods.len(),
+            status.blocks,
+            status.entries,
+            status.key_scheme,
+            status.block_size
+        ))?;
+        for pod in &status.pods {
+            print_line(&format!("{:<24} entries {}", pod.pod, pod.entries))?;
+            for source in &pod.sources {
+                let position = source.position.clone().unwrap_or_default();
+                let connected = if source.connected {
+                    "connected"
+                } else {
+                    "not connected"
+                };
+                print_line(&format!(
+                    "  {:<22} {connected}, epoch {}, sequence {}, gaps {}, resyncs {}",
+                    position.source,
+                    position.epoch,
+                    position.next_sequence,
+                    source.gaps,
+                    source.resyncs
+                ))?;
+            }
+        }
+        Ok(())
+    }
+}
