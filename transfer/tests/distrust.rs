@@ -1,0 +1,164 @@
+//! Metadata that was damaged, comes from another version, or lies.
+
+mod support;
+
+use kvcache_core::ErrorKind;
+use kvfabric_transfer::{Agent, METADATA_VERSION, Operation, RegionOptions, RequestOptions, Side};
+use proptest::prelude::*;
+
+use support::{Pair, WAIT, WAYS, Way};
+
+/// Where the parts of the last exported region lie, counted from the end of the metadata.
+const CHECKSUM: usize = 4;
+const FLAGS: usize = CHECKSUM + 1;
+const BYTES: usize = FLAGS + 8;
+const KEY: usize = BYTES + 16;
+
+/// The metadata with bytes changed and a checksum that fits again.
+fn forged(metadata: &[u8], change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let mut bytes = metadata.to_vec();
+    change(&mut bytes);
+    let end = bytes.len() - CHECKSUM;
+    let checksum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &bytes[..end]) as u32;
+    bytes[end..].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// Loads forged metadata into a new agent and tries a transfer of `len` bytes; how that ends.
+fn attempt(
+    way: Way,
+    pair: &Pair,
+    forged: &[u8],
+    operation: Operation,
+    range: (u64, u64),
+) -> ErrorKind {
+    let agent = way.agent("liar");
+    let bytes = kvfabric_transfer::HostMemory::anonymous(1 << 20).unwrap();
+    let own = agent.register(bytes, RegionOptions::default()).unwrap();
+    let peer = agent.load_peer(forged).unwrap();
+    let pairs = [(
+        own.descriptor(0, range.1),
+        pair.remote.descriptor(range.0, range.1),
+    )];
+    let options = RequestOptions::default();
+    match agent.transfer(operation, &pairs, Side::Peer(&peer), options) {
+        Err(error) => error.kind(),
+        Ok(request) => request.wait(WAIT).unwrap_err().kind(),
+    }
+}
+
+/// One bit of the key is wrong.
+#[test]
+fn a_guessed_key_is_refused() {
+    for way in WAYS {
+        let pair = Pair::new(way, 4096);
+        let metadata = pair.target.metadata();
+        let at = metadata.len() - KEY;
+        let forged = forged(&metadata, |bytes| bytes[at] ^= 1);
+        for operation in [Operation::Read, Operation::Write] {
+            let kind = attempt(way, &pair, &forged, operation, (0, 64));
+            assert_eq!(kind, ErrorKind::Denied, "{way:?}");
+        }
+        assert_eq!(pair.remote.load_u64(0).unwrap(), 0);
+    }
+}
+
+/// The metadata says that the region is larger than it is, so only the target can notice.
+#[test]
+fn bytes_outside_the_region_are_refused_by_the_target() {
+    for way in WAYS {
+        let pair = Pair::new(way, 4096);
+        let metadata = pair.target.metadata();
+        let at = metadata.len() - BYTES;
+        let forged = forged(&metadata, |bytes| {
+            bytes[at..at + 8].copy_from_slice(&u64::MAX.to_le_bytes());
+        });
+        for range in [
+            (4096, 8),
+            (4090, 64),
+            (0, 8192),
+            (u64::MAX - 8, 8),
+            (1 << 40, 4096),
+        ] {
+            for operation in [Operation::Read, Operation::Write] {
+                let kind = attempt(way, &pair, &forged, operation, range);
+                // Shared memory of another size than promised is not even mapped.
+                let expected = match way {
+                    Way::Shm => ErrorKind::Corrupt,
+                    Way::Memcpy | Way::Tcp => ErrorKind::Invalid,
+                };
+                assert_eq!(kind, expected, "{way:?} {range:?}");
+            }
+        }
+    }
+}
+
+/// The metadata says that a read-only region may be written.
+#[test]
+fn a_read_only_region_is_not_writable_by_pretending() {
+    for way in WAYS {
+        let read_only = RegionOptions {
+            remote_read: true,
+            remote_write: false,
+        };
+        let pair = Pair::with_options(way, 4096, read_only);
+        let metadata = pair.target.metadata();
+        let at = metadata.len() - FLAGS;
+        let forged = forged(&metadata, |bytes| bytes[at] |= 2);
+        let kind = attempt(way, &pair, &forged, Operation::Write, (0, 64));
+        assert_eq!(kind, ErrorKind::Denied, "{way:?}");
+        assert_eq!(pair.remote.load_u64(0).unwrap(), 0);
+    }
+}
+
+/// Every single bit that flips is noticed.
+#[test]
+fn damaged_metadata_is_corrupt() {
+    let pair = Pair::new(Way::Tcp, 4096);
+    let metadata = pair.target.metadata();
+    for position in 0..metadata.len() {
+        for bit in 0..8 {
+            let mut damaged = metadata.to_vec();
+            damaged[position] ^= 1 << bit;
+            let error = pair.initiator.load_peer(&damaged).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "byte {position}: {error}");
+        }
+    }
+    for len in 0..metadata.len() {
+        let error = pair.initiator.load_peer(&metadata[..len]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{len} bytes: {error}");
+    }
+}
+
+/// The version is the two bytes after the magic.
+#[test]
+fn metadata_of_another_version_names_both() {
+    let agent = Agent::builder("reader").build().unwrap();
+    let metadata = Agent::builder("writer").build().unwrap().metadata();
+    let other = METADATA_VERSION + 6;
+    let forged = forged(&metadata, |bytes| {
+        bytes[4..6].copy_from_slice(&other.to_le_bytes())
+    });
+    let error = agent.load_peer(&forged).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Version);
+    let text = error.to_string();
+    assert!(text.contains(&other.to_string()), "{text}");
+    assert!(text.contains(&METADATA_VERSION.to_string()), "{text}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Random bytes, behind a valid start and before a valid checksum, are read or refused; nothing else.
+    #[test]
+    fn random_metadata_never_panics(tail in proptest::collection::vec(any::<u8>(), 0..300)) {
+        let agent = Agent::builder("reader").shm(false).build().unwrap();
+        let mut bytes = b"KVFM\x01\x00\x00\x00".to_vec();
+        bytes.extend_from_slice(&tail);
+        bytes.extend_from_slice(&[0; 4]);
+        let whole = forged(&bytes, |_| {});
+        if let Err(error) = agent.load_peer(&whole) {
+            prop_assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid));
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! What the tests of several agents share.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use kvfabric_transfer::{
+    Agent, AgentBuilder, Descriptor, HostMemory, Operation, PeerHandle, Region, RegionOptions,
+    Request, RequestOptions, Side,
+};
+
+pub(crate) mod proxy;
+
+/// Longer than anything that works takes; shorter than a test run's patience.
+pub(crate) const WAIT: Duration = Duration::from_secs(20);
+
+pub(crate) const OPEN: RegionOptions = RegionOptions {
+    remote_read: true,
+    remote_write: true,
+};
+
+/// The ways that connect two agents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Memcpy,
+    Shm,
+    Tcp,
+}
+
+pub(crate) const WAYS: [Way; 3] = [Way::Memcpy, Way::Shm, Way::Tcp];
+
+impl Way {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Memcpy => "memcpy",
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+
+    pub(crate) fn builder(self, name: &str) -> AgentBuilder {
+        Agent::builder(name)
+            .memcpy(self == Self::Memcpy)
+            .shm(self == Self::Shm)
+            .tcp((self == Self::Tcp).then_some(loopback()))
+    }
+
+    pub(crate) fn agent(self, name: &str) -> Agent {
+        self.builder(name).build().unwrap()
+    }
+}
+
+/// Any free port of this host.
+pub(crate) fn loopback() -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
+}
+
+/// An initiator, and a target with one region that the initiator knows.
+pub(crate) struct Pair {
+    pub(crate) initiator: Agent,
+    pub(crate) target: Agent,
+    pub(crate) local: Region,
+    pub(crate) remote: Region,
+    pub(crate) peer: PeerHandle,
+}
+
+impl Pair {
+    pub(crate) fn new(way: Way, bytes: u64) -> Self {
+        Self::with_options(way, bytes, OPEN)
+    }
+
+    pub(crate) fn with_options(way: Way, bytes: u64, options: RegionOptions) -> Self {
+        Self::of(way.agent("initiator"), way.agent("target"), bytes, options)
+    }
+
+    pub(crate) fn of(initiator: Agent, target: Agent, bytes: u64, options: RegionOptions) -> Self {
+        let local = initiator
+            .register(
+                HostMemory::anonymous(bytes).unwrap(),
+                RegionOptions::default(),
+            )
+            .unwrap();
+        let remote = target
+            .register(HostMemory::shared(bytes).unwrap(), options)
+            .unwrap();
+        let peer = initiator.load_peer(&target.metadata()).unwrap();
+        Self {
+            initiator,
+            target,
+            local,
+            remote,
+            peer,
+        }
+    }
+
+    pub(crate) fn moves(
+        &self,
+        operation: Operation,
+        pairs: &[(u64, u64, u64)],
+        options: RequestOptions,
+    ) -> Request {
+        let pairs: Vec<(Descriptor, Descriptor)> = pairs
+            .iter()
+            .map(|&(local, remote, len)| {
+                (
+                    self.local.descriptor(local, len),
+                    self.remote.descriptor(remote, len),
+                )
+            })
+            .collect();
+        self.initiator
+            .transfer(operation, &pairs, Side::Peer(&self.peer), options)
+            .unwrap()
+    }
+}
+
+/// Bytes that differ from place to place and from seed to seed.
+pub(crate) fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        })
+        .collect()
+}
+
+/// All of a region.
+pub(crate) fn contents(region: &Region) -> Vec<u8> {
+    let mut bytes = vec![0; region.bytes() as usize];
+    region.read_at(0, &mut bytes).unwrap();
+    bytes
+}
