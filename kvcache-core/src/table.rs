@@ -87,6 +87,7 @@ impl Block {
             && self.disk.is_none()
             && self.object.is_none()
             && self.waiters.is_empty()
+            && !self.staging
     }
 }
 
@@ -110,7 +111,7 @@ impl Table {
         self.blocks.entry(info.key).or_insert_with(|| Block::new(info))
     }
 
-    /// Forgets the block if it is nowhere and nobody waits for it.
+    /// Forgets the block if it is nowhere, nobody waits for it and it waits for nothing.
     pub(crate) fn forget_if_gone(&mut self, key: &BlockKey) {
         if self.blocks.get(key).is_some_and(Block::is_gone) {
             self.blocks.remove(key);

@@ -56,6 +56,12 @@ impl<K: Copy + Eq + Hash + Debug + Send> LeafLru<K> {
         Self::default()
     }
 
+    /// Whether nothing is remembered of any block.
+    #[cfg(test)]
+    pub(crate) fn is_forgotten(&self) -> bool {
+        self.nodes.is_empty() && self.leaves.is_empty() && self.inner.is_empty()
+    }
+
     /// Takes a block out of the order of victims; before anything that its place there depends on changes.
     fn unlist(&mut self, key: &K) {
         if let Some(node) = self.nodes.get(key)

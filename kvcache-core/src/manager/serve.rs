@@ -96,6 +96,7 @@ impl Manager {
         if block.disk.is_none() || block.waiters.is_empty() {
             block.staging = false;
             self.wake(key);
+            self.table.forget_if_gone(key);
             return false;
         }
         true
