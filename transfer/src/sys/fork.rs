@@ -43,3 +43,29 @@ impl Process {
         ))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A real fork: the child asks, and answers with its exit status; the parent goes on as before.
+    #[test]
+    fn a_forked_child_is_told_so() {
+        let process = Process::current();
+        process.check().unwrap();
+        // SAFETY: the child only reads an atomic, allocates an error (glibc keeps its allocator usable
+        // after a fork) and leaves with `_exit`.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0, "{}", std::io::Error::last_os_error());
+        if child == 0 {
+            let told = process.check().is_err_and(|error| error.kind() == ErrorKind::Forked);
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(if told { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` is writable, and the child is ours and not waited for by anyone else.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!((waited, status), (child, 0));
+        process.check().unwrap();
+    }
+}

@@ -1,0 +1,278 @@
+//! Agents of two processes. The other process is this test binary, started again to run one function; it is told
+//! what to do by environment variables and speaks by lines on its standard output.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use bytes::Bytes;
+use kvcache_core::ErrorKind;
+use kvfabric_transfer::{
+    Agent, HostMemory, MemoryFate, Operation, PeerHandle, Region, RegionId, RegionOptions,
+    RequestOptions, Side,
+};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+use support::{OPEN, WAIT, Way, contents, pattern};
+
+const WAYS: [Way; 2] = [Way::Shm, Way::Tcp];
+const BYTES: u64 = 8 << 20;
+const SEED: u64 = 99;
+
+/// What the other process is.
+const ROLE: &str = "KVFABRIC_TEST_ROLE";
+/// Which way it is reached.
+const WAY: &str = "KVFABRIC_TEST_WAY";
+/// Metadata for it, in hexadecimal digits.
+const PEER: &str = "KVFABRIC_TEST_PEER";
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+}
+
+/// The other process; killed when dropped.
+struct Other {
+    child: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Other {
+    fn start(role: &str, way: Way, peer: &[u8]) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["the_other_process", "--exact", "--nocapture"])
+            .env(ROLE, role)
+            .env(WAY, way.name())
+            .env(PEER, hex(peer))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Self { child, lines }
+    }
+
+    /// The rest of the line that starts with `word`.
+    fn expect(&mut self, word: &str) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(self.lines.read_line(&mut line).unwrap() > 0, "it ended before {word}");
+            // The test harness writes without line ends in front of it.
+            if let Some(at) = line.find(word) {
+                return line[at + word.len()..].trim().to_owned();
+            }
+        }
+    }
+
+    /// Stops it, and returns once all of its threads stand still.
+    fn stop(&self) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::STOP).unwrap();
+        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
+        assert!(status.stopped(), "{status:?}");
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        // It may be dead already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The body of the other process; in the process that runs all tests there is nothing to do.
+#[test]
+fn the_other_process() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let way = if std::env::var(WAY).unwrap() == "shm" { Way::Shm } else { Way::Tcp };
+    match role.as_str() {
+        "target" => serve(way),
+        "initiator" => hold(way, &unhex(&std::env::var(PEER).unwrap())),
+        other => panic!("role {other}"),
+    }
+}
+
+/// Exports memory with a pattern; answers each notification with the checksum of all memory.
+fn serve(way: Way) {
+    let agent = way.agent("other");
+    let region = agent.register(HostMemory::shared(BYTES).unwrap(), OPEN).unwrap();
+    region.write_at(0, &pattern(BYTES as usize, SEED)).unwrap();
+    println!("REGION {}", region.id().0);
+    println!("METADATA {}", hex(&agent.metadata()));
+    let mut peer = None;
+    loop {
+        for notification in agent.wait_notifications(WAIT) {
+            if peer.is_none() {
+                peer = Some(agent.load_peer(&notification.bytes).unwrap());
+            }
+            let checksum = region.checksum(0, BYTES).unwrap();
+            let answer = Bytes::copy_from_slice(&checksum.to_le_bytes());
+            let peer = peer.as_ref().unwrap();
+            agent.notify(peer, answer).unwrap().wait(WAIT).unwrap();
+        }
+    }
+}
+
+/// Reads what the peer exports, says so, and keeps what it has mapped until it is killed.
+fn hold(way: Way, metadata: &[u8]) {
+    let agent = way.agent("other");
+    let peer = agent.load_peer(metadata).unwrap();
+    let (region, bytes) = peer.regions()[0];
+    let own = agent.register(HostMemory::anonymous(bytes).unwrap(), RegionOptions::default());
+    let own = own.unwrap();
+    let from = kvfabric_transfer::Descriptor { region, offset: 0, len: bytes };
+    let pairs = [(own.descriptor(0, bytes), from)];
+    let options = RequestOptions::default();
+    let read = agent.transfer(Operation::Read, &pairs, Side::Peer(&peer), options).unwrap();
+    read.wait(WAIT).unwrap();
+    println!("CHECKSUM {}", own.checksum(0, bytes).unwrap());
+    let mut end = Vec::new();
+    std::io::stdin().read_to_end(&mut end).unwrap();
+}
+
+/// This process's agent, and the other one as its peer.
+struct Reached {
+    agent: Agent,
+    local: Region,
+    peer: PeerHandle,
+    remote: RegionId,
+    other: Other,
+}
+
+impl Reached {
+    fn new(way: Way) -> Self {
+        let mut other = Other::start("target", way, &[]);
+        let remote = RegionId(other.expect("REGION").parse().unwrap());
+        let metadata = unhex(&other.expect("METADATA"));
+        let agent = way.agent("this");
+        let local = HostMemory::anonymous(BYTES).unwrap();
+        let local = agent.register(local, RegionOptions::default()).unwrap();
+        let peer = agent.load_peer(&metadata).unwrap();
+        assert_eq!(agent.path_to(&peer).backend, Some(way.name()));
+        Self { agent, local, peer, remote, other }
+    }
+
+    fn start(
+        &self,
+        operation: Operation,
+        pairs: &[(u64, u64, u64)],
+        notification: Option<Bytes>,
+    ) -> kvcache_core::Result<kvfabric_transfer::Request> {
+        let pairs: Vec<_> = pairs
+            .iter()
+            .map(|&(local, offset, len)| {
+                let remote = kvfabric_transfer::Descriptor { region: self.remote, offset, len };
+                (self.local.descriptor(local, len), remote)
+            })
+            .collect();
+        let options = RequestOptions { notification, ..RequestOptions::default() };
+        self.agent.transfer(operation, &pairs, Side::Peer(&self.peer), options)
+    }
+}
+
+/// Contiguous and scattered, read, written, and looked at by the other process when a notification says so.
+#[test]
+fn bytes_and_notifications_go_between_processes() {
+    for way in WAYS {
+        let reached = Reached::new(way);
+        let read = reached.start(Operation::Read, &[(0, 0, BYTES)], None).unwrap();
+        read.wait(WAIT).unwrap();
+        assert!(contents(&reached.local) == pattern(BYTES as usize, SEED), "{way:?}");
+        let data = pattern(BYTES as usize, SEED + 1);
+        reached.local.write_at(0, &data).unwrap();
+        let blocks = BYTES / 4096;
+        // Odd, so that every block of a power of two is visited once.
+        let pairs: Vec<_> = (0..blocks).map(|n| (n * 4096, n * 37 % blocks * 4096, 4096)).collect();
+        let metadata = reached.agent.metadata();
+        reached.start(Operation::Write, &pairs, Some(metadata)).unwrap().wait(WAIT).unwrap();
+        let mut model = vec![0; BYTES as usize];
+        for (from, to, len) in pairs {
+            let (from, to, len) = (from as usize, to as usize, len as usize);
+            model[to..to + len].copy_from_slice(&data[from..from + len]);
+        }
+        let checksum =
+            crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &model) as u32;
+        let answer = &reached.agent.wait_notifications(WAIT)[0];
+        assert_eq!(answer.bytes[..], checksum.to_le_bytes(), "{way:?}");
+        assert_eq!(&*answer.peer, "other");
+    }
+}
+
+/// The other process is killed while requests of all sizes are in flight. Every one ends, with its memory settled;
+/// later ones are refused; the region can be given back.
+#[test]
+fn every_request_settles_when_the_peer_is_killed() {
+    for way in WAYS {
+        let mut reached = Reached::new(way);
+        let mut requests = Vec::new();
+        for round in 0..40 {
+            let operation = if round % 2 == 0 { Operation::Read } else { Operation::Write };
+            for pairs in [vec![(0, 0, BYTES)], vec![(0, 64, 64), (4096, 8192, 4096)]] {
+                requests.extend(reached.start(operation, &pairs, None));
+            }
+            if round == 20 {
+                reached.other.kill();
+            }
+        }
+        for request in &requests {
+            if let Err(error) = request.wait(WAIT) {
+                assert_eq!(error.kind(), ErrorKind::PeerLost, "{way:?}");
+                assert_eq!(error.fate(), MemoryFate::Settled, "{way:?}");
+            }
+        }
+        // Its death is seen within the deadline, and from then on nothing is accepted.
+        let until = std::time::Instant::now() + WAIT;
+        let refused = loop {
+            match reached.start(Operation::Read, &[(0, 0, 64)], None) {
+                Err(error) => break error.kind(),
+                Ok(request) => {
+                    if let Err(error) = request.wait(WAIT) {
+                        break error.kind();
+                    }
+                }
+            }
+            assert!(std::time::Instant::now() < until, "{way:?}: the death was not seen");
+        };
+        assert_eq!(refused, ErrorKind::PeerLost, "{way:?}");
+        assert_eq!(reached.agent.path_to(&reached.peer).backend, None);
+        reached.local.deregister().wait(WAIT).unwrap();
+    }
+}
+
+/// The other process maps this one's memory. Stopped, it cannot give it back, so the region stays in use; dead, it
+/// proves that it doesn't use it.
+#[test]
+fn shared_memory_is_in_use_until_its_user_gives_it_back_or_is_dead() {
+    for dies in [true, false] {
+        let agent = Way::Shm.agent("this");
+        let export = agent.register(HostMemory::shared(4096).unwrap(), OPEN).unwrap();
+        export.write_at(0, &pattern(4096, SEED)).unwrap();
+        let metadata = agent.metadata();
+        let mut other = Other::start("initiator", Way::Shm, &metadata);
+        let checksum: u32 = other.expect("CHECKSUM").parse().unwrap();
+        assert_eq!(checksum, export.checksum(0, 4096).unwrap());
+        if dies {
+            other.stop();
+        }
+        let returned = export.deregister();
+        if dies {
+            let busy = returned.wait(Duration::from_millis(50)).unwrap_err();
+            assert_eq!(busy.kind(), ErrorKind::Busy);
+            other.kill();
+        }
+        returned.wait(WAIT).unwrap();
+    }
+}
