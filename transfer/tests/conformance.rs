@@ -1,4 +1,10 @@
 //! Every backend that runs on any Linux machine, against the one suite.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "helpers of tests fail like tests"
+)]
 
 use kvfabric_transfer::backend::conformance::{
     FileFixture, Fixture, ObjectFixture, PeerFixture, Report, run,

@@ -1,4 +1,10 @@
 //! Files by the public interface: what is on disk, what is refused, and what errors say.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "helpers of tests fail like tests"
+)]
 
 use std::fs::OpenOptions;
 use std::path::Path;

@@ -1,4 +1,10 @@
 //! Object stores by the public interface: a local directory always, a real S3 server where there is one.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "helpers of tests fail like tests"
+)]
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,9 @@
 //! The simulated fabric: determinism, faults, and what may be believed about memory.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests fail like tests"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

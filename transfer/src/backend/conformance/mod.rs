@@ -5,6 +5,7 @@
 //! check is that nothing hangs, leaks or tears.
 
 mod cases;
+mod endings;
 mod fixture;
 
 use std::time::Duration;
@@ -91,15 +92,15 @@ const CASES: [(&str, Case); 12] = [
     ("a notification comes after the data", cases::notification),
     (
         "deregistering waits for requests and refuses new ones",
-        cases::deregister,
+        endings::deregister,
     ),
     (
         "a deadline ends a request, and its memory drains",
-        cases::deadline,
+        endings::deadline,
     ),
     (
         "cancelling ends a request, and its memory drains",
-        cases::cancel,
+        endings::cancel,
     ),
     ("statistics count exactly what was moved", cases::stats),
 ];

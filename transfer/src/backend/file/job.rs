@@ -111,14 +111,15 @@ fn parts(plan: &Plan) -> Result<(Vec<Arc<OpenFile>>, Vec<Piece>)> {
             ));
         };
         // The mapping belongs to the region, which the plan keeps alive and the job keeps entered.
-        let span = region
-            .mapping()?
-            .span(extent.local_offset, extent.len)?
-            .raw();
+        let mapping = region.mapping()?;
+        let range = match plan.operation {
+            Operation::Read => mapping.sink(extent.local_offset, extent.len)?.raw(),
+            Operation::Write => mapping.span(extent.local_offset, extent.len)?.raw(),
+        };
         Ok(Piece {
             file: extent.remote,
-            base: span.iov_base.cast::<u8>(),
-            len: span.iov_len,
+            base: range.iov_base.cast::<u8>(),
+            len: range.iov_len,
             offset: extent.remote_offset,
         })
     });

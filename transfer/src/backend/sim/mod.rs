@@ -5,17 +5,20 @@
 //! machines in virtual time, so that the cluster simulation drives them too. [`SimNetwork`] puts agents of this process
 //! on such a network.
 
+mod driver;
 mod exchange;
 mod fabric;
+mod link;
 mod network;
 mod random;
+mod running;
+mod transfer;
 
-pub use exchange::{
-    CHUNKS_MAX, Direction, Effect, Exchange, ExchangeConfig, SimTransfer, SimTransferId,
-    TRANSFERS_MAX,
-};
-pub use fabric::SimNetwork;
+pub use driver::SimNetwork;
+pub use exchange::{CHUNKS_MAX, Exchange, TRANSFERS_MAX};
+pub use link::{Chance, LinkProfile};
 pub use network::{
-    Arrival, Chance, DATAGRAMS_MAX, Delivery, LinkProfile, NODES_MAX, Network, SimNode,
-    TRACE_EVENTS_MAX, TraceEvent, TraceKind,
+    Arrival, DATAGRAMS_MAX, Delivery, NODES_MAX, Network, SimNode, TRACE_EVENTS_MAX, TraceEvent,
+    TraceKind,
 };
+pub use transfer::{Direction, Effect, ExchangeConfig, SimTransfer, SimTransferId};

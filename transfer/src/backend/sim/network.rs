@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result, Time};
 
+use super::link::{Chance, LinkProfile};
 use super::random::{Random, mix};
 
 /// The most datagrams in the network at once; a sender is told `Busy` beyond it.
@@ -17,98 +18,6 @@ pub const TRACE_EVENTS_MAX: usize = 1 << 16;
 /// A node of a simulated network, counted from 0 in the order of joining.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SimNode(pub u32);
-
-/// A probability in millionths.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Chance(u32);
-
-impl Chance {
-    /// Never.
-    pub const NEVER: Self = Self(0);
-    /// Always.
-    pub const ALWAYS: Self = Self(1_000_000);
-
-    /// `millionths` of 1,000,000.
-    ///
-    /// # Errors
-    /// `Invalid` above 1,000,000.
-    pub fn from_millionths(millionths: u32) -> Result<Self> {
-        if millionths > 1_000_000 {
-            return Err(Error::invalid(
-                "chance in millionths",
-                millionths,
-                0..=1_000_000,
-            ));
-        }
-        Ok(Self(millionths))
-    }
-
-    /// The probability in millionths.
-    #[must_use]
-    pub const fn millionths(self) -> u32 {
-        self.0
-    }
-}
-
-/// How one direction of a link behaves.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinkProfile {
-    /// From the last byte sent to the last byte received.
-    pub latency: Duration,
-    /// Up to this much is added to the latency, evenly distributed; order is kept.
-    pub jitter: Duration,
-    /// Datagrams queue behind each other at this rate.
-    pub bytes_per_second: u64,
-    /// A datagram vanishes.
-    pub loss: Chance,
-    /// A datagram arrives twice.
-    pub duplicate: Chance,
-    /// A datagram is held back, so that later ones overtake it.
-    pub reorder: Chance,
-    /// How long a reordered or repeated datagram is held back at most.
-    pub reorder_delay: Duration,
-    /// One bit of a datagram is wrong when it arrives.
-    pub corruption: Chance,
-}
-
-impl LinkProfile {
-    /// A fast and faultless link: 5 µs, 10 GB/s.
-    #[must_use]
-    pub fn perfect() -> Self {
-        Self {
-            latency: Duration::from_micros(5),
-            jitter: Duration::ZERO,
-            bytes_per_second: 10_000_000_000,
-            loss: Chance::NEVER,
-            duplicate: Chance::NEVER,
-            reorder: Chance::NEVER,
-            reorder_delay: Duration::from_micros(50),
-            corruption: Chance::NEVER,
-        }
-    }
-
-    /// A link that loses 1 %, repeats 1 % and reorders 5 % of its datagrams, 50 to 100 µs, 1 GB/s.
-    #[must_use]
-    pub fn lossy() -> Self {
-        Self {
-            latency: Duration::from_micros(50),
-            jitter: Duration::from_micros(50),
-            bytes_per_second: 1_000_000_000,
-            loss: Chance(10_000),
-            duplicate: Chance(10_000),
-            reorder: Chance(50_000),
-            reorder_delay: Duration::from_micros(400),
-            corruption: Chance::NEVER,
-        }
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.bytes_per_second == 0 {
-            return Err(Error::invalid("link bytes_per_second", 0, 1..=u64::MAX));
-        }
-        Ok(())
-    }
-}
 
 /// What the network did with a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -316,17 +225,17 @@ impl<T: Clone> Network<T> {
         link.busy_until = sent;
         let jitter = Duration::from_nanos(self.random.below(nanos(profile.jitter)));
         let in_order = (sent + profile.latency + jitter).max(link.last_arrival);
-        if self.random.happens(profile.loss.0) {
+        if self.random.happens(profile.loss.millionths()) {
             self.note(now, from, to, datagram, TraceKind::Lost);
             return Ok(0);
         }
         let mut arrival = in_order;
-        if self.random.happens(profile.reorder.0) {
+        if self.random.happens(profile.reorder.millionths()) {
             arrival = in_order + self.held_back(&profile);
         } else if let Some(link) = self.links.get_mut(&(from, to)) {
             link.last_arrival = in_order;
         }
-        let repeated = self.random.happens(profile.duplicate.0);
+        let repeated = self.random.happens(profile.duplicate.millionths());
         if repeated {
             self.note(now, from, to, datagram, TraceKind::Repeated);
             let second = arrival + self.held_back(&profile);
@@ -415,7 +324,7 @@ impl<T: Clone> Network<T> {
     ) {
         let corruption = self
             .random
-            .happens(corruption.0)
+            .happens(corruption.millionths())
             .then(|| self.random.next());
         let flying = Flying {
             from,
