@@ -3,21 +3,27 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, Descriptor, HostMemory, Region, RegionOptions};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// A fixed number of equal buffers.
 pub(crate) struct Scratch {
     region: Region,
     buffer_bytes: u64,
+    count: u32,
     vacant: Mutex<Vec<u32>>,
+    /// As many as are vacant; a permit goes back after its buffer did.
+    permits: Arc<Semaphore>,
 }
 
 /// Some of them, given back when dropped. Whoever lent them to a transfer keeps them until it settles.
 pub(crate) struct Buffers {
     scratch: Arc<Scratch>,
     buffers: Vec<u32>,
+    _permits: OwnedSemaphorePermit,
 }
 
 impl Scratch {
@@ -26,27 +32,43 @@ impl Scratch {
         let memory = HostMemory::anonymous(u64::from(count) * buffer_bytes)?;
         let region = agent.register(memory, RegionOptions::default())?;
         let vacant = Mutex::new((0..count).rev().collect());
+        let permits = Arc::new(Semaphore::new(count as usize));
         Ok(Arc::new(Self {
             region,
             buffer_bytes,
+            count,
             vacant,
+            permits,
         }))
     }
 
-    /// Takes `count` buffers.
+    /// Takes `count` buffers, waiting until `deadline` for others to give theirs back.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] when fewer are vacant: transfers that failed unsettled hold the rest.
-    pub(crate) fn take(self: &Arc<Self>, count: usize) -> Result<Buffers> {
-        let mut vacant = self.vacant.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(from) = vacant.len().checked_sub(count) else {
-            let context = format!("{count} buffers wanted, {} vacant", vacant.len());
-            return Err(Error::new(ErrorKind::Busy, context));
+    /// [`ErrorKind::Timeout`] when fewer were vacant all the time: transfers that failed unsettled hold
+    /// the rest. [`ErrorKind::Invalid`] for more than there are.
+    pub(crate) async fn take(self: &Arc<Self>, count: usize, deadline: Instant) -> Result<Buffers> {
+        let wanted = u32::try_from(count)
+            .ok()
+            .filter(|wanted| *wanted <= self.count);
+        let Some(wanted) = wanted else {
+            return Err(Error::invalid("buffers wanted", count, ..=self.count));
         };
-        let buffers = vacant.split_off(from);
+        let deadline = tokio::time::Instant::from_std(deadline);
+        let permits = self.permits.clone().acquire_many_owned(wanted);
+        let Ok(Ok(permits)) = tokio::time::timeout_at(deadline, permits).await else {
+            let context = format!("{count} buffers wanted, others hold them");
+            return Err(Error::new(ErrorKind::Timeout, context));
+        };
+        let mut vacant = self.vacant.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = vacant.len().checked_sub(count);
+        assert!(from.is_some(), "there is a vacant buffer for every permit");
+        let buffers = vacant.split_off(from.unwrap_or(0));
+        drop(vacant);
         Ok(Buffers {
             scratch: self.clone(),
             buffers,
+            _permits: permits,
         })
     }
 }

@@ -1,5 +1,7 @@
 //! How requests reach the driver: one bounded queue, each request with the way its answer takes back.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvcache_core::manager::{LeasedBlock, PeerHint, Stats};
@@ -69,16 +71,48 @@ pub(super) struct Fetch {
     pub(super) deadline: Instant,
 }
 
+/// Whether the driver ended as it should.
+#[derive(Debug, Default)]
+pub(super) struct Health {
+    ended_in_order: AtomicBool,
+}
+
+impl Health {
+    /// What comes from here on is the end that was asked for.
+    pub(super) fn ends_in_order(&self) {
+        self.ended_in_order.store(true, Ordering::Release);
+    }
+}
+
 /// A handle on the driver's queue.
 #[derive(Clone, Debug)]
 pub(crate) struct Desk {
     requests: mpsc::Sender<Request>,
+    health: Arc<Health>,
 }
 
 impl Desk {
     pub(super) fn new() -> (Self, mpsc::Receiver<Request>) {
         let (requests, queue) = mpsc::channel(REQUESTS_MAX);
-        (Self { requests }, queue)
+        (
+            Self {
+                requests,
+                health: Arc::default(),
+            },
+            queue,
+        )
+    }
+
+    /// For the driver, to tell how it ended.
+    pub(super) fn health(&self) -> Arc<Health> {
+        self.health.clone()
+    }
+
+    fn ended(&self) -> Error {
+        if self.health.ended_in_order.load(Ordering::Acquire) {
+            return closed();
+        }
+        Error::new(ErrorKind::Poisoned, "the cache ended by a fault of its own")
     }
 
     /// Readies blocks for a peer to read.
@@ -109,7 +143,7 @@ impl Desk {
     pub(super) async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.tell(request(reply))?;
-        answer.await.unwrap_or_else(|_| Err(closed()))
+        answer.await.unwrap_or_else(|_| Err(self.ended()))
     }
 
     pub(super) fn tell(&self, request: Request) -> Result<()> {
@@ -120,12 +154,12 @@ impl Desk {
                     let context = format!("{REQUESTS_MAX} requests wait for the cache already");
                     Error::new(ErrorKind::Busy, context)
                 }
-                mpsc::error::TrySendError::Closed(_) => closed(),
+                mpsc::error::TrySendError::Closed(_) => self.ended(),
             })
     }
 }
 
-/// What callers hear once the driver has ended.
+/// What callers hear once the cache is shut down.
 pub(super) fn closed() -> Error {
     Error::new(ErrorKind::Cancelled, "the cache is shut down")
 }

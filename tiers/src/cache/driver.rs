@@ -1,21 +1,22 @@
 //! The one task that owns the manager: requests and completions go in, commands, events and answers
 //! come out, in order.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvcache_core::event::NodeEvent;
-use kvcache_core::manager::{BlockSource, FetchRequest, Manager, Outcome};
+use kvcache_core::manager::{FetchRequest, Manager};
 use kvcache_core::ports::{EventSink, Position};
 use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, OperationId, PeerId, Result, Time};
 use kvfabric_transfer::Descriptor;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::desk::{Fetch, ReadyLease, Reply, Request, closed};
+use super::desk::{Fetch, Health, ReadyLease, Reply, Request, closed};
 use super::execute::Completion;
-use super::types::{FetchReport, HeldDepth, Source, StoreBlock, StoreReport};
+use super::grants::Grants;
+use super::types::{FetchReport, HeldDepth, StoreBlock, StoreReport};
 use crate::mover::Mover;
 
 /// Events in one batch for the sink.
@@ -30,7 +31,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// An operation of an engine: its memory, and who waits.
 pub(super) struct Operation<T> {
     memory: Vec<Descriptor>,
-    reply: Reply<T>,
+    pub(super) reply: Reply<T>,
 }
 
 /// The state of the driver's task.
@@ -43,13 +44,10 @@ pub(super) struct Driver {
     requests: mpsc::Receiver<Request>,
     /// What [`Time`] counts from.
     start: Instant,
-    stores: HashMap<OperationId, Operation<StoreReport>>,
-    fetches: HashMap<OperationId, Operation<FetchReport>>,
-    draining: HashMap<OperationId, oneshot::Sender<()>>,
-    grants: HashMap<LeaseId, Reply<ReadyLease>>,
-    /// Leases granted to each peer, and when they end.
-    granted: BTreeMap<PeerId, BTreeMap<LeaseId, Time>>,
-    leases_per_peer_max: usize,
+    pub(super) stores: HashMap<OperationId, Operation<StoreReport>>,
+    pub(super) fetches: HashMap<OperationId, Operation<FetchReport>>,
+    pub(super) draining: HashMap<OperationId, oneshot::Sender<()>>,
+    pub(super) grants: Grants,
     closing: Option<(Time, Reply<()>)>,
 }
 
@@ -77,25 +75,24 @@ impl Driver {
             stores: HashMap::new(),
             fetches: HashMap::new(),
             draining: HashMap::new(),
-            grants: HashMap::new(),
-            granted: BTreeMap::new(),
-            leases_per_peer_max: parts.leases_per_peer_max as usize,
+            grants: Grants::new(parts.leases_per_peer_max),
             closing: None,
         }
     }
 
     /// Runs until shutdown, or until the last handle is gone.
-    pub(super) async fn run(mut self) {
+    pub(super) async fn run(mut self, health: Arc<Health>) {
         loop {
             self.pump();
             if self.is_closed() {
+                health.ends_in_order();
                 return self.close().await;
             }
             let wake = tokio::time::Instant::from_std(self.wake());
             tokio::select! {
                 request = self.requests.recv() => match request {
                     Some(request) => self.take_requests(request),
-                    None => return,
+                    None => return health.ends_in_order(),
                 },
                 Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => match done {
                     Ok(completion) => self.complete(completion),
@@ -161,15 +158,8 @@ impl Driver {
     /// Hands events to the sink before the answers of what caused them, so that a caller who asks for
     /// the position afterwards finds its own changes in it.
     fn publish(&mut self) {
-        let manager = &mut self.manager;
-        loop {
-            let events: Vec<_> = std::iter::from_fn(|| manager.poll_event())
-                .take(EVENTS_PER_BATCH_MAX)
-                .collect();
-            if events.is_empty() {
-                return;
-            }
-            self.position.send_replace(self.sink.publish(events));
+        if let Some(position) = publish(&mut self.manager, &*self.sink) {
+            self.position.send_replace(position);
         }
     }
 
@@ -206,7 +196,7 @@ impl Driver {
             } => self.lease(peer, &keys, ttl, reply),
             Request::Release { peer, lease } => self.release(peer, lease),
             Request::PeerLost { peer } => {
-                self.granted.remove(&peer);
+                self.grants.end_all(peer);
                 self.manager.handle_peer_lost(self.now(), peer);
             }
             Request::Lookup { keys, reply } => {
@@ -259,28 +249,20 @@ impl Driver {
 
     fn lease(&mut self, peer: PeerId, keys: &[BlockKey], ttl: Duration, reply: Reply<ReadyLease>) {
         let now = self.now();
-        let of_peer = self.granted.entry(peer).or_default();
-        of_peer.retain(|_, ends| *ends > now);
-        if of_peer.len() >= self.leases_per_peer_max {
-            let context = format!("{} leases are granted to this peer already", of_peer.len());
-            return give(reply, Err(Error::new(ErrorKind::Busy, context)));
-        }
-        match self.manager.handle_lease(now, peer, keys, ttl) {
+        let leased = self.grants.check(now, peer);
+        match leased.and_then(|()| self.manager.handle_lease(now, peer, keys, ttl)) {
             Ok(lease) => {
-                // Until it is ready it lasts at least as long as staging may take.
+                // Readying it may take as long as staging.
                 let limits = self.manager.limits();
                 let ends = now + limits.stage_wait + ttl.min(limits.lease_ttl);
-                self.granted.entry(peer).or_default().insert(lease, ends);
-                self.grants.insert(lease, reply);
+                self.grants.begin(peer, lease, ends, reply);
             }
             Err(error) => give(reply, Err(error)),
         }
     }
 
-    fn release(&mut self, peer: PeerId, lease: LeaseId) {
-        if let Some(of_peer) = self.granted.get_mut(&peer) {
-            of_peer.remove(&lease);
-        }
+    pub(super) fn release(&mut self, peer: PeerId, lease: LeaseId) {
+        self.grants.end(peer, lease);
         self.manager.handle_release(self.now(), peer, lease);
     }
 
@@ -296,95 +278,6 @@ impl Driver {
             (None, None) => return None,
         };
         memory.get(position as usize).copied()
-    }
-
-    fn answer(&mut self, outcome: Outcome) {
-        match outcome {
-            Outcome::Stored {
-                operation,
-                stored,
-                already_held,
-                refused,
-                failed,
-            } => {
-                if let Some(store) = self.stores.remove(&operation) {
-                    let report = StoreReport {
-                        stored,
-                        already_held,
-                        refused,
-                        failed,
-                    };
-                    give(store.reply, Ok(report));
-                }
-            }
-            Outcome::Fetched {
-                operation,
-                sources,
-                unsettled,
-            } => {
-                self.answer_fetch(operation, &sources, unsettled);
-            }
-            Outcome::Drained { operation } => {
-                if let Some(drained) = self.draining.remove(&operation) {
-                    // An error means that nobody waits any more.
-                    let _ = drained.send(());
-                }
-            }
-            Outcome::LeaseReady {
-                lease,
-                peer,
-                blocks,
-                ttl,
-            } => {
-                let Some(reply) = self.grants.remove(&lease) else {
-                    return;
-                };
-                let empty = blocks.is_empty();
-                let gone = reply.send(Ok(ReadyLease { lease, ttl, blocks })).is_err();
-                if gone || empty {
-                    self.release(peer, lease);
-                }
-            }
-        }
-    }
-
-    fn answer_fetch(
-        &mut self,
-        operation: OperationId,
-        sources: &[BlockSource],
-        unsettled: Vec<u32>,
-    ) {
-        let Some(fetch) = self.fetches.remove(&operation) else {
-            return;
-        };
-        let drained = (!unsettled.is_empty()).then(|| {
-            let (ended, drained) = oneshot::channel();
-            self.draining.insert(operation, ended);
-            drained
-        });
-        let sources = sources.iter().map(|source| self.source(source)).collect();
-        give(
-            fetch.reply,
-            Ok(FetchReport {
-                sources,
-                unsettled,
-                drained,
-            }),
-        );
-    }
-
-    fn source(&self, source: &BlockSource) -> Source {
-        match source {
-            BlockSource::Host => Source::Host,
-            BlockSource::Disk => Source::Disk,
-            BlockSource::Object => Source::Object,
-            BlockSource::Miss => Source::Miss,
-            BlockSource::Peer { peer, tier } => match self.mover.peers.roster.name(*peer) {
-                Some(pod) => Source::Peer { pod, tier: *tier },
-                // Only numbers of the roster are ever given to the manager.
-                None => Source::Miss,
-            },
-        }
     }
 
     fn is_closed(&self) -> bool {
@@ -431,11 +324,24 @@ impl Driver {
     }
 }
 
+/// Hands all of the manager's events to the sink; the position after them, if there were any.
+pub(super) fn publish(manager: &mut Manager, sink: &dyn EventSink) -> Option<Position> {
+    let mut position = None;
+    loop {
+        let events = std::iter::from_fn(|| manager.poll_event());
+        let events: Vec<_> = events.take(EVENTS_PER_BATCH_MAX).collect();
+        if events.is_empty() {
+            return position;
+        }
+        position = Some(sink.publish(events));
+    }
+}
+
 fn refuse<T>(reply: Reply<T>) {
     give(reply, Err(closed()));
 }
 
 /// Answers, unless nobody waits any more.
-fn give<T>(reply: Reply<T>, answer: Result<T>) {
+pub(super) fn give<T>(reply: Reply<T>, answer: Result<T>) {
     let _ = reply.send(answer);
 }

@@ -1,8 +1,10 @@
 //! The cache of one node: an asynchronous face over the manager and the mover.
 
+mod answer;
 mod desk;
 mod driver;
 mod execute;
+mod grants;
 mod open;
 mod types;
 

@@ -11,7 +11,7 @@ use kvfabric_transfer::Agent;
 use tokio::sync::watch;
 
 use super::desk::Desk;
-use super::driver::{Driver, Parts};
+use super::driver::{Driver, Parts, publish};
 use super::{Cache, Inner};
 use crate::arena::Arena;
 use crate::config::CacheConfig;
@@ -47,9 +47,9 @@ pub(super) async fn open(
         let taken = manager.handle_recovered(Time::default(), recovered.blocks);
         tracing::info!(found, taken, skipped = scan_faults, "disk tier recovered");
     }
-    let mut snapshot = vec![NodeEvent::Cleared];
-    snapshot.extend(std::iter::from_fn(|| manager.poll_event()));
-    let (position, positions) = watch::channel(sink.publish(snapshot));
+    let cleared = sink.publish(vec![NodeEvent::Cleared]);
+    let snapshot = publish(&mut manager, &*sink);
+    let (position, positions) = watch::channel(snapshot.unwrap_or(cleared));
     let (desk, requests) = Desk::new();
     let server = match config.peer_listen {
         None => None,
@@ -74,7 +74,7 @@ pub(super) async fn open(
         start,
         leases_per_peer_max,
     };
-    let driver = tokio::spawn(Driver::new(parts).run());
+    let driver = tokio::spawn(Driver::new(parts).run(desk.health()));
     let inner = Inner {
         desk,
         mover,

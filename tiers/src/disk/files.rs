@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvcache_core::manager::RecoveredBlock;
 use kvcache_core::place::{DiskSlot, SegmentId};
@@ -23,8 +23,8 @@ const LOCK_FILE: &str = "kvfabric.lock";
 /// Header pages read by one request while scanning.
 const SCAN_BATCH: usize = 64;
 
-/// The longest that one request of the scan may take.
-const SCAN_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that one request for header pages may take.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The segment files of one directory, opened when they are first needed.
 #[derive(Debug)]
@@ -171,7 +171,7 @@ impl SegmentFiles {
             block_bytes: self.layout.block_bytes(),
             slots: self.layout.slots(),
         };
-        let page = self.pages.take(1)?;
+        let page = self.pages.take(1, Instant::now() + HEADERS_TIMEOUT).await?;
         page.write(0, &header.encode())?;
         let pair = (
             page.descriptor(0, PAGE_BYTES),
@@ -206,7 +206,7 @@ impl SegmentFiles {
         pairs: Vec<(Descriptor, Descriptor)>,
     ) -> Result<()> {
         let options = RequestOptions {
-            deadline: Some(SCAN_TIMEOUT),
+            deadline: Some(HEADERS_TIMEOUT),
             ..RequestOptions::default()
         };
         let request = self
@@ -311,7 +311,10 @@ impl SegmentFiles {
     }
 
     async fn read_pages(&self, region: &Region, offsets: &[u64]) -> Result<Vec<Vec<u8>>> {
-        let pages = self.pages.take(offsets.len())?;
+        let pages = self
+            .pages
+            .take(offsets.len(), Instant::now() + HEADERS_TIMEOUT)
+            .await?;
         let pairs = offsets.iter().enumerate().map(|(at, offset)| {
             (
                 pages.descriptor(at, PAGE_BYTES),

@@ -67,6 +67,9 @@ impl SegmentLayout {
     }
 
     /// Where the header page of the record at `position` begins.
+    ///
+    /// # Panics
+    /// If a segment has no such position.
     #[must_use]
     pub fn record_offset(&self, position: u32) -> u64 {
         assert!(
@@ -78,6 +81,9 @@ impl SegmentLayout {
     }
 
     /// Where the block's bytes of the record at `position` begin.
+    ///
+    /// # Panics
+    /// If a segment has no such position.
     #[must_use]
     pub fn payload_offset(&self, position: u32) -> u64 {
         self.record_offset(position) + PAGE_BYTES

@@ -32,13 +32,18 @@ impl Mover {
             unsettled,
         )
         .await;
-        let results = copied.into_iter().zip(job.moves.iter().zip(to));
-        Ok(results
-            .map(|(copied, (one, to))| {
-                copied.map_err(|(failure, _)| failure)?;
-                self.verify(one, *to, || String::from("host memory"))
-            })
-            .collect())
+        let mut results = Vec::with_capacity(copied.len());
+        for (position, copied) in copied.into_iter().enumerate() {
+            let place = || String::from("host memory");
+            results.push(match copied {
+                Ok(()) => {
+                    self.verify(job, &job.moves[position], to[position], place)
+                        .await
+                }
+                Err((failure, _)) => Err(failure),
+            });
+        }
+        Ok(results)
     }
 
     pub(super) async fn disk_to_memory(
@@ -68,7 +73,7 @@ impl Mover {
             let one = &job.moves[position];
             let place = || disk.place(from[position]);
             results.push(match copied {
-                Ok(()) => self.verify(one, to[position], place),
+                Ok(()) => self.verify(job, one, to[position], place).await,
                 Err((failure, error)) if failure.settled && speaks_of_source(failure.kind) => {
                     let text = error.map_or_else(|| failure.kind.to_string(), |e| e.to_string());
                     Err(self.corrupt(one, &place(), text))
@@ -87,11 +92,14 @@ impl Mover {
         unsettled: &mut Unsettled,
     ) -> Result<Vec<Moved>> {
         let disk = self.disk()?;
-        let pages = self.pages.take(job.moves.len())?;
+        let pages = self.pages.take(job.moves.len(), job.deadline).await?;
         let mut parts = Vec::with_capacity(job.moves.len());
         let mut checksums = Vec::with_capacity(job.moves.len());
         for (position, one) in job.moves.iter().enumerate() {
-            let checksum = one.checksum.map_or_else(|| self.sum(from[position]), Ok)?;
+            let checksum = match one.checksum {
+                Some(checksum) => checksum,
+                None => self.sum(from[position], job.deadline).await?,
+            };
             pages.write(position, &self.header(one, checksum).encode())?;
             let (header, payload) = disk.record(to[position]).await?;
             // A crash between the two leaves a header whose bytes do not match it: found on reading.

@@ -22,7 +22,10 @@ impl Mover {
     ) -> Result<Vec<Moved>> {
         let moved = job.moves.iter().zip(from).map(|(one, from)| async move {
             let mut unsettled = Unsettled::default();
-            let checksum = one.checksum.map_or_else(|| self.sum(*from), Ok);
+            let checksum = match one.checksum {
+                Some(checksum) => Ok(checksum),
+                None => self.sum(*from, job.deadline).await,
+            };
             let result = match checksum {
                 Ok(checksum) => {
                     let payload = self.descriptor(*from);
@@ -44,12 +47,13 @@ impl Mover {
         payload: Descriptor,
         unsettled: &mut Unsettled,
     ) -> Moved {
-        let prepared = self.object(one).and_then(|(object, _)| {
-            let page = self.pages.take(1)?;
+        let prepared = async {
+            let (object, _) = self.object(one)?;
+            let page = self.pages.take(1, job.deadline).await?;
             page.write(0, &self.header(one, checksum).encode())?;
-            Ok((object, page))
-        });
-        let (object, page) = match prepared {
+            Ok::<_, Error>((object, page))
+        };
+        let (object, page) = match prepared.await {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };
@@ -91,10 +95,11 @@ impl Mover {
         to: Memory,
         unsettled: &mut Unsettled,
     ) -> Moved {
-        let prepared = self
-            .object(one)
-            .and_then(|named| Ok((named, self.pages.take(1)?)));
-        let ((object, name), page) = match prepared {
+        let prepared = async {
+            let (object, name) = self.object(one)?;
+            Ok::<_, Error>((object, name, self.pages.take(1, job.deadline).await?))
+        };
+        let (object, name, page) = match prepared.await {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };
@@ -108,7 +113,7 @@ impl Mover {
         ];
         let taken = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
         let result = match taken {
-            Ok(()) => self.check_object(one, to, &name, &page),
+            Ok(()) => self.check_object(job, one, to, &name, &page).await,
             // An object too short for its block.
             Err(failed) if failed.in_flight.is_none() && is_short(failed.error.kind()) => {
                 Err(self.corrupt(one, &name, &failed.error))
@@ -125,7 +130,14 @@ impl Mover {
     }
 
     /// The header must name this block of this model; then the bytes must match the header.
-    fn check_object(&self, one: &Move, to: Memory, name: &str, page: &Buffers) -> Moved {
+    async fn check_object(
+        &self,
+        job: &Job,
+        one: &Move,
+        to: Memory,
+        name: &str,
+        page: &Buffers,
+    ) -> Moved {
         let mut bytes = [0; RECORD_HEADER_BYTES];
         page.read(0, 0, &mut bytes)
             .map_err(|error| MoveFailure::settled(error.kind()))?;
@@ -139,7 +151,7 @@ impl Mover {
             }
         });
         let header = header.map_err(|fault| self.corrupt(one, name, fault))?;
-        let sum = self.verify(one, to, || name.to_owned())?;
+        let sum = self.verify(job, one, to, || name.to_owned()).await?;
         if sum != header.checksum {
             let (sum, known) = (sum.value, header.checksum.value);
             let what = format!("checksum {sum:08x}, header says {known:08x}");
@@ -170,11 +182,11 @@ impl Mover {
         unsettled: &mut Unsettled,
     ) -> Moved {
         let block_bytes = self.expected.block_bytes;
-        let prepared = self
-            .staging
-            .take(1)
-            .and_then(|buffer| Ok((buffer, self.disk()?.payload(from)?)));
-        let (buffer, payload) = match prepared {
+        let prepared = async {
+            let payload = self.disk()?.payload(from)?;
+            Ok::<_, Error>((self.staging.take(1, job.deadline).await?, payload))
+        };
+        let (buffer, payload) = match prepared.await {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };

@@ -60,7 +60,7 @@ impl Mover {
                 continue;
             }
             let place = || format!("peer {}", lease.link.pod);
-            results.push(match self.verify(one, to[position], place) {
+            results.push(match self.verify(job, one, to[position], place).await {
                 Ok(sum) if sum != block.checksum => {
                     let what = "bytes do not match the checksum of the lease";
                     Err(self.corrupt(one, &place(), what))
@@ -120,7 +120,8 @@ impl Mover {
         let per_page = (PAGE_BYTES / GENERATION_BYTES) as usize;
         let pages = self
             .pages
-            .take(blocks.len().div_ceil(per_page))
+            .take(blocks.len().div_ceil(per_page), deadline)
+            .await
             .map_err(|error| MoveFailure::settled(error.kind()))?;
         let at = |position: usize| {
             let offset = (position % per_page) as u64 * GENERATION_BYTES;

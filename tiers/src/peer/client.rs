@@ -90,6 +90,8 @@ impl Peers {
         let deadline = tokio::time::Instant::from_std(deadline);
         let asked = tokio::time::timeout_at(deadline, self.ask(peer, keys, ttl)).await;
         asked.unwrap_or_else(|_| {
+            // A peer that hangs would cost every fetch its time: leave it alone for a while.
+            self.unlink(peer, |_| true);
             let context = format!("pod {} did not answer in time", self.name(peer));
             Err(Error::new(ErrorKind::Timeout, context))
         })
@@ -116,12 +118,9 @@ impl Peers {
             .clone()
             .lease(wire::lease_request(&question))
             .await;
-        if answer
-            .as_ref()
-            .is_err_and(|status| wire::is_other_incarnation(status))
-        {
+        if answer.as_ref().is_err_and(wire::is_other_incarnation) {
             // It restarted since we greeted it: greet the new one, once.
-            self.unlink(&link).await;
+            self.outdated(&link).await;
             link = self.link(peer).await?;
             question.incarnation = link.incarnation;
             asked_at = Instant::now();
@@ -203,17 +202,20 @@ impl Peers {
 
     /// The connection turned out to be dead: the next use makes a new one, after the back-off.
     pub(crate) fn lost(&self, link: &Arc<Link>) {
-        let slot = self.slot(link.peer);
+        self.unlink(link.peer, |current| Arc::ptr_eq(current, link));
+    }
+
+    fn unlink(&self, peer: PeerId, is_dead: impl FnOnce(&Arc<Link>) -> bool) {
+        let slot = self.slot(peer);
         // Whoever holds the lock is connecting anew at this moment.
-        if let Ok(mut state) = slot.state.try_lock()
-            && state
-                .link
-                .as_ref()
-                .is_some_and(|current| Arc::ptr_eq(current, link))
-        {
-            state.link = None;
+        let Ok(mut state) = slot.state.try_lock() else {
+            return;
+        };
+        if state.link.as_ref().is_some_and(is_dead) {
+            let link = state.link.take();
             self.back_off(&mut state);
-            self.agent.forget_peer(&link.handle);
+            link.iter()
+                .for_each(|link| self.agent.forget_peer(&link.handle));
         }
     }
 
@@ -226,7 +228,8 @@ impl Peers {
         }
     }
 
-    async fn unlink(&self, link: &Arc<Link>) {
+    /// The peer restarted: the next use greets its new run, without waiting.
+    async fn outdated(&self, link: &Arc<Link>) {
         let slot = self.slot(link.peer);
         let mut state = slot.state.lock().await;
         if state

@@ -16,6 +16,10 @@ use tonic::{Request, Response, Status};
 
 use crate::support::*;
 
+/// One lie.
+type About<T> = fn(&mut T);
+
+/// What a holder does to its answers.
 type Lie<T> = Box<dyn Fn(&mut T) + Send + Sync>;
 
 /// A peer service written by hand: four blocks in memory, and what it says about them.
@@ -169,7 +173,7 @@ async fn an_honest_holder_is_believed() {
 /// One lie about block 2 at a time: blocks 0 and 1 may be used, block 2 never.
 #[tokio::test]
 async fn a_lie_about_a_block_is_never_believed() {
-    let lies: [(&str, fn(&mut v1::LeasedBlock)); 8] = [
+    let lies: [(&str, About<v1::LeasedBlock>); 8] = [
         ("checksum", |block| block.checksum ^= 1),
         ("checksum's high half", |block| block.checksum |= 1 << 40),
         ("checksum algorithm", |block| block.checksum_algorithm = 200),
@@ -234,7 +238,7 @@ async fn more_blocks_than_asked_for_are_refused() {
 /// Another version, another name, damaged metadata: no connection.
 #[tokio::test]
 async fn a_holder_that_greets_wrongly_is_not_used() {
-    let lies: [(&str, fn(&mut v1::HelloResponse)); 4] = [
+    let lies: [(&str, About<v1::HelloResponse>); 4] = [
         ("version", |hello| hello.protocol_version += 1),
         ("pod", |hello| hello.pod = "someone-else".to_owned()),
         ("nameless pod", |hello| hello.pod = String::new()),

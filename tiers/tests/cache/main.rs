@@ -1,5 +1,12 @@
 //! The cache with the real transfer agent: memory, files, objects in a local directory, and peers over gRPC on
 //! loopback.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "everything here is a test or serves one"
+)]
 
 mod faults;
 mod lying_peer;

@@ -37,11 +37,9 @@ async fn blocks_in_a_peers_memory_are_read_over_every_way() {
         let sources = reader.fetch(&blocks, holder.hints(10)).await;
         assert_eq!(sources, vec![from(&holder, Tier::Host); 10], "{way:?}");
         assert_eq!(reader.stat("fetched_peer").await, 10);
-        let moved = reader.agent.stats();
-        assert!(
-            format!("{moved:?}").contains(&(10 * BLOCK).to_string()),
-            "{way:?}: {moved:?}"
-        );
+        let name = format!("{way:?}").to_lowercase();
+        let moved = reader.agent.stats().backends[name.as_str()].bytes_read;
+        assert!(moved >= 10 * BLOCK, "{moved} bytes over {way:?}");
     }
 }
 
@@ -74,6 +72,7 @@ async fn one_fetch_mixes_sources() {
     let sources = reader.fetch(&blocks, hints).await;
     assert_eq!(count(&sources, &Source::Miss), 0, "{sources:?}");
     assert_eq!(sources[..2], [Source::Host, Source::Host]);
+    assert_eq!(sources[2..5], vec![from(&holder, Tier::Host); 3]);
     assert_eq!(sources[5..], vec![Source::Object; 3]);
 }
 
@@ -174,24 +173,47 @@ async fn a_peer_killed_during_fetches_costs_misses_and_never_a_wrong_byte() {
     }
 }
 
-/// A holder restarts under the same name and address as far as the reader knows.
+/// A holder that shut down is opened again at the same address, and nobody tells the reader.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restarted_peer_is_greeted_anew() {
-    let reader = Node::open(config("reader", 16), agent("reader", Way::Tcp, None)).await;
+async fn a_restarted_peer_is_found_out_and_greeted_anew() {
+    let mut reader = config("reader", 16);
+    reader.peers.backoff = Duration::from_millis(1);
+    let reader = Node::open(reader, agent("reader", Way::Tcp, None)).await;
     let blocks = chain(1, 4);
     let holder = Node::open(config("holder", 16), agent("holder", Way::Tcp, None)).await;
     holder.store(&blocks).await;
-    let hints = holder.hints(4);
-    assert_eq!(
-        reader.fetch(&blocks, hints).await,
-        vec![from(&holder, Tier::Host); 4]
-    );
-    reader.cache.forget_peer(&holder.pod).await.unwrap();
+    let (hints, address) = (holder.hints(4), holder.cache.peer_address());
+    let expected = vec![from(&holder, Tier::Host); 4];
+    assert_eq!(reader.fetch(&blocks, hints.clone()).await, expected);
     holder.shutdown().await;
-    let holder = Node::open(config("holder", 16), agent("holder", Way::Tcp, None)).await;
+
+    let mut again = config("holder", 16);
+    again.peer_listen = address;
+    let holder = Node::open(again, agent("holder", Way::Tcp, None)).await;
     holder.store(&blocks).await;
-    let sources = reader.fetch(&blocks, holder.hints(4)).await;
-    assert_eq!(sources, vec![from(&holder, Tier::Host); 4]);
+    let found = async {
+        // The first attempts may find the old connection dead: that is a miss each.
+        while reader.fetch(&blocks, hints.clone()).await != expected {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, found)
+        .await
+        .expect("the new run is found");
+}
+
+/// What a pod leased, and the connection to it, end when it is known to have left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forgotten_peer_is_reached_again_when_it_comes_back() {
+    let (holder, reader) = pair(Way::Tcp).await;
+    let blocks = chain(1, 4);
+    holder.store(&blocks).await;
+    let expected = vec![from(&holder, Tier::Host); 4];
+    assert_eq!(reader.fetch(&blocks, holder.hints(4)).await, expected);
+    reader.cache.forget_peer(&holder.pod).await.unwrap();
+    holder.cache.forget_peer(&reader.pod).await.unwrap();
+    assert_eq!(holder.stat("leases").await, 0);
+    assert_eq!(reader.fetch(&blocks, holder.hints(4)).await, expected);
 }
 
 async fn raw_client(node: &Node) -> PeerClient<tonic::transport::Channel> {

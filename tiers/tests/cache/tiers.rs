@@ -227,11 +227,13 @@ async fn segments_beyond_a_smaller_budget_are_deleted_at_the_start() {
     assert!((4..=8).contains(&kept), "{kept} blocks");
 }
 
+type Spoil = fn(&mut kvfabric_tiers::CacheConfig);
+
 /// Each field of the configuration that can be wrong.
 #[tokio::test]
 async fn a_wrong_configuration_is_refused_by_field() {
     let directory = tempfile::tempdir().unwrap();
-    let spoil: [(&str, fn(&mut kvfabric_tiers::CacheConfig)); 5] = [
+    let spoil: [(&str, Spoil); 5] = [
         ("block_bytes", |config| config.block_bytes = 0),
         ("host_bytes", |config| config.host_bytes = BLOCK),
         ("disk: segment_bytes", |config| {
@@ -295,4 +297,17 @@ async fn memory_of_the_wrong_size_is_refused_with_its_position() {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.context().starts_with("block 0: "), "{error}");
+}
+
+/// A deadline in the past, of blocks that are in host memory.
+#[tokio::test]
+async fn a_fetch_whose_deadline_has_passed_misses() {
+    let node = Node::open(config("pod", 4), agent("pod", Way::Memcpy, None)).await;
+    let blocks = chain(1, 2);
+    node.store(&blocks).await;
+    let sources = node
+        .fetch_at(&blocks, FetchHints::default(), 0, std::time::Duration::ZERO)
+        .await;
+    assert_eq!(sources, vec![Source::Miss; 2]);
+    assert_eq!(node.fetch_own(&blocks).await, vec![Source::Host; 2]);
 }

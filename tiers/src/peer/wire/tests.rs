@@ -154,7 +154,7 @@ fn a_lying_lease_is_refused_or_cut() {
     );
 
     let mut more = good.clone();
-    more.blocks.push(more.blocks[0].clone());
+    more.blocks.push(more.blocks[0]);
     assert!(check_lease_response(&more, &question).is_err());
     let spoil: [fn(&mut v1::LeasedBlock); 5] = [
         |block| block.offset = u64::MAX - 4095,
