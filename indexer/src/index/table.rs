@@ -1,7 +1,7 @@
 //! Which block is held by whom: what lookups read and writers change under one short lock.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::mem::size_of;
 
 use kvcache_core::{IndexKey, PodName, Tier};
@@ -170,10 +170,7 @@ impl Table {
             Ok(Some(set)) => *held = set,
             Ok(None) => {
                 shard.remove(&key);
-                // Memory comes back when most of a table is empty, in steps too small to be felt.
-                if shard.len() * 8 < shard.capacity() && shard.capacity() > SHARD_CAPACITY_KEPT {
-                    shard.shrink_to(shard.len() * 2);
-                }
+                shrink(shard);
             }
             Err(()) => return false,
         }
@@ -200,8 +197,15 @@ impl Table {
     }
 }
 
-/// A table smaller than this is not worth shrinking.
-const SHARD_CAPACITY_KEPT: usize = 256;
+/// A map smaller than this is not worth shrinking.
+const CAPACITY_KEPT: usize = 256;
+
+/// Gives memory back when most of a map is empty.
+pub(in crate::index) fn shrink<K: Eq + Hash, V>(map: &mut HashMap<K, V, KeyState>) {
+    if map.len() * 8 < map.capacity() && map.capacity() > CAPACITY_KEPT {
+        map.shrink_to(map.len() * 2);
+    }
+}
 
 fn shard_of(key: IndexKey) -> usize {
     (key.0 >> 56) as usize % SHARDS

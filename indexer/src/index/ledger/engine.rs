@@ -8,10 +8,11 @@ use kvcache_core::prefix::IndexChain;
 use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
 
 use super::copies::{Copies, add_copy, take_copy};
+use super::orphans::{Content, Orphans};
 use super::roots::{Keys, Roots};
 use crate::adapter::{CacheGroup, RemovedBlocks, SourceKind, StoredBlocks};
 use crate::index::Applied;
-use crate::index::table::{Change, KeyState};
+use crate::index::table::{Change, KeyState, shrink};
 
 /// Where a block of the source belongs.
 #[derive(Clone, Copy)]
@@ -22,28 +23,12 @@ struct Placed {
     copies: Copies,
 }
 
-/// A block that is held, but whose place is not known yet.
-struct Orphan {
-    /// None when the block's own tokens have not been told, so that a parent would not help.
-    content: Option<Content>,
-    copies: Copies,
-}
-
-struct Content {
-    parent: EngineHash,
-    tokens: Box<[u32]>,
-    identifiers: Vec<String>,
-}
-
 /// The ledger of an engine: its hashes are bridged to index keys by the tokens that come with them.
 pub(in crate::index) struct EngineLedger {
     kind: SourceKind,
     keys: Arc<Keys>,
-    orphans_max: usize,
     placed: HashMap<EngineHash, Placed, KeyState>,
-    orphans: HashMap<EngineHash, Orphan>,
-    /// The orphans that wait for a block, by that block.
-    waiting: HashMap<EngineHash, Vec<EngineHash>>,
+    orphans: Orphans,
     roots: Roots,
     /// The cache group that the index follows; the first one that forms prefixes.
     group: Option<u32>,
@@ -54,10 +39,8 @@ impl EngineLedger {
         Self {
             kind,
             keys,
-            orphans_max,
             placed: HashMap::with_hasher(KeyState::random()),
-            orphans: HashMap::new(),
-            waiting: HashMap::new(),
+            orphans: Orphans::new(orphans_max),
             roots: Roots::default(),
             group: None,
         }
@@ -188,39 +171,47 @@ impl EngineLedger {
 
     /// Notes the place of a block, and of those that waited for it.
     fn settle(&mut self, hash: EngineHash, key: IndexKey, root: u32, changes: &mut Vec<Change>) {
-        let mut settling = vec![(hash, key)];
-        while let Some((hash, key)) = settling.pop() {
-            if self.placed.contains_key(&hash) {
-                continue;
-            }
-            let copies = self
-                .forget_orphan(hash)
-                .map_or(Copies::default(), |orphan| orphan.copies);
-            self.roots.add(root);
-            self.placed.insert(hash, Placed { key, root, copies });
-            for tier in Tier::ALL {
-                if copies[tier as usize] > 0 {
-                    changes.push(Change {
-                        key,
-                        tier,
-                        is_stored: true,
-                    });
-                }
-            }
-            for child in self.waiting.remove(&hash).unwrap_or_default() {
-                let Some(content) = self
-                    .orphans
-                    .get(&child)
-                    .and_then(|child| child.content.as_ref())
-                else {
-                    continue;
-                };
+        self.settle_one(hash, key, root, changes);
+        if self.orphans.is_empty() {
+            return;
+        }
+        let mut settled = vec![(hash, key)];
+        while let Some((hash, key)) = settled.pop() {
+            let mut children = Vec::new();
+            for (child, content) in self.orphans.children(hash) {
                 let identifiers: Vec<&str> =
                     content.identifiers.iter().map(String::as_str).collect();
                 let mut chain = IndexChain::after(self.roots.get(root), key);
-                settling.push((child, chain.push_with(&content.tokens, &identifiers)));
+                children.push((child, chain.push_with(&content.tokens, &identifiers)));
+            }
+            for (child, key) in children {
+                self.settle_one(child, key, root, changes);
+                settled.push((child, key));
             }
         }
+    }
+
+    fn settle_one(
+        &mut self,
+        hash: EngineHash,
+        key: IndexKey,
+        root: u32,
+        changes: &mut Vec<Change>,
+    ) {
+        if self.placed.contains_key(&hash) {
+            return;
+        }
+        let copies = self.orphans.forget(hash).unwrap_or_default();
+        self.roots.add(root);
+        self.placed.insert(hash, Placed { key, root, copies });
+        let tiers = Tier::ALL
+            .into_iter()
+            .filter(|tier| copies[*tier as usize] > 0);
+        changes.extend(tiers.map(|tier| Change {
+            key,
+            tier,
+            is_stored: true,
+        }));
     }
 
     /// Counts one more copy of a block; one whose place is unknown becomes an orphan with `content`.
@@ -244,27 +235,18 @@ impl EngineLedger {
             }
             return;
         }
-        if !self.orphans.contains_key(&hash) {
-            if self.orphans.len() >= self.orphans_max {
+        if !self.orphans.contains(hash) {
+            if !self.orphans.insert(hash) {
                 applied.refused += 1;
                 return;
             }
-            self.orphans.insert(
-                hash,
-                Orphan {
-                    content: None,
-                    copies: Copies::default(),
-                },
-            );
             applied.orphaned += 1;
         }
-        let Some(orphan) = self.orphans.get_mut(&hash) else {
-            return;
-        };
-        add_copy(&mut orphan.copies, tier, is_counted);
-        if let (None, Some(content)) = (&orphan.content, content) {
-            self.waiting.entry(content.parent).or_default().push(hash);
-            orphan.content = Some(content);
+        if let Some(copies) = self.orphans.copies_mut(hash) {
+            add_copy(copies, tier, is_counted);
+        }
+        if content.is_some_and(|content| !self.orphans.attach(hash, content)) {
+            applied.refused += 1;
         }
     }
 
@@ -314,35 +296,23 @@ impl EngineLedger {
                     if placed.copies == Copies::default() {
                         let root = placed.root;
                         self.placed.remove(&hash);
+                        shrink(&mut self.placed);
                         self.roots.release(root);
                     }
                 }
                 Some(_) => {}
             }
-        } else if let Some(orphan) = self.orphans.get_mut(&hash) {
-            match take_copy(&mut orphan.copies, tier) {
+        } else if let Some(copies) = self.orphans.copies_mut(hash) {
+            match take_copy(copies, tier) {
                 None => applied.unknown += 1,
-                Some(_) if orphan.copies == Copies::default() => {
-                    self.forget_orphan(hash);
+                Some(_) if *copies == Copies::default() => {
+                    self.orphans.forget(hash);
                 }
                 Some(_) => {}
             }
         } else {
             applied.unknown += 1;
         }
-    }
-
-    fn forget_orphan(&mut self, hash: EngineHash) -> Option<Orphan> {
-        let orphan = self.orphans.remove(&hash)?;
-        if let Some(content) = &orphan.content
-            && let Some(siblings) = self.waiting.get_mut(&content.parent)
-        {
-            siblings.retain(|sibling| *sibling != hash);
-            if siblings.is_empty() {
-                self.waiting.remove(&content.parent);
-            }
-        }
-        Some(orphan)
     }
 
     /// Empties the tiers that a clear of this kind of engine empties.
@@ -369,18 +339,8 @@ impl EngineLedger {
             }
             is_held
         });
-        let mut gone = Vec::new();
-        for (hash, orphan) in &mut self.orphans {
-            tiers
-                .iter()
-                .for_each(|&tier| orphan.copies[tier as usize] = 0);
-            if orphan.copies == Copies::default() {
-                gone.push(*hash);
-            }
-        }
-        for hash in gone {
-            self.forget_orphan(hash);
-        }
+        shrink(&mut self.placed);
+        self.orphans.clear(tiers);
     }
 
     /// Forgets everything; what the source held itself is appended to `changes`, what it put in shared tiers stays.
@@ -396,20 +356,12 @@ impl EngineLedger {
                 }
             }
         }
-        *self = Self::new(self.kind, Arc::clone(&self.keys), self.orphans_max);
+        *self = Self::new(self.kind, Arc::clone(&self.keys), self.orphans.blocks_max());
     }
 
     pub(in crate::index) fn bytes(&self) -> usize {
-        let contents = self
-            .orphans
-            .values()
-            .filter_map(|orphan| orphan.content.as_ref());
-        let contents: usize = contents.map(|content| content.tokens.len() * 4).sum();
         self.placed.capacity() * (size_of::<(EngineHash, Placed)>() + 1) * 8 / 7
-            + self.orphans.capacity() * (size_of::<(EngineHash, Orphan)>() + 1) * 8 / 7
-            + self.waiting.capacity() * (size_of::<(EngineHash, Vec<EngineHash>)>() + 1) * 8 / 7
-            + self.orphans.len() * size_of::<EngineHash>()
-            + contents
+            + self.orphans.bytes()
     }
 }
 

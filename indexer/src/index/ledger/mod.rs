@@ -3,6 +3,7 @@
 mod copies;
 mod engine;
 mod node;
+mod orphans;
 mod roots;
 
 pub(super) use engine::EngineLedger;

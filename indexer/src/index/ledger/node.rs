@@ -7,7 +7,7 @@ use kvcache_core::{IndexKey, Tier};
 
 use crate::adapter::{RemovedBlocks, StoredBlocks};
 use crate::index::Applied;
-use crate::index::table::{Change, KeyState};
+use crate::index::table::{Change, KeyState, shrink};
 
 /// The ledger of a node: its hashes are index keys already, so only what it holds where must be known.
 #[derive(Default)]
@@ -53,6 +53,7 @@ impl NodeLedger {
                         *held &= !bit;
                         if *held == 0 {
                             self.held.remove(&key);
+                            shrink(&mut self.held);
                         }
                     }
                     _ => {
