@@ -5,7 +5,10 @@
 //! a slot that is reused under a transfer, bytes that were never sealed, an outcome that is missing, or an event that
 //! does not match; it panics then. Property tests drive it, here and in the virtual cluster.
 
-#![expect(clippy::panic, reason = "a model that notices something wrong stops the test")]
+#![expect(
+    clippy::panic,
+    reason = "a model that notices something wrong stops the test"
+)]
 
 mod executor;
 
@@ -124,7 +127,9 @@ pub struct World {
 /// The bytes that every good copy of a block has.
 #[must_use]
 pub fn genuine(key: &BlockKey) -> u32 {
-    key.0.iter().fold(17, |sum: u32, byte| sum.wrapping_mul(31).wrapping_add(u32::from(*byte)))
+    key.0.iter().fold(17, |sum: u32, byte| {
+        sum.wrapping_mul(31).wrapping_add(u32::from(*byte))
+    })
 }
 
 impl World {
@@ -197,7 +202,9 @@ impl World {
     /// As [`Manager::handle_store`].
     pub fn store(&mut self, blocks: &[BlockInfo], within: Duration) -> Result<OperationId> {
         let deadline = self.now + within;
-        let operation = self.manager.handle_store(self.now, blocks.to_vec(), deadline);
+        let operation = self
+            .manager
+            .handle_store(self.now, blocks.to_vec(), deadline);
         if let Ok(operation) = &operation {
             let memory = blocks.iter().map(|block| genuine(&block.key)).collect();
             self.begin(*operation, blocks.to_vec(), memory, false);
@@ -229,9 +236,18 @@ impl World {
         memory: Vec<Bytes>,
         is_fetch: bool,
     ) {
-        let engine = Engine { blocks, memory, is_fetch, unsettled: Vec::new(), ended: false };
+        let engine = Engine {
+            blocks,
+            memory,
+            is_fetch,
+            unsettled: Vec::new(),
+            ended: false,
+        };
         let previous = self.engines.insert(operation, engine);
-        assert!(previous.is_none(), "operation {operation} was given out twice");
+        assert!(
+            previous.is_none(),
+            "operation {operation} was given out twice"
+        );
     }
 
     /// A peer asks for a lease.
@@ -249,7 +265,9 @@ impl World {
 
     /// A peer gives its lease back.
     pub fn release(&mut self, lease: LeaseId) {
-        let Some(granted) = self.leases.remove(&lease) else { return };
+        let Some(granted) = self.leases.remove(&lease) else {
+            return;
+        };
         self.manager.handle_release(self.now, granted.peer, lease);
         self.after();
     }
@@ -302,7 +320,13 @@ impl World {
                 }
                 self.manager.handle_copied(self.now, id, results);
             }
-            Command::Lease { id, peer, keys, ttl, .. } => {
+            Command::Lease {
+                id,
+                peer,
+                keys,
+                ttl,
+                ..
+            } => {
                 let fault = faults.first().copied().unwrap_or(Fault::None);
                 let result = self.grant(peer, &keys, ttl, fault);
                 self.manager.handle_leased(self.now, id, result);
@@ -326,7 +350,11 @@ impl World {
 
     /// The `pick`-th failed transfer drains, writing garbage to its targets before.
     pub fn drain(&mut self, pick: usize) {
-        let Some(id) = self.undrained.keys().nth(pick % self.undrained.len().max(1)).copied()
+        let Some(id) = self
+            .undrained
+            .keys()
+            .nth(pick % self.undrained.len().max(1))
+            .copied()
         else {
             return;
         };
@@ -359,7 +387,10 @@ impl World {
         }
         assert_eq!(self.open_operations(), [], "operations without an outcome");
         assert!(self.unready_leases.is_empty(), "leases without an outcome");
-        let unsettled = self.engines.values().any(|engine| !engine.unsettled.is_empty());
+        let unsettled = self
+            .engines
+            .values()
+            .any(|engine| !engine.unsettled.is_empty());
         assert!(!unsettled, "engine slots that were never given back");
     }
 
@@ -380,14 +411,28 @@ impl World {
         }
         self.manager.check_invariants();
         for tier in Tier::ALL {
-            let contents = self.manager.contents(tier).map(|info| info.index_key).collect();
-            assert_eq!(self.replayed.tier(tier), contents, "events and contents of {tier}");
+            let contents = self
+                .manager
+                .contents(tier)
+                .map(|info| info.index_key)
+                .collect();
+            assert_eq!(
+                self.replayed.tier(tier),
+                contents,
+                "events and contents of {tier}"
+            );
         }
     }
 
     fn end(&mut self, outcome: Outcome) {
         match &outcome {
-            Outcome::Stored { operation, stored, already_held, refused, failed } => {
+            Outcome::Stored {
+                operation,
+                stored,
+                already_held,
+                refused,
+                failed,
+            } => {
                 let engine = self.engine(*operation);
                 assert!(!engine.is_fetch && !engine.ended, "{operation} ended twice");
                 let sum = (stored + already_held + refused + failed) as usize;
@@ -396,47 +441,103 @@ impl World {
                 engine.memory.fill(GARBAGE);
                 engine.ended = true;
             }
-            Outcome::Fetched { operation, sources, unsettled } => {
+            Outcome::Fetched {
+                operation,
+                sources,
+                unsettled,
+            } => {
                 let engine = self.engine(*operation);
                 assert!(engine.is_fetch && !engine.ended, "{operation} ended twice");
-                assert_eq!(sources.len(), engine.blocks.len(), "blocks of fetch {operation}");
-                let depth = sources.iter().take_while(|s| **s != BlockSource::Miss).count();
+                assert_eq!(
+                    sources.len(),
+                    engine.blocks.len(),
+                    "blocks of fetch {operation}"
+                );
+                let depth = sources
+                    .iter()
+                    .take_while(|s| **s != BlockSource::Miss)
+                    .count();
                 let rest = &sources[depth..];
-                assert!(rest.iter().all(|s| *s == BlockSource::Miss), "a hit behind a miss");
+                assert!(
+                    rest.iter().all(|s| *s == BlockSource::Miss),
+                    "a hit behind a miss"
+                );
                 for (block, bytes) in engine.blocks.iter().zip(&engine.memory).take(depth) {
-                    assert_eq!(*bytes, genuine(&block.key), "{:?} has wrong bytes", block.key);
+                    assert_eq!(
+                        *bytes,
+                        genuine(&block.key),
+                        "{:?} has wrong bytes",
+                        block.key
+                    );
                 }
-                assert!(unsettled.iter().all(|p| *p as usize >= depth), "an unsettled hit");
+                assert!(
+                    unsettled.iter().all(|p| *p as usize >= depth),
+                    "an unsettled hit"
+                );
                 engine.unsettled.clone_from(unsettled);
                 engine.ended = true;
             }
             Outcome::Drained { operation } => {
                 let operation = *operation;
-                let undrained = self.undrained.values().flat_map(|undrained| &undrained.moves);
+                let undrained = self
+                    .undrained
+                    .values()
+                    .flat_map(|undrained| &undrained.moves);
                 let waiting: Vec<&Command> = self.commands.iter().collect();
-                let writes = |m: &Move| matches!(m.to, Place::Engine { operation: o, .. } if o == operation);
+                let writes =
+                    |m: &Move| matches!(m.to, Place::Engine { operation: o, .. } if o == operation);
                 let is_busy = undrained.into_iter().any(writes)
                     || waiting.iter().any(|command| match command {
                         Command::Copy { moves, .. } => moves.iter().any(writes),
                         _ => false,
                     });
-                assert!(!is_busy, "{operation} drained while a transfer writes to it");
+                assert!(
+                    !is_busy,
+                    "{operation} drained while a transfer writes to it"
+                );
                 let engine = self.engine(operation);
-                assert!(engine.ended && !engine.unsettled.is_empty(), "{operation} drained twice");
+                assert!(
+                    engine.ended && !engine.unsettled.is_empty(),
+                    "{operation} drained twice"
+                );
                 engine.unsettled.clear();
             }
-            Outcome::LeaseReady { lease, peer, blocks, ttl } => {
-                assert!(self.unready_leases.remove(lease), "lease {lease} became ready twice");
+            Outcome::LeaseReady {
+                lease,
+                peer,
+                blocks,
+                ttl,
+            } => {
+                assert!(
+                    self.unready_leases.remove(lease),
+                    "lease {lease} became ready twice"
+                );
                 for block in blocks {
-                    let (generation, bytes) =
-                        self.host.get(&block.slot.index).copied().unwrap_or_default();
-                    assert_eq!(generation, block.slot.generation, "a slot leased out of date");
+                    let (generation, bytes) = self
+                        .host
+                        .get(&block.slot.index)
+                        .copied()
+                        .unwrap_or_default();
+                    assert_eq!(
+                        generation, block.slot.generation,
+                        "a slot leased out of date"
+                    );
                     let is_good = Checksum::crc32c(bytes) == block.checksum;
-                    assert!(is_good || self.rotten.contains(&block.key), "wrong bytes leased");
+                    assert!(
+                        is_good || self.rotten.contains(&block.key),
+                        "wrong bytes leased"
+                    );
                 }
                 if !blocks.is_empty() {
                     let (peer, blocks, until) = (*peer, blocks.clone(), self.now + *ttl);
-                    self.leases.insert(*lease, Granted { peer, blocks, until });
+                    self.leases.insert(
+                        *lease,
+                        Granted {
+                            peer,
+                            blocks,
+                            until,
+                        },
+                    );
                 }
             }
         }

@@ -48,8 +48,14 @@ pub(crate) enum HostCopy {
 /// Who waits for a block to be sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Waiter {
-    Store { operation: OperationId, position: u32 },
-    Fetch { operation: OperationId, position: u32 },
+    Store {
+        operation: OperationId,
+        position: u32,
+    },
+    Fetch {
+        operation: OperationId,
+        position: u32,
+    },
     Lease(LeaseId),
 }
 
@@ -108,7 +114,9 @@ impl Table {
 
     /// The block, as known or with no place yet. What was said of it first stands.
     pub(crate) fn admit(&mut self, info: BlockInfo) -> &mut Block {
-        self.blocks.entry(info.key).or_insert_with(|| Block::new(info))
+        self.blocks
+            .entry(info.key)
+            .or_insert_with(|| Block::new(info))
     }
 
     /// Forgets the block if it is nowhere, nobody waits for it and it waits for nothing.

@@ -22,7 +22,8 @@ impl Slow {
     fn victim(&self) -> Option<u8> {
         let has_child = |key: u8| self.blocks.values().any(|block| block.parent == Some(key));
         let free = self.blocks.iter().filter(|(_, block)| !block.is_pinned);
-        free.min_by_key(|(key, block)| (has_child(**key), block.used)).map(|(key, _)| *key)
+        free.min_by_key(|(key, block)| (has_child(**key), block.used))
+            .map(|(key, _)| *key)
     }
 
     fn tick(&mut self) -> u64 {

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::Manager;
-use super::fetch::FetchStep;
 use super::job::{Holding, Job, PendingWork, Source, Task};
+use super::plan::{FetchOperation, FetchStep};
 use super::segment::SegmentState;
 use super::serve::LeaseStep;
 use super::store::StoreStep;
@@ -34,10 +34,20 @@ impl Manager {
         self.check_slots(&kept);
         self.check_segments(&kept);
         self.check_operations();
-        assert!(self.work.is_empty() && self.to_plan.is_empty(), "work left behind");
-        assert!(self.wanted.is_empty() || self.slots.vacant() == 0, "a vacant slot is not given");
+        assert!(
+            self.work.is_empty() && self.to_plan.is_empty(),
+            "work left behind"
+        );
+        assert!(
+            self.wanted.is_empty() || self.slots.vacant() == 0,
+            "a vacant slot is not given"
+        );
         let issued = self.pending.values().filter(|pending| pending.issued);
-        assert_eq!(issued.count(), self.in_flight as usize, "commands in flight");
+        assert_eq!(
+            issued.count(),
+            self.in_flight as usize,
+            "commands in flight"
+        );
         assert!(self.in_flight <= self.limits.commands_in_flight_max);
         assert!(self.background_in_flight <= self.limits.background_in_flight_max);
         assert!(self.leases.len() <= self.limits.leases_max as usize);
@@ -93,7 +103,10 @@ impl Manager {
                 }
                 LeaseStep::Waits { key, .. } => {
                     let waited = self.table.get(key);
-                    assert!(waited.is_some_and(|b| b.is_filling() || b.staging), "{key:?} waits");
+                    assert!(
+                        waited.is_some_and(|b| b.is_filling() || b.staging),
+                        "{key:?} waits"
+                    );
                 }
             }
         }
@@ -103,15 +116,26 @@ impl Manager {
     fn check_slots(&self, kept: &Kept) {
         let slots = &self.slots;
         let used = slots.filling() + slots.sealed() + slots.quarantined();
-        assert_eq!(slots.vacant() + used, slots.capacity(), "slots lost or made up");
+        assert_eq!(
+            slots.vacant() + used,
+            slots.capacity(),
+            "slots lost or made up"
+        );
         assert_eq!(slots.filling(), kept.filling, "slots filled by nobody");
-        assert_eq!(slots.quarantined(), kept.quarantined, "slots quarantined for nobody");
+        assert_eq!(
+            slots.quarantined(),
+            kept.quarantined,
+            "slots quarantined for nobody"
+        );
         let (mut sealed, mut filling, mut leaving, mut evictable) = (0, 0, 0, 0);
         for block in self.table.iter() {
             match &block.host {
                 HostCopy::Absent => {}
                 HostCopy::Filling => filling += 1,
-                HostCopy::Sealed { slot, leaving: is_leaving } => {
+                HostCopy::Sealed {
+                    slot,
+                    leaving: is_leaving,
+                } => {
                     sealed += 1;
                     leaving += u32::from(*is_leaving);
                     let pins = slots.pins(slot.place());
@@ -131,11 +155,19 @@ impl Manager {
             assert!(pins > 0, "slot {index} is kept for nobody");
             self.check_pins(*index, pins, kept);
         }
-        assert_eq!(sealed + self.condemned.len() as u32, slots.sealed(), "sealed slots");
+        assert_eq!(
+            sealed + self.condemned.len() as u32,
+            slots.sealed(),
+            "sealed slots"
+        );
         assert_eq!(filling, slots.filling(), "blocks being filled");
         assert_eq!(leaving, self.leaving, "blocks marked as leaving");
         assert!(kept.leaving >= leaving, "blocks leaving without a copy");
-        assert_eq!(self.evictor.evictable(), evictable, "blocks that may be evicted");
+        assert_eq!(
+            self.evictor.evictable(),
+            evictable,
+            "blocks that may be evicted"
+        );
         let pinned = kept.slot_pins.keys().all(|index| slots.pins_of(*index) > 0);
         assert!(pinned, "a slot that is in use is not pinned");
     }
@@ -147,14 +179,22 @@ impl Manager {
 
     fn check_waiters(&self, block: &Block) {
         let can_wake = block.is_filling() || block.staging;
-        assert!(block.waiters.is_empty() || can_wake, "{:?} wakes nobody", block.info.key);
+        assert!(
+            block.waiters.is_empty() || can_wake,
+            "{:?} wakes nobody",
+            block.info.key
+        );
     }
 
     fn check_segments(&self, kept: &Kept) {
         let mut on_disk = 0;
         for (id, segment) in self.segments.iter() {
             let blocks = self.segments.blocks(id);
-            assert_eq!(blocks.len(), segment.live() as usize, "blocks of segment {id}");
+            assert_eq!(
+                blocks.len(),
+                segment.live() as usize,
+                "blocks of segment {id}"
+            );
             on_disk += blocks.len();
             for (slot, key) in blocks {
                 let held = self.table.get(&key).and_then(|block| block.disk);
@@ -172,7 +212,11 @@ impl Manager {
                 SegmentState::Dropping(_) => assert_eq!((segment.live(), pins), (0, 0)),
             }
         }
-        let known = self.table.iter().filter(|block| block.disk.is_some()).count();
+        let known = self
+            .table
+            .iter()
+            .filter(|block| block.disk.is_some())
+            .count();
         assert_eq!(known, on_disk, "blocks on disk");
     }
 
@@ -182,7 +226,9 @@ impl Manager {
             assert_eq!(open, store.open as usize, "open blocks of a store");
             &store.steps
         });
-        let waiting = steps.filter(|step| **step == StoreStep::WaitsForSlot).count();
+        let waiting = steps
+            .filter(|step| **step == StoreStep::WaitsForSlot)
+            .count();
         let staging = self.table.iter().filter(|block| block.staging).count();
         assert_eq!(self.wanted.len(), waiting + staging, "slots asked for");
         for (operation, fetch) in &self.fetches {
@@ -191,7 +237,11 @@ impl Manager {
             fetch.check();
         }
         let open = self.grants.values().map(|grant| grant.open).sum::<u32>();
-        assert_eq!(open, self.count_kept().granted, "copies from granted leases");
+        assert_eq!(
+            open,
+            self.count_kept().granted,
+            "copies from granted leases"
+        );
     }
 }
 
@@ -226,12 +276,22 @@ impl Kept {
     }
 }
 
-impl super::fetch::FetchOperation {
+impl FetchOperation {
     fn check(&self) {
-        let moving = self.steps.iter().filter(|step| **step == FetchStep::Moving).count();
-        assert_eq!(moving, self.moving as usize, "blocks of a fetch being copied");
+        let moving = self
+            .steps
+            .iter()
+            .filter(|step| **step == FetchStep::Moving)
+            .count();
+        assert_eq!(
+            moving, self.moving as usize,
+            "blocks of a fetch being copied"
+        );
         let before_cut = &self.steps[..self.cut as usize];
-        let open = before_cut.iter().filter(|step| !matches!(step, FetchStep::Done(_))).count();
+        let open = before_cut
+            .iter()
+            .filter(|step| !matches!(step, FetchStep::Done(_)))
+            .count();
         assert_eq!(open, self.open as usize, "open blocks of a fetch");
         let missed = before_cut.contains(&FetchStep::Missed);
         assert!(!missed, "a miss before the cut of a fetch");

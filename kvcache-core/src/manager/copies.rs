@@ -1,8 +1,8 @@
 //! Commands under way: queueing, handing out, answers, draining.
 
+use super::Manager;
 use super::command::{Command, CommandId, MoveFailure};
 use super::job::{Holding, Job, Pending, PendingWork, Source, Task};
-use super::Manager;
 use crate::error::ErrorKind;
 use crate::id::{OperationId, Time};
 use crate::key::{BlockKey, Checksum};
@@ -19,13 +19,24 @@ impl Manager {
     ) {
         let mut jobs = jobs.into_iter().peekable();
         while jobs.peek().is_some() {
-            let jobs = jobs.by_ref().take(self.limits.batch_blocks_max as usize).collect();
-            let id = self.enqueue(PendingWork::Copy { operation, jobs, deadline });
+            let jobs = jobs
+                .by_ref()
+                .take(self.limits.batch_blocks_max as usize)
+                .collect();
+            let id = self.enqueue(PendingWork::Copy {
+                operation,
+                jobs,
+                deadline,
+            });
             let copies = match operation {
-                Some(operation) if self.stores.contains_key(&operation) => {
-                    self.stores.get_mut(&operation).map(|store| &mut store.copies)
-                }
-                Some(operation) => self.fetches.get_mut(&operation).map(|fetch| &mut fetch.copies),
+                Some(operation) if self.stores.contains_key(&operation) => self
+                    .stores
+                    .get_mut(&operation)
+                    .map(|store| &mut store.copies),
+                Some(operation) => self
+                    .fetches
+                    .get_mut(&operation)
+                    .map(|fetch| &mut fetch.copies),
                 None => None,
             };
             if let Some(copies) = copies {
@@ -43,7 +54,13 @@ impl Manager {
         } else {
             self.ready.push_back(id);
         }
-        self.pending.insert(id, Pending { issued: false, work });
+        self.pending.insert(
+            id,
+            Pending {
+                issued: false,
+                work,
+            },
+        );
         id
     }
 
@@ -64,7 +81,9 @@ impl Manager {
                 None => return None,
             };
             // Withdrawn commands leave their numbers behind.
-            let Some(pending) = self.pending.get_mut(&id) else { continue };
+            let Some(pending) = self.pending.get_mut(&id) else {
+                continue;
+            };
             pending.issued = true;
             self.in_flight += 1;
             if pending.work.is_background() {
@@ -86,7 +105,10 @@ impl Manager {
                         deadline: ask.deadline,
                     }
                 }
-                PendingWork::Drop(segment) => Command::DropSegment { id, segment: *segment },
+                PendingWork::Drop(segment) => Command::DropSegment {
+                    id,
+                    segment: *segment,
+                },
             });
         }
         None
@@ -98,7 +120,10 @@ impl Manager {
         id: CommandId,
         fits: impl FnOnce(&PendingWork) -> bool,
     ) -> Option<PendingWork> {
-        let expected = self.pending.get(&id).is_some_and(|p| p.issued && fits(&p.work));
+        let expected = self
+            .pending
+            .get(&id)
+            .is_some_and(|p| p.issued && fits(&p.work));
         if !expected {
             self.stats.stray_answers += 1;
             return None;
@@ -118,7 +143,9 @@ impl Manager {
         results: Vec<Result<Checksum, MoveFailure>>,
     ) {
         let is_copy = |work: &PendingWork| matches!(work, PendingWork::Copy { .. });
-        let Some(PendingWork::Copy { operation, jobs, .. }) = self.take_answered(id, is_copy)
+        let Some(PendingWork::Copy {
+            operation, jobs, ..
+        }) = self.take_answered(id, is_copy)
         else {
             return;
         };
@@ -154,7 +181,11 @@ impl Manager {
     fn complete(&mut self, now: Time, job: Job, checksum: Checksum) {
         let Job { info, task, .. } = job;
         match task {
-            Task::Store { operation, position, slot } => {
+            Task::Store {
+                operation,
+                position,
+                slot,
+            } => {
                 self.store_copied(operation, position, &info, slot, checksum);
             }
             Task::Stage { from, slot } => {
@@ -162,7 +193,11 @@ impl Manager {
                 self.stats.staged += 1;
                 self.seal(&info, slot, checksum);
             }
-            Task::Fetch { operation, position, source } => {
+            Task::Fetch {
+                operation,
+                position,
+                source,
+            } => {
                 let in_time = self.release_source(now, &info.key, source);
                 if in_time {
                     self.fetch_copied(operation, position, &info, source);
@@ -191,20 +226,18 @@ impl Manager {
         }
     }
 
-    fn fail(
-        &mut self,
-        now: Time,
-        job: Job,
-        failure: MoveFailure,
-        holdings: &mut Vec<Holding>,
-    ) {
+    fn fail(&mut self, now: Time, job: Job, failure: MoveFailure, holdings: &mut Vec<Holding>) {
         if !failure.settled {
             self.stats.unsettled += 1;
         }
         let Job { info, task, .. } = job;
         let settled = failure.settled;
         match task {
-            Task::Store { operation, position, slot } => {
+            Task::Store {
+                operation,
+                position,
+                slot,
+            } => {
                 self.let_go_slot(slot, settled, holdings);
                 self.fill_failed(&info.key);
                 self.store_failed(operation, position);
@@ -217,10 +250,17 @@ impl Manager {
                 }
                 self.fill_failed(&info.key);
             }
-            Task::Fetch { operation, position, source } => {
+            Task::Fetch {
+                operation,
+                position,
+                source,
+            } => {
                 self.let_go_source(now, &info.key, source, settled, holdings);
                 if !settled {
-                    holdings.push(Holding::Engine { operation, position });
+                    holdings.push(Holding::Engine {
+                        operation,
+                        position,
+                    });
                 }
                 self.fetch_failed(now, operation, position, &info, source, failure);
             }
@@ -260,7 +300,10 @@ impl Manager {
                 Holding::Quarantine(slot) => self.slots.readmit(slot),
                 Holding::HostPin(key, place) => self.unpin_host(&key, place),
                 Holding::SegmentPin(segment) => self.segments.unpin(segment),
-                Holding::Engine { operation, position } => self.engine_drained(operation, position),
+                Holding::Engine {
+                    operation,
+                    position,
+                } => self.engine_drained(operation, position),
             }
         }
     }

@@ -4,7 +4,7 @@ use super::command::CommandId;
 use super::job::{Job, PendingWork, Task};
 use super::request::RecoveredBlock;
 use super::segment::SegmentState;
-use super::Manager;
+use super::{Manager, Timer};
 use crate::error::ErrorKind;
 use crate::id::Time;
 use crate::key::{BlockInfo, BlockKey, Checksum};
@@ -14,6 +14,16 @@ use crate::place::{DiskSlot, SegmentId, Tier};
 const ROOM_LOW_DIVISOR: u32 = 4;
 
 impl Manager {
+    pub(super) fn disk_usable(&self) -> bool {
+        !self.segments.is_empty() && !self.disk_stopped
+    }
+
+    /// It was full or failed: it takes no blocks for a while.
+    pub(super) fn stop_disk(&mut self, now: Time) {
+        self.disk_stopped = true;
+        self.timers.set(Timer::Disk, now + self.limits.retry_after);
+    }
+
     /// The record was written: the block can be had from disk.
     pub(super) fn place_on_disk(&mut self, info: &BlockInfo, slot: DiskSlot, checksum: Checksum) {
         let block = self.table.admit(*info);
@@ -34,7 +44,9 @@ impl Manager {
 
     /// The block can no longer be had from disk; if `slot` is given, only if it is there.
     pub(super) fn lose_disk(&mut self, key: &BlockKey, slot: Option<DiskSlot>) {
-        let Some(block) = self.table.get_mut(key) else { return };
+        let Some(block) = self.table.get_mut(key) else {
+            return;
+        };
         let Some(held) = block.disk else { return };
         if slot.is_some_and(|slot| slot != held) {
             return;
@@ -64,7 +76,9 @@ impl Manager {
         {
             self.start_rescue(now, victim);
         }
-        let Some(leaving) = self.segments.leaving else { return };
+        let Some(leaving) = self.segments.leaving else {
+            return;
+        };
         if self.segments.get(leaving).state == SegmentState::Rescuing(0) {
             self.forget_segment(leaving);
         }
@@ -85,24 +99,32 @@ impl Manager {
                 if jobs.len() == self.limits.rescue_blocks_max as usize {
                     break;
                 }
-                let Some(block) = self.table.get(&key) else { continue };
+                let Some(block) = self.table.get(&key) else {
+                    continue;
+                };
                 if block.host_place().is_none() && block.object.is_none() {
                     let (info, expected) = (block.info, block.checksum);
-                    jobs.push(Job { info, expected, task: Task::Rescue { from: slot } });
+                    jobs.push(Job {
+                        info,
+                        expected,
+                        task: Task::Rescue { from: slot },
+                    });
                 }
             }
         }
         for _ in &jobs {
             self.segments.pin(id);
         }
-        self.segments.set_state(id, SegmentState::Rescuing(jobs.len() as u32));
+        self.segments
+            .set_state(id, SegmentState::Rescuing(jobs.len() as u32));
         self.submit(None, jobs, now + self.limits.background_wait);
     }
 
     pub(super) fn rescue_ended(&mut self, id: SegmentId) {
         if let SegmentState::Rescuing(open) = self.segments.get(id).state {
             assert!(open > 0, "segment {id} rescued more blocks than it had");
-            self.segments.set_state(id, SegmentState::Rescuing(open - 1));
+            self.segments
+                .set_state(id, SegmentState::Rescuing(open - 1));
         }
     }
 
@@ -123,7 +145,9 @@ impl Manager {
 
     pub(super) fn finish_drop(&mut self, now: Time, id: CommandId, result: Result<(), ErrorKind>) {
         let is_drop = |work: &PendingWork| matches!(work, PendingWork::Drop(_));
-        let Some(PendingWork::Drop(segment)) = self.take_answered(id, is_drop) else { return };
+        let Some(PendingWork::Drop(segment)) = self.take_answered(id, is_drop) else {
+            return;
+        };
         if result.is_ok() {
             self.segments.reset(segment);
             self.segments.leaving = None;
@@ -136,7 +160,12 @@ impl Manager {
 
     pub(super) fn recover(&mut self, blocks: Vec<RecoveredBlock>) -> u32 {
         let mut taken = 0;
-        for RecoveredBlock { info, slot, checksum } in blocks {
+        for RecoveredBlock {
+            info,
+            slot,
+            checksum,
+        } in blocks
+        {
             let is_known = self.table.get(&info.key).is_some();
             if is_known || !self.segments.recover(slot, info.key) {
                 continue;

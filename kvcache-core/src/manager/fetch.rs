@@ -1,153 +1,14 @@
 //! Fetches: from wherever the blocks are into the engine's slots.
 
-use std::collections::BTreeSet;
-
-use super::command::{Command, CommandId, GrantedLease, MoveFailure};
+use super::command::{CommandId, MoveFailure};
 use super::copies::is_source_bad;
-use super::job::{Ask, Grant, Job, PendingWork, Source, Task};
-use super::request::{BlockSource, FetchRequest, Outcome, PeerHint};
+use super::job::{Job, PendingWork, Source, Task};
+use super::plan::{FetchOperation, FetchStep, Plan};
+use super::request::{BlockSource, FetchRequest, Outcome};
 use super::{Manager, Timer};
-use crate::error::ErrorKind;
 use crate::id::{OperationId, PeerId, Time};
-use crate::key::{BlockInfo, BlockKey, Checksum};
+use crate::key::{BlockInfo, BlockKey};
 use crate::table::Waiter;
-
-/// A fetch under way.
-#[derive(Debug)]
-pub(super) struct FetchOperation {
-    pub(super) blocks: Vec<BlockInfo>,
-    pub(super) steps: Vec<FetchStep>,
-    /// Our own tiers that failed to supply a block, by position.
-    barred: Vec<Barred>,
-    /// The peers that may still help, and how deep.
-    holders: Vec<PeerHint>,
-    shared_depth: u32,
-    /// Positions from here on are misses.
-    pub(super) cut: u32,
-    /// Positions that need a source.
-    pub(super) unplanned: BTreeSet<u32>,
-    /// Positions before the cut that are not done.
-    pub(super) open: u32,
-    /// Positions being copied, also behind the cut: their slots are not the engine's yet.
-    pub(super) moving: u32,
-    /// Engine slots that failed copies may still write to.
-    pub(super) unsettled: BTreeSet<u32>,
-    /// The commands with its copies.
-    pub(super) copies: BTreeSet<CommandId>,
-    copy_deadline: Time,
-}
-
-/// How far one block of a fetch is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum FetchStep {
-    Unplanned,
-    /// It is being written into DRAM.
-    WaitsForSeal,
-    /// A peer was asked for it.
-    Asked(CommandId),
-    Moving,
-    Done(BlockSource),
-    Missed,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Barred {
-    host: bool,
-    disk: bool,
-    object: bool,
-}
-
-/// What the next attempt for a block is.
-enum Plan {
-    Copy(Source, Option<Checksum>),
-    Wait,
-    Ask(PeerId),
-    Miss,
-}
-
-impl FetchOperation {
-    fn new(request: FetchRequest, copy_deadline: Time) -> Self {
-        let count = request.blocks.len();
-        Self {
-            steps: vec![FetchStep::Unplanned; count],
-            barred: vec![Barred::default(); count],
-            holders: request.holders,
-            shared_depth: request.shared_depth,
-            cut: count as u32,
-            unplanned: (0..count as u32).collect(),
-            open: count as u32,
-            moving: 0,
-            unsettled: BTreeSet::new(),
-            copies: BTreeSet::new(),
-            copy_deadline,
-            blocks: request.blocks,
-        }
-    }
-
-    /// Whether nothing is left to wait for.
-    pub(super) fn is_done(&self) -> bool {
-        self.open == 0 && self.moving == 0
-    }
-
-    fn set_step(&mut self, position: u32, step: FetchStep) {
-        self.steps[position as usize] = step;
-    }
-
-    /// The position needs a source again, unless it is of no use any more.
-    fn reopen(&mut self, position: u32) {
-        if position < self.cut {
-            self.set_step(position, FetchStep::Unplanned);
-            self.unplanned.insert(position);
-        } else {
-            self.set_step(position, FetchStep::Missed);
-        }
-    }
-
-    /// Everything from this position on is a miss.
-    fn cut_at(&mut self, position: u32) {
-        for position in position..self.cut {
-            match self.steps[position as usize] {
-                FetchStep::Done(_) => continue,
-                FetchStep::Moving => {}
-                FetchStep::Unplanned | FetchStep::WaitsForSeal | FetchStep::Asked(_) => {
-                    self.unplanned.remove(&position);
-                    self.set_step(position, FetchStep::Missed);
-                }
-                FetchStep::Missed => {}
-            }
-            self.open -= 1;
-        }
-        self.cut = self.cut.min(position);
-    }
-
-    /// The peer does not help from this position on.
-    fn limit_holder(&mut self, peer: PeerId, depth: u32) {
-        for holder in self.holders.iter_mut().filter(|holder| holder.peer == peer) {
-            holder.depth = holder.depth.min(depth);
-        }
-    }
-
-    /// The deepest holder that may have this position; the first among equals.
-    fn holder_of(&self, position: u32) -> Option<PeerId> {
-        let mut best: Option<&PeerHint> = None;
-        for holder in self.holders.iter().filter(|holder| holder.depth > position) {
-            if best.is_none_or(|best| holder.depth > best.depth) {
-                best = Some(holder);
-            }
-        }
-        best.map(|holder| holder.peer)
-    }
-
-    /// What the engine is told: verified sources up to the first block without one.
-    fn sources(&self) -> Vec<BlockSource> {
-        let mut sources = vec![BlockSource::Miss; self.steps.len()];
-        for (source, step) in sources.iter_mut().zip(&self.steps[..self.cut as usize]) {
-            let FetchStep::Done(found) = step else { break };
-            *source = *found;
-        }
-        sources
-    }
-}
 
 impl Manager {
     pub(super) fn start_fetch(
@@ -158,7 +19,8 @@ impl Manager {
     ) {
         let keys: Vec<BlockKey> = request.blocks.iter().map(|block| block.key).collect();
         self.evictor.touch(&keys);
-        self.fetches.insert(operation, FetchOperation::new(request, copy_deadline));
+        self.fetches
+            .insert(operation, FetchOperation::new(request, copy_deadline));
         self.to_plan.insert(operation);
     }
 
@@ -176,7 +38,11 @@ impl Manager {
     pub(super) fn plan_fetches(&mut self, now: Time) {
         while let Some(operation) = self.to_plan.pop_first() {
             self.plan_fetch(now, operation);
-            if self.fetches.get(&operation).is_some_and(FetchOperation::is_done) {
+            if self
+                .fetches
+                .get(&operation)
+                .is_some_and(FetchOperation::is_done)
+            {
                 self.end_fetch(now, operation);
             }
         }
@@ -188,14 +54,24 @@ impl Manager {
         let mut from_object = Vec::new();
         let mut asks: Vec<(PeerId, Vec<u32>)> = Vec::new();
         while let Some((position, plan)) = self.plan_next(operation) {
-            let Some(fetch) = self.fetches.get_mut(&operation) else { return };
+            let Some(fetch) = self.fetches.get_mut(&operation) else {
+                return;
+            };
             let info = fetch.blocks[position as usize];
             match plan {
                 Plan::Copy(source, expected) => {
                     fetch.set_step(position, FetchStep::Moving);
                     fetch.moving += 1;
-                    let task = Task::Fetch { operation, position, source };
-                    let job = Job { info, expected, task };
+                    let task = Task::Fetch {
+                        operation,
+                        position,
+                        source,
+                    };
+                    let job = Job {
+                        info,
+                        expected,
+                        task,
+                    };
                     match source {
                         Source::Host(place) => {
                             self.pin_host(&info.key, place);
@@ -211,7 +87,10 @@ impl Manager {
                 Plan::Wait => {
                     fetch.set_step(position, FetchStep::WaitsForSeal);
                     if let Some(block) = self.table.get_mut(&info.key) {
-                        block.waiters.push(Waiter::Fetch { operation, position });
+                        block.waiters.push(Waiter::Fetch {
+                            operation,
+                            position,
+                        });
                     }
                 }
                 Plan::Ask(peer) => match asks.iter_mut().find(|(asked, _)| *asked == peer) {
@@ -221,7 +100,9 @@ impl Manager {
                 Plan::Miss => self.cut_fetch(now, operation, position),
             }
         }
-        let Some(fetch) = self.fetches.get(&operation) else { return };
+        let Some(fetch) = self.fetches.get(&operation) else {
+            return;
+        };
         let deadline = fetch.copy_deadline;
         for jobs in [from_host, from_disk, from_object] {
             self.submit(Some(operation), jobs, deadline);
@@ -264,154 +145,6 @@ impl Manager {
             return Some((position, Plan::Copy(Source::Object, None)));
         }
         Some((position, Plan::Miss))
-    }
-
-    fn ask(&mut self, now: Time, operation: OperationId, peer: PeerId, positions: Vec<u32>) {
-        let Some(fetch) = self.fetches.get(&operation) else { return };
-        let keys = positions.iter().map(|p| fetch.blocks[*p as usize].key).collect();
-        let deadline = fetch.copy_deadline.min(now + self.limits.lease_wait);
-        let asked = positions.clone();
-        let id = self.enqueue(PendingWork::Ask(Ask {
-            operation: Some(operation),
-            peer,
-            positions,
-            keys,
-            sent: now,
-            deadline,
-        }));
-        self.timers.set(Timer::Answer(id), deadline);
-        self.stats.leases_asked += 1;
-        if let Some(fetch) = self.fetches.get_mut(&operation) {
-            for position in asked {
-                fetch.set_step(position, FetchStep::Asked(id));
-            }
-        }
-    }
-
-    pub(super) fn finish_ask(
-        &mut self,
-        now: Time,
-        id: CommandId,
-        result: Result<GrantedLease, ErrorKind>,
-    ) {
-        let is_ask = |work: &PendingWork| matches!(work, PendingWork::Ask(_));
-        let Some(PendingWork::Ask(ask)) = self.take_answered(id, is_ask) else { return };
-        self.timers.clear(Timer::Answer(id));
-        let granted = match result {
-            Ok(granted) => granted,
-            Err(_) => {
-                self.stats.leases_short += 1;
-                self.close_ask(id, &ask, 0);
-                return;
-            }
-        };
-        let ttl = granted.ttl.min(self.limits.lease_ttl).saturating_sub(self.limits.lease_margin);
-        let usable_until = ask.sent + ttl;
-        if granted.blocks.len() > ask.positions.len() {
-            self.stats.stray_answers += 1;
-        }
-        if granted.blocks.len() < ask.positions.len() {
-            self.stats.leases_short += 1;
-        }
-        let usable = if usable_until > now { granted.blocks.len() } else { 0 };
-        let jobs = self.granted_jobs(id, &ask, &granted, usable);
-        let grant = Grant {
-            peer: ask.peer,
-            lease: granted.lease,
-            usable_until,
-            open: jobs.len() as u32,
-        };
-        if jobs.is_empty() {
-            self.release(&grant);
-        } else {
-            self.grants.insert(id, grant);
-            let fetch = ask.operation.and_then(|operation| self.fetches.get(&operation));
-            let deadline = fetch.map_or(now, |fetch| fetch.copy_deadline).min(usable_until);
-            self.submit(ask.operation, jobs, deadline);
-        }
-        let lacking = ask.positions.get(usable).copied();
-        self.close_ask(id, &ask, lacking.unwrap_or(u32::MAX));
-    }
-
-    /// The copies that the first `usable` granted blocks allow, of those that are still wanted.
-    fn granted_jobs(
-        &mut self,
-        id: CommandId,
-        ask: &Ask,
-        granted: &GrantedLease,
-        usable: usize,
-    ) -> Vec<Job> {
-        let Some(operation) = ask.operation else { return Vec::new() };
-        let Some(fetch) = self.fetches.get_mut(&operation) else { return Vec::new() };
-        let mut jobs = Vec::new();
-        let blocks = granted.blocks.iter().take(usable).enumerate();
-        for ((index, block), &position) in blocks.zip(&ask.positions) {
-            if fetch.steps[position as usize] != FetchStep::Asked(id) {
-                continue;
-            }
-            fetch.set_step(position, FetchStep::Moving);
-            fetch.moving += 1;
-            let source = Source::Peer {
-                grant: id,
-                peer: ask.peer,
-                lease: granted.lease,
-                position: index as u32,
-                tier: block.tier,
-            };
-            jobs.push(Job {
-                info: fetch.blocks[position as usize],
-                expected: Some(block.checksum),
-                task: Task::Fetch { operation, position, source },
-            });
-        }
-        jobs
-    }
-
-    /// What the ask did not bring is looked for elsewhere; the peer has nothing from `depth` on.
-    fn close_ask(&mut self, id: CommandId, ask: &Ask, depth: u32) {
-        let Some(operation) = ask.operation else { return };
-        let Some(fetch) = self.fetches.get_mut(&operation) else { return };
-        fetch.limit_holder(ask.peer, depth);
-        for &position in &ask.positions {
-            if fetch.steps[position as usize] == FetchStep::Asked(id) {
-                fetch.reopen(position);
-                self.stats.replanned += 1;
-            }
-        }
-        self.to_plan.insert(operation);
-    }
-
-    /// The answer to a lease request is not waited for any more.
-    pub(super) fn give_up_ask(&mut self, id: CommandId) {
-        let Some(pending) = self.pending.get_mut(&id) else { return };
-        let PendingWork::Ask(ask) = &mut pending.work else { return };
-        let given_up = Ask {
-            operation: ask.operation.take(),
-            positions: std::mem::take(&mut ask.positions),
-            keys: Vec::new(),
-            ..*ask
-        };
-        if !pending.issued {
-            self.pending.remove(&id);
-        }
-        self.timers.clear(Timer::Answer(id));
-        self.close_ask(id, &given_up, 0);
-    }
-
-    /// What was asked of a lost peer fails.
-    pub(super) fn lose_asked(&mut self, peer: PeerId) {
-        let is_lost = |work: &PendingWork| match work {
-            PendingWork::Ask(ask) => ask.peer == peer,
-            PendingWork::Copy { .. } | PendingWork::Drop(_) => false,
-        };
-        let pending = self.pending.iter().filter(|(_, pending)| is_lost(&pending.work));
-        let lost: Vec<CommandId> = pending.map(|(id, _)| *id).collect();
-        for id in lost {
-            self.give_up_ask(id);
-        }
-        for fetch in self.fetches.values_mut() {
-            fetch.limit_holder(peer, 0);
-        }
     }
 
     pub(super) fn fetch_copied(
@@ -496,7 +229,9 @@ impl Manager {
 
     /// Everything from this position on is a miss; copies that the driver has not got are taken back.
     fn cut_fetch(&mut self, now: Time, operation: OperationId, position: u32) {
-        let Some(fetch) = self.fetches.get_mut(&operation) else { return };
+        let Some(fetch) = self.fetches.get_mut(&operation) else {
+            return;
+        };
         fetch.cut_at(position);
         for id in fetch.copies.clone() {
             self.withdraw_fetch_copies(now, operation, id, position);
@@ -511,13 +246,19 @@ impl Manager {
         id: CommandId,
         position: u32,
     ) {
-        let Some(pending) = self.pending.get_mut(&id) else { return };
-        let PendingWork::Copy { jobs, .. } = &mut pending.work else { return };
+        let Some(pending) = self.pending.get_mut(&id) else {
+            return;
+        };
+        let PendingWork::Copy { jobs, .. } = &mut pending.work else {
+            return;
+        };
         if pending.issued {
             return;
         }
         let is_useless = |job: &Job| match job.task {
-            Task::Fetch { position: other, .. } => other >= position,
+            Task::Fetch {
+                position: other, ..
+            } => other >= position,
             _ => false,
         };
         let (useless, useful): (Vec<Job>, Vec<Job>) =
@@ -528,7 +269,12 @@ impl Manager {
             self.pending.remove(&id);
         }
         for job in useless {
-            let Task::Fetch { position, source, .. } = job.task else { continue };
+            let Task::Fetch {
+                position, source, ..
+            } = job.task
+            else {
+                continue;
+            };
             self.release_source(now, &job.info.key, source);
             if let Some(fetch) = self.fetches.get_mut(&operation) {
                 fetch.moving -= 1;
@@ -542,11 +288,18 @@ impl Manager {
 
     /// Ends the fetch: what is not there is a miss, and slots that transfers are still at work on are named.
     pub(super) fn end_fetch(&mut self, now: Time, operation: OperationId) {
-        let Some(fetch) = self.fetches.get(&operation) else { return };
-        let first_open = fetch.steps.iter().position(|step| !matches!(step, FetchStep::Done(_)));
+        let Some(fetch) = self.fetches.get(&operation) else {
+            return;
+        };
+        let first_open = fetch
+            .steps
+            .iter()
+            .position(|step| !matches!(step, FetchStep::Done(_)));
         let first_open = first_open.unwrap_or(fetch.steps.len()) as u32;
         self.cut_fetch(now, operation, first_open);
-        let Some(mut fetch) = self.fetches.remove(&operation) else { return };
+        let Some(mut fetch) = self.fetches.remove(&operation) else {
+            return;
+        };
         self.timers.clear(Timer::Operation(operation));
         self.to_plan.remove(&operation);
         for (position, step) in fetch.steps.iter().enumerate() {
@@ -554,10 +307,13 @@ impl Manager {
                 fetch.unsettled.insert(position as u32);
             }
         }
-        let asks = self.pending.iter().filter(|(_, pending)| match &pending.work {
-            PendingWork::Ask(ask) => ask.operation == Some(operation),
-            PendingWork::Copy { .. } | PendingWork::Drop(_) => false,
-        });
+        let asks = self
+            .pending
+            .iter()
+            .filter(|(_, pending)| match &pending.work {
+                PendingWork::Ask(ask) => ask.operation == Some(operation),
+                PendingWork::Copy { .. } | PendingWork::Drop(_) => false,
+            });
         let asks: Vec<CommandId> = asks.map(|(id, _)| *id).collect();
         for id in asks {
             self.give_up_ask(id);
@@ -568,7 +324,11 @@ impl Manager {
         let sources = fetch.sources();
         self.count_sources(&sources);
         let unsettled = fetch.unsettled.into_iter().collect();
-        self.outcomes.push_back(Outcome::Fetched { operation, sources, unsettled });
+        self.outcomes.push_back(Outcome::Fetched {
+            operation,
+            sources,
+            unsettled,
+        });
     }
 
     fn count_sources(&mut self, sources: &[BlockSource]) {
@@ -603,7 +363,9 @@ impl Manager {
             Source::Disk(slot) => self.segments.unpin(slot.segment),
             Source::Object => {}
             Source::Peer { grant: id, .. } => {
-                let Some(grant) = self.grants.get_mut(&id) else { return false };
+                let Some(grant) = self.grants.get_mut(&id) else {
+                    return false;
+                };
                 grant.open -= 1;
                 let in_time = now <= grant.usable_until;
                 if grant.open == 0
@@ -615,11 +377,6 @@ impl Manager {
             }
         }
         true
-    }
-
-    fn release(&mut self, grant: &Grant) {
-        let (peer, lease) = (grant.peer, grant.lease);
-        self.releases.push_back(Command::Release { peer, lease });
     }
 }
 

@@ -18,11 +18,19 @@ pub(super) struct Job {
 #[derive(Debug)]
 pub(super) enum Task {
     /// Engine to DRAM, for a store.
-    Store { operation: OperationId, position: u32, slot: Slot<Filling> },
+    Store {
+        operation: OperationId,
+        position: u32,
+        slot: Slot<Filling>,
+    },
     /// Disk to DRAM, for leases. The source is pinned.
     Stage { from: DiskSlot, slot: Slot<Filling> },
     /// Anywhere to the engine, for a fetch. Sources of our own are pinned.
-    Fetch { operation: OperationId, position: u32, source: Source },
+    Fetch {
+        operation: OperationId,
+        position: u32,
+        source: Source,
+    },
     /// DRAM to disk. Both are pinned.
     DemoteDisk { from: HostSlot, to: DiskSlot },
     /// DRAM to the object store. The source is pinned.
@@ -36,7 +44,13 @@ pub(super) enum Task {
 pub(super) enum Source {
     Host(HostSlot),
     Disk(DiskSlot),
-    Peer { grant: CommandId, peer: PeerId, lease: LeaseId, position: u32, tier: Tier },
+    Peer {
+        grant: CommandId,
+        peer: PeerId,
+        lease: LeaseId,
+        position: u32,
+        tier: Tier,
+    },
     Object,
 }
 
@@ -56,7 +70,10 @@ pub(super) enum Holding {
     Quarantine(Slot<Quarantined>),
     HostPin(BlockKey, HostSlot),
     SegmentPin(SegmentId),
-    Engine { operation: OperationId, position: u32 },
+    Engine {
+        operation: OperationId,
+        position: u32,
+    },
 }
 
 /// A command that was not answered yet.
@@ -108,17 +125,30 @@ impl PendingWork {
 impl Job {
     pub(super) fn as_move(&self) -> Move {
         let (from, to) = match &self.task {
-            Task::Store { operation, position, slot } => {
-                (engine(*operation, *position), Place::Host(slot.place()))
-            }
+            Task::Store {
+                operation,
+                position,
+                slot,
+            } => (engine(*operation, *position), Place::Host(slot.place())),
             Task::Stage { from, slot } => (Place::Disk(*from), Place::Host(slot.place())),
-            Task::Fetch { operation, position, source } => {
+            Task::Fetch {
+                operation,
+                position,
+                source,
+            } => {
                 let from = match *source {
                     Source::Host(slot) => Place::Host(slot),
                     Source::Disk(slot) => Place::Disk(slot),
-                    Source::Peer { peer, lease, position, .. } => {
-                        Place::Peer { peer, lease, position }
-                    }
+                    Source::Peer {
+                        peer,
+                        lease,
+                        position,
+                        ..
+                    } => Place::Peer {
+                        peer,
+                        lease,
+                        position,
+                    },
                     Source::Object => Place::Object(self.info.key),
                 };
                 (from, engine(*operation, *position))
@@ -127,10 +157,18 @@ impl Job {
             Task::DemoteObject { from } => (Place::Host(*from), Place::Object(self.info.key)),
             Task::Rescue { from } => (Place::Disk(*from), Place::Object(self.info.key)),
         };
-        Move { info: self.info, from, to, checksum: self.expected }
+        Move {
+            info: self.info,
+            from,
+            to,
+            checksum: self.expected,
+        }
     }
 }
 
 fn engine(operation: OperationId, position: u32) -> Place {
-    Place::Engine { operation, position }
+    Place::Engine {
+        operation,
+        position,
+    }
 }

@@ -1,5 +1,56 @@
 //! Where blocks live and how they get there, as a state machine without I/O.
+//!
+//! A driver hands requests, answers and the time to `Manager::handle_*`, and after each call takes what has come of it
+//! from [`Manager::poll_command`], [`Manager::poll_event`], [`Manager::poll_outcome`] and [`Manager::poll_timeout`].
+//! Equal calls give equal answers. Everything that can pile up has a bound in [`Limits`]; the queues of events and
+//! outcomes are bounded by what one call can change, if the driver empties them after each.
+//!
+//! # The life of a store
+//!
+//! 1. [`Manager::handle_store`]: a block that is in DRAM or on disk counts as held; one that another store is copying
+//!    waits for that; the others queue for slots.
+//! 2. A slot comes from the vacant ones, or by evicting a block that is also held below, or by waiting for demotion, or,
+//!    when the policy finds nothing else, by dropping the coldest block. The slot is `Filling`, under a new generation.
+//! 3. [`Command::Copy`] from `Place::Engine` to `Place::Host`. The answer brings the checksum: the slot is `Sealed`,
+//!    [`NodeEvent::Stored`] is announced, and whoever waited for the block goes on.
+//! 4. [`Outcome::Stored`] when every block has come to its end, or the deadline has. What is copied after that is thrown
+//!    away: the engine may have reused its memory, and the checksum would bless the wrong bytes.
+//!
+//! Later, when vacant slots run low, the coldest leaf is copied to disk (or to the object store), and leaves DRAM when it
+//! is there. When disk room runs low, the least recently used segment is dropped whole, after blocks that are
+//! nowhere else were copied to the object store.
+//!
+//! # The life of a fetch
+//!
+//! 1. [`Manager::handle_fetch`] finds a source for each block, in order: own DRAM (pinned), own disk (its segment
+//!    pinned), DRAM that is being written (waits), the deepest peer of the hints, the object store. The first block
+//!    without any cuts the fetch: from there on all are misses.
+//! 2. [`Command::Lease`] for a peer's blocks, [`Command::Copy`] for the others, at the same time, straight into
+//!    `Place::Engine`. When the lease is granted, copies from `Place::Peer` follow.
+//! 3. A short lease, a failed or late copy, wrong bytes: that source is out for this block (a wrong copy of our own is
+//!    forgotten and [`NodeEvent::Removed`] announced), and step 1 runs again for it. Each round has fewer sources.
+//! 4. [`Outcome::Fetched`] when every block before the cut is there and nothing writes behind it, or at the deadline.
+//!    Engine slots that a transfer may still write to are named in it, and free at [`Outcome::Drained`].
+//! 5. [`Command::Release`] goes to the peer when the last copy from its lease has ended; nobody waits for it.
+//!
+//! # The life of a lease
+//!
+//! 1. [`Manager::handle_lease`]: blocks in DRAM are pinned; blocks on disk get slots and are copied up; the first block
+//!    that cannot be had cuts the lease.
+//! 2. [`Outcome::LeaseReady`] with slots, generations and checksums when all are there, or after `stage_wait` with those
+//!    before the first that is not. The lease runs from then.
+//! 3. It ends by [`Manager::handle_release`], by its time, or with its peer. The slots may be reused at once, under a new
+//!    generation: a reader that was too slow sees that, or the checksum.
+//!
+//! # Transfers own what they were lent
+//!
+//! A [`MoveFailure`] that is not settled keeps its slots, pins and engine memory out of use until
+//! [`Manager::handle_drained`]. Deadlines and cancelling end what engines wait for, never what a transfer holds.
+//!
+//! Blocks are announced by their index keys; two blocks with one index key are announced one by one.
 
+mod admission;
+mod ask;
 mod check;
 mod command;
 mod copies;
@@ -7,6 +58,8 @@ mod disk;
 mod fetch;
 mod job;
 mod limits;
+mod object;
+mod plan;
 mod policy;
 mod request;
 mod segment;
@@ -28,13 +81,14 @@ pub use request::{
 };
 pub use stats::Stats;
 
-use self::fetch::FetchOperation;
+use self::admission::copy_deadline;
 use self::job::{Grant, Holding, Pending};
+use self::plan::FetchOperation;
 use self::segment::Segments;
 use self::serve::Lease;
 use self::space::SlotRequest;
 use self::store::StoreOperation;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::event::NodeEvent;
 use crate::evict::{EvictionPolicy, LeafLru};
 use crate::id::{LeaseId, OperationId, PeerId, SlotIndex, Time};
@@ -188,7 +242,11 @@ impl Manager {
     ) -> Result<OperationId> {
         self.check_admission(blocks.iter())?;
         let operation = self.admit_operation(deadline);
-        self.start_store(operation, blocks, copy_deadline(&self.limits, now, deadline));
+        self.start_store(
+            operation,
+            blocks,
+            copy_deadline(&self.limits, now, deadline),
+        );
         self.settle(now);
         Ok(operation)
     }
@@ -205,7 +263,11 @@ impl Manager {
     ) -> Result<OperationId> {
         self.check_admission(request.blocks.iter())?;
         let operation = self.admit_operation(deadline);
-        self.start_fetch(operation, request, copy_deadline(&self.limits, now, deadline));
+        self.start_fetch(
+            operation,
+            request,
+            copy_deadline(&self.limits, now, deadline),
+        );
         self.settle(now);
         Ok(operation)
     }
@@ -229,7 +291,11 @@ impl Manager {
 
     /// The peer gives a lease of ours back. One that has ended, or is another peer's, is ignored.
     pub fn handle_release(&mut self, now: Time, peer: PeerId, lease: LeaseId) {
-        if self.leases.get(&lease).is_some_and(|lease| lease.peer == peer) {
+        if self
+            .leases
+            .get(&lease)
+            .is_some_and(|lease| lease.peer == peer)
+        {
             self.return_lease(now, lease);
         }
         self.settle(now);
@@ -384,54 +450,19 @@ impl Manager {
         &self.limits
     }
 
-    /// Whether there is room for one more store or fetch of these blocks.
-    fn check_admission<'a>(
-        &mut self,
-        blocks: impl ExactSizeIterator<Item = &'a BlockInfo>,
-    ) -> Result<()> {
-        let max = self.limits.operation_blocks_max as usize;
-        if blocks.len() > max {
-            return Err(Error::invalid("blocks in one operation", blocks.len(), 0..=max));
-        }
-        for (position, block) in blocks.enumerate() {
-            if block.parent == Some(block.key) {
-                let context = format!("block {position} ({:?}) is its own parent", block.key);
-                return Err(Error::new(ErrorKind::Invalid, context));
-            }
-        }
-        // What has ended but not drained counts too: a fabric that never drains must not pile up.
-        let open = self.stores.len() + self.fetches.len() + self.drains.len() + self.draining.len();
-        if open >= self.limits.operations_max as usize {
-            self.stats.busy += 1;
-            let context = format!("{open} operations under way or draining, the most allowed");
-            return Err(Error::new(ErrorKind::Busy, context));
-        }
-        Ok(())
-    }
-
-    fn admit_operation(&mut self, deadline: Time) -> OperationId {
-        let operation = OperationId(self.next_operation);
-        self.next_operation += 1;
-        self.timers.set(Timer::Operation(operation), deadline);
-        operation
-    }
-
-    /// Ends a store or fetch now, whatever is still under way for it.
-    fn end_operation(&mut self, now: Time, operation: OperationId) {
-        if self.stores.contains_key(&operation) {
-            self.end_store(operation);
-        } else if self.fetches.contains_key(&operation) {
-            self.end_fetch(now, operation);
-        }
-    }
-
     /// Does everything that has become possible, until nothing is left to do without an answer.
     fn settle(&mut self, now: Time) {
         loop {
             while let Some(work) = self.work.pop_front() {
                 match work {
-                    Waiter::Store { operation, position } => self.place_store(operation, position),
-                    Waiter::Fetch { operation, position } => self.reopen_fetch(operation, position),
+                    Waiter::Store {
+                        operation,
+                        position,
+                    } => self.place_store(operation, position),
+                    Waiter::Fetch {
+                        operation,
+                        position,
+                    } => self.reopen_fetch(operation, position),
                     Waiter::Lease(lease) => self.advance_lease(now, lease),
                 }
             }
@@ -448,57 +479,14 @@ impl Manager {
 
     fn announce_stored(&mut self, info: &BlockInfo, tier: Tier) {
         let (key, parent) = (info.index_key, info.index_parent);
-        self.events.push_back(NodeEvent::Stored { key, parent, tier });
+        self.events
+            .push_back(NodeEvent::Stored { key, parent, tier });
     }
 
     fn announce_removed(&mut self, info: &BlockInfo, tier: Tier) {
-        self.events.push_back(NodeEvent::Removed { key: info.index_key, tier });
+        self.events.push_back(NodeEvent::Removed {
+            key: info.index_key,
+            tier,
+        });
     }
-
-    /// The block is known to be in the object store.
-    fn know_object(&mut self, info: &BlockInfo) {
-        let block = self.table.admit(*info);
-        if block.object.is_some() {
-            return;
-        }
-        self.objects_counter += 1;
-        block.object = Some(self.objects_counter);
-        self.objects.insert(self.objects_counter, info.key);
-        self.announce_stored(info, Tier::Object);
-        if self.objects.len() > self.limits.object_known_max as usize
-            && let Some((_, oldest)) = self.objects.pop_first()
-            && let Some(block) = self.table.get_mut(&oldest)
-        {
-            block.object = None;
-            self.table.forget_if_gone(&oldest);
-        }
-    }
-
-    /// The block is not in the object store, or what is there is of no use.
-    fn lose_object(&mut self, info: &BlockInfo) {
-        if let Some(block) = self.table.get_mut(&info.key)
-            && let Some(since) = block.object.take()
-        {
-            self.objects.remove(&since);
-            self.table.forget_if_gone(&info.key);
-        }
-        // Others may have announced it: a read that failed is how the world learns that it is gone.
-        self.announce_removed(info, Tier::Object);
-    }
-
-    fn stop_disk(&mut self, now: Time) {
-        self.disk_stopped = true;
-        self.timers.set(Timer::Disk, now + self.limits.retry_after);
-    }
-
-    fn stop_object(&mut self, now: Time) {
-        self.object_stopped = true;
-        self.timers.set(Timer::Object, now + self.limits.retry_after);
-    }
-}
-
-/// When the copies of an operation must be done for their answers to be here by its deadline.
-fn copy_deadline(limits: &Limits, now: Time, deadline: Time) -> Time {
-    let margin = limits.answer_margin.min((deadline - now) / 8);
-    Time(deadline.0.saturating_sub(u64::try_from(margin.as_nanos()).unwrap_or(u64::MAX)))
 }

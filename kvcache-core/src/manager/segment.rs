@@ -88,7 +88,10 @@ impl Segments {
         self.clock += 1;
         self.room -= 1;
         let segment = &mut self.segments[self.open];
-        let slot = DiskSlot { segment: SegmentId(self.open as u32), position: segment.next };
+        let slot = DiskSlot {
+            segment: SegmentId(self.open as u32),
+            position: segment.next,
+        };
         segment.next += 1;
         segment.pins += 1;
         segment.used = self.clock;
@@ -115,8 +118,12 @@ impl Segments {
     /// Takes over a record that was found at the start. Whether it fits and was free.
     pub(super) fn recover(&mut self, slot: DiskSlot, key: BlockKey) -> bool {
         let slots = self.slots;
-        let Some(segment) = self.segments.get_mut(slot.segment.0 as usize) else { return false };
-        let Some(record) = segment.records.get_mut(slot.position as usize) else { return false };
+        let Some(segment) = self.segments.get_mut(slot.segment.0 as usize) else {
+            return false;
+        };
+        let Some(record) = segment.records.get_mut(slot.position as usize) else {
+            return false;
+        };
         if record.is_some() {
             return false;
         }
@@ -150,7 +157,10 @@ impl Segments {
     /// A copy in the segment has ended.
     pub(super) fn unpin(&mut self, id: SegmentId) {
         let segment = &mut self.segments[id.0 as usize];
-        assert!(segment.pins > 0, "segment {id} released more often than acquired");
+        assert!(
+            segment.pins > 0,
+            "segment {id} released more often than acquired"
+        );
         segment.pins -= 1;
     }
 
@@ -170,7 +180,10 @@ impl Segments {
         let records = self.segments[id.0 as usize].records.iter().enumerate();
         records
             .filter_map(|(position, key)| {
-                let slot = DiskSlot { segment: id, position: position as u32 };
+                let slot = DiskSlot {
+                    segment: id,
+                    position: position as u32,
+                };
                 key.map(|key| (slot, key))
             })
             .collect()
@@ -179,7 +192,10 @@ impl Segments {
     /// The segment's records were deleted: it can be filled anew.
     pub(super) fn reset(&mut self, id: SegmentId) {
         let segment = &mut self.segments[id.0 as usize];
-        assert!(segment.live == 0 && segment.pins == 0, "segment {id} dropped while in use");
+        assert!(
+            segment.live == 0 && segment.pins == 0,
+            "segment {id} dropped while in use"
+        );
         segment.state = SegmentState::Writable;
         segment.next = 0;
         self.room += u64::from(self.slots);
@@ -187,16 +203,25 @@ impl Segments {
 
     /// Whether a block in this record will still be there when its segment has been dropped for room.
     pub(super) fn is_lasting(&self, slot: DiskSlot) -> bool {
-        matches!(self.get(slot.segment).state, SegmentState::Writable | SegmentState::Full)
+        matches!(
+            self.get(slot.segment).state,
+            SegmentState::Writable | SegmentState::Full
+        )
     }
 
     /// Blocks in all of them.
     pub(super) fn live(&self) -> u64 {
-        self.segments.iter().map(|segment| u64::from(segment.live)).sum()
+        self.segments
+            .iter()
+            .map(|segment| u64::from(segment.live))
+            .sum()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (SegmentId, &Segment)> {
-        self.segments.iter().enumerate().map(|(index, s)| (SegmentId(index as u32), s))
+        self.segments
+            .iter()
+            .enumerate()
+            .map(|(index, s)| (SegmentId(index as u32), s))
     }
 }
 

@@ -50,12 +50,23 @@ impl Manager {
         self.evictor.touch(keys);
         let mut steps = Vec::with_capacity(keys.len());
         for key in keys {
-            let Some(step) = self.first_lease_step(id, key) else { break };
+            let Some(step) = self.first_lease_step(id, key) else {
+                break;
+            };
             steps.push(step);
         }
         let ttl = ttl.min(self.limits.lease_ttl);
-        self.leases.insert(id, Lease { peer, ttl, steps, is_ready: false });
-        self.timers.set(Timer::Lease(id), now + self.limits.stage_wait);
+        self.leases.insert(
+            id,
+            Lease {
+                peer,
+                ttl,
+                steps,
+                is_ready: false,
+            },
+        );
+        self.timers
+            .set(Timer::Lease(id), now + self.limits.stage_wait);
         self.work.push_back(Waiter::Lease(id));
         Ok(id)
     }
@@ -68,7 +79,11 @@ impl Manager {
         let block = self.table.get_mut(key)?;
         let waiter = Waiter::Lease(lease);
         if block.is_filling() || block.staging {
-            let tier = if block.disk.is_some() { Tier::Disk } else { Tier::Host };
+            let tier = if block.disk.is_some() {
+                Tier::Disk
+            } else {
+                Tier::Host
+            };
             block.waiters.push(waiter);
             return Some(LeaseStep::Waits { key: *key, tier });
         }
@@ -76,7 +91,10 @@ impl Manager {
         block.staging = true;
         block.waiters.push(waiter);
         self.wanted.push_back(SlotRequest::Stage(*key));
-        Some(LeaseStep::Waits { key: *key, tier: Tier::Disk })
+        Some(LeaseStep::Waits {
+            key: *key,
+            tier: Tier::Disk,
+        })
     }
 
     fn pin_for_lease(&mut self, key: &BlockKey, tier: Tier) -> Option<LeaseStep> {
@@ -84,12 +102,19 @@ impl Manager {
         let slot = block.host_place()?;
         let checksum = block.checksum?;
         self.pin_host(key, slot);
-        Some(LeaseStep::Pinned(LeasedBlock { key: *key, slot, checksum, tier }))
+        Some(LeaseStep::Pinned(LeasedBlock {
+            key: *key,
+            slot,
+            checksum,
+            tier,
+        }))
     }
 
     /// Whether this block still needs a slot to be brought up from disk.
     pub(super) fn needs_stage(&mut self, key: &BlockKey) -> bool {
-        let Some(block) = self.table.get_mut(key) else { return false };
+        let Some(block) = self.table.get_mut(key) else {
+            return false;
+        };
         if !block.staging || block.is_filling() || block.host_place().is_some() {
             return false;
         }
@@ -113,12 +138,18 @@ impl Manager {
         block.staging = false;
         self.segments.pin(from.segment);
         let (info, expected) = (block.info, block.checksum);
-        Some(Job { info, expected, task: Task::Stage { from, slot } })
+        Some(Job {
+            info,
+            expected,
+            task: Task::Stage { from, slot },
+        })
     }
 
     /// Looks again at what the lease waits for; grants it when there is nothing left.
     pub(super) fn advance_lease(&mut self, now: Time, id: LeaseId) {
-        let Some(lease) = self.leases.get(&id) else { return };
+        let Some(lease) = self.leases.get(&id) else {
+            return;
+        };
         if lease.is_ready {
             return;
         }
@@ -126,7 +157,9 @@ impl Manager {
         let mut waits = false;
         for position in 0..cut {
             let step = self.leases.get(&id).map(|lease| lease.steps[position]);
-            let Some(LeaseStep::Waits { key, tier }) = step else { continue };
+            let Some(LeaseStep::Waits { key, tier }) = step else {
+                continue;
+            };
             if let Some(pinned) = self.pin_for_lease(&key, tier) {
                 if let Some(lease) = self.leases.get_mut(&id) {
                     lease.steps[position] = pinned;
@@ -155,7 +188,9 @@ impl Manager {
 
     /// Gives up the blocks of the lease from this position on.
     fn cut_lease(&mut self, id: LeaseId, position: usize) {
-        let Some(lease) = self.leases.get_mut(&id) else { return };
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
         let cut = lease.steps.split_off(position.min(lease.steps.len()));
         for step in cut {
             match step {
@@ -171,7 +206,9 @@ impl Manager {
 
     /// The lease runs from now on, with the blocks it has.
     fn grant_lease(&mut self, now: Time, id: LeaseId) {
-        let Some(lease) = self.leases.get_mut(&id) else { return };
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
         lease.is_ready = true;
         let blocks: Vec<LeasedBlock> = lease
             .steps
@@ -189,7 +226,12 @@ impl Manager {
         } else {
             self.timers.set(Timer::Lease(id), now + ttl);
         }
-        self.outcomes.push_back(Outcome::LeaseReady { lease: id, peer, blocks, ttl });
+        self.outcomes.push_back(Outcome::LeaseReady {
+            lease: id,
+            peer,
+            blocks,
+            ttl,
+        });
     }
 
     /// The time of readying the lease, or of the lease itself, is over.

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use super::Manager;
 use super::command::MoveFailure;
 use super::copies::is_source_bad;
 use super::job::{Holding, Job, Task};
 use super::policy::{HostUsage, Pressure};
-use super::Manager;
 use crate::id::{OperationId, Time};
 use crate::key::BlockKey;
 use crate::place::{HostSlot, Tier};
@@ -15,7 +15,10 @@ use crate::table::{Block, HostCopy};
 /// A block that waits for a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SlotRequest {
-    Store { operation: OperationId, position: u32 },
+    Store {
+        operation: OperationId,
+        position: u32,
+    },
     Stage(BlockKey),
 }
 
@@ -36,7 +39,10 @@ impl Manager {
         let mut stages = Vec::new();
         while let Some(request) = self.wanted.front().copied() {
             let is_current = match request {
-                SlotRequest::Store { operation, position } => self.needs_slot(operation, position),
+                SlotRequest::Store {
+                    operation,
+                    position,
+                } => self.needs_slot(operation, position),
                 SlotRequest::Stage(key) => self.needs_stage(&key),
             };
             let mut is_served = false;
@@ -69,9 +75,14 @@ impl Manager {
         stores: &mut BTreeMap<OperationId, Vec<Job>>,
         stages: &mut Vec<Job>,
     ) {
-        let Some(slot) = self.slots.allocate() else { return };
+        let Some(slot) = self.slots.allocate() else {
+            return;
+        };
         match request {
-            SlotRequest::Store { operation, position } => {
+            SlotRequest::Store {
+                operation,
+                position,
+            } => {
                 let job = self.store_job(operation, position, slot);
                 stores.entry(operation).or_default().extend(job);
             }
@@ -85,7 +96,11 @@ impl Manager {
         }
         let is_filling = self.slots.filling() > 0;
         let Some(victim) = self.evictor.victim() else {
-            return if self.leaving > 0 || is_filling { Room::Later } else { Room::Never };
+            return if self.leaving > 0 || is_filling {
+                Room::Later
+            } else {
+                Room::Never
+            };
         };
         if self.is_held_below(&victim) {
             self.stats.evicted_clean += 1;
@@ -117,18 +132,13 @@ impl Manager {
         }
     }
 
-    pub(super) fn disk_usable(&self) -> bool {
-        !self.segments.is_empty() && !self.disk_stopped
-    }
-
-    pub(super) fn object_usable(&self) -> bool {
-        self.limits.object && !self.object_stopped
-    }
-
     /// Whether the block stays in this node's reach when it leaves DRAM.
     fn is_held_below(&self, key: &BlockKey) -> bool {
         self.table.get(key).is_some_and(|block| {
-            block.object.is_some() || block.disk.is_some_and(|slot| self.segments.is_lasting(slot))
+            block.object.is_some()
+                || block
+                    .disk
+                    .is_some_and(|slot| self.segments.is_lasting(slot))
         })
     }
 
@@ -140,7 +150,9 @@ impl Manager {
 
     /// The block's slot becomes vacant; nothing pins it and the evictor does not know it.
     fn vacate_host(&mut self, key: &BlockKey) {
-        let Some(block) = self.table.get_mut(key) else { return };
+        let Some(block) = self.table.get_mut(key) else {
+            return;
+        };
         let info = block.info;
         if let HostCopy::Sealed { slot, .. } = std::mem::replace(&mut block.host, HostCopy::Absent)
         {
@@ -153,11 +165,19 @@ impl Manager {
     /// Starts as many blocks on their way down as the policy wants, the coldest first.
     pub(super) fn demote(&mut self, now: Time) {
         let batch = self.limits.batch_blocks_max;
-        let room = self.limits.background_in_flight_max.saturating_sub(self.background_open());
-        let count = self.policy.demote(&self.usage()).min(room.saturating_mul(batch));
+        let room = self
+            .limits
+            .background_in_flight_max
+            .saturating_sub(self.background_open());
+        let count = self
+            .policy
+            .demote(&self.usage())
+            .min(room.saturating_mul(batch));
         let mut jobs = Vec::new();
         for _ in 0..count {
-            let Some(victim) = self.evictor.victim() else { break };
+            let Some(victim) = self.evictor.victim() else {
+                break;
+            };
             if self.is_held_below(&victim) {
                 self.stats.evicted_clean += 1;
                 self.evict(&victim);
@@ -168,8 +188,9 @@ impl Manager {
             }
         }
         // One command goes to one kind of place.
-        let (to_disk, to_object) =
-            jobs.into_iter().partition(|job| matches!(job.task, Task::DemoteDisk { .. }));
+        let (to_disk, to_object) = jobs
+            .into_iter()
+            .partition(|job| matches!(job.task, Task::DemoteDisk { .. }));
         let deadline = now + self.limits.background_wait;
         self.submit(None, to_disk, deadline);
         self.submit(None, to_object, deadline);
@@ -179,7 +200,10 @@ impl Manager {
     fn start_leaving(&mut self, key: &BlockKey) -> Option<Job> {
         let from = self.table.get(key).and_then(Block::host_place)?;
         let task = if self.disk_usable() {
-            Task::DemoteDisk { from, to: self.segments.reserve()? }
+            Task::DemoteDisk {
+                from,
+                to: self.segments.reserve()?,
+            }
         } else if self.object_usable() {
             Task::DemoteObject { from }
         } else {
@@ -189,7 +213,11 @@ impl Manager {
         if let HostCopy::Sealed { leaving, .. } = &mut block.host {
             *leaving = true;
         }
-        let job = Job { info: block.info, expected: block.checksum, task };
+        let job = Job {
+            info: block.info,
+            expected: block.checksum,
+            task,
+        };
         self.leaving += 1;
         // Out of the order of victims, so that its parent can follow in the same batch.
         self.evictor.remove(key);
@@ -225,7 +253,9 @@ impl Manager {
 
     /// The evictor knows the block again, pinned by the copy that has just ended. Whether it is still in that slot.
     fn stop_leaving(&mut self, key: &BlockKey, from: HostSlot) -> bool {
-        let Some(block) = self.table.get_mut(key) else { return false };
+        let Some(block) = self.table.get_mut(key) else {
+            return false;
+        };
         let info = block.info;
         match &mut block.host {
             HostCopy::Sealed { slot, leaving } if slot.place() == from => {
@@ -261,7 +291,9 @@ impl Manager {
 
     /// The bytes in this slot are wrong: the block is not in DRAM any more. Readers keep the slot until they are done.
     pub(super) fn lose_host(&mut self, key: &BlockKey, place: HostSlot) {
-        let Some(block) = self.table.get_mut(key) else { return };
+        let Some(block) = self.table.get_mut(key) else {
+            return;
+        };
         if block.host_place() != Some(place) {
             return;
         }

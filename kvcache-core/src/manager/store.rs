@@ -39,7 +39,10 @@ pub(super) enum StoreStep {
 
 impl StoreStep {
     pub(super) fn is_final(self) -> bool {
-        !matches!(self, Self::WaitsForSlot | Self::WaitsForSeal | Self::Copying)
+        !matches!(
+            self,
+            Self::WaitsForSlot | Self::WaitsForSeal | Self::Copying
+        )
     }
 }
 
@@ -71,7 +74,9 @@ impl Manager {
 
     /// Decides how a block that is neither waiting for a slot nor being copied goes on.
     pub(super) fn place_store(&mut self, operation: OperationId, position: u32) {
-        let Some(store) = self.stores.get_mut(&operation) else { return };
+        let Some(store) = self.stores.get_mut(&operation) else {
+            return;
+        };
         let step = &mut store.steps[position as usize];
         if *step != StoreStep::WaitsForSeal {
             return;
@@ -83,24 +88,34 @@ impl Manager {
                 self.finish_store_step(operation, position, StoreStep::AlreadyHeld);
             }
             Some(block) if block.is_filling() => {
-                block.waiters.push(Waiter::Store { operation, position });
+                block.waiters.push(Waiter::Store {
+                    operation,
+                    position,
+                });
             }
             _ => {
                 *step = StoreStep::WaitsForSlot;
-                self.wanted.push_back(SlotRequest::Store { operation, position });
+                self.wanted.push_back(SlotRequest::Store {
+                    operation,
+                    position,
+                });
             }
         }
     }
 
     /// Whether this block still needs the slot that it waited for; if another copy has come first, it goes on without.
     pub(super) fn needs_slot(&mut self, operation: OperationId, position: u32) -> bool {
-        let Some(store) = self.stores.get_mut(&operation) else { return false };
+        let Some(store) = self.stores.get_mut(&operation) else {
+            return false;
+        };
         let step = &mut store.steps[position as usize];
         if *step != StoreStep::WaitsForSlot {
             return false;
         }
         let key = store.blocks[position as usize].key;
-        let Some(block) = self.table.get(&key) else { return true };
+        let Some(block) = self.table.get(&key) else {
+            return true;
+        };
         if block.is_filling() || block.host_place().is_some() || block.disk.is_some() {
             *step = StoreStep::WaitsForSeal;
             self.place_store(operation, position);
@@ -123,7 +138,15 @@ impl Manager {
         store.steps[position as usize] = StoreStep::Copying;
         let info = store.blocks[position as usize];
         self.table.admit(info).host = HostCopy::Filling;
-        Some(Job { info, expected: None, task: Task::Store { operation, position, slot } })
+        Some(Job {
+            info,
+            expected: None,
+            task: Task::Store {
+                operation,
+                position,
+                slot,
+            },
+        })
     }
 
     /// Queues the copies of one round, each store's together.
@@ -161,7 +184,9 @@ impl Manager {
 
     /// No slot will become free for this store: the blocks that wait for one are refused.
     pub(super) fn refuse_store(&mut self, operation: OperationId) {
-        let Some(store) = self.stores.get(&operation) else { return };
+        let Some(store) = self.stores.get(&operation) else {
+            return;
+        };
         let waiting: Vec<u32> = (0..store.steps.len() as u32)
             .filter(|&position| store.steps[position as usize] == StoreStep::WaitsForSlot)
             .collect();
@@ -171,11 +196,16 @@ impl Manager {
     }
 
     fn finish_store_step(&mut self, operation: OperationId, position: u32, step: StoreStep) {
-        let Some(store) = self.stores.get_mut(&operation) else { return };
+        let Some(store) = self.stores.get_mut(&operation) else {
+            return;
+        };
         store.steps[position as usize] = step;
         store.open -= 1;
         if matches!(step, StoreStep::Stored | StoreStep::AlreadyHeld) {
-            *self.protected.entry(store.blocks[position as usize].key).or_default() += 1;
+            *self
+                .protected
+                .entry(store.blocks[position as usize].key)
+                .or_default() += 1;
         }
         if store.open == 0 {
             self.end_store(operation);
@@ -184,7 +214,9 @@ impl Manager {
 
     /// Ends the store: blocks that wait are refused, copies that the driver has are of no use any more.
     pub(super) fn end_store(&mut self, operation: OperationId) {
-        let Some(mut store) = self.stores.remove(&operation) else { return };
+        let Some(mut store) = self.stores.remove(&operation) else {
+            return;
+        };
         self.timers.clear(Timer::Operation(operation));
         for id in &store.copies {
             self.withdraw_store_copies(*id);
@@ -200,7 +232,10 @@ impl Manager {
                 StoreStep::Refused | StoreStep::Failed => {}
             }
         }
-        assert!(store.steps.iter().all(|step| step.is_final()), "{operation} ended half-way");
+        assert!(
+            store.steps.iter().all(|step| step.is_final()),
+            "{operation} ended half-way"
+        );
         let count = |step| store.steps.iter().filter(|s| **s == step).count() as u32;
         let (stored, already_held) = (count(StoreStep::Stored), count(StoreStep::AlreadyHeld));
         let (refused, failed) = (count(StoreStep::Refused), count(StoreStep::Failed));
@@ -225,8 +260,12 @@ impl Manager {
         if self.pending.get(&id).is_none_or(|pending| pending.issued) {
             return;
         }
-        let Some(pending) = self.pending.remove(&id) else { return };
-        let PendingWork::Copy { jobs, .. } = pending.work else { return };
+        let Some(pending) = self.pending.remove(&id) else {
+            return;
+        };
+        let PendingWork::Copy { jobs, .. } = pending.work else {
+            return;
+        };
         for job in jobs {
             if let Task::Store { slot, .. } = job.task {
                 self.slots.abandon(slot);
@@ -248,8 +287,15 @@ impl Manager {
     pub(super) fn seal(&mut self, info: &BlockInfo, slot: Slot<Filling>, checksum: Checksum) {
         let slot = self.slots.seal(slot);
         let block = self.table.admit(*info);
-        assert!(block.is_filling(), "{:?} sealed without being filled", info.key);
-        block.host = HostCopy::Sealed { slot, leaving: false };
+        assert!(
+            block.is_filling(),
+            "{:?} sealed without being filled",
+            info.key
+        );
+        block.host = HostCopy::Sealed {
+            slot,
+            leaving: false,
+        };
         block.checksum = Some(checksum);
         let info = block.info;
         self.stop_staging(&info.key);
@@ -273,7 +319,8 @@ impl Manager {
         if let Some(block) = self.table.get_mut(key)
             && std::mem::take(&mut block.staging)
         {
-            self.wanted.retain(|request| *request != SlotRequest::Stage(*key));
+            self.wanted
+                .retain(|request| *request != SlotRequest::Stage(*key));
         }
     }
 

@@ -49,7 +49,9 @@ fn small() -> Limits {
 }
 
 fn peers(held: &[(u32, &[BlockInfo])]) -> BTreeMap<PeerId, BTreeSet<BlockKey>> {
-    held.iter().map(|(peer, blocks)| (PeerId(*peer), keys(blocks).into_iter().collect())).collect()
+    held.iter()
+        .map(|(peer, blocks)| (PeerId(*peer), keys(blocks).into_iter().collect()))
+        .collect()
 }
 
 fn world(limits: Limits) -> World {
@@ -57,7 +59,10 @@ fn world(limits: Limits) -> World {
 }
 
 fn request(blocks: &[BlockInfo]) -> FetchRequest {
-    FetchRequest { blocks: blocks.to_vec(), ..FetchRequest::default() }
+    FetchRequest {
+        blocks: blocks.to_vec(),
+        ..FetchRequest::default()
+    }
 }
 
 /// Carries out whatever waits, without faults, but lets no time pass.
@@ -80,14 +85,20 @@ fn fetch(world: &mut World, request: FetchRequest) -> Vec<BlockSource> {
 
 fn sources(world: &World, wanted: OperationId) -> Vec<BlockSource> {
     let found = world.outcomes.iter().find_map(|outcome| match outcome {
-        Outcome::Fetched { operation, sources, .. } if *operation == wanted => Some(sources.clone()),
+        Outcome::Fetched {
+            operation, sources, ..
+        } if *operation == wanted => Some(sources.clone()),
         _ => None,
     });
     found.expect("the fetch has ended")
 }
 
 fn host(world: &World) -> BTreeSet<IndexKey> {
-    world.manager.contents(Tier::Host).map(|info| info.index_key).collect()
+    world
+        .manager
+        .contents(Tier::Host)
+        .map(|info| info.index_key)
+        .collect()
 }
 
 // One block after the other, with the simplest outcome.
@@ -134,7 +145,9 @@ fn a_waiting_store_copies_the_block_when_the_first_fails() {
 fn a_fetch_waits_for_blocks_that_are_being_stored() {
     let mut world = world(small());
     world.store(&chain(0, 3), SECOND).expect("admitted");
-    let operation = world.fetch(request(&chain(0, 3)), SECOND).expect("admitted");
+    let operation = world
+        .fetch(request(&chain(0, 3)), SECOND)
+        .expect("admitted");
     run(&mut world);
     assert_eq!(sources(&world, operation), vec![BlockSource::Host; 3]);
     world.finish();
@@ -145,20 +158,33 @@ fn a_fetch_waits_for_blocks_that_are_being_stored() {
 #[test]
 fn a_fetch_mixes_own_tiers_two_peers_and_the_object_store() {
     let all = chain(0, 8);
-    let limits = Limits { object: true, ..small() };
+    let limits = Limits {
+        object: true,
+        ..small()
+    };
     let held = peers(&[(1, &all[..4]), (2, &all[..6])]);
     let mut world = World::new(limits, held).expect("limits are valid");
     store(&mut world, &all[..2]);
     for block in &all {
         world.put_object(block.key);
     }
-    let hint = |peer, depth| PeerHint { peer: PeerId(peer), depth };
+    let hint = |peer, depth| PeerHint {
+        peer: PeerId(peer),
+        depth,
+    };
     // Peer 1 claims more than it has, so its lease is short and peer 2 is asked for the rest.
     let sources = fetch(
         &mut world,
-        FetchRequest { blocks: all, holders: vec![hint(1, 7), hint(2, 6)], shared_depth: 7 },
+        FetchRequest {
+            blocks: all,
+            holders: vec![hint(1, 7), hint(2, 6)],
+            shared_depth: 7,
+        },
     );
-    let peer = |peer| BlockSource::Peer { peer: PeerId(peer), tier: Tier::Host };
+    let peer = |peer| BlockSource::Peer {
+        peer: PeerId(peer),
+        tier: Tier::Host,
+    };
     let expected = [
         BlockSource::Host,
         BlockSource::Host,
@@ -176,16 +202,30 @@ fn a_fetch_mixes_own_tiers_two_peers_and_the_object_store() {
 #[test]
 fn a_corrupt_copy_is_forgotten_and_the_next_source_is_used() {
     let all = chain(0, 2);
-    let limits = Limits { disk_segments: 2, disk_segment_slots: 8, ..small() };
+    let limits = Limits {
+        disk_segments: 2,
+        disk_segment_slots: 8,
+        ..small()
+    };
     let held = peers(&[(1, &all)]);
     let mut world = World::new(limits, held).expect("limits are valid");
     store(&mut world, &all);
-    let holders = vec![PeerHint { peer: PeerId(1), depth: 2 }];
-    let wanted = FetchRequest { blocks: all, holders, shared_depth: 0 };
+    let holders = vec![PeerHint {
+        peer: PeerId(1),
+        depth: 2,
+    }];
+    let wanted = FetchRequest {
+        blocks: all,
+        holders,
+        shared_depth: 0,
+    };
     let operation = world.fetch(wanted, SECOND).expect("admitted");
     world.execute(0, &[Fault::None, Fault::Rot]);
     run(&mut world);
-    let peer = BlockSource::Peer { peer: PeerId(1), tier: Tier::Host };
+    let peer = BlockSource::Peer {
+        peer: PeerId(1),
+        tier: Tier::Host,
+    };
     assert_eq!(sources(&world, operation), [BlockSource::Host, peer]);
     assert_eq!(world.manager.stats().host_blocks, 1);
     world.finish();
@@ -196,11 +236,21 @@ fn a_corrupt_copy_is_forgotten_and_the_next_source_is_used() {
 fn bytes_read_after_the_lease_ran_out_are_not_used() {
     let all = chain(0, 1);
     let ask = |world: &mut World| {
-        let holders = vec![PeerHint { peer: PeerId(1), depth: 1 }];
-        let wanted = FetchRequest { blocks: all.clone(), holders, shared_depth: 0 };
+        let holders = vec![PeerHint {
+            peer: PeerId(1),
+            depth: 1,
+        }];
+        let wanted = FetchRequest {
+            blocks: all.clone(),
+            holders,
+            shared_depth: 0,
+        };
         world.fetch(wanted, 60 * SECOND).expect("admitted")
     };
-    let limits = Limits { lease_wait: 60 * SECOND, ..small() };
+    let limits = Limits {
+        lease_wait: 60 * SECOND,
+        ..small()
+    };
     let mut world = World::new(limits.clone(), peers(&[(1, &all)])).expect("limits are valid");
     let operation = ask(&mut world);
     world.advance(limits.lease_ttl);
@@ -220,8 +270,17 @@ fn a_peer_that_does_not_answer_is_given_up_and_its_late_lease_released() {
     let all = chain(0, 1);
     let held = peers(&[(1, &all), (2, &all)]);
     let mut world = World::new(small(), held).expect("limits are valid");
-    let holders = [1, 2].map(|peer| PeerHint { peer: PeerId(peer), depth: 1 }).to_vec();
-    let wanted = FetchRequest { blocks: all, holders, shared_depth: 0 };
+    let holders = [1, 2]
+        .map(|peer| PeerHint {
+            peer: PeerId(peer),
+            depth: 1,
+        })
+        .to_vec();
+    let wanted = FetchRequest {
+        blocks: all,
+        holders,
+        shared_depth: 0,
+    };
     let operation = world.fetch(wanted, 60 * SECOND).expect("admitted");
     world.advance(small().lease_wait);
     // The second peer's answer overtakes the first's.
@@ -229,10 +288,17 @@ fn a_peer_that_does_not_answer_is_given_up_and_its_late_lease_released() {
     while world.commands() > 1 {
         world.execute(1, &[]);
     }
-    let peer = BlockSource::Peer { peer: PeerId(2), tier: Tier::Host };
+    let peer = BlockSource::Peer {
+        peer: PeerId(2),
+        tier: Tier::Host,
+    };
     assert_eq!(sources(&world, operation), [peer]);
     run(&mut world);
-    let releases = world.log.iter().filter(|line| line.starts_with("Release")).count();
+    let releases = world
+        .log
+        .iter()
+        .filter(|line| line.starts_with("Release"))
+        .count();
     assert_eq!(releases, 2);
     world.finish();
 }
@@ -255,22 +321,39 @@ fn bytes_copied_after_a_store_has_ended_are_never_sealed() {
 fn a_fetch_that_ends_early_names_the_slots_in_use_and_later_frees_them() {
     let mut world = world(small());
     store(&mut world, &chain(0, 2));
-    let wanted = world.fetch(request(&chain(0, 2)), SECOND).expect("admitted");
+    let wanted = world
+        .fetch(request(&chain(0, 2)), SECOND)
+        .expect("admitted");
     world.advance(SECOND);
     let unsettled = world.outcomes.iter().find_map(|outcome| match outcome {
-        Outcome::Fetched { operation, unsettled, .. } if *operation == wanted => Some(unsettled),
+        Outcome::Fetched {
+            operation,
+            unsettled,
+            ..
+        } if *operation == wanted => Some(unsettled),
         _ => None,
     });
     assert_eq!(unsettled, Some(&vec![0, 1]));
-    assert!(!world.outcomes.contains(&Outcome::Drained { operation: wanted }));
+    assert!(
+        !world
+            .outcomes
+            .contains(&Outcome::Drained { operation: wanted })
+    );
     run(&mut world);
-    assert!(world.outcomes.contains(&Outcome::Drained { operation: wanted }));
+    assert!(
+        world
+            .outcomes
+            .contains(&Outcome::Drained { operation: wanted })
+    );
     world.finish();
 }
 
 #[test]
 fn a_slot_with_an_unsettled_write_is_not_reused_before_it_drains() {
-    let mut world = world(Limits { host_slots: 1, ..small() });
+    let mut world = world(Limits {
+        host_slots: 1,
+        ..small()
+    });
     world.store(&chain(0, 1), SECOND).expect("admitted");
     world.execute(0, &[Fault::Unsettled(ErrorKind::Timeout)]);
     assert_eq!(world.manager.stats().host_quarantined, 1);
@@ -298,15 +381,21 @@ fn without_a_lower_tier_the_coldest_tails_are_dropped() {
 fn a_store_larger_than_dram_keeps_its_first_blocks() {
     let mut world = world(small());
     store(&mut world, &chain(0, 12));
-    assert_eq!(host(&world), chain(0, 8).iter().map(|info| info.index_key).collect());
+    assert_eq!(
+        host(&world),
+        chain(0, 8).iter().map(|info| info.index_key).collect()
+    );
     assert_eq!(world.manager.stats().refused, 4);
     world.finish();
 }
 
 #[test]
 fn a_store_larger_than_dram_goes_through_to_disk_whole() {
-    let mut world =
-        world(Limits { disk_segments: 4, disk_segment_slots: 16, ..small() });
+    let mut world = world(Limits {
+        disk_segments: 4,
+        disk_segment_slots: 16,
+        ..small()
+    });
     store(&mut world, &chain(0, 40));
     assert_eq!(world.manager.stats().stored, 40);
     assert_eq!(world.manager.lookup(&keys(&chain(0, 40))).depth, 40);
@@ -318,7 +407,12 @@ fn a_store_larger_than_dram_goes_through_to_disk_whole() {
 
 #[test]
 fn a_dropped_segment_is_saved_to_the_object_store_first() {
-    let limits = Limits { disk_segments: 2, disk_segment_slots: 4, object: true, ..small() };
+    let limits = Limits {
+        disk_segments: 2,
+        disk_segment_slots: 4,
+        object: true,
+        ..small()
+    };
     let mut world = world(limits);
     for conversation in 0..10 {
         store(&mut world, &chain(conversation * 4, 4));
@@ -328,25 +422,39 @@ fn a_dropped_segment_is_saved_to_the_object_store_first() {
     assert_eq!(stats.disk_lost + stats.evicted_lost, 0, "{stats:?}");
     for conversation in 0..10 {
         let sources = fetch(&mut world, request(&chain(conversation * 4, 4)));
-        assert!(!sources.contains(&BlockSource::Miss), "{conversation}: {sources:?}");
+        assert!(
+            !sources.contains(&BlockSource::Miss),
+            "{conversation}: {sources:?}"
+        );
     }
     world.finish();
 }
 
 #[test]
 fn a_full_disk_stops_offload_and_serving_goes_on() {
-    let mut world =
-        world(Limits { disk_segments: 2, disk_segment_slots: 64, ..small() });
+    let mut world = world(Limits {
+        disk_segments: 2,
+        disk_segment_slots: 64,
+        ..small()
+    });
     store(&mut world, &chain(0, 8));
     // The next block needs a slot, so the coldest one is written to disk.
     world.store(&chain(4, 1), SECOND).expect("admitted");
-    assert!(world.log.last().is_some_and(|line| line.contains("to: Disk")));
+    assert!(
+        world
+            .log
+            .last()
+            .is_some_and(|line| line.contains("to: Disk"))
+    );
     world.execute(0, &[Fault::Fails(ErrorKind::NoSpace); 3]);
     run(&mut world);
     store(&mut world, &chain(4, 4));
     let stats = world.manager.stats();
     assert_eq!((stats.disk_stopped, stats.disk_blocks), (1, 0));
-    assert_eq!(fetch(&mut world, request(&chain(4, 4))), vec![BlockSource::Host; 4]);
+    assert_eq!(
+        fetch(&mut world, request(&chain(4, 4))),
+        vec![BlockSource::Host; 4]
+    );
     world.advance(small().retry_after);
     run(&mut world);
     assert_eq!(world.manager.stats().disk_stopped, 0);
@@ -357,11 +465,18 @@ fn a_full_disk_stops_offload_and_serving_goes_on() {
 
 #[test]
 fn blocks_recovered_from_disk_are_announced_and_served() {
-    let limits = Limits { disk_segments: 2, disk_segment_slots: 4, ..small() };
+    let limits = Limits {
+        disk_segments: 2,
+        disk_segment_slots: 4,
+        ..small()
+    };
     let mut manager = Manager::new(limits).expect("limits are valid");
     let found = |info: BlockInfo, segment, position| RecoveredBlock {
         info,
-        slot: crate::place::DiskSlot { segment: crate::place::SegmentId(segment), position },
+        slot: crate::place::DiskSlot {
+            segment: crate::place::SegmentId(segment),
+            position,
+        },
         checksum: Checksum::crc32c(genuine(&info.key)),
     };
     let taken = manager.handle_recovered(
@@ -379,14 +494,25 @@ fn blocks_recovered_from_disk_are_announced_and_served() {
     manager.check_invariants();
     let announced: Vec<NodeEvent> = std::iter::from_fn(|| manager.poll_event()).collect();
     assert_eq!(announced.len(), 2);
-    assert_eq!(manager.lookup(&keys(&chain(0, 3))), Held { depth: 2, disk: 2, ..Held::default() });
+    assert_eq!(
+        manager.lookup(&keys(&chain(0, 3))),
+        Held {
+            depth: 2,
+            disk: 2,
+            ..Held::default()
+        }
+    );
 }
 
 // Serving peers.
 
 #[test]
 fn a_lease_brings_blocks_up_from_disk_and_pins_them_until_its_end() {
-    let limits = Limits { disk_segments: 4, disk_segment_slots: 16, ..small() };
+    let limits = Limits {
+        disk_segments: 4,
+        disk_segment_slots: 16,
+        ..small()
+    };
     let mut world = world(limits.clone());
     store(&mut world, &chain(0, 20));
     let wanted = keys(&chain(0, 6));
@@ -399,8 +525,14 @@ fn a_lease_brings_blocks_up_from_disk_and_pins_them_until_its_end() {
         _ => None,
     });
     let granted = granted.expect("the lease is ready");
-    assert_eq!(granted.iter().map(|block| block.key).collect::<Vec<_>>(), wanted);
-    let from_disk = granted.iter().filter(|block| block.tier == Tier::Disk).count();
+    assert_eq!(
+        granted.iter().map(|block| block.key).collect::<Vec<_>>(),
+        wanted
+    );
+    let from_disk = granted
+        .iter()
+        .filter(|block| block.tier == Tier::Disk)
+        .count();
     assert_eq!(from_disk, on_disk as usize);
     // The world notices if a leased slot is written.
     store(&mut world, &chain(4, 20));
@@ -414,8 +546,12 @@ fn a_lease_brings_blocks_up_from_disk_and_pins_them_until_its_end() {
 fn a_lease_covers_the_blocks_before_the_first_missing_one() {
     let mut world = world(small());
     store(&mut world, &[block(0, 0), block(0, 1), block(0, 3)]);
-    world.lease(PeerId(1), &keys(&chain(0, 4)), SECOND).expect("admitted");
-    world.lease(PeerId(1), &keys(&chain(8, 4)), SECOND).expect("admitted");
+    world
+        .lease(PeerId(1), &keys(&chain(0, 4)), SECOND)
+        .expect("admitted");
+    world
+        .lease(PeerId(1), &keys(&chain(8, 4)), SECOND)
+        .expect("admitted");
     let granted: Vec<usize> = world
         .outcomes
         .iter()
@@ -431,20 +567,41 @@ fn a_lease_covers_the_blocks_before_the_first_missing_one() {
 
 #[test]
 fn refusals_name_the_limit() {
-    let mut world = world(Limits { operations_max: 1, leases_max: 1, ..small() });
+    let mut world = world(Limits {
+        operations_max: 1,
+        leases_max: 1,
+        ..small()
+    });
     world.store(&chain(0, 1), SECOND).expect("admitted");
-    let busy = world.fetch(request(&chain(0, 1)), SECOND).expect_err("one too many");
+    let busy = world
+        .fetch(request(&chain(0, 1)), SECOND)
+        .expect_err("one too many");
     assert_eq!(busy.kind(), ErrorKind::Busy);
     run(&mut world);
-    world.lease(PeerId(1), &keys(&chain(0, 1)), SECOND).expect("admitted");
-    let busy = world.lease(PeerId(1), &keys(&chain(0, 1)), SECOND).expect_err("one too many");
+    world
+        .lease(PeerId(1), &keys(&chain(0, 1)), SECOND)
+        .expect("admitted");
+    let busy = world
+        .lease(PeerId(1), &keys(&chain(0, 1)), SECOND)
+        .expect_err("one too many");
     assert_eq!(busy.kind(), ErrorKind::Busy);
-    let own_parent = BlockInfo { parent: Some(block(0, 0).key), ..block(0, 0) };
-    let invalid = world.store(&[own_parent], SECOND).expect_err("its own parent");
+    let own_parent = BlockInfo {
+        parent: Some(block(0, 0).key),
+        ..block(0, 0)
+    };
+    let invalid = world
+        .store(&[own_parent], SECOND)
+        .expect_err("its own parent");
     assert_eq!(invalid.kind(), ErrorKind::Invalid);
-    let limits = Limits { disk_segments: 1, ..small() };
+    let limits = Limits {
+        disk_segments: 1,
+        ..small()
+    };
     let invalid = Manager::new(limits).expect_err("one segment");
-    assert!(invalid.to_string().contains("disk_segments is 1"), "{invalid}");
+    assert!(
+        invalid.to_string().contains("disk_segments is 1"),
+        "{invalid}"
+    );
     world.finish();
 }
 
@@ -452,14 +609,35 @@ fn refusals_name_the_limit() {
 
 #[derive(Clone, Debug)]
 enum Action {
-    Store { chain: u64, blocks: u64, within: u16 },
-    Fetch { chain: u64, blocks: u64, depths: [u32; 3], shared_depth: u32, within: u16 },
-    Lease { peer: u32, chain: u64, blocks: u64, ttl: u16 },
+    Store {
+        chain: u64,
+        blocks: u64,
+        within: u16,
+    },
+    Fetch {
+        chain: u64,
+        blocks: u64,
+        depths: [u32; 3],
+        shared_depth: u32,
+        within: u16,
+    },
+    Lease {
+        peer: u32,
+        chain: u64,
+        blocks: u64,
+        ttl: u16,
+    },
     Release(usize),
     Cancel(usize),
-    PutObject { chain: u64, position: u64 },
+    PutObject {
+        chain: u64,
+        position: u64,
+    },
     LosePeer(u32),
-    Execute { pick: usize, faults: Vec<Fault> },
+    Execute {
+        pick: usize,
+        faults: Vec<Fault>,
+    },
     Drain(usize),
     Advance(u16),
 }
@@ -535,23 +713,43 @@ fn nth<T: Copy>(all: &[T], pick: usize) -> Option<T> {
 }
 
 fn play(limits: &Limits, actions: &[Action]) -> World {
-    let held: Vec<Vec<BlockInfo>> =
-        (0..3).map(|peer| chain(peer * 3, 4 + peer)).collect();
+    let held: Vec<Vec<BlockInfo>> = (0..3).map(|peer| chain(peer * 3, 4 + peer)).collect();
     let held = peers(&[(0, &held[0]), (1, &held[1]), (2, &held[2])]);
     let mut world = World::new(limits.clone(), held).expect("limits are valid");
     for action in actions {
         match action.clone() {
             // Refusals are part of the history.
-            Action::Store { chain: c, blocks, within } => {
+            Action::Store {
+                chain: c,
+                blocks,
+                within,
+            } => {
                 let _ = world.store(&chain(c, blocks), MS * u32::from(within));
             }
-            Action::Fetch { chain: c, blocks, depths, shared_depth, within } => {
+            Action::Fetch {
+                chain: c,
+                blocks,
+                depths,
+                shared_depth,
+                within,
+            } => {
                 let holders = (0..3).map(PeerId).zip(depths);
-                let holders = holders.map(|(peer, depth)| PeerHint { peer, depth }).collect();
-                let request = FetchRequest { blocks: chain(c, blocks), holders, shared_depth };
+                let holders = holders
+                    .map(|(peer, depth)| PeerHint { peer, depth })
+                    .collect();
+                let request = FetchRequest {
+                    blocks: chain(c, blocks),
+                    holders,
+                    shared_depth,
+                };
                 let _ = world.fetch(request, MS * u32::from(within));
             }
-            Action::Lease { peer, chain: c, blocks, ttl } => {
+            Action::Lease {
+                peer,
+                chain: c,
+                blocks,
+                ttl,
+            } => {
                 let wanted = keys(&chain(c, blocks));
                 let _ = world.lease(PeerId(peer), &wanted, MS * u32::from(ttl));
             }

@@ -15,7 +15,10 @@ impl World {
         match command {
             Command::Copy { moves, .. } => {
                 assert!(!moves.is_empty(), "an empty command");
-                assert!(moves.len() <= self.limits.batch_blocks_max as usize, "a batch too large");
+                assert!(
+                    moves.len() <= self.limits.batch_blocks_max as usize,
+                    "a batch too large"
+                );
                 let kind = |place: &Place| std::mem::discriminant(place);
                 for a_move in moves {
                     assert_eq!(kind(&a_move.from), kind(&moves[0].from), "mixed sources");
@@ -24,9 +27,8 @@ impl World {
                 }
             }
             Command::DropSegment { segment, .. } => {
-                let touches = |place: &Place| {
-                    matches!(place, Place::Disk(slot) if slot.segment == *segment)
-                };
+                let touches =
+                    |place: &Place| matches!(place, Place::Disk(slot) if slot.segment == *segment);
                 let busy = self.moves().any(|m| touches(&m.from) || touches(&m.to));
                 assert!(!busy, "segment {segment} dropped while in use");
             }
@@ -39,28 +41,47 @@ impl World {
         match a_move.from {
             Place::Host(slot) => {
                 let (generation, bytes) = self.host.get(&slot.index).copied().unwrap_or_default();
-                assert_eq!(generation, slot.generation, "reads a slot of another generation");
+                assert_eq!(
+                    generation, slot.generation,
+                    "reads a slot of another generation"
+                );
                 let is_good = a_move.checksum == Some(Checksum::crc32c(bytes));
                 let is_rotten = self.rotten.contains(&a_move.info.key);
                 assert!(is_good || is_rotten, "reads a slot that is not sealed");
             }
             Place::Disk(slot) => {
-                assert!(self.disk.contains_key(&slot), "reads a record that is not there");
+                assert!(
+                    self.disk.contains_key(&slot),
+                    "reads a record that is not there"
+                );
             }
             Place::Engine { .. } | Place::Object(_) | Place::Peer { .. } => {}
         }
         match a_move.to {
             Place::Host(slot) => {
-                assert!(slot.index.0 < self.limits.host_slots, "a slot outside the arena");
-                let is_slot =
-                    |place: &Place| matches!(place, Place::Host(other) if other.index == slot.index);
+                assert!(
+                    slot.index.0 < self.limits.host_slots,
+                    "a slot outside the arena"
+                );
+                let is_slot = |place: &Place| matches!(place, Place::Host(other) if other.index == slot.index);
                 let busy = self.moves().any(|m| is_slot(&m.from) || is_slot(&m.to));
-                assert!(!busy, "slot {} is written while a transfer uses it", slot.index);
+                assert!(
+                    !busy,
+                    "slot {} is written while a transfer uses it",
+                    slot.index
+                );
                 let leased = self.leases.values().flat_map(|granted| &granted.blocks);
                 let is_leased = leased.into_iter().any(|b| b.slot.index == slot.index);
-                assert!(!is_leased, "slot {} is written while it is leased", slot.index);
+                assert!(
+                    !is_leased,
+                    "slot {} is written while it is leased",
+                    slot.index
+                );
                 let (before, _) = self.host.get(&slot.index).copied().unwrap_or_default();
-                assert_ne!(before, slot.generation, "a slot reused without a new generation");
+                assert_ne!(
+                    before, slot.generation,
+                    "a slot reused without a new generation"
+                );
             }
             Place::Disk(slot) => {
                 let fits = slot.segment.0 < self.limits.disk_segments
@@ -79,10 +100,18 @@ impl World {
             Command::Copy { moves, .. } => moves.as_slice(),
             _ => &[],
         });
-        waiting.chain(self.undrained.values().flat_map(|undrained| &undrained.moves))
+        waiting.chain(
+            self.undrained
+                .values()
+                .flat_map(|undrained| &undrained.moves),
+        )
     }
 
-    pub(super) fn carry_out(&mut self, a_move: &Move, fault: Fault) -> Result<Checksum, MoveFailure> {
+    pub(super) fn carry_out(
+        &mut self,
+        a_move: &Move,
+        fault: Fault,
+    ) -> Result<Checksum, MoveFailure> {
         match fault {
             Fault::None => {}
             Fault::Rot => self.rot(a_move),
@@ -129,13 +158,21 @@ impl World {
 
     fn read(&self, a_move: &Move) -> Option<Bytes> {
         match a_move.from {
-            Place::Engine { operation, position } => {
-                self.engines.get(&operation).map(|engine| engine.memory[position as usize])
-            }
+            Place::Engine {
+                operation,
+                position,
+            } => self
+                .engines
+                .get(&operation)
+                .map(|engine| engine.memory[position as usize]),
             Place::Host(slot) => self.host.get(&slot.index).map(|(_, bytes)| *bytes),
             Place::Disk(slot) => self.disk.get(&slot).copied(),
             Place::Object(key) => self.objects.get(&key).copied(),
-            Place::Peer { peer, lease, position } => {
+            Place::Peer {
+                peer,
+                lease,
+                position,
+            } => {
                 let (keys, until) = self.peer_leases.get(&(peer, lease))?;
                 let key = keys.get(position as usize)?;
                 let is_held = *until > self.now && self.peers.get(&peer)?.contains(key);
@@ -146,10 +183,16 @@ impl World {
 
     pub(super) fn write(&mut self, a_move: &Move, bytes: Bytes) {
         match a_move.to {
-            Place::Engine { operation, position } => {
+            Place::Engine {
+                operation,
+                position,
+            } => {
                 if let Some(engine) = self.engines.get_mut(&operation) {
                     let is_ours = !engine.ended || engine.unsettled.contains(&position);
-                    assert!(is_ours, "engine slot {position} of {operation} written after its end");
+                    assert!(
+                        is_ours,
+                        "engine slot {position} of {operation} written after its end"
+                    );
                     engine.memory[position as usize] = bytes;
                 }
             }
@@ -179,9 +222,14 @@ impl World {
         if let Fault::Fails(kind) | Fault::Unsettled(kind) = fault {
             return Err(kind);
         }
-        let Some(held) = self.peers.get(&peer) else { return Err(ErrorKind::PeerLost) };
-        let mut keys: Vec<BlockKey> =
-            keys.iter().copied().take_while(|key| held.contains(key)).collect();
+        let Some(held) = self.peers.get(&peer) else {
+            return Err(ErrorKind::PeerLost);
+        };
+        let mut keys: Vec<BlockKey> = keys
+            .iter()
+            .copied()
+            .take_while(|key| held.contains(key))
+            .collect();
         if fault == Fault::Rot {
             keys.truncate(keys.len() / 2);
         }
@@ -192,7 +240,8 @@ impl World {
             tier: Tier::Host,
         };
         let blocks = keys.iter().map(block).collect();
-        self.peer_leases.insert((peer, lease), (keys, self.now + ttl));
+        self.peer_leases
+            .insert((peer, lease), (keys, self.now + ttl));
         Ok(GrantedLease { lease, ttl, blocks })
     }
 }

@@ -27,7 +27,10 @@ fn a_quarantined_slot_is_not_given_out_before_it_is_readmitted() {
     let mut slots = Slots::new(1);
     let slot = slots.allocate().expect("vacant");
     let slot = slots.quarantine(slot);
-    assert_eq!((slots.vacant(), slots.filling(), slots.quarantined()), (0, 0, 1));
+    assert_eq!(
+        (slots.vacant(), slots.filling(), slots.quarantined()),
+        (0, 0, 1)
+    );
     assert!(slots.allocate().is_none());
     slots.readmit(slot);
     assert_eq!((slots.vacant(), slots.quarantined()), (1, 0));
@@ -133,7 +136,10 @@ fn a_block_inserted_twice_keeps_its_first_slot() {
     let place = cache.place(&1);
     insert(&mut cache, &[1]);
     assert_eq!(cache.place(&1), place);
-    assert_eq!((cache.len(), cache.capacity(), cache.available()), (1, 2, 2));
+    assert_eq!(
+        (cache.len(), cache.capacity(), cache.available()),
+        (1, 2, 2)
+    );
     assert!(cache.remove(&1));
     assert!(!cache.remove(&1));
 }
