@@ -141,7 +141,8 @@ impl Call {
         }
         if answer < 0 {
             let error = std::io::Error::from_raw_os_error(-answer);
-            if matches!(error.kind(), std::io::ErrorKind::Interrupted) || answer == -libc::EAGAIN {
+            // Cancelled too: whoever withdrew the job does not ask any more, so this one was hit by mistake.
+            if [libc::EINTR, libc::EAGAIN, libc::ECANCELED].contains(&-answer) {
                 return Ok(false);
             }
             return Err(Error::io(place(), error));
