@@ -11,6 +11,7 @@
 )]
 
 mod executor;
+mod outcomes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -18,11 +19,11 @@ use std::time::Duration;
 use crate::error::{ErrorKind, Result};
 use crate::event::NodeEvent;
 use crate::id::{Generation, LeaseId, OperationId, PeerId, SlotIndex, Time};
-use crate::key::{BlockInfo, BlockKey, Checksum, IndexKey};
+use crate::key::{BlockInfo, BlockKey, IndexKey};
 use crate::manager::{
-    BlockSource, Command, CommandId, FetchRequest, LeasedBlock, Limits, Manager, Move, Outcome,
+    Command, CommandId, FetchRequest, LeasedBlock, Limits, Manager, Move, Outcome,
 };
-use crate::place::{DiskSlot, Place, Tier};
+use crate::place::{DiskSlot, Tier};
 
 /// What bytes are here: their checksum's value.
 type Bytes = u32;
@@ -421,133 +422,6 @@ impl World {
                 contents,
                 "events and contents of {tier}"
             );
-        }
-    }
-
-    fn end(&mut self, outcome: Outcome) {
-        match &outcome {
-            Outcome::Stored {
-                operation,
-                stored,
-                already_held,
-                refused,
-                failed,
-            } => {
-                let engine = self.engine(*operation);
-                assert!(!engine.is_fetch && !engine.ended, "{operation} ended twice");
-                let sum = (stored + already_held + refused + failed) as usize;
-                assert_eq!(sum, engine.blocks.len(), "blocks of store {operation}");
-                // The engine is free to reuse its memory, and does.
-                engine.memory.fill(GARBAGE);
-                engine.ended = true;
-            }
-            Outcome::Fetched {
-                operation,
-                sources,
-                unsettled,
-            } => {
-                let engine = self.engine(*operation);
-                assert!(engine.is_fetch && !engine.ended, "{operation} ended twice");
-                assert_eq!(
-                    sources.len(),
-                    engine.blocks.len(),
-                    "blocks of fetch {operation}"
-                );
-                let depth = sources
-                    .iter()
-                    .take_while(|s| **s != BlockSource::Miss)
-                    .count();
-                let rest = &sources[depth..];
-                assert!(
-                    rest.iter().all(|s| *s == BlockSource::Miss),
-                    "a hit behind a miss"
-                );
-                for (block, bytes) in engine.blocks.iter().zip(&engine.memory).take(depth) {
-                    assert_eq!(
-                        *bytes,
-                        genuine(&block.key),
-                        "{:?} has wrong bytes",
-                        block.key
-                    );
-                }
-                assert!(
-                    unsettled.iter().all(|p| *p as usize >= depth),
-                    "an unsettled hit"
-                );
-                engine.unsettled.clone_from(unsettled);
-                engine.ended = true;
-            }
-            Outcome::Drained { operation } => {
-                let operation = *operation;
-                let undrained = self
-                    .undrained
-                    .values()
-                    .flat_map(|undrained| &undrained.moves);
-                let waiting: Vec<&Command> = self.commands.iter().collect();
-                let writes =
-                    |m: &Move| matches!(m.to, Place::Engine { operation: o, .. } if o == operation);
-                let is_busy = undrained.into_iter().any(writes)
-                    || waiting.iter().any(|command| match command {
-                        Command::Copy { moves, .. } => moves.iter().any(writes),
-                        _ => false,
-                    });
-                assert!(
-                    !is_busy,
-                    "{operation} drained while a transfer writes to it"
-                );
-                let engine = self.engine(operation);
-                assert!(
-                    engine.ended && !engine.unsettled.is_empty(),
-                    "{operation} drained twice"
-                );
-                engine.unsettled.clear();
-            }
-            Outcome::LeaseReady {
-                lease,
-                peer,
-                blocks,
-                ttl,
-            } => {
-                assert!(
-                    self.unready_leases.remove(lease),
-                    "lease {lease} became ready twice"
-                );
-                for block in blocks {
-                    let (generation, bytes) = self
-                        .host
-                        .get(&block.slot.index)
-                        .copied()
-                        .unwrap_or_default();
-                    assert_eq!(
-                        generation, block.slot.generation,
-                        "a slot leased out of date"
-                    );
-                    let is_good = Checksum::crc32c(bytes) == block.checksum;
-                    assert!(
-                        is_good || self.rotten.contains(&block.key),
-                        "wrong bytes leased"
-                    );
-                }
-                if !blocks.is_empty() {
-                    let (peer, blocks, until) = (*peer, blocks.clone(), self.now + *ttl);
-                    self.leases.insert(
-                        *lease,
-                        Granted {
-                            peer,
-                            blocks,
-                            until,
-                        },
-                    );
-                }
-            }
-        }
-        self.outcomes.push(outcome);
-    }
-
-    fn engine(&mut self, operation: OperationId) -> &mut Engine {
-        match self.engines.get_mut(&operation) {
-            Some(engine) => engine,
-            None => panic!("{operation} was never asked for"),
         }
     }
 }

@@ -95,7 +95,7 @@ impl World {
     }
 
     /// Every move that is waiting or has not drained.
-    fn moves(&self) -> impl Iterator<Item = &Move> {
+    pub(super) fn moves(&self) -> impl Iterator<Item = &Move> {
         let waiting = self.commands.iter().flat_map(|command| match command {
             Command::Copy { moves, .. } => moves.as_slice(),
             _ => &[],
