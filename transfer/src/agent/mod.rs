@@ -29,7 +29,7 @@ use crate::backend::{Backend, Operation, memcpy};
 use crate::descriptor::{Descriptor, PreparedList, Side, Target};
 use crate::plan::Plan;
 use crate::reactor::Reactor;
-use crate::region::{Body, Region, RegionCore, RegionOptions};
+use crate::region::{Body, Region, RegionCore, RegionOptions, RegionUse};
 use crate::request::{Request, RequestOptions, Route};
 use crate::stats::{AgentStats, Stats};
 use crate::sys::fork::Process;
@@ -370,6 +370,15 @@ impl Agent {
     pub fn wait_notifications(&self, timeout: Duration) -> Vec<Notification> {
         self.0.exports.inbox().wait(timeout);
         self.notifications()
+    }
+
+    /// The CRC-32C of host memory of this agent.
+    ///
+    /// # Errors
+    /// As [`Region::checksum`]; [`ErrorKind::NotFound`] for an unknown region.
+    pub fn checksum(&self, memory: Descriptor) -> Result<u32> {
+        let region = RegionUse::begin(self.0.exports.find(memory.region)?)?;
+        region.region().mapping()?.crc32c(memory.offset, memory.len)
     }
 
     /// Which way bytes go to a peer, and why; connects if there is no connection.

@@ -402,6 +402,13 @@ impl HostMemory {
         self.mapping.len()
     }
 
+    /// Where it begins in this process: valid as long as the region made of it, or a list or request over it, is
+    /// alive. Others may change the bytes at any time, so they must only be copied, never borrowed.
+    #[must_use]
+    pub fn base(&self) -> NonNull<u8> {
+        self.mapping.base
+    }
+
     /// Whether other processes of this host can map it.
     #[must_use]
     pub fn is_shareable(&self) -> bool {

@@ -3,27 +3,24 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 
 use super::NAME;
-use super::link::Link;
+use super::call::{Answer, Call};
+use super::link::{Link, TURN_MESSAGES};
 use super::message::{Message, Outcome};
+use super::peer_region::PeerRegion;
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
 use crate::backend::copy::{Copier, copy_plan};
 use crate::backend::{Backend, Capabilities, Channel, Job, Refusal};
 use crate::descriptor::Target;
 use crate::metadata::Incarnation;
 use crate::plan::Plan;
-use crate::reactor::{Interest, Reactor, Source, Token};
+use crate::reactor::{Interest, Source};
 use crate::region::{MemoryKind, RegionId};
-use crate::sys::memory::{Mapping, SIZE_SEALS};
-
-/// Messages taken before others get their turn.
-const TURN_MESSAGES: usize = 64;
 
 /// Notifications that may wait for their answers.
 const UNANSWERED_MAX: usize = 4096;
@@ -32,80 +29,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A region of the peer in this process's address space. Unmapped when the last copy is done with it; the peer
-/// hears of that, because it may be waiting to give the memory up.
-struct PeerRegion {
-    id: RegionId,
-    mapping: Option<Mapping>,
-    link: Arc<Link>,
-}
-
-impl PeerRegion {
-    fn mapping(&self) -> Result<&Mapping> {
-        self.mapping.as_ref().ok_or_else(|| {
-            Error::new(
-                ErrorKind::Internal,
-                format!("region {} is unmapped", self.id),
-            )
-        })
-    }
-}
-
-impl Drop for PeerRegion {
-    fn drop(&mut self) {
-        self.mapping = None;
-        // The peer may be gone: then there is nobody to tell.
-        let _ = self.link.send(&Message::Unmapped { region: self.id }, None);
-    }
-}
-
 /// Who waits for an answer.
 enum Waiting {
     Call(Arc<Call>),
     Notification(Job),
 }
 
-/// An answer that a thread waits for.
-#[derive(Default)]
-struct Call {
-    answer: Mutex<Option<Result<(Outcome, Option<OwnedFd>)>>>,
-    answered: Condvar,
-}
-
-impl Call {
-    fn answer(&self, answer: Result<(Outcome, Option<OwnedFd>)>) {
-        *lock(&self.answer) = Some(answer);
-        self.answered.notify_all();
-    }
-
-    fn wait(&self, until: Instant) -> Result<(Outcome, Option<OwnedFd>)> {
-        let mut answer = lock(&self.answer);
-        loop {
-            if let Some(answer) = answer.take() {
-                return answer;
-            }
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                return Err(Error::new(ErrorKind::Timeout, "the peer does not answer"));
-            };
-            answer = match self.answered.wait_timeout(answer, left) {
-                Ok((answer, _)) => answer,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
-        }
-    }
-}
-
 /// The path to one process of this host.
 pub(super) struct ShmChannel {
     link: Arc<Link>,
-    reactor: Arc<Reactor>,
     copier: Arc<Copier>,
     capabilities: Capabilities,
     regions: RwLock<HashMap<RegionId, Arc<PeerRegion>>>,
     waiting: Mutex<Option<HashMap<u64, Waiting>>>,
     next: AtomicU64,
     lost: OnceLock<String>,
-    tokens: Mutex<Option<(Token, Token)>>,
+    /// Held while a region is mapped, so that it is mapped once.
+    mapping: Mutex<()>,
     own: Weak<Self>,
 }
 
@@ -115,13 +55,11 @@ impl ShmChannel {
         link: Link,
         name: &str,
         wanted: Incarnation,
-        reactor: &Arc<Reactor>,
         copier: Arc<Copier>,
         timeout: Duration,
     ) -> Result<Arc<Self>> {
         let channel = Arc::new_cyclic(|own| Self {
             link: Arc::new(link),
-            reactor: reactor.clone(),
             copier,
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
@@ -131,20 +69,12 @@ impl ShmChannel {
             waiting: Mutex::new(Some(HashMap::new())),
             next: AtomicU64::new(1),
             lost: OnceLock::new(),
-            tokens: Mutex::new(None),
+            mapping: Mutex::new(()),
             own: own.clone(),
         });
         let messages: Arc<dyn Source> = Arc::new(Messages(channel.own.clone()));
         let death: Arc<dyn Source> = Arc::new(Death(channel.own.clone()));
-        let messages = reactor.add(channel.link.socket(), Interest::READABLE, messages)?;
-        let death = match reactor.add(channel.link.process(), Interest::READABLE, death) {
-            Ok(death) => death,
-            Err(error) => {
-                reactor.remove(messages, channel.link.socket());
-                return Err(error);
-            }
-        };
-        *lock(&channel.tokens) = Some((messages, death));
+        channel.link.watch(messages, death)?;
         let hello = Message::Hello {
             name: name.to_owned(),
             wanted,
@@ -187,7 +117,7 @@ impl ShmChannel {
         id: u64,
         message: &Message,
         until: Instant,
-    ) -> Result<(Outcome, Option<OwnedFd>)> {
+    ) -> Answer {
         let call = Arc::new(Call::default());
         self.enter(id, Waiting::Call(call.clone()))
             .map_err(|(_, error)| error)?;
@@ -204,43 +134,23 @@ impl ShmChannel {
         if let Some(region) = self.mapped(remote.id) {
             return Ok(region);
         }
+        let _mapping = lock(&self.mapping);
+        if let Some(region) = self.mapped(remote.id) {
+            return Ok(region);
+        }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let message = Message::Map {
-            id,
-            region: remote.id,
-            key: remote.key,
-        };
+        let message = Message::Map { id, region: remote.id, key: remote.key };
         let (outcome, file) = self.call(id, &message, Instant::now() + CONNECT_TIMEOUT)?;
         let (bytes, writable) = match outcome {
             Outcome::Granted { bytes, writable } => (bytes, writable),
             Outcome::Failed { code, text } => return Err(Outcome::failure(code, &text)),
             Outcome::Done => return Err(corrupt("a map is answered without memory")),
         };
-        let Some(file) = file else {
-            return Err(corrupt("memory is granted without a descriptor"));
-        };
-        let mapping = map_checked(&file, bytes, writable, remote)?;
-        let region = PeerRegion {
-            id: remote.id,
-            mapping: Some(mapping),
-            link: self.link.clone(),
-        };
+        let Some(file) = file else { return Err(corrupt("memory is granted without a descriptor")) };
+        let region = Arc::new(PeerRegion::map(&file, bytes, writable, remote, &self.link)?);
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-        // Two requests may have asked at once. The second mapping is the same memory, so it may stay only as
-        // long as nobody tells the peer that it is gone.
-        Ok(match regions.get(&remote.id) {
-            Some(known) => {
-                let known = known.clone();
-                drop(regions);
-                region.discard();
-                known
-            }
-            None => {
-                let region = Arc::new(region);
-                regions.insert(remote.id, region.clone());
-                region
-            }
-        })
+        regions.insert(remote.id, region.clone());
+        Ok(region)
     }
 
     fn mapped(&self, id: RegionId) -> Option<Arc<PeerRegion>> {
@@ -261,10 +171,8 @@ impl ShmChannel {
                     "the remote side is our own",
                 ));
             };
-            regions.push(self.mapped(remote.id).ok_or_else(|| {
-                let text = format!("region {} was deregistered by the peer", remote.id);
-                Error::new(ErrorKind::NotFound, text)
-            })?);
+            // Mapped since the request was made, unless the path was lost or the region revoked meanwhile.
+            regions.push(self.map(remote)?);
         }
         Ok(regions)
     }
@@ -319,10 +227,7 @@ impl ShmChannel {
     fn lose(&self, reason: &str) {
         // The first reason is the interesting one.
         let _ = self.lost.set(reason.to_owned());
-        if let Some((messages, death)) = lock(&self.tokens).take() {
-            self.reactor.remove(messages, self.link.socket());
-            self.reactor.remove(death, self.link.process());
-        }
+        self.link.ignore_death();
         let waiting = lock(&self.waiting).take().unwrap_or_default();
         for who in waiting.into_values() {
             match who {
@@ -333,48 +238,14 @@ impl ShmChannel {
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         let unused = std::mem::take(&mut *regions);
         drop(regions);
+        // Those in use by a copy are unmapped when it ends.
         drop(unused);
-    }
-}
-
-impl PeerRegion {
-    /// Unmaps without telling the peer: another mapping of the same region stays.
-    #[expect(
-        clippy::mem_forget,
-        reason = "what is left after the mapping is the message to the peer"
-    )]
-    fn discard(mut self) {
-        self.mapping = None;
-        std::mem::forget(self);
+        self.link.ignore_messages();
     }
 }
 
 fn corrupt(text: &'static str) -> Error {
     Error::new(ErrorKind::Corrupt, text)
-}
-
-/// Maps what the peer sent, after checking that it is what the metadata promised and can't be cut away under us.
-fn map_checked(
-    file: &OwnedFd,
-    bytes: u64,
-    writable: bool,
-    remote: &RemoteRegion,
-) -> Result<Mapping> {
-    let place = || format!("shared memory of region {}", remote.id);
-    let seals = fcntl_get_seals(file)
-        .map_err(|e| Error::io("ask for the seals of shared memory", e.into()).at(place()))?;
-    if !seals.contains(SIZE_SEALS | SealFlags::SEAL) {
-        let text = format!("its size is not sealed ({seals:?})");
-        return Err(Error::new(ErrorKind::Denied, text).at(place()));
-    }
-    let found = fstat(file)
-        .map_err(|e| Error::io("size", e.into()).at(place()))?
-        .st_size;
-    if u64::try_from(found) != Ok(bytes) || bytes != remote.bytes {
-        let text = format!("{found} bytes, {bytes} granted, {} exported", remote.bytes);
-        return Err(Error::new(ErrorKind::Corrupt, text).at(place()));
-    }
-    Mapping::of_file(file, bytes, writable).map_err(|e| e.at(place()))
 }
 
 impl Backend for ShmChannel {

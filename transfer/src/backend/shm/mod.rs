@@ -3,9 +3,11 @@
 //! The memory travels as a sealed memfd over an abstract Unix socket, by region key. A deregistered region is
 //! revoked, and counts as used until the peer has unmapped it or its process is proved dead.
 
+mod call;
 mod channel;
 mod link;
 mod message;
+mod peer_region;
 mod server;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -105,12 +107,11 @@ impl Fabric for ShmFabric {
         // A peer in another network namespace has another set of abstract names: not found is the answer then.
         connect(&socket, &abstract_name(address)?)
             .map_err(|e| Error::io("connect to the peer's Unix socket", e.into()))?;
-        let link = Link::new(socket)?;
+        let link = Link::new(socket, &self.reactor)?;
         let channel = channel::ShmChannel::start(
             link,
             self.exports.name(),
             peer.incarnation,
-            &self.reactor,
             self.copier.clone(),
             timeout,
         )?;

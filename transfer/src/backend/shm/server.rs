@@ -2,17 +2,17 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{SocketFlags, accept_with};
 
-use super::link::Link;
+use super::link::{Link, TURN_MESSAGES};
 use super::message::{Message, Outcome};
 use crate::agent::Exports;
 use crate::backend::Operation;
-use crate::reactor::{Interest, Reactor, Source, Token};
+use crate::reactor::{Interest, Reactor, Source};
 use crate::region::{RegionCore, RegionId, RegionKey};
 
 /// Processes that may be connected.
@@ -20,9 +20,6 @@ const CLIENTS_MAX: usize = 4096;
 
 /// Regions that one client may have mapped.
 const MAPPED_MAX: usize = 65_536;
-
-/// Messages taken from one client before others get their turn.
-const TURN_MESSAGES: usize = 64;
 
 /// Accepts connections.
 pub(super) struct Server {
@@ -64,33 +61,12 @@ impl Server {
             ));
         }
         let client = Arc::new(Client {
-            link: Link::new(socket)?,
+            link: Link::new(socket, &self.reactor)?,
             exports: self.exports.clone(),
-            reactor: self.reactor.clone(),
-            tokens: OnceLock::new(),
             state: Mutex::default(),
         });
-        let messages = self.reactor.add(
-            client.link.socket(),
-            Interest::READABLE,
-            Arc::new(Messages(client.clone())),
-        )?;
-        let death = self.reactor.add(
-            client.link.process(),
-            Interest::READABLE,
-            Arc::new(Death(client.clone())),
-        );
-        let death = match death {
-            Ok(death) => death,
-            Err(error) => {
-                self.reactor.remove(messages, client.link.socket());
-                return Err(error);
-            }
-        };
-        let _ = client.tokens.set(Tokens {
-            messages: Mutex::new(Some(messages)),
-            death: Mutex::new(Some(death)),
-        });
+        let messages = Arc::new(Messages(client.clone()));
+        client.link.watch(messages, Arc::new(Death(client.clone())))?;
         clients.push(Arc::downgrade(&client));
         Ok(())
     }
@@ -126,17 +102,10 @@ impl Source for Server {
     fn orphaned(&self) {}
 }
 
-struct Tokens {
-    messages: Mutex<Option<Token>>,
-    death: Mutex<Option<Token>>,
-}
-
 /// A process that maps memory of ours. Lives until it has unmapped everything, or is dead.
 struct Client {
     link: Link,
     exports: Arc<Exports>,
-    reactor: Arc<Reactor>,
-    tokens: OnceLock<Tokens>,
     state: Mutex<State>,
 }
 
@@ -159,7 +128,7 @@ impl Client {
             Message::Map { id, region, key } => match self.map(region, &key) {
                 Ok((outcome, file)) => self
                     .link
-                    .send(&Message::Done { id, outcome }, Some(file.as_fd())),
+                    .send(&Message::Done { id, outcome }, Some(file)),
                 Err(error) => self.answer(id, Outcome::of(Err(error))),
             },
             Message::Unmapped { region } => {
@@ -273,32 +242,19 @@ impl Client {
         let over = state.closed && state.mapped.is_empty();
         drop(state);
         if over {
-            self.forget_process();
+            self.link.ignore_death();
         }
     }
 
     /// Nothing more comes over the socket. What is mapped stays so until the process dies.
     fn hang_up(&self) {
-        let Some(tokens) = self.tokens.get() else {
-            return;
-        };
-        if let Some(token) = lock(&tokens.messages).take() {
-            self.reactor.remove(token, self.link.socket());
-        }
+        self.link.ignore_messages();
         let mut state = lock(&self.state);
         state.closed = true;
         let over = state.mapped.is_empty();
         drop(state);
         if over {
-            self.forget_process();
-        }
-    }
-
-    fn forget_process(&self) {
-        if let Some(tokens) = self.tokens.get()
-            && let Some(token) = lock(&tokens.death).take()
-        {
-            self.reactor.remove(token, self.link.process());
+            self.link.ignore_death();
         }
     }
 
@@ -325,7 +281,10 @@ fn read_only(file: &OwnedFd) -> Result<OwnedFd> {
 struct Messages(Arc<Client>);
 
 impl Source for Messages {
-    fn ready(&self, _readiness: Interest) {
+    fn ready(&self, readiness: Interest) {
+        if readiness.writable && self.0.link.flush().is_err() {
+            return self.0.hang_up();
+        }
         for _ in 0..TURN_MESSAGES {
             let outcome = match self.0.link.receive() {
                 Ok(None) => return,
