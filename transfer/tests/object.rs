@@ -3,7 +3,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::print_stderr,
-    reason = "helpers of tests fail like tests"
+    reason = "what tests share fails like a test"
 )]
 
 use std::net::TcpListener;

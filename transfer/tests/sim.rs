@@ -2,7 +2,7 @@
 #![allow(
     clippy::expect_used,
     clippy::panic,
-    reason = "helpers of tests fail like tests"
+    reason = "what tests share fails like a test"
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
