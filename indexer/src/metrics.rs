@@ -10,12 +10,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::{Metric, Registry};
+use prometheus_client::registry::Registry;
 
+use crate::config::TokenizerConfig;
 use crate::index::Applied;
 use crate::ingest::{ClearReason, IngestStats};
 
 mod lag;
+mod names;
 
 pub(crate) use lag::Lag;
 
@@ -80,17 +82,14 @@ pub(crate) struct Metrics {
     pub(crate) lag: Lag,
 }
 
-fn add(to: &mut Registry, name: &str, help: &str, metric: &(impl Metric + Clone)) {
-    to.register(name, help, metric.clone());
-}
-
 /// From a microsecond to about ten seconds.
 fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(1e-6, 2.0, 24))
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
+    /// `tokenizers` are the models that have one: their series are there from the start, as all others are.
+    pub(crate) fn new(tokenizers: &[TokenizerConfig]) -> Self {
         let lag_seconds = seconds();
         let mut metrics = Self {
             registry: Registry::default(),
@@ -129,171 +128,8 @@ impl Metrics {
         metrics.register_holdings();
         metrics.register_events();
         metrics.register_calls();
+        metrics.begin_at_zero(tokenizers);
         metrics
-    }
-
-    /// The names that dashboards of llm-d's indexer read.
-    fn register_as_llm_d(&mut self) {
-        let to = self.registry.sub_registry_with_prefix("kvcache_index");
-        add(
-            to,
-            "admissions",
-            "Entries added to the index",
-            &self.admissions,
-        );
-        add(
-            to,
-            "evictions",
-            "Entries removed from the index",
-            &self.evictions,
-        );
-        add(to, "lookup_requests", "Lookups answered", &self.lookups);
-        add(
-            to,
-            "lookup_hits",
-            "Lookups that found at least one block",
-            &self.lookup_hits,
-        );
-        add(
-            to,
-            "max_pod_hit_count",
-            "Blocks the deepest pod of lookups held",
-            &self.hit_blocks,
-        );
-        add(
-            to,
-            "lookup_latency_seconds",
-            "Lookups, waiting left out",
-            &self.lookup_seconds,
-        );
-        let to = self
-            .registry
-            .sub_registry_with_prefix("kvcache_tokenization");
-        add(
-            to,
-            "tokenization_latency_seconds",
-            "Tokenising",
-            &self.tokenization_seconds,
-        );
-        add(
-            to,
-            "tokenized_tokens",
-            "Tokens made from prompts",
-            &self.tokenized_tokens,
-        );
-    }
-
-    fn register_holdings(&mut self) {
-        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
-        add(to, "blocks", "Distinct blocks in the index", &self.blocks);
-        add(
-            to,
-            "entries",
-            "Entries: blocks by source and tier",
-            &self.entries,
-        );
-        add(
-            to,
-            "bytes",
-            "Bytes that the index takes, about",
-            &self.bytes,
-        );
-        add(
-            to,
-            "orphans",
-            "Blocks that wait for the block before them",
-            &self.orphans,
-        );
-        add(to, "pods", "Pods known", &self.pods);
-        add(to, "sources", "Sources known", &self.sources);
-        add(
-            to,
-            "sources_connected",
-            "Sources that are connected",
-            &self.sources_connected,
-        );
-    }
-
-    fn register_events(&mut self) {
-        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
-        add(
-            to,
-            "batches_applied",
-            "Batches of events applied",
-            &self.batches,
-        );
-        add(
-            to,
-            "batches_duplicate",
-            "Batches that came again",
-            &self.duplicates,
-        );
-        add(
-            to,
-            "batches_dropped",
-            "Batches dropped unread",
-            &self.dropped,
-        );
-        add(to, "events_applied", "Events applied", &self.events_applied);
-        add(
-            to,
-            "events_rejected",
-            "Events that made no sense",
-            &self.events_rejected,
-        );
-        add(
-            to,
-            "removals_unknown",
-            "Removals of blocks not held",
-            &self.removals_unknown,
-        );
-        add(
-            to,
-            "orphans_refused",
-            "Blocks without known parent, dropped",
-            &self.orphans_refused,
-        );
-        add(
-            to,
-            "gaps",
-            "Batches that came before an older one",
-            &self.gaps,
-        );
-        add(to, "replays", "Replays asked for", &self.replays);
-        add(
-            to,
-            "replay_failures",
-            "Replays that failed",
-            &self.replay_failures,
-        );
-        add(
-            to,
-            "resyncs",
-            "Sources that began anew, by reason",
-            &self.clears,
-        );
-        add(
-            to,
-            "event_lag_seconds",
-            "Published to applied",
-            &self.lag_seconds,
-        );
-    }
-
-    fn register_calls(&mut self) {
-        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
-        add(
-            to,
-            "lookup_wait_seconds",
-            "Waiting for positions",
-            &self.lookup_wait_seconds,
-        );
-        add(
-            to,
-            "calls_refused",
-            "Calls not answered, by reason",
-            &self.refused,
-        );
     }
 
     pub(crate) fn event_applied(&self, applied: &Applied) {

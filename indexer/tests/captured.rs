@@ -1,4 +1,5 @@
 //! Frames captured from a real vLLM, sent through real sockets, must answer for the prompts that caused them.
+#![cfg(test)]
 
 mod rig;
 

@@ -1,4 +1,5 @@
 //! Publishers that restart, lose batches, come late or never come back.
+#![cfg(test)]
 
 mod rig;
 

@@ -1,4 +1,5 @@
 //! A real server, real publishers and real sockets on loopback, all in one process.
+#![cfg(test)]
 
 mod rig;
 

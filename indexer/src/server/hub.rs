@@ -1,6 +1,6 @@
 //! What one server knows: an index per model, the pods that feed them, and who may join.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use kvcache_core::prefix::IndexScheme;
@@ -18,10 +18,6 @@ use crate::wire::{Registration, SourceSpec, source_name};
 
 /// The most models one server takes, each having an index of its own.
 pub(super) const MODELS_MAX: usize = 256;
-/// The most sources a pod may have: an engine per data-parallel rank, and a node.
-pub(super) const SOURCES_PER_POD_MAX: usize = 64;
-/// The longest model name, source name or endpoint accepted, in bytes.
-const TEXT_BYTES_MAX: usize = 1024;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -73,8 +69,8 @@ impl Hub {
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
             weights: config.weights()?,
+            metrics: Arc::new(Metrics::new(&config.tokenizers)),
             config,
-            metrics: Arc::new(Metrics::new()),
             membership: watch::Sender::new(0),
             models: RwLock::default(),
             pods: RwLock::default(),
@@ -193,59 +189,6 @@ impl Hub {
             .is_some_and(|known| Arc::ptr_eq(known, pod));
         if is_current {
             self.remove(pod).await;
-        }
-    }
-
-    fn check(&self, registration: &Registration) -> Result<()> {
-        let refuse = |what: String| {
-            let context = format!("registration of pod {}: {what}", registration.pod);
-            Err(Error::new(ErrorKind::Invalid, context))
-        };
-        let ours = self.scheme_name();
-        if registration.key_scheme != ours {
-            return refuse(format!(
-                "key scheme {:?}, the index has {ours:?}",
-                registration.key_scheme
-            ));
-        }
-        let (theirs, ours) = (registration.block_size, self.config.block_size);
-        if theirs != ours {
-            return refuse(format!("blocks of {theirs} tokens, the index has {ours}"));
-        }
-        let count = registration.sources.len();
-        if !(1..=SOURCES_PER_POD_MAX).contains(&count) {
-            return refuse(format!(
-                "{count} sources, expected 1 to {SOURCES_PER_POD_MAX}"
-            ));
-        }
-        let mut names = BTreeSet::new();
-        for source in &registration.sources {
-            if source.name.is_empty() || source.name.contains('/') {
-                return refuse(format!(
-                    "source name {:?} is empty or has a '/'",
-                    source.name
-                ));
-            }
-            if !names.insert(&source.name) {
-                return refuse(format!("source {:?} is there twice", source.name));
-            }
-            for endpoint in std::iter::once(&source.endpoint).chain(&source.replay_endpoint) {
-                check_endpoint(endpoint).or_else(|_| {
-                    refuse(format!(
-                        "endpoint {endpoint:?}, expected tcp://HOST:PORT or ipc://PATH"
-                    ))
-                })?;
-            }
-        }
-        let texts = registration.sources.iter().map(|source| &source.name);
-        let texts = texts
-            .chain([&registration.model])
-            .chain(&registration.peer_address);
-        match texts.map(String::len).max() {
-            Some(longest) if longest > TEXT_BYTES_MAX => refuse(format!(
-                "a name of {longest} bytes, at most {TEXT_BYTES_MAX} are taken"
-            )),
-            _ => Ok(()),
         }
     }
 
@@ -399,13 +342,4 @@ impl Hub {
             .get(&pod.model)
             .map_or(0, |index| index.orphans(source.id))
     }
-}
-
-/// Refuses what the ZMQ library could not even try.
-fn check_endpoint(endpoint: &str) -> Result<(), ()> {
-    let has_known_transport = endpoint.starts_with("tcp://") || endpoint.starts_with("ipc://");
-    let is_known = endpoint.parse::<zeromq::Endpoint>().is_ok();
-    (has_known_transport && is_known && endpoint.len() <= TEXT_BYTES_MAX)
-        .then_some(())
-        .ok_or(())
 }

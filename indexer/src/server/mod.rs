@@ -22,6 +22,7 @@ pub use crate::config::ServerConfig;
 use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
 
+mod admission;
 mod hub;
 mod lookup;
 mod native;

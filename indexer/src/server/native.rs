@@ -12,7 +12,8 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::hub::{Hub, Pod, SOURCES_PER_POD_MAX};
+use super::admission::SOURCES_PER_POD_MAX;
+use super::hub::{Hub, Pod};
 use super::lookup::{Question, deadline};
 use crate::wire::{
     Registration, SourcePosition, SourceSpec, source_kind_from_wire, status_from_error,

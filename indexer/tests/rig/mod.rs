@@ -1,6 +1,6 @@
 //! What the tests over real sockets share.
-// Each test binary uses a part of it, and a failing helper is a failing test.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+// Each test binary uses a part of it.
+#![allow(dead_code)]
 
 use std::time::Duration;
 

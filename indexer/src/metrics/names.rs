@@ -1,0 +1,200 @@
+//! The names under which everything is exported; `docs/metrics.md` has them too, and a test compares.
+
+use kvcache_core::ErrorKind;
+use prometheus_client::registry::{Metric, Registry};
+
+use super::{Metrics, Reason, TokenizerLabel};
+use crate::config::TokenizerConfig;
+use crate::ingest::ClearReason;
+
+impl Metrics {
+    /// Makes the labelled series appear, so that a rate has a beginning.
+    pub(super) fn begin_at_zero(&self, tokenizers: &[TokenizerConfig]) {
+        use ClearReason::{HistoryLost, NewEpoch, ReplayFailed, Restarted, Unverifiable};
+        for reason in [NewEpoch, Restarted, HistoryLost, ReplayFailed, Unverifiable] {
+            drop(self.clears.get_or_create(&Reason {
+                reason: reason.name(),
+            }));
+        }
+        for kind in [ErrorKind::Invalid, ErrorKind::Busy, ErrorKind::Timeout] {
+            drop(self.refused.get_or_create(&Reason {
+                reason: kind.name(),
+            }));
+        }
+        for TokenizerConfig { model, .. } in tokenizers {
+            let label = TokenizerLabel {
+                tokenizer: model.clone(),
+            };
+            drop(self.tokenization_seconds.get_or_create(&label));
+            drop(self.tokenized_tokens.get_or_create(&label));
+        }
+    }
+
+    /// The names that dashboards of llm-d's indexer read.
+    pub(super) fn register_as_llm_d(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvcache_index");
+        add(
+            to,
+            "admissions",
+            "Entries added to the index",
+            &self.admissions,
+        );
+        add(
+            to,
+            "evictions",
+            "Entries removed from the index",
+            &self.evictions,
+        );
+        add(to, "lookup_requests", "Lookups answered", &self.lookups);
+        add(
+            to,
+            "lookup_hits",
+            "Lookups that found at least one block",
+            &self.lookup_hits,
+        );
+        add(
+            to,
+            "max_pod_hit_count",
+            "Blocks the deepest pod of lookups held",
+            &self.hit_blocks,
+        );
+        add(
+            to,
+            "lookup_latency_seconds",
+            "Lookups, waiting left out",
+            &self.lookup_seconds,
+        );
+        let to = self
+            .registry
+            .sub_registry_with_prefix("kvcache_tokenization");
+        add(
+            to,
+            "tokenization_latency_seconds",
+            "Tokenising",
+            &self.tokenization_seconds,
+        );
+        add(
+            to,
+            "tokenized_tokens",
+            "Tokens made from prompts",
+            &self.tokenized_tokens,
+        );
+    }
+
+    pub(super) fn register_holdings(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(to, "blocks", "Distinct blocks in the index", &self.blocks);
+        add(
+            to,
+            "entries",
+            "Entries: blocks by source and tier",
+            &self.entries,
+        );
+        add(
+            to,
+            "bytes",
+            "Bytes that the index takes, about",
+            &self.bytes,
+        );
+        add(
+            to,
+            "orphans",
+            "Blocks that wait for the block before them",
+            &self.orphans,
+        );
+        add(to, "pods", "Pods known", &self.pods);
+        add(to, "sources", "Sources known", &self.sources);
+        add(
+            to,
+            "sources_connected",
+            "Sources that are connected",
+            &self.sources_connected,
+        );
+    }
+
+    pub(super) fn register_events(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(
+            to,
+            "batches_applied",
+            "Batches of events applied",
+            &self.batches,
+        );
+        add(
+            to,
+            "batches_duplicate",
+            "Batches that came again",
+            &self.duplicates,
+        );
+        add(
+            to,
+            "batches_dropped",
+            "Batches dropped unread",
+            &self.dropped,
+        );
+        add(to, "events_applied", "Events applied", &self.events_applied);
+        add(
+            to,
+            "events_rejected",
+            "Events that made no sense",
+            &self.events_rejected,
+        );
+        add(
+            to,
+            "removals_unknown",
+            "Removals of blocks not held",
+            &self.removals_unknown,
+        );
+        add(
+            to,
+            "orphans_refused",
+            "Blocks without known parent, dropped",
+            &self.orphans_refused,
+        );
+        add(
+            to,
+            "gaps",
+            "Batches that came before an older one",
+            &self.gaps,
+        );
+        add(to, "replays", "Replays asked for", &self.replays);
+        add(
+            to,
+            "replay_failures",
+            "Replays that failed",
+            &self.replay_failures,
+        );
+        add(
+            to,
+            "resyncs",
+            "Sources that began anew, by reason",
+            &self.clears,
+        );
+        add(
+            to,
+            "event_lag_seconds",
+            "Published to applied",
+            &self.lag_seconds,
+        );
+    }
+
+    pub(super) fn register_calls(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(
+            to,
+            "lookup_wait_seconds",
+            "Waiting for positions",
+            &self.lookup_wait_seconds,
+        );
+        add(
+            to,
+            "calls_refused",
+            "Calls not answered, by reason",
+            &self.refused,
+        );
+    }
+}
+
+fn add(to: &mut Registry, name: &str, help: &str, metric: &(impl Metric + Clone)) {
+    to.register(name, help, metric.clone());
+}
