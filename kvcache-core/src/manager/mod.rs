@@ -289,7 +289,8 @@ impl Manager {
         Ok(lease)
     }
 
-    /// The peer gives a lease of ours back. One that has ended, or is another peer's, is ignored.
+    /// The peer gives a lease of ours back. One that has ended, or is another peer's, is ignored; one that is not ready
+    /// becomes ready at once, without blocks.
     pub fn handle_release(&mut self, now: Time, peer: PeerId, lease: LeaseId) {
         if self
             .leases

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::key::IndexKey;
 use crate::model::{Fault, World, genuine};
+use crate::place::Place;
 
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -502,6 +503,57 @@ fn blocks_recovered_from_disk_are_announced_and_served() {
             ..Held::default()
         }
     );
+}
+
+/// A block is found corrupt while it is being written to disk, and stored anew with other bytes before that ends.
+#[test]
+fn a_record_of_bytes_that_were_replaced_meanwhile_is_not_used() {
+    let limits = Limits {
+        host_slots: 4,
+        disk_segments: 2,
+        ..Limits::default()
+    };
+    let policy = WriteBehind {
+        vacant_per_mille: 500,
+    };
+    let mut manager = Manager::with_policies(limits, Box::new(LeafLru::new()), Box::new(policy))
+        .expect("limits are valid");
+    let (old, new) = (Checksum::crc32c(1), Checksum::crc32c(2));
+    let later = Time(0) + SECOND;
+    let copy = |manager: &mut Manager| match manager.poll_command(Time(0)) {
+        Some(Command::Copy { id, moves, .. }) => (id, moves),
+        other => panic!("a copy was expected, not {other:?}"),
+    };
+    for conversation in [0, 4, 8] {
+        let stored = manager.handle_store(Time(0), chain(conversation, 1), later);
+        stored.expect("admitted");
+        let (id, _) = copy(&mut manager);
+        manager.handle_copied(Time(0), id, vec![Ok(old)]);
+    }
+    let (demotion, moves) = copy(&mut manager);
+    assert!(matches!(moves[0].to, Place::Disk(_)) && moves[0].info == block(0, 0));
+    manager
+        .handle_fetch(Time(0), request(&chain(0, 1)), later)
+        .expect("admitted");
+    let (id, _) = copy(&mut manager);
+    manager.handle_copied(
+        Time(0),
+        id,
+        vec![Err(MoveFailure::settled(ErrorKind::Corrupt))],
+    );
+    manager
+        .handle_store(Time(0), chain(0, 1), later)
+        .expect("admitted");
+    let (id, _) = copy(&mut manager);
+    manager.handle_copied(Time(0), id, vec![Ok(new)]);
+    manager.handle_copied(Time(0), demotion, vec![Ok(old); moves.len()]);
+    manager.check_invariants();
+    let disk: Vec<BlockKey> = manager.contents(Tier::Disk).map(|info| info.key).collect();
+    assert!(
+        !disk.contains(&block(0, 0).key),
+        "the old bytes are on disk under the new checksum"
+    );
+    assert_eq!(manager.lookup(&keys(&chain(0, 1))).host, 1);
 }
 
 // Serving peers.
