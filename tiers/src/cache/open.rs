@@ -127,7 +127,10 @@ fn mover(config: &CacheConfig, limits: &Limits, agent: Agent) -> Result<Mover> {
             })
         }
     };
-    let staging = Scratch::new(&agent, STAGING_BLOCKS, config.block_bytes)?;
+    let staging = match (&disk, &objects) {
+        (Some(_), Some(_)) => Some(Scratch::new(&agent, STAGING_BLOCKS, config.block_bytes)?),
+        _ => None,
+    };
     let peers = Arc::new(Peers::new(&agent, config));
     let expected = Expected {
         model_identity: config.model_identity,

@@ -36,10 +36,7 @@ impl Mover {
         for (position, copied) in copied.into_iter().enumerate() {
             let place = || String::from("host memory");
             results.push(match copied {
-                Ok(()) => {
-                    self.verify(job, &job.moves[position], to[position], place)
-                        .await
-                }
+                Ok(()) => self.verify(&job.moves[position], to[position], place).await,
                 Err((failure, _)) => Err(failure),
             });
         }
@@ -73,7 +70,7 @@ impl Mover {
             let one = &job.moves[position];
             let place = || disk.place(from[position]);
             results.push(match copied {
-                Ok(()) => self.verify(job, one, to[position], place).await,
+                Ok(()) => self.verify(one, to[position], place).await,
                 Err((failure, error)) if failure.settled && speaks_of_source(failure.kind) => {
                     let text = error.map_or_else(|| failure.kind.to_string(), |e| e.to_string());
                     Err(self.corrupt(one, &place(), text))
@@ -96,10 +93,7 @@ impl Mover {
         let mut parts = Vec::with_capacity(job.moves.len());
         let mut checksums = Vec::with_capacity(job.moves.len());
         for (position, one) in job.moves.iter().enumerate() {
-            let checksum = match one.checksum {
-                Some(checksum) => checksum,
-                None => self.sum(from[position], job.deadline).await?,
-            };
+            let checksum = one.checksum.map_or_else(|| self.sum(from[position]), Ok)?;
             pages.write(position, &self.header(one, checksum).encode())?;
             let (header, payload) = disk.record(to[position]).await?;
             // A crash between the two leaves a header whose bytes do not match it: found on reading.

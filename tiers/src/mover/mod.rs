@@ -16,7 +16,7 @@ use std::time::Instant;
 use kvcache_core::manager::{Move, MoveFailure};
 use kvcache_core::place::{DiskSlot, HostSlot, Place};
 use kvcache_core::{Checksum, Error, ErrorKind, Result};
-use kvfabric_transfer::{Agent, Descriptor, Operation};
+use kvfabric_transfer::{Agent, Descriptor};
 
 use crate::arena::Arena;
 use crate::disk::SegmentFiles;
@@ -25,7 +25,6 @@ use crate::peer::Peers;
 use crate::record::Expected;
 use crate::scratch::Scratch;
 pub(crate) use transport::Unsettled;
-use transport::transfer;
 
 /// How one move of a command ended.
 type Moved = Result<Checksum, MoveFailure>;
@@ -76,8 +75,8 @@ pub(crate) struct Mover {
     pub(crate) peers: Arc<Peers>,
     /// Pages for headers and generation words.
     pub(crate) pages: Arc<Scratch>,
-    /// Room for blocks on their way from disk to the object store, or to be summed.
-    pub(crate) staging: Arc<Scratch>,
+    /// Room for blocks on their way from disk to the object store; only with both tiers.
+    pub(crate) staging: Option<Arc<Scratch>>,
     pub(crate) expected: Expected,
     pub(crate) faults: Faults,
 }
@@ -177,41 +176,22 @@ impl Mover {
         })
     }
 
-    /// Sums the bytes that a copy has put into memory.
-    async fn sum(&self, memory: Memory, deadline: Instant) -> Result<Checksum> {
+    /// Sums bytes in memory.
+    fn sum(&self, memory: Memory) -> Result<Checksum> {
         match memory {
             Memory::Host(slot) => self.arena.checksum(slot),
-            Memory::Engine(descriptor) => self.sum_engine(descriptor, deadline).await,
+            Memory::Engine(descriptor) => self.agent.checksum(descriptor).map(Checksum::crc32c),
         }
-    }
-
-    /// Sums engine memory in a private copy, since a descriptor alone gives no access to it.
-    async fn sum_engine(&self, memory: Descriptor, deadline: Instant) -> Result<Checksum> {
-        let copy = self.staging.take(1, deadline).await?;
-        let pairs = vec![(copy.descriptor(0, memory.len), memory)];
-        let copied = transfer(&self.agent, Operation::Read, pairs, None, deadline).await;
-        if let Err(failed) = copied {
-            if let Some(drained) = failed.in_flight {
-                // A copy within this process: it ends, and the buffer is in use until then.
-                drained.await;
-            }
-            return Err(failed.error);
-        }
-        copy.checksum(0, memory.len).map(Checksum::crc32c)
     }
 
     /// Sums what was copied into memory and compares it with what is known of the block.
     ///
     /// A wrong sum speaks of the source, named by `place`: it is counted, and logged here, once,
     /// because the manager forgets the place on hearing of it.
-    async fn verify(
-        &self,
-        job: &Job,
-        one: &Move,
-        memory: Memory,
-        place: impl FnOnce() -> String,
-    ) -> Moved {
-        let sum = self.sum(memory, job.deadline).await.map_err(|error| {
+    async fn verify(&self, one: &Move, memory: Memory, place: impl FnOnce() -> String) -> Moved {
+        // Summing a large block takes a while: others may run in between.
+        tokio::task::yield_now().await;
+        let sum = self.sum(memory).map_err(|error| {
             tracing::warn!(%error, "copied bytes cannot be summed");
             // Not the source's fault, whatever the kind.
             MoveFailure::settled(ErrorKind::Cancelled)

@@ -1,5 +1,7 @@
 //! Copies to and from the object store: one object a block, which says itself what it is.
 
+use std::sync::Arc;
+
 use futures_util::future::join_all;
 use kvcache_core::manager::{Move, MoveFailure};
 use kvcache_core::place::DiskSlot;
@@ -9,7 +11,7 @@ use kvfabric_transfer::{Descriptor, Operation, Region};
 use super::transport::{Unsettled, transfer};
 use super::{Job, Memory, Moved, Mover};
 use crate::record::{RECORD_HEADER_BYTES, RecordFault, RecordHeader};
-use crate::scratch::Buffers;
+use crate::scratch::{Buffers, Scratch};
 
 const HEADER_BYTES: u64 = RECORD_HEADER_BYTES as u64;
 
@@ -22,10 +24,7 @@ impl Mover {
     ) -> Result<Vec<Moved>> {
         let moved = job.moves.iter().zip(from).map(|(one, from)| async move {
             let mut unsettled = Unsettled::default();
-            let checksum = match one.checksum {
-                Some(checksum) => Ok(checksum),
-                None => self.sum(*from, job.deadline).await,
-            };
+            let checksum = one.checksum.map_or_else(|| self.sum(*from), Ok);
             let result = match checksum {
                 Ok(checksum) => {
                     let payload = self.descriptor(*from);
@@ -113,7 +112,7 @@ impl Mover {
         ];
         let taken = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
         let result = match taken {
-            Ok(()) => self.check_object(job, one, to, &name, &page).await,
+            Ok(()) => self.check_object(one, to, &name, &page).await,
             // An object too short for its block.
             Err(failed) if failed.in_flight.is_none() && is_short(failed.error.kind()) => {
                 Err(self.corrupt(one, &name, &failed.error))
@@ -130,14 +129,7 @@ impl Mover {
     }
 
     /// The header must name this block of this model; then the bytes must match the header.
-    async fn check_object(
-        &self,
-        job: &Job,
-        one: &Move,
-        to: Memory,
-        name: &str,
-        page: &Buffers,
-    ) -> Moved {
+    async fn check_object(&self, one: &Move, to: Memory, name: &str, page: &Buffers) -> Moved {
         let mut bytes = [0; RECORD_HEADER_BYTES];
         page.read(0, 0, &mut bytes)
             .map_err(|error| MoveFailure::settled(error.kind()))?;
@@ -151,7 +143,7 @@ impl Mover {
             }
         });
         let header = header.map_err(|fault| self.corrupt(one, name, fault))?;
-        let sum = self.verify(job, one, to, || name.to_owned()).await?;
+        let sum = self.verify(one, to, || name.to_owned()).await?;
         if sum != header.checksum {
             let (sum, known) = (sum.value, header.checksum.value);
             let what = format!("checksum {sum:08x}, header says {known:08x}");
@@ -184,7 +176,7 @@ impl Mover {
         let block_bytes = self.expected.block_bytes;
         let prepared = async {
             let payload = self.disk()?.payload(from)?;
-            Ok::<_, Error>((self.staging.take(1, job.deadline).await?, payload))
+            Ok::<_, Error>((self.staging()?.take(1, job.deadline).await?, payload))
         };
         let (buffer, payload) = match prepared.await {
             Ok(prepared) => prepared,
@@ -209,6 +201,12 @@ impl Mover {
         let result = self.put(job, one, sum, staged, unsettled).await;
         unsettled.hold(buffer);
         result
+    }
+
+    fn staging(&self) -> Result<&Arc<Scratch>> {
+        self.staging
+            .as_ref()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "a rescue without disk or object tier"))
     }
 
     /// The object of a block, and its name for messages.

@@ -60,7 +60,7 @@ impl Mover {
                 continue;
             }
             let place = || format!("peer {}", lease.link.pod);
-            results.push(match self.verify(job, one, to[position], place).await {
+            results.push(match self.verify(one, to[position], place).await {
                 Ok(sum) if sum != block.checksum => {
                     let what = "bytes do not match the checksum of the lease";
                     Err(self.corrupt(one, &place(), what))

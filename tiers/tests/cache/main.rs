@@ -8,6 +8,7 @@
     reason = "everything here is a test or serves one"
 )]
 
+mod fabric;
 mod faults;
 mod lying_peer;
 mod peers;
