@@ -91,6 +91,18 @@ fn a_bad_line_is_named_with_file_line_and_reason() {
     }
 }
 
+/// Writes a trace whose second line is cut off; the path is in the error, and once it is mended the file is read.
+#[test]
+fn a_file_is_read_whole_or_not_at_all() {
+    let mut file = tempfile::NamedTempFile::new().expect("temporary file");
+    write!(file, "{GOOD}\n{}", &GOOD[..GOOD.len() - 9]).expect("written");
+    let error = Trace::load(file.path()).expect_err("cut off");
+    let place = format!("{}:2: ", file.path().display());
+    assert!(error.context().starts_with(&place), "{error}");
+    write!(file, "{}", &GOOD[GOOD.len() - 9..]).expect("written");
+    assert_eq!(Trace::load(file.path()).expect("mended").len(), 2);
+}
+
 /// Gives an empty file, a line that never ends, and a path where nothing is.
 #[test]
 fn files_that_hold_no_trace_are_refused() {
