@@ -137,3 +137,43 @@ impl fmt::Debug for Scratch {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Everything taken, one more wanted, then one given back; and more than there are.
+    #[tokio::test]
+    async fn buffers_are_waited_for_until_the_deadline() {
+        let agent = Agent::builder("scratch").build().unwrap();
+        let scratch = Scratch::new(&agent, 3, 64).unwrap();
+        let later = || Instant::now() + Duration::from_secs(20);
+        let two = scratch.take(2, later()).await.unwrap();
+        let one = scratch.take(1, later()).await.unwrap();
+        let refused = scratch.take(1, Instant::now()).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Timeout);
+        let (taken, ()) = tokio::join!(scratch.take(2, later()), async { drop(two) });
+        assert_eq!(taken.unwrap().buffers.len(), 2);
+        drop(one);
+        let refused = scratch.take(4, later()).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid);
+    }
+
+    /// A short write over a full one.
+    #[tokio::test]
+    async fn a_buffer_ends_in_zeros_after_what_was_written() {
+        let agent = Agent::builder("scratch").build().unwrap();
+        let scratch = Scratch::new(&agent, 2, 8).unwrap();
+        let buffers = scratch
+            .take(2, Instant::now() + Duration::from_secs(20))
+            .await
+            .unwrap();
+        buffers.write(1, &[0xff; 8]).unwrap();
+        buffers.write(1, &[1, 2]).unwrap();
+        let mut bytes = [9; 8];
+        buffers.read(1, 0, &mut bytes).unwrap();
+        assert_eq!(bytes, [1, 2, 0, 0, 0, 0, 0, 0]);
+    }
+}

@@ -1,5 +1,6 @@
 //! Copies from a peer's memory, by one-sided reads under a lease.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -71,42 +72,38 @@ impl Mover {
         Ok(results)
     }
 
-    /// The lease of the command's moves, and the leased block of each.
-    fn leased(&self, job: &Job) -> Result<(std::sync::Arc<HeldLease>, Vec<LeasedBlock>)> {
-        let mut held = None;
+    /// The one lease of the command's moves, and the leased block of each.
+    fn leased(&self, job: &Job) -> Result<(Arc<HeldLease>, Vec<LeasedBlock>)> {
+        let mut lease: Option<Arc<HeldLease>> = None;
         let mut blocks = Vec::with_capacity(job.moves.len());
         for one in &job.moves {
             let Place::Peer {
                 peer,
-                lease,
+                lease: id,
                 position,
             } = one.from
             else {
-                let context = format!("a read from peers that begins at {:?}", one.from);
+                let context = format!("a read from a peer that begins at {:?}", one.from);
                 return Err(Error::new(ErrorKind::Internal, context));
             };
-            let found = self.peers.held(peer, lease)?;
-            let block = found
-                .blocks
-                .get(position as usize)
-                .copied()
-                .ok_or_else(|| {
-                    let context = format!("lease {lease} has no block {position}");
-                    Error::new(ErrorKind::NotFound, context)
-                })?;
-            blocks.push(block);
-            held = Some((peer, lease, found)).filter(|(peer, lease, _)| {
-                held.as_ref()
-                    .is_none_or(|(p, l, _)| (p, l) == (peer, lease))
-            });
-            if held.is_none() {
+            let held = self.peers.held(peer, id)?;
+            if lease
+                .as_ref()
+                .is_some_and(|first| !Arc::ptr_eq(first, &held))
+            {
                 return Err(Error::new(
                     ErrorKind::Internal,
                     "a read under more than one lease",
                 ));
             }
+            let block = held.blocks.get(position as usize).copied().ok_or_else(|| {
+                let context = format!("lease {id} has no block {position}");
+                Error::new(ErrorKind::NotFound, context)
+            })?;
+            blocks.push(block);
+            lease = Some(held);
         }
-        let (_, _, lease) = held.ok_or_else(|| Error::new(ErrorKind::Internal, "an empty read"))?;
+        let lease = lease.ok_or_else(|| Error::new(ErrorKind::Internal, "an empty read"))?;
         Ok((lease, blocks))
     }
 

@@ -1,10 +1,15 @@
 //! Blocks come back byte for byte from each tier, and after a restart.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use kvcache_core::event::NodeEvent;
-use kvcache_core::{ErrorKind, Tier};
-use kvfabric_tiers::{FetchHints, Source};
+use kvcache_core::ports::{EventSink, Position};
+use kvcache_core::{Epoch, ErrorKind, Sequence, Tier};
+use kvfabric_tiers::{Cache, CacheConfig, FetchHints, Source, StoreBlock};
+use kvfabric_transfer::{HostMemory, RegionOptions};
 
 use crate::support::*;
 
@@ -16,12 +21,7 @@ async fn a_stored_block_comes_back_from_host_memory() {
     let report = node.store(&blocks).await;
     assert_eq!((report.stored, report.failed, report.refused), (3, 0, 0));
     assert_eq!(node.fetch_own(&blocks).await, vec![Source::Host; 3]);
-    assert_eq!(
-        node.guide
-            .questions
-            .load(std::sync::atomic::Ordering::Relaxed),
-        0
-    );
+    assert_eq!(node.guide.questions.load(Ordering::Relaxed), 0);
     assert_eq!(node.store(&blocks).await.already_held, 3);
     let held = node
         .cache
@@ -39,12 +39,7 @@ async fn an_unknown_block_is_a_miss_and_ends_the_prefix() {
     node.store(&blocks[..1]).await;
     let sources = node.fetch_own(&blocks).await;
     assert_eq!(sources, [Source::Host, Source::Miss, Source::Miss]);
-    assert_eq!(
-        node.guide
-            .questions
-            .load(std::sync::atomic::Ordering::Relaxed),
-        1
-    );
+    assert_eq!(node.guide.questions.load(Ordering::Relaxed), 1);
 }
 
 /// Sixteen blocks through four slots of host memory: what does not fit is read back from disk.
@@ -227,7 +222,7 @@ async fn segments_beyond_a_smaller_budget_are_deleted_at_the_start() {
     assert!((4..=8).contains(&kept), "{kept} blocks");
 }
 
-type Spoil = fn(&mut kvfabric_tiers::CacheConfig);
+type Spoil = fn(&mut CacheConfig);
 
 /// Each field of the configuration that can be wrong.
 #[tokio::test]
@@ -243,7 +238,7 @@ async fn a_wrong_configuration_is_refused_by_field() {
             config.disk.as_mut().unwrap().bytes = 1
         }),
         ("locate_timeout", |config| {
-            config.locate_timeout = std::time::Duration::ZERO
+            config.locate_timeout = Duration::ZERO
         }),
     ];
     for (field, spoil) in spoil {
@@ -262,7 +257,7 @@ async fn a_wrong_configuration_is_refused_by_field() {
 async fn after_the_shutdown_every_call_is_refused_and_the_last_event_is_cleared() {
     let node = Node::open(config("pod", 4), agent("pod", Way::Memcpy, None)).await;
     node.store(&chain(1, 2)).await;
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     node.cache.shutdown(deadline).await.unwrap();
     assert_eq!(node.sink.events().last(), Some(&NodeEvent::Cleared));
     assert_eq!(
@@ -286,13 +281,13 @@ async fn after_the_shutdown_every_call_is_refused_and_the_last_event_is_cleared(
 async fn memory_of_the_wrong_size_is_refused_with_its_position() {
     let node = Node::open(config("pod", 4), agent("pod", Way::Memcpy, None)).await;
     let memory = node.engine.descriptor(0, BLOCK - 1);
-    let wrong = vec![kvfabric_tiers::StoreBlock {
+    let wrong = vec![StoreBlock {
         info: block(1, 0),
         memory,
     }];
     let error = node
         .cache
-        .store(wrong, std::time::Instant::now() + PATIENCE)
+        .store(wrong, Instant::now() + PATIENCE)
         .await
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
@@ -306,8 +301,50 @@ async fn a_fetch_whose_deadline_has_passed_misses() {
     let blocks = chain(1, 2);
     node.store(&blocks).await;
     let sources = node
-        .fetch_at(&blocks, FetchHints::default(), 0, std::time::Duration::ZERO)
+        .fetch_at(&blocks, FetchHints::default(), 0, Duration::ZERO)
         .await;
     assert_eq!(sources, vec![Source::Miss; 2]);
     assert_eq!(node.fetch_own(&blocks).await, vec![Source::Host; 2]);
+}
+
+/// Breaks on the first block that is announced.
+struct BrokenSink;
+
+impl EventSink for BrokenSink {
+    fn publish(&self, events: Vec<NodeEvent>) -> Position {
+        assert_eq!(events, [NodeEvent::Cleared], "an event sink that breaks");
+        Position {
+            epoch: Epoch(1),
+            next: Sequence(1),
+        }
+    }
+}
+
+/// A panic inside the cache, brought about by its sink.
+#[tokio::test]
+async fn after_a_fault_of_its_own_every_call_says_so() {
+    let agent = agent("pod", Way::Memcpy, None);
+    let sink = Arc::new(BrokenSink);
+    let opened = Cache::open(
+        config("pod", 4),
+        agent.clone(),
+        Arc::new(Guide::default()),
+        sink,
+    );
+    let cache = opened.await.unwrap();
+    let memory = HostMemory::anonymous(BLOCK).unwrap();
+    let engine = agent.register(memory, RegionOptions::default()).unwrap();
+    let one = StoreBlock {
+        info: block(1, 0),
+        memory: engine.descriptor(0, BLOCK),
+    };
+    let error = cache
+        .store(vec![one], Instant::now() + PATIENCE)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Poisoned);
+    assert_eq!(
+        cache.lookup(&[]).await.unwrap_err().kind(),
+        ErrorKind::Poisoned
+    );
 }
