@@ -1,4 +1,9 @@
 //! Two agents of one process, over each way that connects them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
 

@@ -1,6 +1,14 @@
 //! Metadata that was damaged, comes from another version, or lies.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{Agent, METADATA_VERSION, Operation, RegionOptions, RequestOptions, Side};
@@ -109,6 +117,48 @@ fn a_read_only_region_is_not_writable_by_pretending() {
         assert_eq!(kind, ErrorKind::Denied, "{way:?}");
         assert_eq!(pair.remote.load_u64(0).unwrap(), 0);
     }
+}
+
+/// Connects to a target as a stranger, says `bytes`, and returns what it answers until it closes.
+fn stranger(pair: &Pair, bytes: &[u8]) -> Vec<u8> {
+    let path = pair.initiator.path_to(&pair.peer);
+    let address = path
+        .why
+        .split([' ', ','])
+        .find_map(|word| word.parse::<SocketAddr>().ok());
+    let mut stream = TcpStream::connect(address.unwrap()).unwrap();
+    stream.set_read_timeout(Some(WAIT)).unwrap();
+    stream.write_all(bytes).unwrap();
+    let mut answer = Vec::new();
+    // A reset is a way to close, too.
+    let _ = stream.read_to_end(&mut answer);
+    answer
+}
+
+/// The answer carries the target's own version, and names both.
+#[test]
+fn a_stranger_of_another_version_is_told_both() {
+    let pair = Pair::new(Way::Tcp, 4096);
+    let answer = stranger(&pair, b"KVFT\x4d\x00\x00\x00");
+    assert_eq!(answer[..6], *b"KVFT\x01\x00");
+    let text = String::from_utf8_lossy(&answer);
+    assert!(text.contains("version 77, this build 1"), "{text:?}");
+}
+
+/// Noise, a greeting to someone else, and frames before a greeting; afterwards the target serves its peers as before.
+#[test]
+fn a_stranger_that_talks_nonsense_is_shut_out() {
+    let pair = Pair::new(Way::Tcp, 4096);
+    stranger(&pair, &support::pattern(100_000, 1));
+    stranger(&pair, b"KVFT\x01\x00\xff\xff");
+    let elsewhere = [&b"KVFT\x01\x00\x14\x00"[..], &[7; 16], &b"\x02\x00me"[..]].concat();
+    let answer = stranger(&pair, &elsewhere);
+    assert!(
+        String::from_utf8_lossy(&answer).contains("is gone"),
+        "{answer:?}"
+    );
+    let request = pair.moves(Operation::Read, &[(0, 0, 4096)], RequestOptions::default());
+    assert_eq!(request.wait(WAIT).unwrap().bytes, 4096);
 }
 
 /// Every single bit that flips is noticed.

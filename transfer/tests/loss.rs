@@ -1,4 +1,9 @@
 //! TCP connections that stall or break, through a proxy.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
 

@@ -1,4 +1,9 @@
 //! Random lists of descriptors against the obvious model: a vector that is copied piece by piece.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod support;
 

@@ -1,5 +1,11 @@
 //! Agents of two processes. The other process is this test binary, started again to run one function; it is told
 //! what to do by environment variables and speaks by lines on its standard output.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and the other process speaks by printing"
+)]
 
 mod support;
 
@@ -34,7 +40,9 @@ fn hex(bytes: &[u8]) -> String {
 
 fn unhex(text: &str) -> Vec<u8> {
     let pairs = text.as_bytes().chunks(2);
-    pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+    pairs
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
 }
 
 /// The other process; killed when dropped.
@@ -63,7 +71,10 @@ impl Other {
         let mut line = String::new();
         loop {
             line.clear();
-            assert!(self.lines.read_line(&mut line).unwrap() > 0, "it ended before {word}");
+            assert!(
+                self.lines.read_line(&mut line).unwrap() > 0,
+                "it ended before {word}"
+            );
             // The test harness writes without line ends in front of it.
             if let Some(at) = line.find(word) {
                 return line[at + word.len()..].trim().to_owned();
@@ -96,8 +107,14 @@ impl Drop for Other {
 /// The body of the other process; in the process that runs all tests there is nothing to do.
 #[test]
 fn the_other_process() {
-    let Ok(role) = std::env::var(ROLE) else { return };
-    let way = if std::env::var(WAY).unwrap() == "shm" { Way::Shm } else { Way::Tcp };
+    let Ok(role) = std::env::var(ROLE) else {
+        return;
+    };
+    let way = if std::env::var(WAY).unwrap() == "shm" {
+        Way::Shm
+    } else {
+        Way::Tcp
+    };
     match role.as_str() {
         "target" => serve(way),
         "initiator" => hold(way, &unhex(&std::env::var(PEER).unwrap())),
@@ -108,7 +125,9 @@ fn the_other_process() {
 /// Exports memory with a pattern; answers each notification with the checksum of all memory.
 fn serve(way: Way) {
     let agent = way.agent("other");
-    let region = agent.register(HostMemory::shared(BYTES).unwrap(), OPEN).unwrap();
+    let region = agent
+        .register(HostMemory::shared(BYTES).unwrap(), OPEN)
+        .unwrap();
     region.write_at(0, &pattern(BYTES as usize, SEED)).unwrap();
     println!("REGION {}", region.id().0);
     println!("METADATA {}", hex(&agent.metadata()));
@@ -131,12 +150,21 @@ fn hold(way: Way, metadata: &[u8]) {
     let agent = way.agent("other");
     let peer = agent.load_peer(metadata).unwrap();
     let (region, bytes) = peer.regions()[0];
-    let own = agent.register(HostMemory::anonymous(bytes).unwrap(), RegionOptions::default());
+    let own = agent.register(
+        HostMemory::anonymous(bytes).unwrap(),
+        RegionOptions::default(),
+    );
     let own = own.unwrap();
-    let from = kvfabric_transfer::Descriptor { region, offset: 0, len: bytes };
+    let from = kvfabric_transfer::Descriptor {
+        region,
+        offset: 0,
+        len: bytes,
+    };
     let pairs = [(own.descriptor(0, bytes), from)];
     let options = RequestOptions::default();
-    let read = agent.transfer(Operation::Read, &pairs, Side::Peer(&peer), options).unwrap();
+    let read = agent
+        .transfer(Operation::Read, &pairs, Side::Peer(&peer), options)
+        .unwrap();
     read.wait(WAIT).unwrap();
     println!("CHECKSUM {}", own.checksum(0, bytes).unwrap());
     let mut end = Vec::new();
@@ -162,7 +190,13 @@ impl Reached {
         let local = agent.register(local, RegionOptions::default()).unwrap();
         let peer = agent.load_peer(&metadata).unwrap();
         assert_eq!(agent.path_to(&peer).backend, Some(way.name()));
-        Self { agent, local, peer, remote, other }
+        Self {
+            agent,
+            local,
+            peer,
+            remote,
+            other,
+        }
     }
 
     fn start(
@@ -174,12 +208,20 @@ impl Reached {
         let pairs: Vec<_> = pairs
             .iter()
             .map(|&(local, offset, len)| {
-                let remote = kvfabric_transfer::Descriptor { region: self.remote, offset, len };
+                let remote = kvfabric_transfer::Descriptor {
+                    region: self.remote,
+                    offset,
+                    len,
+                };
                 (self.local.descriptor(local, len), remote)
             })
             .collect();
-        let options = RequestOptions { notification, ..RequestOptions::default() };
-        self.agent.transfer(operation, &pairs, Side::Peer(&self.peer), options)
+        let options = RequestOptions {
+            notification,
+            ..RequestOptions::default()
+        };
+        self.agent
+            .transfer(operation, &pairs, Side::Peer(&self.peer), options)
     }
 }
 
@@ -188,23 +230,33 @@ impl Reached {
 fn bytes_and_notifications_go_between_processes() {
     for way in WAYS {
         let reached = Reached::new(way);
-        let read = reached.start(Operation::Read, &[(0, 0, BYTES)], None).unwrap();
+        let read = reached
+            .start(Operation::Read, &[(0, 0, BYTES)], None)
+            .unwrap();
         read.wait(WAIT).unwrap();
-        assert!(contents(&reached.local) == pattern(BYTES as usize, SEED), "{way:?}");
+        assert!(
+            contents(&reached.local) == pattern(BYTES as usize, SEED),
+            "{way:?}"
+        );
         let data = pattern(BYTES as usize, SEED + 1);
         reached.local.write_at(0, &data).unwrap();
         let blocks = BYTES / 4096;
         // Odd, so that every block of a power of two is visited once.
-        let pairs: Vec<_> = (0..blocks).map(|n| (n * 4096, n * 37 % blocks * 4096, 4096)).collect();
+        let pairs: Vec<_> = (0..blocks)
+            .map(|n| (n * 4096, n * 37 % blocks * 4096, 4096))
+            .collect();
         let metadata = reached.agent.metadata();
-        reached.start(Operation::Write, &pairs, Some(metadata)).unwrap().wait(WAIT).unwrap();
+        reached
+            .start(Operation::Write, &pairs, Some(metadata))
+            .unwrap()
+            .wait(WAIT)
+            .unwrap();
         let mut model = vec![0; BYTES as usize];
         for (from, to, len) in pairs {
             let (from, to, len) = (from as usize, to as usize, len as usize);
             model[to..to + len].copy_from_slice(&data[from..from + len]);
         }
-        let checksum =
-            crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &model) as u32;
+        let checksum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &model) as u32;
         let answer = &reached.agent.wait_notifications(WAIT)[0];
         assert_eq!(answer.bytes[..], checksum.to_le_bytes(), "{way:?}");
         assert_eq!(&*answer.peer, "other");
@@ -219,7 +271,11 @@ fn every_request_settles_when_the_peer_is_killed() {
         let mut reached = Reached::new(way);
         let mut requests = Vec::new();
         for round in 0..40 {
-            let operation = if round % 2 == 0 { Operation::Read } else { Operation::Write };
+            let operation = if round % 2 == 0 {
+                Operation::Read
+            } else {
+                Operation::Write
+            };
             for pairs in [vec![(0, 0, BYTES)], vec![(0, 64, 64), (4096, 8192, 4096)]] {
                 requests.extend(reached.start(operation, &pairs, None));
             }
@@ -244,7 +300,10 @@ fn every_request_settles_when_the_peer_is_killed() {
                     }
                 }
             }
-            assert!(std::time::Instant::now() < until, "{way:?}: the death was not seen");
+            assert!(
+                std::time::Instant::now() < until,
+                "{way:?}: the death was not seen"
+            );
         };
         assert_eq!(refused, ErrorKind::PeerLost, "{way:?}");
         assert_eq!(reached.agent.path_to(&reached.peer).backend, None);
@@ -258,7 +317,9 @@ fn every_request_settles_when_the_peer_is_killed() {
 fn shared_memory_is_in_use_until_its_user_gives_it_back_or_is_dead() {
     for dies in [true, false] {
         let agent = Way::Shm.agent("this");
-        let export = agent.register(HostMemory::shared(4096).unwrap(), OPEN).unwrap();
+        let export = agent
+            .register(HostMemory::shared(4096).unwrap(), OPEN)
+            .unwrap();
         export.write_at(0, &pattern(4096, SEED)).unwrap();
         let metadata = agent.metadata();
         let mut other = Other::start("initiator", Way::Shm, &metadata);

@@ -1,20 +1,19 @@
 //! The agent: registers places, knows peers, makes requests.
 
-use std::any::{Any, TypeId};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
 mod builder;
+mod core;
 mod exports;
 mod inbox;
 mod peer;
 mod timer;
 
+pub(crate) use self::core::AgentCore;
 pub use builder::AgentBuilder;
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
@@ -24,15 +23,12 @@ pub(crate) use timer::{Timer, TimerKey};
 
 pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
 
-use crate::backend::copy::Copier;
-use crate::backend::{Backend, Operation, memcpy};
+use crate::backend::{Backend, Operation};
 use crate::descriptor::{Descriptor, PreparedList, Side, Target};
 use crate::plan::Plan;
-use crate::reactor::Reactor;
 use crate::region::{Body, Region, RegionCore, RegionOptions, RegionUse};
 use crate::request::{Request, RequestOptions, Route};
-use crate::stats::{AgentStats, Stats};
-use crate::sys::fork::Process;
+use crate::stats::AgentStats;
 use crate::sys::memory::HostMemory;
 
 /// The most peers that one agent keeps.
@@ -44,85 +40,6 @@ pub const PEERS_MAX: usize = 16_384;
 /// the last request of it are dropped.
 #[derive(Clone)]
 pub struct Agent(Arc<AgentCore>);
-
-/// What the handles and requests of an agent share.
-pub(crate) struct AgentCore {
-    process: Process,
-    exports: Arc<Exports>,
-    stats: Stats,
-    timer: Arc<Timer>,
-    copier: Arc<Copier>,
-    reactor: Arc<Reactor>,
-    /// Copies between regions of this agent.
-    own: Arc<dyn Backend>,
-    extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
-    peers: Mutex<HashMap<String, Arc<PeerCore>>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-}
-
-impl AgentCore {
-    /// # Errors
-    /// [`ErrorKind::Forked`] in a forked child.
-    pub(crate) fn check(&self) -> Result<()> {
-        self.process.check()
-    }
-
-    pub(crate) fn exports(&self) -> &Arc<Exports> {
-        &self.exports
-    }
-
-    pub(crate) fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    pub(crate) fn timer(&self) -> &Arc<Timer> {
-        &self.timer
-    }
-
-    /// The one value of this type that belongs to the agent, made at first use: an engine of a backend that is started
-    /// only where it is needed.
-    pub(crate) fn extension<T: Any + Send + Sync>(
-        &self,
-        make: impl FnOnce() -> Result<T>,
-    ) -> Result<Arc<T>> {
-        let mut extensions = self
-            .extensions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let known = extensions.get(&TypeId::of::<T>()).cloned();
-        if let Some(Ok(extension)) = known.map(Arc::downcast) {
-            return Ok(extension);
-        }
-        let extension = Arc::new(make()?);
-        extensions.insert(TypeId::of::<T>(), extension.clone());
-        Ok(extension)
-    }
-}
-
-impl Drop for AgentCore {
-    fn drop(&mut self) {
-        // A child has none of the threads, and must leave the parent's sockets alone.
-        if self.process.check().is_err() {
-            return;
-        }
-        memcpy::leave(&self.exports);
-        self.exports.close();
-        self.timer.close();
-        self.reactor.close();
-        self.copier.close();
-        let threads = std::mem::take(
-            self.threads
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        for thread in threads {
-            // The last handle may be dropped by a waker that one of these threads calls.
-            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
-                tracing::error!(agent = %self.exports.name(), "a thread of the agent panicked");
-            }
-        }
-    }
-}
 
 impl Agent {
     /// Describes an agent; `name` is how peers know it.
@@ -305,6 +222,14 @@ impl Agent {
             let backend = region
                 .external()
                 .map_or_else(|| self.0.own.clone(), |e| e.backend());
+            if !backend.capabilities().remote.contains(&region.kind()) {
+                let text = format!(
+                    "{} does not reach {:?} places",
+                    backend.name(),
+                    region.kind()
+                );
+                return Err(Error::new(ErrorKind::Unsupported, text));
+            }
             match &chosen {
                 Some(other) if other.name() != backend.name() => {
                     let text = format!(

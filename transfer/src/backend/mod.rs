@@ -18,6 +18,7 @@ pub(crate) mod memcpy;
 pub mod object;
 pub(crate) mod shm;
 pub mod sim;
+pub(crate) mod spare;
 pub(crate) mod tcp;
 
 /// Which way bytes go, seen from the one who asks.

@@ -5,16 +5,22 @@ use proptest::prelude::*;
 use super::*;
 
 fn region() -> impl Strategy<Value = RemoteRegion> {
-    (any::<u64>(), any::<[u8; 16]>(), any::<u64>(), any::<[bool; 3]>()).prop_map(
-        |(id, key, bytes, [readable, writable, shareable])| RemoteRegion {
-            id: RegionId(id),
-            key: RegionKey(key),
-            bytes,
-            readable,
-            writable,
-            shareable,
-        },
+    (
+        any::<u64>(),
+        any::<[u8; 16]>(),
+        any::<u64>(),
+        any::<[bool; 3]>(),
     )
+        .prop_map(
+            |(id, key, bytes, [readable, writable, shareable])| RemoteRegion {
+                id: RegionId(id),
+                key: RegionKey(key),
+                bytes,
+                readable,
+                writable,
+                shareable,
+            },
+        )
 }
 
 proptest! {

@@ -58,7 +58,9 @@ mod tests {
         let child = unsafe { libc::fork() };
         assert!(child >= 0, "{}", std::io::Error::last_os_error());
         if child == 0 {
-            let told = process.check().is_err_and(|error| error.kind() == ErrorKind::Forked);
+            let told = process
+                .check()
+                .is_err_and(|error| error.kind() == ErrorKind::Forked);
             // SAFETY: ends the child without running anything of the parent's.
             unsafe { libc::_exit(if told { 0 } else { 1 }) };
         }

@@ -4,13 +4,15 @@
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvcache_core::{Error, ErrorKind, Result};
-use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+pub use super::host::HostMemory;
+pub(crate) use super::host::SIZE_SEALS;
 
 /// Bytes copied out at a time to compute a checksum: fits the first-level cache.
 const CHECKSUM_STEP_BYTES: usize = 16 << 10;
@@ -111,14 +113,14 @@ impl Mapping {
         })
     }
 
+    /// Where it begins.
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
     /// Bytes.
     pub(crate) fn len(&self) -> u64 {
         self.len as u64
-    }
-
-    /// Whether writes are possible.
-    pub(crate) fn is_writable(&self) -> bool {
-        self.writable
     }
 
     /// The address of `offset`, after checking that `len` bytes lie there.
@@ -338,100 +340,3 @@ fn out_of_bounds(offset: u64, len: u64, size: u64) -> Error {
         format!("bytes {offset}+{len} lie outside the {size} bytes of the region"),
     )
 }
-
-/// Memory of this host to register with an agent.
-///
-/// Only [`HostMemory::shared`] can be mapped by other processes of this host; other kinds are reached over `tcp`.
-pub struct HostMemory {
-    mapping: Mapping,
-    shared: Option<OwnedFd>,
-}
-
-impl HostMemory {
-    /// Zeroed memory, private to this process.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for no bytes, [`ErrorKind::Io`] when the system has none left.
-    pub fn anonymous(bytes: u64) -> Result<Self> {
-        Ok(Self {
-            mapping: Mapping::anonymous(bytes)?,
-            shared: None,
-        })
-    }
-
-    /// Zeroed memory that processes of this host may map; its size is sealed.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for no bytes, [`ErrorKind::Io`] when the system has none left.
-    pub fn shared(bytes: u64) -> Result<Self> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("kvfabric", flags)
-            .map_err(|e| Error::io("create shared memory", e.into()))?;
-        rustix::fs::ftruncate(&file, bytes)
-            .map_err(|e| Error::io(format!("size shared memory to {bytes} bytes"), e.into()))?;
-        rustix::fs::fcntl_add_seals(&file, SIZE_SEALS | SealFlags::SEAL)
-            .map_err(|e| Error::io("seal the size of shared memory", e.into()))?;
-        let mapping = Mapping::of_file(&file, bytes, true)?;
-        Ok(Self {
-            mapping,
-            shared: Some(file),
-        })
-    }
-
-    /// Memory that someone else owns, such as an engine's cache pool.
-    ///
-    /// # Safety
-    /// `base` must be valid for reads and writes of `bytes` bytes until the region made of it has been
-    /// deregistered and [`crate::Deregistration`] has completed (not merely until it was dropped). No
-    /// Rust reference may point into the range while a transfer that names it is in flight.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for a null address or no bytes.
-    pub unsafe fn from_raw(base: *mut u8, bytes: u64) -> Result<Self> {
-        // SAFETY: passed on to the caller, word for word.
-        let mapping = unsafe { Mapping::lent(base, bytes)? };
-        Ok(Self {
-            mapping,
-            shared: None,
-        })
-    }
-
-    /// Its size in bytes, never zero.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.mapping.len()
-    }
-
-    /// Where it begins in this process: valid as long as the region made of it, or a list or request over it, is
-    /// alive. Others may change the bytes at any time, so they must only be copied, never borrowed.
-    #[must_use]
-    pub fn base(&self) -> NonNull<u8> {
-        self.mapping.base
-    }
-
-    /// Whether other processes of this host can map it.
-    #[must_use]
-    pub fn is_shareable(&self) -> bool {
-        self.shared.is_some()
-    }
-
-    pub(crate) fn mapping(&self) -> &Mapping {
-        &self.mapping
-    }
-
-    pub(crate) fn shared_file(&self) -> Option<&OwnedFd> {
-        self.shared.as_ref()
-    }
-}
-
-impl std::fmt::Debug for HostMemory {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostMemory")
-            .field("bytes", &self.bytes())
-            .field("shareable", &self.is_shareable())
-            .finish()
-    }
-}
-
-/// What keeps a peer from cutting memory away under us.
-pub(crate) const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);

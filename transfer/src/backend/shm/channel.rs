@@ -112,12 +112,7 @@ impl ShmChannel {
     }
 
     /// Sends a message and waits for its answer.
-    fn call(
-        &self,
-        id: u64,
-        message: &Message,
-        until: Instant,
-    ) -> Answer {
+    fn call(&self, id: u64, message: &Message, until: Instant) -> Answer {
         let call = Arc::new(Call::default());
         self.enter(id, Waiting::Call(call.clone()))
             .map_err(|(_, error)| error)?;
@@ -139,14 +134,20 @@ impl ShmChannel {
             return Ok(region);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let message = Message::Map { id, region: remote.id, key: remote.key };
+        let message = Message::Map {
+            id,
+            region: remote.id,
+            key: remote.key,
+        };
         let (outcome, file) = self.call(id, &message, Instant::now() + CONNECT_TIMEOUT)?;
         let (bytes, writable) = match outcome {
             Outcome::Granted { bytes, writable } => (bytes, writable),
             Outcome::Failed { code, text } => return Err(Outcome::failure(code, &text)),
             Outcome::Done => return Err(corrupt("a map is answered without memory")),
         };
-        let Some(file) = file else { return Err(corrupt("memory is granted without a descriptor")) };
+        let Some(file) = file else {
+            return Err(corrupt("memory is granted without a descriptor"));
+        };
         let region = Arc::new(PeerRegion::map(&file, bytes, writable, remote, &self.link)?);
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         regions.insert(remote.id, region.clone());

@@ -85,9 +85,13 @@ impl Link {
     /// Has the reactor tell of messages, and of the other process's death.
     pub(super) fn watch(&self, messages: Arc<dyn Source>, death: Arc<dyn Source>) -> Result<()> {
         let mut state = self.lock();
-        let token = self.reactor.add(self.socket.as_fd(), Interest::READABLE, messages)?;
+        let token = self
+            .reactor
+            .add(self.socket.as_fd(), Interest::READABLE, messages)?;
         state.tokens[0] = Some(token);
-        let death = self.reactor.add(self.process.as_fd(), Interest::READABLE, death);
+        let death = self
+            .reactor
+            .add(self.process.as_fd(), Interest::READABLE, death);
         match death {
             Ok(token) => state.tokens[1] = Some(token),
             Err(error) => {
@@ -133,9 +137,18 @@ impl Link {
             let text = format!("the peer leaves {UNSENT_MAX} messages unread");
             return Err(Error::new(ErrorKind::Busy, text));
         }
-        let Some(token) = state.tokens[0] else { return Err(lost("the path is closed")) };
+        let Some(token) = state.tokens[0] else {
+            return Err(lost("the path is closed"));
+        };
         state.unsent.push_back(Unsent { bytes, file });
-        self.reactor.modify(token, self.socket.as_fd(), Interest { readable: true, writable: true });
+        self.reactor.modify(
+            token,
+            self.socket.as_fd(),
+            Interest {
+                readable: true,
+                writable: true,
+            },
+        );
         Ok(())
     }
 
@@ -150,7 +163,8 @@ impl Link {
             };
         }
         if let Some(token) = state.tokens[0] {
-            self.reactor.modify(token, self.socket.as_fd(), Interest::READABLE);
+            self.reactor
+                .modify(token, self.socket.as_fd(), Interest::READABLE);
         }
         Ok(())
     }

@@ -36,18 +36,27 @@ impl PeerRegion {
             let text = format!("its size is not sealed ({seals:?})");
             return Err(Error::new(ErrorKind::Denied, text).at(place()));
         }
-        let found = fstat(file).map_err(|e| Error::io("size", e.into()).at(place()))?.st_size;
+        let found = fstat(file)
+            .map_err(|e| Error::io("size", e.into()).at(place()))?
+            .st_size;
         if u64::try_from(found) != Ok(bytes) || bytes != remote.bytes {
             let text = format!("{found} bytes, {bytes} granted, {} exported", remote.bytes);
             return Err(Error::new(ErrorKind::Corrupt, text).at(place()));
         }
         let mapping = Mapping::of_file(file, bytes, writable).map_err(|e| e.at(place()))?;
-        Ok(Self { id: remote.id, mapping: Some(mapping), link: link.clone() })
+        Ok(Self {
+            id: remote.id,
+            mapping: Some(mapping),
+            link: link.clone(),
+        })
     }
 
     pub(super) fn mapping(&self) -> Result<&Mapping> {
         self.mapping.as_ref().ok_or_else(|| {
-            Error::new(ErrorKind::Internal, format!("region {} is unmapped", self.id))
+            Error::new(
+                ErrorKind::Internal,
+                format!("region {} is unmapped", self.id),
+            )
         })
     }
 }
@@ -59,3 +68,6 @@ impl Drop for PeerRegion {
         let _ = self.link.send(&Message::Unmapped { region: self.id }, None);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ use super::link::{Link, TURN_MESSAGES};
 use super::message::{Message, Outcome};
 use crate::agent::Exports;
 use crate::backend::Operation;
+use crate::backend::spare::Spare;
 use crate::reactor::{Interest, Reactor, Source};
 use crate::region::{RegionCore, RegionId, RegionKey};
 
@@ -27,6 +28,7 @@ pub(super) struct Server {
     exports: Arc<Exports>,
     reactor: Arc<Reactor>,
     clients: Mutex<Vec<Weak<Client>>>,
+    spare: Spare,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -39,11 +41,14 @@ impl Server {
         exports: &Arc<Exports>,
         reactor: &Arc<Reactor>,
     ) -> Arc<Self> {
+        let spare = Spare::default();
+        spare.keep();
         Arc::new(Self {
             socket,
             exports: exports.clone(),
             reactor: reactor.clone(),
             clients: Mutex::default(),
+            spare,
         })
     }
 
@@ -66,7 +71,9 @@ impl Server {
             state: Mutex::default(),
         });
         let messages = Arc::new(Messages(client.clone()));
-        client.link.watch(messages, Arc::new(Death(client.clone())))?;
+        client
+            .link
+            .watch(messages, Arc::new(Death(client.clone())))?;
         clients.push(Arc::downgrade(&client));
         Ok(())
     }
@@ -93,7 +100,10 @@ impl Source for Server {
                 Err(rustix::io::Errno::AGAIN) => return,
                 Err(error) => {
                     tracing::warn!(%error, "accept a process of this host");
-                    return;
+                    // Whoever is shed sees the path closed, and tries again or another way.
+                    if !self.spare.shed(|| drop(accept_with(&self.socket, flags))) {
+                        return;
+                    }
                 }
             }
         }
@@ -126,9 +136,7 @@ impl Client {
                 self.answer(0, Outcome::of(outcome))
             }
             Message::Map { id, region, key } => match self.map(region, &key) {
-                Ok((outcome, file)) => self
-                    .link
-                    .send(&Message::Done { id, outcome }, Some(file)),
+                Ok((outcome, file)) => self.link.send(&Message::Done { id, outcome }, Some(file)),
                 Err(error) => self.answer(id, Outcome::of(Err(error))),
             },
             Message::Unmapped { region } => {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, poll};
 
+use super::active::Active;
 use super::frame::Header;
 use super::initiator::Initiator;
 use super::receive::{Handler, Intake, Receiver, Stopped};
@@ -66,7 +67,7 @@ impl Frame {
 pub(super) struct Outbox {
     pub(super) frames: VecDeque<Frame>,
     /// Initiator: requests that are not wholly cut into frames.
-    pub(super) jobs: VecDeque<Arc<super::initiator::Active>>,
+    pub(super) jobs: VecDeque<Arc<Active>>,
     pub(super) ended: bool,
 }
 
@@ -261,6 +262,11 @@ impl Connection {
             Err(error) => {
                 if error.kind() != ErrorKind::PeerLost {
                     tracing::warn!(%error, role = self.role.name(), "a connection broke the protocol");
+                }
+                if receiver.awaits_greeting()
+                    && let Role::Target(target) = &self.role
+                {
+                    target.refuse(self, &error);
                 }
                 self.lose(&error.to_string());
                 self.end(receiver);

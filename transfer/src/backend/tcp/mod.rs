@@ -3,6 +3,7 @@
 //! The side that connects asks, the other one answers; an agent that is asked and asks has a connection for each.
 //! Payload moves between socket and region without a copy in between.
 
+mod active;
 mod connection;
 mod frame;
 mod initiator;
@@ -19,14 +20,16 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::net::sockopt;
 
+use super::spare::Spare;
 use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::region::{MemoryKind, RegionCore};
 
+use active::Active;
 use connection::{Connection, INLINE_BYTES_MAX, Role};
 use frame::{Greeting, PREAMBLE_BYTES, decode_outcome, decode_preamble};
-use initiator::{Active, Initiator};
+use initiator::Initiator;
 use target::TargetSide;
 
 const NAME: &str = "tcp";
@@ -57,6 +60,7 @@ struct Listener {
     reactor: Arc<Reactor>,
     token: OnceLock<Token>,
     accepted: Mutex<Vec<Weak<Connection>>>,
+    spare: Spare,
 }
 
 /// Starts listening on `address`; peers are told `advertised`, or the address itself.
@@ -85,6 +89,7 @@ pub(crate) fn fabric(
         reactor: reactor.clone(),
         token: OnceLock::new(),
         accepted: Mutex::default(),
+        spare: Spare::default(),
     });
     let token = reactor.add(
         listener.socket.as_fd(),
@@ -128,6 +133,7 @@ impl Listener {
         let role = Role::Target(TargetSide::new(self.exports.clone()));
         let connection = Connection::start(stream, &self.reactor, role)?;
         accepted.push(Arc::downgrade(&connection));
+        drop(accepted);
         Ok(())
     }
 }
@@ -143,10 +149,11 @@ impl Source for Listener {
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    // Out of descriptors or memory: the connection stays in the queue, and the reactor comes
-                    // back to it.
                     tracing::warn!(%error, "accept a tcp connection");
-                    return;
+                    // Whoever is shed sees the connection closed, and tries again or elsewhere.
+                    if !self.spare.shed(|| drop(self.socket.accept())) {
+                        return;
+                    }
                 }
             }
         }

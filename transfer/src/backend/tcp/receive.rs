@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::active::Active;
 use super::frame::{HEADER_BYTES, Header, PREAMBLE_BYTES, decode_preamble};
-use super::initiator::Active;
 use super::scatter::Scatter;
 use crate::sys::memory::Sink;
 use crate::sys::socket::{self, SPANS_MAX};
@@ -119,6 +119,11 @@ impl Receiver {
 
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.state, State::Ended)
+    }
+
+    /// Whether the other side has not said yet who it is.
+    pub(super) fn awaits_greeting(&self) -> bool {
+        matches!(self.state, State::Preamble | State::Greeting(_))
     }
 
     /// No memory is touched after this.

@@ -45,14 +45,20 @@ impl TargetSide {
 
     pub(super) fn greeted(&self, connection: &Connection, greeting: &[u8]) -> Result<()> {
         let greeting = Greeting::decode(greeting)?;
-        let outcome = self.check(&greeting);
-        let welcome = Frame::new(encode_welcome(&outcome), None);
+        self.check(&greeting)?;
+        let welcome = Frame::new(encode_welcome(&Ok(())), None);
         connection.outbox().frames.push_back(welcome);
-        connection.pump(u64::MAX);
-        outcome?;
         // A connection is greeted once: the receiver leaves that state for good.
         let _ = self.initiator.set(greeting.name.into());
         Ok(())
+    }
+
+    /// Tells a side that is not let in why, in an answer that names our version, too.
+    pub(super) fn refuse(&self, connection: &Connection, error: &Error) {
+        let outcome = Err(Error::new(error.kind(), error.to_string()));
+        let welcome = Frame::new(encode_welcome(&outcome), None);
+        connection.outbox().frames.push_back(welcome);
+        connection.pump(u64::MAX);
     }
 
     fn check(&self, greeting: &Greeting) -> Result<()> {

@@ -6,14 +6,40 @@ use super::*;
 
 fn messages() -> Vec<Message> {
     vec![
-        Message::Hello { name: "peer".into(), wanted: Incarnation(7) },
-        Message::Map { id: 1, region: RegionId(2), key: RegionKey([3; 16]) },
-        Message::Unmapped { region: RegionId(4) },
-        Message::Notify { id: 5, bytes: Bytes::from_static(b"done") },
-        Message::Done { id: 6, outcome: Outcome::Done },
-        Message::Done { id: 7, outcome: Outcome::Granted { bytes: 8, writable: true } },
-        Message::Done { id: 9, outcome: Outcome::of(Err(Error::new(ErrorKind::Denied, "no"))) },
-        Message::Revoke { region: RegionId(10) },
+        Message::Hello {
+            name: "peer".into(),
+            wanted: Incarnation(7),
+        },
+        Message::Map {
+            id: 1,
+            region: RegionId(2),
+            key: RegionKey([3; 16]),
+        },
+        Message::Unmapped {
+            region: RegionId(4),
+        },
+        Message::Notify {
+            id: 5,
+            bytes: Bytes::from_static(b"done"),
+        },
+        Message::Done {
+            id: 6,
+            outcome: Outcome::Done,
+        },
+        Message::Done {
+            id: 7,
+            outcome: Outcome::Granted {
+                bytes: 8,
+                writable: true,
+            },
+        },
+        Message::Done {
+            id: 9,
+            outcome: Outcome::of(Err(Error::new(ErrorKind::Denied, "no"))),
+        },
+        Message::Revoke {
+            region: RegionId(10),
+        },
     ]
 }
 
@@ -27,10 +53,16 @@ fn a_message_is_read_as_it_was_written() {
         // A notification's bytes are the rest, whatever their number.
         if !matches!(message, Message::Notify { .. }) {
             for len in 0..bytes.len() {
-                assert_eq!(Message::decode(&bytes[..len]).unwrap_err().kind(), ErrorKind::Corrupt);
+                assert_eq!(
+                    Message::decode(&bytes[..len]).unwrap_err().kind(),
+                    ErrorKind::Corrupt
+                );
             }
             let longer = [&bytes[..], &[0]].concat();
-            assert_eq!(Message::decode(&longer).unwrap_err().kind(), ErrorKind::Corrupt);
+            assert_eq!(
+                Message::decode(&longer).unwrap_err().kind(),
+                ErrorKind::Corrupt
+            );
         }
     }
 }

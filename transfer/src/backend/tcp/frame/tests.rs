@@ -17,9 +17,17 @@ fn access() -> impl Strategy<Value = Access> {
         let count = regions.len() as u32;
         let ranges = ranges
             .into_iter()
-            .map(|(region, len, offset)| WireRange { region: region % count, len, offset })
+            .map(|(region, len, offset)| WireRange {
+                region: region % count,
+                len,
+                offset,
+            })
             .collect();
-        Access { regions, ranges, notification }
+        Access {
+            regions,
+            ranges,
+            notification,
+        }
     })
 }
 
@@ -94,21 +102,34 @@ proptest! {
 /// Lengths above the limits are refused before anything is allocated for them.
 #[test]
 fn lengths_above_the_limits_are_refused() {
-    for (head_bytes, payload_bytes) in
-        [(HEAD_BYTES_MAX as u32 + 1, 0), (0, CHUNK_BYTES_MAX + 1), (u32::MAX, u64::MAX)]
-    {
-        let header = Header { kind: FrameKind::Write, head_bytes, id: 1, payload_bytes };
+    for (head_bytes, payload_bytes) in [
+        (HEAD_BYTES_MAX as u32 + 1, 0),
+        (0, CHUNK_BYTES_MAX + 1),
+        (u32::MAX, u64::MAX),
+    ] {
+        let header = Header {
+            kind: FrameKind::Write,
+            head_bytes,
+            id: 1,
+            payload_bytes,
+        };
         let mut bytes = Vec::new();
         header.encode(&mut bytes);
-        assert_eq!(Header::decode(&bytes).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(
+            Header::decode(&bytes).unwrap_err().kind(),
+            ErrorKind::Invalid
+        );
     }
 }
 
 /// A greeting of another version is refused, and both versions are named.
 #[test]
 fn another_version_is_refused_with_both_named() {
-    let greeting =
-        Greeting { name: "peer".into(), incarnation: Incarnation(1), wanted: Incarnation(2) };
+    let greeting = Greeting {
+        name: "peer".into(),
+        incarnation: Incarnation(1),
+        wanted: Incarnation(2),
+    };
     let mut bytes = greeting.encode();
     let (preamble, body) = bytes.split_first_chunk::<PREAMBLE_BYTES>().unwrap();
     assert_eq!(decode_preamble(preamble).unwrap(), body.len());
@@ -118,13 +139,21 @@ fn another_version_is_refused_with_both_named() {
     let error = decode_preamble(preamble).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Version);
     assert!(error.to_string().contains("77"), "{error}");
-    assert!(error.to_string().contains(&PROTOCOL_VERSION.to_string()), "{error}");
+    assert!(
+        error.to_string().contains(&PROTOCOL_VERSION.to_string()),
+        "{error}"
+    );
 }
 
 /// Outcomes keep their kind and text; texts are cut to their limit, never inside a character.
 #[test]
 fn an_outcome_keeps_its_kind() {
-    for kind in [ErrorKind::Denied, ErrorKind::NotFound, ErrorKind::Busy, ErrorKind::Invalid] {
+    for kind in [
+        ErrorKind::Denied,
+        ErrorKind::NotFound,
+        ErrorKind::Busy,
+        ErrorKind::Invalid,
+    ] {
         let mut bytes = Vec::new();
         encode_outcome(&Err(Error::new(kind, "ä".repeat(1000))), &mut bytes);
         assert!(bytes.len() <= CONTEXT_BYTES_MAX + 6);

@@ -1,0 +1,94 @@
+//! What the handles and requests of an agent share.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use kvcache_core::Result;
+
+use super::{Exports, PeerCore, Timer};
+use crate::backend::copy::Copier;
+use crate::backend::{Backend, memcpy};
+use crate::reactor::Reactor;
+use crate::stats::Stats;
+use crate::sys::fork::Process;
+
+/// What the handles and requests of an agent share.
+pub(crate) struct AgentCore {
+    pub(super) process: Process,
+    pub(super) exports: Arc<Exports>,
+    pub(super) stats: Stats,
+    pub(super) timer: Arc<Timer>,
+    pub(super) copier: Arc<Copier>,
+    pub(super) reactor: Arc<Reactor>,
+    /// Copies between regions of this agent.
+    pub(super) own: Arc<dyn Backend>,
+    pub(super) extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
+    pub(super) peers: Mutex<HashMap<String, Arc<PeerCore>>>,
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl AgentCore {
+    /// # Errors
+    /// [`ErrorKind::Forked`] in a forked child.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.process.check()
+    }
+
+    pub(crate) fn exports(&self) -> &Arc<Exports> {
+        &self.exports
+    }
+
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    pub(crate) fn timer(&self) -> &Arc<Timer> {
+        &self.timer
+    }
+
+    /// The one value of this type that belongs to the agent, made at first use: an engine of a backend that is started
+    /// only where it is needed.
+    pub(crate) fn extension<T: Any + Send + Sync>(
+        &self,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        let mut extensions = self
+            .extensions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let known = extensions.get(&TypeId::of::<T>()).cloned();
+        if let Some(Ok(extension)) = known.map(Arc::downcast) {
+            return Ok(extension);
+        }
+        let extension = Arc::new(make()?);
+        extensions.insert(TypeId::of::<T>(), extension.clone());
+        Ok(extension)
+    }
+}
+
+impl Drop for AgentCore {
+    fn drop(&mut self) {
+        // A child has none of the threads, and must leave the parent's sockets alone.
+        if self.process.check().is_err() {
+            return;
+        }
+        memcpy::leave(&self.exports);
+        self.exports.close();
+        self.timer.close();
+        self.reactor.close();
+        self.copier.close();
+        let threads = std::mem::take(
+            self.threads
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for thread in threads {
+            // The last handle may be dropped by a waker that one of these threads calls.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!(agent = %self.exports.name(), "a thread of the agent panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What a lying peer could hand over as its memory.
+
+use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::*;
+use crate::reactor::Reactor;
+use crate::region::RegionKey;
+
+const BYTES: u64 = 8192;
+
+fn memory(bytes: u64, seals: SealFlags) -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("test", flags).unwrap();
+    ftruncate(&file, bytes).unwrap();
+    fcntl_add_seals(&file, seals).unwrap();
+    file
+}
+
+/// How mapping `file` ends, when the metadata promised `BYTES` and the peer grants `granted`.
+fn map(file: &OwnedFd, granted: u64) -> Result<PeerRegion> {
+    let (reactor, thread) = Reactor::start().unwrap();
+    let kind = SocketType::SEQPACKET;
+    let (one, _other) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
+    let link = Arc::new(Link::new(one, &reactor).unwrap());
+    let remote = RemoteRegion {
+        id: RegionId(1),
+        key: RegionKey([0; 16]),
+        bytes: BYTES,
+        readable: true,
+        writable: true,
+        shareable: true,
+    };
+    let mapped = PeerRegion::map(file, granted, true, &remote, &link);
+    reactor.close();
+    thread.join().unwrap();
+    mapped
+}
+
+/// Without each of the seals the peer could cut the memory away, and a copy would end this process.
+#[test]
+fn memory_that_can_shrink_is_refused() {
+    let all = SIZE_SEALS | SealFlags::SEAL;
+    for missing in [SealFlags::SHRINK, SealFlags::GROW, SealFlags::SEAL] {
+        let refused = map(&memory(BYTES, all.difference(missing)), BYTES);
+        assert_eq!(
+            refused.err().unwrap().kind(),
+            ErrorKind::Denied,
+            "{missing:?}"
+        );
+    }
+    let mapped = map(&memory(BYTES, all), BYTES).unwrap();
+    assert_eq!(mapped.mapping().unwrap().len(), BYTES);
+}
+
+/// Less memory than was promised, or than is claimed.
+#[test]
+fn memory_of_another_size_is_refused() {
+    let all = SIZE_SEALS | SealFlags::SEAL;
+    for (bytes, granted) in [
+        (4096, BYTES),
+        (4096, 4096),
+        (2 * BYTES, BYTES),
+        (BYTES, 4096),
+    ] {
+        let refused = map(&memory(bytes, all), granted);
+        assert_eq!(
+            refused.err().unwrap().kind(),
+            ErrorKind::Corrupt,
+            "{bytes} {granted}"
+        );
+    }
+}

@@ -1,0 +1,106 @@
+//! Host memory that can be registered: private, shared, or lent.
+
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+
+use kvcache_core::{Error, Result};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::memory::Mapping;
+
+/// What keeps a peer from cutting memory away under us.
+pub(crate) const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
+
+/// Memory of this host to register with an agent.
+///
+/// Only [`HostMemory::shared`] can be mapped by other processes of this host; other kinds are reached over `tcp`.
+pub struct HostMemory {
+    mapping: Mapping,
+    shared: Option<OwnedFd>,
+}
+
+impl HostMemory {
+    /// Zeroed memory, private to this process.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for no bytes, [`kvcache_core::ErrorKind::Io`] when the system has none left.
+    pub fn anonymous(bytes: u64) -> Result<Self> {
+        Ok(Self {
+            mapping: Mapping::anonymous(bytes)?,
+            shared: None,
+        })
+    }
+
+    /// Zeroed memory that processes of this host may map; its size is sealed.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for no bytes, [`kvcache_core::ErrorKind::Io`] when the system has none left.
+    pub fn shared(bytes: u64) -> Result<Self> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("kvfabric", flags)
+            .map_err(|e| Error::io("create shared memory", e.into()))?;
+        rustix::fs::ftruncate(&file, bytes)
+            .map_err(|e| Error::io(format!("size shared memory to {bytes} bytes"), e.into()))?;
+        rustix::fs::fcntl_add_seals(&file, SIZE_SEALS | SealFlags::SEAL)
+            .map_err(|e| Error::io("seal the size of shared memory", e.into()))?;
+        let mapping = Mapping::of_file(&file, bytes, true)?;
+        Ok(Self {
+            mapping,
+            shared: Some(file),
+        })
+    }
+
+    /// Memory that someone else owns, such as an engine's cache pool.
+    ///
+    /// # Safety
+    /// `base` must be valid for reads and writes of `bytes` bytes until the region made of it has been
+    /// deregistered and [`crate::Deregistration`] has completed (not merely until it was dropped). No
+    /// Rust reference may point into the range while a transfer that names it is in flight.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for a null address or no bytes.
+    pub unsafe fn from_raw(base: *mut u8, bytes: u64) -> Result<Self> {
+        // SAFETY: passed on to the caller, word for word.
+        let mapping = unsafe { Mapping::lent(base, bytes)? };
+        Ok(Self {
+            mapping,
+            shared: None,
+        })
+    }
+
+    /// Its size in bytes, never zero.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.mapping.len()
+    }
+
+    /// Where it begins in this process: valid as long as the region made of it, or a list or request over it, is
+    /// alive. Others may change the bytes at any time, so they must only be copied, never borrowed.
+    #[must_use]
+    pub fn base(&self) -> NonNull<u8> {
+        self.mapping.base()
+    }
+
+    /// Whether other processes of this host can map it.
+    #[must_use]
+    pub fn is_shareable(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    pub(crate) fn shared_file(&self) -> Option<&OwnedFd> {
+        self.shared.as_ref()
+    }
+}
+
+impl std::fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostMemory")
+            .field("bytes", &self.bytes())
+            .field("shareable", &self.is_shareable())
+            .finish()
+    }
+}
