@@ -108,7 +108,7 @@ impl Sequence {
         &self.tokens
     }
 
-    /// The data keys of the blocks at these positions.
+    /// The data keys of the blocks, the prompt's first.
     pub fn keys(&self) -> impl ExactSizeIterator<Item = BlockKey> + '_ {
         self.blocks.iter().map(|block| block.key)
     }

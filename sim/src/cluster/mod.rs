@@ -160,7 +160,7 @@ pub struct Cluster {
     waiting: Option<Request>,
     active: BTreeMap<u64, Active>,
     ended: BTreeSet<u64>,
-    /// Blocks that an audit has read correctly, and whether the audit under way has ended.
+    /// Whether the audit's latest read brought the block; none while it is under way.
     audited: Option<bool>,
     content: Content,
     sequencer: Sequencer,

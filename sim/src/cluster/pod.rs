@@ -85,7 +85,7 @@ pub(super) struct Pod {
 }
 
 impl Pod {
-    /// A pod that has just been started; `disk` is what its predecessor left.
+    /// A pod that has just been started; its memory may hold the disk of its predecessor.
     pub(super) fn start(
         name: &str,
         peer: PeerId,
