@@ -466,7 +466,8 @@ fn every_version_of_vllm_is_understood_alike() {
         );
         assert_eq!(removed.hashes, [EngineHash(11)], "{name}");
         if name == "0.12.0" {
-            // That version names no adapter and no extra keys: a number keeps the blocks apart, tokens are not believed.
+            // That version names no adapter and no extra keys: a number keeps the blocks apart, and
+            // tokens are not believed.
             assert_eq!(second.lora.as_deref(), Some("#7"));
             assert!(second.tokens.is_empty());
         } else {

@@ -17,7 +17,7 @@ pub const EVENTS_MAX: u32 = 1 << 16;
 /// error after them.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] with the place when the payload is too large or is no batch at all.
+/// [`kvcache_core::ErrorKind::Invalid`] with the place when the payload is too large or is no batch at all.
 pub fn decode_batch(payload: &[u8], kind: SourceKind) -> Result<Batch> {
     if payload.len() > BATCH_BYTES_MAX {
         return Err(Error::invalid(
