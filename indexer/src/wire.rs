@@ -30,6 +30,7 @@ pub fn parse_source_kind(name: &str) -> Result<SourceKind> {
     })
 }
 
+#[cfg(feature = "client")]
 pub(crate) const fn source_kind_to_wire(kind: SourceKind) -> v1::SourceKind {
     match kind {
         SourceKind::Vllm => v1::SourceKind::Vllm,
@@ -39,6 +40,7 @@ pub(crate) const fn source_kind_to_wire(kind: SourceKind) -> v1::SourceKind {
     }
 }
 
+#[cfg(feature = "server")]
 pub(crate) fn source_kind_from_wire(raw: i32) -> Result<SourceKind> {
     match v1::SourceKind::try_from(raw) {
         Ok(v1::SourceKind::Vllm) => Ok(SourceKind::Vllm),
@@ -127,6 +129,7 @@ impl SourcePosition {
     }
 }
 
+#[cfg(feature = "server")]
 pub(crate) const fn tier_to_wire(tier: Tier) -> v1::Tier {
     match tier {
         Tier::Device => v1::Tier::Hbm,
@@ -136,6 +139,7 @@ pub(crate) const fn tier_to_wire(tier: Tier) -> v1::Tier {
     }
 }
 
+#[cfg(feature = "client")]
 pub(crate) fn tier_from_wire(raw: i32) -> Result<Tier> {
     match v1::Tier::try_from(raw) {
         Ok(v1::Tier::Hbm) => Ok(Tier::Device),

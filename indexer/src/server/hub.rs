@@ -279,12 +279,8 @@ impl Hub {
         Ok(index)
     }
 
-    /// Forgets the pod; answers stop naming it before this returns.
+    /// Forgets the pod: first its entries, so that whoever sees it gone finds nothing of it any more.
     async fn remove(&self, pod: &Arc<Pod>) {
-        self.pods
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&pod.name);
         for source in &pod.sources {
             source.task.abort();
         }
@@ -298,6 +294,10 @@ impl Hub {
                 tracing::error!(pod = %pod.name, %error, "remove the entries of a pod");
             }
         }
+        self.pods
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&pod.name);
         pod.ended.send_replace(true);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, "pod left");
