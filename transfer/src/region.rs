@@ -47,7 +47,7 @@ pub struct RegionOptions {
 /// A registered region. Clones are handles to the same one.
 ///
 /// Dropping the last handle deregisters it, without telling when: requests in flight keep its memory. For memory
-/// made with [`HostMemory::from_raw`] call [`Region::deregister`] and wait.
+/// made with [`HostMemory::from_raw`](crate::HostMemory::from_raw) call [`Region::deregister`] and wait.
 #[derive(Clone)]
 pub struct Region(Arc<Registration>);
 
@@ -179,7 +179,7 @@ impl Region {
     }
 
     /// Refuses new requests at once, revokes the key, and returns what tells when none is in flight any more: only
-    /// then may memory lent with [`HostMemory::from_raw`] be freed.
+    /// then may memory lent with [`HostMemory::from_raw`](crate::HostMemory::from_raw) be freed.
     pub fn deregister(&self) -> Deregistration {
         self.0.close();
         Deregistration {

@@ -8,7 +8,7 @@
 mod support;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{Agent, METADATA_VERSION, Operation, RegionOptions, RequestOptions, Side};
@@ -121,12 +121,7 @@ fn a_read_only_region_is_not_writable_by_pretending() {
 
 /// Connects to a target as a stranger, says `bytes`, and returns what it answers until it closes.
 fn stranger(pair: &Pair, bytes: &[u8]) -> Vec<u8> {
-    let path = pair.initiator.path_to(&pair.peer);
-    let address = path
-        .why
-        .split([' ', ','])
-        .find_map(|word| word.parse::<SocketAddr>().ok());
-    let mut stream = TcpStream::connect(address.unwrap()).unwrap();
+    let mut stream = TcpStream::connect(pair.target.tcp_address().unwrap()).unwrap();
     stream.set_read_timeout(Some(WAIT)).unwrap();
     stream.write_all(bytes).unwrap();
     let mut answer = Vec::new();

@@ -18,19 +18,14 @@ use support::{OPEN, Pair, WAIT, Way, contents, loopback, pattern};
 /// A pair whose traffic goes through a proxy.
 fn proxied(bytes: u64) -> (Pair, Proxy) {
     let proxy = Proxy::new();
-    // The target's own address is known only once it listens, so the proxy learns it from other metadata.
-    let listen = std::net::TcpListener::bind(loopback())
-        .unwrap()
-        .local_addr()
-        .unwrap();
     let target = Agent::builder("target")
         .memcpy(false)
         .shm(false)
-        .tcp(Some(listen))
+        .tcp(Some(loopback()))
         .tcp_advertise(Some(proxy.address()))
         .build()
         .unwrap();
-    proxy.run(listen);
+    proxy.run(target.tcp_address().unwrap());
     (
         Pair::of(Way::Tcp.agent("initiator"), target, bytes, OPEN),
         proxy,

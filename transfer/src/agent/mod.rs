@@ -1,5 +1,6 @@
 //! The agent: registers places, knows peers, makes requests.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -56,6 +57,16 @@ impl Agent {
     #[must_use]
     pub fn name(&self) -> &str {
         self.0.exports.name()
+    }
+
+    /// The TCP address that it listens on, with the port that it was given; none without TCP.
+    #[must_use]
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        self.0
+            .exports()
+            .fabrics()
+            .iter()
+            .find_map(|fabric| fabric.listening())
     }
 
     /// Registers host memory, which is never touched before or after by anyone but its users.

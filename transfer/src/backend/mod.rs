@@ -1,5 +1,6 @@
 //! What moves bytes: one trait, and the job it is handed.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -93,6 +94,11 @@ pub(crate) trait Fabric: Send + Sync {
 
     /// How peers can reach this agent this way, in a form only the same fabric reads; none if they cannot.
     fn address(&self) -> Option<Vec<u8>>;
+
+    /// The network address that it listens on, if any.
+    fn listening(&self) -> Option<SocketAddr> {
+        None
+    }
 
     /// Connects, within `timeout`. The error is the reason that path reports give.
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>>;

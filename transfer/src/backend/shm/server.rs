@@ -320,5 +320,9 @@ impl Source for Death {
         self.0.bury();
     }
 
-    fn orphaned(&self) {}
+    fn orphaned(&self) {
+        // Nobody hears of its end any more. The memory is ours and not lent, and a process that still has it
+        // mapped keeps the pages, not our mapping.
+        self.0.bury();
+    }
 }

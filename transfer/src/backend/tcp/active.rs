@@ -87,6 +87,17 @@ impl Active {
         self.plan.bytes
     }
 
+    /// Cuts no more if its caller has given up; what follows from that.
+    pub(super) fn give_up(&self) -> Option<Next> {
+        let mut state = self.lock();
+        if !state.job.as_ref().is_none_or(Job::is_abandoned) {
+            return None;
+        }
+        state.all_cut = true;
+        state.error.get_or_insert_with(abandoned);
+        Some(state.next())
+    }
+
     /// Cuts the next chunk; none when there is nothing left to cut.
     pub(super) fn cut(&self, state: &mut ActiveState) -> Option<Cut> {
         if let Some(job) = &state.job

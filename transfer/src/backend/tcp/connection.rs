@@ -17,6 +17,7 @@ use super::initiator::Initiator;
 use super::receive::{Handler, Intake, Receiver, Stopped};
 use super::scatter::Scatter;
 use super::target::TargetSide;
+use crate::backend::Job;
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::sys::memory::Span;
 use crate::sys::socket::{self, SPANS_MAX};
@@ -69,6 +70,8 @@ pub(super) struct Outbox {
     /// Initiator: requests that are not wholly cut into frames.
     pub(super) jobs: VecDeque<Arc<Active>>,
     pub(super) ended: bool,
+    /// Requests that are over; settled without the lock, because that runs wakers of others.
+    pub(super) settled: Vec<(Job, Result<()>)>,
 }
 
 impl Outbox {
@@ -137,6 +140,15 @@ pub(super) struct Connection {
     /// Someone wants memory back.
     poked: AtomicBool,
     lost: OnceLock<String>,
+}
+
+/// Settles what is over, after letting go of the outbox.
+pub(super) fn settle(mut outbox: MutexGuard<'_, Outbox>) {
+    let settled = std::mem::take(&mut outbox.settled);
+    drop(outbox);
+    for (job, outcome) in settled {
+        job.settle(outcome);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -216,10 +228,15 @@ impl Connection {
     /// Sends what waits until the socket is full, or about `budget` bytes.
     pub(super) fn pump(&self, budget: u64) {
         let mut outbox = self.outbox();
+        self.pump_locked(&mut outbox, budget);
+        settle(outbox);
+    }
+
+    fn pump_locked(&self, outbox: &mut Outbox, budget: u64) {
         let mut left = budget;
         while !outbox.ended {
             if let Role::Initiator(initiator) = &self.role {
-                initiator.refill(&mut outbox);
+                initiator.refill(outbox);
             }
             if outbox.frames.is_empty() {
                 self.set_interest(|interest| interest.writable = false);
@@ -362,6 +379,9 @@ impl Source for Connection {
             let mut receiver = lock(&self.receiver);
             if let Role::Initiator(initiator) = &self.role {
                 initiator.reap();
+                let mut outbox = self.outbox();
+                initiator.sweep(&mut outbox);
+                settle(outbox);
             }
             receiver.yield_memory();
         }

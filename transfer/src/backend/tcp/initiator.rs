@@ -151,7 +151,18 @@ impl Initiator {
         match next {
             Next::Nothing => {}
             Next::Notify => outbox.frames.push_back(self.notification(active)),
-            Next::Settle(job, outcome) => job.settle(outcome),
+            Next::Settle(job, outcome) => outbox.settled.push((job, outcome)),
+        }
+    }
+
+    /// Takes requests that were given up out of the queue, where a full window would keep them.
+    pub(super) fn sweep(&self, outbox: &mut Outbox) {
+        let jobs = std::mem::take(&mut outbox.jobs);
+        for active in jobs {
+            match active.give_up() {
+                None => outbox.jobs.push_back(active),
+                Some(next) => self.follow(&active, next, outbox),
+            }
         }
     }
 

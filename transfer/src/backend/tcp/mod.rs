@@ -184,6 +184,10 @@ impl Fabric for TcpFabric {
         Some(self.advertised.to_string().into_bytes())
     }
 
+    fn listening(&self) -> Option<SocketAddr> {
+        self.listener.socket.local_addr().ok()
+    }
+
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {
         let Some(address) = peer.address(NAME) else {
             return Err(Error::new(
@@ -303,7 +307,7 @@ impl Backend for TcpChannel {
             return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
         }
         initiator.start(&self.connection, Arc::new(Active::new(job)), &mut outbox);
-        drop(outbox);
+        connection::settle(outbox);
         if small {
             self.connection.pump(INLINE_BYTES_MAX);
         }
