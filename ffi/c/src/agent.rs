@@ -1,0 +1,222 @@
+//! Agents: what registers memory, knows peers and moves bytes.
+
+use std::ffi::{c_char, c_void};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kvfabric::transfer::{Agent, PeerHandle};
+use kvfabric::{Error, ErrorKind, Result};
+
+use crate::boundary::{
+    Handle, Out, OutArray, boundary, enter, fill, into_raw, milliseconds, optional_text, slice,
+    take, text,
+};
+use crate::inbox::Inbox;
+use crate::life::Life;
+use crate::options::{self, SizePrefixed};
+use crate::peer::kvf_peer;
+use crate::status::kvf_status;
+
+/// Moves bytes between registered memory of this process and its peers.
+pub struct kvf_agent {
+    pub(crate) life: Arc<Life>,
+    pub(crate) agent: Agent,
+    inbox: Inbox,
+}
+
+impl Handle for kvf_agent {
+    fn life(&self) -> &Life {
+        &self.life
+    }
+}
+
+/// How an agent is made.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvf_agent_options {
+    /// sizeof(struct kvf_agent_options).
+    pub size: usize,
+    /// How peers know it.
+    pub name: *const c_char,
+    /// Where TCP is served, "127.0.0.1:0" for any free port; NULL: TCP is not used. Traffic is neither encrypted nor
+    /// authenticated beyond region keys: stay on loopback or a trusted network.
+    pub tcp_listen: *const c_char,
+    /// 1: peers on this host are reached through shared memory; 0: they are not.
+    pub shm: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
+unsafe impl SizePrefixed for kvf_agent_options {
+    const SIZE_MIN: usize = size_of::<Self>();
+    const NAME: &'static str = "kvf_agent_options";
+}
+
+/// Starts an agent.
+///
+/// KVF_INVALID for a bad name or address, KVF_IO when the address is in use.
+///
+/// # Safety
+/// Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_create(
+    options: *const kvf_agent_options,
+    agent_out: *mut *mut kvf_agent,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or readable for its size, by contract.
+        let options = unsafe { options::read(options) }?;
+        // SAFETY: null or a string, by contract.
+        let name = unsafe { text(options.name, "kvf_agent_options.name") }?;
+        let place = "kvf_agent_options.tcp_listen";
+        // SAFETY: null or a string, by contract.
+        let tcp = unsafe { optional_text(options.tcp_listen, place) }?;
+        let tcp = tcp.map(|address| parse_address(address, place)).transpose()?;
+        options::check_reserved(options.reserved, kvf_agent_options::NAME)?;
+        let shm = parse_flag(options.shm, "kvf_agent_options.shm")?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(agent_out, "agent_out") }?;
+        let agent = Agent::builder(name).shm(shm).tcp(tcp).build()?;
+        out.write(into_raw(kvf_agent { life: Life::begin(), agent, inbox: Inbox::default() }));
+        Ok(())
+    })
+}
+
+fn parse_address(address: &str, place: &str) -> Result<SocketAddr> {
+    address.parse().map_err(|_| Error::invalid(place, format!("{address:?}"), "IP:PORT"))
+}
+
+fn parse_flag(value: u32, place: &str) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Error::invalid(place, value, 0..=1)),
+    }
+}
+
+/// Gives an agent back. It ends when its regions, peers and transfers are freed too.
+///
+/// # Safety
+/// `agent` is null or live, and not used again.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_free(agent: *mut kvf_agent) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live, and given up by the caller, by contract.
+        unsafe { take(agent, "agent", |_| Ok(())) }.map(drop)
+    })
+}
+
+/// Copies out what peers need to reach this agent and the regions that it exports now: hand it to kvf_peer_load there. It
+/// contains the regions' keys, so whoever has it may do what the regions allow.
+///
+/// With `buffer` NULL only the length is told. KVF_INVALID when `capacity` is too small; `len_out` is written then too.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, `buffer` for `capacity` writes, `len_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_metadata(
+    agent: *const kvf_agent,
+    buffer: *mut c_void,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let agent = unsafe { enter(agent, "agent") }?;
+        // SAFETY: null or writable for `capacity` bytes, by contract.
+        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
+        // SAFETY: null or writable, by contract.
+        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        fill(&agent.agent.metadata(), buffer, len_out, "metadata")
+    })
+}
+
+/// Sends a message to a peer and waits until its agent has taken it, at most `timeout_ms`.
+///
+/// KVF_BUSY when the peer's inbox is full, KVF_INVALID above 65,536 bytes. After KVF_TIMEOUT it may still arrive.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` and `peer` live, `message` for `len` reads.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_notify(
+    agent: *const kvf_agent,
+    peer: *const kvf_peer,
+    message: *const c_void,
+    len: usize,
+    timeout_ms: u32,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let agent = unsafe { enter(agent, "agent") }?;
+        // SAFETY: null or live during this call, by contract.
+        let peer = unsafe { enter(peer, "peer") }?;
+        // SAFETY: null or readable for `len` bytes, by contract.
+        let message = unsafe { slice(message.cast::<u8>(), len, "message") }?;
+        let peer = agent.own(&peer)?;
+        let request = agent.agent.notify(peer, Bytes::copy_from_slice(message))?;
+        request.wait(milliseconds(timeout_ms))?;
+        Ok(())
+    })
+}
+
+/// Takes the oldest message that a peer sent, waiting for one at most `timeout_ms`; KVF_TIMEOUT if there is none.
+///
+/// The sender's name goes to `peer_buffer` with a terminating NUL, if that is not NULL; names have at most 255 bytes. With
+/// `buffer` NULL only the length is told, and the message stays. KVF_INVALID when a buffer is too small: the message stays,
+/// and `len_out` is written when it was `buffer`.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, the buffers for their capacities in writes, `len_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_receive(
+    agent: *const kvf_agent,
+    timeout_ms: u32,
+    peer_buffer: *mut c_char,
+    peer_capacity: usize,
+    buffer: *mut c_void,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let agent = unsafe { enter(agent, "agent") }?;
+        // SAFETY: null or writable for `peer_capacity` bytes, by contract.
+        let name = unsafe { OutArray::new(peer_buffer.cast(), peer_capacity, "peer_buffer") }?;
+        // SAFETY: null or writable for `capacity` bytes, by contract.
+        let buffer = unsafe { OutArray::new(buffer.cast::<u8>(), capacity, "buffer") }?;
+        // SAFETY: null or writable, by contract.
+        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        let is_query = buffer.is_null();
+        let timeout = milliseconds(timeout_ms);
+        agent.inbox.receive(&agent.agent, timeout, |notification| {
+            let sender = terminated(&notification.peer);
+            if !name.is_null() && sender.len() > name.capacity() {
+                let (len, capacity) = (sender.len(), name.capacity());
+                let text = format!("peer name: {len} bytes do not fit into a buffer of {capacity}");
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
+            fill(&notification.bytes, buffer, len_out, "message")?;
+            if !name.is_null() {
+                name.write(&sender);
+            }
+            Ok(!is_query)
+        })
+    })
+}
+
+fn terminated(name: &str) -> Vec<u8> {
+    name.bytes().chain([0]).collect()
+}
+
+impl kvf_agent {
+    /// The peer, if this agent has loaded it.
+    pub(crate) fn own<'a>(&self, peer: &'a kvf_peer) -> Result<&'a PeerHandle> {
+        if Arc::ptr_eq(&self.life, &peer.life) {
+            return Ok(&peer.peer);
+        }
+        let text = format!("peer {:?} was loaded by another agent", peer.peer.name());
+        Err(Error::new(ErrorKind::Invalid, text))
+    }
+}

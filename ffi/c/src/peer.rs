@@ -1,0 +1,116 @@
+//! Peers: other agents, as their metadata describes them.
+
+use std::ffi::{c_char, c_void};
+use std::sync::Arc;
+
+use kvfabric::transfer::{Agent, PathReport, PeerHandle};
+
+use crate::agent::kvf_agent;
+use crate::boundary::{
+    Handle, Out, OutArray, boundary, enter, fill_text, into_raw, slice, take,
+};
+use crate::life::Life;
+use crate::status::kvf_status;
+
+/// Another agent, in this process or elsewhere.
+pub struct kvf_peer {
+    pub(crate) life: Arc<Life>,
+    agent: Agent,
+    pub(crate) peer: PeerHandle,
+}
+
+impl Handle for kvf_peer {
+    fn life(&self) -> &Life {
+        &self.life
+    }
+}
+
+/// Learns of a peer from its kvf_agent_metadata, or what is new about one.
+///
+/// KVF_CORRUPT for damaged metadata, KVF_VERSION for another version's.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, `metadata` for `len` reads, `peer_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_peer_load(
+    agent: *const kvf_agent,
+    metadata: *const c_void,
+    len: usize,
+    peer_out: *mut *mut kvf_peer,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let agent = unsafe { enter(agent, "agent") }?;
+        // SAFETY: null or readable for `len` bytes, by contract.
+        let metadata = unsafe { slice(metadata.cast::<u8>(), len, "metadata") }?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(peer_out, "peer_out") }?;
+        let peer = agent.agent.load_peer(metadata)?;
+        let (life, agent) = (agent.life.clone(), agent.agent.clone());
+        out.write(into_raw(kvf_peer { life, agent, peer }));
+        Ok(())
+    })
+}
+
+/// Says which way bytes go to the peer, why, and what kept better ways from being used; connects if there is no connection.
+///
+/// The text is for people and logs. With `buffer` NULL only its length is told, which counts the terminating NUL. KVF_INVALID
+/// when `capacity` is too small; `len_out` is written then too.
+///
+/// # Safety
+/// Each pointer is null or valid: `peer` live, `buffer` for `capacity` writes, `len_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_peer_path(
+    peer: *const kvf_peer,
+    buffer: *mut c_char,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let peer = unsafe { enter(peer, "peer") }?;
+        // SAFETY: null or writable for `capacity` bytes, by contract.
+        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
+        // SAFETY: null or writable, by contract.
+        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        let report = peer.agent.path_to(&peer.peer);
+        fill_text(&describe(&report), buffer, len_out, "path")
+    })
+}
+
+fn describe(report: &PathReport) -> String {
+    let mut text = match report.backend {
+        Some(backend) => format!("{backend}: {}", report.why),
+        None => "none".to_owned(),
+    };
+    for (backend, reason) in &report.refused {
+        text.push_str(&format!("; not {backend}: {reason}"));
+    }
+    text
+}
+
+/// Ends the connections to a peer and forgets it: transfers in flight fail with KVF_PEER_LOST. The handle must still be freed.
+///
+/// # Safety
+/// `peer` is null or live.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_peer_forget(peer: *const kvf_peer) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let peer = unsafe { enter(peer, "peer") }?;
+        peer.agent.forget_peer(&peer.peer);
+        Ok(())
+    })
+}
+
+/// Gives a handle back. The agent stays connected to the peer, and knows it until kvf_peer_forget.
+///
+/// # Safety
+/// `peer` is null or live, and not used again.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_peer_free(peer: *mut kvf_peer) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live, and given up by the caller, by contract.
+        unsafe { take(peer, "peer", |_| Ok(())) }.map(drop)
+    })
+}
