@@ -323,7 +323,7 @@ impl Connection {
         };
         self.set_interest(|interest| interest.readable = false);
         let until = until.min(Instant::now() + ASSIST_MAX);
-        while self.receive(&mut receiver).is_some() && !done() {
+        while !receiver.has_ended() && !done() {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 break;
             };
@@ -332,9 +332,10 @@ impl Connection {
                 tv_nsec: left.subsec_nanos().into(),
             };
             let mut polled = [PollFd::from_borrowed_fd(self.socket(), PollFlags::IN)];
-            if poll(&mut polled, Some(&timeout)).is_err() {
-                break;
-            }
+            match poll(&mut polled, Some(&timeout)) {
+                Ok(0) | Err(_) => break,
+                Ok(_) => self.receive(&mut receiver),
+            };
         }
         drop(receiver);
         self.set_interest(|interest| interest.readable = true);
