@@ -1,6 +1,7 @@
 //! The two questions that tiers and index have for each other, so that neither knows the other.
 
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 
 use crate::error::Result;
@@ -22,8 +23,8 @@ pub struct Holder {
 pub struct Located {
     /// The pods, deepest first.
     pub holders: Vec<Holder>,
-    /// How many blocks, from the first, are in a tier that every pod can reach.
-    pub shared_depth: u32,
+    /// Which blocks, by position, are in a tier that every pod can reach: ascending, apart from each other.
+    pub shared: Vec<Range<u32>>,
 }
 
 /// The answer of a [`Directory`], once it is there.

@@ -1,5 +1,6 @@
 //! Asks the global index, and keeps a pod registered with it.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -149,6 +150,8 @@ pub struct LookupAnswer {
     pub pods: Vec<PodDepth>,
     /// How many of the first blocks shared tiers hold.
     pub shared_depth: u32,
+    /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
+    pub shared: Vec<Range<u32>>,
     /// Full blocks in the prompt.
     pub blocks: u32,
     /// Tokens a block in the index.
@@ -167,6 +170,7 @@ impl LookupAnswer {
         Ok(Self {
             pods,
             shared_depth: wire.shared_depth,
+            shared: wire.shared.iter().map(|range| range.start..range.end).collect(),
             blocks: wire.blocks,
             block_size: wire.block_size,
             positions: wire
@@ -327,7 +331,7 @@ impl Directory for IndexClient {
                         depth: pod.depth,
                     })
                     .collect(),
-                shared_depth: answer.shared_depth,
+                shared: answer.shared,
             })
         })
     }

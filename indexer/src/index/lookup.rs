@@ -1,5 +1,7 @@
 //! The question the index is for: who holds this prefix, how deep, in which tier?
 
+use std::ops::Range;
+
 use kvcache_core::{IndexKey, PodName};
 
 use super::holders::SetId;
@@ -35,6 +37,8 @@ pub struct Answer {
     pub pods: Vec<PodDepth>,
     /// Blocks, from the first, that shared tiers hold: answered once, as every pod reaches them.
     pub shared_depth: u32,
+    /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
+    pub shared: Vec<Range<u32>>,
     scratch: Scratch,
 }
 
@@ -65,7 +69,7 @@ struct Run {
 }
 
 impl Answer {
-    /// Follows the chain until nobody holds it any more.
+    /// Follows the chain until nobody holds it any more, or to its end where shared tiers hold anything.
     pub(super) fn fill(
         &mut self,
         table: &Table,
@@ -75,10 +79,19 @@ impl Answer {
     ) {
         self.pods.clear();
         self.shared_depth = 0;
+        self.shared.clear();
+        // What a shared tier holds can be had behind any hole, so only its absence ends the walk early.
+        let is_shared = table.shared_entries() > 0;
         self.scratch.prepare(table, query);
         let mut run: Option<Run> = None;
         for (position, &key) in keys.iter().enumerate() {
             let Some(set) = table.holders(key) else {
+                if let Some(run) = run.take() {
+                    self.walk(table, &run, query);
+                }
+                if is_shared {
+                    continue;
+                }
                 break;
             };
             let position = position as u32;
@@ -88,6 +101,7 @@ impl Answer {
                 _ => {
                     if let Some(run) = run.take()
                         && !self.walk(table, &run, query)
+                        && !is_shared
                     {
                         break;
                     }
@@ -114,6 +128,10 @@ impl Answer {
                 if self.shared_depth == run.start {
                     self.shared_depth = run.end;
                     is_held = true;
+                }
+                match self.shared.last_mut() {
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ => self.shared.push(run.start..run.end),
                 }
                 continue;
             }

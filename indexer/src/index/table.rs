@@ -114,6 +114,11 @@ impl Table {
         }
     }
 
+    /// How many blocks shared tiers hold.
+    pub(super) fn shared_entries(&self) -> u64 {
+        self.sources[0].entries
+    }
+
     pub(super) fn pod_slot(&self, pod: &PodName) -> Option<u32> {
         self.pod_slots.get(pod).copied()
     }

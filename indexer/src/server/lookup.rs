@@ -180,6 +180,11 @@ impl Hub {
         v1::LookupResponse {
             pods: depths.collect(),
             shared_depth: answer.shared_depth,
+            shared: answer
+                .shared
+                .iter()
+                .map(|range| v1::BlockRange { start: range.start, end: range.end })
+                .collect(),
             ..v1::LookupResponse::default()
         }
     }

@@ -139,7 +139,7 @@ impl Manager {
             return Some((position, Plan::Ask(peer)));
         }
         let is_shared =
-            position < fetch.shared_depth || block.is_some_and(|block| block.object.is_some());
+            fetch.is_shared(position) || block.is_some_and(|block| block.object.is_some());
         if is_shared && self.limits.object && !barred.object {
             // Another node may have written the object, with bytes that differ in rounding: its record knows which.
             return Some((position, Plan::Copy(Source::Object, None)));

@@ -1,6 +1,7 @@
 //! How far a fetch is, block by block.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use super::command::CommandId;
 use super::job::Source;
@@ -17,7 +18,8 @@ pub(super) struct FetchOperation {
     pub(super) barred: Vec<Barred>,
     /// The peers that may still help, and how deep.
     pub(super) holders: Vec<PeerHint>,
-    pub(super) shared_depth: u32,
+    /// What the object store is said to hold, by position.
+    pub(super) shared: Vec<Range<u32>>,
     /// Positions from here on are misses.
     pub(super) cut: u32,
     /// Positions that need a source.
@@ -68,7 +70,7 @@ impl FetchOperation {
             steps: vec![FetchStep::Unplanned; count],
             barred: vec![Barred::default(); count],
             holders: request.holders,
-            shared_depth: request.shared_depth,
+            shared: request.shared,
             cut: count as u32,
             unplanned: (0..count as u32).collect(),
             open: count as u32,
@@ -121,6 +123,12 @@ impl FetchOperation {
         for holder in self.holders.iter_mut().filter(|holder| holder.peer == peer) {
             holder.depth = holder.depth.min(depth);
         }
+    }
+
+    /// Whether the object store is said to hold this position.
+    pub(super) fn is_shared(&self, position: u32) -> bool {
+        let before = self.shared.partition_point(|range| range.end <= position);
+        self.shared.get(before).is_some_and(|range| range.contains(&position))
     }
 
     /// The deepest holder that may have this position; the first among equals.

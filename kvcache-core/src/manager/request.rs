@@ -1,5 +1,6 @@
 //! What engines and peers ask of the manager, and the outcomes.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::id::{LeaseId, OperationId, PeerId};
@@ -22,8 +23,8 @@ pub struct FetchRequest {
     pub blocks: Vec<BlockInfo>,
     /// Peers to try; among equally deep ones the first is asked first.
     pub holders: Vec<PeerHint>,
-    /// How many of the blocks, from the first, the shared object store is said to hold.
-    pub shared_depth: u32,
+    /// Which of the blocks, by position, the shared object store is said to hold.
+    pub shared: Vec<Range<u32>>,
 }
 
 /// Where a fetched block came from.

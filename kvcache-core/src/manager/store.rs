@@ -193,6 +193,14 @@ impl Manager {
         for position in waiting {
             self.finish_store_step(operation, position, StoreStep::Refused);
         }
+        self.want_no_more(operation);
+    }
+
+    /// Takes back the store's requests for slots.
+    fn want_no_more(&mut self, operation: OperationId) {
+        self.wanted.retain(|request| {
+            !matches!(request, SlotRequest::Store { operation: other, .. } if *other == operation)
+        });
     }
 
     fn finish_store_step(&mut self, operation: OperationId, position: u32, step: StoreStep) {
@@ -250,9 +258,7 @@ impl Manager {
             refused,
             failed,
         });
-        self.wanted.retain(|request| {
-            !matches!(request, SlotRequest::Store { operation: other, .. } if *other == operation)
-        });
+        self.want_no_more(operation);
     }
 
     /// Takes back a command that the driver has not got yet.

@@ -179,7 +179,7 @@ fn a_fetch_mixes_own_tiers_two_peers_and_the_object_store() {
         FetchRequest {
             blocks: all,
             holders: vec![hint(1, 7), hint(2, 6)],
-            shared_depth: 7,
+            shared: vec![0..7],
         },
     );
     let peer = |peer| BlockSource::Peer {
@@ -218,7 +218,7 @@ fn a_corrupt_copy_is_forgotten_and_the_next_source_is_used() {
     let wanted = FetchRequest {
         blocks: all,
         holders,
-        shared_depth: 0,
+        shared: Vec::new(),
     };
     let operation = world.fetch(wanted, SECOND).expect("admitted");
     world.execute(0, &[Fault::None, Fault::Rot]);
@@ -244,7 +244,7 @@ fn bytes_read_after_the_lease_ran_out_are_not_used() {
         let wanted = FetchRequest {
             blocks: all.clone(),
             holders,
-            shared_depth: 0,
+            shared: Vec::new(),
         };
         world.fetch(wanted, 60 * SECOND).expect("admitted")
     };
@@ -280,7 +280,7 @@ fn a_peer_that_does_not_answer_is_given_up_and_its_late_lease_released() {
     let wanted = FetchRequest {
         blocks: all,
         holders,
-        shared_depth: 0,
+        shared: Vec::new(),
     };
     let operation = world.fetch(wanted, 60 * SECOND).expect("admitted");
     world.advance(small().lease_wait);
@@ -670,7 +670,7 @@ enum Action {
         chain: u64,
         blocks: u64,
         depths: [u32; 3],
-        shared_depth: u32,
+        shared: (u32, u32),
         within: u16,
     },
     Lease {
@@ -719,9 +719,9 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
     let action = prop_oneof![
         8 => (0..CHAINS, 0..=DEPTH_MAX, 1..2000u16)
             .prop_map(|(chain, blocks, within)| Action::Store { chain, blocks, within }),
-        8 => (0..CHAINS, 0..=DEPTH_MAX, prop::array::uniform3(0..8u32), 0..8u32, 1..2000u16)
-            .prop_map(|(chain, blocks, depths, shared_depth, within)| {
-                Action::Fetch { chain, blocks, depths, shared_depth, within }
+        8 => (0..CHAINS, 0..=DEPTH_MAX, prop::array::uniform3(0..8u32), (0..8u32, 0..8u32), 1..2000u16)
+            .prop_map(|(chain, blocks, depths, shared, within)| {
+                Action::Fetch { chain, blocks, depths, shared, within }
             }),
         4 => (0..3u32, 0..CHAINS, 0..=DEPTH_MAX, 1..2000u16)
             .prop_map(|(peer, chain, blocks, ttl)| Action::Lease { peer, chain, blocks, ttl }),
@@ -782,7 +782,7 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
                 chain: c,
                 blocks,
                 depths,
-                shared_depth,
+                shared: (start, length),
                 within,
             } => {
                 let holders = (0..3).map(PeerId).zip(depths);
@@ -792,7 +792,7 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
                 let request = FetchRequest {
                     blocks: chain(c, blocks),
                     holders,
-                    shared_depth,
+                    shared: std::iter::once(start..start + length).filter(|r| !r.is_empty()).collect(),
                 };
                 let _ = world.fetch(request, MS * u32::from(within));
             }

@@ -105,6 +105,19 @@ pub struct LookupResponse {
     /// How far every source of the answered pods is applied.
     #[prost(message, repeated, tag = "5")]
     pub positions: ::prost::alloc::vec::Vec<SourcePosition>,
+    /// Which blocks shared tiers hold, holes or not: ascending, apart from each other. The first starts at 0 if
+    /// shared_depth is not 0.
+    #[prost(message, repeated, tag = "6")]
+    pub shared: ::prost::alloc::vec::Vec<BlockRange>,
+}
+/// Blocks by their position in the prompt.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BlockRange {
+    #[prost(uint32, tag = "1")]
+    pub start: u32,
+    /// Not included.
+    #[prost(uint32, tag = "2")]
+    pub end: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PodDepth {

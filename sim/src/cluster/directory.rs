@@ -1,6 +1,7 @@
 //! The global index in its most literal form: what each pod announced, entry by entry.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use kvcache_core::event::{EngineEvent, NodeEvent};
 use kvcache_core::{BlockInfo, EngineHash, IndexKey, PeerId, Tier};
@@ -112,12 +113,17 @@ impl Directory {
         holders
     }
 
-    /// How many blocks, from the first, are in the shared tier.
-    pub(super) fn shared_depth(&self, chain: &[BlockInfo]) -> usize {
-        chain
-            .iter()
-            .take_while(|block| self.shared.contains(&block.index_key))
-            .count()
+    /// Which blocks, by position, are in the shared tier.
+    pub(super) fn shared(&self, chain: &[BlockInfo]) -> Vec<Range<u32>> {
+        let is_shared = |block: &BlockInfo| self.shared.contains(&block.index_key);
+        let mut ranges: Vec<Range<u32>> = Vec::new();
+        for (position, _) in (0..).zip(chain).filter(|(_, block)| is_shared(block)) {
+            match ranges.last_mut() {
+                Some(last) if last.end == position => last.end += 1,
+                _ => ranges.push(position..position + 1),
+            }
+        }
+        ranges
     }
 }
 

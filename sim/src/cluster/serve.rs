@@ -147,7 +147,7 @@ impl Cluster {
                 .filter(|(peer, _)| self.living(*peer).is_some())
                 .map(hint)
                 .collect(),
-            shared_depth: self.directory.shared_depth(blocks) as u32,
+            shared: self.directory.shared(blocks),
         };
         let deadline = self.now + self.config.operation_wait;
         let pod = &mut self.pods[position];

@@ -1,5 +1,6 @@
 //! How requests reach the driver: one bounded queue, each request with the way its answer takes back.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -67,7 +68,7 @@ pub(super) enum Request {
 pub(super) struct Fetch {
     pub(super) blocks: Vec<FetchBlock>,
     pub(super) holders: Vec<PeerHint>,
-    pub(super) shared_depth: u32,
+    pub(super) shared: Vec<Range<u32>>,
     pub(super) deadline: Instant,
 }
 

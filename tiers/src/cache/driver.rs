@@ -233,7 +233,7 @@ impl Driver {
         let request = FetchRequest {
             blocks: fetch.blocks.iter().map(|block| block.info).collect(),
             holders: fetch.holders,
-            shared_depth: fetch.shared_depth,
+            shared: fetch.shared,
         };
         match self
             .manager

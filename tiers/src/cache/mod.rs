@@ -128,14 +128,14 @@ impl Cache {
         } else {
             Located {
                 holders: hints.holders,
-                shared_depth: hints.shared_depth,
+                shared: hints.shared,
             }
         };
         let holders = inner.hints(&located);
         let fetch = Fetch {
             blocks,
             holders,
-            shared_depth: located.shared_depth,
+            shared: located.shared,
             deadline,
         };
         inner

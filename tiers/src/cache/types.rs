@@ -1,6 +1,7 @@
 //! What goes into a cache and what comes back.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use kvcache_core::manager::Stats;
 use kvcache_core::ports::Holder;
@@ -33,15 +34,15 @@ pub struct FetchHints {
     pub holders: Vec<Holder>,
     /// Where the peer service of each pod listens, `host:port`; remembered for later fetches.
     pub peer_addresses: BTreeMap<PodName, String>,
-    /// How many blocks, from the first, the object tier is said to hold.
-    pub shared_depth: u32,
+    /// Which blocks of the fetch, by position, the object tier is said to hold; ascending.
+    pub shared: Vec<Range<u32>>,
 }
 
 impl FetchHints {
     /// Whether nothing is known.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.holders.is_empty() && self.shared_depth == 0
+        self.holders.is_empty() && self.shared.is_empty()
     }
 }
 

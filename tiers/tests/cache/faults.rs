@@ -206,7 +206,7 @@ async fn a_damaged_object_is_a_miss_of_that_block_alone() {
     let node = Node::open(with_objects, agent("pod", Way::Memcpy, Some(store.path()))).await;
     for (number, info) in blocks[..8].iter().enumerate() {
         let hints = FetchHints {
-            shared_depth: 1,
+            shared: vec![0..1],
             ..FetchHints::default()
         };
         let sources = node.fetch(std::slice::from_ref(info), hints).await;

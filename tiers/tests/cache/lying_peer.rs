@@ -144,7 +144,7 @@ async fn read(holding: &Arc<Holding>, blocks: &[BlockInfo]) -> (Vec<Source>, Nod
             depth: blocks.len() as u32,
         }],
         peer_addresses: [(pod, address.to_string())].into(),
-        shared_depth: 0,
+        shared: Vec::new(),
     };
     let reader = Node::open(config("reader", 8), agent("reader", Way::Memcpy, None)).await;
     let sources = reader.fetch(blocks, hints).await;

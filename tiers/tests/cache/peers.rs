@@ -66,7 +66,7 @@ async fn one_fetch_mixes_sources() {
     let reader = Node::open(reader, agent("reader", Way::Shm, Some(store.path()))).await;
     reader.store(&blocks[..2]).await;
     let hints = FetchHints {
-        shared_depth: 8,
+        shared: vec![0..8],
         ..holder.hints(5)
     };
     let sources = reader.fetch(&blocks, hints).await;
@@ -111,7 +111,7 @@ async fn the_directory_is_asked_when_there_are_no_hints() {
     };
     *reader.guide.located.lock().unwrap() = Located {
         holders: vec![itself, unknown, known],
-        shared_depth: 0,
+        shared: Vec::new(),
     };
     reader.cache.know_peers(&holder.hints(3).peer_addresses);
     let sources = reader.fetch_own(&blocks).await;

@@ -82,7 +82,7 @@ impl Run {
             Step::Fetch { chain: of, count } => {
                 // The bytes are compared inside, for everything that is said to be there.
                 let hints = FetchHints {
-                    shared_depth: count.into(),
+                    shared: vec![0..count.into()],
                     ..FetchHints::default()
                 };
                 let sources = node.fetch(&chain(of, count), hints).await;

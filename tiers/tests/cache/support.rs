@@ -302,7 +302,7 @@ impl Node {
                 depth,
             }],
             peer_addresses: [(self.pod.clone(), address)].into(),
-            shared_depth: 0,
+            shared: Vec::new(),
         }
     }
 

@@ -75,7 +75,7 @@ async fn what_host_memory_cannot_hold_comes_back_from_the_object_store() {
     two.object = cold();
     let two = Node::open(two, agent("two", Way::Memcpy, Some(store.path()))).await;
     let hints = FetchHints {
-        shared_depth: 8,
+        shared: vec![0..8],
         ..FetchHints::default()
     };
     assert_eq!(
