@@ -20,38 +20,45 @@ struct Cli {
 #[derive(Subcommand)]
 #[expect(clippy::large_enum_variant, reason = "made once")]
 enum Command {
+    /// Run the global index (as `kv-indexer` does).
+    Indexer {
+        #[command(subcommand)]
+        command: kvfabric_indexer::cli::Command,
+    },
+    #[command(flatten)]
+    Own(OwnCommand),
+}
+
+#[derive(Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "made once")]
+enum OwnCommand {
     /// Run a small cluster on this machine: find, move and verify blocks.
     Demo(demo::args::DemoArgs),
     /// Run a node without an engine: it keeps its tiers and serves them to peers.
     Node(node::NodeArgs),
-    /// Run the global index (as `kv-indexer` does).
-    #[command(disable_help_flag = true)]
-    Indexer {
-        /// What `kv-indexer` takes; `kvfabric indexer --help` lists it.
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<String>,
-    },
     /// Print the version.
     Version,
     /// One pod of a demo, started by it.
     #[command(hide = true)]
     DemoPod,
+    /// The indexer of a demo, started by it.
+    #[command(hide = true)]
+    DemoIndexer,
 }
 
 /// Wrong input, as opposed to a run that failed.
 const EXIT_INVALID: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Command::Indexer { args } = cli.command {
-        return kvfabric_indexer::cli::main(
-            std::iter::once("kvfabric indexer".to_owned()).chain(args),
-        );
-    }
+    let command = match Cli::parse().command {
+        // It has a runtime and exit statuses of its own.
+        Command::Indexer { command } => return kvfabric_indexer::cli::execute(command),
+        Command::Own(command) => command,
+    };
     // Standard output belongs to results; warnings and errors are for people to see.
-    let filter = EnvFilter::try_from_env("KVFABRIC_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match run(cli.command) {
+    match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
@@ -70,20 +77,20 @@ fn complain(error: &kvcache_core::Error) {
     eprintln!("kvfabric: {error}");
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: OwnCommand) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|e| kvcache_core::Error::io("start the runtime", e))?;
     match command {
-        Command::Demo(args) => runtime.block_on(demo::run(args)),
-        Command::Node(args) => runtime.block_on(node::run(args)),
-        Command::DemoPod => runtime.block_on(demo::pod::run()),
-        Command::Version => {
+        OwnCommand::Demo(args) => runtime.block_on(demo::run(args)),
+        OwnCommand::Node(args) => runtime.block_on(node::run(args)),
+        OwnCommand::DemoPod => runtime.block_on(demo::pod::run()),
+        OwnCommand::DemoIndexer => runtime.block_on(demo::indexer::run()),
+        OwnCommand::Version => {
             print_version();
             Ok(())
         }
-        Command::Indexer { .. } => unreachable!("handled in main"),
     }
 }
 

@@ -15,8 +15,9 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::args::{DemoArgs, TransportKind};
+use super::indexer::{IndexerReady, IndexerSetup};
 use super::plan::Plan;
-use super::process::PodProcess;
+use super::process::{PodProcess, write_line};
 use super::protocol::PodSetup;
 
 /// The model's name in the index.
@@ -131,31 +132,33 @@ impl Cluster {
     }
 }
 
-/// The same program once more, as `kvfabric indexer serve`.
+/// The same program once more, as an indexer.
 async fn start_indexer(block_tokens: u32) -> Result<(Child, SocketAddr)> {
     let program = std::env::current_exe().map_err(|e| Error::io("path of this program", e))?;
     let mut child = Command::new(program)
-        .args(["indexer", "serve", "--grpc-listen", "127.0.0.1:0", "--ready-json"])
-        .args(["--key-scheme", KEY_SCHEME, "--block-size", &block_tokens.to_string()])
-        .stdin(Stdio::null())
+        .arg("demo-indexer")
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
         .map_err(|e| Error::io("start the indexer", e))?;
-    let no_pipe = || Error::new(ErrorKind::Internal, "the indexer has no standard output");
+    let no_pipe = || Error::new(ErrorKind::Internal, "the indexer has no standard streams");
+    let setup = IndexerSetup { key_scheme: KEY_SCHEME.to_owned(), block_tokens };
+    // The pipe stays open as long as the child is kept: its end is the indexer's signal to leave.
+    write_line(child.stdin.as_mut().ok_or_else(no_pipe)?, &setup).await?;
     let mut lines = BufReader::new(child.stdout.take().ok_or_else(no_pipe)?).lines();
-    let line = tokio::time::timeout(INDEXER_START_DEADLINE, lines.next_line()).await;
-    let line = match line {
+    let line = match tokio::time::timeout(INDEXER_START_DEADLINE, lines.next_line()).await {
         Ok(Ok(Some(line))) => line,
-        Ok(Ok(None)) => return Err(Error::new(ErrorKind::PeerLost, "the indexer ended at its start")),
+        Ok(Ok(None)) => {
+            return Err(Error::new(ErrorKind::PeerLost, "the indexer ended at its start"));
+        }
         Ok(Err(error)) => return Err(Error::io("read from the indexer", error)),
         Err(_) => return Err(Error::new(ErrorKind::Timeout, "the indexer did not start in time")),
     };
-    let address = serde_json::from_str::<serde_json::Value>(&line)
-        .ok()
-        .and_then(|value| value.get("grpc")?.as_str()?.parse().ok())
-        .ok_or_else(|| Error::new(ErrorKind::Internal, format!("the indexer said {line:?}")))?;
-    Ok((child, address))
+    let ready: IndexerReady = serde_json::from_str(&line).map_err(|e| {
+        Error::new(ErrorKind::Internal, format!("the indexer said {line:?}")).with_source(e)
+    })?;
+    Ok((child, ready.grpc))
 }
 
 /// Where the shared tier is; none when switched off.

@@ -2,6 +2,7 @@
 
 pub(crate) mod args;
 mod cluster;
+pub(crate) mod indexer;
 mod kill;
 mod plan;
 pub(crate) mod pod;

@@ -196,7 +196,7 @@ async fn read_answer(answers: &mut BufReader<ChildStdout>) -> Result<Option<Answ
 }
 
 /// One JSON line.
-async fn write_line(pipe: &mut ChildStdin, message: &impl serde::Serialize) -> Result<()> {
+pub(super) async fn write_line(pipe: &mut ChildStdin, message: &impl serde::Serialize) -> Result<()> {
     let mut line = serde_json::to_vec(message)
         .map_err(|e| Error::new(ErrorKind::Internal, "encode a message").with_source(e))?;
     line.push(b'\n');

@@ -3,6 +3,7 @@
 //! This is the demo's stand-in for an inference API; block bytes and events take their real ways, never this one.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use kvfabric::NodeConfig;
 use kvfabric_sim::workload::{Output, Prompt, Request};
@@ -55,8 +56,8 @@ pub(crate) struct Task {
     pub(crate) output: OutputText,
     /// Pods that hold the first blocks, and how many; deepest first.
     pub(crate) holders: Vec<HolderHint>,
-    /// Blocks, from the first, in the shared tier.
-    pub(crate) shared_depth: u32,
+    /// Which blocks, by position, are in the shared tier.
+    pub(crate) shared: Vec<Range<u32>>,
 }
 
 /// One pod that holds some of the prompt.
@@ -181,7 +182,7 @@ impl Task {
                 Output::Blocks(count) => OutputText::Blocks(*count),
             },
             holders: Vec::new(),
-            shared_depth: 0,
+            shared: Vec::new(),
         }
     }
 }

@@ -271,7 +271,7 @@ impl Run {
         });
         let others = known.filter(|hint| first.as_ref().is_none_or(|f| f.pod != hint.pod));
         let mut task = Task::new(request);
-        task.shared_depth = answer.shared_depth;
+        task.shared = answer.shared.clone();
         task.holders = first.clone().into_iter().chain(others).take(HINTS_MAX).collect();
         task
     }

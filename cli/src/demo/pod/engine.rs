@@ -358,7 +358,12 @@ fn model_identity(hex: &str) -> Result<ModelIdentity> {
 fn hints(task: &Task, start: usize) -> Result<FetchHints> {
     let start = u32::try_from(start).unwrap_or(u32::MAX);
     let mut hints = FetchHints {
-        shared_depth: task.shared_depth.saturating_sub(start),
+        shared: task
+            .shared
+            .iter()
+            .filter(|range| range.end > start)
+            .map(|range| range.start.saturating_sub(start)..range.end - start)
+            .collect(),
         ..FetchHints::default()
     };
     for holder in task.holders.iter().filter(|holder| holder.depth > start) {

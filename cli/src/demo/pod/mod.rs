@@ -82,7 +82,8 @@ async fn next_line(lines: &mut Lines<BufReader<Stdin>>) -> Result<Option<String>
     lines.next_line().await.map_err(|e| Error::io("read from the router", e))
 }
 
-fn parse<T: serde::de::DeserializeOwned>(line: &str) -> Result<T> {
+/// Reads a line that the router wrote.
+pub(super) fn parse<T: serde::de::DeserializeOwned>(line: &str) -> Result<T> {
     serde_json::from_str(line)
         .map_err(|e| Error::new(ErrorKind::Invalid, "line from the router").with_source(e))
 }
