@@ -5,6 +5,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::print_stdout,
+    clippy::single_range_in_vec_init,
     reason = "everything here is a test or serves one"
 )]
 
