@@ -12,6 +12,7 @@ mod descriptor;
 mod metadata;
 mod outcome;
 mod plan;
+mod reactor;
 mod region;
 mod request;
 mod stats;
@@ -20,6 +21,8 @@ mod wire;
 
 pub use agent::{Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle};
 pub use backend::Operation;
+pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
+pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};
 pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side};
 pub use metadata::{AGENT_NAME_BYTES_MAX, EXPORTED_REGIONS_MAX, METADATA_VERSION};
 pub use outcome::{Completion, MemoryFate, Status, TransferError};
