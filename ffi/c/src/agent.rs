@@ -73,19 +73,27 @@ pub unsafe extern "C" fn kvf_agent_create(
         let place = "kvf_agent_options.tcp_listen";
         // SAFETY: null or a string, by contract.
         let tcp = unsafe { optional_text(options.tcp_listen, place) }?;
-        let tcp = tcp.map(|address| parse_address(address, place)).transpose()?;
+        let tcp = tcp
+            .map(|address| parse_address(address, place))
+            .transpose()?;
         options::check_reserved(options.reserved, kvf_agent_options::NAME)?;
         let shm = parse_flag(options.shm, "kvf_agent_options.shm")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(agent_out, "agent_out") }?;
         let agent = Agent::builder(name).shm(shm).tcp(tcp).build()?;
-        out.write(into_raw(kvf_agent { life: Life::begin(), agent, inbox: Inbox::default() }));
+        out.write(into_raw(kvf_agent {
+            life: Life::begin(),
+            agent,
+            inbox: Inbox::default(),
+        }));
         Ok(())
     })
 }
 
 fn parse_address(address: &str, place: &str) -> Result<SocketAddr> {
-    address.parse().map_err(|_| Error::invalid(place, format!("{address:?}"), "IP:PORT"))
+    address
+        .parse()
+        .map_err(|_| Error::invalid(place, format!("{address:?}"), "IP:PORT"))
 }
 
 fn parse_flag(value: u32, place: &str) -> Result<bool> {

@@ -46,7 +46,9 @@ fn remember(error: &Error) {
 
 pub(crate) fn last_error() -> *const c_char {
     // The pointer stays valid when the cell is left: the text is on the heap until it is replaced.
-    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+    LAST_ERROR
+        .try_with(|last| last.borrow().as_ptr())
+        .unwrap_or(c"".as_ptr())
 }
 
 /// What the caller holds a pointer to.
@@ -71,15 +73,15 @@ impl<H> Deref for Entered<'_, H> {
 
 /// # Safety
 /// `handle` is null, or a live handle for as long as the result is used.
-pub(crate) unsafe fn enter<'a, H: Handle>(
-    handle: *const H,
-    name: &str,
-) -> Result<Entered<'a, H>> {
+pub(crate) unsafe fn enter<'a, H: Handle>(handle: *const H, name: &str) -> Result<Entered<'a, H>> {
     check_aligned(handle, name)?;
     // SAFETY: null or live, by this function's contract; aligned, checked above; handles are only ever shared.
     let handle = unsafe { handle.as_ref() }.ok_or_else(|| null(name))?;
     let call = handle.life().enter()?;
-    Ok(Entered { handle, _call: call })
+    Ok(Entered {
+        handle,
+        _call: call,
+    })
 }
 
 /// As [`enter`], for handles that a call can do without.
@@ -112,7 +114,9 @@ pub(crate) unsafe fn take<H: Handle>(
     ready: impl FnOnce(&H) -> Result<()>,
 ) -> Result<Option<Box<H>>> {
     // SAFETY: null or live until this call takes it, by this function's contract.
-    let Some(entered) = (unsafe { enter_optional(handle, name) })? else { return Ok(None) };
+    let Some(entered) = (unsafe { enter_optional(handle, name) })? else {
+        return Ok(None);
+    };
     ready(&entered)?;
     drop(entered);
     // SAFETY: made by `Box::into_raw` in `into_raw` and not taken back yet; no reference is left.
@@ -161,7 +165,10 @@ impl<T: Copy> OutArray<T> {
 
     /// Fills the beginning of the array.
     pub(crate) fn write(self, values: &[T]) {
-        assert!(values.len() <= self.capacity, "more values than fit were about to be written");
+        assert!(
+            values.len() <= self.capacity,
+            "more values than fit were about to be written"
+        );
         if values.is_empty() {
             return;
         }
@@ -198,10 +205,7 @@ pub(crate) unsafe fn text<'a>(text: *const c_char, name: &str) -> Result<&'a str
 ///
 /// # Safety
 /// As [`text`].
-pub(crate) unsafe fn optional_text<'a>(
-    text: *const c_char,
-    name: &str,
-) -> Result<Option<&'a str>> {
+pub(crate) unsafe fn optional_text<'a>(text: *const c_char, name: &str) -> Result<Option<&'a str>> {
     if text.is_null() {
         return Ok(None);
     }
@@ -260,7 +264,10 @@ pub(crate) fn check_aligned<T>(pointer: *const T, name: &str) -> Result<()> {
     if pointer.is_aligned() {
         return Ok(());
     }
-    let text = format!("{name} is {pointer:p}, expected a multiple of {}", align_of::<T>());
+    let text = format!(
+        "{name} is {pointer:p}, expected a multiple of {}",
+        align_of::<T>()
+    );
     Err(Error::new(ErrorKind::Invalid, text))
 }
 
@@ -271,6 +278,10 @@ fn check_array<T>(first: *const T, count: usize, name: &str) -> Result<()> {
     check_aligned(first, name)?;
     match count.checked_mul(size_of::<T>()) {
         Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
-        _ => Err(Error::invalid(name, count, 0..=isize::MAX as usize / size_of::<T>().max(1))),
+        _ => Err(Error::invalid(
+            name,
+            count,
+            0..=isize::MAX as usize / size_of::<T>().max(1),
+        )),
     }
 }

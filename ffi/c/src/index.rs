@@ -117,8 +117,11 @@ pub unsafe extern "C" fn kvf_index_connect(
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(index_out, "index_out") }?;
         let deadline = milliseconds(deadline_ms);
-        let config =
-            ClientConfig { deadline, connect_timeout: deadline, ..ClientConfig::new(address) };
+        let config = ClientConfig {
+            deadline,
+            connect_timeout: deadline,
+            ..ClientConfig::new(address)
+        };
         let client = IndexClient::new(config)?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(RUNTIME_THREADS)
@@ -127,7 +130,11 @@ pub unsafe extern "C" fn kvf_index_connect(
             .build()
             .map_err(|e| Error::io("start the thread of the index connection", e))?;
         runtime.block_on(client.status())?;
-        out.write(into_raw(kvf_index { life: Life::begin(), client, runtime }));
+        out.write(into_raw(kvf_index {
+            life: Life::begin(),
+            client,
+            runtime,
+        }));
         Ok(())
     })
 }
@@ -171,8 +178,7 @@ pub unsafe extern "C" fn kvf_index_lookup(
             unsafe { apply(&options, &mut request) }?;
         }
         let answer = index.runtime.block_on(index.client.lookup(request))?;
-        let found: Vec<kvf_pod_depth> =
-            answer.pods.iter().take(capacity).map(pod_depth).collect();
+        let found: Vec<kvf_pod_depth> = answer.pods.iter().take(capacity).map(pod_depth).collect();
         pods.write(&found);
         summary_out.write(summary(&answer, found.len()));
         Ok(())
@@ -192,7 +198,9 @@ unsafe fn apply(options: &kvf_lookup_options, request: &mut LookupRequest) -> Re
     let cache_salt = unsafe { optional_text(options.cache_salt, place) }?;
     model.unwrap_or_default().clone_into(&mut request.model);
     lora.unwrap_or_default().clone_into(&mut request.lora);
-    cache_salt.unwrap_or_default().clone_into(&mut request.cache_salt);
+    cache_salt
+        .unwrap_or_default()
+        .clone_into(&mut request.cache_salt);
     request.deadline = Some(milliseconds(options.deadline_ms)).filter(|d| !d.is_zero());
     Ok(())
 }

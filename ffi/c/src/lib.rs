@@ -1,7 +1,7 @@
 //! The C ABI of kvfabric: what `include/kvfabric.h` declares.
 //!
-//! Each entry checks its inputs, catches panics, and writes its outputs last ([`boundary`]). Handles are boxes that
-//! the caller owns; all handles of one agent share its fate: a panic in one poisons all ([`life`]). Nothing here calls back
+//! Each entry checks its inputs, catches panics, and writes its outputs last (`boundary`). Handles are boxes that
+//! the caller owns; all handles of one agent share its fate: a panic in one poisons all (`life`). Nothing here calls back
 //! into the caller.
 //!
 //! The names are those of the header, which `tests/header.rs` generates and compares.

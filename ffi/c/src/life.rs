@@ -16,7 +16,10 @@ pub(crate) struct Life {
 
 impl Life {
     pub(crate) fn begin() -> Arc<Self> {
-        Arc::new(Self { process: std::process::id(), poisoned: AtomicBool::new(false) })
+        Arc::new(Self {
+            process: std::process::id(),
+            poisoned: AtomicBool::new(false),
+        })
     }
 
     /// Begins a call. A panic before the result is dropped poisons all handles.
@@ -32,7 +35,10 @@ impl Life {
             let text = "an earlier panic left this handle unusable";
             return Err(Error::new(ErrorKind::Internal, text));
         }
-        Ok(Call { life: self, unwinding: std::thread::panicking() })
+        Ok(Call {
+            life: self,
+            unwinding: std::thread::panicking(),
+        })
     }
 }
 

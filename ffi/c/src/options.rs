@@ -37,7 +37,11 @@ pub(crate) unsafe fn read<T: SizePrefixed>(options: *const T) -> Result<T> {
     }
     // SAFETY: readable for `size` bytes by contract; bytes have no alignment.
     let bytes = unsafe { std::slice::from_raw_parts(options.cast::<u8>(), size) };
-    if let Some(position) = bytes.iter().skip(size_of::<T>()).position(|byte| *byte != 0) {
+    if let Some(position) = bytes
+        .iter()
+        .skip(size_of::<T>())
+        .position(|byte| *byte != 0)
+    {
         let text = format!(
             "{}: byte {} is set, which this version does not know",
             T::NAME,

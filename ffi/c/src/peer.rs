@@ -6,9 +6,7 @@ use std::sync::Arc;
 use kvfabric::transfer::{Agent, PathReport, PeerHandle};
 
 use crate::agent::kvf_agent;
-use crate::boundary::{
-    Handle, Out, OutArray, boundary, enter, fill_text, into_raw, slice, take,
-};
+use crate::boundary::{Handle, Out, OutArray, boundary, enter, fill_text, into_raw, slice, take};
 use crate::life::Life;
 use crate::status::kvf_status;
 

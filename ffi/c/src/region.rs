@@ -37,7 +37,11 @@ impl Handle for kvf_region {
 fn parse_access(access: u32) -> Result<RegionOptions> {
     const ALL: u32 = KVF_ACCESS_REMOTE_READ | KVF_ACCESS_REMOTE_WRITE;
     if access & !ALL != 0 {
-        return Err(Error::invalid("access", format!("{access:#x}"), "bits of KVF_ACCESS_..."));
+        return Err(Error::invalid(
+            "access",
+            format!("{access:#x}"),
+            "bits of KVF_ACCESS_...",
+        ));
     }
     Ok(RegionOptions {
         remote_read: access & KVF_ACCESS_REMOTE_READ != 0,
@@ -53,7 +57,12 @@ fn register(
 ) -> Result<*mut kvf_region> {
     let region = agent.agent.register(memory, options)?;
     let (life, agent) = (agent.life.clone(), agent.agent.clone());
-    Ok(into_raw(kvf_region { life, _agent: agent, region, base: AtomicPtr::new(base) }))
+    Ok(into_raw(kvf_region {
+        life,
+        _agent: agent,
+        region,
+        base: AtomicPtr::new(base),
+    }))
 }
 
 /// Registers memory of the caller's. `access` is 0 or a sum of KVF_ACCESS_ values: what peers may do with it.
@@ -117,10 +126,7 @@ pub unsafe extern "C" fn kvf_region_allocate(
 /// # Safety
 /// Each pointer is null or valid: `region` live, `id_out` for a write.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_region_id(
-    region: *const kvf_region,
-    id_out: *mut u64,
-) -> kvf_status {
+pub unsafe extern "C" fn kvf_region_id(region: *const kvf_region, id_out: *mut u64) -> kvf_status {
     boundary(|| {
         // SAFETY: null or live during this call, by contract.
         let region = unsafe { enter(region, "region") }?;

@@ -107,7 +107,9 @@ pub extern "C" fn kvf_version() -> *const c_char {
 /// The short name of a status, such as "peer_lost"; "unknown" for a number that is none. Valid for ever.
 #[unsafe(no_mangle)]
 pub extern "C" fn kvf_status_name(status: u32) -> *const c_char {
-    kvf_status::of_code(status).map_or(c"unknown", kvf_status::name).as_ptr()
+    kvf_status::of_code(status)
+        .map_or(c"unknown", kvf_status::name)
+        .as_ptr()
 }
 
 /// What went wrong in the last call of this thread that failed, as a sentence; empty if none has. Valid until the next

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kvfabric::transfer::{
-    Agent, Descriptor, Operation, PeerHandle, RegionId, Request, RequestOptions, Side,
-    Status,
+    Agent, Descriptor, Operation, PeerHandle, RegionId, Request, RequestOptions, Side, Status,
 };
 use kvfabric::{Error, Result};
 
@@ -141,11 +140,19 @@ pub unsafe extern "C" fn kvf_transfer_create(
         let out = unsafe { Out::new(transfer_out, "transfer_out") }?;
         let operation = parse_operation(options.operation)?;
         let deadline = Some(milliseconds(options.deadline_ms)).filter(|d| !d.is_zero());
-        let options = RequestOptions { positions: None, notification, deadline };
+        let options = RequestOptions {
+            positions: None,
+            notification,
+            deadline,
+        };
         let peer = peer.as_deref().map(|peer| agent.own(peer)).transpose()?;
         let request = prepare(&agent.agent, operation, local, remote, peer, options)?;
         let (life, agent) = (agent.life.clone(), agent.agent.clone());
-        out.write(into_raw(kvf_transfer { life, _agent: agent, request }));
+        out.write(into_raw(kvf_transfer {
+            life,
+            _agent: agent,
+            request,
+        }));
         Ok(())
     })
 }
@@ -156,7 +163,11 @@ fn parse_operation(code: u32) -> Result<Operation> {
     match code {
         READ => Ok(Operation::Read),
         WRITE => Ok(Operation::Write),
-        _ => Err(Error::invalid("kvf_transfer_options.operation", code, READ..=WRITE)),
+        _ => Err(Error::invalid(
+            "kvf_transfer_options.operation",
+            code,
+            READ..=WRITE,
+        )),
     }
 }
 
@@ -169,8 +180,12 @@ fn prepare(
     options: RequestOptions,
 ) -> Result<Request> {
     let side = peer.map_or(Side::Local, Side::Peer);
-    let local = agent.prepare(Side::Local, &descriptors(local)).map_err(|e| e.at("local"))?;
-    let remote = agent.prepare(side, &descriptors(remote)).map_err(|e| e.at("remote"))?;
+    let local = agent
+        .prepare(Side::Local, &descriptors(local))
+        .map_err(|e| e.at("local"))?;
+    let remote = agent
+        .prepare(side, &descriptors(remote))
+        .map_err(|e| e.at("remote"))?;
     agent.request(operation, &local, &remote, options)
 }
 
@@ -274,7 +289,11 @@ pub unsafe extern "C" fn kvf_transfer_fate(
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(fate_out, "fate_out") }?;
         let settled = transfer.request.wait_drained(milliseconds(timeout_ms));
-        out.write(if settled { kvf_fate::KVF_SETTLED } else { kvf_fate::KVF_MEMORY_IN_FLIGHT });
+        out.write(if settled {
+            kvf_fate::KVF_SETTLED
+        } else {
+            kvf_fate::KVF_MEMORY_IN_FLIGHT
+        });
         Ok(())
     })
 }

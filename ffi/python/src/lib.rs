@@ -1,1 +1,30 @@
-//! Placeholder.
+//! The Python package `kvfabric`: the agent and the index client, as Python objects.
+//!
+//! Every wait releases the GIL and looks for signals now and then. Objects keep alive what they were made from; the
+//! memory behind a `Region` is let go only once nothing moves bytes to or from it. Errors are one exception
+//! class per kind.
+//!
+//! This crate does not decide or move anything: it is a skin of the `kvfabric` crate and of the index client.
+
+use pyo3::prelude::*;
+
+mod agent;
+mod buffer;
+mod errors;
+mod index;
+mod life;
+mod region;
+mod transfer;
+
+/// The native part of the package; `kvfabric/__init__.py` says what is public.
+#[pymodule]
+fn _kvfabric(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<agent::Agent>()?;
+    module.add_class::<agent::Peer>()?;
+    module.add_class::<region::Region>()?;
+    module.add_class::<transfer::Transfer>()?;
+    module.add_class::<index::Index>()?;
+    module.add_class::<index::PodDepth>()?;
+    errors::add(module)
+}
