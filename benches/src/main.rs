@@ -1,2 +1,106 @@
-//! Placeholder.
-fn main() {}
+//! `kv-bench`: measures transfer paths, the index and workloads, beside references in the same run.
+//!
+//! Every command prints a table and, with `--json`, writes the same figures: see [`report`].
+#![forbid(unsafe_code)]
+
+mod clock;
+mod host;
+mod index;
+mod recorder;
+mod replay;
+mod report;
+mod sizes;
+mod statistics;
+mod stop;
+mod transfer;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::recorder::{OutputArgs, Recorder};
+
+/// Wrong input, as opposed to a run that failed.
+const EXIT_INVALID: u8 = 2;
+/// What shells say of a program that ended by Ctrl-C.
+const EXIT_INTERRUPTED: u8 = 130;
+
+/// Measures kvfabric beside references in the same run.
+#[derive(Parser)]
+#[command(name = "kv-bench", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Move blocks over each backend, beside memcpy, raw TCP and plain disk calls.
+    Transfer(transfer::TransferArgs),
+    /// Fill and ask the index with a fixed workload (KVI-1).
+    Index(index::IndexArgs),
+    /// Replay a workload as the KV events of some pods; or run the demo and take its figures.
+    Replay(replay::ReplayArgs),
+    /// The other process of a transfer, started by it.
+    #[command(hide = true)]
+    TransferTarget,
+    /// The process whose memory is measured, started by `index`.
+    #[command(hide = true)]
+    IndexMemory(index::MemoryArgs),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Transfer(args) => execute("transfer", &args.output, |recorder| {
+            transfer::run(&args, recorder)
+        }),
+        Command::Index(args) => execute("index", &args.output, |recorder| {
+            index::run(&args, recorder)
+        }),
+        Command::Replay(args) => execute("replay", &args.output, |recorder| {
+            replay::run(&args, recorder)
+        }),
+        Command::TransferTarget => status(transfer::serve_target()),
+        Command::IndexMemory(args) => status(index::measure_memory(&args)),
+    }
+}
+
+fn execute(
+    command: &'static str,
+    output: &OutputArgs,
+    body: impl FnOnce(&mut Recorder) -> Result<()>,
+) -> ExitCode {
+    let mut recorder = match Recorder::start(command, output) {
+        Ok(recorder) => recorder,
+        Err(error) => return status(Err(error)),
+    };
+    let outcome = body(&mut recorder);
+    let is_interrupted = recorder.stop().is_set();
+    let finished = recorder.finish(outcome.is_ok());
+    match outcome.and(finished) {
+        Ok(()) if is_interrupted => ExitCode::from(EXIT_INTERRUPTED),
+        outcome => status(outcome),
+    }
+}
+
+fn status(outcome: Result<()>) -> ExitCode {
+    let Err(error) = outcome else {
+        return ExitCode::SUCCESS;
+    };
+    complain(&error);
+    match error.kind() {
+        ErrorKind::Invalid | ErrorKind::NotFound | ErrorKind::Denied => {
+            ExitCode::from(EXIT_INVALID)
+        }
+        _ => ExitCode::FAILURE,
+    }
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "the last word of a program that failed"
+)]
+fn complain(error: &Error) {
+    eprintln!("kv-bench: {error}");
+}

@@ -1,0 +1,238 @@
+//! An index under the workload's events.
+
+use std::time::{Duration, Instant};
+
+use kvcache_core::prefix::IndexScheme;
+use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::{EngineHash, IndexKey, PodName, Result, Tier};
+use kvfabric_indexer::adapter::{SourceEvent, SourceKind, StoredBlocks};
+use kvfabric_indexer::index::{
+    Answer, IndexConfig, KvIndex, ORPHAN_BLOCKS_MAX, Query, SourceId, SourceSpec,
+};
+use kvfabric_indexer::score::TierWeights;
+
+use crate::clock::process_cpu;
+use crate::stop::Stop;
+
+use super::workload::{Stored, WORKERS, Workload, chain};
+use super::{Origin, wrong};
+
+/// Tokens of a block, where the events carry tokens.
+pub(super) const BLOCK_TOKENS: u32 = 16;
+/// Events that are made before the clock runs, then applied.
+const EVENTS_PER_BATCH: usize = 4096;
+
+/// What ingestion took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Meter {
+    pub(super) events: u64,
+    pub(super) blocks: u64,
+    pub(super) time: Duration,
+    pub(super) cpu: Duration,
+}
+
+/// An index with a source for each worker.
+pub(super) struct Filled {
+    pub(super) index: KvIndex,
+    pub(super) pods: Vec<PodName>,
+    sources: Vec<SourceId>,
+    origin: Origin,
+}
+
+/// The tokens of a block with this content.
+pub(super) fn append_tokens(content: u64, tokens: &mut Vec<u32>) {
+    tokens.extend(
+        (0..u64::from(BLOCK_TOKENS))
+            .map(|at| kvfabric_sim::seed::mix(content.wrapping_add(at)) as u32),
+    );
+}
+
+/// The workload's names of pods.
+pub(super) fn pod_name(worker: u32) -> Result<PodName> {
+    PodName::new(&format!("worker-{worker}"))
+}
+
+impl Filled {
+    /// An empty index.
+    pub(super) fn new(workload: &Workload, origin: Origin) -> Result<Self> {
+        assert!(workload.pairs() > 0, "every workload has blocks");
+        let index = KvIndex::new(IndexConfig {
+            scheme: IndexScheme::default(),
+            model: String::new(),
+            block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
+            weights: TierWeights::default(),
+            orphan_blocks_max: ORPHAN_BLOCKS_MAX,
+        });
+        let kind = match origin {
+            Origin::Node => SourceKind::Node,
+            Origin::Engine => SourceKind::Vllm,
+        };
+        let pods: Vec<PodName> = (0..WORKERS).map(pod_name).collect::<Result<_>>()?;
+        let sources = pods.iter().map(|pod| {
+            index.add_source(SourceSpec {
+                pod: pod.clone(),
+                name: kind.name().to_owned(),
+                kind,
+                block_size: BLOCK_TOKENS,
+            })
+        });
+        let sources = sources.collect::<Result<_>>()?;
+        Ok(Self {
+            index,
+            pods,
+            sources,
+            origin,
+        })
+    }
+
+    fn event(&self, stored: &Stored) -> SourceEvent {
+        let is_engine = self.origin == Origin::Engine;
+        let mut tokens = Vec::new();
+        if is_engine {
+            tokens.reserve_exact(stored.blocks.len() * BLOCK_TOKENS as usize);
+            for block in &stored.blocks {
+                append_tokens(block.content, &mut tokens);
+            }
+        }
+        SourceEvent::Stored(StoredBlocks {
+            hashes: stored
+                .blocks
+                .iter()
+                .map(|block| EngineHash(block.key))
+                .collect(),
+            parent: stored.parent.map(EngineHash),
+            tokens,
+            block_size: if is_engine { BLOCK_TOKENS } else { 0 },
+            tier: if is_engine { Tier::Device } else { Tier::Host },
+            group: None,
+            lora: None,
+            cache_salt: None,
+            identifiers: Vec::new(),
+        })
+    }
+
+    /// Applies all events, adding to `meter` what that took: they are made before the clock runs. False when stopped.
+    ///
+    /// # Errors
+    /// `Internal` when the index does not take a block.
+    pub(super) fn ingest(
+        &self,
+        mut events: impl Iterator<Item = Stored>,
+        meter: &mut Meter,
+        stop: &Stop,
+    ) -> Result<bool> {
+        let mut batch: Vec<(SourceId, SourceEvent)> = Vec::with_capacity(EVENTS_PER_BATCH);
+        loop {
+            batch.clear();
+            for stored in events.by_ref().take(EVENTS_PER_BATCH) {
+                let source = self.sources[stored.worker as usize];
+                batch.push((source, self.event(&stored)));
+            }
+            if batch.is_empty() {
+                return Ok(true);
+            }
+            if stop.is_set() {
+                return Ok(false);
+            }
+            let (cpu, start) = (process_cpu(), Instant::now());
+            for (source, event) in &batch {
+                meter.blocks += u64::from(self.index.apply(*source, event)?.stored);
+            }
+            meter.time += start.elapsed();
+            meter.cpu += process_cpu().saturating_sub(cpu);
+            meter.events += batch.len() as u64;
+        }
+    }
+
+    /// Compares what the index says it took with the workload.
+    ///
+    /// # Errors
+    /// `Internal` with both numbers.
+    pub(super) fn check(&self, workload: &Workload, meter: &Meter) -> Result<()> {
+        let expected = (workload.events_count(), workload.pairs(), workload.pairs());
+        let found = (meter.events, meter.blocks, self.index.entries());
+        if found == expected {
+            return Ok(());
+        }
+        Err(wrong(format!(
+            "(events, blocks stored, entries) are {found:?}, the workload has {expected:?}"
+        )))
+    }
+
+    /// A question as it comes in: contents of a node's blocks, or an engine's tokens.
+    pub(super) fn question(&self, contents: Vec<u64>) -> Question {
+        match self.origin {
+            Origin::Node => Question::Contents(contents),
+            Origin::Engine => {
+                let mut tokens = Vec::with_capacity(contents.len() * BLOCK_TOKENS as usize);
+                contents
+                    .into_iter()
+                    .for_each(|content| append_tokens(content, &mut tokens));
+                Question::Tokens(tokens)
+            }
+        }
+    }
+
+    /// Hashes the question and looks it up, as a router's request would be.
+    pub(super) fn ask(&self, question: &Question, keys: &mut Vec<IndexKey>, answer: &mut Answer) {
+        keys.clear();
+        match question {
+            Question::Contents(contents) => {
+                let mut parent = None;
+                keys.extend(contents.iter().map(|content| {
+                    let key = chain(parent, *content);
+                    parent = Some(key);
+                    IndexKey(key)
+                }));
+            }
+            Question::Tokens(tokens) => self.index.keys_of(None, None, tokens, keys),
+        }
+        self.index.lookup(keys, &Query::default(), answer);
+    }
+}
+
+/// What is looked up.
+pub(super) enum Question {
+    Contents(Vec<u64>),
+    Tokens(Vec<u32>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fills an index from nodes and from engines; both hold every pair and answer with the depth that is there.
+    #[test]
+    fn both_origins_store_every_pair_and_find_every_match() {
+        let workload = Workload::new(1, 4, 16);
+        for origin in [Origin::Node, Origin::Engine] {
+            let filled = Filled::new(&workload, origin).unwrap();
+            let mut meter = Meter::default();
+            assert!(
+                filled
+                    .ingest(workload.events(), &mut meter, &Stop::default())
+                    .unwrap()
+            );
+            filled.check(&workload, &meter).unwrap();
+            let (mut keys, mut answer) = (Vec::new(), Answer::default());
+            let question = filled.question(workload.query(3, 2048, 1024));
+            filled.ask(&question, &mut keys, &mut answer);
+            let deepest = answer.pods.iter().filter(|pod| pod.depth == 1024).count();
+            assert_eq!((keys.len(), answer.pods[0].depth, deepest), (2048, 1024, 4));
+        }
+    }
+
+    /// An index that lacks the last event is not taken for full.
+    #[test]
+    fn a_missing_event_is_found() {
+        let workload = Workload::new(1, 1, 16);
+        let filled = Filled::new(&workload, Origin::Node).unwrap();
+        let mut meter = Meter::default();
+        let some = workload.events_count() as usize - 1;
+        filled
+            .ingest(workload.events().take(some), &mut meter, &Stop::default())
+            .unwrap();
+        let error = filled.check(&workload, &meter).unwrap_err();
+        assert!(error.to_string().contains("the workload has"), "{error}");
+    }
+}

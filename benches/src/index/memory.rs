@@ -1,0 +1,129 @@
+//! What the index takes, in a process of its own: its resident size is then the index's alone.
+
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use clap::Args;
+use kvcache_core::{Error, Result};
+
+use crate::host::resident_bytes;
+use crate::report::{Case, OURS, Row};
+use crate::statistics::Samples;
+use crate::stop::Stop;
+
+use super::fill::{Filled, Meter};
+use super::workload::{EVENT_BLOCKS, Workload};
+use super::{Origin, wrong};
+
+/// How many workers store the same sequences.
+pub(super) const REPLICAS: [u32; 2] = [1, 4];
+/// Steps of progress that this takes.
+pub(super) const STEPS: u64 = REPLICAS.len() as u64;
+/// Pods whose removal is timed one by one.
+const PODS_TIMED: usize = 8;
+
+/// What the process is told.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct MemoryArgs {
+    #[arg(long)]
+    sequences: u32,
+    #[arg(long)]
+    replicas: u32,
+    #[arg(long, value_enum)]
+    origin: Origin,
+}
+
+/// Runs the process and takes its rows.
+///
+/// # Errors
+/// `Io` when it cannot be started, `Internal` with what it said when it failed.
+pub(super) fn run(sequences: u32, replicas: u32, origin: Origin) -> Result<Vec<Row>> {
+    let failed = |error| Error::io("start the memory process", error);
+    let origin = match origin {
+        Origin::Node => "node",
+        Origin::Engine => "engine",
+    };
+    let output = Command::new(std::env::current_exe().map_err(failed)?)
+        .arg("index-memory")
+        .args(["--sequences", &sequences.to_string()])
+        .args(["--replicas", &replicas.to_string()])
+        .args(["--origin", origin])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(failed)?;
+    let rows: Option<Vec<Row>> = serde_json::from_slice(&output.stdout).ok();
+    match rows {
+        Some(rows) if output.status.success() => Ok(rows),
+        _ => Err(wrong(format!(
+            "the memory process ended with {}",
+            output.status
+        ))),
+    }
+}
+
+/// Fills an index, removes its pods, and prints the rows as JSON.
+///
+/// # Errors
+/// `Internal` when the index does not hold what it must, or holds anything at the end.
+pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
+    let workload = Workload::new(args.sequences, args.replicas, EVENT_BLOCKS);
+    let pairs = workload.pairs() as f64;
+    let base = resident_bytes();
+    let filled = Filled::new(&workload, args.origin)?;
+    let mut meter = Meter::default();
+    filled.ingest(workload.events(), &mut meter, &Stop::default())?;
+    filled.check(&workload, &meter)?;
+    let full = resident_bytes();
+    let name = format!("memory-r{}", args.replicas);
+    let case = Case {
+        subject: OURS,
+        name: &name,
+    };
+    let grown = full.saturating_sub(base) as f64;
+    let mut rows: Vec<Row> = Vec::new();
+    rows.extend(case.single("bytes_per_pair", "bytes", grown / pairs));
+    let own = filled.index.bytes() as f64;
+    rows.extend(case.single("index_bytes_per_pair", "bytes", own / pairs));
+    rows.extend(case.single("pairs", "pairs", pairs));
+    rows.extend(case.single("blocks", "blocks", filled.index.blocks() as f64));
+    let mut times = Samples::default();
+    for (position, pod) in filled.pods.iter().enumerate() {
+        let start = Instant::now();
+        filled.index.remove_pod(pod);
+        if position < PODS_TIMED {
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    if (filled.index.entries(), filled.index.blocks()) != (0, 0) {
+        let left = (filled.index.entries(), filled.index.blocks());
+        return Err(wrong(format!(
+            "(entries, blocks) without pods are {left:?}"
+        )));
+    }
+    if args.replicas == 1 {
+        let removal = Case {
+            subject: OURS,
+            name: "remove-pod",
+        };
+        rows.extend(removal.row("ms", "ms", &times));
+        // What is left of what the index took; the allocator is not asked to give anything back.
+        let after = Case {
+            subject: OURS,
+            name: "after-removal",
+        };
+        let left = resident_bytes().saturating_sub(base) as f64;
+        rows.extend(after.single("rss_ratio", "ratio", left / grown));
+        rows.extend(after.single("index_bytes", "bytes", filled.index.bytes() as f64));
+    }
+    print(&serde_json::to_string(&rows).map_err(|error| wrong(error.to_string()))?);
+    Ok(())
+}
+
+#[expect(
+    clippy::print_stdout,
+    reason = "the process that started this one reads it"
+)]
+fn print(text: &str) {
+    println!("{text}");
+}

@@ -1,0 +1,140 @@
+//! `kv-bench index`: fills and asks the index with a fixed workload.
+
+mod fill;
+mod grpc;
+mod lookup;
+mod memory;
+mod workload;
+
+use std::ops::RangeInclusive;
+
+use clap::{Args, ValueEnum};
+use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::recorder::{OutputArgs, Recorder};
+use crate::report::{Case, OURS};
+use crate::statistics::Samples;
+
+use self::fill::{Filled, Meter};
+use self::workload::{EVENT_BLOCKS, SEQUENCES_FULL, Workload};
+
+pub(crate) use self::memory::{MemoryArgs, measure as measure_memory};
+
+/// Sequences a worker that one may ask for.
+const SEQUENCES: RangeInclusive<i64> = 1..=1 << 20;
+
+/// Fills and asks the index with workload KVI-1: 64 workers, shared prompts, long unique tails.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct IndexArgs {
+    /// Sequences of each of the 64 workers.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(SEQUENCES))]
+    sequences: u32,
+    /// The workload's real size: 500 sequences a worker, 10.5 million blocks.
+    #[arg(long, conflicts_with = "sequences")]
+    full: bool,
+    /// What the events are like.
+    #[arg(long, value_enum, default_value_t = Origin::Node)]
+    origin: Origin,
+    /// How often the index is filled anew for the ingest figures.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    repeats: u32,
+    /// Lookups in each of the five rounds.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    lookups: u32,
+    /// Also ask over gRPC, beside an empty lookup as the floor.
+    #[arg(long)]
+    grpc: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// Who tells of the blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Origin {
+    /// Nodes: the events carry index keys.
+    Node,
+    /// Engines: the events carry tokens and hashes, and the index makes the keys.
+    Engine,
+}
+
+impl IndexArgs {
+    fn sequences(&self) -> u32 {
+        if self.full {
+            SEQUENCES_FULL
+        } else {
+            self.sequences
+        }
+    }
+}
+
+/// Measures ingestion, lookups, removal and memory.
+///
+/// # Errors
+/// `Internal` when the index does not hold or find what it must; `Io` when the memory process cannot be run.
+pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
+    let sequences = args.sequences();
+    let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
+    let repeats = u64::from(args.repeats);
+    recorder.expect_steps(2 * repeats + lookup::STEPS + memory::STEPS + u64::from(args.grpc));
+    let single = Workload::new(sequences, 1, 1);
+    ingest("ingest-1", &single, args, recorder)?;
+    let filled = ingest("ingest-16", &workload, args, recorder)?;
+    if let Some(filled) = filled {
+        lookup::measure(&workload, &filled, args.lookups, recorder)?;
+    }
+    for replicas in memory::REPLICAS {
+        if !recorder.stop().is_set() {
+            recorder.say(format!("memory-r{replicas}"));
+            recorder.extend(memory::run(sequences, replicas, args.origin)?);
+        }
+        recorder.step();
+    }
+    if args.grpc && !recorder.stop().is_set() {
+        recorder.say("gRPC");
+        grpc::measure(args.lookups, recorder)?;
+        recorder.step();
+    }
+    Ok(())
+}
+
+/// Fills an index several times; returns the last one, or none if the run was stopped before it was full.
+fn ingest(
+    name: &str,
+    workload: &Workload,
+    args: &IndexArgs,
+    recorder: &mut Recorder,
+) -> Result<Option<Filled>> {
+    let (mut per_s, mut per_cpu_s, mut events) =
+        (Samples::default(), Samples::default(), Samples::default());
+    let mut last = None;
+    for _ in 0..args.repeats {
+        recorder.say(name);
+        drop(last.take());
+        let filled = Filled::new(workload, args.origin)?;
+        let mut meter = Meter::default();
+        let is_full = filled.ingest(workload.events(), &mut meter, recorder.stop())?;
+        if !is_full {
+            break;
+        }
+        filled.check(workload, &meter)?;
+        per_s.push(meter.blocks as f64 / meter.time.as_secs_f64());
+        per_cpu_s.push(meter.blocks as f64 / meter.cpu.as_secs_f64());
+        events.push(meter.events as f64 / meter.time.as_secs_f64());
+        last = Some(filled);
+        recorder.step();
+    }
+    let case = Case {
+        subject: OURS,
+        name,
+    };
+    recorder.extend(case.row("blocks_per_s", "blocks/s", &per_s));
+    recorder.extend(case.row("blocks_per_cpu_s", "blocks/s", &per_cpu_s));
+    recorder.extend(case.row("events_per_s", "events/s", &events));
+    recorder.extend(case.single("blocks", "blocks", workload.pairs() as f64));
+    recorder.extend(case.single("events", "events", workload.events_count() as f64));
+    Ok(last)
+}
+
+fn wrong(what: String) -> Error {
+    Error::new(ErrorKind::Internal, what)
+}

@@ -1,0 +1,313 @@
+//! The figures of one run, as a table and as JSON.
+//!
+//! The JSON is one object: `tool`, `version`, `command`, `host` (`cpu`, `cores`, `memory_bytes`, `kernel`, `load`) and
+//! `rows`, each with `subject` (who: `kvfabric` or a reference), `case`, `metric`, `unit`, `median`, `min`, `max`, `n`.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+use comfy_table::presets::UTF8_BORDERS_ONLY;
+use comfy_table::{CellAlignment, Table};
+use kvcache_core::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::host::Host;
+use crate::statistics::Samples;
+
+/// Who is measured when it is us.
+pub(crate) const OURS: &str = "kvfabric";
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Row {
+    /// Who.
+    pub(crate) subject: String,
+    /// At what.
+    pub(crate) case: String,
+    /// Which figure.
+    pub(crate) metric: String,
+    /// In what.
+    pub(crate) unit: String,
+    /// The middle of all samples.
+    pub(crate) median: f64,
+    /// The smallest.
+    pub(crate) min: f64,
+    /// The largest.
+    pub(crate) max: f64,
+    /// How many samples.
+    pub(crate) n: u64,
+}
+
+/// Whose figures the rows to be made are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Case<'a> {
+    /// Who.
+    pub(crate) subject: &'a str,
+    /// At what.
+    pub(crate) name: &'a str,
+}
+
+impl Case<'_> {
+    /// A row of all samples; none if there are none.
+    pub(crate) fn row(&self, metric: &str, unit: &str, samples: &Samples) -> Option<Row> {
+        let summary = samples.summary()?;
+        Some(Row {
+            subject: self.subject.to_owned(),
+            case: self.name.to_owned(),
+            metric: metric.to_owned(),
+            unit: unit.to_owned(),
+            median: summary.median,
+            min: summary.min,
+            max: summary.max,
+            n: summary.n,
+        })
+    }
+
+    /// A row of a figure that is known once; none if it is not a number.
+    pub(crate) fn single(&self, metric: &str, unit: &str, value: f64) -> Option<Row> {
+        let mut samples = Samples::default();
+        samples.push(value);
+        self.row(metric, unit, &samples)
+    }
+}
+
+/// One run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Report {
+    /// Always `kv-bench`.
+    pub(crate) tool: String,
+    /// Of kvfabric.
+    pub(crate) version: String,
+    /// The subcommand.
+    pub(crate) command: String,
+    /// Where it ran.
+    pub(crate) host: Host,
+    /// The figures, in the order they were measured.
+    pub(crate) rows: Vec<Row>,
+}
+
+impl Report {
+    /// A run without figures yet.
+    pub(crate) fn new(command: &str) -> Self {
+        Self {
+            tool: env!("CARGO_PKG_NAME").to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            command: command.to_owned(),
+            host: Host::read(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Writes the JSON; a reader never sees half of it.
+    ///
+    /// # Errors
+    /// `Io` naming the path.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let failed = |error| Error::io(format!("write {}", path.display()), error);
+        let mut text = serde_json::to_string_pretty(self).map_err(|error| {
+            Error::new(ErrorKind::Internal, "encode the report").with_source(error)
+        })?;
+        text.push('\n');
+        let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
+        file.write_all(text.as_bytes()).map_err(failed)?;
+        file.persist(path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+
+    /// The figures for people: a line for each case and subject, a column for each metric. A cell has the median, and
+    /// the range where there are several samples.
+    pub(crate) fn table(&self) -> String {
+        let mut metrics: Vec<String> = Vec::new();
+        let mut lines: Vec<(&str, &str, BTreeMap<usize, String>)> = Vec::new();
+        for row in &self.rows {
+            let title = title_of(row);
+            let column = metrics
+                .iter()
+                .position(|known| *known == title)
+                .unwrap_or_else(|| {
+                    metrics.push(title);
+                    metrics.len() - 1
+                });
+            let same = |line: &&mut (&str, &str, _)| line.0 == row.case && line.1 == row.subject;
+            match lines.iter_mut().find(same) {
+                Some(line) => {
+                    line.2.insert(column, cell_of(row));
+                }
+                None => {
+                    let cells = BTreeMap::from([(column, cell_of(row))]);
+                    lines.push((&row.case, &row.subject, cells));
+                }
+            }
+        }
+        let mut table = Table::new();
+        let titles = ["case", "subject"].map(str::to_owned).into_iter();
+        table
+            .load_style(UTF8_BORDERS_ONLY)
+            .set_header(titles.chain(metrics.iter().cloned()));
+        for (case, subject, cells) in &lines {
+            let cells = (0..metrics.len()).map(|at| cells.get(&at).cloned().unwrap_or_default());
+            let names = [*case, *subject].map(str::to_owned).into_iter();
+            table.add_row(names.chain(cells));
+        }
+        for column in table.column_iter_mut().skip(2) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table.to_string()
+    }
+}
+
+/// The folder that a file is or will be in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    path.parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+}
+
+/// The metric, with its unit where the name does not end in it.
+fn title_of(row: &Row) -> String {
+    let plain = |text: &str| text.to_lowercase().replace('/', "_per_").replace('µ', "u");
+    if row.unit.is_empty() || row.metric.ends_with(&plain(&row.unit)) {
+        row.metric.clone()
+    } else {
+        format!("{} ({})", row.metric, row.unit)
+    }
+}
+
+fn cell_of(row: &Row) -> String {
+    if row.n < 2 {
+        return number(row.median);
+    }
+    format!(
+        "{} ({}–{})",
+        number(row.median),
+        number(row.min),
+        number(row.max)
+    )
+}
+
+/// Three digits that matter, and no more.
+fn number(value: f64) -> String {
+    match value.abs() {
+        size if size >= 100.0 || size == 0.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report::new("transfer");
+        let ours = Case {
+            subject: OURS,
+            name: "shm-read-4096",
+        };
+        let mut samples = Samples::default();
+        [1.0, 3.0, 2.0]
+            .into_iter()
+            .for_each(|value| samples.push(value));
+        report.rows.extend(ours.row("gb_per_s", "GB/s", &samples));
+        let memcpy = Case {
+            subject: "memcpy",
+            ..ours
+        };
+        report.rows.extend(memcpy.single("gb_per_s", "GB/s", 4.0));
+        report
+            .rows
+            .extend(ours.single("verified_blocks", "blocks", 64.0));
+        report
+    }
+
+    /// Compares the names at every level with the documented ones, in their order.
+    #[test]
+    fn the_json_has_exactly_the_documented_keys() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.json");
+        report().write(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let order = [
+            "tool",
+            "version",
+            "command",
+            "host",
+            "cpu",
+            "cores",
+            "memory_bytes",
+            "kernel",
+            "load",
+            "rows",
+            "subject",
+            "case",
+            "metric",
+            "unit",
+            "median",
+            "min",
+            "max",
+            "n",
+        ];
+        let mut keys: Vec<&str> = Vec::new();
+        for line in text.lines() {
+            if let Some((key, _)) = line
+                .trim()
+                .strip_prefix('"')
+                .and_then(|l| l.split_once("\":"))
+                && !keys.contains(&key)
+            {
+                keys.push(key);
+            }
+        }
+        assert_eq!(keys, order);
+        let read: Report = serde_json::from_str(&text).unwrap();
+        assert_eq!((read.tool.as_str(), read.rows.len()), ("kv-bench", 3));
+        assert_eq!((read.rows[0].median, read.rows[0].n), (2.0, 3));
+    }
+
+    /// A folder that is not there cannot take the file.
+    #[test]
+    fn a_report_that_cannot_be_written_names_the_path() {
+        let error = report()
+            .write(Path::new("/nowhere/report.json"))
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("/nowhere/report.json"),
+            "{error}"
+        );
+    }
+
+    /// Looks for one line per subject, and for each figure in it.
+    #[test]
+    fn the_table_has_a_line_for_each_case_and_subject() {
+        let table = report().table();
+        let line = |name: &str| {
+            table
+                .lines()
+                .find(|line| line.contains(name))
+                .unwrap()
+                .to_owned()
+        };
+        assert!(
+            line(OURS).contains("2.00 (1.00–3.00)") && line(OURS).contains("64.0"),
+            "{table}"
+        );
+        assert!(line(" memcpy").contains("4.00"), "{table}");
+        assert!(
+            table.contains("verified_blocks") && !table.contains("GB/s"),
+            "{table}"
+        );
+    }
+
+    /// A figure that is not a number has no row.
+    #[test]
+    fn what_was_not_measured_has_no_row() {
+        let case = Case {
+            subject: OURS,
+            name: "x",
+        };
+        assert_eq!(case.single("ratio", "", f64::NAN), None);
+        assert_eq!(case.row("ratio", "", &Samples::default()), None);
+    }
+}
