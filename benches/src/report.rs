@@ -3,7 +3,6 @@
 //! The JSON is one object: `tool`, `version`, `command`, `host` (`cpu`, `cores`, `memory_bytes`, `kernel`, `load`) and
 //! `rows`, each with `subject` (who: `kvfabric` or a reference), `case`, `metric`, `unit`, `median`, `min`, `max`, `n`.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
@@ -115,46 +114,85 @@ impl Report {
         Ok(())
     }
 
-    /// The figures for people: a line for each case and subject, a column for each metric. A cell has the median, and
-    /// the range where there are several samples.
+    /// The figures for people: a line for each case and subject, a column for each metric; those that are told by the
+    /// same figure first stand in one table. A cell has the median, and the range where there are several samples.
     pub(crate) fn table(&self) -> String {
-        let mut metrics: Vec<String> = Vec::new();
-        let mut lines: Vec<(&str, &str, BTreeMap<usize, String>)> = Vec::new();
+        let mut lines: Vec<Line<'_>> = Vec::new();
         for row in &self.rows {
-            let title = title_of(row);
-            let column = metrics
-                .iter()
-                .position(|known| *known == title)
-                .unwrap_or_else(|| {
-                    metrics.push(title);
-                    metrics.len() - 1
-                });
-            let same = |line: &&mut (&str, &str, _)| line.0 == row.case && line.1 == row.subject;
-            match lines.iter_mut().find(same) {
-                Some(line) => {
-                    line.2.insert(column, cell_of(row));
-                }
+            let is_same =
+                |line: &&mut Line<'_>| line.case == row.case && line.subject == row.subject;
+            let cell = (title_of(row), cell_of(row));
+            match lines.iter_mut().find(is_same) {
+                Some(line) => line.cells.push(cell),
                 None => {
-                    let cells = BTreeMap::from([(column, cell_of(row))]);
-                    lines.push((&row.case, &row.subject, cells));
+                    let (case, subject) = (&*row.case, &*row.subject);
+                    lines.push(Line {
+                        case,
+                        subject,
+                        cells: vec![cell],
+                    });
                 }
             }
         }
-        let mut table = Table::new();
-        let titles = ["case", "subject"].map(str::to_owned).into_iter();
-        table
-            .load_style(UTF8_BORDERS_ONLY)
-            .set_header(titles.chain(metrics.iter().cloned()));
-        for (case, subject, cells) in &lines {
-            let cells = (0..metrics.len()).map(|at| cells.get(&at).cloned().unwrap_or_default());
-            let names = [*case, *subject].map(str::to_owned).into_iter();
-            table.add_row(names.chain(cells));
+        let mut groups: Vec<Vec<Line<'_>>> = Vec::new();
+        for line in lines {
+            let is_same = |group: &&mut Vec<Line<'_>>| group[0].cells[0].0 == line.cells[0].0;
+            match groups.iter_mut().find(is_same) {
+                Some(group) => group.push(line),
+                None => groups.push(vec![line]),
+            }
         }
-        for column in table.column_iter_mut().skip(2) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        table.to_string()
+        let tables: Vec<String> = groups.iter().map(|group| draw(group)).collect();
+        tables.join("\n")
     }
+}
+
+/// The figures of one case and subject: titles and cells.
+struct Line<'a> {
+    case: &'a str,
+    subject: &'a str,
+    cells: Vec<(String, String)>,
+}
+
+/// So many columns fit on a screen.
+const COLUMNS_MAX: usize = 9;
+
+/// One table; on its side when it is wider than a screen and has fewer lines than columns.
+fn draw(lines: &[Line<'_>]) -> String {
+    let mut titles: Vec<&String> = Vec::new();
+    for (title, _) in lines.iter().flat_map(|line| &line.cells) {
+        if !titles.contains(&title) {
+            titles.push(title);
+        }
+    }
+    let mut grid = vec![vec!["case".to_owned(), "subject".to_owned()]];
+    grid[0].extend(titles.iter().map(|title| (*title).clone()));
+    for line in lines {
+        let mut cells = vec![line.case.to_owned(), line.subject.to_owned()];
+        cells.extend(titles.iter().map(|title| {
+            let found = line.cells.iter().find(|(own, _)| own == *title);
+            found.map_or_else(String::new, |(_, cell)| cell.clone())
+        }));
+        grid.push(cells);
+    }
+    let is_upright = titles.len() <= COLUMNS_MAX || lines.len() >= titles.len();
+    if !is_upright {
+        grid = (0..grid[0].len())
+            .map(|column| grid.iter().map(|cells| cells[column].clone()).collect())
+            .collect();
+    }
+    let mut table = Table::new();
+    let mut rows = grid.into_iter();
+    table
+        .load_style(UTF8_BORDERS_ONLY)
+        .set_header(rows.next().unwrap_or_default());
+    rows.for_each(|cells| {
+        table.add_row(cells);
+    });
+    for column in table.column_iter_mut().skip(if is_upright { 2 } else { 1 }) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
 }
 
 /// The folder that a file is or will be in.
@@ -297,6 +335,29 @@ mod tests {
         assert!(
             table.contains("verified_blocks") && !table.contains("GB/s"),
             "{table}"
+        );
+    }
+
+    /// A case with more metrics than fit side by side, and one that is told by another figure.
+    #[test]
+    fn wide_tables_lie_on_their_side_and_unlike_ones_are_apart() {
+        let mut report = report();
+        let case = Case {
+            subject: OURS,
+            name: "demo",
+        };
+        for number in 0..12 {
+            report
+                .rows
+                .extend(case.single(&format!("figure_{number}"), "", 5.0));
+        }
+        let table = report.table();
+        let header = |name: &str| table.lines().filter(|line| line.contains(name)).count();
+        assert_eq!((header("case"), header("figure_11")), (2, 1));
+        assert!(
+            table
+                .lines()
+                .any(|line| line.contains("figure_3 ") && line.contains("5.00"))
         );
     }
 

@@ -229,15 +229,15 @@ fn a_missing_demo_program_is_named() {
     );
 }
 
-/// Interrupts a run that would take years, once it has made its folder.
+/// Interrupts a run that would take an hour, once it has made its folder.
 #[test]
 fn an_interrupted_run_writes_what_it_has() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("bench.json");
     let work: PathBuf = folder.path().join("work");
     std::fs::create_dir(&work).unwrap();
-    let mut child = bench("transfer --backend memcpy --block-bytes 4K --total-bytes 64K --quiet")
-        .args(["--iterations", "4000000000", "--dir"])
+    let mut child = bench("transfer --backend memcpy --block-bytes 4K --total-bytes 16M --quiet")
+        .args(["--iterations", "1000000", "--dir"])
         .arg(&work)
         .arg("--json")
         .arg(&json)

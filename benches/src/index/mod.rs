@@ -36,10 +36,10 @@ pub(crate) struct IndexArgs {
     #[arg(long, value_enum, default_value_t = Origin::Node)]
     origin: Origin,
     /// How often the index is filled anew for the ingest figures.
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
     /// Lookups in each of the five rounds.
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     lookups: u32,
     /// Also ask over gRPC, beside an empty lookup as the floor.
     #[arg(long)]

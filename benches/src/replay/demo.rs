@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_sim::report::Report;
 
+use crate::EXIT_INVALID;
 use crate::recorder::Recorder;
 use crate::report::{Case, OURS, Row};
 
@@ -14,7 +15,7 @@ use super::ReplayArgs;
 /// Runs the demo and takes its figures.
 ///
 /// # Errors
-/// `NotFound` when the `kvfabric` program is not beside this one, `Internal` when it failed or its report is not as it
+/// `NotFound` when the `kvfabric` program is not beside this one, `Invalid` when it refuses an option, `Internal` when it failed or its report is not as it
 /// must be.
 pub(super) fn run(args: &ReplayArgs, pods: &str, recorder: &mut Recorder) -> Result<()> {
     let program = program()?;
@@ -40,7 +41,13 @@ pub(super) fn run(args: &ReplayArgs, pods: &str, recorder: &mut Recorder) -> Res
         .map_err(|error| Error::io(program.display().to_string(), error))?;
     if !status.success() {
         let context = format!("{} demo ended with {status}", program.display());
-        return Err(Error::new(ErrorKind::Internal, context));
+        let is_invalid = status.code() == Some(i32::from(EXIT_INVALID));
+        let kind = if is_invalid {
+            ErrorKind::Invalid
+        } else {
+            ErrorKind::Internal
+        };
+        return Err(Error::new(kind, context));
     }
     let report = read(&json)?;
     recorder.extend(rows(&format!("demo-{}", args.subject_matter()), &report));

@@ -22,6 +22,8 @@ use super::target::agent;
 
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Requests of one block that are made beforehand; latency is measured over them in turns.
+const SINGLES_MAX: u32 = 64;
 /// How the object store is called.
 const STORE: &str = "bench";
 
@@ -108,9 +110,6 @@ impl Fabric {
         })
     }
 }
-
-/// Requests of one block that are made beforehand; latency is measured over them in turns.
-const SINGLES_MAX: u32 = 64;
 
 fn open_remote(
     plan: &Plan,

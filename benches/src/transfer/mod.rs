@@ -25,6 +25,9 @@ use self::subject::Subject;
 
 pub(crate) use self::target::serve as serve_target;
 
+/// The most samples of one figure: all are kept.
+const SAMPLES_MAX: i64 = 1_000_000;
+
 /// Moves blocks over each backend, beside references.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct TransferArgs {
@@ -49,13 +52,13 @@ pub(crate) struct TransferArgs {
     #[arg(long, value_parser = parse_bytes, default_value = "64M")]
     total_bytes: u64,
     /// Iterations before the measured ones.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=SAMPLES_MAX))]
     warm_up: u32,
     /// Measured iterations.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=SAMPLES_MAX))]
     iterations: u32,
     /// Single blocks in each of the five rounds that latency is measured in.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(0..=SAMPLES_MAX))]
     latency_samples: u32,
     /// Whether blocks lie in random order on both sides.
     #[arg(long, value_enum, default_value_t = Order::Scattered)]
