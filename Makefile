@@ -28,9 +28,9 @@ check: setup ## Formatting, lints, licences, documentation
 
 test: setup check test-rust test-c test-python ## Everything CI runs
 
-test-rust: ## Unit, property, conformance, simulation and integration tests
+test-rust: setup ## Unit, property, conformance, simulation and integration tests
 	$(STEP) "build the programs" $(CARGO) build --bins
-	$(STEP) "rust tests" $(CARGO) test --workspace --exclude kvfabric-python
+	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' $(CARGO) test --workspace --exclude kvfabric-python
 
 test-c: setup ## The C programs, built with the system's compiler
 	$(STEP) "C ABI" ffi/c/tests/run

@@ -57,7 +57,10 @@ fn main() -> ExitCode {
     };
     // Standard output belongs to results; warnings and errors are for people to see.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -72,7 +75,10 @@ fn main() -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the last word of a program that failed")]
+#[expect(
+    clippy::print_stderr,
+    reason = "the last word of a program that failed"
+)]
 fn complain(error: &kvcache_core::Error) {
     eprintln!("kvfabric: {error}");
 }

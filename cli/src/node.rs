@@ -36,7 +36,10 @@ pub(crate) async fn run(args: NodeArgs) -> Result<()> {
     node.shutdown(SHUTDOWN_DEADLINE).await
 }
 
-#[expect(clippy::print_stdout, reason = "addresses that the system chose are what a caller needs")]
+#[expect(
+    clippy::print_stdout,
+    reason = "addresses that the system chose are what a caller needs"
+)]
 fn announce(node: &Node) {
     let text = |address: Option<String>| address.unwrap_or_else(|| "-".to_owned());
     println!(
@@ -49,8 +52,8 @@ fn announce(node: &Node) {
 
 async fn wait_for_signal() -> Result<()> {
     let failed = |e| Error::io("listen for signals", e);
-    let mut terminate =
-        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).map_err(failed)?;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .map_err(failed)?;
     tokio::select! {
         _ = terminate.recv() => Ok(()),
         result = tokio::signal::ctrl_c() => result.map_err(failed),

@@ -5,16 +5,14 @@ use std::process::{Command, Output};
 
 use kvfabric_sim::report::Report;
 
-/// Small enough for CI, large enough that every tier evicts.
-const SMALL: [&str; 12] = [
-    "--max-requests",
-    "60",
+/// Tiers small enough for each of them to evict in a short run.
+const TIGHT: [&str; 10] = [
     "--block-bytes",
     "4K",
     "--hbm-bytes",
     "1M",
     "--dram-bytes",
-    "1M",
+    "2M",
     "--nvme-bytes",
     "2M",
     "--seed",
@@ -22,7 +20,10 @@ const SMALL: [&str; 12] = [
 ];
 
 fn kvfabric(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_kvfabric")).args(args).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_kvfabric"))
+        .args(args)
+        .output()
+        .unwrap()
 }
 
 fn stderr(output: &Output) -> String {
@@ -36,10 +37,18 @@ fn demo(args: &[&str]) -> Report {
     let mut all = vec!["demo", "--json", json.to_str().unwrap()];
     all.extend(args);
     let output = kvfabric(&all);
-    assert!(output.status.success(), "{args:?}: {}\n{}", output.status, stderr(&output));
+    assert!(
+        output.status.success(),
+        "{args:?}: {}\n{}",
+        output.status,
+        stderr(&output)
+    );
     let report: Report = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
     report.check().unwrap();
-    assert!(report.verified_blocks >= report.block_accesses, "every accessed block is compared");
+    assert!(
+        report.verified_blocks >= report.block_accesses,
+        "every accessed block is compared"
+    );
     report
 }
 
@@ -47,7 +56,10 @@ fn demo(args: &[&str]) -> Report {
 fn assert_exact(report: &Report) {
     let hits = report.hits.total();
     let ratio = hits as f64 / report.block_accesses as f64;
-    assert!((ratio - report.infinite_hit_ratio).abs() < 1e-12, "{report:#?}");
+    assert!(
+        (ratio - report.infinite_hit_ratio).abs() < 1e-12,
+        "{report:#?}"
+    );
     assert!(hits > 0 && report.misses > 0);
 }
 
@@ -77,14 +89,30 @@ fn unbounded_hits_are_an_infinite_caches_under_every_router() {
 /// Tight tiers: blocks come from every source, leave every tier, and none is wrong.
 #[test]
 fn bounded_tiers_evict_and_still_serve_right_bytes_from_every_source() {
-    let mut args = vec!["--workload", "chat", "--router", "random"];
-    args.extend(SMALL);
+    let mut args = vec![
+        "--workload",
+        "chat",
+        "--router",
+        "random",
+        "--max-requests",
+        "150",
+    ];
+    args.extend(TIGHT);
     let report = demo(&args);
     let hits = &report.hits;
-    for (source, blocks) in [("hbm", hits.hbm), ("dram", hits.dram), ("peer", hits.peer)] {
+    for (source, blocks) in [
+        ("hbm", hits.hbm),
+        ("dram", hits.dram),
+        ("nvme", hits.nvme),
+        ("peer", hits.peer),
+        ("object", hits.object),
+    ] {
         assert!(blocks > 0, "no hit from {source}: {hits:?}");
     }
-    assert!(hits.nvme + hits.object > 0, "no hit from below DRAM: {hits:?}");
+    assert!(
+        hits.nvme + hits.object > 0,
+        "no hit from below DRAM: {hits:?}"
+    );
     let evicted = |of: fn(&kvfabric_sim::report::PodReport) -> u64| -> u64 {
         report.pods.iter().map(of).sum()
     };
@@ -98,24 +126,47 @@ fn bounded_tiers_evict_and_still_serve_right_bytes_from_every_source() {
 /// TCP only: no byte goes through shared memory between pods.
 #[test]
 fn pods_that_are_told_tcp_use_tcp() {
-    let mut args = vec!["--transport", "tcp", "--no-comparison"];
-    args.extend(SMALL);
+    let mut args = vec![
+        "--transport",
+        "tcp",
+        "--no-comparison",
+        "--max-requests",
+        "40",
+    ];
+    args.extend(TIGHT);
     let report = demo(&args);
-    assert!(report.backends.get("tcp").is_some_and(|tcp| tcp.bytes > 0), "{:?}", report.backends);
+    assert!(
+        report.backends.get("tcp").is_some_and(|tcp| tcp.bytes > 0),
+        "{:?}",
+        report.backends
+    );
     assert!(report.backends.get("shm").is_none_or(|shm| shm.bytes == 0));
 }
 
 /// SIGKILL in the middle: the run ends normally, the pod leaves the index, nothing is wrong, the rest is recomputed.
 #[test]
 fn a_killed_pod_costs_misses_and_nothing_else() {
-    let mut args = vec!["--kill-pod", "0.4", "--workload", "agent"];
-    args.extend(SMALL);
-    args[5] = "600";
-    assert_eq!(args[4], "--max-requests");
+    let mut args = vec![
+        "--kill-pod",
+        "0.4",
+        "--workload",
+        "agent",
+        "--max-requests",
+        "600",
+    ];
+    args.extend(TIGHT);
     let report = demo(&args);
     assert_eq!(report.requests, 600);
-    assert_eq!(report.kills.len(), 1, "the pod was to die before the workload's end");
-    assert!(report.kills[0].left_index_after_s.is_some(), "{:?}", report.kills);
+    assert_eq!(
+        report.kills.len(),
+        1,
+        "the pod was to die before the workload's end"
+    );
+    assert!(
+        report.kills[0].left_index_after_s.is_some(),
+        "{:?}",
+        report.kills
+    );
     assert_eq!(report.pods.iter().filter(|pod| !pod.alive).count(), 1);
     assert_eq!(report.round_robin_cluster_hit_ratio, None);
 }
@@ -149,15 +200,22 @@ fn a_trace_is_replayed_block_for_block() {
 fn a_broken_trace_is_refused_by_line() {
     let folder = tempfile::tempdir().unwrap();
     let too_few = r#"{"timestamp": 5, "input_length": 5000, "output_length": 1, "hash_ids": [1]}"#;
-    for (line, reason) in [("{not json", "line 2"), (too_few, "hash_ids")] {
+    for (line, reason) in [("{not json", "not JSON"), (too_few, "hash_ids")] {
         let trace = write_trace(folder.path(), &[LINE_1, line]);
         let json = folder.path().join("report.json");
         let output = kvfabric(&["demo", "--trace", &trace, "--json", json.to_str().unwrap()]);
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         let text = stderr(&output);
-        assert!(text.contains("trace.jsonl") && text.contains(reason), "{text}");
-        assert!(text.contains("line 2") || text.contains(":2"), "{text}");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something was written");
+        assert!(
+            text.contains("trace.jsonl") && text.contains(reason),
+            "{text}"
+        );
+        assert!(text.contains("trace.jsonl:2:"), "{text}");
+        assert_eq!(
+            std::fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "something was written"
+        );
     }
 }
 
@@ -169,7 +227,10 @@ fn impossible_options_are_refused_by_name() {
         (vec!["--hbm-bytes", "64K"], "--hbm-bytes"),
         (vec!["--model", "gpt-99"], "gpt-99"),
         (vec!["--trace", "no-such-file.jsonl"], "no-such-file.jsonl"),
-        (vec!["--json", "no-such-folder/report.json"], "no-such-folder/report.json"),
+        (
+            vec!["--json", "no-such-folder/report.json"],
+            "no-such-folder/report.json",
+        ),
         (vec!["--kill-pod", "1", "--pods", "1:1"], "--pods"),
         (vec!["--object", "ftp://somewhere"], "ftp"),
     ] {
@@ -177,7 +238,11 @@ fn impossible_options_are_refused_by_name() {
         all.extend(&args);
         let output = kvfabric(&all);
         assert!(!output.status.success(), "{args:?} was accepted");
-        assert!(stderr(&output).contains(expected), "{args:?}: {}", stderr(&output));
+        assert!(
+            stderr(&output).contains(expected),
+            "{args:?}: {}",
+            stderr(&output)
+        );
     }
 }
 
@@ -189,8 +254,14 @@ fn the_conversation_trace_hits_like_an_infinite_cache() {
         return;
     };
     let trace = trace.to_str().unwrap();
-    let report =
-        demo(&["--trace", trace, "--unbounded", "--no-comparison", "--block-bytes", "512"]);
+    let report = demo(&[
+        "--trace",
+        trace,
+        "--unbounded",
+        "--no-comparison",
+        "--block-bytes",
+        "512",
+    ]);
     assert_eq!((report.requests, report.block_accesses), (12_031, 288_500));
     assert_eq!(format!("{:.2}", report.cluster_hit_ratio * 100.0), "36.64");
     assert_exact(&report);

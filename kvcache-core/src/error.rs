@@ -94,17 +94,20 @@ impl Error {
     /// An error of `kind`; `context` names the value and the place, as a phrase without a full stop.
     #[must_use]
     pub fn new(kind: ErrorKind, context: impl Into<Cow<'static, str>>) -> Self {
-        Self(Box::new(Inner { kind, context: context.into(), source: None }))
+        Self(Box::new(Inner {
+            kind,
+            context: context.into(),
+            source: None,
+        }))
     }
 
     /// A value outside its range: names the field, the value and what would have been accepted.
     #[must_use]
-    pub fn invalid(
-        field: &str,
-        value: impl fmt::Display,
-        accepted: impl fmt::Debug,
-    ) -> Self {
-        Self::new(ErrorKind::Invalid, format!("{field} is {value}, expected {accepted:?}"))
+    pub fn invalid(field: &str, value: impl fmt::Display, accepted: impl fmt::Debug) -> Self {
+        Self::new(
+            ErrorKind::Invalid,
+            format!("{field} is {value}, expected {accepted:?}"),
+        )
     }
 
     /// An operating-system error; full disks become [`ErrorKind::NoSpace`], the rest [`ErrorKind::Io`].

@@ -99,12 +99,18 @@ impl PodName {
             "is empty"
         } else if name.len() > POD_NAME_BYTES_MAX {
             "is longer than 320 bytes"
-        } else if name.chars().any(|c| c.is_control() || c.is_whitespace() || c == '@') {
+        } else if name
+            .chars()
+            .any(|c| c.is_control() || c.is_whitespace() || c == '@')
+        {
             "has a space, a control character or an '@'"
         } else {
             return Ok(Self(name.into()));
         };
-        Err(Error::new(ErrorKind::Invalid, format!("pod name {name:?} {rule}")))
+        Err(Error::new(
+            ErrorKind::Invalid,
+            format!("pod name {name:?} {rule}"),
+        ))
     }
 
     /// The name as text.

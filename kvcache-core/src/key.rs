@@ -13,11 +13,13 @@ impl BlockKey {
     #[must_use]
     pub fn to_hex(&self) -> String {
         use fmt::Write;
-        self.0.iter().fold(String::with_capacity(64), |mut text, byte| {
-            // Writing to a `String` cannot fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+        self.0
+            .iter()
+            .fold(String::with_capacity(64), |mut text, byte| {
+                // Writing to a `String` cannot fail.
+                let _ = write!(text, "{byte:02x}");
+                text
+            })
     }
 }
 
@@ -43,7 +45,10 @@ impl EngineHash {
     #[must_use]
     pub fn from_digest(digest: &[u8]) -> Self {
         let tail = &digest[digest.len().saturating_sub(8)..];
-        Self(tail.iter().fold(0, |value, byte| (value << 8) | u64::from(*byte)))
+        Self(
+            tail.iter()
+                .fold(0, |value, byte| (value << 8) | u64::from(*byte)),
+        )
     }
 }
 
@@ -80,7 +85,10 @@ impl Checksum {
     /// A CRC-32C.
     #[must_use]
     pub const fn crc32c(value: u32) -> Self {
-        Self { algorithm: ChecksumAlgorithm::Crc32c, value: value as u64 }
+        Self {
+            algorithm: ChecksumAlgorithm::Crc32c,
+            value: value as u64,
+        }
     }
 }
 

@@ -16,6 +16,8 @@ pub struct Holder {
     pub pod: PodName,
     /// How many blocks, from the first, without a hole.
     pub depth: u32,
+    /// Where its peer service listens, `host:port`; none if that is not known: what is known already is used then.
+    pub peer_address: Option<String>,
 }
 
 /// Who holds a chain of blocks, deepest first; and how much of it shared tiers hold.
@@ -25,6 +27,14 @@ pub struct Located {
     pub holders: Vec<Holder>,
     /// Which blocks, by position, are in a tier that every pod can reach: ascending, apart from each other.
     pub shared: Vec<Range<u32>>,
+}
+
+impl Located {
+    /// Whether nobody is known to hold anything.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.holders.is_empty() && self.shared.is_empty()
+    }
 }
 
 /// The answer of a [`Directory`], once it is there.

@@ -21,8 +21,7 @@ pub mod record;
 mod scratch;
 
 pub use cache::{
-    Cache, CacheStats, FetchBlock, FetchHints, FetchReport, HeldDepth, Source, StoreBlock,
-    StoreReport,
+    Cache, CacheStats, FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
 };
 pub use config::{CacheConfig, DiskConfig, ObjectConfig, PeerLimits};
 pub use peer::PeerServer;

@@ -136,12 +136,17 @@ fn invalid(text: &str, expected: &str) -> Error {
 
 fn parse_pods(text: &str) -> Result<Pods> {
     let expected = "two counts between 1 and 64, like 2:2";
-    let (prefill, decode) = text.split_once(':').ok_or_else(|| invalid(text, expected))?;
+    let (prefill, decode) = text
+        .split_once(':')
+        .ok_or_else(|| invalid(text, expected))?;
     let count = |part: &str| match part.parse::<u32>() {
         Ok(count) if (1..=PODS_MAX).contains(&count) => Ok(count),
         _ => Err(invalid(text, expected)),
     };
-    Ok(Pods { prefill: count(prefill)?, decode: count(decode)? })
+    Ok(Pods {
+        prefill: count(prefill)?,
+        decode: count(decode)?,
+    })
 }
 
 /// Reads a count of bytes: digits, then nothing or K, M, G (powers of 1024).
@@ -193,9 +198,18 @@ mod tests {
     /// Pod counts, by example.
     #[test]
     fn pod_counts_name_what_they_expected() {
-        assert_eq!(parse_pods("3:1").unwrap(), Pods { prefill: 3, decode: 1 });
+        assert_eq!(
+            parse_pods("3:1").unwrap(),
+            Pods {
+                prefill: 3,
+                decode: 1
+            }
+        );
         for text in ["2", "0:1", "1:65", "a:b", "1:1:1"] {
-            assert!(parse_pods(text).unwrap_err().to_string().contains("2:2"), "{text}");
+            assert!(
+                parse_pods(text).unwrap_err().to_string().contains("2:2"),
+                "{text}"
+            );
         }
     }
 }

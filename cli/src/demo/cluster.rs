@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric::config::{
-    DirectSetting, DiskSection, FabricSection, HostSection, IndexSection, NodeConfig, ObjectSection,
-    ShardSection,
+    DirectSetting, DiskSection, FabricSection, HostSection, IndexSection, NodeConfig,
+    ObjectSection, ShardSection,
 };
 use kvfabric_indexer::client::{ClientConfig, IndexClient};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -89,7 +89,10 @@ impl Cluster {
         let pods = setups
             .iter()
             .zip(processes)
-            .map(|((role, _), process)| ClusterPod { role: *role, process })
+            .map(|((role, _), process)| ClusterPod {
+                role: *role,
+                process,
+            })
             .collect();
         Ok(Self {
             indexer: tokio::sync::Mutex::new(indexer),
@@ -126,7 +129,10 @@ impl Cluster {
         let results = futures_util::future::join_all(stops).await;
         let mut indexer = self.indexer.lock().await;
         // The indexer keeps nothing, so it need not be asked politely.
-        let killed = indexer.kill().await.map_err(|e| Error::io("stop the indexer", e));
+        let killed = indexer
+            .kill()
+            .await
+            .map_err(|e| Error::io("stop the indexer", e));
         results.into_iter().collect::<Result<Vec<()>>>()?;
         killed
     }
@@ -143,17 +149,28 @@ async fn start_indexer(block_tokens: u32) -> Result<(Child, SocketAddr)> {
         .spawn()
         .map_err(|e| Error::io("start the indexer", e))?;
     let no_pipe = || Error::new(ErrorKind::Internal, "the indexer has no standard streams");
-    let setup = IndexerSetup { key_scheme: KEY_SCHEME.to_owned(), block_tokens };
+    let setup = IndexerSetup {
+        key_scheme: KEY_SCHEME.to_owned(),
+        block_tokens,
+    };
     // The pipe stays open as long as the child is kept: its end is the indexer's signal to leave.
     write_line(child.stdin.as_mut().ok_or_else(no_pipe)?, &setup).await?;
     let mut lines = BufReader::new(child.stdout.take().ok_or_else(no_pipe)?).lines();
     let line = match tokio::time::timeout(INDEXER_START_DEADLINE, lines.next_line()).await {
         Ok(Ok(Some(line))) => line,
         Ok(Ok(None)) => {
-            return Err(Error::new(ErrorKind::PeerLost, "the indexer ended at its start"));
+            return Err(Error::new(
+                ErrorKind::PeerLost,
+                "the indexer ended at its start",
+            ));
         }
         Ok(Err(error)) => return Err(Error::io("read from the indexer", error)),
-        Err(_) => return Err(Error::new(ErrorKind::Timeout, "the indexer did not start in time")),
+        Err(_) => {
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                "the indexer did not start in time",
+            ));
+        }
     };
     let ready: IndexerReady = serde_json::from_str(&line).map_err(|e| {
         Error::new(ErrorKind::Internal, format!("the indexer said {line:?}")).with_source(e)
@@ -189,14 +206,19 @@ fn pod_setup(
             block_tokens: plan.block_tokens,
             shard: ShardSection::default(),
             key_scheme: KEY_SCHEME.to_owned(),
-            host: HostSection { bytes: plan.dram_bytes },
+            host: HostSection {
+                bytes: plan.dram_bytes,
+            },
             disk: plan.nvme.map(|nvme| DiskSection {
                 path,
                 bytes: nvme.bytes,
                 segment_bytes: nvme.segment_bytes,
                 direct: DirectSetting::Auto,
             }),
-            object: object_url.map(|url| ObjectSection { url, prefix: "blocks".to_owned() }),
+            object: object_url.map(|url| ObjectSection {
+                url,
+                prefix: "blocks".to_owned(),
+            }),
             fabric: FabricSection {
                 shm: args.transport != TransportKind::Tcp,
                 tcp_listen: (args.transport != TransportKind::Shm).then_some(loopback),

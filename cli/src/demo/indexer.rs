@@ -41,7 +41,9 @@ pub(crate) async fn run() -> Result<()> {
         ..ServerConfig::default()
     })
     .await?;
-    let ready = IndexerReady { grpc: running.grpc_address() };
+    let ready = IndexerReady {
+        grpc: running.grpc_address(),
+    };
     let mut answer = serde_json::to_vec(&ready).map_err(|e| {
         Error::new(kvcache_core::ErrorKind::Internal, "encode an answer").with_source(e)
     })?;

@@ -40,12 +40,18 @@ impl Assassin {
         let cluster = Arc::clone(cluster);
         let (after, prefill) = (args.kill_pod, args.pods.prefill);
         let task = tokio::spawn(async move {
-            let Some(after) = after else { return Ok(Vec::new()) };
+            let Some(after) = after else {
+                return Ok(Vec::new());
+            };
             tokio::select! {
                 () = tokio::time::sleep(after) => {}
                 _ = watched.wait_for(|ended| *ended) => return Ok(Vec::new()),
             }
-            let role = if prefill >= 2 { Role::Prefill } else { Role::Decode };
+            let role = if prefill >= 2 {
+                Role::Prefill
+            } else {
+                Role::Decode
+            };
             kill(&cluster, role, after).await.map(|report| vec![report])
         });
         Self { ended, task }
@@ -55,14 +61,20 @@ impl Assassin {
     pub(crate) async fn finish(self) -> Result<Vec<KillReport>> {
         // A task that has ended listens no more, and need not be told.
         let _ = self.ended.send(true);
-        self.task.await.map_err(|e| Error::new(ErrorKind::Internal, "the kill").with_source(e))?
+        self.task
+            .await
+            .map_err(|e| Error::new(ErrorKind::Internal, "the kill").with_source(e))?
     }
 }
 
 /// Kills the first pod of this role.
 async fn kill(cluster: &Cluster, role: Role, after: Duration) -> Result<KillReport> {
     let no_pod = || Error::new(ErrorKind::Internal, "no pod to kill");
-    let pod = cluster.pods().iter().find(|pod| pod.role() == role).ok_or_else(no_pod)?;
+    let pod = cluster
+        .pods()
+        .iter()
+        .find(|pod| pod.role() == role)
+        .ok_or_else(no_pod)?;
     pod.process().kill().await?;
     let killed = Instant::now();
     let name = pod.process().name();

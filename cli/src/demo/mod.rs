@@ -65,7 +65,10 @@ pub(crate) async fn run(args: DemoArgs) -> Result<()> {
     }
     report.check()?;
     if stop.load(Ordering::Relaxed) {
-        return Err(Error::new(ErrorKind::Cancelled, "interrupted: the figures are of a part"));
+        return Err(Error::new(
+            ErrorKind::Cancelled,
+            "interrupted: the figures are of a part",
+        ));
     }
     check_exactness(&args, &plan, &report)
 }
@@ -87,7 +90,12 @@ fn check_exactness(args: &DemoArgs, plan: &Plan, report: &Report) -> Result<()> 
 }
 
 /// Starts a cluster, runs the workload through it, and stops it.
-async fn one_run(args: &DemoArgs, plan: &Plan, policy: Policy, stop: &AtomicBool) -> Result<Report> {
+async fn one_run(
+    args: &DemoArgs,
+    plan: &Plan,
+    policy: Policy,
+    stop: &AtomicBool,
+) -> Result<Report> {
     let folder = match &args.dir {
         Some(dir) => tempfile::Builder::new().prefix("kvfabric-").tempdir_in(dir),
         None => tempfile::Builder::new().prefix("kvfabric-").tempdir(),
@@ -128,10 +136,12 @@ async fn one_run(args: &DemoArgs, plan: &Plan, policy: Policy, stop: &AtomicBool
 async fn pod_counters(cluster: &Cluster) -> Vec<Option<PodCounters>> {
     let mut counters = Vec::new();
     for pod in cluster.pods() {
-        counters.push(match pod.process().call(Work::Stats, STATS_DEADLINE).await {
-            Ok(Done::Stats(counted)) => Some(counted),
-            Ok(_) | Err(_) => None,
-        });
+        counters.push(
+            match pod.process().call(Work::Stats, STATS_DEADLINE).await {
+                Ok(Done::Stats(counted)) => Some(counted),
+                Ok(_) | Err(_) => None,
+            },
+        );
     }
     counters
 }
@@ -170,7 +180,8 @@ fn stop_at_ctrl_c(stop: Arc<AtomicBool>) {
 
 fn say(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).map_err(|e| Error::io("write the table", e))
+    out.write_all(text.as_bytes())
+        .map_err(|e| Error::io("write the table", e))
 }
 
 /// The report's file: opened before the run, so that a wrong path costs no minute, and put in place whole.
@@ -187,12 +198,17 @@ impl JsonFile {
             _ => Path::new("."),
         };
         let file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
-        Ok(Self { path: path.to_owned(), file })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
     }
 
     fn finish(mut self, report: &Report) -> Result<()> {
         let failed = |e| Error::io(format!("--json {}", self.path.display()), e);
-        self.file.write_all(report.to_json()?.as_bytes()).map_err(failed)?;
+        self.file
+            .write_all(report.to_json()?.as_bytes())
+            .map_err(failed)?;
         self.file.persist(&self.path).map_err(|e| failed(e.error))?;
         Ok(())
     }

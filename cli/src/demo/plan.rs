@@ -8,9 +8,7 @@ use kvfabric_sim::infinite::{Accesses, InfiniteCache};
 use kvfabric_sim::report::RunConfig;
 use kvfabric_sim::router::Policy;
 use kvfabric_sim::workload::trace::Trace;
-use kvfabric_sim::workload::{
-    self, REQUESTS_DEFAULT, Request, TRACE_BLOCK_TOKENS, Workload,
-};
+use kvfabric_sim::workload::{self, REQUESTS_DEFAULT, Request, TRACE_BLOCK_TOKENS, Workload};
 
 use super::args::{DemoArgs, RouterKind, WorkloadKind};
 
@@ -58,23 +56,39 @@ impl Plan {
     pub(crate) fn new(args: &DemoArgs) -> Result<Self> {
         let (name, block_tokens, requests) = requests(args)?;
         if requests.is_empty() {
-            return Err(Error::new(ErrorKind::Invalid, format!("{name} has no requests")));
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{name} has no requests"),
+            ));
         }
         let mut cache = InfiniteCache::new(block_tokens);
         for request in &requests {
             cache.observe(request);
         }
         let (block_bytes, layers) = block_geometry(args, block_tokens)?;
-        let largest = requests.iter().map(|r| blocks_of(r, block_tokens)).max().unwrap_or(0);
+        let largest = requests
+            .iter()
+            .map(|r| blocks_of(r, block_tokens))
+            .max()
+            .unwrap_or(0);
         let concurrency = if args.unbounded { 1 } else { args.concurrency };
-        let all = requests.iter().map(|r| blocks_of(r, block_tokens) as u64).sum::<u64>();
+        let all = requests
+            .iter()
+            .map(|r| blocks_of(r, block_tokens) as u64)
+            .sum::<u64>();
         // Unbounded tiers have room for every block of the workload, outputs included, twice over where a block may
         // be on its way between two slots. Memory is only taken when it is written.
         let distinct = cache.blocks() as u64
-            + requests.iter().map(|r| r.output_blocks(block_tokens) as u64).sum::<u64>();
+            + requests
+                .iter()
+                .map(|r| r.output_blocks(block_tokens) as u64)
+                .sum::<u64>();
         let room = (distinct.min(all) + largest as u64 + 1) * block_bytes;
-        let (hbm_bytes, dram_bytes) =
-            if args.unbounded { (room, room) } else { (args.hbm_bytes, args.dram_bytes) };
+        let (hbm_bytes, dram_bytes) = if args.unbounded {
+            (room, room)
+        } else {
+            (args.hbm_bytes, args.dram_bytes)
+        };
         let needed = largest as u64 * block_bytes;
         if hbm_bytes < needed {
             let text = format!(
@@ -149,15 +163,22 @@ fn requests(args: &DemoArgs) -> Result<(String, u32, Vec<Request>)> {
     if args.block_tokens == 0 {
         return Err(Error::invalid("--block-tokens", args.block_tokens, 1..));
     }
-    let count = u32::try_from(limit).unwrap_or(REQUESTS_DEFAULT).min(REQUESTS_DEFAULT);
+    let count = u32::try_from(limit)
+        .unwrap_or(REQUESTS_DEFAULT)
+        .min(REQUESTS_DEFAULT);
     // A larger --max-requests asks for a longer workload.
-    let count = args.max_requests.map_or(count, |n| u32::try_from(n).unwrap_or(u32::MAX));
+    let count = args
+        .max_requests
+        .map_or(count, |n| u32::try_from(n).unwrap_or(u32::MAX));
     let requests = Workload::new(kind, args.seed, count).requests()?.collect();
     Ok((kind.name().to_owned(), args.block_tokens, requests))
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into())
+    path.file_name().map_or_else(
+        || path.display().to_string(),
+        |n| n.to_string_lossy().into(),
+    )
 }
 
 /// Bytes and layers of a block.
@@ -171,6 +192,9 @@ fn block_geometry(args: &DemoArgs, block_tokens: u32) -> Result<(u64, u32)> {
     if bytes == 0 {
         return Err(Error::invalid("--block-bytes", bytes, 1..));
     }
-    let layers = (1..=LAYERS_MAX).rev().find(|n| bytes.is_multiple_of(*n)).unwrap_or(1);
+    let layers = (1..=LAYERS_MAX)
+        .rev()
+        .find(|n| bytes.is_multiple_of(*n))
+        .unwrap_or(1);
     Ok((bytes, u32::try_from(layers).unwrap_or(1)))
 }

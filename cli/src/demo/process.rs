@@ -56,8 +56,7 @@ impl PodProcess {
     /// Starts a pod and waits until the indexer listens to it.
     pub(crate) async fn start(setup: &PodSetup) -> Result<Self> {
         let name = setup.node.pod.clone();
-        let program =
-            std::env::current_exe().map_err(|e| Error::io("path of this program", e))?;
+        let program = std::env::current_exe().map_err(|e| Error::io("path of this program", e))?;
         let mut child = Command::new(program)
             .arg("demo-pod")
             .stdin(Stdio::piped())
@@ -68,7 +67,9 @@ impl PodProcess {
         let broken_pipe = || Error::new(ErrorKind::Internal, "a pod without standard streams");
         let mut stdin = child.stdin.take().ok_or_else(broken_pipe)?;
         let stdout = child.stdout.take().ok_or_else(broken_pipe)?;
-        write_line(&mut stdin, setup).await.map_err(|e| e.at(&name))?;
+        write_line(&mut stdin, setup)
+            .await
+            .map_err(|e| e.at(&name))?;
         let mut answers = BufReader::new(stdout);
         let first = tokio::time::timeout(START_DEADLINE, read_answer(&mut answers)).await;
         let peer_address = match first {
@@ -77,7 +78,10 @@ impl PodProcess {
                 return Err(Error::new(ErrorKind::Invalid, format!("{name}: {reason}")));
             }
             Ok(Ok(_)) => {
-                return Err(Error::new(ErrorKind::PeerLost, format!("{name} ended at its start")));
+                return Err(Error::new(
+                    ErrorKind::PeerLost,
+                    format!("{name} ended at its start"),
+                ));
             }
             Ok(Err(error)) => return Err(error.at(&name)),
             Err(_) => {
@@ -86,7 +90,9 @@ impl PodProcess {
                 return Err(Error::new(ErrorKind::Timeout, text));
             }
         };
-        let calls = Arc::new(Calls { waiting: Mutex::new(Some(HashMap::new())) });
+        let calls = Arc::new(Calls {
+            waiting: Mutex::new(Some(HashMap::new())),
+        });
         tokio::spawn(hand_out_answers(answers, Arc::clone(&calls)));
         Ok(Self {
             name,
@@ -125,7 +131,10 @@ impl PodProcess {
             Some(waiting) => waiting.insert(id, caller),
             None => return Err(dead()),
         };
-        if write_line(&mut *self.stdin.lock().await, &Call { id, work }).await.is_err() {
+        if write_line(&mut *self.stdin.lock().await, &Call { id, work })
+            .await
+            .is_err()
+        {
             self.calls.close();
             return Err(dead());
         }
@@ -156,9 +165,10 @@ impl PodProcess {
         let mut child = self.child.lock().await;
         match tokio::time::timeout(STOP_DEADLINE, child.wait()).await {
             Ok(Ok(status)) if status.success() && asked.is_ok() => Ok(()),
-            Ok(Ok(status)) => {
-                Err(Error::new(ErrorKind::Internal, format!("{} ended with {status}", self.name)))
-            }
+            Ok(Ok(status)) => Err(Error::new(
+                ErrorKind::Internal,
+                format!("{} ended with {status}", self.name),
+            )),
             Ok(Err(error)) => Err(Error::io(format!("wait for {}", self.name), error)),
             Err(_) => {
                 let killed = child.kill().await;
@@ -185,7 +195,10 @@ async fn hand_out_answers(mut answers: BufReader<ChildStdout>, calls: Arc<Calls>
 
 async fn read_answer(answers: &mut BufReader<ChildStdout>) -> Result<Option<Answer>> {
     let mut line = String::new();
-    let length = answers.read_line(&mut line).await.map_err(|e| Error::io("answer", e))?;
+    let length = answers
+        .read_line(&mut line)
+        .await
+        .map_err(|e| Error::io("answer", e))?;
     if length == 0 {
         return Ok(None);
     }
@@ -196,9 +209,14 @@ async fn read_answer(answers: &mut BufReader<ChildStdout>) -> Result<Option<Answ
 }
 
 /// One JSON line.
-pub(super) async fn write_line(pipe: &mut ChildStdin, message: &impl serde::Serialize) -> Result<()> {
+pub(super) async fn write_line(
+    pipe: &mut ChildStdin,
+    message: &impl serde::Serialize,
+) -> Result<()> {
     let mut line = serde_json::to_vec(message)
         .map_err(|e| Error::new(ErrorKind::Internal, "encode a message").with_source(e))?;
     line.push(b'\n');
-    pipe.write_all(&line).await.map_err(|e| Error::io("write to a pod", e))
+    pipe.write_all(&line)
+        .await
+        .map_err(|e| Error::io("write to a pod", e))
 }

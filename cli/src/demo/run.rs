@@ -119,7 +119,10 @@ impl Run {
         if let Some(before) = request.after {
             let mut ended = self.ended.subscribe();
             let gone = |_| Error::new(ErrorKind::Internal, "the router ended");
-            ended.wait_for(|ended| ended.0.contains(&before)).await.map_err(gone)?;
+            ended
+                .wait_for(|ended| ended.0.contains(&before))
+                .await
+                .map_err(gone)?;
         }
         let mut moving = Duration::ZERO;
         let mut attempts = 0;
@@ -179,7 +182,10 @@ impl Run {
                 Err(error) => return Err(error),
             }
         }
-        Err(Error::new(ErrorKind::PeerLost, "decode pods died one after the other"))
+        Err(Error::new(
+            ErrorKind::PeerLost,
+            "decode pods died one after the other",
+        ))
     }
 
     /// Asks the index, waiting for everything that earlier requests published.
@@ -187,7 +193,12 @@ impl Run {
         let tokens = request.prompt_tokens().into_owned();
         loop {
             self.forget_the_dead();
-            let min_position = self.lock().positions.iter().map(to_source_position).collect();
+            let min_position = self
+                .lock()
+                .positions
+                .iter()
+                .map(to_source_position)
+                .collect();
             let start = Instant::now();
             let asked = LookupRequest {
                 model: self.cluster.model().to_owned(),
@@ -218,7 +229,9 @@ impl Run {
         for pod in self.cluster.pods() {
             if !pod.process().is_alive() {
                 let prefix = format!("{}/", pod.process().name());
-                state.positions.retain(|source, _| !source.starts_with(&prefix));
+                state
+                    .positions
+                    .retain(|source, _| !source.starts_with(&prefix));
             }
         }
         state.positions.len() < before
@@ -253,7 +266,10 @@ impl Run {
             None => state.router.route(&prefill_views, &decode_views)?,
             // The prefill pod's work is done, so it does not matter whether it still lives.
             Some(_) => {
-                let placeholder = [PodView { alive: true, ..PodView::default() }];
+                let placeholder = [PodView {
+                    alive: true,
+                    ..PodView::default()
+                }];
                 state.router.route(&placeholder, &decode_views)?
             }
         };
@@ -267,19 +283,31 @@ impl Run {
     fn task(&self, request: &Request, answer: &LookupAnswer, first: Option<HolderHint>) -> Task {
         let known = answer.pods.iter().filter_map(|pod| {
             let peer_address = pod.peer_address.clone()?;
-            Some(HolderHint { pod: pod.pod.to_string(), depth: pod.depth, peer_address })
+            Some(HolderHint {
+                pod: pod.pod.to_string(),
+                depth: pod.depth,
+                peer_address,
+            })
         });
         let others = known.filter(|hint| first.as_ref().is_none_or(|f| f.pod != hint.pod));
         let mut task = Task::new(request);
         task.shared = answer.shared.clone();
-        task.holders = first.clone().into_iter().chain(others).take(HINTS_MAX).collect();
+        task.holders = first
+            .clone()
+            .into_iter()
+            .chain(others)
+            .take(HINTS_MAX)
+            .collect();
         task
     }
 
     /// Gives work to a pod and remembers up to where it has published.
     async fn work(&self, pod: usize, work: Work) -> Result<Served> {
         self.lock().in_flight[pod] += 1;
-        let result = self.cluster.pods()[pod].process().call(work, WORK_DEADLINE).await;
+        let result = self.cluster.pods()[pod]
+            .process()
+            .call(work, WORK_DEADLINE)
+            .await;
         let mut state = self.lock();
         state.in_flight[pod] -= 1;
         match result? {
@@ -289,18 +317,27 @@ impl Run {
                 }
                 Ok(served)
             }
-            other => Err(Error::new(ErrorKind::Internal, format!("unexpected answer {other:?}"))),
+            other => Err(Error::new(
+                ErrorKind::Internal,
+                format!("unexpected answer {other:?}"),
+            )),
         }
     }
 }
 
 fn to_source_position((source, position): (&String, &Position)) -> SourcePosition {
-    SourcePosition { source: source.clone(), position: *position }
+    SourcePosition {
+        source: source.clone(),
+        position: *position,
+    }
 }
 
 /// Answers arrive in any order, so only a later position replaces an earlier one.
 fn note_position(positions: &mut BTreeMap<String, Position>, text: &PositionText) {
-    let new = Position { epoch: Epoch(text.epoch), next: Sequence(text.next) };
+    let new = Position {
+        epoch: Epoch(text.epoch),
+        next: Sequence(text.next),
+    };
     let known = positions.entry(text.source.clone()).or_insert(new);
     if new.next > known.next || new.epoch != known.epoch {
         *known = new;

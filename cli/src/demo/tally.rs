@@ -44,12 +44,10 @@ pub(crate) struct IndexCounters {
 
 impl Tally {
     pub(crate) fn new(pods: usize) -> Self {
-        Self { pods: vec![PodTally::default(); pods], ..Self::default() }
-    }
-
-    /// Hits and misses so far.
-    pub(crate) fn sources(&self) -> &report::Tally {
-        &self.sources
+        Self {
+            pods: vec![PodTally::default(); pods],
+            ..Self::default()
+        }
     }
 
     /// One lookup, as the router saw it.
@@ -146,7 +144,11 @@ impl Tally {
             .zip(counters)
             .map(|((pod, tally), counters)| {
                 let counted = |name: &str| {
-                    counters.as_ref().and_then(|c| c.tiers.get(name)).copied().unwrap_or(0)
+                    counters
+                        .as_ref()
+                        .and_then(|c| c.tiers.get(name))
+                        .copied()
+                        .unwrap_or(0)
                 };
                 PodReport {
                     name: pod.process().name().to_owned(),
@@ -159,10 +161,15 @@ impl Tally {
                     hits: tally.sources.hits,
                     misses: tally.sources.misses,
                     hbm_evictions: counted("hbm_evictions"),
-                    dram_evictions: ["demoted_disk", "demoted_object", "evicted_clean", "evicted_lost"]
-                        .map(counted)
-                        .iter()
-                        .sum(),
+                    dram_evictions: [
+                        "demoted_disk",
+                        "demoted_object",
+                        "evicted_clean",
+                        "evicted_lost",
+                    ]
+                    .map(counted)
+                    .iter()
+                    .sum(),
                     nvme_evictions: counted("rescued") + counted("disk_lost"),
                 }
             })

@@ -17,6 +17,7 @@ pub struct Namespace<'a> {
 /// Describes the full blocks of token sequences of one model.
 #[derive(Clone, Debug)]
 pub(crate) struct Describer {
+    model: String,
     identity: ModelIdentity,
     shard: Shard,
     scheme: IndexScheme,
@@ -25,13 +26,20 @@ pub(crate) struct Describer {
 
 impl Describer {
     pub(crate) fn new(
+        model: String,
         identity: [u8; 32],
         shard: Shard,
         scheme: IndexScheme,
         block_tokens: TokensPerBlock,
     ) -> Self {
         let identity = ModelIdentity(identity);
-        Self { identity, shard, scheme, block_tokens }
+        Self {
+            model,
+            identity,
+            shard,
+            scheme,
+            block_tokens,
+        }
     }
 
     /// One description for each full block of `tokens`, in order.
@@ -52,7 +60,7 @@ impl Describer {
         };
         let data = DataChain::new(&identity, &self.shard, optional(namespace.cache_salt))?;
         let root = self.scheme.root(&prefix::Namespace {
-            model: "",
+            model: self.scheme.model_in_root(&self.model),
             lora: optional(namespace.lora),
             cache_salt: optional(namespace.cache_salt),
         });

@@ -74,7 +74,12 @@ pub struct ShardSection {
 
 impl Default for ShardSection {
     fn default() -> Self {
-        Self { tensor_rank: 0, tensor_size: 1, layers: 1, kv_heads: 1 }
+        Self {
+            tensor_rank: 0,
+            tensor_size: 1,
+            layers: 1,
+            kv_heads: 1,
+        }
     }
 }
 
@@ -82,7 +87,11 @@ impl ShardSection {
     fn to_shard(&self) -> Result<Shard> {
         let tensor = Tensor::new(self.tensor_rank, self.tensor_size)?;
         let heads = tensor.heads(self.kv_heads)?;
-        Ok(Shard { tensor, heads, ..Shard::whole(self.layers, self.kv_heads) })
+        Ok(Shard {
+            tensor,
+            heads,
+            ..Shard::whole(self.layers, self.kv_heads)
+        })
     }
 }
 
@@ -145,7 +154,10 @@ pub struct FabricSection {
 
 impl Default for FabricSection {
     fn default() -> Self {
-        Self { shm: true, tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))) }
+        Self {
+            shm: true,
+            tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+        }
     }
 }
 
@@ -167,7 +179,10 @@ fn default_key_scheme() -> String {
     "xxh3:1337".to_owned()
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "serde calls it for an optional field")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "serde calls it for an optional field"
+)]
 fn default_peer_listen() -> Option<SocketAddr> {
     Some(SocketAddr::from(([127, 0, 0, 1], 0)))
 }
@@ -192,8 +207,7 @@ impl NodeConfig {
             // Asked first, because the reader's own error does not say which kind it is.
             std::fs::metadata(file)
                 .map_err(|e| Error::io(format!("configuration file {}", file.display()), e))?;
-            builder =
-                builder.add_source(config::File::from(file).format(config::FileFormat::Toml));
+            builder = builder.add_source(config::File::from(file).format(config::FileFormat::Toml));
         }
         builder = builder.add_source(
             config::Environment::with_prefix(ENVIRONMENT_PREFIX)
@@ -211,7 +225,10 @@ impl NodeConfig {
         for (key, value) in overrides {
             builder = builder.set_override(key, value.as_str()).map_err(invalid)?;
         }
-        let config: Self = builder.build().and_then(|c| c.try_deserialize()).map_err(invalid)?;
+        let config: Self = builder
+            .build()
+            .and_then(|c| c.try_deserialize())
+            .map_err(invalid)?;
         config.check().map_err(|error| error.at(place()))?;
         Ok(config)
     }
@@ -246,8 +263,7 @@ impl NodeConfig {
     /// The part that the tiers are made of.
     pub(crate) fn cache_config(&self) -> Result<CacheConfig> {
         let pod = PodName::new(&self.pod)?;
-        let mut cache =
-            CacheConfig::new(pod, self.identity()?, self.block_bytes, self.host.bytes);
+        let mut cache = CacheConfig::new(pod, self.identity()?, self.block_bytes, self.host.bytes);
         cache.disk = self.disk.as_ref().map(|disk| DiskConfig {
             path: disk.path.clone(),
             bytes: disk.bytes,
@@ -269,7 +285,11 @@ impl NodeConfig {
     /// How long one question to the index may take.
     pub(crate) fn lookup_deadline(&self) -> Duration {
         let default = default_lookup_deadline_ms();
-        Duration::from_millis(self.index.as_ref().map_or(default, |i| i.lookup_deadline_ms))
+        Duration::from_millis(
+            self.index
+                .as_ref()
+                .map_or(default, |i| i.lookup_deadline_ms),
+        )
     }
 }
 
@@ -278,8 +298,13 @@ impl NodeConfig {
 /// # Errors
 /// [`ErrorKind::Invalid`] with the text.
 pub fn parse_identity(text: &str) -> Result<[u8; 32]> {
-    let wrong =
-        || Error::invalid("model_identity", format!("{text:?}"), "64 hexadecimal digits");
+    let wrong = || {
+        Error::invalid(
+            "model_identity",
+            format!("{text:?}"),
+            "64 hexadecimal digits",
+        )
+    };
     let digits = text.as_bytes();
     if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
         return Err(wrong());

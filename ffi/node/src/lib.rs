@@ -21,9 +21,8 @@ pub use config::NodeConfig;
 pub use node::{Lookup, Node};
 
 // What a caller needs to use a node, so that an engine depends on one crate.
+pub use kvcache_core::ports::{Holder, Located};
 pub use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, IndexKey, PodName, Result, Tier};
 pub use kvfabric_indexer::client::{LookupAnswer, PodDepth, SourcePosition};
-pub use kvfabric_tiers::{
-    FetchBlock, FetchHints, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
-};
+pub use kvfabric_tiers::{FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport};
 pub use kvfabric_transfer as transfer;

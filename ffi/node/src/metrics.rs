@@ -36,10 +36,14 @@ struct Sources {
 impl MetricsServer {
     pub(crate) async fn start(address: SocketAddr, agent: Agent, cache: Cache) -> Result<Self> {
         let listen = |e| Error::io(format!("listen for metrics on {address}"), e);
-        let listener = tokio::net::TcpListener::bind(address).await.map_err(listen)?;
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let sources = Arc::new(Sources { agent, cache });
-        let routes = Router::new().route("/metrics", get(scrape)).with_state(sources);
+        let routes = Router::new()
+            .route("/metrics", get(scrape))
+            .with_state(sources);
         let task = tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
                 tracing::warn!(%error, "metrics server ended");
@@ -80,22 +84,37 @@ fn render(tiers: &[(&'static str, u64)], agent: &Agent) -> Result<String> {
     }
     type Read = fn(&BackendStats) -> u64;
     let families: [(&str, &str, Read); 4] = [
-        ("transfer_read_bytes", "Bytes read, by backend", |s| s.bytes_read),
-        ("transfer_written_bytes", "Bytes written, by backend", |s| s.bytes_written),
-        ("transfer_requests", "Requests that succeeded, by backend", |s| s.requests),
-        ("transfer_failures", "Requests that failed, by backend", |s| s.failures),
+        ("transfer_read_bytes", "Bytes read, by backend", |s| {
+            s.bytes_read
+        }),
+        ("transfer_written_bytes", "Bytes written, by backend", |s| {
+            s.bytes_written
+        }),
+        (
+            "transfer_requests",
+            "Requests that succeeded, by backend",
+            |s| s.requests,
+        ),
+        (
+            "transfer_failures",
+            "Requests that failed, by backend",
+            |s| s.failures,
+        ),
     ];
     let stats = agent.stats();
     for (name, help, read) in families {
         let family = Family::<[(&'static str, &'static str); 1], Gauge<i64>>::default();
         for (backend, counted) in &stats.backends {
-            family.get_or_create(&[("backend", *backend)]).set(level(read(counted)));
+            family
+                .get_or_create(&[("backend", *backend)])
+                .set(level(read(counted)));
         }
         registry.register(name, help, family);
     }
     let mut text = String::new();
-    encode(&mut text, &registry)
-        .map_err(|e| Error::new(kvcache_core::ErrorKind::Internal, "encode metrics").with_source(e))?;
+    encode(&mut text, &registry).map_err(|e| {
+        Error::new(kvcache_core::ErrorKind::Internal, "encode metrics").with_source(e)
+    })?;
     Ok(text)
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kvcache_core::event::EngineEvent;
-use kvcache_core::ports::{Directory, EventSink};
+use kvcache_core::ports::{Directory, EventSink, Located};
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{BlockInfo, BlockKey, Epoch, Error, ErrorKind, PodName, Result};
 use kvfabric_indexer::client::{
@@ -13,9 +13,7 @@ use kvfabric_indexer::client::{
     SourceKind, SourcePosition,
 };
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
-use kvfabric_tiers::{
-    Cache, FetchBlock, FetchHints, FetchReport, HeldDepth, StoreBlock, StoreReport,
-};
+use kvfabric_tiers::{Cache, FetchBlock, FetchReport, HeldDepth, StoreBlock, StoreReport};
 use kvfabric_transfer::Agent;
 use kvfabric_transfer::backend::object::ObjectOptions;
 
@@ -87,7 +85,10 @@ impl Node {
         config.check()?;
         let pod = PodName::new(&config.pod)?;
         let agent = build_agent(&config)?;
-        let publishers = config.index.as_ref().map(|index| Publishers::bind(&config, index));
+        let publishers = config
+            .index
+            .as_ref()
+            .map(|index| Publishers::bind(&config, index));
         let publishers = publishers.transpose()?;
         let (directory, sink): (Arc<dyn Directory>, Arc<dyn EventSink>) = match &publishers {
             Some(publishers) => (Arc::new(publishers.client.clone()), publishers.node.clone()),
@@ -105,6 +106,7 @@ impl Node {
             None => None,
         };
         let describer = Describer::new(
+            config.model.clone(),
             config.identity()?,
             config.shard()?,
             config.scheme()?,
@@ -112,8 +114,19 @@ impl Node {
         );
         let lookup_deadline = config.lookup_deadline();
         let model = config.model;
-        let inner = Inner { pod, model, describer, lookup_deadline, agent, cache, index, metrics };
-        Ok(Self { inner: Arc::new(inner) })
+        let inner = Inner {
+            pod,
+            model,
+            describer,
+            lookup_deadline,
+            agent,
+            cache,
+            index,
+            metrics,
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// The name by which routers and peers know this pod.
@@ -154,7 +167,10 @@ impl Node {
     /// [`ErrorKind::Busy`] when too many operations are in progress, [`ErrorKind::Invalid`] for memory that is not
     /// registered with [`Node::agent`]. Blocks that found no room are counted in the report.
     pub async fn store(&self, blocks: Vec<StoreBlock>, deadline: Duration) -> Result<StoreReport> {
-        self.inner.cache.store(blocks, Instant::now() + deadline).await
+        self.inner
+            .cache
+            .store(blocks, Instant::now() + deadline)
+            .await
     }
 
     /// Brings blocks into the engine's memory, from wherever they are; without hints, the index is asked.
@@ -166,10 +182,13 @@ impl Node {
     pub async fn fetch(
         &self,
         blocks: Vec<FetchBlock>,
-        hints: FetchHints,
+        hints: Located,
         deadline: Duration,
     ) -> Result<FetchReport> {
-        self.inner.cache.fetch(blocks, hints, Instant::now() + deadline).await
+        self.inner
+            .cache
+            .fetch(blocks, hints, Instant::now() + deadline)
+            .await
     }
 
     /// How many blocks of a chain this node's own tiers hold.
@@ -214,7 +233,9 @@ impl Node {
     /// Up to where this pod's sources have published: what a lookup must wait for to see everything that is here.
     #[must_use]
     pub fn positions(&self) -> Vec<SourcePosition> {
-        let Some(index) = &self.inner.index else { return Vec::new() };
+        let Some(index) = &self.inner.index else {
+            return Vec::new();
+        };
         [(ENGINE_SOURCE, &index.engine), (NODE_SOURCE, &index.node)]
             .map(|(name, publisher)| {
                 SourcePosition::new(&self.inner.pod, name, publisher.position())
@@ -245,14 +266,21 @@ impl Node {
     }
 
     fn index(&self) -> Result<&Index> {
-        let none = || Error::new(ErrorKind::Unsupported, "this node has no [index] configured");
+        let none = || {
+            Error::new(
+                ErrorKind::Unsupported,
+                "this node has no [index] configured",
+            )
+        };
         self.inner.index.as_ref().ok_or_else(none)
     }
 }
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node").field("pod", &self.inner.pod).finish_non_exhaustive()
+        f.debug_struct("Node")
+            .field("pod", &self.inner.pod)
+            .finish_non_exhaustive()
     }
 }
 
@@ -260,10 +288,14 @@ impl std::fmt::Debug for Node {
 const FLUSH_PATIENCE: Duration = Duration::from_millis(500);
 
 fn build_agent(config: &NodeConfig) -> Result<Agent> {
-    let mut builder =
-        Agent::builder(&config.pod).shm(config.fabric.shm).tcp(config.fabric.tcp_listen);
+    let mut builder = Agent::builder(&config.pod)
+        .shm(config.fabric.shm)
+        .tcp(config.fabric.tcp_listen);
     if let Some(object) = &config.object {
-        let options = ObjectOptions { allow_http: true, ..ObjectOptions::default() };
+        let options = ObjectOptions {
+            allow_http: true,
+            ..ObjectOptions::default()
+        };
         builder = builder.object_store(OBJECT_STORE, &object.url, options);
     }
     builder.build()
@@ -296,7 +328,11 @@ impl Publishers {
         };
         let engine = bind(Stream::Engine)?;
         let node = bind(Stream::Node { epoch: new_epoch() })?;
-        Ok(Self { client, engine, node })
+        Ok(Self {
+            client,
+            engine,
+            node,
+        })
     }
 
     async fn register(self, config: &NodeConfig, peers: Option<SocketAddr>) -> Result<Index> {
@@ -312,14 +348,28 @@ impl Publishers {
             sources,
             peer_address: peers.map(|address| address.to_string()),
         });
-        registered.ready(REGISTER_DEADLINE).await.map_err(|e| e.at("register with the index"))?;
-        let Self { client, engine, node } = self;
-        Ok(Index { client, engine, node, _registered: registered })
+        registered
+            .ready(REGISTER_DEADLINE)
+            .await
+            .map_err(|e| e.at("register with the index"))?;
+        let Self {
+            client,
+            engine,
+            node,
+        } = self;
+        Ok(Index {
+            client,
+            engine,
+            node,
+            _registered: registered,
+        })
     }
 }
 
 /// Later than the epoch of every earlier run on this machine, as long as its clock is not set back; another value in any case.
 fn new_epoch() -> Epoch {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     Epoch(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -16,6 +16,9 @@ impl Directory for Alone {
 
 impl EventSink for Alone {
     fn publish(&self, _events: Vec<NodeEvent>) -> Position {
-        Position { epoch: Epoch(0), next: Sequence(0) }
+        Position {
+            epoch: Epoch(0),
+            next: Sequence(0),
+        }
     }
 }

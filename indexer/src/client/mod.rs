@@ -170,7 +170,11 @@ impl LookupAnswer {
         Ok(Self {
             pods,
             shared_depth: wire.shared_depth,
-            shared: wire.shared.iter().map(|range| range.start..range.end).collect(),
+            shared: wire
+                .shared
+                .iter()
+                .map(|range| range.start..range.end)
+                .collect(),
             blocks: wire.blocks,
             block_size: wire.block_size,
             positions: wire
@@ -329,6 +333,7 @@ impl Directory for IndexClient {
                     .map(|pod| Holder {
                         pod: pod.pod,
                         depth: pod.depth,
+                        peer_address: pod.peer_address,
                     })
                     .collect(),
                 shared: answer.shared,

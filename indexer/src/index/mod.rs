@@ -305,7 +305,7 @@ impl KvIndex {
         keys: &mut Vec<IndexKey>,
     ) {
         let namespace = Namespace {
-            model: &self.config.model,
+            model: self.config.scheme.model_in_root(&self.config.model),
             lora,
             cache_salt,
         };

@@ -183,7 +183,10 @@ impl Hub {
             shared: answer
                 .shared
                 .iter()
-                .map(|range| v1::BlockRange { start: range.start, end: range.end })
+                .map(|range| v1::BlockRange {
+                    start: range.start,
+                    end: range.end,
+                })
                 .collect(),
             ..v1::LookupResponse::default()
         }

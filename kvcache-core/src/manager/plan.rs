@@ -128,7 +128,9 @@ impl FetchOperation {
     /// Whether the object store is said to hold this position.
     pub(super) fn is_shared(&self, position: u32) -> bool {
         let before = self.shared.partition_point(|range| range.end <= position);
-        self.shared.get(before).is_some_and(|range| range.contains(&position))
+        self.shared
+            .get(before)
+            .is_some_and(|range| range.contains(&position))
     }
 
     /// The deepest holder that may have this position; the first among equals.

@@ -792,7 +792,9 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
                 let request = FetchRequest {
                     blocks: chain(c, blocks),
                     holders,
-                    shared: std::iter::once(start..start + length).filter(|r| !r.is_empty()).collect(),
+                    shared: std::iter::once(start..start + length)
+                        .filter(|r| !r.is_empty())
+                        .collect(),
                 };
                 let _ = world.fetch(request, MS * u32::from(within));
             }

@@ -99,6 +99,16 @@ impl IndexScheme {
         }
     }
 
+    /// The model's name as roots have it in an index that serves only that model: llm-d's keys contain it, those of Dynamo
+    /// and Mooncake do not.
+    #[must_use]
+    pub const fn model_in_root<'a>(&self, model: &'a str) -> &'a str {
+        match self {
+            Self::Xxh3 { .. } => "",
+            Self::LlmdCborFnv { .. } | Self::LlmdXxh64 { .. } => model,
+        }
+    }
+
     /// What the chains of one namespace start from; make it once and keep it.
     #[must_use]
     pub fn root(&self, namespace: &Namespace<'_>) -> ChainRoot {

@@ -15,10 +15,12 @@ pub fn describe<'a>(
     block_tokens: TokensPerBlock,
 ) -> impl Iterator<Item = BlockInfo> + 'a {
     let mut index = IndexChain::new(index);
-    tokens.chunks_exact(block_tokens.get() as usize).map(move |block| BlockInfo {
-        parent: data.last(),
-        index_parent: index.last(),
-        key: data.push(block),
-        index_key: index.push(block),
-    })
+    tokens
+        .chunks_exact(block_tokens.get() as usize)
+        .map(move |block| BlockInfo {
+            parent: data.last(),
+            index_parent: index.last(),
+            key: data.push(block),
+            index_key: index.push(block),
+        })
 }

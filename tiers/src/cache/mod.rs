@@ -8,7 +8,6 @@ mod grants;
 mod open;
 mod types;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -23,9 +22,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 pub(crate) use desk::{Desk, ReadyLease};
-pub use types::{
-    CacheStats, FetchBlock, FetchHints, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
-};
+pub use types::{CacheStats, FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport};
 
 use crate::config::CacheConfig;
 use crate::mover::Mover;
@@ -102,6 +99,8 @@ impl Cache {
 
     /// Brings as many of these blocks, in order from the first, as can be had anywhere in time.
     ///
+    /// `hints` say where the caller knows blocks to be; with empty ones the directory is asked.
+    ///
     /// The engine's memory holds verified bytes for every block up to the first miss. Memory of later
     /// blocks may have been written to; that of the report's `unsettled` blocks may still be.
     ///
@@ -114,7 +113,7 @@ impl Cache {
     pub async fn fetch(
         &self,
         blocks: Vec<FetchBlock>,
-        hints: FetchHints,
+        hints: Located,
         deadline: Instant,
     ) -> Result<FetchReport> {
         if blocks.is_empty() {
@@ -122,14 +121,10 @@ impl Cache {
         }
         let inner = &self.inner;
         inner.check_memory(blocks.iter().map(|block| block.memory.len))?;
-        self.know_peers(&hints.peer_addresses);
         let located = if hints.is_empty() {
             inner.locate(&blocks, deadline).await?
         } else {
-            Located {
-                holders: hints.holders,
-                shared: hints.shared,
-            }
+            hints
         };
         let holders = inner.hints(&located);
         let fetch = Fetch {
@@ -186,16 +181,6 @@ impl Cache {
     #[must_use]
     pub fn peer_address(&self) -> Option<SocketAddr> {
         self.inner.peer_address
-    }
-
-    /// Remembers where the peer services of pods listen (`host:port`), for fetches whose holders
-    /// come from the directory. Addresses that cannot be any are logged and left out.
-    pub fn know_peers(&self, addresses: &BTreeMap<PodName, String>) {
-        for (pod, address) in addresses {
-            if let Err(error) = self.inner.mover.peers.roster.set_address(pod, address) {
-                tracing::warn!(%error, "peer address not remembered");
-            }
-        }
     }
 
     /// A pod has left for certain: what it leased from here is free again, and what was asked of it
@@ -293,6 +278,11 @@ impl Inner {
             .filter(|holder| holder.pod != self.pod);
         others
             .filter_map(|holder| {
+                if let Some(address) = &holder.peer_address
+                    && let Err(error) = roster.set_address(&holder.pod, address)
+                {
+                    tracing::warn!(%error, "peer address not remembered");
+                }
                 let peer = roster.id(&holder.pod).ok()?;
                 if roster.address(peer).is_none() {
                     tracing::debug!(pod = %holder.pod, "holder without a known peer address");

@@ -1,10 +1,6 @@
 //! What goes into a cache and what comes back.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
-
 use kvcache_core::manager::Stats;
-use kvcache_core::ports::Holder;
 use kvcache_core::{BlockInfo, PodName, Tier};
 use kvfabric_transfer::Descriptor;
 use tokio::sync::oneshot;
@@ -25,25 +21,6 @@ pub struct FetchBlock {
     pub info: BlockInfo,
     /// Where its bytes shall go, in memory registered with the cache's agent.
     pub memory: Descriptor,
-}
-
-/// What the caller knows about where blocks are; all empty asks the [`kvcache_core::ports::Directory`].
-#[derive(Clone, Debug, Default)]
-pub struct FetchHints {
-    /// The pods that hold the first blocks of the fetch, deepest first.
-    pub holders: Vec<Holder>,
-    /// Where the peer service of each pod listens, `host:port`; remembered for later fetches.
-    pub peer_addresses: BTreeMap<PodName, String>,
-    /// Which blocks of the fetch, by position, the object tier is said to hold; ascending.
-    pub shared: Vec<Range<u32>>,
-}
-
-impl FetchHints {
-    /// Whether nothing is known.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.holders.is_empty() && self.shared.is_empty()
-    }
 }
 
 /// Where the bytes of a fetched block came from.

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use kvcache_core::Tier;
+use kvcache_core::ports::Located;
+use kvfabric_tiers::Source;
 use kvfabric_tiers::disk::{SegmentLayout, file_name};
 use kvfabric_tiers::object::ObjectNames;
-use kvfabric_tiers::{FetchHints, Source};
 
 use crate::support::*;
 
@@ -205,9 +206,9 @@ async fn a_damaged_object_is_a_miss_of_that_block_alone() {
 
     let node = Node::open(with_objects, agent("pod", Way::Memcpy, Some(store.path()))).await;
     for (number, info) in blocks[..8].iter().enumerate() {
-        let hints = FetchHints {
+        let hints = Located {
             shared: vec![0..1],
-            ..FetchHints::default()
+            ..Located::default()
         };
         let sources = node.fetch(std::slice::from_ref(info), hints).await;
         let expected = if number < 6 {

@@ -4,11 +4,11 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use kvcache_core::ports::Holder;
+use kvcache_core::ports::{Holder, Located};
 use kvcache_core::{BlockInfo, PodName, Tier};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::peer_server::{Peer, PeerServer};
-use kvfabric_tiers::{FetchHints, Source};
+use kvfabric_tiers::Source;
 use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -138,12 +138,12 @@ async fn serve(holding: &Arc<Holding>) -> SocketAddr {
 async fn read(holding: &Arc<Holding>, blocks: &[BlockInfo]) -> (Vec<Source>, Node) {
     let address = serve(holding).await;
     let pod = PodName::new("liar").unwrap();
-    let hints = FetchHints {
+    let hints = Located {
         holders: vec![Holder {
-            pod: pod.clone(),
+            pod,
             depth: blocks.len() as u32,
+            peer_address: Some(address.to_string()),
         }],
-        peer_addresses: [(pod, address.to_string())].into(),
         shared: Vec::new(),
     };
     let reader = Node::open(config("reader", 8), agent("reader", Way::Memcpy, None)).await;

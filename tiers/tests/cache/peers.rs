@@ -7,7 +7,7 @@ use kvcache_core::ports::{Holder, Located};
 use kvcache_core::{PodName, Tier};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::peer_client::PeerClient;
-use kvfabric_tiers::{FetchHints, Source};
+use kvfabric_tiers::Source;
 use tonic::Code;
 
 use crate::support::*;
@@ -65,7 +65,7 @@ async fn one_fetch_mixes_sources() {
     reader.object = cold();
     let reader = Node::open(reader, agent("reader", Way::Shm, Some(store.path()))).await;
     reader.store(&blocks[..2]).await;
-    let hints = FetchHints {
+    let hints = Located {
         shared: vec![0..8],
         ..holder.hints(5)
     };
@@ -100,20 +100,18 @@ async fn the_directory_is_asked_when_there_are_no_hints() {
     let itself = Holder {
         pod: reader.pod.clone(),
         depth: 3,
+        peer_address: None,
     };
     let unknown = Holder {
         pod: PodName::new("unknown").unwrap(),
         depth: 3,
+        peer_address: None,
     };
-    let known = Holder {
-        pod: holder.pod.clone(),
-        depth: 3,
-    };
+    let known = holder.hints(3).holders.remove(0);
     *reader.guide.located.lock().unwrap() = Located {
         holders: vec![itself, unknown, known],
         shared: Vec::new(),
     };
-    reader.cache.know_peers(&holder.hints(3).peer_addresses);
     let sources = reader.fetch_own(&blocks).await;
     assert_eq!(sources, vec![from(&holder, Tier::Host); 3]);
     assert_eq!(reader.guide.questions.load(Ordering::Relaxed), 1);
@@ -141,7 +139,6 @@ async fn a_dead_holder_is_passed_over_for_a_living_one() {
     dead.shutdown().await;
     let living = holder.hints(4);
     hints.holders.extend(living.holders);
-    hints.peer_addresses.extend(living.peer_addresses);
     let sources = reader.fetch(&blocks, hints).await;
     assert_eq!(sources, vec![from(&holder, Tier::Host); 4]);
 }

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use kvcache_core::ErrorKind;
-use kvfabric_tiers::{FetchHints, Source};
+use kvcache_core::ports::Located;
+use kvfabric_tiers::Source;
 use proptest::prelude::*;
 
 use crate::support::*;
@@ -81,9 +82,9 @@ impl Run {
             }
             Step::Fetch { chain: of, count } => {
                 // The bytes are compared inside, for everything that is said to be there.
-                let hints = FetchHints {
+                let hints = Located {
                     shared: vec![0..count.into()],
-                    ..FetchHints::default()
+                    ..Located::default()
                 };
                 let sources = node.fetch(&chain(of, count), hints).await;
                 for (number, source) in (0..).zip(&sources) {

@@ -9,8 +9,8 @@ use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::{Directory, EventSink, Holder, LocateFuture, Located, Position};
 use kvcache_core::{BlockInfo, BlockKey, Epoch, IndexKey, PodName, Sequence, Tier};
 use kvfabric_tiers::{
-    Cache, CacheConfig, DiskConfig, FetchBlock, FetchHints, FetchReport, ObjectConfig, Source,
-    StoreBlock, StoreReport,
+    Cache, CacheConfig, DiskConfig, FetchBlock, FetchReport, ObjectConfig, Source, StoreBlock,
+    StoreReport,
 };
 use kvfabric_transfer::{Agent, DirectMode, HostMemory, ObjectOptions, Region, RegionOptions};
 use tokio::sync::watch;
@@ -242,19 +242,19 @@ impl Node {
     }
 
     /// Fetches into wiped engine memory and checks every byte of what is said to be there.
-    pub(crate) async fn fetch(&self, blocks: &[BlockInfo], hints: FetchHints) -> Vec<Source> {
+    pub(crate) async fn fetch(&self, blocks: &[BlockInfo], hints: Located) -> Vec<Source> {
         self.fetch_at(blocks, hints, 0, PATIENCE).await
     }
 
     /// Fetches without telling who holds what.
     pub(crate) async fn fetch_own(&self, blocks: &[BlockInfo]) -> Vec<Source> {
-        self.fetch(blocks, FetchHints::default()).await
+        self.fetch(blocks, Located::default()).await
     }
 
     pub(crate) async fn fetch_at(
         &self,
         blocks: &[BlockInfo],
-        hints: FetchHints,
+        hints: Located,
         slot: usize,
         patience: Duration,
     ) -> Vec<Source> {
@@ -294,14 +294,14 @@ impl Node {
     }
 
     /// Hints that name this node as the holder of `depth` blocks.
-    pub(crate) fn hints(&self, depth: u32) -> FetchHints {
+    pub(crate) fn hints(&self, depth: u32) -> Located {
         let address = self.cache.peer_address().unwrap().to_string();
-        FetchHints {
+        Located {
             holders: vec![Holder {
                 pod: self.pod.clone(),
                 depth,
+                peer_address: Some(address),
             }],
-            peer_addresses: [(self.pod.clone(), address)].into(),
             shared: Vec::new(),
         }
     }

@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvcache_core::event::NodeEvent;
+use kvcache_core::ports::Located;
 use kvcache_core::ports::{EventSink, Position};
 use kvcache_core::{Epoch, ErrorKind, Sequence, Tier};
-use kvfabric_tiers::{Cache, CacheConfig, FetchHints, Source, StoreBlock};
+use kvfabric_tiers::{Cache, CacheConfig, Source, StoreBlock};
 use kvfabric_transfer::{HostMemory, RegionOptions};
 
 use crate::support::*;
@@ -74,9 +75,9 @@ async fn what_host_memory_cannot_hold_comes_back_from_the_object_store() {
     let mut two = config("two", 4);
     two.object = cold();
     let two = Node::open(two, agent("two", Way::Memcpy, Some(store.path()))).await;
-    let hints = FetchHints {
+    let hints = Located {
         shared: vec![0..8],
-        ..FetchHints::default()
+        ..Located::default()
     };
     assert_eq!(
         two.fetch(&blocks[..8], hints).await,
@@ -301,7 +302,7 @@ async fn a_fetch_whose_deadline_has_passed_misses() {
     let blocks = chain(1, 2);
     node.store(&blocks).await;
     let sources = node
-        .fetch_at(&blocks, FetchHints::default(), 0, Duration::ZERO)
+        .fetch_at(&blocks, Located::default(), 0, Duration::ZERO)
         .await;
     assert_eq!(sources, vec![Source::Miss; 2]);
     assert_eq!(node.fetch_own(&blocks).await, vec![Source::Host; 2]);

@@ -5,20 +5,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvcache_core::ports::Holder;
 use kvcache_core::prefix::data::{ModelIdentity, Shard};
 use kvcache_core::prefix::{IndexScheme, Namespace};
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use kvfabric::transfer::{Descriptor, HostMemory, Region, RegionOptions};
-use kvfabric::{FetchBlock, FetchHints, FetchReport, Node, Source, StoreBlock};
+use kvfabric::{FetchBlock, FetchReport, Holder, Located, Node, Source, StoreBlock};
 use kvfabric_sim::content::Content;
 use kvfabric_sim::engine::{ComputeModel, EnginePool, Running};
 use kvfabric_sim::sequence::{Sequence, Sequencer};
 use tokio::sync::Notify;
 
-use crate::demo::protocol::{
-    BackendCounters, PodCounters, PodSetup, PositionText, Served, Task,
-};
+use crate::demo::protocol::{BackendCounters, PodCounters, PodSetup, PositionText, Served, Task};
 
 /// How long a request may wait for others to leave the engine's pool.
 const ADMISSION_DEADLINE: Duration = Duration::from_secs(60);
@@ -51,11 +48,15 @@ impl Engine {
             .map_err(|_| Error::invalid("block_bytes", setup.node.block_bytes, 1..=usize::MAX))?;
         let content = Content::new(&identity.0, block_bytes, setup.layers)?;
         let slots = u32::try_from(setup.hbm_bytes / setup.node.block_bytes).unwrap_or(u32::MAX);
+        let scheme = IndexScheme::parse(&setup.node.key_scheme)?;
         let sequencer = Sequencer::new(
             &identity,
             &Shard::whole(1, 1),
-            &IndexScheme::parse(&setup.node.key_scheme)?,
-            &Namespace::default(),
+            &scheme,
+            &Namespace {
+                model: scheme.model_in_root(&setup.node.model),
+                ..Default::default()
+            },
             setup.node.block_tokens,
         )?;
         let node = Node::open(setup.node.clone()).await?;
@@ -66,7 +67,9 @@ impl Engine {
             hbm,
             sequencer,
             content,
-            compute: ComputeModel { tokens_per_s: setup.prefill_tokens_per_second as u32 },
+            compute: ComputeModel {
+                tokens_per_s: setup.prefill_tokens_per_second as u32,
+            },
             fetch_deadline: Duration::from_millis(setup.fetch_deadline_ms),
             lossless: setup.lossless,
             pool: Arc::new(Mutex::new(EnginePool::new(slots))),
@@ -76,7 +79,10 @@ impl Engine {
     }
 
     pub(super) fn peer_address(&self) -> String {
-        self.node.peer_address().map(|address| address.to_string()).unwrap_or_default()
+        self.node
+            .peer_address()
+            .map(|address| address.to_string())
+            .unwrap_or_default()
     }
 
     /// Brings the prompt's blocks in from wherever they are, computes the rest, checks and stores them all.
@@ -114,14 +120,15 @@ impl Engine {
         served.computing_us =
             u64::try_from(self.compute.time(computed as u64).as_micros()).unwrap_or(u64::MAX);
         self.compute_blocks(running, known..sequence.prompt_blocks())?;
-        self.complete(running, sequence.prompt_blocks(), &mut served).await?;
+        self.complete(running, sequence.prompt_blocks(), &mut served)
+            .await?;
         Ok(served)
     }
 
     /// Pulls the prompt's blocks, then writes the answer's. What cannot be pulled is computed; none of it is an access.
     pub(super) async fn decode(&self, task: &Task) -> Result<Served> {
         let sequence = Arc::new(self.sequencer.request(&task.to_request()));
-        let mut running = self.admit(&sequence, sequence.prompt_blocks()).await?;
+        let mut running = self.admit_with_answer(&sequence).await?;
         let result = self.decode_admitted(task, &mut running).await;
         self.leave(running);
         result
@@ -135,7 +142,6 @@ impl Engine {
         let fetched = self.fetch(task, running, prompt, &mut served).await?;
         self.compute_blocks(running, held + fetched.len()..prompt)?;
         self.publish(|pool| pool.seal(running, prompt - held))?;
-        self.extend(running).await?;
         self.compute_blocks(running, prompt..all)?;
         self.complete(running, all, &mut served).await?;
         Ok(served)
@@ -187,7 +193,10 @@ impl Engine {
         if hints.is_empty() {
             return Ok(Vec::new());
         }
-        let report = self.node.fetch(blocks.collect(), hints, self.fetch_deadline).await?;
+        let report = self
+            .node
+            .fetch(blocks.collect(), hints, self.fetch_deadline)
+            .await?;
         served.moving_us += u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         let mut sources = report.sources.clone();
         sources.truncate(report.depth());
@@ -226,8 +235,10 @@ impl Engine {
         let mut bytes = vec![0; self.content.block_bytes()];
         tokio::task::block_in_place(|| {
             for position in positions {
-                self.content.fill(&running.sequence().blocks()[position].key, &mut bytes);
-                self.hbm.write_at(self.memory(running, position).offset, &bytes)?;
+                self.content
+                    .fill(&running.sequence().blocks()[position].key, &mut bytes);
+                self.hbm
+                    .write_at(self.memory(running, position).offset, &bytes)?;
             }
             Ok(())
         })
@@ -238,7 +249,8 @@ impl Engine {
         let mut bytes = vec![0; self.content.block_bytes()];
         tokio::task::block_in_place(|| {
             for position in 0..count {
-                self.hbm.read_at(self.memory(running, position).offset, &mut bytes)?;
+                self.hbm
+                    .read_at(self.memory(running, position).offset, &mut bytes)?;
                 let key = &running.sequence().blocks()[position].key;
                 served.verified += 1;
                 if let Err(mismatch) = self.content.verify(key, &bytes) {
@@ -255,7 +267,11 @@ impl Engine {
             info: running.sequence().blocks()[position],
             memory: self.memory(running, position),
         });
-        let deadline = if self.lossless { STORE_DEADLINE_LOSSLESS } else { STORE_DEADLINE };
+        let deadline = if self.lossless {
+            STORE_DEADLINE_LOSSLESS
+        } else {
+            STORE_DEADLINE
+        };
         let report = self.node.store(blocks.collect(), deadline).await?;
         if self.lossless && report.refused + report.failed > 0 {
             let text = format!("unbounded, but not every block was stored: {report:?}");
@@ -269,19 +285,32 @@ impl Engine {
         let mut pool = self.lock();
         let changed = change(&mut pool);
         let events = pool.take_events();
-        self.events.fetch_add(events.len() as u64, Ordering::Relaxed);
+        self.events
+            .fetch_add(events.len() as u64, Ordering::Relaxed);
         self.node.publish_engine(events)?;
         Ok(changed)
     }
 
     /// Waits until the pool has room for the prompt.
     async fn admit(&self, sequence: &Arc<Sequence>, reusable: usize) -> Result<Running> {
-        self.when_there_is_room(|pool| pool.admit(Arc::clone(sequence), reusable)).await
+        self.when_there_is_room(|pool| pool.admit(Arc::clone(sequence), reusable))
+            .await
     }
 
-    /// Waits until the pool has room for the answer.
-    async fn extend(&self, running: &mut Running) -> Result<()> {
-        self.when_there_is_room(|pool| pool.extend(running)).await
+    /// Waits until the pool has room for prompt and answer together: requests that each held room for their prompts and
+    /// waited for more could wait for each other for ever.
+    async fn admit_with_answer(&self, sequence: &Arc<Sequence>) -> Result<Running> {
+        self.when_there_is_room(|pool| {
+            let mut running = pool.admit(Arc::clone(sequence), sequence.prompt_blocks())?;
+            match pool.extend(&mut running) {
+                Ok(()) => Ok(running),
+                Err(error) => {
+                    pool.finish(running);
+                    Err(error)
+                }
+            }
+        })
+        .await
     }
 
     async fn when_there_is_room<T>(
@@ -317,7 +346,8 @@ impl Engine {
     fn memory(&self, running: &Running, position: usize) -> Descriptor {
         let block_bytes = self.content.block_bytes() as u64;
         let slot = running.slots()[position];
-        self.hbm.descriptor(u64::from(slot.0) * block_bytes, block_bytes)
+        self.hbm
+            .descriptor(u64::from(slot.0) * block_bytes, block_bytes)
     }
 
     /// Everything counted so far.
@@ -325,7 +355,11 @@ impl Engine {
         let backends = self.node.agent().stats().backends;
         let mut tiers: BTreeMap<String, u64> = BTreeMap::new();
         let of_node = self.node.tier_stats().await?;
-        tiers.extend(of_node.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        tiers.extend(
+            of_node
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value)),
+        );
         tiers.insert("hbm_evictions".to_owned(), self.lock().evictions());
         Ok(PodCounters {
             backends: backends
@@ -355,23 +389,26 @@ fn model_identity(hex: &str) -> Result<ModelIdentity> {
 }
 
 /// What the router knows, seen from the first block that is fetched.
-fn hints(task: &Task, start: usize) -> Result<FetchHints> {
+fn hints(task: &Task, start: usize) -> Result<Located> {
     let start = u32::try_from(start).unwrap_or(u32::MAX);
-    let mut hints = FetchHints {
-        shared: task
-            .shared
-            .iter()
-            .filter(|range| range.end > start)
-            .map(|range| range.start.saturating_sub(start)..range.end - start)
+    let holders = task
+        .holders
+        .iter()
+        .filter(|holder| holder.depth > start)
+        .map(|holder| {
+            Ok(Holder {
+                pod: PodName::new(&holder.pod)?,
+                depth: holder.depth - start,
+                peer_address: Some(holder.peer_address.clone()),
+            })
+        });
+    let shared = task.shared.iter().filter(|range| range.end > start);
+    Ok(Located {
+        holders: holders.collect::<Result<_>>()?,
+        shared: shared
+            .map(|r| r.start.saturating_sub(start)..r.end - start)
             .collect(),
-        ..FetchHints::default()
-    };
-    for holder in task.holders.iter().filter(|holder| holder.depth > start) {
-        let pod = PodName::new(&holder.pod)?;
-        hints.peer_addresses.insert(pod.clone(), holder.peer_address.clone());
-        hints.holders.push(Holder { pod, depth: holder.depth - start });
-    }
-    Ok(hints)
+    })
 }
 
 fn count_hits(hits: &mut BTreeMap<String, u64>, source: &str, blocks: u64) {

@@ -26,14 +26,24 @@ pub(crate) async fn run() -> Result<()> {
     let engine = match start(&mut lines).await {
         Ok(engine) => Arc::new(engine),
         Err(error) => {
-            return answers.send(&Answer::Broken { reason: error.to_string() }).await;
+            return answers
+                .send(&Answer::Broken {
+                    reason: error.to_string(),
+                })
+                .await;
         }
     };
-    answers.send(&Answer::Ready { peer_address: engine.peer_address() }).await?;
+    answers
+        .send(&Answer::Ready {
+            peer_address: engine.peer_address(),
+        })
+        .await?;
     let mut work = JoinSet::new();
     let stopped = loop {
         // A router that is gone closes the pipe; nobody would read an answer.
-        let Some(line) = next_line(&mut lines).await? else { break None };
+        let Some(line) = next_line(&mut lines).await? else {
+            break None;
+        };
         let call: Call = parse(&line)?;
         if matches!(call.work, Work::Stop) {
             break Some(call.id);
@@ -41,14 +51,22 @@ pub(crate) async fn run() -> Result<()> {
         while work.try_join_next().is_some() {}
         if work.len() >= CALLS_MAX {
             let reason = format!("{CALLS_MAX} calls are being worked on");
-            answers.send(&Answer::Failed { id: call.id, reason }).await?;
+            answers
+                .send(&Answer::Failed {
+                    id: call.id,
+                    reason,
+                })
+                .await?;
             continue;
         }
         let (engine, answers) = (Arc::clone(&engine), Arc::clone(&answers));
         work.spawn(async move {
             let answer = match serve(&engine, call.work).await {
                 Ok(done) => Answer::Done { id: call.id, done },
-                Err(error) => Answer::Failed { id: call.id, reason: error.to_string() },
+                Err(error) => Answer::Failed {
+                    id: call.id,
+                    reason: error.to_string(),
+                },
             };
             // If the router is gone, the main loop notices.
             let _ = answers.send(&answer).await;
@@ -57,7 +75,14 @@ pub(crate) async fn run() -> Result<()> {
     work.shutdown().await;
     engine.shutdown(SHUTDOWN_DEADLINE).await?;
     match stopped {
-        Some(id) => answers.send(&Answer::Done { id, done: Done::Stopped }).await,
+        Some(id) => {
+            answers
+                .send(&Answer::Done {
+                    id,
+                    done: Done::Stopped,
+                })
+                .await
+        }
         None => Ok(()),
     }
 }
@@ -72,14 +97,22 @@ async fn serve(engine: &Engine, work: Work) -> Result<Done> {
 }
 
 async fn start(lines: &mut Lines<BufReader<Stdin>>) -> Result<Engine> {
-    let no_setup = || Error::new(ErrorKind::Invalid, "a demo pod is started by `kvfabric demo`");
+    let no_setup = || {
+        Error::new(
+            ErrorKind::Invalid,
+            "a demo pod is started by `kvfabric demo`",
+        )
+    };
     let line = next_line(lines).await?.ok_or_else(no_setup)?;
     let setup: PodSetup = parse(&line)?;
     Engine::open(setup).await
 }
 
 async fn next_line(lines: &mut Lines<BufReader<Stdin>>) -> Result<Option<String>> {
-    lines.next_line().await.map_err(|e| Error::io("read from the router", e))
+    lines
+        .next_line()
+        .await
+        .map_err(|e| Error::io("read from the router", e))
 }
 
 /// Reads a line that the router wrote.
@@ -101,6 +134,8 @@ impl Answers {
             out.write_all(&line).await?;
             out.flush().await
         };
-        written.await.map_err(|e| Error::io("write to the router", e))
+        written
+            .await
+            .map_err(|e| Error::io("write to the router", e))
     }
 }

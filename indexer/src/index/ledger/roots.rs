@@ -40,7 +40,7 @@ impl Roots {
             return slot;
         }
         let root = keys.scheme.root(&Namespace {
-            model: &keys.model,
+            model: keys.scheme.model_in_root(&keys.model),
             lora: name.0.as_deref(),
             cache_salt: name.1.as_deref(),
         });

@@ -1,0 +1,258 @@
+//! A node opened from its configuration, with and without an index, and what it refuses.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use kvfabric_transfer::{HostMemory, RegionOptions};
+
+use super::*;
+
+const SECONDS: Duration = Duration::from_secs(20);
+
+fn minimal() -> Vec<(String, String)> {
+    [
+        ("pod", "pod-0"),
+        ("model", "m"),
+        ("model_identity", &"ab".repeat(32)),
+        ("block_bytes", "4096"),
+        ("block_tokens", "4"),
+        ("host.bytes", "65536"),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .into()
+}
+
+fn with(key: &str, value: &str) -> Vec<(String, String)> {
+    let mut settings = minimal();
+    settings.push((key.to_owned(), value.to_owned()));
+    settings
+}
+
+/// Each wrong setting alone, and the words that its complaint must have.
+#[test]
+fn a_wrong_setting_is_refused_with_its_name() {
+    for (key, value, words) in [
+        ("colour", "blue", "colour"),
+        ("host.byte", "1", "byte"),
+        ("model_identity", "xyz", "model_identity is \"xyz\""),
+        ("block_tokens", "0", "0"),
+        ("block_bytes", "0", "block_bytes is 0"),
+        ("host.bytes", "1", "host_bytes is 1"),
+        ("key_scheme", "md5", "md5"),
+        ("pod", "two words", "two words"),
+        ("shard.tensor_rank", "1", "shard"),
+    ] {
+        let error = NodeConfig::load(None, &with(key, value)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{key}={value}: {error}");
+        assert!(error.to_string().contains(words), "{key}={value}: {error}");
+    }
+}
+
+/// A file, with one key overridden by a flag.
+#[test]
+fn flags_override_the_file() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    write!(
+        file,
+        "pod = \"pod-7\"\nmodel = \"m\"\nmodel_identity = \"{}\"\nblock_bytes = 4096\nblock_tokens = 16\n\
+         [host]\nbytes = 1048576\n[disk]\npath = \"nvme\"\nbytes = 2097152\nsegment_bytes = 65536\ndirect = \"off\"\n",
+        "cd".repeat(32)
+    )
+    .unwrap();
+    let override_ = [("host.bytes".to_owned(), "2097152".to_owned())];
+    let config = NodeConfig::load(Some(file.path()), &override_).unwrap();
+    assert_eq!(
+        (config.pod.as_str(), config.host.bytes),
+        ("pod-7", 2_097_152)
+    );
+    assert_eq!(config.disk.unwrap().direct, config::DirectSetting::Off);
+}
+
+/// A file that is not there, and one with a key that nobody knows.
+#[test]
+fn a_bad_file_is_refused_with_its_name() {
+    let error = NodeConfig::load(Some(Path::new("no/such.toml")), &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().contains("no/such.toml"), "{error}");
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    writeln!(file, "pods = 3").unwrap();
+    let error = NodeConfig::load(Some(file.path()), &minimal()).unwrap_err();
+    assert!(error.to_string().contains("pods"), "{error}");
+}
+
+/// Stores through one node without an index, and fetches from its own tiers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_alone_keeps_and_returns_blocks() {
+    let node = Node::open(NodeConfig::load(None, &minimal()).unwrap())
+        .await
+        .unwrap();
+    let memory = HostMemory::anonymous(4 * 4096).unwrap();
+    let engine = node
+        .agent()
+        .register(memory, RegionOptions::default())
+        .unwrap();
+    engine.write_at(0, &[7; 4096]).unwrap();
+    engine.write_at(4096, &[8; 4096]).unwrap();
+    let infos = node
+        .describe(&Namespace::default(), &[1, 2, 3, 4, 5, 6, 7, 8, 9])
+        .unwrap();
+    assert_eq!(infos.len(), 2, "the ninth token fills no block");
+    let stored = infos.iter().zip(0..).map(|(info, slot)| StoreBlock {
+        info: *info,
+        memory: engine.descriptor(slot * 4096, 4096),
+    });
+    let report = node.store(stored.collect(), SECONDS).await.unwrap();
+    assert_eq!(report.stored, 2);
+    let fetched = infos.iter().zip(2..).map(|(info, slot)| FetchBlock {
+        info: *info,
+        memory: engine.descriptor(slot * 4096, 4096),
+    });
+    let report = node
+        .fetch(fetched.collect(), Located::default(), SECONDS)
+        .await
+        .unwrap();
+    assert_eq!(report.sources, [Source::Host, Source::Host]);
+    let mut bytes = [0; 4096];
+    engine.read_at(3 * 4096, &mut bytes).unwrap();
+    assert_eq!(bytes, [8; 4096]);
+    let error = node.lookup(Lookup::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    node.shutdown(SECONDS).await.unwrap();
+}
+
+/// The same tokens under another adapter or salt are other blocks, in the tiers and in the index.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn namespaces_share_no_block() {
+    let node = Node::open(NodeConfig::load(None, &minimal()).unwrap())
+        .await
+        .unwrap();
+    let tokens = [1, 2, 3, 4];
+    let of = |lora, cache_salt| {
+        node.describe(&Namespace { lora, cache_salt }, &tokens)
+            .unwrap()
+            .remove(0)
+    };
+    let all = [
+        of("", ""),
+        of("a", ""),
+        of("b", ""),
+        of("", "a"),
+        of("a", "a"),
+    ];
+    for (position, one) in all.iter().enumerate() {
+        for other in &all[position + 1..] {
+            assert_ne!(one.key, other.key);
+            assert_ne!(one.index_key, other.index_key);
+        }
+    }
+    assert_eq!(of("", ""), all[0]);
+}
+
+/// The metrics endpoint of a running node names the tiers' counters and the backends'.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_are_served_and_a_port_in_use_is_named() {
+    let settings = with("metrics_listen", "127.0.0.1:0");
+    let node = Node::open(NodeConfig::load(None, &settings).unwrap())
+        .await
+        .unwrap();
+    let address: SocketAddr = node.metrics_address().unwrap();
+    let text = tokio::task::spawn_blocking(move || scrape(address))
+        .await
+        .unwrap();
+    for name in [
+        "kvfabric_node_host_vacant 16",
+        "kvfabric_node_stored 0",
+        "# EOF",
+    ] {
+        assert!(text.contains(name), "{name} is missing:\n{text}");
+    }
+    let settings = with("metrics_listen", &address.to_string());
+    let error = Node::open(NodeConfig::load(None, &settings).unwrap())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+}
+
+fn scrape(address: SocketAddr) -> String {
+    use std::io::Read;
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(SECONDS)).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// Two nodes and a real index: what one stores, the other finds and reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_find_each_others_blocks_through_an_index() {
+    let index = kvfabric_indexer::server::serve(kvfabric_indexer::config::ServerConfig {
+        grpc_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        block_size: 4,
+        ..Default::default()
+    })
+    .await
+    .unwrap();
+    let open = async |pod: &str| {
+        let mut settings = with("index.address", &format!("http://{}", index.grpc_address()));
+        settings.push(("pod".to_owned(), pod.to_owned()));
+        Node::open(NodeConfig::load(None, &settings).unwrap())
+            .await
+            .unwrap()
+    };
+    let (holder, reader) = (open("holder").await, open("reader").await);
+    let register = |node: &Node| {
+        let memory = HostMemory::anonymous(4096).unwrap();
+        node.agent()
+            .register(memory, RegionOptions::default())
+            .unwrap()
+    };
+    let (source, target) = (register(&holder), register(&reader));
+    source.write_at(0, &[9; 4096]).unwrap();
+    let tokens = [1, 2, 3, 4];
+    let info = holder.describe(&Namespace::default(), &tokens).unwrap()[0];
+    let block = StoreBlock {
+        info,
+        memory: source.descriptor(0, 4096),
+    };
+    holder.store(vec![block], SECONDS).await.unwrap();
+
+    let lookup = Lookup {
+        tokens: &tokens,
+        min_position: holder.positions(),
+        ..Default::default()
+    };
+    let answer = reader.lookup(lookup).await.unwrap();
+    assert_eq!(answer.pods.len(), 1);
+    assert_eq!(
+        (answer.pods[0].pod.as_str(), answer.pods[0].depth),
+        ("holder", 1)
+    );
+
+    // Without hints the reader asks the index by itself, and learns the holder's address from it.
+    let block = FetchBlock {
+        info,
+        memory: target.descriptor(0, 4096),
+    };
+    let report = reader
+        .fetch(vec![block], Located::default(), SECONDS)
+        .await
+        .unwrap();
+    assert_eq!(
+        report.sources,
+        [Source::Peer {
+            pod: holder.pod().clone(),
+            tier: Tier::Host
+        }]
+    );
+    let mut bytes = [0; 4096];
+    target.read_at(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [9; 4096]);
+    holder.shutdown(SECONDS).await.unwrap();
+    reader.shutdown(SECONDS).await.unwrap();
+    index.shutdown(SECONDS).await.unwrap();
+}
