@@ -17,8 +17,11 @@ fn generated_code_matches_the_proto_files() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let out = tempfile::tempdir().unwrap();
     let descriptors = protox::compile(PROTOS, [root]).unwrap();
-    fs::write(out.path().join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))
-        .unwrap();
+    fs::write(
+        out.path().join("descriptors.bin"),
+        prost::Message::encode_to_vec(&descriptors),
+    )
+    .unwrap();
     tonic_prost_build::configure()
         .bytes(".")
         .out_dir(out.path())

@@ -9,7 +9,10 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("kvcache-core", &[]),
     ("kvfabric-proto", &[]),
     ("kvfabric-transfer", &["kvcache-core"]),
-    ("kvfabric-tiers", &["kvcache-core", "kvfabric-transfer", "kvfabric-proto"]),
+    (
+        "kvfabric-tiers",
+        &["kvcache-core", "kvfabric-transfer", "kvfabric-proto"],
+    ),
     ("kvfabric-indexer", &["kvcache-core", "kvfabric-proto"]),
     ("kvfabric", &NODE),
     ("kvfabric-c", &SKIN),
@@ -19,8 +22,13 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("kv-bench", &TOP),
     ("kvfabric-tests", &TOP),
 ];
-const NODE: [&str; 5] =
-    ["kvcache-core", "kvfabric-transfer", "kvfabric-tiers", "kvfabric-proto", "kvfabric-indexer"];
+const NODE: [&str; 5] = [
+    "kvcache-core",
+    "kvfabric-transfer",
+    "kvfabric-tiers",
+    "kvfabric-proto",
+    "kvfabric-indexer",
+];
 const SKIN: [&str; 6] = [
     "kvcache-core",
     "kvfabric-transfer",
@@ -47,10 +55,16 @@ fn no_crate_knows_one_above_it() {
         .no_deps()
         .exec()
         .unwrap();
-    let allowed: BTreeMap<&str, BTreeSet<&str>> =
-        ALLOWED.iter().map(|(name, below)| (*name, below.iter().copied().collect())).collect();
+    let allowed: BTreeMap<&str, BTreeSet<&str>> = ALLOWED
+        .iter()
+        .map(|(name, below)| (*name, below.iter().copied().collect()))
+        .collect();
     let ours: BTreeSet<&str> = metadata.packages.iter().map(|p| p.name.as_str()).collect();
-    assert_eq!(ours, allowed.keys().copied().collect(), "a crate is missing from the table");
+    assert_eq!(
+        ours,
+        allowed.keys().copied().collect(),
+        "a crate is missing from the table"
+    );
     let mut wrong = Vec::new();
     for package in &metadata.packages {
         for dependency in &package.dependencies {
@@ -62,7 +76,10 @@ fn no_crate_knows_one_above_it() {
             }
         }
     }
-    assert!(wrong.is_empty(), "edges the architecture does not have: {wrong:?}");
+    assert!(
+        wrong.is_empty(),
+        "edges the architecture does not have: {wrong:?}"
+    );
 }
 
 /// The core may not reach for time, threads, the network or the disk, whatever the crates it uses allow.

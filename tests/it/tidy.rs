@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 const LINES_MAX: usize = 500;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 /// Every file with this extension, in a stable order; build output and hidden folders are left out.
@@ -32,7 +35,8 @@ pub(crate) fn files_below(folder: &Path, extension: &str) -> Vec<PathBuf> {
 }
 
 fn is_generated(path: &Path) -> bool {
-    path.components().any(|part| part.as_os_str() == "generated")
+    path.components()
+        .any(|part| part.as_os_str() == "generated")
 }
 
 fn is_test(path: &Path) -> bool {
@@ -53,8 +57,10 @@ fn files_fit_in_the_head() {
                 continue;
             }
             let text = fs::read_to_string(&path).unwrap();
-            let lines =
-                text.lines().take_while(|line| line.trim() != "#[cfg(test)]").count();
+            let lines = text
+                .lines()
+                .take_while(|line| line.trim() != "#[cfg(test)]")
+                .count();
             if lines > LINES_MAX {
                 long.push(format!("{}: {lines} lines", path.display()));
             }
@@ -67,14 +73,23 @@ fn files_fit_in_the_head() {
 #[test]
 fn unsafe_code_stands_only_where_it_is_listed() {
     let list = fs::read_to_string(root().join("unsafe-modules.txt")).unwrap();
-    let allowed: Vec<&str> =
-        list.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let allowed: Vec<&str> = list
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect();
     for path in &allowed {
-        assert!(root().join(path).exists(), "unsafe-modules.txt names {path}, which is not there");
+        assert!(
+            root().join(path).exists(),
+            "unsafe-modules.txt names {path}, which is not there"
+        );
     }
     let mut found = Vec::new();
     for path in files_below(&root(), "rs") {
-        let relative = path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
+        let relative = path
+            .strip_prefix(root())
+            .unwrap()
+            .to_string_lossy()
+            .into_owned();
         if is_generated(&path) || allowed.iter().any(|prefix| relative.starts_with(prefix)) {
             continue;
         }
@@ -138,7 +153,11 @@ fn each_library_says_what_it_does_not_do() {
     ]
     .iter()
     .map(|folder| root().join(folder).join("src/lib.rs"))
-    .filter(|path| !fs::read_to_string(path).unwrap().contains("//! This crate does not"))
+    .filter(|path| {
+        !fs::read_to_string(path)
+            .unwrap()
+            .contains("//! This crate does not")
+    })
     .map(|path| path.display().to_string())
     .collect();
     complain(&silent);
@@ -188,9 +207,13 @@ fn every_dependency_is_used() {
         for dependency in &package.dependencies {
             let name = dependency.rename.as_ref().unwrap_or(&dependency.name);
             let ident = name.replace('-', "_");
-            let used = [format!("{ident}::"), format!("use {ident}"), format!("{ident} as ")]
-                .iter()
-                .any(|form| text.contains(form));
+            let used = [
+                format!("{ident}::"),
+                format!("use {ident}"),
+                format!("{ident} as "),
+            ]
+            .iter()
+            .any(|form| text.contains(form));
             if !used && !SILENT.contains(&(package.name.as_str(), name.as_str())) {
                 unused.push(format!("{}: {name}", package.name));
             }
