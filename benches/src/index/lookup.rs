@@ -126,8 +126,8 @@ fn beside_writer(
         subject: OURS,
         name: "lookup-512-beside-writer",
     };
+    record(case.name, &percentiles, recorder);
     let rate = meter.blocks as f64 / meter.time.as_secs_f64();
     recorder.extend(case.single("blocks_per_s", "blocks/s", rate));
-    record(case.name, &percentiles, recorder);
     Ok(())
 }

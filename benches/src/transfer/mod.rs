@@ -177,8 +177,13 @@ fn subjects(
             subjects.push(Box::new(references::RawTcp::connect(plan)?));
             subjects.push(Box::new(references::Memcpy::new(plan)));
         }
-        BackendKind::File | BackendKind::Object => {
+        BackendKind::File => {
             subjects.push(Box::new(references::Disk::open(plan, direct, folder)?));
+        }
+        // Objects in a folder go through the page cache, so what stands beside them does too.
+        BackendKind::Object => {
+            let cached = references::Disk::open(plan, DirectMode::Off, folder)?;
+            subjects.push(Box::new(cached));
         }
     }
     Ok(subjects)
