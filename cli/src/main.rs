@@ -18,7 +18,6 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "made once")]
 enum Command {
     /// Run the global index (as `kv-indexer` does).
     Indexer {
@@ -30,7 +29,6 @@ enum Command {
 }
 
 #[derive(Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "made once")]
 enum OwnCommand {
     /// Run a small cluster on this machine: find, move and verify blocks.
     Demo(demo::args::DemoArgs),

@@ -1,4 +1,5 @@
 //! The demo as a user runs it: real processes, real sockets, every block verified.
+#![cfg(test)]
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -1,4 +1,5 @@
-//! Tests that look at the whole workspace: its layers, its habits, and its programs as a user runs them.
+//! Tests that look at the whole workspace: its layers and its habits.
+#![cfg(test)]
 
 mod layers;
 mod tidy;

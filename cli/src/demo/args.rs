@@ -16,13 +16,13 @@ pub(crate) struct DemoArgs {
     #[arg(long, default_value = "2:2", value_name = "P:D", value_parser = parse_pods)]
     pub(crate) pods: Pods,
     /// Bytes of each pod's HBM tier (plain memory here), with an optional K, M or G.
-    #[arg(long, default_value = "16M", value_parser = parse_bytes, value_name = "BYTES")]
+    #[arg(long, default_value = "12M", value_parser = parse_bytes, value_name = "BYTES")]
     pub(crate) hbm_bytes: u64,
     /// Bytes of each pod's DRAM tier.
-    #[arg(long, default_value = "32M", value_parser = parse_bytes, value_name = "BYTES")]
+    #[arg(long, default_value = "16M", value_parser = parse_bytes, value_name = "BYTES")]
     pub(crate) dram_bytes: u64,
     /// Bytes of each pod's NVMe tier; 0 for none.
-    #[arg(long, default_value = "64M", value_parser = parse_bytes, value_name = "BYTES")]
+    #[arg(long, default_value = "24M", value_parser = parse_bytes, value_name = "BYTES")]
     pub(crate) nvme_bytes: u64,
     /// The shared object tier: a file:// or s3:// URL, or "none". A temporary folder by default.
     #[arg(long, value_name = "URL")]

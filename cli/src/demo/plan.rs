@@ -66,36 +66,9 @@ impl Plan {
             cache.observe(request);
         }
         let (block_bytes, layers) = block_geometry(args, block_tokens)?;
-        let largest = requests
-            .iter()
-            .map(|r| blocks_of(r, block_tokens))
-            .max()
-            .unwrap_or(0);
         let concurrency = if args.unbounded { 1 } else { args.concurrency };
-        let all = requests
-            .iter()
-            .map(|r| blocks_of(r, block_tokens) as u64)
-            .sum::<u64>();
-        // Unbounded tiers have room for every block of the workload, outputs included, twice over where a block may
-        // be on its way between two slots. Memory is only taken when it is written.
-        let distinct = cache.blocks() as u64
-            + requests
-                .iter()
-                .map(|r| r.output_blocks(block_tokens) as u64)
-                .sum::<u64>();
-        let room = (distinct.min(all) + largest as u64 + 1) * block_bytes;
-        let (hbm_bytes, dram_bytes) = if args.unbounded {
-            (room, room)
-        } else {
-            (args.hbm_bytes, args.dram_bytes)
-        };
-        let needed = largest as u64 * block_bytes;
-        if hbm_bytes < needed {
-            let text = format!(
-                "--hbm-bytes is {hbm_bytes}, but the largest request has {largest} blocks of {block_bytes} bytes: {needed}"
-            );
-            return Err(Error::new(ErrorKind::Invalid, text));
-        }
+        let (hbm_bytes, dram_bytes) =
+            memory(args, &requests, cache.blocks(), block_tokens, block_bytes)?;
         let nvme = (!args.unbounded && args.nvme_bytes > 0).then(|| Nvme {
             bytes: args.nvme_bytes,
             segment_bytes: (args.nvme_bytes / DISK_SEGMENTS)
@@ -130,6 +103,40 @@ impl Plan {
             config,
         })
     }
+}
+
+/// Bytes of the HBM and DRAM tiers, large enough for the largest request.
+fn memory(
+    args: &DemoArgs,
+    requests: &[Request],
+    prompt_blocks: usize,
+    block_tokens: u32,
+    block_bytes: u64,
+) -> Result<(u64, u64)> {
+    let largest = requests
+        .iter()
+        .map(|r| blocks_of(r, block_tokens))
+        .max()
+        .unwrap_or(0) as u64;
+    if args.unbounded {
+        // Room for every block of the workload, answers included, and for one request more while blocks are on their
+        // way between two slots. Memory is only taken when it is written.
+        let answers = requests
+            .iter()
+            .map(|r| r.output_blocks(block_tokens) as u64)
+            .sum::<u64>();
+        let room = (prompt_blocks as u64 + answers + largest + 1) * block_bytes;
+        return Ok((room, room));
+    }
+    let needed = largest * block_bytes;
+    if args.hbm_bytes < needed {
+        let (hbm_bytes, text) = (args.hbm_bytes, "but the largest request has");
+        let text = format!(
+            "--hbm-bytes is {hbm_bytes}, {text} {largest} blocks of {block_bytes} bytes: {needed}"
+        );
+        return Err(Error::new(ErrorKind::Invalid, text));
+    }
+    Ok((args.hbm_bytes, args.dram_bytes))
 }
 
 /// The policy that the command line names.

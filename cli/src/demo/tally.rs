@@ -170,7 +170,7 @@ impl Tally {
                     .map(counted)
                     .iter()
                     .sum(),
-                    nvme_evictions: counted("rescued") + counted("disk_lost"),
+                    nvme_evictions: counted("disk_evicted"),
                 }
             })
             .collect();

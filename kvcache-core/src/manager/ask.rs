@@ -66,7 +66,8 @@ impl Manager {
             .min(self.limits.lease_ttl)
             .saturating_sub(self.limits.lease_margin);
         let usable_until = ask.sent + ttl;
-        if granted.blocks.len() > ask.positions.len() {
+        // One that was given up has no positions left, so there is nothing that its late answer could not fit.
+        if ask.operation.is_some() && granted.blocks.len() > ask.positions.len() {
             self.stats.stray_answers += 1;
         }
         if granted.blocks.len() < ask.positions.len() {

@@ -138,6 +138,7 @@ impl Manager {
             if !is_elsewhere {
                 self.stats.disk_lost += 1;
             }
+            self.stats.disk_evicted += 1;
             self.lose_disk(&key, None);
         }
         self.segments.set_state(id, SegmentState::Draining);

@@ -81,7 +81,9 @@ stats! {
     evicted_lost,
     /// Segments dropped for room.
     segments_dropped,
-    /// Blocks that were lost with a dropped segment.
+    /// Blocks that left the disk with a dropped segment, wherever else they were.
+    disk_evicted,
+    /// Of those, blocks that were nowhere else in this node's reach.
     disk_lost,
     /// Copies forgotten because their bytes were wrong or gone.
     corrupt,

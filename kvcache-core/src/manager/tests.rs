@@ -421,6 +421,9 @@ fn a_dropped_segment_is_saved_to_the_object_store_first() {
     let stats = world.manager.stats();
     assert!(stats.segments_dropped > 0 && stats.rescued > 0, "{stats:?}");
     assert_eq!(stats.disk_lost + stats.evicted_lost, 0, "{stats:?}");
+    let left = stats.demoted_disk - stats.disk_blocks;
+    assert!(left >= stats.rescued, "{stats:?}");
+    assert_eq!(stats.disk_evicted, left, "{stats:?}");
     for conversation in 0..10 {
         let sources = fetch(&mut world, request(&chain(conversation * 4, 4)));
         assert!(

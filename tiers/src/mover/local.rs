@@ -148,7 +148,7 @@ impl Mover {
 
 /// Whether a failed read says that the bytes cannot be had from there, now or later: a file that
 /// became shorter, a sector that cannot be read.
-fn speaks_of_source(kind: ErrorKind) -> bool {
+pub(super) fn speaks_of_source(kind: ErrorKind) -> bool {
     matches!(
         kind,
         ErrorKind::Io | ErrorKind::Invalid | ErrorKind::Corrupt | ErrorKind::NotFound

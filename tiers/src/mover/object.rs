@@ -8,6 +8,7 @@ use kvcache_core::place::DiskSlot;
 use kvcache_core::{Checksum, Error, ErrorKind, Result};
 use kvfabric_transfer::{Descriptor, Operation, Region};
 
+use super::local::speaks_of_source;
 use super::transport::{Unsettled, transfer};
 use super::{Job, Memory, Moved, Mover};
 use crate::record::{RECORD_HEADER_BYTES, RecordFault, RecordHeader};
@@ -161,7 +162,10 @@ impl Mover {
         let mut results = Vec::with_capacity(job.moves.len());
         // One after the other: a rescue has time, and staging memory is dear.
         for (one, from) in job.moves.iter().zip(from) {
-            results.push(self.disk_to_object(job, one, *from, unsettled).await);
+            // Each with its own, so that one that hangs does not keep the staging memory of those after it.
+            let mut left = Unsettled::default();
+            results.push(self.disk_to_object(job, one, *from, &mut left).await);
+            unsettled.merge(left);
         }
         Ok(results)
     }
@@ -185,7 +189,15 @@ impl Mover {
         let staged = buffer.descriptor(0, block_bytes);
         let pairs = vec![(staged, payload)];
         let read = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
+        let place = || {
+            self.disk()
+                .map_or_else(|_| String::new(), |disk| disk.place(from))
+        };
         if let Err(failed) = read {
+            // The object store must not be blamed, and left alone, for what the disk cannot read.
+            if failed.in_flight.is_none() && speaks_of_source(failed.error.kind()) {
+                return Err(self.corrupt(one, &place(), &failed.error));
+            }
             let failure = unsettled.note(failed);
             unsettled.hold(buffer);
             return Err(failure);
@@ -193,10 +205,7 @@ impl Mover {
         let sum = buffer.checksum(0, block_bytes).map(Checksum::crc32c);
         let sum = sum.map_err(|error| MoveFailure::settled(error.kind()))?;
         if one.checksum.is_some_and(|known| known != sum) {
-            let place = self
-                .disk()
-                .map_or_else(|_| String::new(), |disk| disk.place(from));
-            return Err(self.corrupt(one, &place, "bytes do not match their checksum"));
+            return Err(self.corrupt(one, &place(), "bytes do not match their checksum"));
         }
         let result = self.put(job, one, sum, staged, unsettled).await;
         unsettled.hold(buffer);

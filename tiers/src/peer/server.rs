@@ -10,8 +10,8 @@ use kvfabric_proto::v1::peer_server::{Peer, PeerServer as Service};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use super::wire::{self, Hello, LeaseAnswer, LeasedBlock};
@@ -54,11 +54,13 @@ impl PeerServer {
             .max_decoding_message_size(wire::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(wire::MESSAGE_BYTES_MAX);
         let (stop, stopped) = oneshot::channel::<()>();
+        // A lease is one small answer that somebody waits for: it must not linger for the next one.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let server = Server::builder()
             .concurrency_limit_per_connection(CALLS_PER_CONNECTION_MAX)
             .timeout(CALL_TIMEOUT)
             .add_service(service)
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            .serve_with_incoming_shutdown(incoming, async {
                 // An error means that the handle is gone: the same.
                 let _ = stopped.await;
             });

@@ -238,7 +238,7 @@ impl Client {
                 None,
             )
         {
-            tracing::warn!(%error, pid = self.link.pid(), "revoke shared memory");
+            tracing::debug!(%error, pid = self.link.pid(), "revoke shared memory");
         }
     }
 
