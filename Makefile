@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup check test test-rust test-c test-python test-long demo bench wheel install fmt
+.PHONY: help setup fmt check test test-rust test-c test-python test-long demo bench-build bench bench-fabric bench-index wheel
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,9 +45,18 @@ test-long: ## The simulation over many seeds, and property tests with many cases
 demo: ## A small cluster on this machine
 	$(CARGO) run --release --bin kvfabric -- demo
 
-bench: ## Transfer, index and demo figures beside their references
+bench-build:
 	$(CARGO) build --release --bin kv-bench --bin kvfabric
+	mkdir -p target/bench
+
+bench: bench-build ## Every figure of docs/benchmarks.md, beside its reference
 	scripts/bench
+
+bench-fabric: bench-build ## Transfers beside memcpy, raw TCP and plain disk calls
+	target/release/kv-bench transfer --json target/bench/fabric.json
+
+bench-index: bench-build ## Ingestion, lookups and memory of the index
+	target/release/kv-bench index --grpc --json target/bench/index.json
 
 wheel: setup ## Build the Python wheel
 	cd ffi/python && '$(VENV)/bin/maturin' build --release

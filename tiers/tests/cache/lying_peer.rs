@@ -11,7 +11,7 @@ use kvfabric_proto::v1::peer_server::{Peer, PeerServer};
 use kvfabric_tiers::Source;
 use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::support::*;
@@ -129,7 +129,7 @@ async fn serve(holding: &Arc<Holding>) -> SocketAddr {
     let service = PeerServer::new(Service(holding.clone()));
     let server = tonic::transport::Server::builder()
         .add_service(service)
-        .serve_with_incoming(TcpListenerStream::new(listener));
+        .serve_with_incoming(TcpIncoming::from(listener));
     tokio::spawn(server);
     address
 }
