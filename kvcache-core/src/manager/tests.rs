@@ -179,7 +179,7 @@ fn a_fetch_mixes_own_tiers_two_peers_and_the_object_store() {
         FetchRequest {
             blocks: all,
             holders: vec![hint(1, 7), hint(2, 6)],
-            shared: vec![0..7],
+            shared: std::iter::once(0..7).collect(),
         },
     );
     let peer = |peer| BlockSource::Peer {
@@ -301,6 +301,7 @@ fn a_peer_that_does_not_answer_is_given_up_and_its_late_lease_released() {
         .filter(|line| line.starts_with("Release"))
         .count();
     assert_eq!(releases, 2);
+    assert_eq!(world.manager.stats().stray_answers, 0);
     world.finish();
 }
 
