@@ -1,1 +1,2 @@
 //! Integration tests.
+#![forbid(unsafe_code)]

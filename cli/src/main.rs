@@ -1,4 +1,5 @@
 //! The `kvfabric` command.
+#![forbid(unsafe_code)]
 
 mod demo;
 mod node;

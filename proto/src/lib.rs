@@ -5,6 +5,7 @@
 //! `KVFABRIC_REGENERATE=1 cargo test -p kvfabric-proto` writes it anew.
 //!
 //! This crate does not contain logic.
+#![forbid(unsafe_code)]
 
 /// The version of the gRPC protocols of `kvfabric.v1`. Peers with another one are refused with both versions named.
 pub const PROTOCOL_VERSION: u32 = 1;

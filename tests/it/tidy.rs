@@ -207,17 +207,20 @@ fn every_dependency_is_used() {
         for dependency in &package.dependencies {
             let name = dependency.rename.as_ref().unwrap_or(&dependency.name);
             let ident = name.replace('-', "_");
-            let used = [
-                format!("{ident}::"),
-                format!("use {ident}"),
-                format!("{ident} as "),
-            ]
-            .iter()
-            .any(|form| text.contains(form));
-            if !used && !SILENT.contains(&(package.name.as_str(), name.as_str())) {
+            if !mentions(&text, &ident) && !SILENT.contains(&(package.name.as_str(), name.as_str())) {
                 unused.push(format!("{}: {name}", package.name));
             }
         }
     }
     complain(&unused);
+}
+
+/// Whether `ident` is the first part of some path in the text: `ident::`, not preceded by a longer name.
+fn mentions(text: &str, ident: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+    let path = format!("{ident}::");
+    let imported = [format!("use {ident};"), format!("use {ident} as ")];
+    text.match_indices(&path)
+        .any(|(at, _)| !text[..at].ends_with(is_part))
+        || imported.iter().any(|form| text.contains(form))
 }

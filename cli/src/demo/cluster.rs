@@ -218,6 +218,7 @@ fn pod_setup(
             object: object_url.map(|url| ObjectSection {
                 url,
                 prefix: "blocks".to_owned(),
+                allow_http: true,
             }),
             fabric: FabricSection {
                 shm: args.transport != TransportKind::Tcp,

@@ -50,7 +50,8 @@ pub struct NodeConfig {
     #[serde(default)]
     pub fabric: FabricSection,
     /// Where peers ask for leases. Port 0 lets the system choose.
-    #[serde(default = "default_peer_listen")]
+    /// "off": not at all.
+    #[serde(default = "default_peer_listen", with = "listen")]
     pub peer_listen: Option<SocketAddr>,
     /// The global index; a node without one keeps its tiers to itself and asks nobody.
     pub index: Option<IndexSection>,
@@ -85,6 +86,9 @@ impl Default for ShardSection {
 
 impl ShardSection {
     fn to_shard(&self) -> Result<Shard> {
+        if self.layers == 0 {
+            return Err(Error::invalid("layers", 0, 1..));
+        }
         let tensor = Tensor::new(self.tensor_rank, self.tensor_size)?;
         let heads = tensor.heads(self.kv_heads)?;
         Ok(Shard {
@@ -140,6 +144,9 @@ pub struct ObjectSection {
     /// What every object's name begins with.
     #[serde(default)]
     pub prefix: String,
+    /// Accept a service without TLS: for stores on this host or on a network that is trusted.
+    #[serde(default)]
+    pub allow_http: bool,
 }
 
 /// How bytes move between pods.
@@ -148,7 +155,8 @@ pub struct ObjectSection {
 pub struct FabricSection {
     /// Shared memory with pods on this host.
     pub shm: bool,
-    /// Where TCP is served; none: not at all. Port 0 lets the system choose.
+    /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
+    #[serde(with = "listen")]
     pub tcp_listen: Option<SocketAddr>,
 }
 
@@ -212,8 +220,7 @@ impl NodeConfig {
         builder = builder.add_source(
             config::Environment::with_prefix(ENVIRONMENT_PREFIX)
                 .prefix_separator("_")
-                .separator("__")
-                .try_parsing(true),
+                .separator("__"),
         );
         let place = || match file {
             Some(file) => format!("configuration ({}, environment, flags)", file.display()),
@@ -241,8 +248,30 @@ impl NodeConfig {
         self.identity()?;
         self.scheme()?;
         self.shard()?;
+        self.check_reachable()?;
         TokensPerBlock::try_from(self.block_tokens)?;
         self.cache_config()?.check()
+    }
+
+    /// What is announced to peers and to the index must be an address that they can connect to.
+    fn check_reachable(&self) -> Result<()> {
+        let unspecified = |field: &str, value: &str| {
+            let accepted = "the address that others reach this host by: it is announced to them";
+            Err(Error::new(ErrorKind::Invalid, format!("{field} is {value}, expected {accepted}")))
+        };
+        if let Some(address) = self.peer_listen
+            && address.ip().is_unspecified()
+        {
+            return unspecified("peer_listen", &address.to_string());
+        }
+        let Some(index) = &self.index else { return Ok(()) };
+        if ["*", "0.0.0.0", "[::]", "::"].contains(&index.publish_host.as_str()) {
+            return unspecified("index.publish_host", &index.publish_host);
+        }
+        if index.lookup_deadline_ms == 0 {
+            return Err(Error::invalid("index.lookup_deadline_ms", 0, 1..));
+        }
+        Ok(())
     }
 
     /// The 32 bytes of `model_identity`.
@@ -315,4 +344,36 @@ pub fn parse_identity(text: &str) -> Result<[u8; 32]> {
         *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
     }
     Ok(identity)
+}
+
+/// An address, or "off".
+mod listen {
+    use std::net::SocketAddr;
+
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    const OFF: &str = "off";
+
+    #[expect(clippy::ref_option, reason = "serde asks for this signature")]
+    pub(super) fn serialize<S: Serializer>(
+        address: &Option<SocketAddr>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match address {
+            Some(address) => serializer.collect_str(address),
+            None => serializer.serialize_str(OFF),
+        }
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(
+        deserializer: D,
+    ) -> Result<Option<SocketAddr>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == OFF {
+            return Ok(None);
+        }
+        let wrong = |_| D::Error::custom(format!("{text:?} is neither ADDRESS:PORT nor \"off\""));
+        text.parse().map(Some).map_err(wrong)
+    }
 }
