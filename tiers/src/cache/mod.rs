@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::manager::PeerHint;
 use kvcache_core::ports::{Directory, EventSink, Located, Position};
-use kvcache_core::{BlockKey, PodName, Result};
-use kvfabric_transfer::Agent;
+use kvcache_core::{BlockKey, Error, ErrorKind, PodName, Result};
+use kvfabric_transfer::{Agent, Descriptor, Side};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -75,7 +75,8 @@ impl Cache {
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Busy`] when too much is under way,
-    /// [`kvcache_core::ErrorKind::Invalid`] for a block that cannot be one,
+    /// [`kvcache_core::ErrorKind::Invalid`] for a block that cannot be one and for memory that is not of
+    /// a block's size or not registered with the cache's agent,
     /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown. Blocks that were not kept for want
     /// of room or time are no error: the report counts them.
     ///
@@ -86,7 +87,7 @@ impl Cache {
             return Ok(StoreReport::default());
         }
         self.inner
-            .check_memory(blocks.iter().map(|block| block.memory.len))?;
+            .check_memory(blocks.iter().map(|block| block.memory))?;
         self.inner
             .desk
             .ask(|reply| Request::Store {
@@ -120,7 +121,7 @@ impl Cache {
             return Ok(FetchReport::default());
         }
         let inner = &self.inner;
-        inner.check_memory(blocks.iter().map(|block| block.memory.len))?;
+        inner.check_memory(blocks.iter().map(|block| block.memory))?;
         let located = if hints.is_empty() {
             inner.locate(&blocks, deadline).await?
         } else {
@@ -235,15 +236,24 @@ impl Drop for Inner {
 }
 
 impl Inner {
-    fn check_memory(&self, lengths: impl Iterator<Item = u64>) -> Result<()> {
+    /// Whether every block's memory is of a block's size and registered with the cache's agent.
+    fn check_memory(&self, memory: impl Iterator<Item = Descriptor>) -> Result<()> {
         let block_bytes = self.mover.expected.block_bytes;
-        for (position, length) in lengths.enumerate() {
-            if length != block_bytes {
-                let error = kvcache_core::Error::invalid("bytes of memory", length, [block_bytes]);
+        let memory: Vec<Descriptor> = memory.collect();
+        for (position, memory) in memory.iter().enumerate() {
+            if memory.len != block_bytes {
+                let error = Error::invalid("bytes of memory", memory.len, [block_bytes]);
                 return Err(error.at(format_args!("block {position}")));
             }
         }
-        Ok(())
+        match self.mover.agent.prepare(Side::Local, &memory) {
+            Ok(_) => Ok(()),
+            // Whatever is wrong with it is the caller's mistake; the text says which descriptor and why.
+            Err(error) => {
+                let context = format!("memory of the blocks: {}", error.context());
+                Err(Error::new(ErrorKind::Invalid, context))
+            }
+        }
     }
 
     /// Asks the directory, unless this node has all of it by itself. An error or a late answer is as

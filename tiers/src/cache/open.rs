@@ -42,7 +42,7 @@ pub(super) async fn open(
     let mut scan_faults = 0;
     if let Some(disk) = &mover.disk {
         let recovered = disk.recover(limits.disk_segments).await?;
-        scan_faults = recovered.faults.len() as u64;
+        scan_faults = recovered.faults.len() as u64 + recovered.unreadable;
         let found = recovered.blocks.len();
         let taken = manager.handle_recovered(Time::default(), recovered.blocks);
         tracing::info!(found, taken, skipped = scan_faults, "disk tier recovered");

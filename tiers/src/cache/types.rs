@@ -102,7 +102,8 @@ impl FetchReport {
 pub struct CacheStats {
     /// Counters and levels of the tiers.
     pub manager: Stats,
-    /// Places in segment files that were skipped at the start: damaged, cut or foreign.
+    /// Places in segment files that were skipped at the start: damaged, cut or foreign. A file that could not be
+    /// read at all counts as one.
     pub scan_faults: u64,
     /// Blocks whose bytes on disk, in an object or from a peer were not what they should be.
     pub corrupt_blocks: u64,

@@ -55,6 +55,8 @@ enum Opening {
 pub(crate) struct Recovered {
     pub(crate) blocks: Vec<RecoveredBlock>,
     pub(crate) faults: Vec<ScanFault>,
+    /// Files that could not be read at all.
+    pub(crate) unreadable: u64,
 }
 
 impl SegmentFiles {
@@ -234,6 +236,7 @@ impl SegmentFiles {
                 Ok(report) => report,
                 Err(error) => {
                     tracing::warn!(file = %path.display(), %error, "segment cannot be read");
+                    recovered.unreadable += 1;
                     continue;
                 }
             };

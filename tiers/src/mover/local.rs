@@ -37,7 +37,9 @@ impl Mover {
             let place = || String::from("host memory");
             results.push(match copied {
                 Ok(()) => self.verify(&job.moves[position], to[position], place).await,
-                Err((failure, _)) => Err(failure),
+                Err((failure, _)) => {
+                    Err(self.blame(to[position], self.blame(from[position], failure)))
+                }
             });
         }
         Ok(results)
@@ -71,11 +73,16 @@ impl Mover {
             let place = || disk.place(from[position]);
             results.push(match copied {
                 Ok(()) => self.verify(one, to[position], place).await,
-                Err((failure, error)) if failure.settled && speaks_of_source(failure.kind) => {
-                    let text = error.map_or_else(|| failure.kind.to_string(), |e| e.to_string());
-                    Err(self.corrupt(one, &place(), text))
+                Err((failure, error)) => {
+                    let failure = self.blame(to[position], failure);
+                    if failure.settled && speaks_of_source(failure.kind) {
+                        let kind = failure.kind.to_string();
+                        let text = error.map_or(kind, |error| error.to_string());
+                        Err(self.corrupt(one, &place(), text))
+                    } else {
+                        Err(failure)
+                    }
                 }
-                Err((failure, _)) => Err(failure),
             });
         }
         Ok(results)

@@ -16,7 +16,7 @@ use std::time::Instant;
 use kvcache_core::manager::{Move, MoveFailure};
 use kvcache_core::place::{DiskSlot, HostSlot, Place};
 use kvcache_core::{Checksum, Error, ErrorKind, Result};
-use kvfabric_transfer::{Agent, Descriptor};
+use kvfabric_transfer::{Agent, Descriptor, Side};
 
 use crate::arena::Arena;
 use crate::disk::SegmentFiles;
@@ -166,6 +166,16 @@ impl Mover {
             Memory::Engine(descriptor) => descriptor,
             Memory::Host(slot) => self.arena.block(slot),
         }
+    }
+
+    /// What a failed copy into or out of `memory` says of its other end: nothing when the memory itself
+    /// cannot be used, because its owner deregistered it meanwhile. Else a good copy would be forgotten.
+    fn blame(&self, memory: Memory, mut failure: MoveFailure) -> MoveFailure {
+        let list = [self.descriptor(memory)];
+        if self.agent.prepare(Side::Local, &list).is_err() {
+            failure.kind = ErrorKind::Cancelled;
+        }
+        failure
     }
 
     /// Tells peers that the bytes of these host slots are about to change.

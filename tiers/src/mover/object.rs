@@ -114,15 +114,18 @@ impl Mover {
         let taken = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
         let result = match taken {
             Ok(()) => self.check_object(one, to, &name, &page).await,
-            // An object too short for its block.
-            Err(failed) if failed.in_flight.is_none() && is_short(failed.error.kind()) => {
-                Err(self.corrupt(one, &name, &failed.error))
-            }
             Err(failed) => {
-                if failed.error.kind() != ErrorKind::NotFound {
-                    tracing::debug!(error = %failed.error, "block not taken from the object store");
+                let text = failed.error.to_string();
+                let failure = self.blame(to, unsettled.note(failed));
+                if failure.settled && is_short(failure.kind) {
+                    // An object too short for its block.
+                    Err(self.corrupt(one, &name, text))
+                } else {
+                    if failure.kind != ErrorKind::NotFound {
+                        tracing::debug!(error = text, "block not taken from the object store");
+                    }
+                    Err(failure)
                 }
-                Err(unsettled.note(failed))
             }
         };
         unsettled.hold(page);

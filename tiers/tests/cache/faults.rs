@@ -92,6 +92,45 @@ async fn a_file_cut_under_a_running_node_costs_only_what_was_cut() {
     assert!(node.stat("corrupt_blocks").await >= 1);
 }
 
+/// A segment that the disk cannot read is saved to the object store as far as it goes; the segments after it, too.
+#[tokio::test]
+async fn a_segment_that_cannot_be_read_does_not_stop_the_object_tier() {
+    let (directory, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut config = config("pod", 4);
+    config.disk = disk(directory.path(), 3);
+    config.object = cold();
+    // Whatever is stopped stays stopped for the whole test.
+    config.limits.retry_after = std::time::Duration::from_secs(600);
+    let node = Node::open(config, agent("pod", Way::Memcpy, Some(store.path()))).await;
+    let blocks = chain(1, 12);
+    assert_eq!(node.store(&blocks).await.stored, 12);
+    node.sink.until_stored(&blocks[..8], Tier::Disk).await;
+    let (path, position) = find(directory.path(), 0);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(layout().payload_offset(position) + 100)
+        .unwrap();
+    let others = chain(2, 32);
+    assert_eq!(node.store(&others).await.stored, 32);
+    node.sink.until_stored(&others[..8], Tier::Object).await;
+    assert!(node.stat("corrupt_blocks").await >= 1);
+    assert_eq!(node.stat("disk_lost").await, 0);
+}
+
+/// A name that leads nowhere, among good segments.
+#[tokio::test]
+async fn a_segment_file_that_cannot_be_opened_at_the_start_is_counted() {
+    let directory = tempfile::tempdir().unwrap();
+    let node = with_blocks_on_disk(directory.path()).await;
+    node.shutdown().await;
+    let nowhere = directory.path().join("nowhere");
+    std::os::unix::fs::symlink(nowhere, directory.path().join(file_name(7))).unwrap();
+    let mut config = config("pod", 8);
+    config.disk = disk(directory.path(), 8);
+    let node = Node::open(config, agent("pod", Way::Memcpy, None)).await;
+    assert_eq!(node.stat("scan_faults").await, 1);
+    assert!(node.stat("recovered").await >= 8);
+}
+
 /// A header, a payload, the end of a file and a foreign version, all damaged while the node is down.
 #[tokio::test]
 async fn damage_found_at_the_start_is_counted_and_the_rest_is_served() {
@@ -207,7 +246,7 @@ async fn a_damaged_object_is_a_miss_of_that_block_alone() {
     let node = Node::open(with_objects, agent("pod", Way::Memcpy, Some(store.path()))).await;
     for (number, info) in blocks[..8].iter().enumerate() {
         let hints = Located {
-            shared: vec![0..1],
+            shared: std::iter::once(0..1).collect(),
             ..Located::default()
         };
         let sources = node.fetch(std::slice::from_ref(info), hints).await;

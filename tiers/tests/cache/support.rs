@@ -119,11 +119,16 @@ impl EventSink for Recorder {
 pub(crate) struct Guide {
     pub(crate) located: Mutex<Located>,
     pub(crate) questions: AtomicU64,
+    /// Deregistered while the next question is answered.
+    pub(crate) closes: Mutex<Option<Region>>,
 }
 
 impl Directory for Guide {
     fn locate(&self, _: Vec<IndexKey>) -> LocateFuture<'_> {
         self.questions.fetch_add(1, Ordering::Relaxed);
+        if let Some(region) = self.closes.lock().unwrap().take() {
+            drop(region.deregister());
+        }
         let located = self.located.lock().unwrap().clone();
         Box::pin(async move { Ok(located) })
     }

@@ -9,7 +9,7 @@ use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::Located;
 use kvcache_core::ports::{EventSink, Position};
 use kvcache_core::{Epoch, ErrorKind, Sequence, Tier};
-use kvfabric_tiers::{Cache, CacheConfig, Source, StoreBlock};
+use kvfabric_tiers::{Cache, CacheConfig, FetchBlock, Source, StoreBlock};
 use kvfabric_transfer::{HostMemory, RegionOptions};
 
 use crate::support::*;
@@ -76,7 +76,7 @@ async fn what_host_memory_cannot_hold_comes_back_from_the_object_store() {
     two.object = cold();
     let two = Node::open(two, agent("two", Way::Memcpy, Some(store.path()))).await;
     let hints = Located {
-        shared: vec![0..8],
+        shared: std::iter::once(0..8).collect(),
         ..Located::default()
     };
     assert_eq!(
@@ -293,6 +293,78 @@ async fn memory_of_the_wrong_size_is_refused_with_its_position() {
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.context().starts_with("block 0: "), "{error}");
+}
+
+/// Fetches into memory that was never registered, and into memory that was deregistered, then into sound memory.
+#[tokio::test]
+async fn unusable_engine_memory_is_refused_and_costs_no_copy() {
+    let node = Node::open(config("pod", 4), agent("pod", Way::Memcpy, None)).await;
+    let blocks = chain(1, 2);
+    assert_eq!(node.store(&blocks).await.stored, 2);
+    let memory = HostMemory::anonymous(2 * BLOCK).unwrap();
+    let gone = node
+        .agent
+        .register(memory, RegionOptions::default())
+        .unwrap();
+    let memory = gone.descriptor(0, BLOCK);
+    gone.deregister().await;
+    let into = |memory| {
+        let info = blocks[0];
+        let fetch = vec![FetchBlock { info, memory }];
+        let deadline = Instant::now() + PATIENCE;
+        node.cache.fetch(fetch, Located::default(), deadline)
+    };
+    let past_the_end = node.engine.descriptor(node.engine.bytes(), BLOCK);
+    for memory in [memory, past_the_end] {
+        let error = into(memory).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.context().contains("descriptor 0"), "{error}");
+    }
+    assert_eq!(node.stat("corrupt").await, 0);
+    assert_eq!(node.fetch_own(&blocks).await, vec![Source::Host; 2]);
+}
+
+/// The engine takes its memory back between the call and the copies, from host memory, disk and objects.
+#[tokio::test]
+async fn memory_deregistered_during_a_fetch_costs_no_copy() {
+    let (directory, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut config = config("pod", 4);
+    config.disk = disk(directory.path(), 2);
+    config.object = cold();
+    let node = Node::open(config, agent("pod", Way::Memcpy, Some(store.path()))).await;
+    let blocks = chain(1, 12);
+    assert_eq!(node.store(&blocks).await.stored, 12);
+    let in_objects = |events: &Vec<_>| {
+        let of = blocks.iter();
+        of.filter(|info| stored(events, info, Tier::Object)).count() >= 4
+    };
+    node.sink.until(in_objects).await;
+    let before = node.fetch_own(&blocks).await;
+    for source in [Source::Host, Source::Disk, Source::Object] {
+        assert!(count(&before, &source) > 0, "{before:?}");
+    }
+
+    for info in &blocks {
+        let memory = HostMemory::anonymous(2 * BLOCK).unwrap();
+        let engine = node.agent.register(memory, RegionOptions::default());
+        let engine = engine.unwrap();
+        // The second is nowhere, so that the directory is asked.
+        let wanted = [*info, block(9, 0)].into_iter().zip(0..);
+        let wanted = wanted.map(|(info, at)| FetchBlock {
+            info,
+            memory: engine.descriptor(at * BLOCK, BLOCK),
+        });
+        *node.guide.closes.lock().unwrap() = Some(engine.clone());
+        let deadline = Instant::now() + PATIENCE;
+        let fetch = node
+            .cache
+            .fetch(wanted.collect(), Located::default(), deadline);
+        assert_eq!(fetch.await.unwrap().sources, vec![Source::Miss; 2]);
+    }
+    assert_eq!(node.stat("corrupt").await, 0);
+    assert_eq!(node.stat("corrupt_blocks").await, 0);
+    let after = node.fetch_own(&blocks).await;
+    assert_eq!(count(&after, &Source::Miss), 0, "{after:?}");
 }
 
 /// A deadline in the past, of blocks that are in host memory.
