@@ -131,10 +131,9 @@ impl PodProcess {
             Some(waiting) => waiting.insert(id, caller),
             None => return Err(dead()),
         };
-        if write_line(&mut *self.stdin.lock().await, &Call { id, work })
-            .await
-            .is_err()
-        {
+        let written = async { write_line(&mut *self.stdin.lock().await, &Call { id, work }).await };
+        // After a line that was written in part, or to a pod that reads nothing for so long, no other can follow.
+        if !matches!(tokio::time::timeout(deadline, written).await, Ok(Ok(()))) {
             self.calls.close();
             return Err(dead());
         }

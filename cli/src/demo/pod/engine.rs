@@ -7,15 +7,18 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::prefix::data::{ModelIdentity, Shard};
 use kvcache_core::prefix::{IndexScheme, Namespace};
-use kvcache_core::{Error, ErrorKind, PodName, Result};
+use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric::config::parse_identity;
 use kvfabric::transfer::{Descriptor, HostMemory, Region, RegionOptions};
-use kvfabric::{FetchBlock, FetchReport, Holder, Located, Node, Source, StoreBlock};
+use kvfabric::{FetchBlock, Node, Source, StoreBlock};
 use kvfabric_sim::content::Content;
 use kvfabric_sim::engine::{ComputeModel, EnginePool, Running};
 use kvfabric_sim::sequence::{Sequence, Sequencer};
 use tokio::sync::Notify;
 
-use crate::demo::protocol::{BackendCounters, PodCounters, PodSetup, PositionText, Served, Task};
+use super::quarantine::{self, Doubtful, Held};
+use super::translate::{self, count_hits, hints, source_name};
+use crate::demo::protocol::{PodCounters, PodSetup, PositionText, Served, Task};
 
 /// How long a request may wait for others to leave the engine's pool.
 const ADMISSION_DEADLINE: Duration = Duration::from_secs(60);
@@ -36,14 +39,14 @@ pub(super) struct Engine {
     fetch_deadline: Duration,
     lossless: bool,
     pool: Arc<Mutex<EnginePool>>,
-    /// Told whenever a request leaves the pool.
-    room: Notify,
+    /// Told whenever slots come back to the pool.
+    room: Arc<Notify>,
     events: AtomicU64,
 }
 
 impl Engine {
     pub(super) async fn open(setup: PodSetup) -> Result<Self> {
-        let identity = model_identity(&setup.node.model_identity)?;
+        let identity = ModelIdentity(parse_identity(&setup.node.model_identity)?);
         let block_bytes = usize::try_from(setup.node.block_bytes)
             .map_err(|_| Error::invalid("block_bytes", setup.node.block_bytes, 1..=usize::MAX))?;
         let content = Content::new(&identity.0, block_bytes, setup.layers)?;
@@ -73,7 +76,7 @@ impl Engine {
             fetch_deadline: Duration::from_millis(setup.fetch_deadline_ms),
             lossless: setup.lossless,
             pool: Arc::new(Mutex::new(EnginePool::new(slots))),
-            room: Notify::new(),
+            room: Arc::new(Notify::new()),
             events: AtomicU64::new(0),
         })
     }
@@ -90,8 +93,11 @@ impl Engine {
         let sequence = Arc::new(self.sequencer.request(&task.to_request()));
         let reusable = sequence.reusable_blocks();
         let mut running = self.admit(&sequence, reusable).await?;
-        let result = self.prefill_admitted(task, &mut running, reusable).await;
-        self.leave(running);
+        let mut doubtful = Doubtful::default();
+        let result = self
+            .prefill_admitted(task, &mut running, reusable, &mut doubtful)
+            .await;
+        self.leave(running, doubtful);
         result
     }
 
@@ -100,6 +106,7 @@ impl Engine {
         task: &Task,
         running: &mut Running,
         reusable: usize,
+        doubtful: &mut Doubtful,
     ) -> Result<Served> {
         let sequence = Arc::clone(running.sequence());
         let mut served = Served {
@@ -108,7 +115,9 @@ impl Engine {
         };
         let held = running.hits();
         count_hits(&mut served.hits, "hbm", held as u64);
-        let fetched = self.fetch(task, running, reusable, &mut served).await?;
+        let fetched = self
+            .fetch(task, running, reusable, &mut served, doubtful)
+            .await?;
         let known = held + fetched.len();
         for source in &fetched {
             count_hits(&mut served.hits, source_name(source), 1);
@@ -129,17 +138,27 @@ impl Engine {
     pub(super) async fn decode(&self, task: &Task) -> Result<Served> {
         let sequence = Arc::new(self.sequencer.request(&task.to_request()));
         let mut running = self.admit_with_answer(&sequence).await?;
-        let result = self.decode_admitted(task, &mut running).await;
-        self.leave(running);
+        let mut doubtful = Doubtful::default();
+        let result = self
+            .decode_admitted(task, &mut running, &mut doubtful)
+            .await;
+        self.leave(running, doubtful);
         result
     }
 
-    async fn decode_admitted(&self, task: &Task, running: &mut Running) -> Result<Served> {
+    async fn decode_admitted(
+        &self,
+        task: &Task,
+        running: &mut Running,
+        doubtful: &mut Doubtful,
+    ) -> Result<Served> {
         let sequence = Arc::clone(running.sequence());
         let (prompt, all) = (sequence.prompt_blocks(), sequence.blocks().len());
         let mut served = Served::default();
         let held = running.hits();
-        let fetched = self.fetch(task, running, prompt, &mut served).await?;
+        let fetched = self
+            .fetch(task, running, prompt, &mut served, doubtful)
+            .await?;
         self.compute_blocks(running, held + fetched.len()..prompt)?;
         self.publish(|pool| pool.seal(running, prompt - held))?;
         self.compute_blocks(running, prompt..all)?;
@@ -171,13 +190,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Fetches blocks up to `end` into their slots; the sources of as many as came without a hole.
+    /// Fetches blocks up to `end` into their slots; the sources of as many as came without a hole. Blocks that are
+    /// `doubtful` after an error must leave with their slots.
     async fn fetch(
         &self,
         task: &Task,
         running: &mut Running,
         end: usize,
         served: &mut Served,
+        doubtful: &mut Doubtful,
     ) -> Result<Vec<Source>> {
         let start = running.hits();
         if start >= end {
@@ -193,41 +214,46 @@ impl Engine {
         if hints.is_empty() {
             return Ok(Vec::new());
         }
-        let report = self
+        let fetch = self
             .node
-            .fetch(blocks.collect(), hints, self.fetch_deadline)
-            .await?;
+            .fetch(blocks.collect(), hints, self.fetch_deadline);
+        let mut report = match fetch.await {
+            Ok(report) => report,
+            Err(error) => {
+                if error.kind() == ErrorKind::Poisoned {
+                    *doubtful = Doubtful::for_ever(start..end);
+                }
+                return Err(error);
+            }
+        };
         served.moving_us += u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let mut sources = report.sources.clone();
-        sources.truncate(report.depth());
-        self.quarantine(running, start, report)?;
+        let depth = report.depth();
+        let mut sources = std::mem::take(&mut report.sources);
+        sources.truncate(depth);
+        if report.unsettled.is_empty() {
+            return Ok(sources);
+        }
+        match self.publish(|pool| quarantine::exchange(pool, running, start, report))? {
+            Ok(held) => self.await_drained(held),
+            Err((blocks, error)) => {
+                *doubtful = blocks;
+                return Err(error);
+            }
+        }
         Ok(sources)
     }
 
-    /// Memory that a failed transfer may still write to is exchanged, and comes back when that has ended.
-    fn quarantine(
-        &self,
-        running: &mut Running,
-        start: usize,
-        mut report: FetchReport,
-    ) -> Result<()> {
-        if report.unsettled.is_empty() {
-            return Ok(());
-        }
-        let mut slots = Vec::new();
-        for position in &report.unsettled {
-            let position = start + *position as usize;
-            slots.push(self.publish(|pool| pool.quarantine(running, position))??);
-        }
-        let pool = Arc::clone(&self.pool);
+    /// Readmits slots once no transfer can write to them any more.
+    fn await_drained(&self, held: Held) {
+        let (pool, room) = (Arc::clone(&self.pool), Arc::clone(&self.room));
         tokio::spawn(async move {
-            // Not certain means the cache is gone: the slots stay out of use, as this process ends anyway.
-            if report.drained().await {
+            if let Some(slots) = held.drained().await {
                 let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
                 slots.into_iter().for_each(|slot| pool.readmit(slot));
+                drop(pool);
+                room.notify_waiters();
             }
         });
-        Ok(())
     }
 
     /// What a real engine's kernels would do.
@@ -334,9 +360,12 @@ impl Engine {
         }
     }
 
-    fn leave(&self, running: Running) {
-        self.lock().finish(running);
+    fn leave(&self, running: Running, doubtful: Doubtful) {
+        let held = quarantine::leave(&mut self.lock(), running, doubtful);
         self.room.notify_waiters();
+        if let Some(held) = held {
+            self.await_drained(held);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, EnginePool> {
@@ -352,28 +381,12 @@ impl Engine {
 
     /// Everything counted so far.
     pub(super) async fn counters(&self) -> Result<PodCounters> {
-        let backends = self.node.agent().stats().backends;
-        let mut tiers: BTreeMap<String, u64> = BTreeMap::new();
-        let of_node = self.node.tier_stats().await?;
-        tiers.extend(
-            of_node
-                .into_iter()
-                .map(|(name, value)| (name.to_owned(), value)),
-        );
+        let of_node = self.node.tier_stats().await?.into_iter();
+        let named = of_node.map(|(name, value)| (name.to_owned(), value));
+        let mut tiers: BTreeMap<String, u64> = named.collect();
         tiers.insert("hbm_evictions".to_owned(), self.lock().evictions());
         Ok(PodCounters {
-            backends: backends
-                .into_iter()
-                .map(|(name, stats)| {
-                    let counters = BackendCounters {
-                        bytes: stats.bytes_read + stats.bytes_written,
-                        requests: stats.requests,
-                        failures: stats.failures,
-                        busy_ns: stats.busy_ns,
-                    };
-                    (name.to_owned(), counters)
-                })
-                .collect(),
+            backends: translate::backends(self.node.agent().stats()),
             tiers,
             events: self.events.load(Ordering::Relaxed),
         })
@@ -381,46 +394,5 @@ impl Engine {
 
     pub(super) async fn shutdown(&self, deadline: Duration) -> Result<()> {
         self.node.shutdown(deadline).await
-    }
-}
-
-fn model_identity(hex: &str) -> Result<ModelIdentity> {
-    kvfabric::config::parse_identity(hex).map(ModelIdentity)
-}
-
-/// What the router knows, seen from the first block that is fetched.
-fn hints(task: &Task, start: usize) -> Result<Located> {
-    let start = u32::try_from(start).unwrap_or(u32::MAX);
-    let holders = task
-        .holders
-        .iter()
-        .filter(|holder| holder.depth > start)
-        .map(|holder| {
-            Ok(Holder {
-                pod: PodName::new(&holder.pod)?,
-                depth: holder.depth - start,
-                peer_address: Some(holder.peer_address.clone()),
-            })
-        });
-    let shared = task.shared.iter().filter(|range| range.end > start);
-    Ok(Located {
-        holders: holders.collect::<Result<_>>()?,
-        shared: shared
-            .map(|r| r.start.saturating_sub(start)..r.end - start)
-            .collect(),
-    })
-}
-
-fn count_hits(hits: &mut BTreeMap<String, u64>, source: &str, blocks: u64) {
-    *hits.entry(source.to_owned()).or_default() += blocks;
-}
-
-fn source_name(source: &Source) -> &'static str {
-    match source {
-        Source::Host => "dram",
-        Source::Disk => "nvme",
-        Source::Peer { .. } => "peer",
-        Source::Object => "object",
-        Source::Miss => "miss",
     }
 }

@@ -1,6 +1,8 @@
 //! One pod's process: a simulated engine on a real node, told by lines what to do.
 
 mod engine;
+mod quarantine;
+mod translate;
 
 use std::sync::Arc;
 use std::time::Duration;
