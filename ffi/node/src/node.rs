@@ -167,10 +167,7 @@ impl Node {
     /// [`ErrorKind::Busy`] when too many operations are in progress, [`ErrorKind::Invalid`] for memory that is not
     /// registered with [`Node::agent`]. Blocks that found no room are counted in the report.
     pub async fn store(&self, blocks: Vec<StoreBlock>, deadline: Duration) -> Result<StoreReport> {
-        self.inner
-            .cache
-            .store(blocks, Instant::now() + deadline)
-            .await
+        self.inner.cache.store(blocks, after(deadline)).await
     }
 
     /// Brings blocks into the engine's memory, from wherever they are; without hints, the index is asked.
@@ -185,16 +182,13 @@ impl Node {
         hints: Located,
         deadline: Duration,
     ) -> Result<FetchReport> {
-        self.inner
-            .cache
-            .fetch(blocks, hints, Instant::now() + deadline)
-            .await
+        self.inner.cache.fetch(blocks, hints, after(deadline)).await
     }
 
     /// How many blocks of a chain this node's own tiers hold.
     ///
     /// # Errors
-    /// [`ErrorKind::Poisoned`] after the node was shut down.
+    /// [`ErrorKind::Cancelled`] after the node was shut down.
     pub async fn held(&self, keys: Vec<BlockKey>) -> Result<HeldDepth> {
         self.inner.cache.lookup(&keys).await
     }
@@ -218,7 +212,8 @@ impl Node {
         index.client.lookup(request).await
     }
 
-    /// Publishes changes of the engine's own cache, for engines that do not publish by themselves.
+    /// Publishes changes of the engine's own cache, for engines that do not publish by themselves: blocks of the base
+    /// model without a salt only, since these events name neither adapter nor salt.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] without an index.
@@ -256,7 +251,7 @@ impl Node {
     /// # Errors
     /// [`ErrorKind::Timeout`] when that takes longer than the deadline; what was not written is lost, nothing is wrong.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
-        let result = self.inner.cache.shutdown(Instant::now() + deadline).await;
+        let result = self.inner.cache.shutdown(after(deadline)).await;
         if let Some(index) = &self.inner.index {
             // The index forgets this pod anyway once the registration ends; flushing only makes it sooner.
             let flushed = index.node.flush(FLUSH_PATIENCE).await;
@@ -284,6 +279,14 @@ impl std::fmt::Debug for Node {
     }
 }
 
+/// The longest that a caller's deadline may lie ahead; later ones count as this.
+const DEADLINE_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// The instant so far from now. Durations come from callers in other languages, and a clock cannot hold any of them.
+fn after(deadline: Duration) -> Instant {
+    Instant::now() + deadline.min(DEADLINE_MAX)
+}
+
 /// How long the last events may take to leave.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -293,7 +296,7 @@ fn build_agent(config: &NodeConfig) -> Result<Agent> {
         .tcp(config.fabric.tcp_listen);
     if let Some(object) = &config.object {
         let options = ObjectOptions {
-            allow_http: true,
+            allow_http: object.allow_http,
             ..ObjectOptions::default()
         };
         builder = builder.object_store(OBJECT_STORE, &object.url, options);

@@ -122,6 +122,31 @@ async fn a_node_alone_keeps_and_returns_blocks() {
     node.shutdown(SECONDS).await.unwrap();
 }
 
+/// The longest duration there is, where a clock would overflow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadline_beyond_what_clocks_hold_is_a_distant_one() {
+    let node = Node::open(NodeConfig::load(None, &minimal()).unwrap())
+        .await
+        .unwrap();
+    let memory = HostMemory::anonymous(4096).unwrap();
+    let engine = node
+        .agent()
+        .register(memory, RegionOptions::default())
+        .unwrap();
+    let info = node.describe(&Namespace::default(), &[1, 2, 3, 4]).unwrap()[0];
+    let memory = engine.descriptor(0, 4096);
+    let stored = vec![StoreBlock { info, memory }];
+    let report = node.store(stored, Duration::MAX).await.unwrap();
+    assert_eq!(report.stored, 1);
+    let fetched = vec![FetchBlock { info, memory }];
+    let hints = Located::default();
+    let report = node.fetch(fetched, hints, Duration::MAX).await.unwrap();
+    assert_eq!(report.sources, [Source::Host]);
+    node.shutdown(Duration::MAX).await.unwrap();
+    let error = node.held(vec![info.key]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+}
+
 /// The same tokens under another adapter or salt are other blocks, in the tiers and in the index.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn namespaces_share_no_block() {
