@@ -207,7 +207,8 @@ fn every_dependency_is_used() {
         for dependency in &package.dependencies {
             let name = dependency.rename.as_ref().unwrap_or(&dependency.name);
             let ident = name.replace('-', "_");
-            if !mentions(&text, &ident) && !SILENT.contains(&(package.name.as_str(), name.as_str())) {
+            if !mentions(&text, &ident) && !SILENT.contains(&(package.name.as_str(), name.as_str()))
+            {
                 unused.push(format!("{}: {name}", package.name));
             }
         }

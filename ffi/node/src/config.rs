@@ -257,14 +257,19 @@ impl NodeConfig {
     fn check_reachable(&self) -> Result<()> {
         let unspecified = |field: &str, value: &str| {
             let accepted = "the address that others reach this host by: it is announced to them";
-            Err(Error::new(ErrorKind::Invalid, format!("{field} is {value}, expected {accepted}")))
+            Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{field} is {value}, expected {accepted}"),
+            ))
         };
         if let Some(address) = self.peer_listen
             && address.ip().is_unspecified()
         {
             return unspecified("peer_listen", &address.to_string());
         }
-        let Some(index) = &self.index else { return Ok(()) };
+        let Some(index) = &self.index else {
+            return Ok(());
+        };
         if ["*", "0.0.0.0", "[::]", "::"].contains(&index.publish_host.as_str()) {
             return unspecified("index.publish_host", &index.publish_host);
         }

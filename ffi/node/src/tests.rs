@@ -43,6 +43,9 @@ fn a_wrong_setting_is_refused_with_its_name() {
         ("key_scheme", "md5", "md5"),
         ("pod", "two words", "two words"),
         ("shard.tensor_rank", "1", "shard"),
+        ("shard.layers", "0", "layers is 0"),
+        ("peer_listen", "nowhere", "nowhere"),
+        ("peer_listen", "0.0.0.0:0", "peer_listen is 0.0.0.0:0"),
     ] {
         let error = NodeConfig::load(None, &with(key, value)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{key}={value}: {error}");
@@ -68,6 +71,17 @@ fn flags_override_the_file() {
         ("pod-7", 2_097_152)
     );
     assert_eq!(config.disk.unwrap().direct, config::DirectSetting::Off);
+}
+
+/// Both listeners switched off by their word, and a name of digits that stays a name.
+#[test]
+fn listeners_can_be_off_and_names_stay_text() {
+    let mut settings = with("peer_listen", "off");
+    settings.push(("fabric.tcp_listen".to_owned(), "off".to_owned()));
+    settings.push(("pod".to_owned(), "007".to_owned()));
+    let config = NodeConfig::load(None, &settings).unwrap();
+    assert_eq!((config.peer_listen, config.fabric.tcp_listen), (None, None));
+    assert_eq!(config.pod, "007");
 }
 
 /// A file that is not there, and one with a key that nobody knows.

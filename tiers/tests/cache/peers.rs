@@ -66,7 +66,7 @@ async fn one_fetch_mixes_sources() {
     let reader = Node::open(reader, agent("reader", Way::Shm, Some(store.path()))).await;
     reader.store(&blocks[..2]).await;
     let hints = Located {
-        shared: vec![0..8],
+        shared: std::iter::once(0..8).collect(),
         ..holder.hints(5)
     };
     let sources = reader.fetch(&blocks, hints).await;

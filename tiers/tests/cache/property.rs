@@ -83,7 +83,7 @@ impl Run {
             Step::Fetch { chain: of, count } => {
                 // The bytes are compared inside, for everything that is said to be there.
                 let hints = Located {
-                    shared: vec![0..count.into()],
+                    shared: std::iter::once(0..count.into()).collect(),
                     ..Located::default()
                 };
                 let sources = node.fetch(&chain(of, count), hints).await;

@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -174,6 +174,8 @@ impl Mapping {
         // SAFETY: both ends are valid for `len` bytes (checked by `at`), the target is writable
         // (checked above), and `copy` is defined for overlapping ranges.
         unsafe { std::ptr::copy(source.as_ptr(), target.as_ptr(), len as usize) };
+        // The next copy may be of the word that says whether these bytes were current: it must be read after them.
+        fence(Ordering::AcqRel);
         Ok(())
     }
 
@@ -221,6 +223,8 @@ impl Mapping {
     pub(crate) fn store_u64(&self, offset: u64, value: u64) -> Result<()> {
         self.check_writable()?;
         self.word(offset)?.store(value, Ordering::Release);
+        // What is written after this word must not be seen before it: readers compare the word once they have copied.
+        fence(Ordering::AcqRel);
         Ok(())
     }
 
