@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 import kvfabric
 
 PEER = pathlib.Path(__file__).with_name("peer.py")
+PUBLISHER = pathlib.Path(__file__).with_name("publisher.py")
 
 
 class OtherProcess:
@@ -71,12 +73,17 @@ def agent(transport):
 @pytest.fixture
 def indexer():
     """The address of a fresh, empty index."""
+    with running_indexer() as address:
+        yield address
+
+
+@contextlib.contextmanager
+def running_indexer(*arguments):
     program = os.environ.get("KVFABRIC_INDEXER")
     if not program:
         pytest.skip("KVFABRIC_INDEXER does not name the kv-indexer program")
-    process = subprocess.Popen(
-        [program, "serve", "--grpc-listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True
-    )
+    command = [program, "serve", "--grpc-listen", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         said = json.loads(process.stdout.readline())
         yield said["grpc"]
@@ -84,3 +91,78 @@ def indexer():
         process.terminate()
         process.wait(timeout=20)
         process.stdout.close()
+
+
+class Publisher:
+    """A process that runs publisher.py, in place of the engine of a pod."""
+
+    model = "m"
+    peer_address = "127.0.0.1:9"
+
+    def __init__(self, pod):
+        self.pod = pod
+        self.process = subprocess.Popen(
+            [sys.executable, str(PUBLISHER), pod, self.model],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.endpoints = self._answer()
+        self.published = 0
+
+    def publish(self, events):
+        self.process.stdin.write(json.dumps(events) + "\n")
+        self.process.stdin.flush()
+        assert self._answer() == self.published
+        self.published += 1
+
+    def source(self):
+        """This publisher, as an entry of the index's configuration."""
+        entry = {
+            "pod": self.pod,
+            "model": self.model,
+            "peer_address": self.peer_address,
+            **self.endpoints,
+        }
+        # Strings of plain text are the same in TOML and JSON.
+        lines = (f"{key} = {json.dumps(value)}" for key, value in entry.items())
+        return "\n".join(["[[sources]]", *lines, ""])
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        assert line, "the publisher has ended"
+        return json.loads(line)
+
+    def end(self):
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        finally:
+            self.process.kill()
+            self.process.stdout.close()
+
+
+@pytest.fixture
+def publisher():
+    """Makes publishers by the names of their pods."""
+    with contextlib.ExitStack() as stack:
+
+        def start(pod):
+            started = Publisher(pod)
+            stack.callback(started.end)
+            return started
+
+        yield start
+
+
+@pytest.fixture
+def index_of(tmp_path):
+    """Makes an index that follows publishers, and gives its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*publishers):
+            config = tmp_path / "indexer.toml"
+            config.write_text("\n".join(publisher.source() for publisher in publishers))
+            return stack.enter_context(running_indexer("--config", str(config)))
+
+        yield start
