@@ -227,6 +227,9 @@ fn impossible_options_are_refused_by_name() {
         (vec!["--pods", "0:1"], "0:1"),
         (vec!["--hbm-bytes", "64K"], "--hbm-bytes"),
         (vec!["--model", "gpt-99"], "gpt-99"),
+        (vec!["--setting", "turn=3"], "requests_per_minute"),
+        (vec!["--setting", "turns=x"], "turns is \"x\""),
+        (vec!["--setting", "turns"], "NAME=VALUE"),
         (vec!["--trace", "no-such-file.jsonl"], "no-such-file.jsonl"),
         (
             vec!["--json", "no-such-folder/report.json"],

@@ -48,6 +48,13 @@ pub(crate) struct DemoArgs {
     /// The generated workload.
     #[arg(long, value_enum, default_value_t = WorkloadKind::Chat)]
     pub(crate) workload: WorkloadKind,
+    /// Change a setting of the generated workload, like --setting turns=3-8; an unknown name lists them all. Repeatable.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_setting, conflicts_with = "trace")]
+    pub(crate) setting: Vec<(String, String)>,
+    /// Issue each request no earlier than its own time (a trace's timestamp, a generator's arrival); by default, as soon
+    /// as --concurrency allows.
+    #[arg(long)]
+    pub(crate) paced: bool,
     /// Fixes the workload and every random choice.
     #[arg(long, default_value_t = 42)]
     pub(crate) seed: u64,
@@ -163,6 +170,12 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64> {
         .ok()
         .and_then(|count| count.checked_mul(1 << shift))
         .ok_or_else(|| invalid(text, expected))
+}
+
+fn parse_setting(text: &str) -> Result<(String, String)> {
+    text.split_once('=')
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .ok_or_else(|| invalid(text, "NAME=VALUE"))
 }
 
 fn parse_seconds(text: &str) -> Result<Duration> {

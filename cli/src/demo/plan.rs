@@ -37,6 +37,8 @@ pub(crate) struct Plan {
     /// The NVMe tier and its segments; none when switched off.
     pub(crate) nvme: Option<Nvme>,
     pub(crate) concurrency: u32,
+    /// Whether requests wait for their own times.
+    pub(crate) paced: bool,
     /// As it goes into the report.
     pub(crate) config: RunConfig,
 }
@@ -100,6 +102,7 @@ impl Plan {
             dram_bytes,
             nvme,
             concurrency,
+            paced: args.paced,
             config,
         })
     }
@@ -177,7 +180,16 @@ fn requests(args: &DemoArgs) -> Result<(String, u32, Vec<Request>)> {
     let count = args
         .max_requests
         .map_or(count, |n| u32::try_from(n).unwrap_or(u32::MAX));
-    let requests = Workload::new(kind, args.seed, count).requests()?.collect();
+    let mut workload = Workload::new(kind, args.seed, count);
+    for (name, value) in &args.setting {
+        workload
+            .set(name, value)
+            .map_err(|error| error.at("--setting"))?;
+    }
+    let requests = workload
+        .requests()
+        .map_err(|error| error.at("--setting"))?
+        .collect();
     Ok((kind.name().to_owned(), args.block_tokens, requests))
 }
 

@@ -95,6 +95,10 @@ impl Run {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
+            if plan.paced {
+                let due = started + Duration::from_millis(request.at_ms);
+                tokio::time::sleep_until(due.into()).await;
+            }
             let (run, request) = (Arc::clone(self), request.clone());
             tasks.spawn(async move {
                 let result = run.serve(&request).await;

@@ -7,6 +7,7 @@
 mod agent;
 mod chat;
 mod rag;
+mod settings;
 mod text;
 pub mod trace;
 
