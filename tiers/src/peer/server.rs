@@ -153,7 +153,8 @@ impl Peer for Serving {
         let peer = PodName::new(&request.pod)
             .and_then(|pod| self.mover.peers.roster.id(&pod))
             .map_err(|error| wire::status_of(&error))?;
-        match self.desk.release(peer, LeaseId(request.lease)) {
+        let lease = LeaseId(request.lease.wrapping_sub(self.first_lease()));
+        match self.desk.release(peer, lease) {
             // A full queue: the lease ends by itself.
             Err(error) if error.kind() != ErrorKind::Busy => Err(wire::status_of(&error)),
             _ => Ok(Response::new(v1::ReleaseResponse {})),
@@ -162,6 +163,12 @@ impl Peer for Serving {
 }
 
 impl Serving {
+    /// The manager counts leases from 0 in every run. Peers are told numbers that start elsewhere in each, so that one
+    /// given back after a restart names nothing.
+    fn first_lease(&self) -> u64 {
+        self.incarnation.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+
     fn answer(&self, ready: &ReadyLease) -> LeaseAnswer {
         let blocks = ready.blocks.iter().map(|block| {
             let bytes = self.mover.arena.block(block.slot);
@@ -177,7 +184,7 @@ impl Serving {
             }
         });
         LeaseAnswer {
-            lease: ready.lease,
+            lease: LeaseId(ready.lease.0.wrapping_add(self.first_lease())),
             ttl: ready.ttl,
             blocks: blocks.collect(),
         }

@@ -305,6 +305,45 @@ async fn leases_are_bounded_for_each_peer_and_come_back_on_release() {
     assert_eq!(stale.code(), Code::Aborted);
 }
 
+/// A lease of one run is given back in the next, where a lease of the same peer is the first again.
+#[tokio::test]
+async fn a_lease_given_back_after_a_restart_ends_no_new_one() {
+    let mut numbers = Vec::new();
+    for _ in 0..2 {
+        let mut config = config("pod", 4);
+        config.peers.leases_per_peer_max = 1;
+        let node = Node::open(config, agent("pod", Way::Shm, None)).await;
+        node.store(&chain(1, 1)).await;
+        let mut client = raw_client(&node).await;
+        let greeted = client.hello(greeting()).await.unwrap().into_inner();
+        let request = v1::LeaseRequest {
+            pod: "stranger".to_owned(),
+            incarnation: greeted.incarnation,
+            keys: block(1, 0).key.0.to_vec().into(),
+            block_bytes: BLOCK,
+            ttl_ms: 60_000,
+        };
+        let lease = client.lease(request.clone()).await.unwrap().into_inner();
+        assert_eq!(lease.blocks.len(), 1);
+        for stale in &numbers {
+            let release = v1::ReleaseRequest {
+                pod: "stranger".to_owned(),
+                lease: *stale,
+            };
+            client.release(release).await.unwrap();
+            let refused = client.lease(request.clone()).await.unwrap_err();
+            assert_eq!(
+                refused.code(),
+                Code::ResourceExhausted,
+                "the lease was ended"
+            );
+        }
+        numbers.push(lease.lease);
+        node.shutdown().await;
+    }
+    assert_ne!(numbers[0], numbers[1]);
+}
+
 /// Two caches, the same address.
 #[tokio::test]
 async fn a_port_in_use_is_said_with_the_address() {
