@@ -57,6 +57,8 @@ pub struct Ingest {
     replay: Replay,
     /// Whether the replay told anything new.
     has_progressed: bool,
+    /// Whether something was known to be missing when the replay was asked for.
+    is_gap_known: bool,
     fruitless: u32,
     pending: Pending,
     /// One past the highest live batch seen: the publisher has come that far.
@@ -79,6 +81,7 @@ impl Ingest {
             is_partial: false,
             replay: Replay::Idle,
             has_progressed: false,
+            is_gap_known: false,
             fruitless: 0,
             pending: Pending::default(),
             live_end: 0,
@@ -127,15 +130,17 @@ impl Ingest {
         self.drop_pending();
         self.is_connected = true;
         self.fruitless = 0;
-        self.live_end = self.next.unwrap_or_default();
         if self.config.has_replay {
             if self.is_partial {
                 self.reset(ClearReason::ReplayFailed);
             }
+            // After the reset: how far an earlier publisher had come says nothing about this one.
+            self.live_end = self.next.unwrap_or_default();
             self.start_replay(now);
         } else {
             // Nothing tells whether this is the publisher of before.
             self.reset(ClearReason::Unverifiable);
+            self.live_end = 0;
         }
     }
 
@@ -241,11 +246,11 @@ impl Ingest {
             Replay::Follow => {
                 self.replay = Replay::Idle;
                 self.deadline = self.is_partial.then(|| now + self.config.replay_retry);
-                self.fruitless = if self.has_progressed {
-                    0
-                } else {
-                    self.fruitless + 1
-                };
+                if self.has_progressed {
+                    self.fruitless = 0;
+                } else if self.is_gap_known {
+                    self.fruitless += 1;
+                }
                 if self.next.is_none() {
                     // Asked from the start and nothing there: the first batch is still to come.
                     self.next = Some(0);
@@ -346,6 +351,9 @@ impl Ingest {
             Replay::Follow
         };
         self.has_progressed = false;
+        // A replay asked for before anything was known to be missing may have been answered before it was published.
+        self.is_gap_known =
+            self.pending.last().is_some() || self.live_end > self.next.unwrap_or_default();
         self.stats.replays += 1;
         self.touch(now);
         self.actions.push_back(Action::RequestReplay {

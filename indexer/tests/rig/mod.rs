@@ -118,7 +118,7 @@ pub(crate) fn question(prompt: Prompt) -> LookupRequest {
 
 pub(crate) fn keys_of(tokens: &[u32]) -> Vec<IndexKey> {
     let namespace = Namespace {
-        model: "m",
+        model: IndexScheme::default().model_in_root("m"),
         ..Namespace::default()
     };
     let root = IndexScheme::default().root(&namespace);
