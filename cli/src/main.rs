@@ -32,7 +32,7 @@ enum Command {
 #[derive(Subcommand)]
 enum OwnCommand {
     /// Run a small cluster on this machine: find, move and verify blocks.
-    Demo(demo::args::DemoArgs),
+    Demo(Box<demo::args::DemoArgs>),
     /// Run a node without an engine: it keeps its tiers and serves them to peers.
     Node(node::NodeArgs),
     /// Print the version.
@@ -88,7 +88,7 @@ fn run(command: OwnCommand) -> Result<()> {
         .build()
         .map_err(|e| kvcache_core::Error::io("start the runtime", e))?;
     match command {
-        OwnCommand::Demo(args) => runtime.block_on(demo::run(args)),
+        OwnCommand::Demo(args) => runtime.block_on(demo::run(*args)),
         OwnCommand::Node(args) => runtime.block_on(node::run(args)),
         OwnCommand::DemoPod => runtime.block_on(demo::pod::run()),
         OwnCommand::DemoIndexer => runtime.block_on(demo::indexer::run()),
