@@ -196,13 +196,8 @@ impl Run {
     async fn lookup(&self, request: &Request) -> Result<LookupAnswer> {
         let tokens = request.prompt_tokens().into_owned();
         loop {
-            self.forget_the_dead();
-            let min_position = self
-                .lock()
-                .positions
-                .iter()
-                .map(to_source_position)
-                .collect();
+            let min_position = self.positions_of_the_living();
+            let waited_for: Vec<String> = min_position.iter().map(|p| p.source.clone()).collect();
             let start = Instant::now();
             let asked = LookupRequest {
                 model: self.cluster.model().to_owned(),
@@ -219,26 +214,27 @@ impl Run {
                     self.lock().tally.lookup(start.elapsed());
                     return Ok(answer);
                 }
-                // A source that is gone can be waited for no more.
-                Err(_) if self.forget_the_dead() => {}
+                // A source whose pod died meanwhile can be waited for no more: ask again without it.
+                Err(_) if waited_for.iter().any(|source| self.is_of_the_dead(source)) => {}
                 Err(error) => return Err(error.at("lookup")),
             }
         }
     }
 
-    /// Drops the positions of dead pods; says whether there were any.
-    fn forget_the_dead(&self) -> bool {
+    /// How far each living pod has published; the dead are forgotten.
+    fn positions_of_the_living(&self) -> Vec<SourcePosition> {
         let mut state = self.lock();
-        let before = state.positions.len();
-        for pod in self.cluster.pods() {
-            if !pod.process().is_alive() {
-                let prefix = format!("{}/", pod.process().name());
-                state
-                    .positions
-                    .retain(|source, _| !source.starts_with(&prefix));
-            }
-        }
-        state.positions.len() < before
+        state
+            .positions
+            .retain(|source, _| !self.is_of_the_dead(source));
+        state.positions.iter().map(to_source_position).collect()
+    }
+
+    /// Whether the pod that publishes as `source` has ended.
+    fn is_of_the_dead(&self, source: &str) -> bool {
+        let dead = self.cluster.pods().iter().map(|pod| pod.process());
+        dead.filter(|process| !process.is_alive())
+            .any(|process| is_source_of(source, process.name()))
     }
 
     /// Chooses pods; `prefill` keeps the one that has already been chosen.
@@ -327,6 +323,12 @@ impl Run {
             )),
         }
     }
+}
+
+/// Whether `source`, named `pod/…`, belongs to `pod`.
+fn is_source_of(source: &str, pod: &str) -> bool {
+    let rest = source.strip_prefix(pod);
+    rest.is_some_and(|rest| rest.starts_with('/'))
 }
 
 fn to_source_position((source, position): (&String, &Position)) -> SourcePosition {
