@@ -1,0 +1,104 @@
+"""Processes that a test starts: shown when they fail, and gone with their children when the test ends."""
+
+import collections
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from typing import List
+
+import psutil
+
+LOG_LINES_SHOWN = 60
+STOP_SECONDS = 40.0
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Child:
+    """A process in a group of its own, whose output goes to a file."""
+
+    def __init__(self, command: List[str], env: dict, log: pathlib.Path):
+        self.log = log
+        self.command = command
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def tail(self, lines: int = LOG_LINES_SHOWN) -> str:
+        """The end of what it wrote."""
+        with open(self.log, encoding="utf-8", errors="replace") as written:
+            return "".join(collections.deque(written, lines))
+
+    def explain(self, what: str) -> str:
+        """What happened, and the end of the log, for a failure's message."""
+        return f"{what}; {self.log} ends with:\n{self.tail()}"
+
+    def family(self) -> List[psutil.Process]:
+        """The process and all its descendants that are alive."""
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """Asks it to end, waits, then ends what is left of it and its children; returns the exit status."""
+        family = self.family()
+        if self.process.poll() is None:
+            os.kill(self.pid, how)
+        try:
+            status = self.process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait(timeout=STOP_SECONDS)
+        _, alive = psutil.wait_procs(family, timeout=5.0)
+        self._kill(alive)
+        return status
+
+    def kill(self) -> None:
+        """Ends it and its children at once, without a chance to tidy up."""
+        family = self.family()
+        self._kill(family)
+        self.process.wait(timeout=STOP_SECONDS)
+
+    @staticmethod
+    def _kill(family: List[psutil.Process]) -> None:
+        for member in family:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=STOP_SECONDS)
+
+
+class Deadline:
+    """A point in time by which something must have happened."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds until then, never negative."""
+        return max(0.0, self._end - time.monotonic())
+
+    def passed(self) -> bool:
+        return self.left() == 0.0
