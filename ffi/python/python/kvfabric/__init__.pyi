@@ -1,70 +1,226 @@
-from typing import ClassVar, List, Mapping, Optional, Sequence, Tuple, Union, final
+import os
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    Generator,
+    Generic,
+    List,
+    Literal,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+    final,
+)
+
+from ._reports import Held as Held
+from ._reports import Pin as Pin
+from ._reports import Reach as Reach
+from ._reports import StoreReport as StoreReport
+from ._reports import Telemetry as Telemetry
 
 __version__: str
+
+_T = TypeVar("_T")
+
+# `bytes` also names a property below.
+_Bytes = bytes
 
 # A range of an own region: (region, offset, length). A peer's region goes by its number.
 _Local = Tuple["Region", int, int]
 _Remote = Tuple[Union["Region", int], int, int]
 
+# What `Agent.prepare` takes: ranges as above, or rows of 64-bit integers, N×3 (region number,
+# offset, length) or N×5 (region number, offset, length, stride, count), as an object with a
+# C-contiguous buffer, like a numpy array.
+_Descriptors = Union[Sequence[_Remote], Any]
+
+# Whole numbers below 2^32: a sequence, or an object with a contiguous one-dimensional buffer of 32
+# or 64-bit integers, like a numpy array, which is read without making a Python object of each.
+_Integers = Union[Sequence[int], Any]
+
 class KvfabricError(Exception):
-    """What every error of this package is; the classes below it have their number as `code`, the same as in C."""
+    """What every error of this package is; the classes below it have their number as `code`, the
+    same as in C.
+    """
 
 class InvalidError(KvfabricError):
+    """An argument is malformed; repeating the call cannot help."""
+
     code: ClassVar[int]
 
 class BusyError(KvfabricError):
+    """A limit is reached, or something is still in flight; try again after completions."""
+
     code: ClassVar[int]
 
 class CorruptError(KvfabricError):
+    """Bytes do not match their checksum, length or version; drop this copy."""
+
     code: ClassVar[int]
 
 class PeerLostError(KvfabricError):
+    """The peer is gone; other holders may do."""
+
     code: ClassVar[int]
 
 class UnsupportedError(KvfabricError):
+    """This backend or build cannot do it, here or ever."""
+
     code: ClassVar[int]
 
 class DeadlineError(KvfabricError):
+    """The deadline passed first."""
+
     code: ClassVar[int]
 
 class CancelledError(KvfabricError):
+    """The caller withdrew the request, or the node was shut down."""
+
     code: ClassVar[int]
 
 class VersionError(KvfabricError):
+    """The other side speaks another version; both are named."""
+
     code: ClassVar[int]
 
 class NoSpaceError(KvfabricError):
+    """A disk, arena or store is full."""
+
     code: ClassVar[int]
 
 class DeniedError(KvfabricError):
+    """The other side does not allow it: a wrong key, a stranger, read-only memory."""
+
     code: ClassVar[int]
 
 class PoisonedError(KvfabricError):
+    """Something that this depends on became unusable."""
+
     code: ClassVar[int]
 
 class NotFoundError(KvfabricError):
+    """What was named does not exist."""
+
     code: ClassVar[int]
 
 class IoError(KvfabricError):
+    """The operating system or a store refused."""
+
     code: ClassVar[int]
 
 class ForkedError(KvfabricError):
+    """The call was made in a forked child."""
+
     code: ClassVar[int]
 
 class InternalError(KvfabricError):
+    """A promise of the library was broken; please report it."""
+
     code: ClassVar[int]
 
 @final
 class Agent:
-    """Moves bytes between registered memory of this process and its peers. Safe to use from any thread."""
+    """Moves bytes between registered memory of this process and its peers. Safe to use from any
+    thread.
+    """
 
-    def __init__(self, name: str, *, shm: bool = True, tcp: Optional[str] = None) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        *,
+        shm: bool = True,
+        tcp: Optional[str] = None,
+        cma: bool = True,
+        tcp_advertise: Optional[str] = None,
+        allow_peers: Optional[Sequence[str]] = None,
+    ) -> None:
+        """Starts an agent that peers know by `name`.
+
+        `shm` shares memory with peers on this host; `cma` has memory that cannot be shared copied
+        straight from process to process, where the system allows it; `tcp` is the "ip:port" to
+        listen on, port 0 for any, and `tcp_advertise` what peers are told where that differs.
+        Without `allow_peers` every peer that knows a region's key may connect.
+        """
+
     @property
-    def name(self) -> str: ...
-    def register(self, memory: object, *, readable: bool = True, writable: bool = False) -> Region: ...
-    def shared_memory(self, len: int, *, readable: bool = True, writable: bool = False) -> Region: ...
-    def metadata(self) -> bytes: ...
-    def load_peer(self, metadata: bytes) -> Peer: ...
+    def name(self) -> str:
+        """How peers know it."""
+
+    @property
+    def tcp_address(self) -> Optional[str]:
+        """The "ip:port" that it listens on; None without TCP."""
+
+    def register(self, memory: object, *, readable: bool = True, writable: bool = False) -> Region:
+        """Registers the memory of an object with a contiguous buffer (bytearray, mmap, numpy
+        array), or of a contiguous torch tensor on the CPU, and keeps it alive until the region is
+        deregistered. `readable` and `writable` say what peers may do.
+
+        A tensor's storage must not be resized meanwhile: unlike a buffer it cannot be locked.
+        `UnsupportedError` for a tensor of another device, `DeniedError` for `writable` over
+        read-only memory.
+        """
+
+    def register_address(
+        self,
+        address: int,
+        len: int,
+        *,
+        readable: bool = True,
+        writable: bool = False,
+        keep: object = None,
+    ) -> Region:
+        """Registers `len` bytes at `address` of this process.
+
+        The caller promises that they are mapped, readable and writable until the region is
+        deregistered: `keep` is an object to be kept alive until then. A wrong address ends the
+        process, or damages its memory.
+        """
+
+    def shared_memory(self, len: int, *, readable: bool = True, writable: bool = False) -> Region:
+        """Allocates zeroed memory that peers on this host can map, and registers it."""
+
+    def metadata(self) -> bytes:
+        """What peers need to reach this agent and the regions that it exports now, keys
+        included.
+        """
+
+    def load_peer(self, metadata: bytes) -> Peer:
+        """Learns of a peer from its metadata, or what is new about one."""
+
+    def prepare(self, descriptors: _Descriptors, peer: Optional[Peer] = None) -> Prepared:
+        """Checks ranges once, for any number of requests: of own regions, or of the peer's if one
+        is given.
+
+        `descriptors` is a sequence of (region, offset, length), or rows of 64-bit integers in a
+        C-contiguous buffer such as a numpy array: N×3 (region number, offset, length), or N×5
+        (region number, offset, length, stride, count), where a row stands for `count` ranges,
+        `stride` bytes from one's start to the next one's. `InvalidError` names the row.
+        """
+
+    def request(
+        self,
+        operation: Literal["read", "write"],
+        local: Prepared,
+        remote: Prepared,
+        *,
+        local_positions: Optional[_Integers] = None,
+        remote_positions: Optional[_Integers] = None,
+        notification: Optional[bytes] = None,
+        deadline: float = 30.0,
+    ) -> Transfer:
+        """Makes a transfer of the ranges of both lists, paired in order, without posting it. It can
+        be posted any number of times, one after the other.
+
+        With positions only those ranges of a list take part, in their order. "read" moves bytes
+        from `remote` to `local`, "write" the other way. `notification` is delivered to the peer
+        once all bytes are there. `deadline` is counted from each post. Connects to the peer if
+        there is no connection.
+        """
+
     def read(
         self,
         local: Sequence[_Local],
@@ -73,7 +229,9 @@ class Agent:
         *,
         notification: Optional[bytes] = None,
         deadline: float = 30.0,
-    ) -> Transfer: ...
+    ) -> Transfer:
+        """Starts to move bytes from `remote` ranges into `local` ones, which pair in order."""
+
     def write(
         self,
         local: Sequence[_Local],
@@ -82,47 +240,394 @@ class Agent:
         *,
         notification: Optional[bytes] = None,
         deadline: float = 30.0,
-    ) -> Transfer: ...
-    def notify(self, peer: Peer, message: bytes, timeout: float = 30.0) -> None: ...
-    def notifications(self, timeout: float = 0.0) -> List[Tuple[str, bytes]]: ...
+    ) -> Transfer:
+        """Starts to move bytes from `local` ranges into `remote` ones, which pair in order."""
+
+    def notify(self, peer: Peer, message: bytes, timeout: float = 30.0) -> None:
+        """Sends a message and waits, at most `timeout` seconds, until the peer's agent has taken
+        it.
+        """
+
+    def notifications(self, timeout: float = 0.0) -> List[Tuple[str, bytes]]:
+        """Takes the messages that wait, oldest first, as (peer name, bytes); waits for one at
+        most `timeout` seconds.
+        """
+
+    def notification_fileno(self) -> int:
+        """A file descriptor that is readable while a message waits: for poll, select and event
+        loops, which must neither read nor close it. It lives as long as the agent.
+        """
 
 @final
 class Peer:
     """Another agent, as its metadata describes it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its agent's name."""
+
     @property
-    def regions(self) -> Mapping[int, int]: ...
+    def regions(self) -> Dict[int, int]:
+        """The regions that it exported: their sizes in bytes, by number."""
+
     @property
-    def path(self) -> Optional[str]: ...
-    def explain_path(self) -> str: ...
-    def forget(self) -> None: ...
+    def path(self) -> Optional[str]:
+        """The backend that bytes to it go through, such as "shm"; None if it cannot be reached.
+        Connects if need be.
+        """
+
+    def explain_path(self) -> str:
+        """Why that path was taken, and what kept better ones from being used, as a sentence."""
+
+    def forget(self) -> None:
+        """Ends the connections to it and forgets it; transfers in flight fail with
+        `PeerLostError`.
+        """
 
 @final
 class Region:
     """Memory that transfers may name. It is let go when the region is deregistered."""
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """The number that names the region in descriptors, here and at peers."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins in this process."""
+
+    @property
+    def len(self) -> int:
+        """Its size in bytes; the same as `len()` of it."""
+
     def __len__(self) -> int: ...
-    def view(self) -> memoryview: ...
-    def deregister(self, timeout: float = 30.0) -> None: ...
+    def view(self) -> memoryview:
+        """The memory as a writable memoryview; only of a region of `Agent.shared_memory`, which
+        the view keeps alive.
+        """
+
+    def deregister(self, timeout: float = 30.0) -> None:
+        """Refuses new transfers over the region at once, waits for those in flight, and lets the
+        memory go. `BusyError` when some are still in flight after `timeout` seconds: the memory
+        is kept, call again.
+        """
+
+@final
+class Prepared:
+    """Checked ranges, for any number of requests. It keeps the memory of its regions alive."""
+
+    def __len__(self) -> int:
+        """How many ranges there are; one N×5 row counts as many as it stands for."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all ranges together."""
 
 @final
 class Transfer:
-    """Bytes on their way. Its regions are kept alive until it is finished, also when it is dropped before."""
+    """Bytes on their way. Its regions are kept alive until it is finished, also when it is
+    dropped before. `await` waits for it without a thread.
+    """
 
-    def wait(self, timeout: float = 30.0) -> None: ...
-    def done(self) -> bool: ...
-    def cancel(self) -> None: ...
-    def settled(self, timeout: float = 0.0) -> bool: ...
+    def post(self, notification: Optional[_Bytes] = None) -> None:
+        """Starts it; small copies within this host are finished when this returns.
+        `notification` replaces the one that was given before. `BusyError` while it is in flight,
+        or while work of a failed post may still land.
+        """
+
+    @property
+    def state(self) -> Literal["idle", "in_flight", "done", "failed"]:
+        """Where the last post stands; "idle" before the first."""
+
+    @property
+    def error(self) -> Optional[KvfabricError]:
+        """Why the last post failed."""
+
+    @property
+    def telemetry(self) -> Optional[Telemetry]:
+        """How the last finished post went; None before."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it moves."""
+
+    def wait(self, timeout: float = 30.0) -> None:
+        """Waits until it is finished, at most `timeout` seconds, and raises why it failed.
+        `DeadlineError` also when `timeout` ran out, which does not end the transfer: `done()`
+        tells the two apart.
+        """
+
+    def done(self) -> bool:
+        """Whether it is finished, successfully or not."""
+
+    def cancel(self) -> None:
+        """Asks it to end: it fails with `CancelledError` now, unless it is finished."""
+
+    def settled(self, timeout: float = 0.0) -> bool:
+        """Whether its memory may be used again: not while work may still land, even after it has
+        failed. Waits for that at most `timeout` seconds.
+        """
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable while the last post is finished: for poll, select
+        and event loops, which must neither read nor close it. It lives as long as the transfer.
+        """
+
+    def __await__(self) -> Generator[Any, None, None]: ...
+
+@final
+class Node:
+    """One pod's tiers, fabric and connection to the index. Safe to use from any thread."""
+
+    def __init__(
+        self,
+        config: Union[Mapping[str, object], str, os.PathLike[str]],
+        *,
+        overrides: Mapping[str, object] = ...,
+    ) -> None:
+        """Opens everything: the agent, the tiers (with what the disk still holds), the peer service
+        and the registration with the index.
+
+        `config` is a nested mapping with the keys of docs/configuration.md, or the path of a TOML
+        file; `overrides` go over it, with dotted keys such as "host.bytes". Anything wrong is an
+        error that names the key or the address.
+        """
+
+    @property
+    def pod(self) -> str:
+        """The name by which routers and peers know this pod."""
+
+    @property
+    def agent(self) -> Agent:
+        """The fabric: where an engine registers its memory."""
+
+    @property
+    def peer_address(self) -> Optional[str]:
+        """The "ip:port" at which peers ask; None without a peer service."""
+
+    @property
+    def metrics_address(self) -> Optional[str]:
+        """The "ip:port" at which Prometheus scrapes; None without."""
+
+    def pages(self, segments: Sequence[Tuple[Region, int, int, int]], blocks: int) -> Pages:
+        """Describes an engine's pool of `blocks` blocks: its segments, each (region, offset,
+        stride, length) for the bytes [offset + b * stride, + length) of block number b. A
+        block's bytes are its segments one after the other. The regions are of `Node.agent`.
+        """
+
+    def prefix(self, *, lora: str = "", cache_salt: str = "") -> Prefix:
+        """An empty sequence of blocks, to be extended by tokens. Sequences with another adapter
+        or salt never share a block.
+        """
+
+    def prefix_of(self, names: bytes, *, adapter_identity: Optional[bytes] = None) -> Prefix:
+        """The blocks that an engine names by its own hashes: what `NameChain.pack` made.
+        `adapter_identity` is 32 bytes that stand for the adapter's weights. The names must be of
+        the node's `[engine]`, and only hashes that cannot collide or change from run to run are
+        taken: else `InvalidError` or `UnsupportedError`.
+        """
+
+    def store(
+        self,
+        prefix: Prefix,
+        pages: Pages,
+        blocks: _Integers,
+        *,
+        first: int = 0,
+        deadline: float = 30.0,
+    ) -> Operation[StoreReport]:
+        """Copies blocks out of the engine's memory into the tiers: `blocks` are numbers in
+        `pages`, for the positions of `prefix` from `first` on. Their memory must stay as it is
+        until the operation is done.
+        """
+
+    def fetch(
+        self,
+        prefix: Prefix,
+        pages: Pages,
+        blocks: _Integers,
+        *,
+        first: int = 0,
+        holders: Sequence[Tuple[str, int, Optional[str]]] = (),
+        shared: Sequence[Tuple[int, int]] = (),
+        deadline: float = 5.0,
+    ) -> Operation[FetchReport]:
+        """Brings blocks into the engine's memory, from wherever they are: `blocks` are numbers
+        in `pages`, for the positions of `prefix` from `first` on. `holders` and `shared` are
+        hints as in `Reach`, with depths and positions counted from the first block of `prefix`;
+        without any, the index is asked. The memory must not be used until the operation is done;
+        blocks before the report's `depth` hold verified bytes then, others any.
+        """
+
+    def locate(self, prefix: Prefix, *, deadline: float = 0.5) -> Operation[Reach]:
+        """How many blocks from the first could be had, and where: own tiers, shared objects and
+        peers.
+        """
+
+    def held(self, prefix: Prefix) -> Operation[Held]:
+        """How many blocks from the first this node's own tiers hold."""
+
+    def pin(self, prefix: Prefix, *, first: int = 0, ttl: float = 30.0) -> Operation[Pin]:
+        """Keeps blocks of this node, from position `first` of `prefix` on, in host memory until
+        `unpin`, at most `ttl` seconds.
+        """
+
+    def unpin(self, pin: int) -> Operation[None]:
+        """Lets go of what was pinned; nothing happens for a pin that is over."""
+
+    def remove(self, prefix: Prefix) -> Operation[None]:
+        """Removes the blocks of `prefix` from this node's own tiers, and tells the index. Shared
+        objects stay.
+        """
+
+    def clear(self) -> Operation[None]:
+        """Removes all blocks from this node's own tiers, and tells the index. Shared objects
+        stay.
+        """
+
+    def flush(self, deadline: float = 30.0) -> Operation[None]:
+        """Waits until what is on its way to the disk and to the shared store is there."""
+
+    def stats(self) -> Dict[str, int]:
+        """The tiers' counters and levels, by name; docs/metrics.md explains each."""
+
+    def shutdown(self, deadline: float = 10.0) -> None:
+        """Stops leasing, withdraws what was announced, writes out what is on its way to the
+        disk. Everything asked afterwards fails with `CancelledError`; doing it twice is fine.
+        """
+
+@final
+class Pages:
+    """An engine's pool of blocks. It keeps its regions."""
+
+    def __len__(self) -> int:
+        """How many blocks."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, all segments together."""
+
+@final
+class Prefix:
+    """The blocks of a token sequence from its first on, as a node names them."""
+
+    def extend(self, tokens: _Integers) -> int:
+        """Goes on with more tokens and returns how many full blocks there are; what does not
+        fill a block waits for more. `UnsupportedError` for a prefix of `Node.prefix_of`, which
+        has no tokens.
+        """
+
+    def __len__(self) -> int:
+        """How many full blocks."""
+
+    def key(self, position: int) -> bytes:
+        """The data key of the block at `position`: 32 bytes that name its content and where it
+        belongs.
+        """
+
+@final
+class Operation(Generic[_T]):
+    """Something that a node does. It goes on, and is not lost, when this object is dropped.
+    `await` waits for it without a thread.
+    """
+
+    def done(self) -> bool:
+        """Whether it is finished, successfully or not."""
+
+    def wait(self, timeout: float = 30.0) -> _T:
+        """Its result, for which this waits at most `timeout` seconds; raises why it failed.
+        `DeadlineError` also when `timeout` ran out, which does not end it: `done()` tells the
+        two apart. May be called again.
+        """
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable once it is done: for poll, select and event loops,
+        which must neither read nor close it. It lives as long as this object.
+        """
+
+    def __await__(self) -> Generator[Any, None, _T]: ...
+
+@final
+class FetchReport:
+    """What became of the blocks of a fetch."""
+
+    @property
+    def depth(self) -> int:
+        """How many blocks from the first are there, verified."""
+
+    @property
+    def sources(self) -> List[Literal["dram", "nvme", "peer", "object", "miss"]]:
+        """Where each block came from."""
+
+    @property
+    def unsettled(self) -> List[int]:
+        """Positions, in the `blocks` of the fetch, whose memory may still be written to."""
+
+    def drained(self, timeout: float = 0.0) -> bool:
+        """Whether nothing writes to the memory of `unsettled` blocks any more. Waits for that at
+        most `timeout` seconds.
+        """
+
+@final
+class NameChain:
+    """Names the blocks of one sequence as an engine hashes them, in a form that any node
+    understands. Needs no node.
+    """
+
+    def __init__(
+        self,
+        scheme: str,
+        model: str,
+        block_tokens: int,
+        *,
+        lora: str = "",
+        cache_salt: str = "",
+    ) -> None:
+        """`scheme` is the indexer's key scheme, such as "xxh3:1337"; `model` the name that the
+        index knows the model by.
+        """
+
+    def extend(self, tokens: _Integers, hashes: Sequence[bytes]) -> int:
+        """Goes on with more tokens, and with the engine's hashes of the blocks that they fill,
+        one each; returns how many full blocks there are. All hashes are of one length.
+        """
+
+    def pack(self, start: int, stop: int) -> bytes:
+        """The names of the blocks at positions [start, stop): what `Node.prefix_of` and
+        `PeerService.locate` take.
+        """
+
+    def __len__(self) -> int:
+        """How many full blocks."""
+
+@final
+class PeerService:
+    """A connection to a node's peer service, for who has no node: a scheduler that asks what a
+    worker's node could get.
+    """
+
+    def __init__(self, address: str, *, deadline: float = 2.0) -> None:
+        """Connects on first use to the node at "ip:port". `deadline` seconds bound connecting,
+        and each call that names none.
+        """
+
+    def locate(self, names: bytes, *, deadline: Optional[float] = None) -> Operation[Reach]:
+        """As `Node.locate` there, for blocks that `NameChain.pack` named. `UnsupportedError`
+        from a node without `[engine]`.
+        """
+
+    def unpin(self, pin: int, *, deadline: Optional[float] = None) -> Operation[None]:
+        """As `Node.unpin` there."""
 
 @final
 class Index:
     """A connection to an index."""
 
-    def __init__(self, address: str, *, deadline: float = 2.0) -> None: ...
+    def __init__(self, address: str, *, deadline: float = 2.0) -> None:
+        """Connects to the index at "host:port". `deadline` seconds bound this, and each lookup
+        that names none.
+        """
+
     def lookup(
         self,
         tokens: Sequence[int],
@@ -132,19 +637,51 @@ class Index:
         cache_salt: str = "",
         pods_max: int = 0,
         deadline: Optional[float] = None,
-    ) -> List[PodDepth]: ...
+    ) -> List[PodDepth]:
+        """Asks who holds the blocks of a prompt, deepest first; a tail that does not fill a
+        block is ignored.
+        """
 
 @final
 class PodDepth:
     """What one pod holds of a prompt."""
 
     @property
-    def pod(self) -> str: ...
+    def pod(self) -> str:
+        """The pod's name."""
+
     @property
-    def depth(self) -> int: ...
+    def depth(self) -> int:
+        """Blocks from the first, without a hole, in tiers that the pod reaches by itself."""
+
     @property
-    def by_tier(self) -> Tuple[int, int, int, int]: ...
+    def by_tier(self) -> Tuple[int, int, int, int]:
+        """For how many of those each tier is the fastest: accelerator, host memory, local disk,
+        object store.
+        """
+
     @property
-    def score(self) -> float: ...
+    def score(self) -> float:
+        """The sum of weight times `by_tier`, with the index's weights."""
+
     @property
-    def peer_address(self) -> Optional[str]: ...
+    def peer_address(self) -> Optional[str]:
+        """Where its peer service listens, if it has one."""
+
+def model_identity(
+    path: Union[str, os.PathLike[str]],
+    *,
+    element: str,
+    quantisation: str = "",
+    layout: str,
+    attributes: Mapping[str, str] = ...,
+    name: Optional[str] = None,
+) -> str:
+    """What stands for all that shapes the bytes of a model's blocks, as 64 hexadecimal digits: a
+    node's `model_identity`.
+
+    From a model's folder: a hub snapshot's commit, else the hash of the weight files (remembered in
+    $XDG_CACHE_HOME/kvfabric), else the operator's `name`. `element` is the KV cache's type, such as
+    "bfloat16"; `layout` and `attributes` name whatever else shapes bytes. `InvalidError` or
+    `NotFoundError` when there is nothing to derive it from.
+    """

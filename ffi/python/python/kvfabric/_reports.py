@@ -1,0 +1,72 @@
+"""What operations report: plain tuples with names, which compare, print and pickle."""
+
+from typing import List, NamedTuple, Optional, Tuple
+
+
+class Telemetry(NamedTuple):
+    """How the last finished post of a transfer went. Times are seconds."""
+
+    posted: float
+    """When it was posted, counted from the start of the agent."""
+    post: float
+    """How long posting took the caller."""
+    transfer: float
+    """From the post until it was finished."""
+    bytes: int
+    """Bytes moved."""
+    descriptors: int
+    """Pairs of ranges that it moved them as."""
+    path: str
+    """The backend that moved them, such as "shm"."""
+
+
+class StoreReport(NamedTuple):
+    """What became of the blocks of a store: each counts once."""
+
+    stored: int
+    """Kept now."""
+    already_held: int
+    """Kept before."""
+    refused: int
+    """Not kept, for want of room or time."""
+    failed: int
+    """Not kept, because copying them failed."""
+
+
+class Held(NamedTuple):
+    """How many blocks from the first a node could supply by itself, and for how many of them
+    which tier is the fastest.
+    """
+
+    depth: int
+    host: int
+    disk: int
+    object: int
+
+
+class Pin(NamedTuple):
+    """Blocks that stay in host memory until they are unpinned or the pin's time is over."""
+
+    id: int
+    """What `Node.unpin` and `PeerService.unpin` take."""
+    depth: int
+    """How many blocks from the first are pinned; without any, `id` names nothing."""
+
+
+class Reach(NamedTuple):
+    """How many blocks from the first could be had, and where: what `Node.fetch` takes as hints."""
+
+    depth: int
+    """From this node's own tiers, its peers and shared objects together."""
+    own: int
+    """From this node's own tiers."""
+    host: int
+    """How many of `own` are in host memory."""
+    disk: int
+    """How many of `own` are on its disk."""
+    holders: List[Tuple[str, int, Optional[str]]]
+    """Other pods: (pod, blocks from the first, address of its peer service), deepest first."""
+    shared: List[Tuple[int, int]]
+    """Positions (start, stop) of blocks that are in a shared tier: ascending, apart from each
+    other.
+    """
