@@ -16,6 +16,7 @@ pub mod config;
 pub mod disk;
 mod mover;
 pub mod object;
+mod pages;
 mod peer;
 pub mod record;
 mod scratch;
@@ -24,4 +25,5 @@ pub use cache::{
     Cache, CacheStats, FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
 };
 pub use config::{CacheConfig, DiskConfig, ObjectConfig, PeerLimits};
+pub use pages::{BlockMemory, Pages, SEGMENTS_MAX, Segment};
 pub use peer::PeerServer;

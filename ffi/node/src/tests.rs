@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use kvfabric_tiers::BlockMemory;
 use kvfabric_transfer::{HostMemory, RegionOptions};
 
 use super::*;
@@ -115,13 +116,13 @@ async fn a_node_alone_keeps_and_returns_blocks() {
     assert_eq!(infos.len(), 2, "the ninth token fills no block");
     let stored = infos.iter().zip(0..).map(|(info, slot)| StoreBlock {
         info: *info,
-        memory: engine.descriptor(slot * 4096, 4096),
+        memory: engine.descriptor(slot * 4096, 4096).into(),
     });
     let report = node.store(stored.collect(), SECONDS).await.unwrap();
     assert_eq!(report.stored, 2);
     let fetched = infos.iter().zip(2..).map(|(info, slot)| FetchBlock {
         info: *info,
-        memory: engine.descriptor(slot * 4096, 4096),
+        memory: engine.descriptor(slot * 4096, 4096).into(),
     });
     let report = node
         .fetch(fetched.collect(), Located::default(), SECONDS)
@@ -148,8 +149,11 @@ async fn a_deadline_beyond_what_clocks_hold_is_a_distant_one() {
         .register(memory, RegionOptions::default())
         .unwrap();
     let info = node.describe(&Namespace::default(), &[1, 2, 3, 4]).unwrap()[0];
-    let memory = engine.descriptor(0, 4096);
-    let stored = vec![StoreBlock { info, memory }];
+    let memory: BlockMemory = engine.descriptor(0, 4096).into();
+    let stored = vec![StoreBlock {
+        info,
+        memory: memory.clone(),
+    }];
     let report = node.store(stored, Duration::MAX).await.unwrap();
     assert_eq!(report.stored, 1);
     let fetched = vec![FetchBlock { info, memory }];
@@ -256,7 +260,7 @@ async fn two_nodes_find_each_others_blocks_through_an_index() {
     let info = holder.describe(&Namespace::default(), &tokens).unwrap()[0];
     let block = StoreBlock {
         info,
-        memory: source.descriptor(0, 4096),
+        memory: source.descriptor(0, 4096).into(),
     };
     holder.store(vec![block], SECONDS).await.unwrap();
 
@@ -275,7 +279,7 @@ async fn two_nodes_find_each_others_blocks_through_an_index() {
     // Without hints the reader asks the index by itself, and learns the holder's address from it.
     let block = FetchBlock {
         info,
-        memory: target.descriptor(0, 4096),
+        memory: target.descriptor(0, 4096).into(),
     };
     let report = reader
         .fetch(vec![block], Located::default(), SECONDS)

@@ -9,7 +9,6 @@ use kvcache_core::event::NodeEvent;
 use kvcache_core::manager::{FetchRequest, Manager};
 use kvcache_core::ports::{EventSink, Position};
 use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, OperationId, PeerId, Result, Time};
-use kvfabric_transfer::Descriptor;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -18,6 +17,7 @@ use super::execute::Completion;
 use super::grants::Grants;
 use super::types::{FetchReport, HeldDepth, StoreBlock, StoreReport};
 use crate::mover::Mover;
+use crate::pages::BlockMemory;
 
 /// Events in one batch for the sink.
 const EVENTS_PER_BATCH_MAX: usize = 1024;
@@ -30,7 +30,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// An operation of an engine: its memory, and who waits.
 pub(super) struct Operation<T> {
-    memory: Vec<Descriptor>,
+    memory: Vec<BlockMemory>,
     pub(super) reply: Reply<T>,
 }
 
@@ -222,7 +222,7 @@ impl Driver {
             .handle_store(self.now(), infos, self.time(deadline))
         {
             Ok(operation) => {
-                let memory = blocks.iter().map(|block| block.memory).collect();
+                let memory = blocks.into_iter().map(|block| block.memory).collect();
                 self.stores.insert(operation, Operation { memory, reply });
             }
             Err(error) => give(reply, Err(error)),
@@ -240,7 +240,7 @@ impl Driver {
             .handle_fetch(self.now(), request, self.time(fetch.deadline))
         {
             Ok(operation) => {
-                let memory = fetch.blocks.iter().map(|block| block.memory).collect();
+                let memory = fetch.blocks.into_iter().map(|block| block.memory).collect();
                 self.fetches.insert(operation, Operation { memory, reply });
             }
             Err(error) => give(reply, Err(error)),
@@ -271,13 +271,13 @@ impl Driver {
         &self,
         operation: OperationId,
         position: u32,
-    ) -> Option<Descriptor> {
+    ) -> Option<BlockMemory> {
         let memory = match (self.stores.get(&operation), self.fetches.get(&operation)) {
             (Some(store), _) => &store.memory,
             (None, Some(fetch)) => &fetch.memory,
             (None, None) => return None,
         };
-        memory.get(position as usize).copied()
+        memory.get(position as usize).cloned()
     }
 
     fn is_closed(&self) -> bool {

@@ -6,10 +6,10 @@ use std::time::Duration;
 use kvcache_core::manager::{Command, CommandId, GrantedLease, Move};
 use kvcache_core::place::Place;
 use kvcache_core::{BlockKey, Error, ErrorKind, PeerId, Result, Time};
-use kvfabric_transfer::Descriptor;
 
 use super::driver::Driver;
 use crate::mover::{Answer, Job};
+use crate::pages::BlockMemory;
 
 /// How a task of the driver ended.
 pub(super) enum Completion {
@@ -75,7 +75,7 @@ impl Driver {
             .spawn(async move { Completion::Copied(id, mover.copy(&job).await) });
     }
 
-    fn engine_end(&self, one: &Move) -> Option<Descriptor> {
+    fn engine_end(&self, one: &Move) -> Option<BlockMemory> {
         match (one.from, one.to) {
             (
                 Place::Engine {

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::manager::PeerHint;
 use kvcache_core::ports::{Directory, EventSink, Located, Position};
-use kvcache_core::{BlockKey, Error, ErrorKind, PodName, Result};
-use kvfabric_transfer::{Agent, Descriptor, Side};
+use kvcache_core::{BlockKey, PodName, Result};
+use kvfabric_transfer::Agent;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -26,6 +26,7 @@ pub use types::{CacheStats, FetchBlock, FetchReport, HeldDepth, Source, StoreBlo
 
 use crate::config::CacheConfig;
 use crate::mover::Mover;
+use crate::pages::{self, BlockMemory};
 use crate::peer::PeerServer;
 use desk::{Fetch, Request};
 
@@ -46,6 +47,8 @@ struct Inner {
     position: watch::Receiver<Position>,
     pod: PodName,
     locate_timeout: Duration,
+    /// Pieces that a block's memory may be in, so that a command's fit into one request.
+    pieces_max: usize,
     scan_faults: u64,
     peer_address: Option<SocketAddr>,
     server: Mutex<Option<PeerServer>>,
@@ -87,7 +90,7 @@ impl Cache {
             return Ok(StoreReport::default());
         }
         self.inner
-            .check_memory(blocks.iter().map(|block| block.memory))?;
+            .check_memory(blocks.iter().map(|block| &block.memory))?;
         self.inner
             .desk
             .ask(|reply| Request::Store {
@@ -121,7 +124,7 @@ impl Cache {
             return Ok(FetchReport::default());
         }
         let inner = &self.inner;
-        inner.check_memory(blocks.iter().map(|block| block.memory))?;
+        inner.check_memory(blocks.iter().map(|block| &block.memory))?;
         let located = if hints.is_empty() {
             inner.locate(&blocks, deadline).await?
         } else {
@@ -236,24 +239,10 @@ impl Drop for Inner {
 }
 
 impl Inner {
-    /// Whether every block's memory is of a block's size and registered with the cache's agent.
-    fn check_memory(&self, memory: impl Iterator<Item = Descriptor>) -> Result<()> {
+    /// Whether every block's memory can be one's.
+    fn check_memory<'a>(&self, memory: impl Iterator<Item = &'a BlockMemory>) -> Result<()> {
         let block_bytes = self.mover.expected.block_bytes;
-        let memory: Vec<Descriptor> = memory.collect();
-        for (position, memory) in memory.iter().enumerate() {
-            if memory.len != block_bytes {
-                let error = Error::invalid("bytes of memory", memory.len, [block_bytes]);
-                return Err(error.at(format_args!("block {position}")));
-            }
-        }
-        match self.mover.agent.prepare(Side::Local, &memory) {
-            Ok(_) => Ok(()),
-            // Whatever is wrong with it is the caller's mistake; the text says which descriptor and why.
-            Err(error) => {
-                let context = format!("memory of the blocks: {}", error.context());
-                Err(Error::new(ErrorKind::Invalid, context))
-            }
-        }
+        pages::check(&self.mover.agent, memory, block_bytes, self.pieces_max)
     }
 
     /// Asks the directory, unless this node has all of it by itself. An error or a late answer is as

@@ -7,7 +7,7 @@ use kvcache_core::event::NodeEvent;
 use kvcache_core::manager::{Limits, Manager};
 use kvcache_core::ports::{Directory, EventSink};
 use kvcache_core::{Error, ErrorKind, Result, Time};
-use kvfabric_transfer::Agent;
+use kvfabric_transfer::{Agent, DESCRIPTORS_MAX};
 use tokio::sync::watch;
 
 use super::desk::Desk;
@@ -75,6 +75,7 @@ pub(super) async fn open(
         leases_per_peer_max,
     };
     let driver = tokio::spawn(Driver::new(parts).run(desk.health()));
+    let pieces_max = DESCRIPTORS_MAX / limits.batch_blocks_max as usize;
     let inner = Inner {
         desk,
         mover,
@@ -82,6 +83,7 @@ pub(super) async fn open(
         position: positions,
         pod: config.pod,
         locate_timeout: config.locate_timeout,
+        pieces_max,
         scan_faults,
         peer_address: server.as_ref().map(PeerServer::address),
         server: Mutex::new(server),

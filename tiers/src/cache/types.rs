@@ -2,25 +2,26 @@
 
 use kvcache_core::manager::Stats;
 use kvcache_core::{BlockInfo, PodName, Tier};
-use kvfabric_transfer::Descriptor;
 use tokio::sync::oneshot;
 
+use crate::pages::BlockMemory;
+
 /// A block to keep, and where the engine has it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct StoreBlock {
     /// What the block is.
     pub info: BlockInfo,
     /// Its bytes, in memory registered with the cache's agent.
-    pub memory: Descriptor,
+    pub memory: BlockMemory,
 }
 
 /// A block to bring, and where the engine wants it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct FetchBlock {
     /// What the block is.
     pub info: BlockInfo,
     /// Where its bytes shall go, in memory registered with the cache's agent.
-    pub memory: Descriptor,
+    pub memory: BlockMemory,
 }
 
 /// Where the bytes of a fetched block came from.

@@ -8,6 +8,7 @@ use kvfabric_transfer::Operation;
 use super::transport::{Part, Unsettled, transfer_each};
 use super::{Job, Memory, Moved, Mover};
 use crate::disk::{PAGE_BYTES, SegmentFiles};
+use crate::pages;
 use crate::record::RecordHeader;
 
 impl Mover {
@@ -22,7 +23,11 @@ impl Mover {
         let parts = from
             .iter()
             .zip(to)
-            .map(|(from, to)| vec![(self.descriptor(*from), self.descriptor(*to))])
+            .map(|(from, to)| {
+                let mut part = Vec::new();
+                pages::pair(&self.block(from), &self.block(to), &mut part);
+                part
+            })
             .collect();
         let copied = transfer_each(
             &self.agent,
@@ -36,9 +41,12 @@ impl Mover {
         for (position, copied) in copied.into_iter().enumerate() {
             let place = || String::from("host memory");
             results.push(match copied {
-                Ok(()) => self.verify(&job.moves[position], to[position], place).await,
+                Ok(()) => {
+                    self.verify(&job.moves[position], &to[position], place)
+                        .await
+                }
                 Err((failure, _)) => {
-                    Err(self.blame(to[position], self.blame(from[position], failure)))
+                    Err(self.blame(&to[position], self.blame(&from[position], failure)))
                 }
             });
         }
@@ -57,7 +65,11 @@ impl Mover {
         let parts: Result<Vec<Part>> = from
             .iter()
             .zip(to)
-            .map(|(from, to)| Ok(vec![(self.descriptor(*to), disk.payload(*from)?)]))
+            .map(|(from, to)| {
+                let mut part = Vec::new();
+                self.pair(to, disk.payload(*from)?, &mut part);
+                Ok(part)
+            })
             .collect();
         let copied = transfer_each(
             &self.agent,
@@ -72,9 +84,9 @@ impl Mover {
             let one = &job.moves[position];
             let place = || disk.place(from[position]);
             results.push(match copied {
-                Ok(()) => self.verify(one, to[position], place).await,
+                Ok(()) => self.verify(one, &to[position], place).await,
                 Err((failure, error)) => {
-                    let failure = self.blame(to[position], failure);
+                    let failure = self.blame(&to[position], failure);
                     if failure.settled && speaks_of_source(failure.kind) {
                         let kind = failure.kind.to_string();
                         let text = error.map_or(kind, |error| error.to_string());
@@ -96,18 +108,18 @@ impl Mover {
         unsettled: &mut Unsettled,
     ) -> Result<Vec<Moved>> {
         let disk = self.disk()?;
-        let pages = self.pages.take(job.moves.len(), job.deadline).await?;
+        let headers = self.pages.take(job.moves.len(), job.deadline).await?;
         let mut parts = Vec::with_capacity(job.moves.len());
         let mut checksums = Vec::with_capacity(job.moves.len());
         for (position, one) in job.moves.iter().enumerate() {
-            let checksum = one.checksum.map_or_else(|| self.sum(from[position]), Ok)?;
-            pages.write(position, &self.header(one, checksum).encode())?;
+            let checksum = one.checksum.map_or_else(|| self.sum(&from[position]), Ok)?;
+            headers.write(position, &self.header(one, checksum).encode())?;
             let (header, payload) = disk.record(to[position]).await?;
             // A crash between the two leaves a header whose bytes do not match it: found on reading.
-            parts.push(vec![
-                (self.descriptor(from[position]), payload),
-                (pages.descriptor(position, PAGE_BYTES), header),
-            ]);
+            let mut part = Vec::new();
+            self.pair(&from[position], payload, &mut part);
+            part.push((headers.descriptor(position, PAGE_BYTES), header));
+            parts.push(part);
             checksums.push(checksum);
         }
         let copied = transfer_each(
@@ -118,7 +130,7 @@ impl Mover {
             unsettled,
         )
         .await;
-        unsettled.hold(pages);
+        unsettled.hold(headers);
         let results = copied.into_iter().zip(checksums);
         Ok(results
             .map(|(copied, checksum)| match copied {

@@ -21,9 +21,11 @@ use kvfabric_transfer::{Agent, Descriptor, Side};
 use crate::arena::Arena;
 use crate::disk::SegmentFiles;
 use crate::object::ObjectNames;
+use crate::pages::{self, BlockMemory};
 use crate::peer::Peers;
 use crate::record::Expected;
 use crate::scratch::Scratch;
+use transport::Part;
 pub(crate) use transport::Unsettled;
 
 /// How one move of a command ended.
@@ -35,7 +37,7 @@ pub(crate) struct Job {
     /// What to move; all between the same two kinds of place.
     pub(crate) moves: Vec<Move>,
     /// For each move the engine's memory, where the move begins or ends there.
-    pub(crate) engine: Vec<Option<Descriptor>>,
+    pub(crate) engine: Vec<Option<BlockMemory>>,
     /// When it must be done.
     pub(crate) deadline: Instant,
 }
@@ -82,14 +84,14 @@ pub(crate) struct Mover {
 }
 
 /// Where in memory a move begins or ends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Memory {
-    Engine(Descriptor),
+    Engine(BlockMemory),
     Host(HostSlot),
 }
 
 /// Where a move begins or ends.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum End {
     Memory(Memory),
     Disk(DiskSlot),
@@ -117,7 +119,7 @@ impl Mover {
             job.moves
                 .iter()
                 .zip(&job.engine)
-                .map(|(one, engine)| end(place(one), *engine))
+                .map(|(one, engine)| end(place(one), engine.as_ref()))
                 .collect()
         };
         let from = ends(|one| &one.from)?;
@@ -161,17 +163,23 @@ impl Mover {
         }
     }
 
-    fn descriptor(&self, memory: Memory) -> Descriptor {
+    /// Where the bytes are: a slot's in one piece, an engine's as it has them.
+    fn block(&self, memory: &Memory) -> BlockMemory {
         match memory {
-            Memory::Engine(descriptor) => descriptor,
-            Memory::Host(slot) => self.arena.block(slot),
+            Memory::Engine(memory) => memory.clone(),
+            Memory::Host(slot) => self.arena.block(*slot).into(),
         }
+    }
+
+    /// Pairs the bytes of a block in memory with those of the same block elsewhere, in one piece there.
+    fn pair(&self, memory: &Memory, elsewhere: Descriptor, pairs: &mut Part) {
+        pages::pair(&self.block(memory), &elsewhere.into(), pairs);
     }
 
     /// What a failed copy into or out of `memory` says of its other end: nothing when the memory itself
     /// cannot be used, because its owner deregistered it meanwhile. Else a good copy would be forgotten.
-    fn blame(&self, memory: Memory, mut failure: MoveFailure) -> MoveFailure {
-        let list = [self.descriptor(memory)];
+    fn blame(&self, memory: &Memory, mut failure: MoveFailure) -> MoveFailure {
+        let list: Vec<Descriptor> = self.block(memory).ranges().collect();
         if self.agent.prepare(Side::Local, &list).is_err() {
             failure.kind = ErrorKind::Cancelled;
         }
@@ -187,10 +195,10 @@ impl Mover {
     }
 
     /// Sums bytes in memory.
-    fn sum(&self, memory: Memory) -> Result<Checksum> {
+    fn sum(&self, memory: &Memory) -> Result<Checksum> {
         match memory {
-            Memory::Host(slot) => self.arena.checksum(slot),
-            Memory::Engine(descriptor) => self.agent.checksum(descriptor).map(Checksum::crc32c),
+            Memory::Host(slot) => self.arena.checksum(*slot),
+            Memory::Engine(memory) => memory.crc32c(&self.agent).map(Checksum::crc32c),
         }
     }
 
@@ -198,7 +206,7 @@ impl Mover {
     ///
     /// A wrong sum speaks of the source, named by `place`: it is counted, and logged here, once,
     /// because the manager forgets the place on hearing of it.
-    async fn verify(&self, one: &Move, memory: Memory, place: impl FnOnce() -> String) -> Moved {
+    async fn verify(&self, one: &Move, memory: &Memory, place: impl FnOnce() -> String) -> Moved {
         // Summing a large block takes a while: others may run in between.
         tokio::task::yield_now().await;
         let sum = self.sum(memory).map_err(|error| {
@@ -223,17 +231,17 @@ impl Mover {
     }
 }
 
-fn end(place: &Place, engine: Option<Descriptor>) -> Result<End> {
+fn end(place: &Place, engine: Option<&BlockMemory>) -> Result<End> {
     Ok(match place {
         Place::Engine {
             operation,
             position,
         } => {
-            let descriptor = engine.ok_or_else(|| {
+            let memory = engine.ok_or_else(|| {
                 let context = format!("operation {operation} has no block {position}");
                 Error::new(ErrorKind::Internal, context)
             })?;
-            End::Memory(Memory::Engine(descriptor))
+            End::Memory(Memory::Engine(memory.clone()))
         }
         Place::Host(slot) => End::Memory(Memory::Host(*slot)),
         Place::Disk(slot) => End::Disk(*slot),
@@ -244,7 +252,7 @@ fn end(place: &Place, engine: Option<Descriptor>) -> Result<End> {
 
 fn memories(ends: &[End]) -> Result<Vec<Memory>> {
     let memory = |end: &End| match end {
-        End::Memory(memory) => Ok(*memory),
+        End::Memory(memory) => Ok(memory.clone()),
         other => Err(mixed(other)),
     };
     ends.iter().map(memory).collect()

@@ -6,11 +6,12 @@ use futures_util::future::join_all;
 use kvcache_core::manager::{Move, MoveFailure};
 use kvcache_core::place::DiskSlot;
 use kvcache_core::{Checksum, Error, ErrorKind, Result};
-use kvfabric_transfer::{Descriptor, Operation, Region};
+use kvfabric_transfer::{Operation, Region};
 
 use super::local::speaks_of_source;
-use super::transport::{Unsettled, transfer};
+use super::transport::{Part, Unsettled, transfer};
 use super::{Job, Memory, Moved, Mover};
+use crate::pages::{self, BlockMemory};
 use crate::record::{RECORD_HEADER_BYTES, RecordFault, RecordHeader};
 use crate::scratch::{Buffers, Scratch};
 
@@ -25,11 +26,11 @@ impl Mover {
     ) -> Result<Vec<Moved>> {
         let moved = job.moves.iter().zip(from).map(|(one, from)| async move {
             let mut unsettled = Unsettled::default();
-            let checksum = one.checksum.map_or_else(|| self.sum(*from), Ok);
+            let checksum = one.checksum.map_or_else(|| self.sum(from), Ok);
             let result = match checksum {
                 Ok(checksum) => {
-                    let payload = self.descriptor(*from);
-                    self.put(job, one, checksum, payload, &mut unsettled).await
+                    let payload = self.block(from);
+                    self.put(job, one, checksum, &payload, &mut unsettled).await
                 }
                 Err(error) => Err(MoveFailure::settled(error.kind())),
             };
@@ -44,7 +45,7 @@ impl Mover {
         job: &Job,
         one: &Move,
         checksum: Checksum,
-        payload: Descriptor,
+        payload: &BlockMemory,
         unsettled: &mut Unsettled,
     ) -> Moved {
         let prepared = async {
@@ -57,13 +58,7 @@ impl Mover {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };
-        let pairs = vec![
-            (
-                page.descriptor(0, HEADER_BYTES),
-                object.descriptor(0, HEADER_BYTES),
-            ),
-            (payload, object.descriptor(HEADER_BYTES, payload.len)),
-        ];
+        let pairs = pairs(&page, payload, &object);
         let put = transfer(&self.agent, Operation::Write, pairs, None, job.deadline).await;
         let result = put.map(|()| checksum).map_err(|failed| {
             tracing::debug!(error = %failed.error, "block not put into the object store");
@@ -82,7 +77,7 @@ impl Mover {
         self.begin_fill(to)?;
         let moved = job.moves.iter().zip(to).map(|(one, to)| async move {
             let mut unsettled = Unsettled::default();
-            let result = self.take_object(job, one, *to, &mut unsettled).await;
+            let result = self.take_object(job, one, to, &mut unsettled).await;
             (result, unsettled)
         });
         Ok(gather(join_all(moved).await, unsettled))
@@ -92,7 +87,7 @@ impl Mover {
         &self,
         job: &Job,
         one: &Move,
-        to: Memory,
+        to: &Memory,
         unsettled: &mut Unsettled,
     ) -> Moved {
         let prepared = async {
@@ -103,14 +98,7 @@ impl Mover {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };
-        let payload = self.descriptor(to);
-        let pairs = vec![
-            (
-                page.descriptor(0, HEADER_BYTES),
-                object.descriptor(0, HEADER_BYTES),
-            ),
-            (payload, object.descriptor(HEADER_BYTES, payload.len)),
-        ];
+        let pairs = pairs(&page, &self.block(to), &object);
         let taken = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
         let result = match taken {
             Ok(()) => self.check_object(one, to, &name, &page).await,
@@ -133,7 +121,7 @@ impl Mover {
     }
 
     /// The header must name this block of this model; then the bytes must match the header.
-    async fn check_object(&self, one: &Move, to: Memory, name: &str, page: &Buffers) -> Moved {
+    async fn check_object(&self, one: &Move, to: &Memory, name: &str, page: &Buffers) -> Moved {
         let mut bytes = [0; RECORD_HEADER_BYTES];
         page.read(0, 0, &mut bytes)
             .map_err(|error| MoveFailure::settled(error.kind()))?;
@@ -210,7 +198,7 @@ impl Mover {
         if one.checksum.is_some_and(|known| known != sum) {
             return Err(self.corrupt(one, &place(), "bytes do not match their checksum"));
         }
-        let result = self.put(job, one, sum, staged, unsettled).await;
+        let result = self.put(job, one, sum, &staged.into(), unsettled).await;
         unsettled.hold(buffer);
         result
     }
@@ -233,6 +221,15 @@ impl Mover {
         let object = self.agent.object(&objects.store_name, &name)?;
         Ok((object, name))
     }
+}
+
+/// An object's header page and payload, with where each lies in it.
+fn pairs(page: &Buffers, payload: &BlockMemory, object: &Region) -> Part {
+    let header = object.descriptor(0, HEADER_BYTES);
+    let mut pairs = vec![(page.descriptor(0, HEADER_BYTES), header)];
+    let body = object.descriptor(HEADER_BYTES, payload.bytes());
+    pages::pair(payload, &body.into(), &mut pairs);
+    pairs
 }
 
 fn is_short(kind: ErrorKind) -> bool {

@@ -28,14 +28,11 @@ impl Mover {
         let (lease, blocks) = self.leased(job)?;
         let deadline = job.deadline.min(lease.expires);
         self.begin_fill(to)?;
-        let pairs = blocks
-            .iter()
-            .zip(to)
-            .map(|(block, to)| {
-                let local = self.descriptor(*to);
-                (local, remote(block.region, block.offset, local.len))
-            })
-            .collect();
+        let mut pairs = Vec::with_capacity(blocks.len());
+        for (block, to) in blocks.iter().zip(to) {
+            let bytes = self.expected.block_bytes;
+            self.pair(to, remote(block.region, block.offset, bytes), &mut pairs);
+        }
         let peer = Some(&lease.link.handle);
         let read = transfer(&self.agent, Operation::Read, pairs, peer, deadline).await;
         if let Err(failed) = read {
@@ -61,7 +58,7 @@ impl Mover {
                 continue;
             }
             let place = || format!("peer {}", lease.link.pod);
-            results.push(match self.verify(one, to[position], place).await {
+            results.push(match self.verify(one, &to[position], place).await {
                 Ok(sum) if sum != block.checksum => {
                     let what = "bytes do not match the checksum of the lease";
                     Err(self.corrupt(one, &place(), what))

@@ -62,7 +62,7 @@ async fn a_read_that_does_not_end_leaves_its_memory_unsettled_until_it_has_drain
         .zip(chain(1, BLOCKS))
         .map(|(at, info)| FetchBlock {
             info,
-            memory: reader.engine.descriptor(at * BLOCK, BLOCK),
+            memory: reader.engine.descriptor(at * BLOCK, BLOCK).into(),
         })
         .collect();
     let deadline = Instant::now() + Duration::from_millis(500);

@@ -236,7 +236,7 @@ impl Node {
             self.engine.write_at(offset, &bytes_of(info)).unwrap();
             StoreBlock {
                 info: *info,
-                memory: self.engine.descriptor(offset, BLOCK),
+                memory: self.engine.descriptor(offset, BLOCK).into(),
             }
         });
         let blocks = placed.collect();
@@ -271,7 +271,7 @@ impl Node {
             let offset = start + at as u64 * BLOCK;
             FetchBlock {
                 info: *info,
-                memory: self.engine.descriptor(offset, BLOCK),
+                memory: self.engine.descriptor(offset, BLOCK).into(),
             }
         });
         let placed = placed.collect();

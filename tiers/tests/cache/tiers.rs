@@ -281,7 +281,7 @@ async fn after_the_shutdown_every_call_is_refused_and_the_last_event_is_cleared(
 #[tokio::test]
 async fn memory_of_the_wrong_size_is_refused_with_its_position() {
     let node = Node::open(config("pod", 4), agent("pod", Way::Memcpy, None)).await;
-    let memory = node.engine.descriptor(0, BLOCK - 1);
+    let memory = node.engine.descriptor(0, BLOCK - 1).into();
     let wrong = vec![StoreBlock {
         info: block(1, 0),
         memory,
@@ -316,7 +316,7 @@ async fn unusable_engine_memory_is_refused_and_costs_no_copy() {
     };
     let past_the_end = node.engine.descriptor(node.engine.bytes(), BLOCK);
     for memory in [memory, past_the_end] {
-        let error = into(memory).await.unwrap_err();
+        let error = into(memory.into()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.context().contains("descriptor 0"), "{error}");
     }
@@ -352,7 +352,7 @@ async fn memory_deregistered_during_a_fetch_costs_no_copy() {
         let wanted = [*info, block(9, 0)].into_iter().zip(0..);
         let wanted = wanted.map(|(info, at)| FetchBlock {
             info,
-            memory: engine.descriptor(at * BLOCK, BLOCK),
+            memory: engine.descriptor(at * BLOCK, BLOCK).into(),
         });
         *node.guide.closes.lock().unwrap() = Some(engine.clone());
         let deadline = Instant::now() + PATIENCE;
@@ -409,7 +409,7 @@ async fn after_a_fault_of_its_own_every_call_says_so() {
     let engine = agent.register(memory, RegionOptions::default()).unwrap();
     let one = StoreBlock {
         info: block(1, 0),
-        memory: engine.descriptor(0, BLOCK),
+        memory: engine.descriptor(0, BLOCK).into(),
     };
     let error = cache
         .store(vec![one], Instant::now() + PATIENCE)

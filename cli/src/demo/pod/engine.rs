@@ -206,7 +206,7 @@ impl Engine {
         }
         let blocks = (start..end).map(|position| FetchBlock {
             info: running.sequence().blocks()[position],
-            memory: self.memory(running, position),
+            memory: self.memory(running, position).into(),
         });
         let began = Instant::now();
         let hints = hints(task, start)?;
@@ -291,7 +291,7 @@ impl Engine {
     async fn store(&self, running: &Running, count: usize) -> Result<()> {
         let blocks = (0..count).map(|position| StoreBlock {
             info: running.sequence().blocks()[position],
-            memory: self.memory(running, position),
+            memory: self.memory(running, position).into(),
         });
         let deadline = if self.lossless {
             STORE_DEADLINE_LOSSLESS
