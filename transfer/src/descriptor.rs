@@ -8,6 +8,10 @@ use kvcache_core::{Error, ErrorKind, Result};
 use crate::agent::{PeerCore, PeerHandle, RemoteRegion};
 use crate::region::{RegionCore, RegionId};
 
+mod ranges;
+
+pub(crate) use ranges::{Cursor, Range, Ranges, Run};
+
 /// The most descriptors that one list may have.
 pub const DESCRIPTORS_MAX: usize = 1 << 20;
 
@@ -20,6 +24,24 @@ pub struct Descriptor {
     pub offset: u64,
     /// How many bytes.
     pub len: u64,
+}
+
+/// Byte ranges of one length at equal steps in a region: what `count` descriptors would say.
+///
+/// Range `n` begins at `offset + n * stride`. Steps shorter than a range overlap, which is allowed as it is for
+/// descriptors; what lands where two of one request overlap is unspecified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strided {
+    /// Which region, of this agent or of the peer.
+    pub region: RegionId,
+    /// Bytes from the region's start to the first range.
+    pub offset: u64,
+    /// Bytes of each range.
+    pub len: u64,
+    /// Bytes from the start of one range to the start of the next.
+    pub stride: u64,
+    /// How many ranges.
+    pub count: u32,
 }
 
 /// Whose regions a list of descriptors names.
@@ -49,14 +71,6 @@ impl Target {
     }
 }
 
-/// A checked descriptor: its region by position in the list's table.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Range {
-    pub(crate) target: u32,
-    pub(crate) offset: u64,
-    pub(crate) len: u64,
-}
-
 /// Checked descriptors, to be used by any number of requests. Clones share it.
 ///
 /// It keeps its regions' memory alive, not their registration: a request over a deregistered region is refused.
@@ -67,7 +81,7 @@ pub(crate) struct Prepared {
     /// None: this agent's own regions.
     pub(crate) peer: Option<Arc<PeerCore>>,
     pub(crate) targets: Arc<[Target]>,
-    pub(crate) ranges: Vec<Range>,
+    pub(crate) ranges: Ranges,
     pub(crate) bytes: u64,
 }
 
@@ -81,7 +95,7 @@ impl PreparedList {
     /// Whether it has none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.ranges.is_empty()
+        self.len() == 0
     }
 
     /// Bytes of all descriptors together.
@@ -94,65 +108,134 @@ impl PreparedList {
     pub(crate) fn build(
         peer: Option<Arc<PeerCore>>,
         descriptors: impl ExactSizeIterator<Item = Descriptor>,
-        mut find: impl FnMut(RegionId) -> Result<Target>,
+        find: impl FnMut(RegionId) -> Result<Target>,
     ) -> Result<Self> {
         let count = descriptors.len();
         if count > DESCRIPTORS_MAX {
             return Err(Error::invalid("descriptors", count, 0..=DESCRIPTORS_MAX));
         }
-        let mut targets: Vec<(Target, u64)> = Vec::new();
-        let mut positions: HashMap<RegionId, u32> = HashMap::new();
-        let mut last = None;
-        let mut bytes = 0_u64;
+        let mut table = Table::new(find);
         let mut ranges = Vec::with_capacity(count);
-        for (
-            position,
-            Descriptor {
+        for (position, descriptor) in descriptors.enumerate() {
+            let Descriptor {
                 region,
                 offset,
                 len,
-            },
-        ) in descriptors.enumerate()
-        {
-            // Lists mostly stay in one region, so the table is asked only when it changes.
-            let target = match last {
-                Some((id, target)) if id == region => target,
-                _ => match positions.get(&region) {
-                    Some(&target) => target,
-                    None => {
-                        let found =
-                            find(region).map_err(|e| e.at(format!("descriptor {position}")))?;
-                        let target = targets.len() as u32;
-                        let size = found.bytes();
-                        targets.push((found, size));
-                        positions.insert(region, target);
-                        target
-                    }
-                },
-            };
-            last = Some((region, target));
-            let size = targets[target as usize].1;
+            } = descriptor;
+            let (target, size) = table.position(region).map_err(|e| e.at(place(position)))?;
             let end = offset.checked_add(len);
             if len == 0 || end.is_none_or(|end| end > size) {
-                return Err(bad_range(position, region, offset, len, size));
+                return Err(bad_range(region, offset, len, size).at(place(position)));
             }
-            bytes = bytes.checked_add(len).ok_or_else(|| {
-                Error::invalid("bytes of all descriptors", "too many", 0..=u64::MAX)
-            })?;
+            table.count(len)?;
             ranges.push(Range {
                 target,
                 offset,
                 len,
             });
         }
-        let targets = targets.into_iter().map(|(target, _)| target).collect();
-        Ok(Self(Arc::new(Prepared {
-            peer,
-            targets,
-            ranges,
-            bytes,
-        })))
+        Ok(table.finish(peer, Ranges::Listed(ranges)))
     }
+
+    /// As [`PreparedList::build`], for descriptors at equal steps.
+    pub(crate) fn build_strided(
+        peer: Option<Arc<PeerCore>>,
+        strided: &[Strided],
+        find: impl FnMut(RegionId) -> Result<Target>,
+    ) -> Result<Self> {
+        let mut table = Table::new(find);
+        let mut runs = Vec::with_capacity(strided.len().min(DESCRIPTORS_MAX));
+        let mut start = 0_u32;
+        for (position, entry) in strided.iter().enumerate() {
+            let (target, size) = table
+                .position(entry.region)
+                .map_err(|e| e.at(place(position)))?;
+            check_strided(entry, size).map_err(|e| e.at(place(position)))?;
+            let next = start.saturating_add(entry.count);
+            if next as usize > DESCRIPTORS_MAX {
+                let text = format!("{DESCRIPTORS_MAX} in all");
+                return Err(Error::invalid("count", entry.count, text).at(place(position)));
+            }
+            // Ranges may overlap, so together they may be more than a region holds.
+            table.count(entry.len.saturating_mul(u64::from(entry.count)))?;
+            runs.push(Run {
+                start,
+                count: entry.count,
+                first: Range {
+                    target,
+                    offset: entry.offset,
+                    len: entry.len,
+                },
+                stride: entry.stride,
+            });
+            start = next;
+        }
+        Ok(table.finish(peer, Ranges::Runs(runs)))
+    }
+}
+
+/// The regions that a list names, and what is counted on the way through it.
+struct Table<F> {
+    find: F,
+    targets: Vec<(Target, u64)>,
+    positions: HashMap<RegionId, u32>,
+    last: Option<(RegionId, u32)>,
+    bytes: u64,
+}
+
+impl<F: FnMut(RegionId) -> Result<Target>> Table<F> {
+    fn new(find: F) -> Self {
+        Self {
+            find,
+            targets: Vec::new(),
+            positions: HashMap::new(),
+            last: None,
+            bytes: 0,
+        }
+    }
+
+    /// A region's place in the table, and its bytes.
+    fn position(&mut self, region: RegionId) -> Result<(u32, u64)> {
+        // Lists mostly stay in one region, so the table is asked only when it changes.
+        let target = match self.last {
+            Some((id, target)) if id == region => target,
+            _ => match self.positions.get(&region) {
+                Some(&target) => target,
+                None => {
+                    let found = (self.find)(region)?;
+                    let target = self.targets.len() as u32;
+                    let size = found.bytes();
+                    self.targets.push((found, size));
+                    self.positions.insert(region, target);
+                    target
+                }
+            },
+        };
+        self.last = Some((region, target));
+        Ok((target, self.targets[target as usize].1))
+    }
+
+    fn count(&mut self, bytes: u64) -> Result<()> {
+        self.bytes = self
+            .bytes
+            .checked_add(bytes)
+            .ok_or_else(|| Error::invalid("bytes of all descriptors", "too many", 0..=u64::MAX))?;
+        Ok(())
+    }
+
+    fn finish(self, peer: Option<Arc<PeerCore>>, ranges: Ranges) -> PreparedList {
+        let targets = self.targets.into_iter().map(|(target, _)| target);
+        PreparedList(Arc::new(Prepared {
+            peer,
+            targets: targets.collect(),
+            ranges,
+            bytes: self.bytes,
+        }))
+    }
+}
+
+fn place(position: usize) -> String {
+    format!("descriptor {position}")
 }
 
 impl std::fmt::Debug for PreparedList {
@@ -168,13 +251,36 @@ impl std::fmt::Debug for PreparedList {
     }
 }
 
-fn bad_range(position: usize, region: RegionId, offset: u64, len: u64, size: u64) -> Error {
+fn bad_range(region: RegionId, offset: u64, len: u64, size: u64) -> Error {
     let text = if len == 0 {
-        format!("descriptor {position}: no bytes (region {region}, offset {offset})")
+        format!("no bytes (region {region}, offset {offset})")
     } else {
-        format!(
-            "descriptor {position}: bytes {offset}+{len} lie outside region {region} of {size} bytes"
-        )
+        format!("bytes {offset}+{len} lie outside region {region} of {size} bytes")
     };
     Error::new(ErrorKind::Invalid, text)
+}
+
+/// All of its ranges lie in a region of `size` bytes if the first and the last do.
+fn check_strided(entry: &Strided, size: u64) -> Result<()> {
+    let Strided {
+        region,
+        offset,
+        len,
+        stride,
+        count,
+    } = *entry;
+    let Some(steps) = count.checked_sub(1) else {
+        return Err(Error::invalid("count", count, 1..=DESCRIPTORS_MAX));
+    };
+    let end = stride
+        .checked_mul(u64::from(steps))
+        .and_then(|way| way.checked_add(offset))
+        .and_then(|last| last.checked_add(len));
+    if len == 0 || end.is_none_or(|end| end > size) {
+        let text = format!(
+            "{count} ranges of {len} bytes, every {stride} from {offset} on, in region {region} of {size} bytes"
+        );
+        return Err(Error::new(ErrorKind::Invalid, text));
+    }
+    Ok(())
 }

@@ -15,6 +15,7 @@ mod plan;
 mod reactor;
 mod region;
 mod request;
+mod signal;
 mod stats;
 mod sys;
 mod wire;
@@ -23,9 +24,9 @@ pub use agent::{Agent, AgentBuilder, Notification, Notified, PathReport, PeerHan
 pub use backend::Operation;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};
-pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side};
+pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side, Strided};
 pub use metadata::{AGENT_NAME_BYTES_MAX, EXPORTED_REGIONS_MAX, METADATA_VERSION};
-pub use outcome::{Completion, MemoryFate, Status, TransferError};
+pub use outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 pub use region::{Deregistration, MemoryKind, Region, RegionId, RegionOptions};
 pub use request::{
     Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, Request, RequestOptions,

@@ -96,6 +96,23 @@ pub struct Completion {
     pub elapsed: Duration,
 }
 
+/// What a post that was done took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Telemetry {
+    /// When it was posted, counted from the start of the agent.
+    pub posted: Duration,
+    /// How long the call of [`crate::Request::post`] took. A small copy is done within it.
+    pub post: Duration,
+    /// From the post to the terminal completion.
+    pub transfer: Duration,
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Pairs of descriptors that were moved, before neighbours were merged.
+    pub descriptors: u32,
+    /// The name of the backend that moved them.
+    pub path: &'static str,
+}
+
 /// Where a request stands.
 #[derive(Clone, Debug)]
 pub enum Status {

@@ -4,7 +4,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use std::sync::Arc;
 
 use crate::backend::Operation;
-use crate::descriptor::{Prepared, PreparedList, Range, Target};
+use crate::descriptor::{Cursor, PreparedList, Range, Target};
 
 /// Bytes to move between one local and one remote range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub(crate) struct Plan {
     /// In the order of the descriptors; adjacent ones on both sides are one extent.
     pub(crate) extents: Vec<Extent>,
     pub(crate) bytes: u64,
+    /// Pairs of descriptors that it was made of.
+    pub(crate) descriptors: u32,
 }
 
 impl Plan {
@@ -43,6 +45,7 @@ impl Plan {
             remote: none,
             extents: Vec::new(),
             bytes: 0,
+            descriptors: 0,
         }
     }
 
@@ -67,18 +70,15 @@ impl Plan {
             extents: Vec::with_capacity(count),
             bytes: 0,
         };
-        match positions {
-            None => {
-                for (position, (a, b)) in local.ranges.iter().zip(&remote.ranges).enumerate() {
-                    builder.push(position, a, b)?;
-                }
-            }
-            Some((locals, remotes)) => {
-                for (position, (&a, &b)) in locals.iter().zip(remotes).enumerate() {
-                    let a = range_at(local, a, "local")?;
-                    builder.push(position, a, range_at(remote, b, "remote")?)?;
-                }
-            }
+        let (mut at, mut remote_at) = (local.ranges.cursor(), remote.ranges.cursor());
+        for position in 0..count {
+            let (own, other) = match positions {
+                None => (position as u32, position as u32),
+                Some((locals, remotes)) => (locals[position], remotes[position]),
+            };
+            let own = range_at(&mut at, own, local.ranges.len(), "local")?;
+            let other = range_at(&mut remote_at, other, remote.ranges.len(), "remote")?;
+            builder.push(position, &own, &other)?;
         }
         Ok(Self {
             operation,
@@ -86,6 +86,7 @@ impl Plan {
             remote: remote.targets.clone(),
             extents: builder.extents,
             bytes: builder.bytes,
+            descriptors: count as u32,
         })
     }
 
@@ -118,11 +119,9 @@ impl Plan {
     }
 }
 
-fn range_at<'a>(list: &'a Prepared, position: u32, side: &str) -> Result<&'a Range> {
-    list.ranges.get(position as usize).ok_or_else(|| {
-        let count = list.ranges.len();
-        Error::invalid(&format!("{side} position"), position, 0..count)
-    })
+fn range_at(list: &mut Cursor<'_>, position: u32, count: usize, side: &str) -> Result<Range> {
+    list.at(position)
+        .ok_or_else(|| Error::invalid(&format!("{side} position"), position, 0..count))
 }
 
 struct Builder {

@@ -1,5 +1,6 @@
 //! A transfer that can be posted, waited for, given up, and posted again.
 
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -10,7 +11,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::{AgentCore, PeerCore};
 use crate::backend::{Backend, Job};
-use crate::outcome::{Completion, MemoryFate, Status, TransferError};
+use crate::outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 use crate::plan::Plan;
 
 mod core;
@@ -103,15 +104,18 @@ impl Request {
         };
         self.core.plan.enter()?;
         let counters = self.agent.stats().counters(backend.name());
-        if let Err(error) = self.core.start(&backend, counters, self.deadline) {
-            self.core.plan.leave();
-            return Err(error);
-        }
+        let number = match self.core.start(&backend, counters, self.deadline) {
+            Ok(number) => number,
+            Err(error) => {
+                self.core.plan.leave();
+                return Err(error);
+            }
+        };
         let ticket = Ticket::new(self.core.clone());
         let job = Job::new(ticket, self.notification.clone());
         match backend.post(job) {
             Ok(()) => {
-                self.core.watch();
+                self.core.watch(number);
                 Ok(())
             }
             Err(refusal) => Err(refusal.into_error()),
@@ -161,6 +165,35 @@ impl Request {
         Completed {
             core: self.core.clone(),
         }
+    }
+
+    /// A descriptor that polls as readable while the last post is decided: done or failed, as [`Request::poll`] then
+    /// says. Made at the first call; the same one, to be closed by nobody else, for as long as the request lives.
+    ///
+    /// The next post makes it unreadable again, so nobody has to read from it. It tells nothing of memory that is still
+    /// in flight after a failure: that is for [`Request::drained`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the process has no descriptors left, [`ErrorKind::Forked`] in a forked child.
+    pub fn event_fd(&self) -> Result<BorrowedFd<'_>> {
+        self.agent.check()?;
+        self.core.event_fd()
+    }
+
+    /// What the last post that was done took; none before one was. A failed post leaves it as it was.
+    #[must_use]
+    pub fn telemetry(&self) -> Option<Telemetry> {
+        let finished = self.core.lock().finished?;
+        Some(Telemetry {
+            posted: finished
+                .started
+                .saturating_duration_since(self.agent.started()),
+            post: finished.post,
+            transfer: finished.done.elapsed,
+            bytes: finished.done.bytes,
+            descriptors: self.core.plan.descriptors,
+            path: finished.done.backend,
+        })
     }
 
     /// Resolves when no byte of its memory is in use any more: at once, unless its fate is

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use kvcache_core::Result;
 
@@ -21,6 +22,7 @@ type MakeFabric = Box<dyn FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Sen
 pub struct AgentBuilder {
     name: String,
     shm: bool,
+    cma: Option<bool>,
     memcpy: bool,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
@@ -34,6 +36,7 @@ impl AgentBuilder {
         Self {
             name: name.to_owned(),
             shm: true,
+            cma: None,
             memcpy: true,
             tcp: None,
             tcp_advertised: None,
@@ -47,6 +50,14 @@ impl AgentBuilder {
     #[must_use]
     pub fn shm(mut self, enabled: bool) -> Self {
         self.shm = enabled;
+        self
+    }
+
+    /// Whether memory of peers on this host that can't be shared is read and written with `process_vm_readv` and
+    /// `process_vm_writev`. Default: as [`AgentBuilder::shm`].
+    #[must_use]
+    pub fn cma(mut self, enabled: bool) -> Self {
+        self.cma = Some(enabled);
         self
     }
 
@@ -112,6 +123,7 @@ impl AgentBuilder {
         // From here on the agent owns what was started, so that its drop ends it when the rest fails.
         let agent = Agent(Arc::new(AgentCore {
             process,
+            started: Instant::now(),
             exports: exports.clone(),
             stats: Stats::default(),
             timer,
@@ -151,6 +163,7 @@ impl std::fmt::Debug for AgentBuilder {
         f.debug_struct("AgentBuilder")
             .field("name", &self.name)
             .field("shm", &self.shm)
+            .field("cma", &self.cma)
             .field("memcpy", &self.memcpy)
             .field("tcp", &self.tcp)
             .finish_non_exhaustive()

@@ -4,6 +4,7 @@ use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use kvcache_core::Result;
 
@@ -17,6 +18,7 @@ use crate::sys::fork::Process;
 /// What the handles and requests of an agent share.
 pub(crate) struct AgentCore {
     pub(super) process: Process,
+    pub(super) started: Instant,
     pub(super) exports: Arc<Exports>,
     pub(super) stats: Stats,
     pub(super) timer: Arc<Timer>,
@@ -34,6 +36,11 @@ impl AgentCore {
     /// [`ErrorKind::Forked`] in a forked child.
     pub(crate) fn check(&self) -> Result<()> {
         self.process.check()
+    }
+
+    /// When it was made.
+    pub(crate) fn started(&self) -> Instant {
+        self.started
     }
 
     pub(crate) fn exports(&self) -> &Arc<Exports> {

@@ -1,6 +1,7 @@
 //! Notifications that wait to be taken.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -8,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::signal::Signal;
 
 /// Notifications that an agent keeps until they are taken; above it, senders are told `Busy`.
 pub const INBOX_NOTIFICATIONS_MAX: usize = 16_384;
@@ -28,6 +31,8 @@ pub struct Notification {
 pub(crate) struct Inbox {
     state: Mutex<State>,
     arrived: Condvar,
+    /// Raised while a notification waits.
+    waits: Signal,
 }
 
 #[derive(Default)]
@@ -56,6 +61,7 @@ impl Inbox {
             peer: peer.clone(),
             bytes,
         });
+        self.waits.raise();
         let wakers = std::mem::take(&mut state.wakers);
         drop(state);
         self.arrived.notify_all();
@@ -66,6 +72,7 @@ impl Inbox {
     pub(crate) fn take(&self) -> Vec<Notification> {
         let mut state = self.lock();
         state.bytes = 0;
+        self.waits.clear();
         std::mem::take(&mut state.waiting).into()
     }
 
@@ -86,6 +93,17 @@ impl Inbox {
             };
         }
         true
+    }
+
+    /// A descriptor that is readable while a notification waits.
+    pub(crate) fn event_fd(&self) -> Result<BorrowedFd<'_>> {
+        let state = self.lock();
+        if self.waits.open()? && !state.waiting.is_empty() {
+            self.waits.raise();
+        }
+        self.waits
+            .fd()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
     }
 
     fn poll(&self, waker: &Waker) -> bool {

@@ -1,6 +1,7 @@
 //! The agent: registers places, knows peers, makes requests.
 
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ pub(crate) use timer::{Timer, TimerKey};
 pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
 
 use crate::backend::{Backend, Operation};
-use crate::descriptor::{Descriptor, PreparedList, Side, Target};
+use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
 use crate::plan::Plan;
 use crate::region::{Body, Region, RegionCore, RegionOptions, RegionUse};
 use crate::request::{Request, RequestOptions, Route};
@@ -159,6 +160,26 @@ impl Agent {
             Side::Peer(peer) => {
                 let peer = peer.core();
                 PreparedList::build(Some(peer.clone()), descriptors, |id| {
+                    Ok(Target::Remote(peer.find(id)?))
+                })
+            }
+        }
+    }
+
+    /// As [`Agent::prepare`] with the `count` descriptors that each entry stands for, in order, without writing them out.
+    ///
+    /// # Errors
+    /// As [`Agent::prepare`], with the entry's position; [`ErrorKind::Invalid`] also for an entry without ranges, and
+    /// above [`crate::DESCRIPTORS_MAX`] ranges in all.
+    pub fn prepare_strided(&self, side: Side<'_>, strided: &[Strided]) -> Result<PreparedList> {
+        self.0.check()?;
+        match side {
+            Side::Local => PreparedList::build_strided(None, strided, |id| {
+                Ok(Target::Local(self.0.exports.find(id)?))
+            }),
+            Side::Peer(peer) => {
+                let peer = peer.core();
+                PreparedList::build_strided(Some(peer.clone()), strided, |id| {
                     Ok(Target::Remote(peer.find(id)?))
                 })
             }
@@ -299,6 +320,17 @@ impl Agent {
         Notified {
             exports: self.0.exports.clone(),
         }
+    }
+
+    /// A descriptor that polls as readable while a notification waits to be taken; [`Agent::notifications`] makes it
+    /// unreadable, so nobody has to read from it. Made at the first call; the same one, to be closed by nobody else, for
+    /// as long as the agent lives.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the process has no descriptors left, [`ErrorKind::Forked`] in a forked child.
+    pub fn notification_fd(&self) -> Result<BorrowedFd<'_>> {
+        self.0.check()?;
+        self.0.exports.inbox().event_fd()
     }
 
     /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.

@@ -1,5 +1,6 @@
 //! The part of a request that its jobs share, and how it ends.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
@@ -11,6 +12,7 @@ use crate::agent::{Timer, TimerKey};
 use crate::backend::Backend;
 use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
+use crate::signal::Signal;
 use crate::stats::Counters;
 
 /// The part of a request that its jobs share.
@@ -20,13 +22,32 @@ pub(crate) struct RequestCore {
     changed: Condvar,
     abandoned: AtomicBool,
     timer: Arc<Timer>,
+    /// Raised while the last post is decided.
+    decided: Signal,
+}
+
+/// Which of a request's posts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PostNumber(u64);
+
+/// What is remembered of the last post that was done.
+#[derive(Clone, Copy)]
+pub(super) struct Finished {
+    number: PostNumber,
+    pub(super) started: Instant,
+    pub(super) post: Duration,
+    pub(super) done: Completion,
 }
 
 pub(super) struct State {
     pub(super) status: Status,
+    number: PostNumber,
+    pub(super) finished: Option<Finished>,
     /// A job exists that was not settled.
     posted: bool,
     started: Instant,
+    /// How long the call that posted took; none while it runs.
+    post: Option<Duration>,
     due: Instant,
     backend: Option<Arc<dyn Backend>>,
     counters: Option<Arc<Counters>>,
@@ -39,8 +60,11 @@ impl Default for State {
         let now = Instant::now();
         Self {
             status: Status::Idle,
+            number: PostNumber(0),
+            finished: None,
             posted: false,
             started: now,
+            post: None,
             due: now,
             backend: None,
             counters: None,
@@ -69,6 +93,7 @@ impl RequestCore {
             changed: Condvar::new(),
             abandoned: AtomicBool::new(false),
             timer,
+            decided: Signal::default(),
         }
     }
 
@@ -81,7 +106,7 @@ impl RequestCore {
         backend: &Arc<dyn Backend>,
         counters: Arc<Counters>,
         deadline: Duration,
-    ) -> Result<()> {
+    ) -> Result<PostNumber> {
         let mut state = self.lock();
         if state.posted {
             return Err(Error::new(
@@ -93,17 +118,27 @@ impl RequestCore {
         state.status = Status::InFlight;
         state.posted = true;
         state.started = now;
+        state.post = None;
         state.due = now + deadline;
         state.backend = Some(backend.clone());
         state.counters = Some(counters);
+        state.number = PostNumber(state.number.0 + 1);
         self.abandoned.store(false, Ordering::Release);
-        Ok(())
+        self.decided.clear();
+        Ok(state.number)
     }
 
-    /// Has the timer watch over the deadline, if the job is not finished yet.
-    pub(super) fn watch(self: &Arc<Self>) {
+    /// The call that posted returns: has the timer watch over the deadline, if the job is not finished yet.
+    pub(super) fn watch(self: &Arc<Self>, number: PostNumber) {
         let mut state = self.lock();
-        if state.posted && matches!(state.status, Status::InFlight) {
+        // Another thread may have posted again meanwhile.
+        if let Some(finished) = &mut state.finished
+            && finished.number == number
+        {
+            finished.post = finished.started.elapsed();
+        }
+        if state.number == number && state.posted && matches!(state.status, Status::InFlight) {
+            state.post = Some(state.started.elapsed());
             state.timer = Some(self.timer.add(state.due, Arc::downgrade(self)));
         }
     }
@@ -161,6 +196,13 @@ impl RequestCore {
                     backend: name,
                     elapsed,
                 };
+                state.finished = Some(Finished {
+                    number: state.number,
+                    started: state.started,
+                    // While the call still runs, it has taken as long as the transfer.
+                    post: state.post.unwrap_or(elapsed),
+                    done,
+                });
                 state.status = Status::Done(done);
             }
             (Status::InFlight, Err(error)) => {
@@ -187,10 +229,22 @@ impl RequestCore {
     }
 
     fn wake(&self, mut state: MutexGuard<'_, State>) {
+        self.decided.raise();
         let wakers = std::mem::take(&mut state.wakers);
         drop(state);
         self.changed.notify_all();
         wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// A descriptor that is readable while the last post is decided.
+    pub(super) fn event_fd(&self) -> Result<BorrowedFd<'_>> {
+        let state = self.lock();
+        if self.decided.open()? && matches!(state.status, Status::Done(_) | Status::Failed(_)) {
+            self.decided.raise();
+        }
+        self.decided
+            .fd()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
     }
 
     pub(super) fn is_decided(&self) -> bool {

@@ -1,0 +1,47 @@
+//! A file descriptor that is readable while something waits to be looked at.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+use kvcache_core::{Error, Result};
+use rustix::event::{EventfdFlags, eventfd};
+
+/// An eventfd that is made when somebody asks for it; until then raising it costs nothing.
+///
+/// Whoever owns it calls everything but [`Signal::fd`] under the lock of the state that it tells of: then a state that
+/// changes between a look at it and the making of the descriptor is not missed.
+#[derive(Default)]
+pub(crate) struct Signal(OnceLock<OwnedFd>);
+
+impl Signal {
+    /// Makes the descriptor if there is none. Whether it was made now, so that the state has to be raised.
+    pub(crate) fn open(&self) -> Result<bool> {
+        if self.0.get().is_some() {
+            return Ok(false);
+        }
+        let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| Error::io("create an eventfd", e.into()))?;
+        Ok(self.0.set(made).is_ok())
+    }
+
+    /// The descriptor, if it was made.
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.get().map(AsFd::as_fd)
+    }
+
+    /// Makes it readable.
+    pub(crate) fn raise(&self) {
+        if let Some(fd) = self.0.get() {
+            // Only fails when the counter is full, and then it is readable anyway.
+            let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
+        }
+    }
+
+    /// Makes it unreadable.
+    pub(crate) fn clear(&self) {
+        if let Some(fd) = self.0.get() {
+            // One read takes the whole count; it fails when there is none, which is what is wanted.
+            let _ = rustix::io::read(fd, &mut [0; 8]);
+        }
+    }
+}
