@@ -4,25 +4,40 @@
 //! events and registers with the index. An engine registers its memory with [`Node::agent`], hands blocks over with
 //! [`Node::store`] and takes them back with [`Node::fetch`]. The C ABI and the Python package are skins of this crate.
 //!
+//! Callers that are not asynchronous use an [`AttachedNode`], which has threads of its own and answers with
+//! [`Operation`]s to poll, wait for or hand to an event loop.
+//!
 //! This crate does not decide anything: what to keep, evict, fetch or trust is settled below it.
 #![forbid(unsafe_code)]
 
+mod attached;
 mod blocks;
 pub mod config;
+mod index;
+pub mod life;
 mod metrics;
+pub mod names;
 mod node;
+mod operation;
 mod ports;
+mod runtime;
 
 #[cfg(test)]
 mod tests;
 
-pub use blocks::Namespace;
+pub use attached::{AttachedNode, Fetched, IndexConnection};
+pub use blocks::{Namespace, Prefix};
 pub use config::NodeConfig;
 pub use node::{Lookup, Node};
+pub use operation::Operation;
+pub use runtime::Runtime;
 
 // What a caller needs to use a node, so that an engine depends on one crate.
 pub use kvcache_core::ports::{Holder, Located};
 pub use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, IndexKey, PodName, Result, Tier};
 pub use kvfabric_indexer::client::{LookupAnswer, PodDepth, SourcePosition};
-pub use kvfabric_tiers::{FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport};
+pub use kvfabric_tiers::{
+    BlockMemory, FetchBlock, FetchReport, HeldDepth, Pages, Segment, Source, StoreBlock,
+    StoreReport,
+};
 pub use kvfabric_transfer as transfer;

@@ -2,35 +2,26 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use kvcache_core::event::EngineEvent;
 use kvcache_core::ports::{Directory, EventSink, Located};
+use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
-use kvcache_core::{BlockInfo, BlockKey, Epoch, Error, ErrorKind, PodName, Result};
-use kvfabric_indexer::client::{
-    ClientConfig, IndexClient, LookupAnswer, LookupRequest, Prompt, Registered, Registration,
-    SourceKind, SourcePosition,
+use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, PodName, Result};
+use kvfabric_indexer::client::{LookupAnswer, LookupRequest, Prompt, SourcePosition};
+use kvfabric_tiers::{
+    Cache, FetchBlock, FetchReport, HeldDepth, Pages, Segment, StoreBlock, StoreReport,
 };
-use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
-use kvfabric_tiers::{Cache, FetchBlock, FetchReport, HeldDepth, StoreBlock, StoreReport};
 use kvfabric_transfer::Agent;
 use kvfabric_transfer::backend::object::ObjectOptions;
 
-use crate::blocks::{Describer, Namespace};
-use crate::config::{IndexSection, NodeConfig, OBJECT_STORE};
+use crate::blocks::{Describer, Namespace, Prefix};
+use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
+use crate::index::{ENGINE_SOURCE, Index, NODE_SOURCE, Publishers};
 use crate::metrics::MetricsServer;
+use crate::names::Names;
 use crate::ports::Alone;
-
-/// The names of a pod's two sources of events, as they are registered.
-const ENGINE_SOURCE: &str = "engine";
-const NODE_SOURCE: &str = "node";
-
-/// How long the index may take to subscribe to a new node before opening fails.
-const REGISTER_DEADLINE: Duration = Duration::from_secs(20);
-
-/// How long connecting to the index may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One pod's tiers, fabric and connection to the index. A clone is another handle on the same node.
 #[derive(Clone)]
@@ -41,21 +32,13 @@ pub struct Node {
 struct Inner {
     pod: PodName,
     model: String,
+    block_bytes: u64,
     describer: Describer,
     lookup_deadline: Duration,
     agent: Agent,
     cache: Cache,
     index: Option<Index>,
     metrics: Option<MetricsServer>,
-}
-
-/// The connection to the global index: questions, events, and the stream by which the pod lives in it.
-struct Index {
-    client: IndexClient,
-    engine: Arc<Publisher>,
-    node: Arc<Publisher>,
-    /// Ends the registration when it is dropped.
-    _registered: Registered,
 }
 
 /// What a lookup asks: a prompt, whose it is, and how fresh the answer must be.
@@ -105,18 +88,14 @@ impl Node {
             }
             None => None,
         };
-        let describer = Describer::new(
-            config.model.clone(),
-            config.identity()?,
-            config.shard()?,
-            config.scheme()?,
-            TokensPerBlock::try_from(config.block_tokens)?,
-        );
+        let describer = describer(&config)?;
         let lookup_deadline = config.lookup_deadline();
+        let block_bytes = config.block_bytes;
         let model = config.model;
         let inner = Inner {
             pod,
             model,
+            block_bytes,
             describer,
             lookup_deadline,
             agent,
@@ -158,7 +137,45 @@ impl Node {
     /// # Errors
     /// [`ErrorKind::Invalid`] for a namespace that cannot be told apart.
     pub fn describe(&self, namespace: &Namespace<'_>, tokens: &[u32]) -> Result<Vec<BlockInfo>> {
-        self.inner.describer.describe(namespace, tokens)
+        let mut prefix = self.prefix(namespace)?;
+        prefix.extend(tokens)?;
+        Ok(prefix.infos().to_vec())
+    }
+
+    /// A prefix without tokens, to be extended by a sequence's.
+    ///
+    /// # Errors
+    /// As [`Node::describe`].
+    pub fn prefix(&self, namespace: &Namespace<'_>) -> Result<Prefix> {
+        self.inner.describer.prefix(namespace)
+    }
+
+    /// The blocks that an engine has named by its own hashes, as this pod holds them. `adapter` is the identity of the
+    /// adapter's weights, if the names do not carry it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without `[engine]` in the configuration, and for hashes too weak to name bytes that
+    /// outlive the engine; [`ErrorKind::Invalid`] for another adapter than that of the names.
+    pub fn prefix_of(&self, names: &Names, adapter: Option<[u8; 32]>) -> Result<Prefix> {
+        self.inner.describer.prefix_of(names, adapter)
+    }
+
+    /// How the engine's memory holds its blocks: `blocks` of them, each made of these segments in order.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for segments outside their regions, or that do not add up to the configured block.
+    pub fn pages(&self, segments: Vec<Segment>, blocks: u32) -> Result<Pages> {
+        let pages = Pages::new(&self.inner.agent, segments, blocks)?;
+        let expected = self.inner.block_bytes;
+        if pages.block_bytes() != expected {
+            let bytes = pages.block_bytes();
+            return Err(Error::invalid(
+                "bytes of a block in the pages",
+                bytes,
+                [expected],
+            ));
+        }
+        Ok(pages)
     }
 
     /// Copies blocks out of the engine's memory into the tiers. When it returns, that memory may be reused.
@@ -198,8 +215,7 @@ impl Node {
     /// # Errors
     /// [`ErrorKind::Unsupported`] without an index, [`ErrorKind::Timeout`] when it does not answer in time.
     pub async fn lookup(&self, lookup: Lookup<'_>) -> Result<LookupAnswer> {
-        let index = self.index()?;
-        let request = LookupRequest {
+        self.ask_index(LookupRequest {
             model: self.inner.model.clone(),
             lora: lookup.namespace.lora.to_owned(),
             cache_salt: lookup.namespace.cache_salt.to_owned(),
@@ -207,8 +223,22 @@ impl Node {
             pods_max: lookup.pods_max,
             pods: Vec::new(),
             min_position: lookup.min_position,
-            deadline: Some(self.inner.lookup_deadline),
-        };
+            deadline: None,
+        })
+        .await
+    }
+
+    /// As [`Node::lookup`], with everything that the index can be asked. An empty model is this node's; without a
+    /// deadline the configured one holds.
+    ///
+    /// # Errors
+    /// As [`Node::lookup`].
+    pub async fn ask_index(&self, mut request: LookupRequest) -> Result<LookupAnswer> {
+        let index = self.index()?;
+        if request.model.is_empty() {
+            request.model.clone_from(&self.inner.model);
+        }
+        request.deadline = request.deadline.or(Some(self.inner.lookup_deadline));
         index.client.lookup(request).await
     }
 
@@ -216,26 +246,31 @@ impl Node {
     /// model without a salt only, since these events name neither adapter nor salt.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] without an index.
+    /// [`ErrorKind::Unsupported`] without an index, and when the engine's own publisher is configured.
     pub fn publish_engine(&self, events: Vec<EngineEvent>) -> Result<()> {
-        let index = self.index()?;
+        let Some(engine) = &self.index()?.engine else {
+            let text = "the engine's own events are configured ([engine] events)";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        };
         if !events.is_empty() {
-            index.engine.publish_engine(events);
+            engine.publish_engine(events);
         }
         Ok(())
     }
 
-    /// Up to where this pod's sources have published: what a lookup must wait for to see everything that is here.
+    /// Up to where this node's sources have published: what a lookup must wait for to see everything that is here.
     #[must_use]
     pub fn positions(&self) -> Vec<SourcePosition> {
         let Some(index) = &self.inner.index else {
             return Vec::new();
         };
-        [(ENGINE_SOURCE, &index.engine), (NODE_SOURCE, &index.node)]
+        let engine = index.engine.iter().map(|engine| (ENGINE_SOURCE, engine));
+        engine
+            .chain([(NODE_SOURCE, &index.node)])
             .map(|(name, publisher)| {
                 SourcePosition::new(&self.inner.pod, name, publisher.position())
             })
-            .into()
+            .collect()
     }
 
     /// The tiers' counters and levels, by name, in a fixed order; `docs/metrics.md` explains each.
@@ -290,6 +325,17 @@ fn after(deadline: Duration) -> Instant {
 /// How long the last events may take to leave.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(500);
 
+fn describer(config: &NodeConfig) -> Result<Describer> {
+    Ok(Describer {
+        model: config.model.clone(),
+        identity: ModelIdentity(config.identity()?),
+        shard: config.shard()?,
+        scheme: config.scheme()?,
+        block_tokens: TokensPerBlock::try_from(config.block_tokens)?,
+        engine: config.engine.as_ref().map(EngineSection::scheme),
+    })
+}
+
 fn build_agent(config: &NodeConfig) -> Result<Agent> {
     let mut builder = Agent::builder(&config.pod)
         .shm(config.fabric.shm)
@@ -302,77 +348,4 @@ fn build_agent(config: &NodeConfig) -> Result<Agent> {
         builder = builder.object_store(OBJECT_STORE, &object.url, options);
     }
     builder.build()
-}
-
-/// What is there before the cache: it needs a sink for events and somebody to ask.
-struct Publishers {
-    client: IndexClient,
-    engine: Arc<Publisher>,
-    node: Arc<Publisher>,
-}
-
-impl Publishers {
-    fn bind(config: &NodeConfig, index: &IndexSection) -> Result<Self> {
-        let pod = PodName::new(&config.pod)?;
-        let client = IndexClient::new(ClientConfig {
-            address: index.address.clone(),
-            model: config.model.clone(),
-            deadline: config.lookup_deadline(),
-            connect_timeout: CONNECT_TIMEOUT,
-        })?;
-        let bind = |stream| {
-            let any_port = format!("tcp://{}:0", index.publish_host);
-            Publisher::bind(PublisherConfig {
-                endpoint: any_port.clone(),
-                replay_endpoint: any_port,
-                ..PublisherConfig::new(pod.clone(), config.model.clone(), stream)
-            })
-            .map(Arc::new)
-        };
-        let engine = bind(Stream::Engine)?;
-        let node = bind(Stream::Node { epoch: new_epoch() })?;
-        Ok(Self {
-            client,
-            engine,
-            node,
-        })
-    }
-
-    async fn register(self, config: &NodeConfig, peers: Option<SocketAddr>) -> Result<Index> {
-        let sources = vec![
-            self.engine.source(ENGINE_SOURCE, SourceKind::Vllm),
-            self.node.source(NODE_SOURCE, SourceKind::Node),
-        ];
-        let registered = self.client.register(Registration {
-            pod: PodName::new(&config.pod)?,
-            model: config.model.clone(),
-            block_size: config.block_tokens,
-            key_scheme: config.key_scheme.clone(),
-            sources,
-            peer_address: peers.map(|address| address.to_string()),
-        });
-        registered
-            .ready(REGISTER_DEADLINE)
-            .await
-            .map_err(|e| e.at("register with the index"))?;
-        let Self {
-            client,
-            engine,
-            node,
-        } = self;
-        Ok(Index {
-            client,
-            engine,
-            node,
-            _registered: registered,
-        })
-    }
-}
-
-/// Later than the epoch of every earlier run on this machine, as long as its clock is not set back; another value in any case.
-fn new_epoch() -> Epoch {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Epoch(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -1,0 +1,266 @@
+//! Nodes and connections with threads of their own, for callers that are not asynchronous.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvcache_core::ports::{Holder, Located};
+use kvcache_core::{BlockInfo, Error, Result};
+use kvfabric_indexer::client::{ClientConfig, IndexClient, LookupAnswer, LookupRequest};
+use kvfabric_tiers::{BlockMemory, FetchBlock, HeldDepth, Pages, Source, StoreBlock, StoreReport};
+
+use crate::blocks::Prefix;
+use crate::config::NodeConfig;
+use crate::life::Life;
+use crate::node::Node;
+use crate::operation::Operation;
+use crate::runtime::Runtime;
+
+/// Threads of an attached node: bytes are moved by the agent's own threads, so these only decide and talk.
+const NODE_THREADS: usize = 2;
+/// A connection to an index is I/O only, and callers wait in their own threads.
+const CONNECTION_THREADS: usize = 1;
+
+/// What became of a fetch.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// One entry per block asked for, in order. The first miss ends the useful prefix.
+    pub sources: Vec<Source>,
+    /// The blocks, by position in the fetch, whose memory a failed transfer may still write to. All are misses; mostly
+    /// there are none.
+    pub unsettled: Vec<u32>,
+    /// Done when the memory of the unsettled blocks can be used again; false when that is not certain, because the node
+    /// ended before.
+    pub drained: Operation<bool>,
+}
+
+impl Fetched {
+    /// How many blocks, from the first, were brought without a hole.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        let found = self
+            .sources
+            .iter()
+            .take_while(|source| **source != Source::Miss);
+        found.count()
+    }
+}
+
+/// A node with threads of its own. Its calls block, or begin an [`Operation`].
+///
+/// Who hands out handles on it begins each of their calls with [`Life::enter`]. Dropping it ends the node as dropping the
+/// last [`Node`] does; [`Node::shutdown`] is the orderly end.
+#[derive(Debug)]
+pub struct AttachedNode {
+    node: Node,
+    runtime: Runtime,
+}
+
+impl AttachedNode {
+    /// As [`Node::open`], and blocks until it is open.
+    ///
+    /// # Errors
+    /// As [`Node::open`]; [`kvcache_core::ErrorKind::Io`] when there are no threads.
+    pub fn open(config: NodeConfig) -> Result<Self> {
+        let runtime = Runtime::start("kvf-node", NODE_THREADS)?;
+        let node = runtime.block_on(Node::open(config))?;
+        Ok(Self { node, runtime })
+    }
+
+    /// Whether it may still be used; shared with all handles on it.
+    #[must_use]
+    pub fn life(&self) -> &Arc<Life> {
+        self.runtime.life()
+    }
+
+    /// The node itself, for what needs no waiting.
+    #[must_use]
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Stores the blocks of `prefix` from position `first` on; the engine has them in `pages` under the numbers `blocks`.
+    /// That memory must stay as it is until the operation is done.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for blocks outside the prefix or the pages; the rest as [`Node::store`], by
+    /// the operation.
+    pub fn store(
+        &self,
+        prefix: &Prefix,
+        first: usize,
+        pages: &Pages,
+        blocks: &[u32],
+        deadline: Duration,
+    ) -> Result<Operation<StoreReport>> {
+        let stores = paired(prefix, first, pages, blocks)?
+            .map(|(info, memory)| {
+                Ok(StoreBlock {
+                    info,
+                    memory: memory?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let node = self.node.clone();
+        Ok(self
+            .runtime
+            .spawn(async move { node.store(stores, deadline).await }))
+    }
+
+    /// Fetches the blocks of `prefix` from position `first` on, into `pages` under the numbers `blocks`. That memory is the
+    /// node's until the operation is done, and that of [`Fetched::unsettled`] blocks longer.
+    ///
+    /// `hints` say where blocks are, counted from the first of the prefix; with empty ones the index is asked.
+    ///
+    /// # Errors
+    /// As [`AttachedNode::store`] and [`Node::fetch`].
+    pub fn fetch(
+        &self,
+        prefix: &Prefix,
+        first: usize,
+        pages: &Pages,
+        blocks: &[u32],
+        hints: Located,
+        deadline: Duration,
+    ) -> Result<Operation<Fetched>> {
+        let fetches = paired(prefix, first, pages, blocks)?
+            .map(|(info, memory)| {
+                Ok(FetchBlock {
+                    info,
+                    memory: memory?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let hints = seen_from(hints, first);
+        let (node, life) = (self.node.clone(), self.life().clone());
+        Ok(self.runtime.spawn(async move {
+            let mut report = node.fetch(fetches, hints, deadline).await?;
+            let (drained, decider) = Operation::begin(life);
+            let sources = std::mem::take(&mut report.sources);
+            let unsettled = report.unsettled.clone();
+            if unsettled.is_empty() {
+                decider.decide(Ok(true));
+            } else {
+                tokio::spawn(async move { decider.decide(Ok(report.drained().await)) });
+            }
+            Ok(Fetched {
+                sources,
+                unsettled,
+                drained,
+            })
+        }))
+    }
+
+    /// How many blocks of a prefix this node's own tiers hold.
+    #[must_use]
+    pub fn held(&self, prefix: &Prefix) -> Operation<HeldDepth> {
+        let (node, keys) = (self.node.clone(), prefix.keys());
+        self.runtime.spawn(async move { node.held(keys).await })
+    }
+
+    /// Asks the global index; see [`LookupRequest`].
+    ///
+    /// # Errors
+    /// As [`Node::lookup`], by the operation.
+    #[must_use]
+    pub fn lookup(&self, request: LookupRequest) -> Operation<LookupAnswer> {
+        let node = self.node.clone();
+        self.runtime
+            .spawn(async move { node.ask_index(request).await })
+    }
+
+    /// As [`Node::tier_stats`].
+    #[must_use]
+    pub fn stats(&self) -> Operation<Vec<(&'static str, u64)>> {
+        let node = self.node.clone();
+        self.runtime.spawn(async move { node.tier_stats().await })
+    }
+
+    /// As [`Node::shutdown`].
+    #[must_use]
+    pub fn shutdown(&self, deadline: Duration) -> Operation<()> {
+        let node = self.node.clone();
+        self.runtime
+            .spawn(async move { node.shutdown(deadline).await })
+    }
+}
+
+/// Each block of the run with its place.
+fn paired<'a>(
+    prefix: &'a Prefix,
+    first: usize,
+    pages: &'a Pages,
+    blocks: &'a [u32],
+) -> Result<impl Iterator<Item = (BlockInfo, Result<BlockMemory>)> + 'a> {
+    let run = prefix.run(first, blocks.len())?;
+    Ok(run
+        .iter()
+        .copied()
+        .zip(blocks.iter().map(|number| pages.block(*number))))
+}
+
+/// Hints about a prefix, as hints about its blocks from position `first` on.
+fn seen_from(hints: Located, first: usize) -> Located {
+    let first = u32::try_from(first).unwrap_or(u32::MAX);
+    let holders = hints
+        .holders
+        .into_iter()
+        .filter(|holder| holder.depth > first);
+    let shared = hints.shared.into_iter().filter(|range| range.end > first);
+    Located {
+        holders: holders
+            .map(|holder| Holder {
+                depth: holder.depth - first,
+                ..holder
+            })
+            .collect(),
+        shared: shared
+            .map(|range| range.start.saturating_sub(first)..range.end - first)
+            .collect(),
+    }
+}
+
+/// A connection to an index, with a thread of its own.
+#[derive(Debug)]
+pub struct IndexConnection {
+    client: IndexClient,
+    runtime: Runtime,
+}
+
+impl IndexConnection {
+    /// Connects to the index at `address`, `host:port`. `deadline` bounds this call, and each lookup that names none. A
+    /// connection that is lost later is made again by the next lookup.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for a malformed address or no deadline;
+    /// [`kvcache_core::ErrorKind::PeerLost`] or [`kvcache_core::ErrorKind::Timeout`] when no index answers there.
+    pub fn connect(address: &str, deadline: Duration) -> Result<Self> {
+        if deadline.is_zero() {
+            return Err(Error::invalid("deadline", "0", "more than nothing"));
+        }
+        let client = IndexClient::new(ClientConfig {
+            deadline,
+            connect_timeout: deadline,
+            ..ClientConfig::new(address)
+        })?;
+        let runtime = Runtime::start("kvf-index", CONNECTION_THREADS)?;
+        runtime.block_on(client.status())?;
+        Ok(Self { client, runtime })
+    }
+
+    /// Whether it may still be used; shared with all handles on it.
+    #[must_use]
+    pub fn life(&self) -> &Arc<Life> {
+        self.runtime.life()
+    }
+
+    /// Asks who holds a prompt's blocks.
+    ///
+    /// # Errors
+    /// As [`IndexClient::lookup`], by the operation.
+    #[must_use]
+    pub fn lookup(&self, request: LookupRequest) -> Operation<LookupAnswer> {
+        let client = self.client.clone();
+        self.runtime
+            .spawn(async move { client.lookup(request).await })
+    }
+}

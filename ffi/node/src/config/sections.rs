@@ -1,0 +1,216 @@
+//! The tables of a node's configuration.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use kvcache_core::prefix::data::Shard;
+use kvcache_core::shape::Tensor;
+use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric_indexer::client::{SourceKind, SourceSpec};
+use kvfabric_indexer::wire::parse_source_kind;
+use serde::{Deserialize, Serialize};
+
+use super::listen;
+use crate::blocks::EngineScheme;
+
+/// One rank's part of each block; the default is all of it. Two ranks never share or overwrite bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ShardSection {
+    /// The rank in its tensor-parallel group, from 0.
+    pub tensor_rank: u32,
+    /// Ranks in that group.
+    pub tensor_size: u32,
+    /// The first layer that this pod holds, by its number in the model.
+    pub first_layer: u32,
+    /// How many layers it holds.
+    pub layers: u32,
+    /// KV heads of the model, all ranks together; 1 for one latent shared by all.
+    pub kv_heads: u32,
+    /// The engine's cache group, for engines that keep several kinds of layers apart.
+    pub cache_group: u32,
+}
+
+impl Default for ShardSection {
+    fn default() -> Self {
+        Self {
+            tensor_rank: 0,
+            tensor_size: 1,
+            first_layer: 0,
+            layers: 1,
+            kv_heads: 1,
+            cache_group: 0,
+        }
+    }
+}
+
+impl ShardSection {
+    pub(super) fn to_shard(&self) -> Result<Shard> {
+        let last = self.first_layer.checked_add(self.layers);
+        let Some(end) = last.filter(|_| self.layers > 0) else {
+            let accepted = 1..=u32::MAX - self.first_layer;
+            return Err(Error::invalid("layers", self.layers, accepted));
+        };
+        let tensor = Tensor::new(self.tensor_rank, self.tensor_size)?;
+        let heads = tensor.heads(self.kv_heads)?;
+        Ok(Shard {
+            tensor,
+            layers: self.first_layer..end,
+            heads,
+            cache_group: self.cache_group,
+        })
+    }
+}
+
+/// The DRAM tier.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostSection {
+    /// Bytes, rounded down to whole blocks.
+    pub bytes: u64,
+}
+
+/// The NVMe tier.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSection {
+    /// A folder of this node's own; made if it is not there.
+    pub path: PathBuf,
+    /// Bytes of all segments together.
+    pub bytes: u64,
+    /// Bytes of one segment, in which space comes back.
+    pub segment_bytes: u64,
+    /// Past the page cache: "auto", "on" or "off".
+    #[serde(default)]
+    pub direct: DirectSetting,
+}
+
+/// Whether files are read and written past the page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DirectSetting {
+    /// Where the file system can.
+    #[default]
+    Auto,
+    /// Always; an error where it cannot be.
+    On,
+    /// Never.
+    Off,
+}
+
+/// The shared object tier.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ObjectSection {
+    /// `file:///folder` or `s3://bucket`. Credentials come from the environment (`AWS_…`), never from this file.
+    pub url: String,
+    /// What every object's name begins with.
+    #[serde(default)]
+    pub prefix: String,
+    /// Accept a service without TLS: for stores on this host or on a network that is trusted.
+    #[serde(default)]
+    pub allow_http: bool,
+}
+
+/// How bytes move between pods.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FabricSection {
+    /// Shared memory with pods on this host.
+    pub shm: bool,
+    /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
+    #[serde(with = "listen")]
+    pub tcp_listen: Option<SocketAddr>,
+}
+
+impl Default for FabricSection {
+    fn default() -> Self {
+        Self {
+            shm: true,
+            tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+        }
+    }
+}
+
+/// The global index.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct IndexSection {
+    /// Its gRPC address, `http://host:port`.
+    pub address: String,
+    /// The address on which this node publishes events; the ports are the system's choice.
+    #[serde(default = "default_publish_host")]
+    pub publish_host: String,
+    /// How long one question may take.
+    #[serde(default = "default_lookup_deadline_ms")]
+    pub lookup_deadline_ms: u64,
+}
+
+/// The engine that a pod serves: how it hashes blocks, and where it tells of its own cache.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineSection {
+    /// The engine, with whatever of its version changes the hashes, like `vllm/tagged`.
+    pub name: String,
+    /// Its hash algorithm, by the engine's own name; only cryptographic ones are taken.
+    pub hash: String,
+    /// The text that seeds the hashes, the same at each replica; empty for the engine's fixed default.
+    #[serde(default)]
+    pub seed: String,
+    /// Where the engine publishes its KV events, `tcp://host:port`: registered with the index in place of events that
+    /// this node publishes for it.
+    pub events: Option<String>,
+    /// Where the engine answers replays of them; without it every reconnect starts from nothing.
+    pub events_replay: Option<String>,
+    /// What these events are: `vllm`, `vllm-full` or `sglang`.
+    #[serde(default = "default_events_kind")]
+    pub events_kind: String,
+}
+
+impl EngineSection {
+    pub(crate) fn scheme(&self) -> EngineScheme {
+        EngineScheme {
+            name: self.name.clone(),
+            hash: self.hash.clone(),
+            seed: self.seed.clone(),
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        if self.name.is_empty() {
+            return Err(Error::invalid("name", "empty", "the engine's name"));
+        }
+        if self.events.is_none() && self.events_replay.is_some() {
+            let text = "events_replay is given without events";
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        self.events_source("engine")?;
+        self.scheme().check()
+    }
+
+    /// The engine's own publisher, if it has one, as the source of this name that the index follows.
+    pub(crate) fn events_source(&self, name: &str) -> Result<Option<SourceSpec>> {
+        let kind = parse_source_kind(&self.events_kind).map_err(|e| e.at("events_kind"))?;
+        if kind == SourceKind::Node {
+            return Err(Error::invalid("events_kind", "node", "an engine's"));
+        }
+        Ok(self.events.as_ref().map(|endpoint| SourceSpec {
+            name: name.to_owned(),
+            kind,
+            endpoint: endpoint.clone(),
+            replay_endpoint: self.events_replay.clone(),
+        }))
+    }
+}
+
+fn default_events_kind() -> String {
+    "vllm".to_owned()
+}
+
+fn default_publish_host() -> String {
+    "127.0.0.1".to_owned()
+}
+
+pub(super) const fn default_lookup_deadline_ms() -> u64 {
+    500
+}

@@ -1,0 +1,76 @@
+//! Whether handles may still be used: not after a panic, and not in a forked child.
+//!
+//! Both language bindings hand out handles that outlive any one call. All handles that share fate (an agent's, a node's)
+//! share one [`Life`], and every call on one of them begins with [`Life::enter`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+/// Shared by all handles that live and fail together.
+#[derive(Debug)]
+pub struct Life {
+    /// The process in which the handles were made. Asking for it is a system call, which is small beside any
+    /// call that uses it, and unlike a fork handler it also sees a bare `clone`.
+    process: u32,
+    poisoned: AtomicBool,
+}
+
+impl Life {
+    /// A life that begins in this process.
+    #[must_use]
+    pub fn begin() -> Arc<Self> {
+        Arc::new(Self {
+            process: std::process::id(),
+            poisoned: AtomicBool::new(false),
+        })
+    }
+
+    /// Begins a call. A panic before the result is dropped poisons all handles.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Internal`] after a panic, [`ErrorKind::Forked`] in a forked child.
+    pub fn enter(&self) -> Result<Call<'_>> {
+        if self.is_forked() {
+            let text = "the handle was made before this process was forked";
+            return Err(Error::new(ErrorKind::Forked, text));
+        }
+        if self.poisoned.load(Ordering::Acquire) {
+            let text = "an earlier panic left this handle unusable";
+            return Err(Error::new(ErrorKind::Internal, text));
+        }
+        Ok(Call {
+            life: self,
+            unwinding: std::thread::panicking(),
+        })
+    }
+
+    /// Makes every later call answer [`ErrorKind::Internal`].
+    pub fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    /// Whether this is not the process in which the handles were made: its threads do not exist here.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        self.process != std::process::id()
+    }
+}
+
+/// A call in progress.
+#[derive(Debug)]
+#[must_use = "it stands for the call: a panic after it is dropped poisons nothing"]
+pub struct Call<'a> {
+    life: &'a Life,
+    /// Whether the thread was unwinding when it began, which then says nothing about this call.
+    unwinding: bool,
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() && !self.unwinding {
+            self.life.poison();
+        }
+    }
+}
