@@ -230,6 +230,7 @@ fn pod_setup(
                 publish_host: "127.0.0.1".to_owned(),
                 lookup_deadline_ms: 2_000,
             }),
+            engine: None,
             metrics_listen: None,
         },
         hbm_bytes: plan.hbm_bytes,
