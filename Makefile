@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup fmt check test test-rust test-c test-python test-long demo bench-build bench bench-fabric bench-index wheel
+.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index wheel
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,7 +26,7 @@ check: setup ## Formatting, lints, licences, documentation
 	$(STEP) "cargo-deny" scripts/deny
 	$(STEP) "documentation" env RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --exclude kvfabric-python
 
-test: setup check test-rust test-c test-python ## Everything CI runs
+test: setup check test-rust test-c test-python test-engines ## Everything CI runs
 
 test-rust: setup ## Unit, property, conformance, simulation and integration tests
 	$(STEP) "build the programs" $(CARGO) build --bins
@@ -37,6 +37,10 @@ test-c: setup ## The C programs, built with the system's compiler
 
 test-python: setup ## The Python package, installed into a virtual environment
 	$(STEP) "Python package" env VENV='$(VENV)' ffi/python/tests/run
+
+test-engines: setup ## A real vLLM on the Python package; the first run makes an environment of 3 GB in CACHE
+	$(STEP) "engines" env CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/engines
+	$(STEP) "tests with engines" env CACHE='$(CACHE)' ffi/python/tests/engines/run
 
 test-long: ## The simulation over many seeds, and property tests with many cases
 	$(STEP) "simulation, many seeds" env KVFABRIC_SEEDS=2000 $(CARGO) test --release -p kvfabric-sim
