@@ -1,61 +1,173 @@
-//! Agents and peers.
+//! Agents.
 
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use kvfabric::transfer::{self, Operation, RegionOptions};
-use kvfabric::{Error, ErrorKind};
+use kvfabric::Error;
+use kvfabric::life::Life;
+use kvfabric::transfer::{self, Operation, RegionOptions, RequestOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use crate::buffer::integers;
 use crate::errors::to_python;
-use crate::life::{Life, parse_timeout, patiently};
-use crate::region::Region;
-use crate::transfer::{Local, Remote, Transfer, Wanted};
+use crate::fabric::Fabric;
+use crate::life::{enter, parse_timeout, patiently};
+use crate::peer::Peer;
+use crate::prepared::{Prepared, Ranges};
+use crate::region::{Promise, Region};
+use crate::transfer::{Transfer, Wanted, wait_alone};
 
 /// Moves bytes between registered memory of this process and its peers. Safe to use from any thread.
 #[pyclass(frozen, module = "kvfabric")]
 pub(crate) struct Agent {
-    life: Arc<Life>,
-    agent: transfer::Agent,
+    fabric: Arc<Fabric>,
 }
 
-/// Another agent, as its metadata describes it.
-#[pyclass(frozen, module = "kvfabric")]
-pub(crate) struct Peer {
-    pub(crate) life: Arc<Life>,
-    agent: transfer::Agent,
-    pub(crate) peer: transfer::PeerHandle,
+impl Agent {
+    /// The agent of something else, with which it shares its fate.
+    pub(crate) fn of(fabric: Arc<Fabric>) -> Self {
+        Self { fabric }
+    }
+
+    /// Prepares, makes and posts a transfer of ranges that are used once.
+    fn begin(
+        &self,
+        py: Python<'_>,
+        operation: Operation,
+        local: &Bound<'_, PyAny>,
+        peer: Option<&Bound<'_, Peer>>,
+        remote: &Bound<'_, PyAny>,
+        options: RequestOptions,
+    ) -> PyResult<Transfer> {
+        let fabric = &self.fabric;
+        let peer = peer.map(|peer| peer.get().of(fabric)).transpose();
+        let peer = peer.map_err(to_python)?;
+        let local = Ranges::read(fabric, None, local)?;
+        let remote = Ranges::read(fabric, peer, remote)?;
+        let begin = || {
+            let local = Prepared::of(fabric, None, &local).map_err(|e| e.at("local"))?;
+            let remote = Prepared::of(fabric, peer, &remote).map_err(|e| e.at("remote"))?;
+            let wanted = Wanted {
+                operation,
+                local: &local,
+                remote: &remote,
+                options,
+            };
+            let transfer = Transfer::make(fabric, wanted)?;
+            transfer.start(None)?;
+            Ok(transfer)
+        };
+        py.detach(begin).map_err(|e: Error| to_python(e))
+    }
+}
+
+/// What peers may do.
+fn options(readable: bool, writable: bool) -> RegionOptions {
+    RegionOptions {
+        remote_read: readable,
+        remote_write: writable,
+    }
+}
+
+/// How a transfer of all ranges of both lists differs from a silent one.
+fn once(notification: Option<&[u8]>, deadline: f64) -> PyResult<RequestOptions> {
+    Ok(RequestOptions {
+        positions: None,
+        notification: notification.map(Bytes::copy_from_slice),
+        deadline: Some(parse_timeout(deadline)?),
+    })
+}
+
+fn parse_operation(text: &str) -> PyResult<Operation> {
+    match text {
+        "read" => Ok(Operation::Read),
+        "write" => Ok(Operation::Write),
+        _ => {
+            let found = format!("{text:?}");
+            let accepted = "\"read\" or \"write\"";
+            Err(to_python(Error::invalid("operation", found, accepted)))
+        }
+    }
+}
+
+fn parse_address(field: &str, text: &str) -> PyResult<SocketAddr> {
+    text.parse()
+        .map_err(|_| to_python(Error::invalid(field, format!("{text:?}"), "ip:port")))
+}
+
+/// The positions of both lists that take part; all of a list that names none.
+fn positions(
+    local: (&Prepared, Option<&Bound<'_, PyAny>>),
+    remote: (&Prepared, Option<&Bound<'_, PyAny>>),
+) -> PyResult<Option<(Vec<u32>, Vec<u32>)>> {
+    if local.1.is_none() && remote.1.is_none() {
+        return Ok(None);
+    }
+    let chosen = |what: &str, (list, positions): (&Prepared, Option<&Bound<'_, PyAny>>)| {
+        match positions {
+            Some(positions) => integers(positions, what),
+            // Lists are far shorter than this type's range.
+            None => Ok((0..u32::try_from(list.list.len()).unwrap_or(u32::MAX)).collect()),
+        }
+    };
+    Ok(Some((
+        chosen("local_positions", local)?,
+        chosen("remote_positions", remote)?,
+    )))
 }
 
 #[pymethods]
 impl Agent {
     /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any.
     #[new]
-    #[pyo3(signature = (name, *, shm = true, tcp = None))]
-    fn new(py: Python<'_>, name: &str, shm: bool, tcp: Option<&str>) -> PyResult<Self> {
-        let parse = |text: &str| {
-            text.parse::<SocketAddr>()
-                .map_err(|_| Error::invalid("tcp", format!("{text:?}"), "ip:port"))
-        };
-        let tcp = tcp.map(parse).transpose().map_err(to_python)?;
-        let builder = transfer::Agent::builder(name).shm(shm).tcp(tcp);
+    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, tcp_advertise = None, allow_peers = None))]
+    fn new(
+        py: Python<'_>,
+        name: &str,
+        shm: bool,
+        tcp: Option<&str>,
+        cma: Option<bool>,
+        tcp_advertise: Option<&str>,
+        allow_peers: Option<Vec<String>>,
+    ) -> PyResult<Self> {
+        let tcp = tcp.map(|text| parse_address("tcp", text)).transpose()?;
+        let advertised = tcp_advertise
+            .map(|text| parse_address("tcp_advertise", text))
+            .transpose()?;
+        let mut builder = transfer::Agent::builder(name)
+            .shm(shm)
+            .tcp(tcp)
+            .tcp_advertise(advertised);
+        if let Some(enabled) = cma {
+            builder = builder.cma(enabled);
+        }
+        if let Some(names) = allow_peers {
+            builder = builder.allow_peers(names);
+        }
         let agent = py.detach(|| builder.build()).map_err(to_python)?;
-        Ok(Self {
-            life: Life::begin(),
-            agent,
-        })
+        Ok(Self::of(Fabric::new(Life::begin(), agent)))
     }
 
     /// How peers know it.
     #[getter]
     fn name(&self) -> &str {
-        self.agent.name()
+        self.fabric.agent.name()
     }
 
-    /// Registers the memory of an object with a contiguous buffer, which is kept alive until the region is deregistered.
-    /// `readable` and `writable` say what peers may do.
+    /// The "ip:port" that it listens on; None without TCP.
+    #[getter]
+    fn tcp_address(&self) -> PyResult<Option<String>> {
+        let _call = enter(&self.fabric.life)?;
+        let address = self.fabric.agent.tcp_address();
+        Ok(address.map(|address| address.to_string()))
+    }
+
+    /// Registers the memory of an object with a contiguous buffer, or of a tensor on the CPU, which is kept alive until the
+    /// region is deregistered. `readable` and `writable` say what peers may do.
     #[pyo3(signature = (memory, *, readable = true, writable = false))]
     fn register(
         &self,
@@ -63,40 +175,104 @@ impl Agent {
         readable: bool,
         writable: bool,
     ) -> PyResult<Region> {
-        let _call = self.life.enter()?;
-        let options = RegionOptions {
-            remote_read: readable,
-            remote_write: writable,
+        let _call = enter(&self.fabric.life)?;
+        Region::of_object(&self.fabric, memory, options(readable, writable))
+    }
+
+    /// Registers `len` bytes at `address` of this process, which the caller promises to keep mapped, readable and writable
+    /// until the region is deregistered; `keep` is kept alive until then.
+    #[pyo3(signature = (address, len, *, readable = true, writable = false, keep = None))]
+    fn register_address(
+        &self,
+        py: Python<'_>,
+        address: usize,
+        len: u64,
+        readable: bool,
+        writable: bool,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let promise = Promise {
+            address,
+            len,
+            keep: keep.unwrap_or_else(|| py.None()),
         };
-        Region::of_object(self.life.clone(), &self.agent, memory, options)
+        let region = Region::promised(&self.fabric, promise, options(readable, writable));
+        region.map_err(to_python)
     }
 
     /// Allocates zeroed memory that peers on this host can map, and registers it.
     #[pyo3(signature = (len, *, readable = true, writable = false))]
     fn shared_memory(&self, len: u64, readable: bool, writable: bool) -> PyResult<Region> {
-        let _call = self.life.enter()?;
-        let options = RegionOptions {
-            remote_read: readable,
-            remote_write: writable,
-        };
-        Region::shared(self.life.clone(), &self.agent, len, options).map_err(to_python)
+        let _call = enter(&self.fabric.life)?;
+        Region::shared(&self.fabric, len, options(readable, writable)).map_err(to_python)
     }
 
     /// What peers need to reach this agent and the regions that it exports now, keys included.
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let _call = self.life.enter()?;
-        Ok(PyBytes::new(py, &self.agent.metadata()))
+        let _call = enter(&self.fabric.life)?;
+        Ok(PyBytes::new(py, &self.fabric.agent.metadata()))
     }
 
     /// Learns of a peer from its metadata, or what is new about one.
     fn load_peer(&self, metadata: &[u8]) -> PyResult<Peer> {
-        let _call = self.life.enter()?;
-        let peer = self.agent.load_peer(metadata).map_err(to_python)?;
+        let _call = enter(&self.fabric.life)?;
+        let peer = self.fabric.agent.load_peer(metadata).map_err(to_python)?;
         Ok(Peer {
-            life: self.life.clone(),
-            agent: self.agent.clone(),
+            fabric: self.fabric.clone(),
             peer,
         })
+    }
+
+    /// Checks ranges once, for any number of requests: of own regions, or of the peer's if one is given. A sequence of
+    /// (region, offset, length), or rows of 64-bit integers: N×3, or N×5 with stride and count.
+    #[pyo3(signature = (descriptors, peer = None))]
+    fn prepare(
+        &self,
+        py: Python<'_>,
+        descriptors: &Bound<'_, PyAny>,
+        peer: Option<&Bound<'_, Peer>>,
+    ) -> PyResult<Prepared> {
+        let _call = enter(&self.fabric.life)?;
+        let peer = peer.map(|peer| peer.get().of(&self.fabric)).transpose();
+        let peer = peer.map_err(to_python)?;
+        let ranges = Ranges::read(&self.fabric, peer, descriptors)?;
+        py.detach(|| Prepared::of(&self.fabric, peer, &ranges))
+            .map_err(to_python)
+    }
+
+    /// Makes a transfer of the ranges of both lists, or of those at the given positions, paired in order, without posting
+    /// it: "read" moves bytes from `remote` to `local`, "write" the other way.
+    #[pyo3(signature = (operation, local, remote, *, local_positions = None, remote_positions = None, notification = None, deadline = 30.0))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "Python passes the optional ones by name"
+    )]
+    fn request(
+        &self,
+        py: Python<'_>,
+        operation: &str,
+        local: &Bound<'_, Prepared>,
+        remote: &Bound<'_, Prepared>,
+        local_positions: Option<&Bound<'_, PyAny>>,
+        remote_positions: Option<&Bound<'_, PyAny>>,
+        notification: Option<&[u8]>,
+        deadline: f64,
+    ) -> PyResult<Transfer> {
+        let _call = enter(&self.fabric.life)?;
+        let (local, remote) = (local.get(), remote.get());
+        let options = RequestOptions {
+            positions: positions((local, local_positions), (remote, remote_positions))?,
+            ..once(notification, deadline)?
+        };
+        let wanted = Wanted {
+            operation: parse_operation(operation)?,
+            local,
+            remote,
+            options,
+        };
+        py.detach(|| Transfer::make(&self.fabric, wanted))
+            .map_err(to_python)
     }
 
     /// Starts to move bytes from `remote` ranges into `local` ones, which pair in order.
@@ -104,20 +280,15 @@ impl Agent {
     fn read(
         &self,
         py: Python<'_>,
-        local: Vec<Local<'_>>,
+        local: &Bound<'_, PyAny>,
         peer: Option<&Bound<'_, Peer>>,
-        remote: Vec<Remote<'_>>,
+        remote: &Bound<'_, PyAny>,
         notification: Option<&[u8]>,
         deadline: f64,
     ) -> PyResult<Transfer> {
-        let wanted = Wanted {
-            operation: Operation::Read,
-            local,
-            remote,
-            notification,
-            deadline,
-        };
-        self.start(py, peer, wanted)
+        let _call = enter(&self.fabric.life)?;
+        let options = once(notification, deadline)?;
+        self.begin(py, Operation::Read, local, peer, remote, options)
     }
 
     /// Starts to move bytes from `local` ranges into `remote` ones, which pair in order.
@@ -125,20 +296,15 @@ impl Agent {
     fn write(
         &self,
         py: Python<'_>,
-        local: Vec<Local<'_>>,
+        local: &Bound<'_, PyAny>,
         peer: Option<&Bound<'_, Peer>>,
-        remote: Vec<Remote<'_>>,
+        remote: &Bound<'_, PyAny>,
         notification: Option<&[u8]>,
         deadline: f64,
     ) -> PyResult<Transfer> {
-        let wanted = Wanted {
-            operation: Operation::Write,
-            local,
-            remote,
-            notification,
-            deadline,
-        };
-        self.start(py, peer, wanted)
+        let _call = enter(&self.fabric.life)?;
+        let options = once(notification, deadline)?;
+        self.begin(py, Operation::Write, local, peer, remote, options)
     }
 
     /// Sends a message and waits, at most `timeout` seconds, until the peer's agent has taken it.
@@ -150,14 +316,14 @@ impl Agent {
         message: &[u8],
         timeout: f64,
     ) -> PyResult<()> {
-        let _call = self.life.enter()?;
-        let peer = self.own(peer)?;
+        let _call = enter(&self.fabric.life)?;
+        let peer = peer.get().of(&self.fabric).map_err(to_python)?;
         let timeout = parse_timeout(timeout)?;
         let message = Bytes::copy_from_slice(message);
         let request = py
-            .detach(|| self.agent.notify(peer, message))
+            .detach(|| self.fabric.agent.notify(peer, message))
             .map_err(to_python)?;
-        crate::transfer::wait(py, &request, timeout)
+        wait_alone(py, &request, timeout)
     }
 
     /// Takes the messages that wait, oldest first, as (peer name, bytes); waits for one at most `timeout` seconds.
@@ -167,91 +333,27 @@ impl Agent {
         py: Python<'py>,
         timeout: f64,
     ) -> PyResult<Vec<(String, Bound<'py, PyBytes>)>> {
-        let _call = self.life.enter()?;
-        let taken = patiently(py, parse_timeout(timeout)?, |slice| {
-            let taken = self.agent.wait_notifications(slice);
+        let _call = enter(&self.fabric.life)?;
+        let agent = &self.fabric.agent;
+        let look = |slice: Duration| {
+            let taken = agent.wait_notifications(slice);
             (!taken.is_empty()).then_some(taken)
-        })?;
+        };
+        let taken = patiently(py, parse_timeout(timeout)?, look)?;
         let notifications = taken.unwrap_or_default().into_iter();
         Ok(notifications
             .map(|n| (n.peer.to_string(), PyBytes::new(py, &n.bytes)))
             .collect())
     }
 
-    fn __repr__(&self) -> String {
-        format!("<kvfabric.Agent {:?}>", self.agent.name())
-    }
-}
-
-impl Agent {
-    fn own<'a>(&self, peer: &'a Bound<'_, Peer>) -> PyResult<&'a transfer::PeerHandle> {
-        let peer = peer.get();
-        if Arc::ptr_eq(&self.life, &peer.life) {
-            return Ok(&peer.peer);
-        }
-        let text = format!("peer {:?} was loaded by another agent", peer.peer.name());
-        Err(to_python(Error::new(ErrorKind::Invalid, text)))
-    }
-
-    fn start(
-        &self,
-        py: Python<'_>,
-        peer: Option<&Bound<'_, Peer>>,
-        wanted: Wanted<'_>,
-    ) -> PyResult<Transfer> {
-        let _call = self.life.enter()?;
-        let peer = peer.map(|peer| self.own(peer)).transpose()?;
-        Transfer::start(py, &self.life, &self.agent, peer, wanted)
-    }
-}
-
-#[pymethods]
-impl Peer {
-    /// Its agent's name.
-    #[getter]
-    fn name(&self) -> &str {
-        self.peer.name()
-    }
-
-    /// The regions that it exported: their sizes in bytes, by number.
-    #[getter]
-    fn regions(&self) -> std::collections::BTreeMap<u64, u64> {
-        self.peer
-            .regions()
-            .into_iter()
-            .map(|(id, bytes)| (id.0, bytes))
-            .collect()
-    }
-
-    /// The backend that bytes to it go through, such as "shm"; None if it cannot be reached. Connects if need be.
-    #[getter]
-    fn path(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
-        let _call = self.life.enter()?;
-        Ok(py.detach(|| self.agent.path_to(&self.peer)).backend)
-    }
-
-    /// Why that path was taken, and what kept better ones from being used, as a sentence.
-    fn explain_path(&self, py: Python<'_>) -> PyResult<String> {
-        let _call = self.life.enter()?;
-        let report = py.detach(|| self.agent.path_to(&self.peer));
-        let mut text = match report.backend {
-            Some(backend) => format!("{backend}: {}", report.why),
-            None => "none".to_owned(),
-        };
-        for (backend, reason) in &report.refused {
-            text.push_str(&format!("; not {backend}: {reason}"));
-        }
-        Ok(text)
-    }
-
-    /// Ends the connections to it and forgets it; transfers in flight fail with `PeerLostError`.
-    fn forget(&self, py: Python<'_>) -> PyResult<()> {
-        let _call = self.life.enter()?;
-        py.detach(|| self.agent.forget_peer(&self.peer));
-        Ok(())
+    /// A descriptor that is readable while a message waits; not to be read from or closed.
+    fn notification_fileno(&self) -> PyResult<i32> {
+        let _call = enter(&self.fabric.life)?;
+        let descriptor = self.fabric.agent.notification_fd().map_err(to_python)?;
+        Ok(descriptor.as_raw_fd())
     }
 
     fn __repr__(&self) -> String {
-        format!("<kvfabric.Peer {:?}>", self.peer.name())
+        format!("<kvfabric.Agent {:?}>", self.fabric.agent.name())
     }
 }

@@ -1,10 +1,11 @@
 //! The memory of Python objects, held through the buffer protocol.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::ptr::null_mut;
 
 use kvfabric::{Error, ErrorKind};
+use pyo3::exceptions::PyTypeError;
 use pyo3::ffi::{Py_ssize_t, PyObject};
 use pyo3::prelude::*;
 
@@ -14,6 +15,8 @@ use crate::errors::to_python;
 const SIMPLE: c_int = 0;
 /// `PyBUF_WRITABLE`.
 const WRITABLE: c_int = 1;
+/// `PyBUF_FORMAT | PyBUF_C_CONTIGUOUS`: numbers row by row, with their shape and kind.
+const NUMBERS: c_int = 0x4 | 0x38;
 
 // The stable ABI of Python 3.9 has no buffers: they became part of it in 3.11. But every CPython since 3.3 exports these
 // two, and `Py_buffer` has had one layout all the time, which 3.11 promised for good; so one wheel serves all.
@@ -72,27 +75,27 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     /// Holds the memory of `object`, which must be contiguous; writable memory if there is a choice.
     pub(crate) fn hold(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let mut view = View::empty();
-        // SAFETY: `object` is a live object and the GIL is held; `view` is writable, and stays where it is.
-        let status = unsafe { PyObject_GetBuffer(object.as_ptr(), &raw mut *view, WRITABLE) };
-        if status == 0 {
-            return Ok(Self {
-                view: ManuallyDrop::new(view),
-            });
+        if let Ok(writable) = Self::ask(object, WRITABLE) {
+            return Ok(writable);
         }
         // Read-only memory, or no buffer at all: the second attempt tells.
-        drop(PyErr::take(object.py()));
-        // SAFETY: as above; a failed call leaves nothing in `view` to be released.
-        let status = unsafe { PyObject_GetBuffer(object.as_ptr(), &raw mut *view, SIMPLE) };
+        Self::ask(object, SIMPLE).map_err(|cause| {
+            let text = format!("memory must be a contiguous buffer: {cause}");
+            to_python(Error::new(ErrorKind::Invalid, text))
+        })
+    }
+
+    fn ask(object: &Bound<'_, PyAny>, flags: c_int) -> PyResult<Self> {
+        let mut view = View::empty();
+        // SAFETY: `object` is a live object and the GIL is held; `view` is writable, and stays where it is.
+        let status = unsafe { PyObject_GetBuffer(object.as_ptr(), &raw mut *view, flags) };
         if status == 0 {
             return Ok(Self {
                 view: ManuallyDrop::new(view),
             });
         }
-        let cause = PyErr::take(object.py());
-        let cause = cause.map_or_else(String::new, |error| format!(": {error}"));
-        let text = format!("memory must be a contiguous buffer{cause}");
-        Err(to_python(Error::new(ErrorKind::Invalid, text)))
+        // A failed call leaves nothing in `view` to be released.
+        Err(PyErr::fetch(object.py()))
     }
 
     pub(crate) fn base(&self) -> *mut u8 {
@@ -116,4 +119,113 @@ impl Buffer {
         // SAFETY: not used after this, as `self` is consumed and `Buffer` has no `Drop`.
         unsafe { ManuallyDrop::drop(&mut self.view) };
     }
+}
+
+/// Whole numbers that were copied out of an array, row by row. Negative ones appear as huge, which no check lets through.
+pub(crate) struct Numbers {
+    /// Its extent in each dimension.
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Vec<u64>,
+}
+
+impl Numbers {
+    /// Copies the numbers of an object with a buffer; none for an object without one.
+    ///
+    /// # Errors
+    /// `InvalidError`, naming `what`, for buffers that are not contiguous or do not hold whole numbers of 32 or 64 bits.
+    pub(crate) fn of(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Option<Self>> {
+        let py = object.py();
+        let buffer = match Buffer::ask(object, NUMBERS) {
+            Ok(buffer) => buffer,
+            Err(error) if error.is_instance_of::<PyTypeError>(py) => return Ok(None),
+            Err(error) => {
+                let text = format!("{what} must be a C-contiguous array: {error}");
+                return Err(to_python(Error::new(ErrorKind::Invalid, text)));
+            }
+        };
+        let numbers = Self::copy(&buffer);
+        buffer.release(py);
+        let numbers = numbers.map_err(|found| {
+            let accepted = "whole numbers of 32 or 64 bits in this machine's byte order";
+            to_python(Error::invalid(what, found, accepted))
+        })?;
+        Ok(Some(numbers))
+    }
+
+    /// Fails with the kind of numbers that it met instead.
+    fn copy(buffer: &Buffer) -> Result<Self, String> {
+        let view = &buffer.view;
+        let format = if view.format.is_null() {
+            c"B"
+        } else {
+            // SAFETY: exporters of a format give a C string that lives as long as the view.
+            unsafe { CStr::from_ptr(view.format) }
+        };
+        let size = usize::try_from(view.itemsize).unwrap_or(0);
+        let code = format.to_bytes();
+        let code = match code {
+            [b'@' | b'=', rest @ ..] => rest,
+            [b'<', rest @ ..] if cfg!(target_endian = "little") => rest,
+            _ => code,
+        };
+        let is_integer = matches!(
+            code,
+            [b'i' | b'I' | b'l' | b'L' | b'q' | b'Q' | b'n' | b'N']
+        );
+        let is_signed = matches!(code, [b'i' | b'l' | b'q' | b'n']);
+        if !is_integer || !matches!(size, 4 | 8) {
+            return Err(format!(
+                "{:?} of {size} bytes each",
+                format.to_string_lossy()
+            ));
+        }
+        let dimensions = usize::try_from(view.ndim).unwrap_or(0);
+        let mut shape = Vec::with_capacity(dimensions);
+        for dimension in 0..dimensions {
+            // SAFETY: `PyBUF_ND` was asked for, so there is one extent for each of `ndim` dimensions.
+            let extent = unsafe { view.shape.add(dimension) };
+            // SAFETY: as above; valid as long as the view.
+            let extent = unsafe { extent.read() };
+            shape.push(usize::try_from(extent).unwrap_or(0));
+        }
+        let count = usize::try_from(view.len).unwrap_or(0) / size;
+        let mut bytes = vec![0_u8; count * size];
+        // SAFETY: the view is contiguous and `len` bytes long, and cannot go away while it is held. Other threads may
+        // write to it, so the bytes are copied once, raw, and looked at only afterwards.
+        unsafe { std::ptr::copy_nonoverlapping(buffer.base(), bytes.as_mut_ptr(), count * size) };
+        let values = bytes.chunks_exact(size).map(|raw| match *raw {
+            [a, b, c, d] if is_signed => {
+                i64::from(i32::from_ne_bytes([a, b, c, d])).cast_unsigned()
+            }
+            [a, b, c, d] => u64::from(u32::from_ne_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
+            _ => u64::MAX,
+        });
+        Ok(Self {
+            shape,
+            values: values.collect(),
+        })
+    }
+}
+
+/// Numbers below 2^32, of a sequence or an array: see `_Integers` in the stubs.
+///
+/// # Errors
+/// `InvalidError`, naming `what`, the position and the value.
+pub(crate) fn integers(object: &Bound<'_, PyAny>, what: &str) -> PyResult<Vec<u32>> {
+    let Some(numbers) = Numbers::of(object, what)? else {
+        return object.extract();
+    };
+    if numbers.shape.len() > 1 {
+        let found = format!("{} dimensions", numbers.shape.len());
+        return Err(to_python(Error::invalid(what, found, "one dimension")));
+    }
+    let narrow = |(position, value): (usize, &u64)| {
+        u32::try_from(*value).map_err(|_| {
+            // Shown as the caller wrote it: a negative number was widened to a huge one.
+            let found = format!("{} at {position}", value.cast_signed());
+            to_python(Error::invalid(what, found, 0..=u32::MAX))
+        })
+    };
+    numbers.values.iter().enumerate().map(narrow).collect()
 }

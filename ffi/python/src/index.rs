@@ -1,25 +1,22 @@
 //! The index: which pods hold a prompt's blocks.
 
-use std::sync::Arc;
+use std::time::Duration;
 
-use kvfabric::Error;
-use kvfabric_indexer::client::{ClientConfig, IndexClient, LookupRequest, Prompt};
+use kvfabric::IndexConnection;
+use kvfabric_indexer::client::{LookupRequest, Prompt};
 use pyo3::prelude::*;
-use tokio::runtime::{Builder, Runtime};
 
+use crate::buffer::integers;
 use crate::errors::to_python;
-use crate::life::{Life, parse_timeout};
+use crate::life::{enter, parse_timeout, patiently};
 
-/// The connection lives on one thread of its own: it is I/O, and callers wait in their own threads.
-const RUNTIME_THREADS: usize = 1;
+/// How long one round of waiting for an answer is; there is another one after it.
+const LOOKUP_SLICE: Duration = Duration::from_secs(1);
 
 /// A connection to an index.
 #[pyclass(frozen, module = "kvfabric")]
 pub(crate) struct Index {
-    life: Arc<Life>,
-    client: IndexClient,
-    /// Always there, except while it is dropped.
-    runtime: Option<Runtime>,
+    connection: IndexConnection,
 }
 
 /// What one pod holds of a prompt.
@@ -58,24 +55,9 @@ impl Index {
     #[pyo3(signature = (address, *, deadline = 2.0))]
     fn new(py: Python<'_>, address: &str, deadline: f64) -> PyResult<Self> {
         let deadline = parse_timeout(deadline)?;
-        let config = ClientConfig {
-            deadline,
-            connect_timeout: deadline,
-            ..ClientConfig::new(address)
-        };
-        let client = IndexClient::new(config).map_err(to_python)?;
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(RUNTIME_THREADS)
-            .thread_name("kvf-index")
-            .enable_all()
-            .build()
-            .map_err(|e| to_python(Error::io("start the thread of the index connection", e)))?;
-        py.detach(|| runtime.block_on(client.status()))
-            .map_err(to_python)?;
+        let connection = py.detach(|| IndexConnection::connect(address, deadline));
         Ok(Self {
-            life: Life::begin(),
-            client,
-            runtime: Some(runtime),
+            connection: connection.map_err(to_python)?,
         })
     }
 
@@ -88,26 +70,31 @@ impl Index {
     fn lookup(
         &self,
         py: Python<'_>,
-        tokens: Vec<u32>,
+        tokens: &Bound<'_, PyAny>,
         model: &str,
         lora: &str,
         cache_salt: &str,
         pods_max: u32,
         deadline: Option<f64>,
     ) -> PyResult<Vec<PodDepth>> {
-        let _call = self.life.enter()?;
+        let _call = enter(self.connection.life())?;
+        let tokens = integers(tokens, "tokens")?;
         let mut request = LookupRequest::new(model, Prompt::Tokens(tokens));
         lora.clone_into(&mut request.lora);
         cache_salt.clone_into(&mut request.cache_salt);
         request.pods_max = pods_max;
         request.deadline = deadline.map(parse_timeout).transpose()?;
-        let Some(runtime) = &self.runtime else {
-            return Ok(Vec::new());
-        };
-        let answer = py
-            .detach(|| runtime.block_on(self.client.lookup(request)))
-            .map_err(to_python)?;
-        Ok(answer.pods.into_iter().map(PodDepth::from).collect())
+        let lookup = self.connection.lookup(request);
+        // The lookup has a deadline of its own, so this ends.
+        loop {
+            let answer = patiently(py, LOOKUP_SLICE, |slice| {
+                lookup.wait(slice).map(|answer| answer.cloned())
+            })?;
+            if let Some(answer) = answer {
+                let pods = answer.map_err(to_python)?.pods.into_iter();
+                return Ok(pods.map(PodDepth::from).collect());
+            }
+        }
     }
 }
 
@@ -119,23 +106,6 @@ impl From<kvfabric::PodDepth> for PodDepth {
             by_tier: found.by_tier.into(),
             score: found.score,
             peer_address: found.peer_address,
-        }
-    }
-}
-
-impl Drop for Index {
-    #[expect(
-        clippy::mem_forget,
-        reason = "a forked child has no thread to wait for"
-    )]
-    fn drop(&mut self) {
-        let Some(runtime) = self.runtime.take() else {
-            return;
-        };
-        if self.life.enter().is_ok() {
-            runtime.shutdown_background();
-        } else {
-            std::mem::forget(runtime);
         }
     }
 }

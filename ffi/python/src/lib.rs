@@ -1,4 +1,4 @@
-//! The Python package `kvfabric`: the agent and the index client, as Python objects.
+//! The Python package `kvfabric`: the agent, the node and the index client, as Python objects.
 //!
 //! Every wait releases the GIL and looks for signals now and then. Objects keep alive what they were made from; the
 //! memory behind a `Region` is let go only once nothing moves bytes to or from it. Errors are one exception
@@ -11,9 +11,13 @@ use pyo3::prelude::*;
 mod agent;
 mod buffer;
 mod errors;
+mod fabric;
 mod index;
 mod life;
+mod peer;
+mod prepared;
 mod region;
+mod reports;
 mod transfer;
 
 /// The native part of the package; `kvfabric/__init__.py` says what is public.
@@ -21,8 +25,9 @@ mod transfer;
 fn _kvfabric(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<agent::Agent>()?;
-    module.add_class::<agent::Peer>()?;
+    module.add_class::<peer::Peer>()?;
     module.add_class::<region::Region>()?;
+    module.add_class::<prepared::Prepared>()?;
     module.add_class::<transfer::Transfer>()?;
     module.add_class::<index::Index>()?;
     module.add_class::<index::PodDepth>()?;

@@ -1,65 +1,19 @@
-//! Whether objects may still be used: not after a panic, and not in a forked child.
+//! The beginning of every call, and waits that release the GIL.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvfabric::{Error, ErrorKind};
+use kvfabric::Error;
+use kvfabric::life::{Call, Life};
 use pyo3::prelude::*;
 
 use crate::errors::to_python;
 
-/// Shared by all objects of one agent, or of one index connection.
-#[derive(Debug)]
-pub(crate) struct Life {
-    /// The process in which the objects were made. Asking for it is a system call, which is small beside any
-    /// call that uses it, and unlike a fork handler it also sees a bare `clone`.
-    process: u32,
-    poisoned: AtomicBool,
-}
-
-impl Life {
-    pub(crate) fn begin() -> Arc<Self> {
-        Arc::new(Self {
-            process: std::process::id(),
-            poisoned: AtomicBool::new(false),
-        })
-    }
-
-    /// Begins a call. A panic before the result is dropped poisons them all.
-    ///
-    /// # Errors
-    /// `InternalError` after a panic, `ForkedError` in a forked child.
-    pub(crate) fn enter(&self) -> PyResult<Call<'_>> {
-        if self.process != std::process::id() {
-            let text = "the object was made before this process was forked";
-            return Err(to_python(Error::new(ErrorKind::Forked, text)));
-        }
-        if self.poisoned.load(Ordering::Acquire) {
-            let text = "an earlier panic left this object unusable";
-            return Err(to_python(Error::new(ErrorKind::Internal, text)));
-        }
-        Ok(Call {
-            life: self,
-            unwinding: std::thread::panicking(),
-        })
-    }
-}
-
-/// A call in progress.
-#[derive(Debug)]
-pub(crate) struct Call<'a> {
-    life: &'a Life,
-    /// Whether the thread was unwinding when it began, which then says nothing about this call.
-    unwinding: bool,
-}
-
-impl Drop for Call<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() && !self.unwinding {
-            self.life.poisoned.store(true, Ordering::Release);
-        }
-    }
+/// Begins a call. A panic before the result is dropped poisons all objects that share the life.
+///
+/// # Errors
+/// `InternalError` after a panic, `ForkedError` in a forked child.
+pub(crate) fn enter(life: &Life) -> PyResult<Call<'_>> {
+    life.enter().map_err(to_python)
 }
 
 /// How long a wait goes on before it looks for signals.

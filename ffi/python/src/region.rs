@@ -9,87 +9,155 @@ use pyo3::prelude::*;
 
 use crate::buffer::Buffer;
 use crate::errors::to_python;
-use crate::life::{Life, parse_timeout, patiently};
+use crate::fabric::Fabric;
+use crate::life::{enter, parse_timeout, patiently};
 
 /// Memory that transfers may name. It is let go when the region is deregistered.
 #[pyclass(frozen, module = "kvfabric")]
 pub(crate) struct Region {
-    life: Arc<Life>,
-    /// A region keeps its agent alive.
-    _agent: transfer::Agent,
+    pub(crate) held: Arc<Held>,
+}
+
+/// A region and its memory: kept by the region's object, by lists that name it, and by transfers.
+pub(crate) struct Held {
+    fabric: Arc<Fabric>,
     pub(crate) region: transfer::Region,
+    base: usize,
     memory: Memory,
 }
 
 enum Memory {
-    /// Allocated here; the address of its first byte.
-    Own { base: usize },
-    /// An object's; none once it is let go.
+    /// Allocated here.
+    Own,
+    /// A buffer's; none once it is let go.
     Lent {
         buffer: Mutex<Option<Buffer>>,
         is_read_only: bool,
     },
+    /// Someone else's; what keeps it, until it is let go.
+    Promised { keep: Mutex<Option<Py<PyAny>>> },
+}
+
+/// Memory by its address, and the object that keeps it.
+pub(crate) struct Promise {
+    pub(crate) address: usize,
+    pub(crate) len: u64,
+    pub(crate) keep: Py<PyAny>,
 }
 
 impl Region {
-    /// Registers the memory of a Python object.
+    /// Registers the memory of a Python object: a tensor's, or else its buffer's.
     pub(crate) fn of_object(
-        life: Arc<Life>,
-        agent: &transfer::Agent,
+        fabric: &Arc<Fabric>,
         object: &Bound<'_, PyAny>,
         options: RegionOptions,
     ) -> PyResult<Self> {
-        let py = object.py();
+        if let Some(promise) = tensor(object)? {
+            return Self::promised(fabric, promise, options).map_err(to_python);
+        }
         let buffer = Buffer::hold(object)?;
         let is_read_only = buffer.is_read_only();
         let registered = if is_read_only && options.remote_write {
             let text = "peers cannot be allowed to write to memory that is read-only";
             Err(Error::new(ErrorKind::Denied, text))
         } else {
-            // SAFETY: the buffer stays held until the region is deregistered and drained (`Region::let_go`), or for
+            // SAFETY: the buffer stays held until the region is deregistered and drained (`Held::let_go`), or for
             // ever. Python's references into it are raw addresses. Read-only memory is never written to: peers may
-            // not (above), and `Region::check_writable` stands before every transfer whose target it would be.
+            // not (above), and `Held::check_writable` stands before every transfer whose target it would be.
             unsafe { HostMemory::from_raw(buffer.base(), buffer.len()) }
-                .and_then(|memory| agent.register(memory, options))
+                .and_then(|memory| fabric.agent.register(memory, options))
         };
         match registered {
             Ok(region) => {
+                let base = buffer.base() as usize;
                 let memory = Memory::Lent {
                     buffer: Mutex::new(Some(buffer)),
                     is_read_only,
                 };
-                Ok(Self {
-                    life,
-                    _agent: agent.clone(),
-                    region,
-                    memory,
-                })
+                Ok(Self::hold(fabric, region, base, memory))
             }
             Err(error) => {
-                buffer.release(py);
+                buffer.release(object.py());
                 Err(to_python(error))
             }
         }
     }
 
-    /// Allocates memory that peers on this host can map.
-    pub(crate) fn shared(
-        life: Arc<Life>,
-        agent: &transfer::Agent,
-        len: u64,
+    /// Registers memory that its caller promises to keep.
+    pub(crate) fn promised(
+        fabric: &Arc<Fabric>,
+        promise: Promise,
         options: RegionOptions,
     ) -> Result<Self> {
-        let memory = HostMemory::shared(len)?;
-        let base = memory.base().as_ptr() as usize;
-        let region = agent.register(memory, options)?;
-        Ok(Self {
-            life,
-            _agent: agent.clone(),
+        let Promise { address, len, keep } = promise;
+        // SAFETY: the caller of `Agent.register_address` promises that these bytes stay mapped and writable until the
+        // region is deregistered; a tensor's are, because its storage is kept alive.
+        let memory = unsafe { HostMemory::from_raw(address as *mut u8, len) }?;
+        let region = fabric.agent.register(memory, options)?;
+        let keep = Mutex::new(Some(keep));
+        Ok(Self::hold(
+            fabric,
             region,
-            memory: Memory::Own { base },
-        })
+            address,
+            Memory::Promised { keep },
+        ))
     }
 
+    /// Allocates memory that peers on this host can map.
+    pub(crate) fn shared(fabric: &Arc<Fabric>, len: u64, options: RegionOptions) -> Result<Self> {
+        let memory = HostMemory::shared(len)?;
+        let base = memory.base().as_ptr() as usize;
+        let region = fabric.agent.register(memory, options)?;
+        Ok(Self::hold(fabric, region, base, Memory::Own))
+    }
+
+    fn hold(fabric: &Arc<Fabric>, region: transfer::Region, base: usize, memory: Memory) -> Self {
+        let held = Arc::new(Held {
+            fabric: fabric.clone(),
+            region,
+            base,
+            memory,
+        });
+        fabric.remember(&held);
+        Self { held }
+    }
+}
+
+/// A tensor's memory, if `object` looks like a tensor: nothing is imported to find out.
+fn tensor(object: &Bound<'_, PyAny>) -> PyResult<Option<Promise>> {
+    if !object.hasattr("data_ptr")? || !object.hasattr("element_size")? {
+        return Ok(None);
+    }
+    let device = object.getattr("device")?.getattr("type")?.to_string();
+    if device != "cpu" {
+        let text =
+            format!("the tensor is on device {device:?}; only memory of the CPU is registered");
+        return Err(to_python(Error::new(ErrorKind::Unsupported, text)));
+    }
+    if !object.call_method0("is_contiguous")?.is_truthy()? {
+        let text = "the tensor is not contiguous: register what it is a view of";
+        return Err(to_python(Error::new(ErrorKind::Invalid, text)));
+    }
+    let address: usize = object.call_method0("data_ptr")?.extract()?;
+    let elements: u64 = object.call_method0("numel")?.extract()?;
+    let element_size: u64 = object.call_method0("element_size")?.extract()?;
+    let len = elements
+        .checked_mul(element_size)
+        .ok_or_else(|| to_python(Error::invalid("elements", elements, "fewer")))?;
+    // The storage rather than the tensor, which may be given another one.
+    let keep = if object.hasattr("untyped_storage")? {
+        object.call_method0("untyped_storage")?
+    } else {
+        object.clone()
+    };
+    Ok(Some(Promise {
+        address,
+        len,
+        keep: keep.unbind(),
+    }))
+}
+
+impl Held {
     /// # Errors
     /// [`ErrorKind::Denied`] for memory that Python holds to be constant.
     pub(crate) fn check_writable(&self) -> Result<()> {
@@ -104,19 +172,61 @@ impl Region {
         }
     }
 
-    /// Whether it belongs to the agent with this life.
-    pub(crate) fn belongs_to(&self, life: &Arc<Life>) -> bool {
-        Arc::ptr_eq(&self.life, life)
+    /// Whether it is of this agent.
+    pub(crate) fn is_of(&self, fabric: &Arc<Fabric>) -> bool {
+        Arc::ptr_eq(&self.fabric, fabric)
+    }
+
+    fn len(&self) -> usize {
+        usize::try_from(self.region.bytes()).unwrap_or(usize::MAX)
     }
 
     /// Nothing moves bytes to or from the memory any more.
     fn let_go(&self, py: Python<'_>) {
-        if let Memory::Lent { buffer, .. } = &self.memory {
-            let buffer = buffer.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(buffer) = buffer {
-                buffer.release(py);
+        match &self.memory {
+            Memory::Own => {}
+            Memory::Lent { buffer, .. } => {
+                let buffer = buffer.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(buffer) = buffer {
+                    buffer.release(py);
+                }
+            }
+            Memory::Promised { keep } => {
+                let keep = keep.lock().unwrap_or_else(PoisonError::into_inner).take();
+                // Dropped after the lock: an object's end may run any Python code.
+                drop(keep);
             }
         }
+    }
+
+    /// The memory is never let go.
+    #[expect(
+        clippy::mem_forget,
+        reason = "work in flight may still use the memory, so it is kept for ever"
+    )]
+    fn leak(&self) {
+        if let Memory::Promised { keep } = &self.memory {
+            std::mem::forget(keep.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // In a forked child, after a panic, or with work in flight, the object's memory is kept for ever. A child must not
+        // wait for any lock either: the thread that held it may not exist there.
+        if self.fabric.life.enter().is_err() {
+            self.leak();
+            return;
+        }
+        self.fabric.forget(self.region.id());
+        if self.region.deregister().wait(Duration::ZERO).is_err() {
+            self.leak();
+            return;
+        }
+        // Python drops its objects with the GIL held, so this only asks for what is there; at the end of the process
+        // it may be gone, and with it the need.
+        Python::try_attach(|py| self.let_go(py));
     }
 }
 
@@ -125,59 +235,62 @@ impl Region {
     /// The number that names the region in descriptors, here and at peers.
     #[getter]
     fn id(&self) -> u64 {
-        self.region.id().0
+        self.held.region.id().0
+    }
+
+    /// Where it begins in this process.
+    #[getter]
+    fn address(&self) -> usize {
+        self.held.base
+    }
+
+    /// Its size in bytes.
+    #[getter]
+    fn len(&self) -> usize {
+        self.held.len()
     }
 
     fn __len__(&self) -> usize {
-        usize::try_from(self.region.bytes()).unwrap_or(usize::MAX)
+        self.held.len()
     }
 
     /// The memory as a writable memoryview; only of a region of `Agent.shared_memory`, which the view keeps alive.
     fn view<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        let Memory::Own { base } = &slf.get().memory else {
+        let held = &slf.get().held;
+        if !matches!(held.memory, Memory::Own) {
             let text = "the memory belongs to the object that was registered: look at that";
             return Err(to_python(Error::new(ErrorKind::Unsupported, text)));
-        };
-        let _call = slf.get().life.enter()?;
+        }
+        let _call = enter(&held.fabric.life)?;
         let module = slf.py().import("kvfabric._view")?;
-        module.call_method1("view_of", (slf, *base, slf.get().__len__()))
+        module.call_method1("view_of", (slf, held.base, held.len()))
     }
 
     /// Refuses new transfers over the region at once, waits for those in flight, and lets the memory go. `BusyError` when some
     /// are still in flight after `timeout` seconds: the memory is kept, call again.
     #[pyo3(signature = (timeout = 30.0))]
     fn deregister(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
-        let _call = self.life.enter()?;
+        let held = &self.held;
+        let _call = enter(&held.fabric.life)?;
         let timeout = parse_timeout(timeout)?;
         let drained = patiently(py, timeout, |slice| {
-            let result = self.region.deregister().wait(slice);
+            let result = held.region.deregister().wait(slice);
             result.is_ok().then_some(())
         })?;
         if drained.is_none() {
-            let text = format!("region {} has work in flight", self.region.id());
+            let text = format!("region {} has work in flight", held.region.id());
             return Err(to_python(Error::new(ErrorKind::Busy, text)));
         }
-        self.let_go(py);
+        held.let_go(py);
         Ok(())
     }
 
     fn __repr__(&self) -> String {
+        let region = &self.held.region;
         format!(
             "<kvfabric.Region {} of {} bytes>",
-            self.region.id(),
-            self.region.bytes()
+            region.id(),
+            region.bytes()
         )
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // In a forked child, after a panic, or with work in flight, the object's memory is kept for ever.
-        if self.life.enter().is_err() || self.region.deregister().wait(Duration::ZERO).is_err() {
-            return;
-        }
-        // Python drops its objects with the GIL held, so this only asks for what is there; at the end of the process
-        // it may be gone, and with it the need.
-        Python::try_attach(|py| self.let_go(py));
     }
 }

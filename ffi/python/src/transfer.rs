@@ -1,165 +1,108 @@
-//! Transfers in flight.
+//! Transfers: made, posted, waited for, posted again.
 
-use std::sync::Arc;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvfabric::transfer::{
-    self, Descriptor, Operation, PeerHandle, RegionId, Request, RequestOptions, Side, Status,
-};
+use kvfabric::transfer::{Operation, Request, RequestOptions, Status, TransferError};
 use kvfabric::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 
 use crate::errors::to_python;
-use crate::life::{Life, parse_timeout, patiently};
-use crate::region::Region;
-
-/// A range of an own region: (region, offset, len).
-pub(crate) type Local<'py> = (Bound<'py, Region>, u64, u64);
-
-/// A range of the other side: (region or its number, offset, len).
-pub(crate) type Remote<'py> = (Place<'py>, u64, u64);
-
-/// A region of the other side.
-#[derive(FromPyObject)]
-pub(crate) enum Place<'py> {
-    /// One of the same agent, when there is no peer.
-    Own(Bound<'py, Region>),
-    /// A peer's, by number.
-    Peer(u64),
-}
-
-/// What a caller wants moved.
-pub(crate) struct Wanted<'py> {
-    pub(crate) operation: Operation,
-    pub(crate) local: Vec<Local<'py>>,
-    pub(crate) remote: Vec<Remote<'py>>,
-    pub(crate) notification: Option<&'py [u8]>,
-    pub(crate) deadline: f64,
-}
+use crate::fabric::Fabric;
+use crate::life::{enter, parse_timeout, patiently};
+use crate::prepared::{Prepared, check_target};
+use crate::region::Held;
+use crate::reports;
 
 /// Bytes on their way. Its regions are kept alive until it is finished, also when it is dropped before.
 #[pyclass(frozen, module = "kvfabric")]
 pub(crate) struct Transfer {
-    life: Arc<Life>,
-    /// A transfer keeps its agent alive, and the Python objects whose memory it uses.
-    _agent: transfer::Agent,
-    _regions: Vec<Py<Region>>,
-    request: Request,
+    fabric: Arc<Fabric>,
+    /// The own regions whose memory it uses.
+    _regions: Vec<Arc<Held>>,
+    bytes: u64,
+    /// Written to only while it is not in flight, when nobody waits in it for long.
+    request: RwLock<Request>,
+}
+
+/// What a caller wants moved.
+pub(crate) struct Wanted<'a> {
+    pub(crate) operation: Operation,
+    pub(crate) local: &'a Prepared,
+    pub(crate) remote: &'a Prepared,
+    pub(crate) options: RequestOptions,
 }
 
 impl Transfer {
-    /// Makes and posts it.
-    pub(crate) fn start(
-        py: Python<'_>,
-        life: &Arc<Life>,
-        agent: &transfer::Agent,
-        peer: Option<&PeerHandle>,
-        wanted: Wanted<'_>,
-    ) -> PyResult<Self> {
-        let deadline = Some(parse_timeout(wanted.deadline)?);
-        let mut used = Used {
-            life,
-            regions: Vec::new(),
-        };
-        let operation = wanted.operation;
-        let local = wanted.local.iter().map(|(region, offset, len)| {
-            used.descriptor(region, operation == Operation::Read, *offset, *len)
-        });
-        let local: Vec<Descriptor> = local.collect::<Result<_>>().map_err(to_python)?;
-        let remote = wanted
-            .remote
-            .iter()
-            .map(|(place, offset, len)| match (place, peer) {
-                (Place::Own(region), None) => {
-                    used.descriptor(region, operation == Operation::Write, *offset, *len)
-                }
-                (Place::Peer(id), Some(_)) => Ok(Descriptor {
-                    region: RegionId(*id),
-                    offset: *offset,
-                    len: *len,
-                }),
-                (Place::Own(_), Some(_)) => {
-                    let text =
-                        "a peer's region is named by its number, not by a Region of this agent";
-                    Err(Error::new(ErrorKind::Invalid, text))
-                }
-                (Place::Peer(_), None) => {
-                    let text = "without a peer the remote ranges name Regions of this agent";
-                    Err(Error::new(ErrorKind::Invalid, text))
-                }
-            });
-        let remote: Vec<Descriptor> = remote.collect::<Result<_>>().map_err(to_python)?;
-        let notification = wanted.notification.map(Bytes::copy_from_slice);
-        let options = RequestOptions {
-            positions: None,
-            notification,
-            deadline,
-        };
-        let side = peer.map_or(Side::Local, Side::Peer);
-        let post = || -> Result<Request> {
-            let local = agent
-                .prepare(Side::Local, &local)
-                .map_err(|e| e.at("local"))?;
-            let remote = agent.prepare(side, &remote).map_err(|e| e.at("remote"))?;
-            let request = agent.request(operation, &local, &remote, options)?;
-            request.post()?;
-            Ok(request)
-        };
-        let request = py.detach(post).map_err(to_python)?;
-        let regions = used.regions;
+    /// Makes it, without posting. Must not be called with the GIL held: this may connect.
+    pub(crate) fn make(fabric: &Arc<Fabric>, wanted: Wanted<'_>) -> Result<Self> {
+        let Wanted {
+            operation,
+            local,
+            remote,
+            options,
+        } = wanted;
+        local.check_of(fabric).map_err(|e| e.at("local"))?;
+        remote.check_of(fabric).map_err(|e| e.at("remote"))?;
+        check_target(operation, local, remote)?;
+        let request = fabric
+            .agent
+            .request(operation, &local.list, &remote.list, options)?;
+        let regions = local.regions.iter().chain(&remote.regions);
         Ok(Self {
-            life: life.clone(),
-            _agent: agent.clone(),
-            _regions: regions,
-            request,
+            fabric: fabric.clone(),
+            _regions: regions.cloned().collect(),
+            bytes: request.bytes(),
+            request: RwLock::new(request),
         })
     }
-}
 
-/// The regions that a transfer uses, each once.
-struct Used<'a> {
-    life: &'a Arc<Life>,
-    regions: Vec<Py<Region>>,
-}
+    fn request(&self) -> RwLockReadGuard<'_, Request> {
+        self.request.read().unwrap_or_else(PoisonError::into_inner)
+    }
 
-impl Used<'_> {
-    fn descriptor(
-        &mut self,
-        region: &Bound<'_, Region>,
-        is_target: bool,
-        offset: u64,
-        len: u64,
-    ) -> Result<Descriptor> {
-        let place = region.get();
-        if !place.belongs_to(self.life) {
-            let text = format!("region {} belongs to another agent", place.region.id());
-            return Err(Error::new(ErrorKind::Invalid, text));
+    /// Starts it. Must not be called with the GIL held.
+    pub(crate) fn start(&self, notification: Option<Bytes>) -> Result<()> {
+        if let Some(notification) = notification {
+            // While it is in flight others may wait in it, and then posting is refused anyway.
+            if is_in_flight(&self.request()) {
+                return Err(Error::new(ErrorKind::Busy, "the transfer is in flight"));
+            }
+            let mut request = self.request.write().unwrap_or_else(PoisonError::into_inner);
+            request.set_notification(Some(notification))?;
         }
-        if is_target {
-            place.check_writable()?;
-        }
-        // Lists mostly stay in one region, so comparing with the last one keeps this short.
-        if self.regions.last().is_none_or(|last| !last.is(region)) {
-            self.regions.push(region.clone().unbind());
-        }
-        Ok(place.region.descriptor(offset, len))
+        self.request().post()
     }
 }
 
-/// Waits for a request without the GIL; raises why it failed.
-pub(crate) fn wait(py: Python<'_>, request: &Request, timeout: Duration) -> PyResult<()> {
-    let finished = patiently(py, timeout, |slice| match request.wait(slice) {
+/// How a request ended, if it did within `slice`.
+fn ended(request: &Request, slice: Duration) -> Option<Result<(), TransferError>> {
+    match request.wait(slice) {
         Err(failed) if failed.kind() == ErrorKind::Timeout && is_in_flight(request) => None,
-        result => Some(result),
-    })?;
-    match finished {
-        Some(result) => result.map(drop).map_err(to_python),
+        result => Some(result.map(drop)),
+    }
+}
+
+/// Waits without the GIL for what `look` finds in slices of time; raises why it failed.
+fn wait(
+    py: Python<'_>,
+    timeout: Duration,
+    look: impl Fn(Duration) -> Option<Result<(), TransferError>> + Sync,
+) -> PyResult<()> {
+    match patiently(py, timeout, look)? {
+        Some(result) => result.map_err(to_python),
         None => {
             let text = format!("transfer not finished after {timeout:?}");
             Err(to_python(Error::new(ErrorKind::Timeout, text)))
         }
     }
+}
+
+/// Waits for a request that nobody else waits for.
+pub(crate) fn wait_alone(py: Python<'_>, request: &Request, timeout: Duration) -> PyResult<()> {
+    wait(py, timeout, |slice| ended(request, slice))
 }
 
 fn is_in_flight(request: &Request) -> bool {
@@ -168,24 +111,73 @@ fn is_in_flight(request: &Request) -> bool {
 
 #[pymethods]
 impl Transfer {
+    /// Starts it; small copies within this host are finished when this returns. `notification` replaces the one that was
+    /// given before.
+    #[pyo3(signature = (notification = None))]
+    fn post(&self, py: Python<'_>, notification: Option<&[u8]>) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        let notification = notification.map(Bytes::copy_from_slice);
+        py.detach(|| self.start(notification)).map_err(to_python)
+    }
+
+    /// Where the last post stands: "idle" before the first, "in_flight", "done" or "failed".
+    #[getter]
+    fn state(&self) -> PyResult<&'static str> {
+        let _call = enter(&self.fabric.life)?;
+        Ok(match self.request().poll() {
+            Status::Idle => "idle",
+            Status::InFlight => "in_flight",
+            Status::Done(_) => "done",
+            Status::Failed(_) => "failed",
+        })
+    }
+
+    /// Why the last post failed, as an exception.
+    #[getter]
+    fn error<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let _call = enter(&self.fabric.life)?;
+        let failed = match self.request().poll() {
+            Status::Failed(failed) => to_python(failed),
+            _ => return Ok(None),
+        };
+        Ok(Some(failed.into_value(py).into_bound(py).into_any()))
+    }
+
+    /// How the last finished post went; none before.
+    #[getter]
+    fn telemetry<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let _call = enter(&self.fabric.life)?;
+        let telemetry = self.request().telemetry();
+        telemetry.map(|t| reports::telemetry(py, &t)).transpose()
+    }
+
+    /// Bytes that it moves.
+    #[getter]
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Waits until it is finished, at most `timeout` seconds, and raises why it failed. `DeadlineError` also when
     /// `timeout` ran out, which does not end the transfer: `done()` tells the two apart.
     #[pyo3(signature = (timeout = 30.0))]
     fn wait(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
-        let _call = self.life.enter()?;
-        wait(py, &self.request, parse_timeout(timeout)?)
+        let _call = enter(&self.fabric.life)?;
+        // The lock is taken anew for each slice, so that who posts again need not wait longer than that.
+        wait(py, parse_timeout(timeout)?, |slice| {
+            ended(&self.request(), slice)
+        })
     }
 
     /// Whether it is finished, successfully or not.
     fn done(&self) -> PyResult<bool> {
-        let _call = self.life.enter()?;
-        Ok(!is_in_flight(&self.request))
+        let _call = enter(&self.fabric.life)?;
+        Ok(!is_in_flight(&self.request()))
     }
 
     /// Asks it to end: it fails with `CancelledError` now, unless it is finished.
-    fn cancel(&self) -> PyResult<()> {
-        let _call = self.life.enter()?;
-        self.request.cancel();
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        py.detach(|| self.request().cancel());
         Ok(())
     }
 
@@ -193,14 +185,27 @@ impl Transfer {
     /// most `timeout` seconds.
     #[pyo3(signature = (timeout = 0.0))]
     fn settled(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
-        let _call = self.life.enter()?;
+        let _call = enter(&self.fabric.life)?;
         let drained = patiently(py, parse_timeout(timeout)?, |slice| {
-            self.request.wait_drained(slice).then_some(())
+            self.request().wait_drained(slice).then_some(())
         })?;
         Ok(drained.is_some())
     }
 
+    /// A descriptor that is readable while the last post is finished; not to be read from or closed.
+    fn fileno(&self) -> PyResult<i32> {
+        let _call = enter(&self.fabric.life)?;
+        let request = self.request();
+        let descriptor = request.event_fd().map_err(to_python)?;
+        Ok(descriptor.as_raw_fd())
+    }
+
+    fn __await__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let _call = enter(&slf.get().fabric.life)?;
+        reports::finished(slf.as_any())
+    }
+
     fn __repr__(&self) -> String {
-        format!("<kvfabric.Transfer of {} bytes>", self.request.bytes())
+        format!("<kvfabric.Transfer of {} bytes>", self.bytes)
     }
 }

@@ -124,8 +124,8 @@ def test_bad_arguments_are_named():
         kvfabric.Agent("two").read([(region, 0, 1)], None, [(region, 1, 1)])
     with pytest.raises(kvfabric.InvalidError, match="pair|lengths|len"):
         agent.read([(region, 0, 1)], None, [(region, 1, 2)])
-    with pytest.raises(kvfabric.InvalidError):
-        agent.read([(region, 0, 1)], None, [(region.id, 1, 1)])
+    with pytest.raises(kvfabric.NotFoundError, match="region"):
+        agent.read([(region, 0, 1)], None, [(region.id ^ 1, 1, 1)])
 
 
 def test_damaged_metadata_is_refused(agent):

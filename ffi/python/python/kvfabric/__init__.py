@@ -1,7 +1,9 @@
 """Moves and finds the KV cache of LLM inference engines.
 
-An :class:`Agent` registers memory and moves bytes to and from the registered memory of its peers; an :class:`Index` tells
-which pods hold a prompt. Every error is a :class:`KvfabricError`, one class per kind.
+An :class:`Agent` registers memory and moves bytes to and from the registered memory of its peers; a
+:class:`Node` keeps an engine's blocks in its tiers, serves them to peers and brings them back; an
+:class:`Index` tells which pods hold a prompt. Every error is a :class:`KvfabricError`, one class per
+kind.
 """
 
 from ._kvfabric import (
@@ -23,12 +25,14 @@ from ._kvfabric import (
     PeerLostError,
     PodDepth,
     PoisonedError,
+    Prepared,
     Region,
     Transfer,
     UnsupportedError,
     VersionError,
     __version__,
 )
+from ._reports import Telemetry
 
 __all__ = [
     "Agent",
@@ -49,7 +53,9 @@ __all__ = [
     "PeerLostError",
     "PodDepth",
     "PoisonedError",
+    "Prepared",
     "Region",
+    "Telemetry",
     "Transfer",
     "UnsupportedError",
     "VersionError",

@@ -134,16 +134,16 @@ class Agent:
         *,
         shm: bool = True,
         tcp: Optional[str] = None,
-        cma: bool = True,
+        cma: Optional[bool] = None,
         tcp_advertise: Optional[str] = None,
         allow_peers: Optional[Sequence[str]] = None,
     ) -> None:
         """Starts an agent that peers know by `name`.
 
         `shm` shares memory with peers on this host; `cma` has memory that cannot be shared copied
-        straight from process to process, where the system allows it; `tcp` is the "ip:port" to
-        listen on, port 0 for any, and `tcp_advertise` what peers are told where that differs.
-        Without `allow_peers` every peer that knows a region's key may connect.
+        straight from process to process, where the system allows it, and is on when `shm` is;
+        `tcp` is the "ip:port" to listen on, port 0 for any, and `tcp_advertise` what peers are told
+        where that differs. Without `allow_peers` every peer that knows a region's key may connect.
         """
 
     @property
@@ -588,8 +588,8 @@ class NameChain:
         """
 
     def extend(self, tokens: _Integers, hashes: Sequence[bytes]) -> int:
-        """Goes on with more tokens, and with the engine's hashes of the blocks that they fill,
-        one each; returns how many full blocks there are. All hashes are of one length.
+        """Appends full blocks: exactly their tokens, and the engine's hash of each; returns how many
+        blocks there are. All hashes are of one length.
         """
 
     def pack(self, start: int, stop: int) -> bytes:
