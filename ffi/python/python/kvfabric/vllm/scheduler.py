@@ -1,0 +1,365 @@
+"""The half of the connector in the engine's scheduler: decides what is fetched, stored, kept and
+let go of.
+
+It moves no bytes. It names blocks, asks the workers' nodes where they are, and tells the workers
+what to do in the step that is about to run.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import kvfabric
+from vllm.logger import init_logger
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.request import RequestStatus
+
+from .config import ConnectorConfig
+from .engine import EngineFacts
+from .lookup import Answer, Handoff, Lookup, Peers
+from .metadata import Handshake, Load, Pin, StepMetadata, Store, WorkerMetadata
+from .names import AdapterDigests, RequestNames
+from .stats import ConnectorStats
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvfabric.scheduler")
+
+PARAMS_KEY = "kvfabric"
+# Unpins whose outcome is still of interest to nobody, but which must not be dropped before they are
+# sent.
+UNPINS_MAX = 256
+DELIVERED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+class _Tracked:
+    """What is known of one request between its arrival and its end."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.names: RequestNames | None = None
+        self.adapter: Future[bytes] | None = None
+        # Its blocks cannot be named, so it is left to the engine alone.
+        self.unnamed = request.prompt_embeds is not None or request.resumable
+        # A fetch that went wrong is not tried again: what is missing is computed.
+        self.fetchable = True
+        self.lookup: Lookup | None = None
+        self.answers: list[Answer] | None = None
+        # Blocks that the engine had itself when it was asked last.
+        self.local = 0
+        # Engine blocks that a load writes to; empty when none is in flight.
+        self.loading: list[int] = []
+        # Blocks from the first that were handed to the workers, or that their tiers hold.
+        self.stored = 0
+        # Stores, counted per rank, that still read the engine's memory.
+        self.unsettled = 0
+        # Another engine will ask for the blocks.
+        self.awaited = False
+        self.handoff: Handoff | None = None
+
+
+class SchedulerSide:
+    """Decides for all ranks of one engine. Called from the engine's scheduling loop only."""
+
+    def __init__(self, config: ConnectorConfig, facts: EngineFacts) -> None:
+        self._config = config
+        self._facts = facts
+        self._offload = config.offload_for(facts.produces)
+        self._peers = Peers(config.lookup_deadline_ms / 1000)
+        self._adapters = AdapterDigests()
+        self._nodes: tuple[str, ...] = ()
+        self._tracked: dict[str, _Tracked] = {}
+        self._loads: list[Load] = []
+        self._pins: list[Pin] = []
+        self._releases: list[str] = []
+        self._unpins: list[Any] = []
+        self._clear = False
+        # Ranks that have still to confirm that they cleared their tiers.
+        self._clearing = 0
+        self.stats = ConnectorStats()
+
+    def connect(self, handshakes: Mapping[int, Handshake]) -> None:
+        """Learns where each rank's node answers."""
+        missing = sorted(set(range(self._facts.tensor_size)) - handshakes.keys())
+        if missing:
+            raise RuntimeError(f"kvfabric: ranks {missing} did not say where their nodes are")
+        self._nodes = tuple(
+            handshakes[rank].peer_address for rank in range(self._facts.tensor_size)
+        )
+
+    # Requests come in.
+
+    def track(self, request: Request) -> None:
+        """A request arrived; it may bring along where its prefill was computed."""
+        tracked = _Tracked(request)
+        self._tracked[request.request_id] = tracked
+        params = request.kv_transfer_params or {}
+        tracked.awaited = bool(params.get("do_remote_decode"))
+        if params.get("do_remote_prefill"):
+            try:
+                tracked.handoff = Handoff.parse(params.get(PARAMS_KEY), len(self._nodes))
+            except ValueError as error:
+                logger.warning("request %s is prefilled here: %s", request.request_id, error)
+                self.stats.add("handoffs_refused")
+        if request.lora_request is not None and not tracked.unnamed:
+            tracked.adapter = self._adapters.digest(request.lora_request)
+
+    def matched(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens past the engine's own can be fetched; None while that is being asked."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not tracked.fetchable or self._clearing:
+            return 0, False
+        named = self._named(tracked)
+        if named is None:
+            return (0, False) if tracked.unnamed else (None, False)
+        tokens = self._facts.block_tokens
+        tracked.local = local_tokens // tokens
+        total = min(len(request.block_hashes), request.num_tokens // tokens)
+        if not self._worth_it(total - tracked.local):
+            return 0, False
+        if tracked.answers is None:
+            tracked.answers = self._ask(tracked, named, total)
+            if tracked.answers is None:
+                return None, False
+        found = min(min(answer.depth for answer in tracked.answers), total) - tracked.local
+        if not self._worth_it(found):
+            return 0, False
+        return found * tokens, True
+
+    def _worth_it(self, blocks: int) -> bool:
+        return blocks > 0 and blocks * self._facts.block_tokens >= self._config.min_fetch_tokens
+
+    def _ask(self, tracked: _Tracked, named: RequestNames, total: int) -> list[Answer] | None:
+        if tracked.lookup is None:
+            tracked.lookup = Lookup(
+                self._peers,
+                self._nodes,
+                named.pack(0, total),
+                tracked.handoff,
+                self._config.lookup_deadline_ms / 1000,
+            )
+            self.stats.add("lookups")
+        answers = tracked.lookup.poll()
+        if answers is not None:
+            self.stats.add("lookups_failed", tracked.lookup.failures)
+            tracked.lookup = None
+            # What its own tiers hold needs no second store.
+            tracked.stored = min(_kept(answer) for answer in answers)
+        return answers
+
+    def _named(self, tracked: _Tracked) -> RequestNames | None:
+        """The request's names; None while its adapter is being read, and if it has none."""
+        if tracked.unnamed or tracked.names is not None:
+            return tracked.names
+        digest = None
+        if tracked.adapter is not None:
+            if not tracked.adapter.done():
+                return None
+            error = tracked.adapter.exception()
+            if error is not None:
+                logger.warning("an adapter's requests are neither offloaded nor fetched: %s", error)
+                self.stats.add("adapters_unreadable")
+                tracked.unnamed = True
+                return None
+            digest = tracked.adapter.result()
+        tracked.names = RequestNames(self._config, self._facts, tracked.request, digest)
+        return tracked.names
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """The engine reserved blocks for what is to be fetched."""
+        tracked = self._tracked.get(request.request_id)
+        if external_tokens == 0 or tracked is None:
+            return
+        assert tracked.names is not None and tracked.answers is not None
+        (block_ids,) = blocks.get_block_ids()
+        stop = tracked.local + external_tokens // self._facts.block_tokens
+        tracked.loading = list(block_ids[tracked.local : stop])
+        self._loads.append(
+            Load(
+                request_id=request.request_id,
+                names=tracked.names.pack(0, stop),
+                first=tracked.local,
+                block_ids=tracked.loading,
+                sources=tuple(answer.sources for answer in tracked.answers),
+            )
+        )
+
+    def hit_sources(self, request: Request, external_tokens: int) -> dict[CacheHitSource, int]:
+        """From where a load's tokens are expected, by what the lookup said of the first rank."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or not tracked.answers or external_tokens == 0:
+            return {CacheHitSource.EXTERNAL_UNSPECIFIED: external_tokens} if external_tokens else {}
+        answer = tracked.answers[0]
+        tokens = self._facts.block_tokens
+        wanted = external_tokens // tokens
+        own = max(0, min(wanted, answer.own - tracked.local))
+        disk = min(own, answer.disk)
+        other = (
+            CacheHitSource.P2P if answer.sources.holders else CacheHitSource.EXTERNAL_UNSPECIFIED
+        )
+        counts = {
+            CacheHitSource.HOST: own - disk,
+            CacheHitSource.DISK: disk,
+            other: wanted - own,
+        }
+        return {source: count * tokens for source, count in counts.items() if count}
+
+    # Steps go out.
+
+    def step(self, output: SchedulerOutput) -> StepMetadata:
+        """What the workers do in the step that is about to run."""
+        preempted = set(output.preempted_req_ids or ())
+        for request_id in preempted:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                # The workers wait for its stores before the step, and it starts over later.
+                tracked.lookup = tracked.answers = None
+        metadata = StepMetadata(
+            preempted=preempted,
+            clear=self._clear,
+            loads=self._loads,
+            stores=self._stores(output),
+            pins=self._pins,
+            releases=self._releases,
+        )
+        self._loads, self._pins, self._releases, self._clear = [], [], [], False
+        return metadata
+
+    def _stores(self, output: SchedulerOutput) -> list[Store]:
+        stores: list[Store] = []
+        if self._clearing:
+            return stores
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            stop = self._storable(tracked, scheduled)
+            named = self._named(tracked) if stop > tracked.stored else None
+            if named is None:
+                continue
+            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
+            start, tracked.stored = tracked.stored, stop
+            tracked.unsettled += self._facts.tensor_size
+            names, ids = named.pack(start, stop), list(block_ids[start:stop])
+            stores.append(Store(request_id, names, ids, tracked.awaited))
+        return stores
+
+    def _storable(self, tracked: _Tracked, scheduled: int) -> int:
+        """How many blocks from the first are complete after the step and to be kept."""
+        if self._offload == "none" and not tracked.awaited:
+            return 0
+        request = tracked.request
+        tokens = request.num_computed_tokens + scheduled
+        if self._offload != "all":
+            tokens = min(tokens, request.num_prompt_tokens)
+        return min(tokens // self._facts.block_tokens, len(request.block_hashes))
+
+    # Reports come back.
+
+    def reported(self, output: KVConnectorOutput) -> None:
+        """What the workers did in a step."""
+        failed = set(output.invalid_block_ids or ())
+        for tracked in self._tracked.values() if failed else ():
+            if failed.intersection(tracked.loading):
+                tracked.fetchable = False
+        for request_id in output.finished_recving or ():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                tracked.loading = []
+                self._let_go(tracked)
+        told = output.kv_connector_worker_meta
+        if isinstance(told, WorkerMetadata):
+            for request_id, count in told.settled.items():
+                tracked = self._tracked.get(request_id)
+                if tracked is not None:
+                    tracked.unsettled -= count
+            self._clearing = max(0, self._clearing - told.cleared)
+        self._unpins = [unpin for unpin in self._unpins if not unpin.done()]
+
+    def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended: whether its blocks are still being read, and what its client is told."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False, None
+        self._let_go(tracked)
+        params = self._hand_off(tracked)
+        # A request that waits for a load has no store in flight: they were waited for when it was
+        # preempted, and the engine itself keeps its blocks until the load is over.
+        keep = tracked.unsettled > 0 and not tracked.loading
+        if keep:
+            self._releases.append(request.request_id)
+        return keep, params
+
+    def _hand_off(self, tracked: _Tracked) -> dict[str, Any] | None:
+        request = tracked.request
+        if not tracked.awaited or request.status not in DELIVERED or tracked.names is None:
+            return None
+        depth = min(tracked.stored, request.num_prompt_tokens // self._facts.block_tokens)
+        if depth == 0:
+            return None
+        pin_id = secrets.randbits(63)
+        self._pins.append(Pin(request.request_id, tracked.names.pack(0, depth), pin_id))
+        self.stats.add("handoffs")
+        handoff = Handoff(self._facts.pod, self._nodes, depth, pin_id)
+        host, _, port = self._nodes[0].rpartition(":")
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            PARAMS_KEY: handoff.to_params(),
+            # For routers that log or check where a prefill ran; the decode engine reads only what
+            # is above.
+            "remote_engine_id": self._facts.pod,
+            "remote_request_id": request.request_id,
+            "remote_host": host,
+            "remote_port": int(port),
+            "tp_size": self._facts.tensor_size,
+        }
+
+    def _let_go(self, tracked: _Tracked) -> None:
+        """Tells the prefill engine that its blocks are not needed any longer; its pin would end by
+        itself too.
+        """
+        handoff, tracked.handoff = tracked.handoff, None
+        if handoff is None:
+            return
+        for address in handoff.addresses:
+            if len(self._unpins) >= UNPINS_MAX:
+                return
+            try:
+                self._unpins.append(self._peers.at(address).unpin(handoff.pin_id))
+            except kvfabric.KvfabricError as error:
+                logger.debug("unpin at %s: %s", address, error)
+
+    # The engine's life.
+
+    def reset(self) -> bool:
+        """Has the workers forget what their nodes' own tiers hold; nothing is fetched or stored
+        until they have.
+        """
+        self._clear = True
+        self._clearing = self._facts.tensor_size
+        for tracked in self._tracked.values():
+            tracked.lookup = tracked.answers = None
+        return True
+
+    def has_work(self) -> bool:
+        """Whether a step must run although no request needs one."""
+        return self._clear or bool(self._clearing)
+
+    def shutdown(self) -> None:
+        """Ends its thread. Stores and fetches are the workers' to finish."""
+        self._adapters.shutdown()
+
+
+def _kept(answer: Answer) -> int:
+    """Blocks from the first that a node's own memory and disk hold: the shared store may lose what
+    it has.
+    """
+    return answer.own if answer.own == answer.host + answer.disk else 0

@@ -1,0 +1,449 @@
+"""A secondary tier for vLLM's own offloading: blocks that vLLM keeps in host memory go on to kvfabric's tiers, and come back.
+
+::
+
+    --kv-transfer-config '{"kv_connector": "KvFabricOffloadingConnector", "kv_connector_module_path": "kvfabric.vllm.tier",
+      "kv_role": "kv_both", "kv_connector_extra_config": {
+        "spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8589934592,
+        "secondary_tiers": [{"type": "KvFabricTier", "module_path": "kvfabric.vllm.tier",
+                             "host": {"bytes": 1073741824}, "object": {"url": "file:///mnt/shared/kvfabric"}}]}}'
+
+`KvFabricOffloadingConnector` is vLLM's OffloadingConnector, which otherwise keeps the engine's configuration from its
+tiers. A tier must know it: what shapes the bytes of a block is part of the block's name, so that no other engine takes it
+for its own.
+
+A tier runs in the engine's scheduler, sees rows of the host memory tier, and is never told their tokens. So it tells no
+index of them; `kvfabric.vllm.KvFabricConnector` does. This module is what changes with vLLM's experimental tier interface.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import kvfabric
+from vllm.config import VllmConfig, get_current_vllm_config_or_none, set_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import LookupResult, Medium, RequestOffloadingContext
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
+
+from . import engine as engines
+from .config import ConfigError, ConnectorConfig
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_offload.base import OffloadKey, ReqContext, ScheduleEndContext
+    from vllm.v1.kv_offload.config import OffloadingConfig
+    from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
+    from vllm.v1.kv_offload.tiering.base import TransferJob
+
+logger = init_logger("vllm.kvfabric.tier")
+
+# Settings of the connector that mean nothing to a tier, and why.
+USELESS = {
+    "index": "vLLM does not tell a tier the tokens that an index goes by; use KvFabricConnector",
+    "key_scheme": "without tokens there are no index keys",
+    "model": "without an index nobody asks for the model",
+    "offload": "offload_prompt_only in kv_connector_extra_config decides it",
+    "min_fetch_tokens": "vLLM decides what is fetched",
+    "pin_ttl_s": "a tier pins nothing",
+}
+# Of one lookup, as many holes are looked behind; what is behind further ones counts as missing. Prefixes end at the first
+# hole, only sliding windows look further.
+HOLES_MAX = 8
+# How long one wait for a transfer that must end takes before it is waited for again, and said so.
+PATIENCE_SECONDS = 10.0
+# Version 1 of packed names without a parent: number of bytes of a hash, number of blocks.
+_NAMES = struct.Struct("<BBHI")
+
+
+class KvFabricOffloadingConnector(OffloadingConnector):
+    """vLLM's OffloadingConnector, whose tiers can see the configuration of their engine while they are made."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        with set_current_vllm_config(vllm_config):
+            super().__init__(vllm_config, role, kv_cache_config)
+
+
+class KvFabricTier(SecondaryTierManager):
+    """Stores blocks of vLLM's host memory tier in a node of its own, and loads them from wherever that node finds them.
+
+    Its settings are those of `ConnectorConfig`, but for `USELESS`. All methods return at once but `drain_jobs` and
+    `shutdown`. A block that cannot be had, in time and with the right checksum, is a miss.
+    """
+
+    medium: ClassVar[Medium | None] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: BackpressureDetector | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        config = _parse(settings)
+        engine = get_current_vllm_config_or_none()
+        if engine is None:
+            raise ConfigError(
+                "kv_connector: a tier cannot see what shapes the bytes of its engine's blocks; use"
+                ' "KvFabricOffloadingConnector" of kv_connector_module_path "kvfabric.vllm.tier"'
+            )
+        rows, row_bytes = primary_kv_view.shape
+        self._config = config
+        self._node = kvfabric.Node(_node_config(config, engine, offloading_spec.config, row_bytes))
+        self._region = self._node.agent.register(primary_kv_view, readable=True, writable=True)
+        self._pages = self._node.pages([(self._region, 0, row_bytes, row_bytes)], rows)
+        self._lookups = _Lookups(self._node, config.lookup_deadline_ms / 1000)
+        self._jobs: dict[int, _Job] = {}
+        # Results that were known when the job was submitted.
+        self._refused: list[JobResult] = []
+        self._storing_bytes = 0
+        logger.info("node %s: %d rows of %d bytes", self._node.pod, rows, row_bytes)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """Has no wish: each block is stored when vLLM has it."""
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """Whether the block can be had; RETRY until the node has answered, which is asked at the end of the step."""
+        found = self._lookups.ask(key, req_context.req_id)
+        if found is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if found else LookupResult.MISS
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        """Starts to copy rows into the node; fails at once when too much is on its way already."""
+        size = len(job_metadata.keys) * self._pages.block_bytes
+        if self._storing_bytes + size > self._config.store_inflight_max:
+            self._refused.append(JobResult(job_metadata.job_id, success=False))
+            return
+        try:
+            operation = self._node.store(
+                _prefix(self._node, job_metadata.keys),
+                self._pages,
+                _rows(job_metadata),
+                deadline=self._config.store_deadline_ms / 1000,
+            )
+        except kvfabric.KvfabricError as error:
+            self._refuse(job_metadata, error)
+            return
+        self._storing_bytes += size
+        self._jobs[job_metadata.job_id] = _Job(job_metadata, operation, size)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        """Starts to bring blocks into rows."""
+        try:
+            operation = self._node.fetch(
+                _prefix(self._node, job_metadata.keys),
+                self._pages,
+                _rows(job_metadata),
+                deadline=self._config.fetch_deadline_ms / 1000,
+            )
+        except kvfabric.KvfabricError as error:
+            self._refuse(job_metadata, error)
+            return
+        size = len(job_metadata.keys) * self._pages.block_bytes
+        self._jobs[job_metadata.job_id] = _Job(job_metadata, operation, size)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """The jobs that have ended, and whose rows nothing reads or writes any more."""
+        self._lookups.collect()
+        results, self._refused = self._refused, []
+        for job in [job for job in self._jobs.values() if job.ended()]:
+            results.append(self._result(job))
+        return results
+
+    def has_pending_work(self) -> bool:
+        """Whether results are still to come, so that vLLM goes on asking."""
+        return bool(self._jobs or self._refused)
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """Forgets what the request asked for."""
+        self._lookups.forget(req_context.req_id)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """Asks the node for all that this step looked up."""
+        self._lookups.flush()
+
+    def drain_jobs(self) -> None:
+        """Waits until no job reads or writes rows any more. Each has a deadline of its own."""
+        for job in self._jobs.values():
+            while not job.wait(PATIENCE_SECONDS):
+                logger.warning("job %d is still going on after its deadline", job.what.job_id)
+
+    def shutdown(self) -> None:
+        """Ends all transfers, closes the node, and lets go of vLLM's memory."""
+        deadline = self._config.shutdown_deadline_ms / 1000
+        self._node.shutdown(deadline)
+        self.drain_jobs()
+        self._jobs.clear()
+        self._region.deregister(deadline)
+
+    def _refuse(self, what: TransferJob, error: Exception) -> None:
+        logger.warning("job %d of %d blocks not started: %s", what.job_id, len(what.keys), error)
+        if what.is_promotion:
+            self._lookups.mark_missing(what.keys)
+        self._refused.append(JobResult(what.job_id, success=False))
+
+    def _result(self, job: _Job) -> JobResult:
+        what = job.what
+        del self._jobs[what.job_id]
+        if not what.is_promotion:
+            self._storing_bytes -= job.bytes
+            stored = job.stored()
+            return JobResult(what.job_id, success=stored, transfer_bytes=job.bytes if stored else 0)
+        keys = list(what.keys)
+        depth = job.depth()
+        # Or the request would find them again, and wait for them, for ever.
+        self._lookups.mark_missing(keys[depth:])
+        return JobResult(
+            what.job_id,
+            success=depth == len(keys),
+            successful_keys=keys[:depth] or None,
+            transfer_bytes=depth * self._pages.block_bytes,
+        )
+
+
+@dataclass
+class _Job:
+    """A transfer between rows and the node."""
+
+    what: TransferJob
+    operation: kvfabric.Operation[Any]
+    bytes: int
+
+    def ended(self) -> bool:
+        return self.wait(0.0)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the rows are free again; waits for that."""
+        if not self.operation.done():
+            if seconds == 0.0:
+                return False
+            try:
+                self.operation.wait(seconds)
+            except kvfabric.KvfabricError:
+                if not self.operation.done():
+                    return False
+        if not self.what.is_promotion:
+            return True
+        report = self._report()
+        return report is None or not report.unsettled or report.drained(seconds)
+
+    def stored(self) -> bool:
+        """Of a finished store: whether the node has all blocks."""
+        report = self._report()
+        return report is not None and report.refused + report.failed == 0
+
+    def depth(self) -> int:
+        """Of a finished load: how many blocks from the first are there."""
+        report = self._report()
+        return 0 if report is None else report.depth
+
+    def _report(self) -> Any:
+        try:
+            return self.operation.wait(0.0)
+        except kvfabric.KvfabricError as error:
+            logger.debug("job %d: %s", self.what.job_id, error)
+            return None
+
+
+@dataclass
+class _Verdict:
+    """Whether a block can be had, as long as a request that asked is there."""
+
+    # None until the node has answered.
+    found: bool | None = None
+    asked_by: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Asking:
+    """One question to the node: how many of these blocks it could get, from the first on."""
+
+    keys: Sequence[OffloadKey]
+    operation: kvfabric.Operation[kvfabric.Reach]
+    holes: int
+
+
+class _Lookups:
+    """Asks the node for all blocks that one request looks up in one step at once, and remembers its answers.
+
+    A request's answers stay the same until it is finished: the scheduler counts on what it was told.
+    """
+
+    def __init__(self, node: kvfabric.Node, deadline: float) -> None:
+        self._node = node
+        self._deadline = deadline
+        self._verdicts: dict[OffloadKey, _Verdict] = {}
+        self._keys_of: dict[str, set[OffloadKey]] = {}
+        self._wanted: dict[str, list[OffloadKey]] = {}
+        self._asking: list[_Asking] = []
+
+    def ask(self, key: OffloadKey, request: str) -> bool | None:
+        """Whether the block can be had; None until that is known."""
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = self._verdicts[key] = _Verdict()
+            self._wanted.setdefault(request, []).append(key)
+        verdict.asked_by.add(request)
+        self._keys_of.setdefault(request, set()).add(key)
+        return verdict.found
+
+    def flush(self) -> None:
+        """Sends what was asked since the last time."""
+        self.collect()
+        wanted, self._wanted = self._wanted, {}
+        for keys in wanted.values():
+            self._send(keys, 0)
+
+    def collect(self) -> None:
+        """Takes the answers that have arrived."""
+        arrived = [asking for asking in self._asking if asking.operation.done()]
+        if not arrived:
+            return
+        self._asking = [asking for asking in self._asking if not asking.operation.done()]
+        for asking in arrived:
+            try:
+                depth = min(asking.operation.wait(0.0).depth, len(asking.keys))
+            except kvfabric.KvfabricError as error:
+                logger.debug("lookup of %d blocks: %s", len(asking.keys), error)
+                self._decide(asking.keys, found=False)
+                continue
+            self._decide(asking.keys[:depth], found=True)
+            self._decide(asking.keys[depth : depth + 1], found=False)
+            self._send(asking.keys[depth + 1 :], asking.holes + 1)
+
+    def mark_missing(self, keys: Iterable[OffloadKey]) -> None:
+        """From now on these cannot be had, whatever the node said."""
+        for key in keys:
+            verdict = self._verdicts.get(key)
+            if verdict is not None:
+                verdict.found = False
+
+    def forget(self, request: str) -> None:
+        """The request is finished."""
+        self._wanted.pop(request, None)
+        for key in self._keys_of.pop(request, ()):
+            verdict = self._verdicts[key]
+            verdict.asked_by.discard(request)
+            if not verdict.asked_by:
+                del self._verdicts[key]
+
+    def _send(self, keys: Sequence[OffloadKey], holes: int) -> None:
+        if not keys:
+            return
+        if holes > HOLES_MAX:
+            self._decide(keys, found=False)
+            return
+        try:
+            operation = self._node.locate(_prefix(self._node, keys), deadline=self._deadline)
+        except kvfabric.KvfabricError as error:
+            logger.debug("lookup of %d blocks: %s", len(keys), error)
+            self._decide(keys, found=False)
+            return
+        self._asking.append(_Asking(keys, operation, holes))
+
+    def _decide(self, keys: Iterable[OffloadKey], *, found: bool) -> None:
+        for key in keys:
+            verdict = self._verdicts.get(key)
+            if verdict is not None and verdict.found is None:
+                verdict.found = found
+
+
+def _rows(job: TransferJob) -> Any:
+    return job.chunk_ids
+
+
+def _prefix(node: kvfabric.Node, keys: Collection[OffloadKey]) -> kvfabric.Prefix:
+    """The blocks of these keys, each by itself: an engine's hash covers all blocks before it.
+
+    A key is the hash and the number of the cache group. Index keys go with names, but nobody asks for these.
+    """
+    names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
+    for key in keys:
+        name = hashlib.sha256(b"vllm offload key " + key).digest()
+        names += name + name[:8]
+    return node.prefix_of(bytes(names))
+
+
+def _parse(settings: dict[str, Any]) -> ConnectorConfig:
+    for key, why in USELESS.items():
+        if key in settings:
+            raise ConfigError(f"{key}: not for a secondary tier: {why}")
+    return ConnectorConfig.parse(settings)
+
+
+def _node_config(
+    config: ConnectorConfig, engine: VllmConfig, offloading: OffloadingConfig, row_bytes: int
+) -> dict[str, Any]:
+    """The configuration of the tier's node. A row holds the bytes of all workers, so there is one node per replica."""
+    if engine.lora_config is not None and not config.weights:
+        raise ConfigError(
+            'weights: a tier is not told which adapter a block belongs to; set "weights" to a name that'
+            " changes whenever the model's weights or an adapter's do"
+        )
+    hash_name, seed = engines._hashing(engine)
+    replica, replicas = engines._replica(engine)
+    first = offloading.groups[0]
+    facts = engines.EngineFacts(
+        block_tokens=first.tokens_per_block * offloading.cache.blocks_per_chunk,
+        hash_format=engines._hash_format(),
+        hash_name=hash_name,
+        hash_seed=seed,
+        model=engines._served_model(engine),
+        tensor_size=1,
+        pod=engines._pod(config, offloading.engine_id, replica, replicas),
+        replica=replica,
+        replicas=replicas,
+        produces=True,
+    )
+    return engines.node_config(
+        config,
+        facts,
+        engine,
+        rank=0,
+        block_bytes=row_bytes,
+        identity=engines.model_identity(
+            config, engine, _layout(offloading, row_bytes), offloading.model.dtype, _kernels(engine)
+        ),
+        layers=sum(len(group.layer_names) for group in offloading.groups),
+    )
+
+
+def _layout(offloading: OffloadingConfig, row_bytes: int) -> str:
+    """How the bytes of a row are arranged, as far as the engine tells."""
+    parallel = asdict(offloading.parallel)
+    # Which replica or worker wrote a row changes nothing about it.
+    for number in ("rank", "data_parallel_index", "data_parallel_size", "data_parallel_rank_local"):
+        parallel.pop(number, None)
+    return json.dumps(
+        {
+            "kind": "vllm offloading rows",
+            "layout": offloading.kv_cache_layout,
+            "row_bytes": row_bytes,
+            "groups": [asdict(group) for group in offloading.groups],
+            "cache": asdict(offloading.cache),
+            "parallel": parallel,
+            "replicated": offloading.replicated_layout,
+            "canonical": offloading.canonical_layout,
+        },
+        sort_keys=True,
+    )
+
+
+def _kernels(engine: VllmConfig) -> list[str]:
+    """What arranges the inside of a page: the scheduler knows no more of it than the device and what was asked for."""
+    asked = engine.attention_config
+    return [f"device {current_platform.get_device_name()}", f"asked {asked.backend} {asked.backend_per_kind}"]

@@ -1,0 +1,360 @@
+"""The half of the connector in each worker: moves blocks between the engine's memory and this
+rank's node.
+
+The engine's memory is lent: a store reads it and a fetch writes it while other requests run. So
+blocks are only given back, by reporting their request, once nothing reads or writes them any more,
+also after a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import kvfabric
+from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+from vllm.logger import init_logger
+
+from .config import ConnectorConfig
+from .engine import EngineFacts, model_identity, node_config
+from .layout import PageLayout
+from .metadata import Handshake, Load, Pin, StepMetadata, Store, WorkerMetadata
+from .stats import ConnectorStats
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.kvfabric.worker")
+
+# How long one wait for something that must end takes before it is waited for again, and said so.
+PATIENCE_SECONDS = 10.0
+# Operations that are waited for only to learn that they failed.
+PINS_MAX = 1024
+
+
+class _Storing:
+    """A store that reads the engine's memory."""
+
+    def __init__(self, store: Store, operation: Any) -> None:
+        self.store = store
+        self.operation = operation
+        self.begun = time.monotonic()
+
+
+class _Fetching:
+    """A fetch that writes to the engine's memory, and then what it left unsettled."""
+
+    def __init__(self, load: Load, operation: Any) -> None:
+        self.load = load
+        self.operation = operation
+        self.report: kvfabric.FetchReport | None = None
+        self.begun = time.monotonic()
+
+
+class WorkerSide:
+    """One rank's node, and what it does for the engine. Called from the worker's thread only."""
+
+    def __init__(
+        self, config: ConnectorConfig, facts: EngineFacts, engine: VllmConfig, rank: int
+    ) -> None:
+        self._config = config
+        self._facts = facts
+        self._engine = engine
+        self._rank = rank
+        self._node: kvfabric.Node | None = None
+        self._pages: kvfabric.Pages | None = None
+        self._region: kvfabric.Region | None = None
+        self._block_bytes = 0
+        self._storing: deque[_Storing] = deque()
+        self._storing_bytes = 0
+        self._fetching: list[_Fetching] = []
+        self._pins: deque[Pin] = deque()
+        self._pinning: deque[Any] = deque()
+        # Finished requests whose blocks the engine keeps until their stores are done.
+        self._releasing: set[str] = set()
+        self._settled: dict[str, int] = {}
+        self._cleared = 0
+        self._failed_blocks: set[int] = set()
+        self._received: set[str] = set()
+        self.stats = ConnectorStats()
+
+    def open(self, cache: KVCacheConfig, tensors: dict[str, torch.Tensor]) -> None:
+        """Registers the engine's memory and opens this rank's node.
+
+        Raises `ConfigError` for memory that cannot be shared block by block, and what the node says
+        of its configuration.
+        """
+        layout = PageLayout.of(cache, tensors)
+        backends = [backend.full_cls_name() for backend in _backends(self._engine, cache)]
+        names = [".".join(name) if isinstance(name, tuple) else str(name) for name in backends]
+        identity = model_identity(self._config, self._engine, layout.name, layout.element, names)
+        node = node_config(
+            self._config,
+            self._facts,
+            self._engine,
+            rank=self._rank,
+            block_bytes=layout.block_bytes,
+            identity=identity,
+            layers=layout.layers,
+        )
+        self._node = kvfabric.Node(node)
+        # The tensors keep the allocation alive; the engine drops them after it has shut the
+        # connector down.
+        self._region = self._node.agent.register_address(
+            layout.address, layout.length, readable=True, writable=True, keep=dict(tensors)
+        )
+        region = self._region
+        self._pages = self._node.pages(
+            [(region, span.offset, span.stride, span.length) for span in layout.spans],
+            layout.blocks,
+        )
+        self._block_bytes = layout.block_bytes
+        assert self._pages.block_bytes == layout.block_bytes
+        logger.info(
+            "node %s at %s: %d blocks of %d bytes, model identity %s",
+            self._node.pod,
+            self._node.peer_address,
+            layout.blocks,
+            layout.block_bytes,
+            identity,
+        )
+
+    def handshake(self) -> Handshake | None:
+        """Where the scheduler finds this rank's node; None before it is open."""
+        if self._node is None:
+            return None
+        assert self._node.peer_address is not None
+        return Handshake(pod=self._node.pod, peer_address=self._node.peer_address)
+
+    # One step, in the order in which the engine calls.
+
+    def before_step(self, step: StepMetadata) -> None:
+        """Waits until no store reads blocks that this step may overwrite."""
+        if step.clear:
+            self._clear()
+        if step.preempted:
+            for storing in [s for s in self._storing if s.store.request_id in step.preempted]:
+                self._finish(storing)
+
+    def load(self, step: StepMetadata) -> None:
+        """Starts the fetches of this step."""
+        for load in step.loads:
+            try:
+                sources = load.sources[self._rank]
+                operation = self._open_node.fetch(
+                    self._open_node.prefix_of(load.names),
+                    self._pages,
+                    load.block_ids,
+                    first=load.first,
+                    holders=sources.holders,
+                    shared=sources.shared,
+                    deadline=self._config.fetch_deadline_ms / 1000,
+                )
+            except kvfabric.KvfabricError as error:
+                logger.warning("fetch for request %s: %s", load.request_id, error)
+                self._fetched(load, 0)
+                continue
+            self._fetching.append(_Fetching(load, operation))
+
+    def store(self, step: StepMetadata) -> None:
+        """Starts the stores of blocks that this step completed, and the pins that wait for them."""
+        for store in step.stores:
+            size = len(store.block_ids) * self._block_bytes
+            if not self._room_for(size, store.awaited):
+                self.stats.add("skipped_blocks", len(store.block_ids))
+                self._settle(store.request_id)
+                continue
+            try:
+                operation = self._open_node.store(
+                    self._open_node.prefix_of(store.names),
+                    self._pages,
+                    store.block_ids,
+                    deadline=self._config.store_deadline_ms / 1000,
+                )
+            except kvfabric.KvfabricError as error:
+                logger.warning("store for request %s: %s", store.request_id, error)
+                self.stats.add("store_failed_blocks", len(store.block_ids))
+                self._settle(store.request_id)
+                continue
+            self._storing.append(_Storing(store, operation))
+            self._storing_bytes += size
+        self._releasing.update(step.releases)
+        self._pins.extend(step.pins)
+
+    def poll(self) -> tuple[set[str], set[str]]:
+        """Requests whose stores are done and whose blocks may be freed, and those whose fetch is
+        over.
+        """
+        for storing in [s for s in self._storing if s.operation.done()]:
+            self._finish(storing)
+        self._poll_fetches()
+        busy = {storing.store.request_id for storing in self._storing}
+        self._pin(busy)
+        sent = self._releasing - busy
+        self._releasing &= busy
+        received, self._received = self._received, set()
+        return sent, received
+
+    def take_failed_blocks(self) -> set[int]:
+        """Engine blocks of this step's finished fetches that hold nothing of use."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_metadata(self) -> WorkerMetadata | None:
+        """What the scheduler is to know of this step."""
+        if not self._settled and not self._cleared:
+            return None
+        told = WorkerMetadata(settled=self._settled, cleared=self._cleared)
+        self._settled, self._cleared = {}, 0
+        return told
+
+    def shutdown(self) -> None:
+        """Lets what is in flight end, and closes the node."""
+        if self._node is None:
+            return
+        deadline = self._config.shutdown_deadline_ms / 1000
+        try:
+            self._node.shutdown(deadline)
+        except kvfabric.KvfabricError as error:
+            logger.warning("shutting down: %s", error)
+        self._node = self._pages = None
+
+    # Stores.
+
+    @property
+    def _open_node(self) -> kvfabric.Node:
+        if self._node is None:
+            raise kvfabric.CancelledError("the connector was shut down")
+        return self._node
+
+    def _room_for(self, size: int, awaited: bool) -> bool:
+        limit = self._config.store_inflight_max
+        ends = time.monotonic() + self._config.store_deadline_ms / 1000
+        # A decode engine waits for these blocks, so they wait for room; others are dropped.
+        while awaited and self._storing and self._storing_bytes + size > limit:
+            if time.monotonic() >= ends:
+                return False
+            self._finish(self._storing[0])
+        return not self._storing or self._storing_bytes + size <= limit
+
+    def _finish(self, storing: _Storing) -> None:
+        """Waits for a store, for as long as it reads the engine's memory, and counts what became of
+        it.
+        """
+        blocks = len(storing.store.block_ids)
+        try:
+            report = _ended(storing.operation, "store", storing.store.request_id)
+            self.stats.add("stored_blocks", report.stored)
+            self.stats.add("stored_bytes", report.stored * self._block_bytes)
+            self.stats.add("held_blocks", report.already_held)
+            self.stats.add("refused_blocks", report.refused)
+            self.stats.add("store_failed_blocks", report.failed)
+        except kvfabric.KvfabricError as error:
+            logger.warning("store for request %s: %s", storing.store.request_id, error)
+            self.stats.add("store_failed_blocks", blocks)
+        self.stats.add("store_seconds", time.monotonic() - storing.begun)
+        self._storing.remove(storing)
+        self._storing_bytes -= blocks * self._block_bytes
+        self._settle(storing.store.request_id)
+
+    def _settle(self, request_id: str) -> None:
+        self._settled[request_id] = self._settled.get(request_id, 0) + 1
+
+    # Fetches.
+
+    def _poll_fetches(self) -> None:
+        waiting = []
+        for fetching in self._fetching:
+            if fetching.report is None and fetching.operation.done():
+                self._take_report(fetching)
+            if fetching.operation is None and (
+                fetching.report is None or fetching.report.drained(0.0)
+            ):
+                depth = fetching.report.depth if fetching.report else 0
+                self.stats.add("fetch_seconds", time.monotonic() - fetching.begun)
+                self._fetched(fetching.load, depth)
+            else:
+                waiting.append(fetching)
+        self._fetching = waiting
+
+    def _take_report(self, fetching: _Fetching) -> None:
+        try:
+            fetching.report = fetching.operation.wait(0.0)
+        except kvfabric.KvfabricError as error:
+            logger.warning("fetch for request %s: %s", fetching.load.request_id, error)
+        fetching.operation = None
+        if fetching.report is not None:
+            self.stats.add_sources(list(fetching.report.sources))
+            if fetching.report.unsettled:
+                self.stats.add("fetches_unsettled")
+
+    def _fetched(self, load: Load, depth: int) -> None:
+        """The engine may use the blocks before `depth`, computes the others, and owns all of them
+        again.
+        """
+        self.stats.add("fetches")
+        self.stats.add("fetched_bytes", depth * self._block_bytes)
+        if depth < len(load.block_ids):
+            self.stats.add("fetches_failed")
+            self._failed_blocks.update(load.block_ids[depth:])
+        self._received.add(load.request_id)
+
+    # Pins, and forgetting.
+
+    def _pin(self, busy: set[str]) -> None:
+        for _ in range(len(self._pins)):
+            pin = self._pins.popleft()
+            if pin.request_id in busy:
+                self._pins.append(pin)
+                continue
+            try:
+                prefix = self._open_node.prefix_of(pin.names)
+                self._pinning.append(
+                    self._open_node.pin(prefix, ttl=self._config.pin_ttl_s, id=pin.pin_id)
+                )
+            except kvfabric.KvfabricError as error:
+                self._pin_failed(error)
+        while self._pinning and (self._pinning[0].done() or len(self._pinning) > PINS_MAX):
+            try:
+                self._pinning.popleft().wait(0.0)
+            except kvfabric.KvfabricError as error:
+                self._pin_failed(error)
+
+    def _pin_failed(self, error: kvfabric.KvfabricError) -> None:
+        logger.warning("keeping a prefix for a decode engine: %s", error)
+        self.stats.add("pins_failed")
+
+    def _clear(self) -> None:
+        """Forgets everything, after what is on its way: nothing older may come back afterwards."""
+        while self._storing:
+            self._finish(self._storing[0])
+        for fetching in self._fetching:
+            if fetching.operation is not None:
+                try:
+                    _ended(fetching.operation, "fetch", fetching.load.request_id)
+                except kvfabric.KvfabricError:
+                    # It is reported by the next poll.
+                    continue
+        _ended(self._open_node.clear(), "clear", "of all")
+        self._cleared += 1
+
+
+def _ended(operation: Any, what: str, request_id: str) -> Any:
+    """The result of an operation that uses the engine's memory: it has a deadline of its own, and
+    until it ends there is nothing better to do than to wait.
+    """
+    while True:
+        try:
+            return operation.wait(PATIENCE_SECONDS)
+        except kvfabric.DeadlineError:
+            if operation.done():
+                raise
+            logger.warning("still waiting for the %s of request %s", what, request_id)
+
+
+def _backends(engine: VllmConfig, cache: KVCacheConfig) -> list[Any]:
+    layers = [name for group in cache.kv_cache_groups for name in group.layer_names]
+    return get_current_attn_backends(engine, layers)
