@@ -13,6 +13,7 @@
 mod attached;
 mod blocks;
 pub mod config;
+pub mod identity;
 mod index;
 pub mod life;
 mod metrics;

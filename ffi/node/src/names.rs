@@ -305,3 +305,6 @@ fn parse(packed: &[u8]) -> Result<Names> {
         entries: rest.to_vec(),
     })
 }
+
+#[cfg(test)]
+mod tests;

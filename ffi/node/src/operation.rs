@@ -158,3 +158,6 @@ impl<T> Drop for Decider<T> {
         self.shared.decide(Err(error));
     }
 }
+
+#[cfg(test)]
+mod tests;
