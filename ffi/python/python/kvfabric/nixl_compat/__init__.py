@@ -5,7 +5,8 @@ puts them there. The same calls give the same states, return types and exception
 
 - Every agent may be used from any thread, whatever its ``sync_mode``. No thread polls: an idle agent uses no CPU.
 - One backend, under the name that engines ask for by default, ``"UCX"``. It is kvfabric's own: shared memory and copies
-  from process to process on one host, TCP between hosts. See ``BACKEND_PARAMS`` in ``_settings`` for what it takes.
+  from process to process on one host, TCP between hosts. See ``BACKEND_PARAMS`` in ``_settings`` for what it takes,
+  as backend parameters or from the environment.
 - Host memory only. Device memory and files are refused with a reason.
 - Every exception says why, after the name of the status that NIXL raises alone.
 - Metadata is kvfabric's own and versioned: an agent of the real NIXL is refused by name, and the other way round.

@@ -18,18 +18,20 @@ BACKEND_MEMORY = ["DRAM_SEG"]
 
 BACKEND_PARAMS: Dict[str, str] = {
     # "ip:port" to listen on, port 0 for any, or "off". Agents on other hosts reach this one there: name an interface of
-    # a trusted network. The environment's KVFABRIC_NIXL_LISTEN is the default.
+    # a trusted network.
     "listen": "127.0.0.1:0",
-    # "ip:port" that peers are told, where it differs: needed when listening on 0.0.0.0. KVFABRIC_NIXL_ADVERTISE.
+    # "ip:port" that peers are told, where it differs: needed when listening on 0.0.0.0.
     "advertise": "",
     # Whether peers on this host share memory with this agent, and whether memory that cannot be shared is copied straight
     # from process to process.
     "shm": "true",
     "cma": "true",
-    # Seconds after which a transfer that is not finished fails. KVFABRIC_NIXL_DEADLINE.
+    # Seconds after which a transfer that is not finished fails.
     "deadline": "60",
 }
-"""The backend's parameters and their defaults."""
+"""The backend's parameters and their defaults. The environment's `KVFABRIC_NIXL_LISTEN`, and so on, go over these: engines
+do not let everybody set backend parameters.
+"""
 
 # What engines pass for the sake of UCX: nothing here depends on it.
 _OF_UCX = {
@@ -58,9 +60,10 @@ class Settings(NamedTuple):
     @staticmethod
     def of(params: Mapping[str, str]) -> "Settings":
         """Reads backend parameters; those that only mean something to UCX are ignored, unknown ones with a warning."""
-        chosen = dict(BACKEND_PARAMS)
-        for name in ("listen", "advertise", "deadline"):
-            chosen[name] = os.environ.get(f"KVFABRIC_NIXL_{name.upper()}", chosen[name])
+        chosen = {
+            name: os.environ.get(f"KVFABRIC_NIXL_{name.upper()}", default)
+            for name, default in BACKEND_PARAMS.items()
+        }
         for name, value in params.items():
             if name in BACKEND_PARAMS:
                 chosen[name] = value
