@@ -14,10 +14,14 @@ mod errors;
 mod fabric;
 mod index;
 mod life;
+mod names;
+mod node;
+mod operation;
 mod peer;
 mod prepared;
 mod region;
 mod reports;
+mod settings;
 mod transfer;
 
 /// The native part of the package; `kvfabric/__init__.py` says what is public.
@@ -29,6 +33,13 @@ fn _kvfabric(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<region::Region>()?;
     module.add_class::<prepared::Prepared>()?;
     module.add_class::<transfer::Transfer>()?;
+    module.add_class::<node::Node>()?;
+    module.add_class::<node::Pages>()?;
+    module.add_class::<node::Prefix>()?;
+    module.add_class::<operation::Operation>()?;
+    module.add_class::<reports::FetchReport>()?;
+    module.add_class::<names::NameChain>()?;
+    module.add_function(wrap_pyfunction!(names::model_identity, module)?)?;
     module.add_class::<index::Index>()?;
     module.add_class::<index::PodDepth>()?;
     errors::add(module)

@@ -19,6 +19,7 @@ from typing import (
 from ._reports import Held as Held
 from ._reports import Pin as Pin
 from ._reports import Reach as Reach
+from ._reports import Removed as Removed
 from ._reports import StoreReport as StoreReport
 from ._reports import Telemetry as Telemetry
 
@@ -475,15 +476,13 @@ class Node:
     def unpin(self, pin: int) -> Operation[None]:
         """Lets go of what was pinned; nothing happens for a pin that is over."""
 
-    def remove(self, prefix: Prefix) -> Operation[None]:
+    def remove(self, prefix: Prefix) -> Operation[Removed]:
         """Removes the blocks of `prefix` from this node's own tiers, and tells the index. Shared
-        objects stay.
+        objects stay, and so do blocks that somebody uses.
         """
 
-    def clear(self) -> Operation[None]:
-        """Removes all blocks from this node's own tiers, and tells the index. Shared objects
-        stay.
-        """
+    def clear(self) -> Operation[Removed]:
+        """Removes all blocks from this node's own tiers, as `remove` does."""
 
     def flush(self, deadline: float = 30.0) -> Operation[None]:
         """Waits until what is on its way to the disk and to the shared store is there."""
@@ -582,6 +581,7 @@ class NameChain:
         *,
         lora: str = "",
         cache_salt: str = "",
+        adapter_identity: Optional[bytes] = None,
     ) -> None:
         """`scheme` is the indexer's key scheme, such as "xxh3:1337"; `model` the name that the
         index knows the model by.

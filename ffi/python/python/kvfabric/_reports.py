@@ -34,14 +34,23 @@ class StoreReport(NamedTuple):
 
 
 class Held(NamedTuple):
-    """How many blocks from the first a node could supply by itself, and for how many of them
-    which tier is the fastest.
-    """
+    """How many blocks from the first a node could supply by itself."""
 
     depth: int
+    """Without a hole, in host memory and on disk together."""
     host: int
+    """How many of those are in host memory."""
     disk: int
-    object: int
+    """How many of those are only on disk."""
+
+
+class Removed(NamedTuple):
+    """What became of blocks that were to be removed."""
+
+    removed: int
+    """No longer in this node's own tiers."""
+    kept: int
+    """Still there, because somebody uses them: pinned, lent to a peer, or on their way."""
 
 
 class Pin(NamedTuple):

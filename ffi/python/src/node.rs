@@ -1,0 +1,432 @@
+//! Nodes: their tiers, their prefixes and pages.
+
+use std::mem::ManuallyDrop;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kvfabric::life::Life;
+use kvfabric::names::Names;
+use kvfabric::transfer::RegionId;
+use kvfabric::{
+    AttachedNode, Error, ErrorKind, Holder, Located, Namespace, PodName, Result, Segment,
+};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyMapping};
+
+use crate::agent::Agent;
+use crate::buffer::integers;
+use crate::errors::to_python;
+use crate::fabric::Fabric;
+use crate::life::{enter, parse_timeout, patiently};
+use crate::names::adapter;
+use crate::operation::{Memory, Operation};
+use crate::region::{Held, Region};
+use crate::{reports, settings};
+
+/// Added to the deadline of a shutdown, for its answer to arrive.
+const SHUTDOWN_MARGIN: Duration = Duration::from_secs(5);
+
+/// How long one round of waiting for an answer is that has no deadline of its caller's; there is another one after it.
+const ROUND: Duration = Duration::from_secs(1);
+
+/// A node, shared by all objects made from it.
+struct Core {
+    fabric: Arc<Fabric>,
+    node: ManuallyDrop<AttachedNode>,
+}
+
+impl Core {
+    fn life(&self) -> &Arc<Life> {
+        self.node.life()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for an object of another node.
+    fn check(self: &Arc<Self>, what: &str, other: &Arc<Self>) -> Result<()> {
+        if Arc::ptr_eq(self, other) {
+            return Ok(());
+        }
+        let pod = other.node.node().pod();
+        let text = format!("the {what} are of another node, {:?}", pod.as_str());
+        Err(Error::new(ErrorKind::Invalid, text))
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // In a forked child the node's threads do not exist: it is left as it is.
+        if !self.life().is_forked() {
+            // SAFETY: not used after this, as the core is being dropped.
+            unsafe { ManuallyDrop::drop(&mut self.node) };
+        }
+    }
+}
+
+/// One pod's tiers, fabric and connection to the index. Safe to use from any thread.
+#[pyclass(frozen, module = "kvfabric")]
+pub(crate) struct Node {
+    core: Arc<Core>,
+}
+
+/// An engine's pool of blocks. It keeps its regions.
+#[pyclass(frozen, module = "kvfabric")]
+pub(crate) struct Pages {
+    core: Arc<Core>,
+    pages: kvfabric::Pages,
+    regions: Vec<Arc<Held>>,
+}
+
+/// The blocks of a token sequence from its first on, as a node names them.
+#[pyclass(frozen, module = "kvfabric")]
+pub(crate) struct Prefix {
+    core: Arc<Core>,
+    /// Never held while waiting for the GIL.
+    prefix: Mutex<kvfabric::Prefix>,
+}
+
+impl Prefix {
+    fn lock(&self) -> MutexGuard<'_, kvfabric::Prefix> {
+        self.prefix.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A store or fetch, checked.
+struct Run<'a> {
+    prefix: &'a Prefix,
+    pages: &'a Pages,
+    blocks: Vec<u32>,
+    deadline: Duration,
+}
+
+impl Node {
+    fn run<'a>(
+        &self,
+        prefix: &'a Bound<'_, Prefix>,
+        pages: &'a Bound<'_, Pages>,
+        blocks: &Bound<'_, PyAny>,
+        deadline: f64,
+    ) -> PyResult<Run<'a>> {
+        let (prefix, pages) = (prefix.get(), pages.get());
+        self.core
+            .check("blocks of the prefix", &prefix.core)
+            .map_err(to_python)?;
+        self.core.check("pages", &pages.core).map_err(to_python)?;
+        Ok(Run {
+            prefix,
+            pages,
+            blocks: integers(blocks, "blocks")?,
+            deadline: parse_timeout(deadline)?,
+        })
+    }
+
+    /// A prefix that is this node's own.
+    fn own<'a>(&self, prefix: &'a Bound<'_, Prefix>) -> PyResult<&'a Prefix> {
+        let prefix = prefix.get();
+        self.core
+            .check("blocks of the prefix", &prefix.core)
+            .map_err(to_python)?;
+        Ok(prefix)
+    }
+}
+
+/// Hints about holders, as `Reach` has them.
+fn located(
+    holders: Vec<(String, u32, Option<String>)>,
+    shared: Vec<(u32, u32)>,
+) -> Result<Located> {
+    let holder = |(pod, depth, peer_address): (String, u32, Option<String>)| {
+        Ok(Holder {
+            pod: PodName::new(&pod).map_err(|e| e.at("holders"))?,
+            depth,
+            peer_address,
+        })
+    };
+    let range = |(start, stop): (u32, u32)| -> Result<Range<u32>> {
+        if start < stop {
+            return Ok(start..stop);
+        }
+        let found = format!("({start}, {stop})");
+        Err(Error::invalid("shared", found, "start before stop"))
+    };
+    Ok(Located {
+        holders: holders.into_iter().map(holder).collect::<Result<_>>()?,
+        shared: shared.into_iter().map(range).collect::<Result<_>>()?,
+    })
+}
+
+#[pymethods]
+impl Node {
+    /// Opens everything: the agent, the tiers (with what the disk still holds), the peer service and the registration with
+    /// the index. `config` is a nested mapping, or the path of a TOML file; `overrides` go over it, by dotted key.
+    #[new]
+    #[pyo3(signature = (config, *, overrides = None))]
+    fn new(
+        py: Python<'_>,
+        config: &Bound<'_, PyAny>,
+        overrides: Option<&Bound<'_, PyMapping>>,
+    ) -> PyResult<Self> {
+        let config = settings::read(config, overrides)?;
+        let node = py
+            .detach(|| AttachedNode::open(config))
+            .map_err(to_python)?;
+        let fabric = Fabric::new(node.life().clone(), node.node().agent().clone());
+        let node = ManuallyDrop::new(node);
+        Ok(Self {
+            core: Arc::new(Core { fabric, node }),
+        })
+    }
+
+    /// The name by which routers and peers know this pod.
+    #[getter]
+    fn pod(&self) -> &str {
+        self.core.node.node().pod().as_str()
+    }
+
+    /// The fabric: where an engine registers its memory.
+    #[getter]
+    fn agent(&self) -> Agent {
+        Agent::of(self.core.fabric.clone())
+    }
+
+    /// The "ip:port" at which peers ask; None without a peer service.
+    #[getter]
+    fn peer_address(&self) -> Option<String> {
+        let address = self.core.node.node().peer_address()?;
+        Some(address.to_string())
+    }
+
+    /// The "ip:port" at which Prometheus scrapes; None without.
+    #[getter]
+    fn metrics_address(&self) -> Option<String> {
+        let address = self.core.node.node().metrics_address()?;
+        Some(address.to_string())
+    }
+
+    /// Describes an engine's pool of `blocks` blocks: its segments, each (region, offset, stride, length) for the bytes
+    /// [offset + b * stride, + length) of block number b.
+    fn pages(
+        &self,
+        segments: Vec<(Bound<'_, Region>, u64, u64, u64)>,
+        blocks: u32,
+    ) -> PyResult<Pages> {
+        let _call = enter(self.core.life())?;
+        let mut regions: Vec<Arc<Held>> = Vec::new();
+        let mut listed = Vec::with_capacity(segments.len());
+        for (position, (region, offset, stride, len)) in segments.iter().enumerate() {
+            let held = &region.get().held;
+            if !held.is_of(&self.core.fabric) {
+                let text = format!("segment {position}: the region is of another agent");
+                return Err(to_python(Error::new(ErrorKind::Invalid, text)));
+            }
+            // A fetch writes to all of them.
+            held.check_writable().map_err(to_python)?;
+            let id: RegionId = held.region.id();
+            if regions.iter().all(|known| known.region.id() != id) {
+                regions.push(held.clone());
+            }
+            listed.push(Segment {
+                region: id,
+                offset: *offset,
+                stride: *stride,
+                len: *len,
+            });
+        }
+        let pages = self.core.node.node().pages(listed, blocks);
+        Ok(Pages {
+            core: self.core.clone(),
+            pages: pages.map_err(to_python)?,
+            regions,
+        })
+    }
+
+    /// An empty sequence of blocks, to be extended by tokens.
+    #[pyo3(signature = (*, lora = "", cache_salt = ""))]
+    fn prefix(&self, lora: &str, cache_salt: &str) -> PyResult<Prefix> {
+        let _call = enter(self.core.life())?;
+        let namespace = Namespace { lora, cache_salt };
+        let prefix = self.core.node.node().prefix(&namespace);
+        Ok(Prefix {
+            core: self.core.clone(),
+            prefix: Mutex::new(prefix.map_err(to_python)?),
+        })
+    }
+
+    /// The blocks that an engine names by its own hashes: what `NameChain.pack` made.
+    #[pyo3(signature = (names, *, adapter_identity = None))]
+    fn prefix_of(&self, names: &[u8], adapter_identity: Option<&[u8]>) -> PyResult<Prefix> {
+        let _call = enter(self.core.life())?;
+        let adapter = adapter(adapter_identity)?;
+        let names = Names::parse(names).map_err(to_python)?;
+        let prefix = self.core.node.node().prefix_of(&names, adapter);
+        Ok(Prefix {
+            core: self.core.clone(),
+            prefix: Mutex::new(prefix.map_err(to_python)?),
+        })
+    }
+
+    /// Copies blocks out of the engine's memory into the tiers: `blocks` are numbers in `pages`, for the positions of `prefix`
+    /// from `first` on. Their memory must stay as it is until the operation is done.
+    #[pyo3(signature = (prefix, pages, blocks, *, first = 0, deadline = 30.0))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "Python passes the optional ones by name"
+    )]
+    fn store(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        pages: &Bound<'_, Pages>,
+        blocks: &Bound<'_, PyAny>,
+        first: usize,
+        deadline: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let run = self.run(prefix, pages, blocks, deadline)?;
+        let operation = py.detach(|| {
+            let prefix = run.prefix.lock();
+            self.core
+                .node
+                .store(&prefix, first, &run.pages.pages, &run.blocks, run.deadline)
+        });
+        Ok(Operation::new(
+            self.core.life(),
+            operation.map_err(to_python)?,
+            Memory::of(&run.pages.regions),
+            reports::store,
+        ))
+    }
+
+    /// Brings blocks into the engine's memory, from wherever they are: `blocks` are numbers in `pages`, for the positions of
+    /// `prefix` from `first` on. `holders` and `shared` are hints, counted from the first block of `prefix`; without any,
+    /// the index is asked. The memory must not be used until the operation is done.
+    #[pyo3(signature = (prefix, pages, blocks, *, first = 0, holders = Vec::new(), shared = Vec::new(), deadline = 5.0))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "Python passes the optional ones by name"
+    )]
+    fn fetch(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        pages: &Bound<'_, Pages>,
+        blocks: &Bound<'_, PyAny>,
+        first: usize,
+        holders: Vec<(String, u32, Option<String>)>,
+        shared: Vec<(u32, u32)>,
+        deadline: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let run = self.run(prefix, pages, blocks, deadline)?;
+        let hints = located(holders, shared).map_err(to_python)?;
+        let operation = py.detach(|| {
+            let prefix = run.prefix.lock();
+            let pages = &run.pages.pages;
+            self.core
+                .node
+                .fetch(&prefix, first, pages, &run.blocks, hints, run.deadline)
+        });
+        let life = self.core.life().clone();
+        let regions = run.pages.regions.clone();
+        Ok(Operation::new(
+            self.core.life(),
+            operation.map_err(to_python)?,
+            Memory::of(&run.pages.regions),
+            move |py, fetched| reports::fetch(py, &life, fetched, Memory::of(&regions)),
+        ))
+    }
+
+    /// How many blocks from the first this node's own tiers hold.
+    fn held(&self, py: Python<'_>, prefix: &Bound<'_, Prefix>) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let prefix = self.own(prefix)?;
+        let operation = py.detach(|| self.core.node.held(&prefix.lock()));
+        Ok(Operation::plain(self.core.life(), operation, reports::held))
+    }
+
+    /// The tiers' counters and levels, by name; docs/metrics.md explains each.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let _call = enter(self.core.life())?;
+        let operation = self.core.node.stats();
+        loop {
+            // The node answers, or its end does.
+            let stats = patiently(py, ROUND, |slice| {
+                operation.wait(slice).map(|stats| stats.cloned())
+            })?;
+            if let Some(stats) = stats {
+                return reports::counters(py, &stats.map_err(to_python)?);
+            }
+        }
+    }
+
+    /// Stops leasing, withdraws what was announced, writes out what is on its way to the disk. Everything asked afterwards
+    /// fails with `CancelledError`; doing it twice is fine.
+    #[pyo3(signature = (deadline = 10.0))]
+    fn shutdown(&self, py: Python<'_>, deadline: f64) -> PyResult<()> {
+        let _call = enter(self.core.life())?;
+        let deadline = parse_timeout(deadline)?;
+        let operation = self.core.node.shutdown(deadline);
+        let ended = patiently(py, deadline + SHUTDOWN_MARGIN, |slice| {
+            operation.wait(slice).map(|ended| ended.copied())
+        })?;
+        match ended {
+            Some(Err(error)) if error.kind() == ErrorKind::Cancelled => Ok(()),
+            Some(ended) => ended.map_err(to_python),
+            None => {
+                let text = format!("the node did not end within {deadline:?}");
+                Err(to_python(Error::new(ErrorKind::Timeout, text)))
+            }
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<kvfabric.Node {:?}>", self.pod())
+    }
+}
+
+#[pymethods]
+impl Pages {
+    fn __len__(&self) -> usize {
+        self.pages.blocks() as usize
+    }
+
+    /// Bytes of a block, all segments together.
+    #[getter]
+    fn block_bytes(&self) -> u64 {
+        self.pages.block_bytes()
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "<kvfabric.Pages, {} blocks of {} bytes>",
+            self.pages.blocks(),
+            self.pages.block_bytes()
+        )
+    }
+}
+
+#[pymethods]
+impl Prefix {
+    /// Goes on with more tokens and returns how many full blocks there are; what does not fill a block waits for more.
+    fn extend(&self, py: Python<'_>, tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let _call = enter(self.core.life())?;
+        let tokens = integers(tokens, "tokens")?;
+        py.detach(|| self.lock().extend(&tokens)).map_err(to_python)
+    }
+
+    fn __len__(&self) -> PyResult<usize> {
+        let _call = enter(self.core.life())?;
+        Ok(self.lock().len())
+    }
+
+    /// The data key of the block at `position`: 32 bytes that name its content and where it belongs.
+    fn key<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let _call = enter(self.core.life())?;
+        let info = self.lock().infos().get(position).copied();
+        let info = info.ok_or_else(|| {
+            let count = self.lock().len();
+            to_python(Error::invalid("position", position, 0..count))
+        })?;
+        Ok(PyBytes::new(py, &info.key.0))
+    }
+}
