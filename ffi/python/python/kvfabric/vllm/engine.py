@@ -69,16 +69,16 @@ class EngineFacts:
                 ' whose blocks cannot be fetched; set "recompute"'
             )
         _check_parallel(engine)
-        hash_name, seed = _hashing(engine)
-        replica, replicas = _replica(engine)
+        hash_name, seed = hashing(engine)
+        replica, replicas = replica_of(engine)
         return cls(
             block_tokens=_block_tokens(engine, cache),
-            hash_format=_hash_format(),
+            hash_format=hash_format(),
             hash_name=hash_name,
             hash_seed=seed,
-            model=config.model or _served_model(engine),
+            model=config.model or served_model(engine),
             tensor_size=engine.parallel_config.tensor_parallel_size,
-            pod=_pod(config, transfer.engine_id, replica, replicas),
+            pod=pod_name(config, transfer.engine_id, replica, replicas),
             replica=replica,
             replicas=replicas,
             produces=transfer.is_kv_producer,
@@ -204,7 +204,8 @@ def _block_tokens(engine: VllmConfig, cache: KVCacheConfig) -> int:
     return int(spec.block_size)
 
 
-def _hashing(engine: VllmConfig) -> tuple[str, str]:
+def hashing(engine: VllmConfig) -> tuple[str, str]:
+    """The engine's hash algorithm and seed; `ConfigError` if others could not rely on them."""
     name = engine.cache_config.prefix_caching_hash_algo
     if name not in SAFE_HASHES:
         raise ConfigError(
@@ -222,24 +223,28 @@ def _hashing(engine: VllmConfig) -> tuple[str, str]:
     return name, seed
 
 
-def _hash_format() -> str:
+def hash_format() -> str:
+    """Names what this version of the engine puts into a block's hash."""
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
     return "vllm/tagged" if version >= TAGGED_KEYS_SINCE else "vllm/untagged"
 
 
-def _served_model(engine: VllmConfig) -> str:
+def served_model(engine: VllmConfig) -> str:
+    """The first name under which the engine serves its model."""
     served = engine.model_config.served_model_name
     if isinstance(served, (list, tuple)):
         served = served[0] if served else None
     return str(served or engine.model_config.model)
 
 
-def _replica(engine: VllmConfig) -> tuple[int, int]:
+def replica_of(engine: VllmConfig) -> tuple[int, int]:
+    """The engine's number among its data-parallel replicas, and how many there are."""
     parallel = engine.parallel_config
     return int(parallel.data_parallel_index), int(parallel.data_parallel_size)
 
 
-def _pod(config: ConnectorConfig, engine_id: str | None, replica: int, replicas: int) -> str:
+def pod_name(config: ConnectorConfig, engine_id: str | None, replica: int, replicas: int) -> str:
+    """The configured name of the pod, or one that no other engine has."""
     named = config.node.get("pod")
     if named is None:
         # The engine's own id differs at each start and at each replica, which is what a name needs.
@@ -303,3 +308,12 @@ def _reachable(endpoint: str, host: str, replica: int) -> str:
         raise ConfigError(f"kv_events_config: the index cannot find {endpoint!r}, name its port")
     name = host if bound in ("*", "0.0.0.0", "[::]", "::") else bound
     return f"tcp://{name}:{int(port) + replica}"
+
+
+_hashing, _hash_format, _served_model, _replica, _pod = (
+    hashing,
+    hash_format,
+    served_model,
+    replica_of,
+    pod_name,
+)

@@ -77,13 +77,11 @@ class PageLayout:
         if len(storages) != 1:
             raise ConfigError(f"cache: {len(storages)} allocations are not supported, only one is")
         (storage,) = storages.values()
-        merged = _merged(spans)
-        _check_inside(merged, cache.num_blocks, storage.nbytes())
         return cls(
             address=storage.data_ptr(),
             length=storage.nbytes(),
             blocks=cache.num_blocks,
-            spans=merged,
+            spans=_merged(spans),
             name=f"{cache.kv_cache_layout or 'unnamed'} {_order(names, spans)}",
             element=",".join(sorted(elements)),
             layers=len(names),
@@ -134,16 +132,6 @@ def _merged(spans: list[Span]) -> tuple[Span, ...]:
                 continue
         merged.append(span)
     return tuple(merged)
-
-
-def _check_inside(spans: tuple[Span, ...], blocks: int, length: int) -> None:
-    for span in spans:
-        end = span.offset + (blocks - 1) * span.stride + span.length
-        if span.length > span.stride or end > length:
-            raise ConfigError(
-                f"cache: pages of {span.length} bytes, {span.stride} apart from {span.offset}, do"
-                f" not fit into {length} bytes"
-            )
 
 
 def _order(names: list[str], spans: list[Span]) -> str:
