@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -38,6 +39,15 @@ class OtherProcess:
         line = self.process.stdout.readline()
         assert line, "the other process has ended"
         return json.loads(line)
+
+    def stop(self):
+        """Lets it do nothing any more, until `go`."""
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def go(self):
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self):
         self.process.kill()
