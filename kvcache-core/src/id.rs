@@ -66,7 +66,11 @@ number!(
     LeaseId, u64
 );
 number!(
-    /// One store or fetch that an engine asked for.
+    /// One pin that was asked of a node; unique in that node's lifetime.
+    PinId, u64
+);
+number!(
+    /// One store, fetch or flush that was asked for.
     OperationId, u64
 );
 number!(

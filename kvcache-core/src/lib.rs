@@ -23,6 +23,8 @@ pub mod shape;
 pub mod table;
 
 pub use error::{Error, ErrorKind, Result};
-pub use id::{Epoch, Generation, LeaseId, OperationId, PeerId, PodName, Sequence, SlotIndex, Time};
+pub use id::{
+    Epoch, Generation, LeaseId, OperationId, PeerId, PinId, PodName, Sequence, SlotIndex, Time,
+};
 pub use key::{BlockInfo, BlockKey, Checksum, ChecksumAlgorithm, EngineHash, IndexKey};
 pub use place::Tier;

@@ -11,6 +11,7 @@
 )]
 
 mod executor;
+mod keeping;
 mod outcomes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use crate::error::{ErrorKind, Result};
 use crate::event::NodeEvent;
-use crate::id::{Generation, LeaseId, OperationId, PeerId, SlotIndex, Time};
+use crate::id::{Generation, LeaseId, OperationId, PeerId, PinId, SlotIndex, Time};
 use crate::key::{BlockInfo, BlockKey, IndexKey};
 use crate::manager::{
     Command, CommandId, FetchRequest, LeasedBlock, Limits, Manager, Move, Outcome,
@@ -114,6 +115,11 @@ pub struct World {
     engines: BTreeMap<OperationId, Engine>,
     unready_leases: BTreeSet<LeaseId>,
     leases: BTreeMap<LeaseId, Granted>,
+    unready_pins: BTreeMap<PinId, (Vec<BlockKey>, Duration)>,
+    /// What each pin keeps in DRAM, and until when.
+    pins: BTreeMap<PinId, (Vec<BlockKey>, Time)>,
+    /// The copies that each flush waits for, as far as they have been handed out.
+    flushes: BTreeMap<OperationId, Vec<CommandId>>,
     commands: Vec<Command>,
     undrained: BTreeMap<CommandId, Undrained>,
     replayed: Replayed,
@@ -152,6 +158,9 @@ impl World {
             engines: BTreeMap::new(),
             unready_leases: BTreeSet::new(),
             leases: BTreeMap::new(),
+            unready_pins: BTreeMap::new(),
+            pins: BTreeMap::new(),
+            flushes: BTreeMap::new(),
             commands: Vec::new(),
             undrained: BTreeMap::new(),
             replayed: Replayed::default(),
@@ -292,6 +301,7 @@ impl World {
         self.now = self.now + by;
         let now = self.now;
         self.leases.retain(|_, granted| granted.until > now);
+        self.pins.retain(|_, (_, until)| *until > now);
         self.manager.handle_timeout(now);
         self.after();
     }
@@ -388,6 +398,8 @@ impl World {
         }
         assert_eq!(self.open_operations(), [], "operations without an outcome");
         assert!(self.unready_leases.is_empty(), "leases without an outcome");
+        assert!(self.unready_pins.is_empty(), "pins without an outcome");
+        assert!(self.flushes.is_empty(), "flushes without an outcome");
         let unsettled = self
             .engines
             .values()
@@ -411,6 +423,7 @@ impl World {
             self.commands.push(command);
         }
         self.manager.check_invariants();
+        self.check_pins();
         for tier in Tier::ALL {
             let contents = self
                 .manager

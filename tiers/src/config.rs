@@ -1,11 +1,13 @@
 //! What a cache is made of, and the bounds it keeps.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache_core::manager::Limits;
-use kvcache_core::{Error, PodName, Result};
+use kvcache_core::{BlockInfo, Error, PodName, Result};
 use kvfabric_transfer::DirectMode;
 
 use crate::disk::{BLOCK_BYTES_MAX, SegmentLayout};
@@ -15,6 +17,34 @@ pub const HOST_SLOTS_MIN: u64 = 2;
 
 /// The fewest segments a disk tier must have room for: one is filled while another is dropped.
 pub const SEGMENTS_MIN: u64 = 2;
+
+/// Turns an engine's packed names of blocks into blocks.
+type ReadNames = dyn Fn(&[u8]) -> Result<Vec<BlockInfo>> + Send + Sync;
+
+/// How the peer service understands what others call blocks.
+///
+/// Whoever asks where blocks are knows what its engine calls them, and mostly not their keys; what it sends is opaque to
+/// this crate.
+#[derive(Clone)]
+pub struct NameReader(Arc<ReadNames>);
+
+impl NameReader {
+    /// Names are read by `read`, whose errors go back to whoever asked. It may take a while, but must not block.
+    pub fn new(read: impl Fn(&[u8]) -> Result<Vec<BlockInfo>> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(read))
+    }
+
+    /// The blocks that these names mean, in order.
+    pub(crate) fn read(&self, names: &[u8]) -> Result<Vec<BlockInfo>> {
+        (self.0)(names)
+    }
+}
+
+impl fmt::Debug for NameReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("NameReader")
+    }
+}
 
 /// What a [`crate::Cache`] is made of.
 #[derive(Clone, Debug)]
@@ -40,6 +70,8 @@ pub struct CacheConfig {
     pub peers: PeerLimits,
     /// The deadline of one question to the directory.
     pub locate_timeout: Duration,
+    /// How names of blocks are read that others ask the peer service about; without it they are refused.
+    pub names: Option<NameReader>,
 }
 
 /// The NVMe tier: a directory of segment files.
@@ -103,6 +135,7 @@ impl CacheConfig {
             limits: Limits::default(),
             peers: PeerLimits::default(),
             locate_timeout: Duration::from_millis(500),
+            names: None,
         }
     }
 

@@ -15,6 +15,7 @@ mod checksum;
 pub mod config;
 pub mod disk;
 mod mover;
+mod numbers;
 pub mod object;
 mod pages;
 mod peer;
@@ -22,8 +23,9 @@ pub mod record;
 mod scratch;
 
 pub use cache::{
-    Cache, CacheStats, FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport,
+    Cache, CacheStats, FetchBlock, FetchReport, HeldDepth, Pinned, Reach, Removed, Source,
+    StoreBlock, StoreReport,
 };
-pub use config::{CacheConfig, DiskConfig, ObjectConfig, PeerLimits};
+pub use config::{CacheConfig, DiskConfig, NameReader, ObjectConfig, PeerLimits};
 pub use pages::{BlockMemory, Pages, SEGMENTS_MAX, Segment};
-pub use peer::PeerServer;
+pub use peer::{PeerServer, PeerService};

@@ -11,14 +11,7 @@ impl Manager {
         &mut self,
         blocks: impl ExactSizeIterator<Item = &'a BlockInfo>,
     ) -> Result<()> {
-        let max = self.limits.operation_blocks_max as usize;
-        if blocks.len() > max {
-            return Err(Error::invalid(
-                "blocks in one operation",
-                blocks.len(),
-                0..=max,
-            ));
-        }
+        self.check_blocks(blocks.len())?;
         for (position, block) in blocks.enumerate() {
             if block.parent == Some(block.key) {
                 let context = format!("block {position} ({:?}) is its own parent", block.key);
@@ -26,7 +19,8 @@ impl Manager {
             }
         }
         // What has ended but not drained counts too: a fabric that never drains must not pile up.
-        let open = self.stores.len() + self.fetches.len() + self.drains.len() + self.draining.len();
+        let ended = self.drains.len() + self.draining.len();
+        let open = self.stores.len() + self.fetches.len() + self.flushes.len() + ended;
         if open >= self.limits.operations_max as usize {
             self.stats.busy += 1;
             let context = format!("{open} operations under way or draining, the most allowed");
@@ -42,12 +36,14 @@ impl Manager {
         operation
     }
 
-    /// Ends a store or fetch now, whatever is still under way for it.
+    /// Ends a store, fetch or flush now, whatever is still under way for it.
     pub(super) fn end_operation(&mut self, now: Time, operation: OperationId) {
         if self.stores.contains_key(&operation) {
             self.end_store(operation);
         } else if self.fetches.contains_key(&operation) {
             self.end_fetch(now, operation);
+        } else {
+            self.end_flush(operation, false);
         }
     }
 }

@@ -6,9 +6,10 @@ use super::Manager;
 use super::job::{Holding, Job, PendingWork, Source, Task};
 use super::plan::{FetchOperation, FetchStep};
 use super::segment::SegmentState;
-use super::serve::LeaseStep;
+use super::serve::{Holder, LeaseStep};
 use super::store::StoreStep;
 use crate::id::SlotIndex;
+use crate::key::BlockKey;
 use crate::place::SegmentId;
 use crate::table::{Block, HostCopy};
 
@@ -50,7 +51,12 @@ impl Manager {
         );
         assert!(self.in_flight <= self.limits.commands_in_flight_max);
         assert!(self.background_in_flight <= self.limits.background_in_flight_max);
-        assert!(self.leases.len() <= self.limits.leases_max as usize);
+        self.check_pins_in_force();
+        for (operation, leaving) in &self.flushes {
+            assert!(!leaving.is_empty(), "{operation} waits for nothing");
+            let is_leaving = |id| self.pending.get(id).is_some_and(|p| p.work.is_background());
+            assert!(leaving.iter().all(is_leaving), "{operation} waits in vain");
+        }
         assert!(self.objects.len() <= self.limits.object_known_max as usize);
         for (since, key) in &self.objects {
             let known = self.table.get(key).and_then(|block| block.object);
@@ -63,6 +69,7 @@ impl Manager {
     pub fn open_ends(&self) -> usize {
         self.stores.len()
             + self.fetches.len()
+            + self.flushes.len()
             + self.leases.len()
             + self.pending.len()
             + self.draining.len()
@@ -172,6 +179,22 @@ impl Manager {
         assert!(pinned, "a slot that is in use is not pinned");
     }
 
+    fn check_pins_in_force(&self) {
+        let of = |wanted: bool| {
+            let leases = self.leases.values();
+            leases.filter(move |lease| (lease.holder == Holder::Pin) == wanted)
+        };
+        assert!(of(false).count() <= self.limits.leases_max as usize);
+        assert_eq!(of(true).count(), self.pins as usize, "pins in force");
+        assert!(self.pins <= self.limits.pins_max);
+        let mut counted: BTreeMap<BlockKey, u32> = BTreeMap::new();
+        for step in of(true).flat_map(|lease| &lease.steps) {
+            *counted.entry(*step.key()).or_default() += 1;
+        }
+        let kept = self.pinned.iter().map(|(key, pins)| (*key, *pins));
+        assert_eq!(kept.collect::<BTreeMap<_, _>>(), counted, "pinned blocks");
+    }
+
     fn check_pins(&self, index: SlotIndex, pins: u32, kept: &Kept) {
         let counted = kept.slot_pins.get(&index).copied().unwrap_or(0);
         assert_eq!(pins, counted, "pins of slot {index}");
@@ -204,7 +227,7 @@ impl Manager {
             assert_eq!(segment.pins(), pins, "copies in segment {id}");
             let rescues = kept.rescues.get(&id).copied().unwrap_or(0);
             match segment.state {
-                SegmentState::Writable | SegmentState::Full => {
+                SegmentState::Writable | SegmentState::Full | SegmentState::Doomed => {
                     assert_ne!(self.segments.leaving, Some(id));
                 }
                 SegmentState::Rescuing(open) => assert_eq!(open, rescues, "rescues of {id}"),

@@ -149,6 +149,7 @@ impl Manager {
         else {
             return;
         };
+        self.advance_flushes(id);
         if results.len() != jobs.len() {
             self.stats.stray_answers += 1;
         }

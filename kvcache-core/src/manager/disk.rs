@@ -69,6 +69,12 @@ impl Manager {
         if self.segments.is_empty() {
             return;
         }
+        if self.segments.leaving.is_none()
+            && let Some(doomed) = self.segments.doomed()
+        {
+            self.segments.leaving = Some(doomed);
+            self.forget_segment(doomed);
+        }
         let low = u64::from((self.limits.disk_segment_slots / ROOM_LOW_DIVISOR).max(1));
         if self.segments.leaving.is_none()
             && self.segments.room() < low

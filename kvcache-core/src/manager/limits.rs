@@ -38,6 +38,12 @@ pub struct Limits {
     pub leases_max: u32,
     /// Blocks in one lease, asked or granted; longer requests are cut.
     pub lease_blocks_max: u32,
+    /// Pins at once; more are refused with [`ErrorKind::Busy`](crate::ErrorKind::Busy).
+    pub pins_max: u32,
+    /// Blocks that pins may keep together, in thousandths of the slots; a pin that would need more is cut.
+    pub pinned_per_mille_max: u32,
+    /// How long a pin may last at most.
+    pub pin_ttl_max: Duration,
     /// How long leases last: asked of peers, and at most granted to them.
     pub lease_ttl: Duration,
     /// How much of a lease must be left when a copy from it has ended; else the bytes count as doubtful.
@@ -73,6 +79,9 @@ impl Default for Limits {
             batch_blocks_max: 64,
             leases_max: 4096,
             lease_blocks_max: 4096,
+            pins_max: 4096,
+            pinned_per_mille_max: 500,
+            pin_ttl_max: Duration::from_secs(600),
             lease_ttl: Duration::from_secs(10),
             lease_margin: Duration::from_millis(50),
             lease_wait: Duration::from_secs(1),
@@ -109,12 +118,17 @@ impl Limits {
             ("background_in_flight_max", self.background_in_flight_max),
             ("leases_max", self.leases_max),
             ("lease_blocks_max", self.lease_blocks_max),
+            ("pins_max", self.pins_max),
             ("object_known_max", self.object_known_max),
         ];
         for (field, value) in at_least_one {
             if value == 0 {
                 return Err(Error::invalid(field, value, 1..=u32::MAX));
             }
+        }
+        if self.pinned_per_mille_max > 1000 {
+            let value = self.pinned_per_mille_max;
+            return Err(Error::invalid("pinned_per_mille_max", value, 0..=1000));
         }
         // With less room background copies could keep all of it, and a fetch would wait for a demotion.
         if self.commands_in_flight_max <= self.background_in_flight_max {
@@ -133,6 +147,7 @@ impl Limits {
         let above_zero = [
             ("lease_wait", self.lease_wait),
             ("stage_wait", self.stage_wait),
+            ("pin_ttl_max", self.pin_ttl_max),
             ("background_wait", self.background_wait),
             ("retry_after", self.retry_after),
         ];

@@ -42,6 +42,13 @@
 //! 3. It ends by [`Manager::handle_release`], by its time, or with its peer. The slots may be reused at once, under a new
 //!    generation: a reader that was too slow sees that, or the checksum.
 //!
+//! # Pins, and what is forgotten on demand
+//!
+//! A pin ([`Manager::handle_pin`]) is a lease to nobody in particular, bounded apart from those of peers: it ends by
+//! [`Manager::handle_unpin`] or by its time. [`Manager::handle_remove`] and [`Manager::handle_clear`] forget blocks, but
+//! none that is pinned, leased, read or on its way somewhere: those are kept, and counted, so that whoever relies on a
+//! lease or a pin need not fear them.
+//!
 //! # Transfers own what they were lent
 //!
 //! A [`MoveFailure`] that is not settled keeps its slots, pins and engine memory out of use until
@@ -56,9 +63,12 @@ mod command;
 mod copies;
 mod disk;
 mod fetch;
+mod flush;
+mod forget;
 mod job;
 mod limits;
 mod object;
+mod pin;
 mod plan;
 mod policy;
 mod request;
@@ -69,6 +79,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -77,7 +88,7 @@ pub use command::{Command, CommandId, GrantedBlock, GrantedLease, Move, MoveFail
 pub use limits::{DISK_SLOTS_MAX, HOST_SLOTS_MAX, Limits};
 pub use policy::{HostUsage, OffloadPolicy, Pressure, WriteBehind};
 pub use request::{
-    BlockSource, FetchRequest, Held, LeasedBlock, Outcome, PeerHint, RecoveredBlock,
+    BlockSource, FetchRequest, Held, LeasedBlock, Outcome, PeerHint, RecoveredBlock, Removed,
 };
 pub use stats::Stats;
 
@@ -85,7 +96,7 @@ use self::admission::copy_deadline;
 use self::job::{Grant, Holding, Pending};
 use self::plan::FetchOperation;
 use self::segment::Segments;
-use self::serve::Lease;
+use self::serve::{Holder, Lease};
 use self::space::SlotRequest;
 use self::store::StoreOperation;
 use crate::error::{ErrorKind, Result};
@@ -95,7 +106,7 @@ use crate::id::{LeaseId, OperationId, PeerId, SlotIndex, Time};
 use crate::key::{BlockInfo, BlockKey, Checksum};
 use crate::place::Tier;
 use crate::pool::{Expiries, Sealed, Slot, Slots};
-use crate::table::{Block, KeyMap, Table, Waiter};
+use crate::table::{KeyMap, Table, Waiter};
 
 /// Decides where blocks live; see the module's page for how it is driven.
 #[derive(Debug)]
@@ -128,9 +139,16 @@ pub struct Manager {
     to_plan: BTreeSet<OperationId>,
     /// Fetches that have ended while transfers were still at work on so many of their engine slots.
     drains: BTreeMap<OperationId, u32>,
+    /// Flushes, each with the commands that it waits for.
+    flushes: BTreeMap<OperationId, BTreeSet<CommandId>>,
     next_operation: u64,
 
+    /// What peers lease from us and what is pinned: both keep blocks in DRAM for a while.
     leases: BTreeMap<LeaseId, Lease>,
+    /// How many of them are pins.
+    pins: u32,
+    /// How many pins each pinned block has.
+    pinned: KeyMap<BlockKey, u32>,
     next_lease: u64,
     grants: BTreeMap<CommandId, Grant>,
 
@@ -155,9 +173,9 @@ pub struct Manager {
 /// What can be due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
-    /// The deadline of a store or fetch.
+    /// The deadline of a store, fetch or flush.
     Operation(OperationId),
-    /// The end of a lease, or of readying it.
+    /// The end of a lease or pin, or of readying it.
     Lease(LeaseId),
     /// A peer's answer to a lease request.
     Answer(CommandId),
@@ -209,8 +227,11 @@ impl Manager {
             fetches: BTreeMap::new(),
             to_plan: BTreeSet::new(),
             drains: BTreeMap::new(),
+            flushes: BTreeMap::new(),
             next_operation: 0,
             leases: BTreeMap::new(),
+            pins: 0,
+            pinned: KeyMap::default(),
             next_lease: 0,
             grants: BTreeMap::new(),
             pending: BTreeMap::new(),
@@ -292,13 +313,7 @@ impl Manager {
     /// The peer gives a lease of ours back. One that has ended, or is another peer's, is ignored; one that is not ready
     /// becomes ready at once, without blocks.
     pub fn handle_release(&mut self, now: Time, peer: PeerId, lease: LeaseId) {
-        if self
-            .leases
-            .get(&lease)
-            .is_some_and(|lease| lease.peer == peer)
-        {
-            self.return_lease(now, lease);
-        }
+        self.return_lease(now, lease, Holder::Peer(peer));
         self.settle(now);
     }
 
@@ -357,7 +372,7 @@ impl Manager {
         taken
     }
 
-    /// Ends a store or fetch early: its outcome is ready at once. One that has ended is ignored.
+    /// Ends a store, fetch or flush early: its outcome is ready at once. One that has ended is ignored.
     pub fn handle_cancel(&mut self, now: Time, operation: OperationId) {
         self.end_operation(now, operation);
         self.settle(now);
@@ -396,59 +411,6 @@ impl Manager {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
         self.timers.next()
-    }
-
-    /// How much of a chain this node could supply now; does not count as a use.
-    #[must_use]
-    pub fn lookup(&self, keys: &[BlockKey]) -> Held {
-        let mut held = Held::default();
-        for block in keys.iter().map_while(|key| self.table.get(key)) {
-            if block.host_place().is_some() {
-                held.host += 1;
-            } else if block.disk.is_some() {
-                held.disk += 1;
-            } else {
-                break;
-            }
-            held.depth += 1;
-        }
-        let known = |key: &&BlockKey| self.table.get(key).is_some_and(|b| b.object.is_some());
-        held.shared_depth = keys.iter().take_while(known).count() as u32;
-        held
-    }
-
-    /// The blocks that can be had from a tier of this node now, in no particular order.
-    pub fn contents(&self, tier: Tier) -> impl Iterator<Item = BlockInfo> {
-        let is_there = move |block: &&Block| match tier {
-            Tier::Device => false,
-            Tier::Host => block.host_place().is_some(),
-            Tier::Disk => block.disk.is_some(),
-            Tier::Object => block.object.is_some(),
-        };
-        self.table.iter().filter(is_there).map(|block| block.info)
-    }
-
-    /// The counters and levels.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        Stats {
-            host_blocks: u64::from(self.slots.sealed()),
-            host_vacant: u64::from(self.slots.vacant()),
-            host_quarantined: u64::from(self.slots.quarantined()),
-            disk_blocks: self.segments.live(),
-            object_blocks: self.objects.len() as u64,
-            operations: (self.stores.len() + self.fetches.len()) as u64,
-            leases: self.leases.len() as u64,
-            commands_in_flight: u64::from(self.in_flight),
-            disk_stopped: u64::from(self.disk_stopped),
-            ..self.stats
-        }
-    }
-
-    /// The sizes and bounds this manager was made with.
-    #[must_use]
-    pub fn limits(&self) -> &Limits {
-        &self.limits
     }
 
     /// Does everything that has become possible, until nothing is left to do without an answer.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::id::{LeaseId, OperationId, PeerId};
+use crate::id::{LeaseId, OperationId, PeerId, PinId};
 use crate::key::{BlockInfo, BlockKey, Checksum};
 use crate::place::{DiskSlot, HostSlot, Tier};
 
@@ -103,6 +103,29 @@ pub enum Outcome {
         /// How long it lasts.
         ttl: Duration,
     },
+    /// A pin holds from now on.
+    Pinned {
+        /// Which.
+        pin: PinId,
+        /// How many blocks, from the first, it keeps in DRAM; with none it has ended already.
+        depth: u32,
+    },
+    /// A flush ended.
+    Flushed {
+        /// Which.
+        operation: OperationId,
+        /// Whether every copy that it waited for has ended; else its deadline came first, or it was cancelled.
+        complete: bool,
+    },
+}
+
+/// What became of a request to forget blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Blocks that left all of this node's own tiers.
+    pub removed: u32,
+    /// Blocks that stay because somebody relies on them: pinned, leased, being read or on their way somewhere.
+    pub kept: u32,
 }
 
 /// A record found on disk at the start.

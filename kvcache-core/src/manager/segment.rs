@@ -38,6 +38,9 @@ pub(super) enum SegmentState {
     Full,
     /// Serves blocks while this many of them are being saved to the object store.
     Rescuing(u32),
+    /// Its blocks were forgotten on demand; it leaves when its turn comes. Copies that were on their way to it may still
+    /// bring it some.
+    Doomed,
     /// Its blocks are forgotten; copies may still be at work in it.
     Draining,
     /// The driver is deleting its records.
@@ -173,6 +176,26 @@ impl Segments {
             .filter(|(_, segment)| segment.state == SegmentState::Full && segment.pins == 0)
             .min_by_key(|(_, segment)| (segment.live > 0, segment.used))?;
         Some(SegmentId(index as u32))
+    }
+
+    /// No segment that has ever been written to takes or keeps blocks any more; one that is on its way out goes on.
+    pub(super) fn doom(&mut self) {
+        for segment in &mut self.segments {
+            let is_settled = matches!(segment.state, SegmentState::Writable | SegmentState::Full);
+            if is_settled && segment.next > 0 {
+                self.room -= u64::from(self.slots - segment.next);
+                segment.next = self.slots;
+                segment.state = SegmentState::Doomed;
+            }
+        }
+    }
+
+    /// A doomed segment in which nothing is at work.
+    pub(super) fn doomed(&self) -> Option<SegmentId> {
+        let (id, _) = self
+            .iter()
+            .find(|(_, segment)| segment.state == SegmentState::Doomed && segment.pins == 0)?;
+        Some(id)
     }
 
     /// The blocks of a segment, in the order of its records.

@@ -1,4 +1,4 @@
-//! Leases that peers ask of us.
+//! Leases that peers ask of us, and pins: blocks that stay in DRAM for a while.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use super::request::{LeasedBlock, Outcome};
 use super::space::SlotRequest;
 use super::{Manager, Timer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{LeaseId, PeerId, Time};
+use crate::id::{LeaseId, PeerId, PinId, Time};
 use crate::key::BlockKey;
 use crate::place::Tier;
 use crate::pool::{Filling, Slot};
@@ -16,11 +16,20 @@ use crate::table::{HostCopy, Waiter};
 /// A lease of ours: being readied, or running.
 #[derive(Debug)]
 pub(super) struct Lease {
-    pub(super) peer: PeerId,
+    pub(super) holder: Holder,
     ttl: Duration,
     /// One a block still hoped for; cut at the first that cannot be had.
     pub(super) steps: Vec<LeaseStep>,
     is_ready: bool,
+}
+
+/// For whom blocks are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// A peer, which reads them.
+    Peer(PeerId),
+    /// Whoever pinned them.
+    Pin,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +40,15 @@ pub(super) enum LeaseStep {
     Pinned(LeasedBlock),
 }
 
+impl LeaseStep {
+    pub(super) fn key(&self) -> &BlockKey {
+        match self {
+            Self::Waits { key, .. } => key,
+            Self::Pinned(block) => &block.key,
+        }
+    }
+}
+
 impl Manager {
     pub(super) fn start_lease(
         &mut self,
@@ -39,14 +57,27 @@ impl Manager {
         keys: &[BlockKey],
         ttl: Duration,
     ) -> Result<LeaseId> {
-        if self.leases.len() >= self.limits.leases_max as usize {
+        let leases = self.leases.len() - self.pins as usize;
+        if leases >= self.limits.leases_max as usize {
             self.stats.busy += 1;
-            let context = format!("{} leases granted, the most allowed", self.leases.len());
+            let context = format!("{leases} leases granted, the most allowed");
             return Err(Error::new(ErrorKind::Busy, context));
         }
+        let keys = &keys[..keys.len().min(self.limits.lease_blocks_max as usize)];
+        let ttl = ttl.min(self.limits.lease_ttl);
+        Ok(self.begin_lease(now, Holder::Peer(peer), keys, ttl))
+    }
+
+    /// Starts to bring these blocks into DRAM and to keep them there.
+    pub(super) fn begin_lease(
+        &mut self,
+        now: Time,
+        holder: Holder,
+        keys: &[BlockKey],
+        ttl: Duration,
+    ) -> LeaseId {
         let id = LeaseId(self.next_lease);
         self.next_lease += 1;
-        let keys = &keys[..keys.len().min(self.limits.lease_blocks_max as usize)];
         self.evictor.touch(keys);
         let mut steps = Vec::with_capacity(keys.len());
         for key in keys {
@@ -55,11 +86,13 @@ impl Manager {
             };
             steps.push(step);
         }
-        let ttl = ttl.min(self.limits.lease_ttl);
+        if holder == Holder::Pin {
+            self.count_pinned(&steps);
+        }
         self.leases.insert(
             id,
             Lease {
-                peer,
+                holder,
                 ttl,
                 steps,
                 is_ready: false,
@@ -68,7 +101,7 @@ impl Manager {
         self.timers
             .set(Timer::Lease(id), now + self.limits.stage_wait);
         self.work.push_back(Waiter::Lease(id));
-        Ok(id)
+        id
     }
 
     /// How the lease gets this block; none when it cannot.
@@ -192,6 +225,9 @@ impl Manager {
             return;
         };
         let cut = lease.steps.split_off(position.min(lease.steps.len()));
+        if lease.holder == Holder::Pin {
+            self.uncount_pinned(&cut);
+        }
         for step in cut {
             match step {
                 LeaseStep::Pinned(block) => self.unpin_host(&block.key, block.slot),
@@ -218,29 +254,41 @@ impl Manager {
                 LeaseStep::Waits { .. } => None,
             })
             .collect();
-        let (peer, ttl) = (lease.peer, lease.ttl);
-        self.stats.leases_granted += u64::from(!blocks.is_empty());
+        let (holder, ttl) = (lease.holder, lease.ttl);
         self.cut_lease(id, blocks.len());
         if blocks.is_empty() {
             self.end_lease(id);
         } else {
             self.timers.set(Timer::Lease(id), now + ttl);
         }
-        self.outcomes.push_back(Outcome::LeaseReady {
-            lease: id,
-            peer,
-            blocks,
-            ttl,
+        self.outcomes.push_back(match holder {
+            Holder::Peer(peer) => {
+                self.stats.leases_granted += u64::from(!blocks.is_empty());
+                Outcome::LeaseReady {
+                    lease: id,
+                    peer,
+                    blocks,
+                    ttl,
+                }
+            }
+            Holder::Pin => Outcome::Pinned {
+                pin: PinId(id.0),
+                depth: blocks.len() as u32,
+            },
         });
     }
 
     /// The time of readying the lease, or of the lease itself, is over.
     pub(super) fn lease_due(&mut self, now: Time, id: LeaseId) {
-        if self.leases.get(&id).is_some_and(|lease| lease.is_ready) {
-            self.stats.leases_expired += 1;
-            self.end_lease(id);
-        } else {
-            self.grant_lease(now, id);
+        match self.leases.get(&id) {
+            Some(lease) if lease.is_ready => {
+                match lease.holder {
+                    Holder::Peer(_) => self.stats.leases_expired += 1,
+                    Holder::Pin => self.stats.pins_expired += 1,
+                }
+                self.end_lease(id);
+            }
+            _ => self.grant_lease(now, id),
         }
     }
 
@@ -248,26 +296,31 @@ impl Manager {
     fn end_lease(&mut self, id: LeaseId) {
         self.timers.clear(Timer::Lease(id));
         self.cut_lease(id, 0);
-        self.leases.remove(&id);
+        let ended = self.leases.remove(&id);
+        self.pins -= u32::from(ended.is_some_and(|lease| lease.holder == Holder::Pin));
     }
 
     /// What a lost peer had leased is free.
     pub(super) fn lose_leased(&mut self, now: Time, peer: PeerId) {
-        let leases = self.leases.iter().filter(|(_, lease)| lease.peer == peer);
-        let lost: Vec<LeaseId> = leases.map(|(id, _)| *id).collect();
+        let holder = Holder::Peer(peer);
+        let leases = self.leases.iter();
+        let lost = leases.filter(|(_, lease)| lease.holder == holder);
+        let lost: Vec<LeaseId> = lost.map(|(id, _)| *id).collect();
         for id in lost {
-            self.return_lease(now, id);
+            self.return_lease(now, id, holder);
         }
     }
 
-    /// The peer does not want the lease any more, ready or not.
-    pub(super) fn return_lease(&mut self, now: Time, id: LeaseId) {
-        if self.leases.get(&id).is_some_and(|lease| lease.is_ready) {
-            self.end_lease(id);
-        } else {
-            // Whoever waits for it to be ready is told that there is nothing.
-            self.cut_lease(id, 0);
-            self.grant_lease(now, id);
+    /// Its holder does not want the lease any more, ready or not. One that is somebody else's stays.
+    pub(super) fn return_lease(&mut self, now: Time, id: LeaseId, holder: Holder) {
+        match self.leases.get(&id) {
+            Some(lease) if lease.holder != holder => {}
+            Some(lease) if lease.is_ready => self.end_lease(id),
+            _ => {
+                // Whoever waits for it to be ready is told that there is nothing.
+                self.cut_lease(id, 0);
+                self.grant_lease(now, id);
+            }
         }
     }
 }

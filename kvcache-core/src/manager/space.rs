@@ -143,7 +143,7 @@ impl Manager {
     }
 
     /// Takes an unpinned block out of DRAM.
-    fn evict(&mut self, key: &BlockKey) {
+    pub(super) fn evict(&mut self, key: &BlockKey) {
         self.evictor.remove(key);
         self.vacate_host(key);
     }

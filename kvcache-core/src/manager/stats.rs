@@ -29,10 +29,14 @@ stats! {
     disk_blocks,
     /// Level: blocks known to be in the object store.
     object_blocks,
-    /// Level: stores and fetches under way.
+    /// Level: stores, fetches and flushes under way.
     operations,
     /// Level: leases granted to peers, ready or being readied.
     leases,
+    /// Level: pins, in force or being readied.
+    pins,
+    /// Level: blocks that they keep.
+    pinned_blocks,
     /// Level: commands with the driver.
     commands_in_flight,
     /// Level: 1 while the disk takes no blocks because it was full or failed.
@@ -65,7 +69,11 @@ stats! {
     leases_granted,
     /// Leases that ended by their time.
     leases_expired,
-    /// Blocks brought up from disk for a lease.
+    /// Pins that ended by their time.
+    pins_expired,
+    /// Blocks forgotten on demand.
+    removed,
+    /// Blocks brought up from disk for a lease or a pin.
     staged,
     /// Blocks written from DRAM to disk.
     demoted_disk,

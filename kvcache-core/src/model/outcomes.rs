@@ -23,6 +23,11 @@ impl World {
                 unsettled,
             } => self.end_fetch(*operation, sources, unsettled),
             Outcome::Drained { operation } => self.end_drain(*operation),
+            Outcome::Pinned { pin, depth } => self.begin_pin(*pin, *depth),
+            Outcome::Flushed {
+                operation,
+                complete,
+            } => self.end_flush(*operation, *complete),
             Outcome::LeaseReady {
                 lease,
                 peer,

@@ -812,6 +812,63 @@ pub struct ReleaseRequest {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LocateRequest {
+    /// The blocks in the node's own notation, opaque here: engines have their own names for blocks.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub names: ::prost::bytes::Bytes,
+    /// How long the answer may take; 0 is refused.
+    #[prost(uint32, tag = "2")]
+    pub deadline_ms: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LocateResponse {
+    /// Blocks, from the first, that can be had from all of the places below together.
+    #[prost(uint32, tag = "1")]
+    pub depth: u32,
+    /// Of these, how many are in this node's own tiers without a hole; how many of those in DRAM, how many only on disk.
+    #[prost(uint32, tag = "2")]
+    pub own_depth: u32,
+    #[prost(uint32, tag = "3")]
+    pub own_host: u32,
+    #[prost(uint32, tag = "4")]
+    pub own_disk: u32,
+    /// Other pods that hold some, deepest first.
+    #[prost(message, repeated, tag = "5")]
+    pub holders: ::prost::alloc::vec::Vec<LocatedHolder>,
+    /// Which blocks, by position, tiers hold that every pod can reach: ascending, apart from each other.
+    #[prost(message, repeated, tag = "6")]
+    pub shared: ::prost::alloc::vec::Vec<LocatedRange>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LocatedHolder {
+    #[prost(string, tag = "1")]
+    pub pod: ::prost::alloc::string::String,
+    /// Blocks, from the first, without a hole.
+    #[prost(uint32, tag = "2")]
+    pub depth: u32,
+    /// Where its peer service listens; empty when that is not known.
+    #[prost(string, tag = "3")]
+    pub peer_address: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LocatedRange {
+    #[prost(uint32, tag = "1")]
+    pub start: u32,
+    /// The first block after the range.
+    #[prost(uint32, tag = "2")]
+    pub end: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnpinRequest {
+    #[prost(uint64, tag = "1")]
+    pub pin: u64,
+    /// Of the node that pinned: another one refuses.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub model_identity: ::prost::bytes::Bytes,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnpinResponse {}
 /// Generated client implementations.
 pub mod peer_client {
     #![allow(
@@ -964,6 +1021,44 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("kvfabric.v1.Peer", "Release"));
             self.inner.unary(req, path, codec).await
         }
+        /// How many blocks of a chain this node could bring, and from where: its own tiers, its peers and the shared tiers.
+        pub async fn locate(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LocateRequest>,
+        ) -> std::result::Result<tonic::Response<super::LocateResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/kvfabric.v1.Peer/Locate");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("kvfabric.v1.Peer", "Locate"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lets go of what was pinned here for the caller. Unknown pins are ignored: they have expired.
+        pub async fn unpin(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UnpinRequest>,
+        ) -> std::result::Result<tonic::Response<super::UnpinResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/kvfabric.v1.Peer/Unpin");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("kvfabric.v1.Peer", "Unpin"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -994,6 +1089,16 @@ pub mod peer_server {
             &self,
             request: tonic::Request<super::ReleaseRequest>,
         ) -> std::result::Result<tonic::Response<super::ReleaseResponse>, tonic::Status>;
+        /// How many blocks of a chain this node could bring, and from where: its own tiers, its peers and the shared tiers.
+        async fn locate(
+            &self,
+            request: tonic::Request<super::LocateRequest>,
+        ) -> std::result::Result<tonic::Response<super::LocateResponse>, tonic::Status>;
+        /// Lets go of what was pinned here for the caller. Unknown pins are ignored: they have expired.
+        async fn unpin(
+            &self,
+            request: tonic::Request<super::UnpinRequest>,
+        ) -> std::result::Result<tonic::Response<super::UnpinResponse>, tonic::Status>;
     }
     /// How one node reads another's blocks: one round trip grants a lease, the bytes are then read one-sided.
     #[derive(Debug)]
@@ -1186,6 +1291,92 @@ pub mod peer_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ReleaseSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvfabric.v1.Peer/Locate" => {
+                    #[allow(non_camel_case_types)]
+                    struct LocateSvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::UnaryService<super::LocateRequest>
+                    for LocateSvc<T> {
+                        type Response = super::LocateResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::LocateRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::locate(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = LocateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvfabric.v1.Peer/Unpin" => {
+                    #[allow(non_camel_case_types)]
+                    struct UnpinSvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::UnaryService<super::UnpinRequest>
+                    for UnpinSvc<T> {
+                        type Response = super::UnpinResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UnpinRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::unpin(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UnpinSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -241,5 +241,6 @@ fn small_limits(random: &mut Random) -> Limits {
         background_wait: millis(up_to(5, 30)),
         retry_after: millis(up_to(1, 20)),
         rescue_blocks_max: up_to(1, 24),
+        ..Limits::default()
     }
 }

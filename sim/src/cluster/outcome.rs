@@ -47,6 +47,9 @@ impl Cluster {
                 self.lease_ready(position, lease, blocks, ttl);
                 Ok(())
             }
+            Outcome::Pinned { .. } | Outcome::Flushed { .. } => {
+                Err(format!("nobody asked for {outcome:?}"))
+            }
         }
     }
 

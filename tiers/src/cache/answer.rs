@@ -41,6 +41,11 @@ impl Driver {
                     let _ = drained.send(());
                 }
             }
+            Outcome::Pinned { pin, depth } => self.answer_pin(pin, depth),
+            Outcome::Flushed {
+                operation,
+                complete,
+            } => self.answer_flush(operation, complete),
             Outcome::LeaseReady {
                 lease,
                 peer,

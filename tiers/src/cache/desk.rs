@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvcache_core::manager::{LeasedBlock, PeerHint, Stats};
-use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, PeerId, Result};
+use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, PeerId, PinId, Result};
 use tokio::sync::{mpsc, oneshot};
 
-use super::types::{FetchBlock, FetchReport, HeldDepth, StoreBlock, StoreReport};
+use super::types::{FetchBlock, FetchReport, HeldDepth, Pinned, Removed, StoreBlock, StoreReport};
 
 /// Requests that may wait for the driver; more are refused as busy.
 pub(super) const REQUESTS_MAX: usize = 1024;
@@ -56,6 +56,25 @@ pub(super) enum Request {
     },
     PeerLost {
         peer: PeerId,
+    },
+    Pin {
+        keys: Vec<BlockKey>,
+        ttl: Duration,
+        reply: Reply<Pinned>,
+    },
+    Unpin {
+        pin: PinId,
+    },
+    Remove {
+        keys: Vec<BlockKey>,
+        reply: Reply<Removed>,
+    },
+    Clear {
+        reply: Reply<Removed>,
+    },
+    Flush {
+        deadline: Instant,
+        reply: Reply<()>,
     },
     Shutdown {
         deadline: Instant,
@@ -138,6 +157,11 @@ impl Desk {
     /// Ends a lease of a peer.
     pub(crate) fn release(&self, peer: PeerId, lease: LeaseId) -> Result<()> {
         self.tell(Request::Release { peer, lease })
+    }
+
+    /// Ends a pin.
+    pub(crate) fn unpin(&self, pin: PinId) -> Result<()> {
+        self.tell(Request::Unpin { pin })
     }
 
     /// Puts a request into the queue and waits for its answer, which the manager's own deadlines bound.

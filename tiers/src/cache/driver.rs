@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use kvcache_core::event::NodeEvent;
 use kvcache_core::manager::{FetchRequest, Manager};
 use kvcache_core::ports::{EventSink, Position};
-use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, OperationId, PeerId, Result, Time};
+use kvcache_core::{BlockKey, LeaseId, OperationId, PeerId, PinId, Result, Time};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::desk::{Fetch, Health, ReadyLease, Reply, Request, closed};
 use super::execute::Completion;
 use super::grants::Grants;
-use super::types::{FetchReport, HeldDepth, StoreBlock, StoreReport};
+use super::hold::{Flush, sync};
+use super::types::{FetchReport, HeldDepth, Pinned, StoreBlock, StoreReport};
 use crate::mover::Mover;
 use crate::pages::BlockMemory;
 
@@ -48,6 +49,11 @@ pub(super) struct Driver {
     pub(super) fetches: HashMap<OperationId, Operation<FetchReport>>,
     pub(super) draining: HashMap<OperationId, oneshot::Sender<()>>,
     pub(super) grants: Grants,
+    /// Who waits for a pin to hold.
+    pub(super) pins: HashMap<PinId, Reply<Pinned>>,
+    pub(super) flushes: HashMap<OperationId, Flush>,
+    /// Flushes whose copies have ended, and which wait for the disk.
+    pub(super) syncs: usize,
     closing: Option<(Time, Reply<()>)>,
 }
 
@@ -76,6 +82,9 @@ impl Driver {
             fetches: HashMap::new(),
             draining: HashMap::new(),
             grants: Grants::new(parts.leases_per_peer_max),
+            pins: HashMap::new(),
+            flushes: HashMap::new(),
+            syncs: 0,
             closing: None,
         }
     }
@@ -114,7 +123,7 @@ impl Driver {
         self.time(Instant::now())
     }
 
-    fn time(&self, instant: Instant) -> Time {
+    pub(super) fn time(&self, instant: Instant) -> Time {
         Time::default()
             + instant
                 .saturating_duration_since(self.start)
@@ -125,6 +134,11 @@ impl Driver {
     pub(super) fn instant(&self, time: Time) -> Instant {
         let now = Instant::now();
         now + time.since(self.time(now)).min(DEADLINE_MAX)
+    }
+
+    /// A caller's instant, so near that timers can hold it.
+    pub(super) fn bounded(&self, instant: Instant) -> Instant {
+        self.instant(self.time(instant))
     }
 
     fn wake(&self) -> Instant {
@@ -181,7 +195,11 @@ impl Driver {
             Request::Store { reply, .. } if closing => refuse(reply),
             Request::Fetch { reply, .. } if closing => refuse(reply),
             Request::Lease { reply, .. } if closing => refuse(reply),
-            Request::Shutdown { reply, .. } if closing => refuse(reply),
+            Request::Pin { reply, .. } if closing => refuse(reply),
+            Request::Remove { reply, .. } | Request::Clear { reply } if closing => refuse(reply),
+            Request::Flush { reply, .. } | Request::Shutdown { reply, .. } if closing => {
+                refuse(reply);
+            }
             Request::Store {
                 blocks,
                 deadline,
@@ -195,6 +213,11 @@ impl Driver {
                 reply,
             } => self.lease(peer, &keys, ttl, reply),
             Request::Release { peer, lease } => self.release(peer, lease),
+            Request::Pin { keys, ttl, reply } => self.pin(&keys, ttl, reply),
+            Request::Unpin { pin } => self.manager.handle_unpin(self.now(), pin),
+            Request::Remove { keys, reply } => self.remove(&keys, reply),
+            Request::Clear { reply } => self.clear(reply),
+            Request::Flush { deadline, reply } => self.flush(deadline, reply),
             Request::PeerLost { peer } => {
                 self.grants.end_all(peer);
                 self.manager.handle_peer_lost(self.now(), peer);
@@ -295,6 +318,7 @@ impl Driver {
             .stores
             .keys()
             .chain(self.fetches.keys())
+            .chain(self.flushes.keys())
             .copied()
             .collect();
         for operation in operations {
@@ -310,17 +334,7 @@ impl Driver {
         let Some((deadline, reply)) = self.closing.take() else {
             return;
         };
-        let deadline = tokio::time::Instant::from_std(self.instant(deadline));
-        let synced = match &self.mover.disk {
-            None => Ok(()),
-            Some(disk) => tokio::time::timeout_at(deadline, disk.sync())
-                .await
-                .unwrap_or_else(|_| {
-                    let context = "the disk tier was not synced before the deadline";
-                    Err(Error::new(ErrorKind::Timeout, context))
-                }),
-        };
-        give(reply, synced);
+        give(reply, sync(&self.mover, self.instant(deadline)).await);
     }
 }
 

@@ -19,6 +19,8 @@ pub(super) enum Completion {
     Drained(CommandId),
     /// A peer's answer to a lease.
     Leased(CommandId, Result<GrantedLease>),
+    /// The end of a flush, which has been answered.
+    Synced,
     /// A segment's deletion.
     Dropped(CommandId, Result<()>),
     /// Something that is not answered.
@@ -137,6 +139,7 @@ impl Driver {
                 });
                 self.manager.handle_segment_dropped(now, id, result);
             }
+            Completion::Synced => self.syncs -= 1,
             Completion::Silent => {}
         }
     }

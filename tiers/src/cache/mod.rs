@@ -1,10 +1,13 @@
 //! The cache of one node: an asynchronous face over the manager and the mover.
 
 mod answer;
+mod control;
 mod desk;
 mod driver;
 mod execute;
 mod grants;
+mod hold;
+mod locate;
 mod open;
 mod types;
 
@@ -12,9 +15,8 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use kvcache_core::manager::PeerHint;
 use kvcache_core::ports::{Directory, EventSink, Located, Position};
 use kvcache_core::{BlockKey, PodName, Result};
 use kvfabric_transfer::Agent;
@@ -22,10 +24,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 pub(crate) use desk::{Desk, ReadyLease};
-pub use types::{CacheStats, FetchBlock, FetchReport, HeldDepth, Source, StoreBlock, StoreReport};
+pub(crate) use locate::Locator;
+pub use types::{
+    CacheStats, FetchBlock, FetchReport, HeldDepth, Pinned, Reach, Removed, Source, StoreBlock,
+    StoreReport,
+};
 
 use crate::config::CacheConfig;
 use crate::mover::Mover;
+use crate::numbers::Numbers;
 use crate::pages::{self, BlockMemory};
 use crate::peer::PeerServer;
 use desk::{Fetch, Request};
@@ -43,10 +50,10 @@ pub struct Cache {
 struct Inner {
     desk: Desk,
     mover: Arc<Mover>,
-    directory: Arc<dyn Directory>,
+    locator: Arc<Locator>,
+    numbers: Numbers,
     position: watch::Receiver<Position>,
     pod: PodName,
-    locate_timeout: Duration,
     /// Pieces that a block's memory may be in, so that a command's fit into one request.
     pieces_max: usize,
     scan_faults: u64,
@@ -126,11 +133,12 @@ impl Cache {
         let inner = &self.inner;
         inner.check_memory(blocks.iter().map(|block| &block.memory))?;
         let located = if hints.is_empty() {
-            inner.locate(&blocks, deadline).await?
+            let infos = blocks.iter().map(|block| &block.info);
+            inner.locator.ask(infos, deadline).await?.1
         } else {
             hints
         };
-        let holders = inner.hints(&located);
+        let holders = inner.locator.hints(&located);
         let fetch = Fetch {
             blocks,
             holders,
@@ -243,55 +251,5 @@ impl Inner {
     fn check_memory<'a>(&self, memory: impl Iterator<Item = &'a BlockMemory>) -> Result<()> {
         let block_bytes = self.mover.expected.block_bytes;
         pages::check(&self.mover.agent, memory, block_bytes, self.pieces_max)
-    }
-
-    /// Asks the directory, unless this node has all of it by itself. An error or a late answer is as
-    /// good as nobody holding anything.
-    async fn locate(&self, blocks: &[FetchBlock], deadline: Instant) -> Result<Located> {
-        let keys = blocks.iter().map(|block| block.info.key).collect();
-        let held = self
-            .desk
-            .ask(|reply| Request::Lookup { keys, reply })
-            .await?;
-        if held.depth as usize == blocks.len() {
-            return Ok(Located::default());
-        }
-        let chain = blocks.iter().map(|block| block.info.index_key).collect();
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .min(self.locate_timeout);
-        match tokio::time::timeout(left, self.directory.locate(chain)).await {
-            Ok(Ok(located)) => return Ok(located),
-            Ok(Err(error)) => tracing::debug!(%error, "the directory does not answer"),
-            Err(_) => tracing::debug!(?left, "the directory does not answer in time"),
-        }
-        Ok(Located::default())
-    }
-
-    /// The holders that can be asked: not this node, and with a known address.
-    fn hints(&self, located: &Located) -> Vec<PeerHint> {
-        let roster = &self.mover.peers.roster;
-        let others = located
-            .holders
-            .iter()
-            .filter(|holder| holder.pod != self.pod);
-        others
-            .filter_map(|holder| {
-                if let Some(address) = &holder.peer_address
-                    && let Err(error) = roster.set_address(&holder.pod, address)
-                {
-                    tracing::warn!(%error, "peer address not remembered");
-                }
-                let peer = roster.id(&holder.pod).ok()?;
-                if roster.address(peer).is_none() {
-                    tracing::debug!(pod = %holder.pod, "holder without a known peer address");
-                    return None;
-                }
-                Some(PeerHint {
-                    peer,
-                    depth: holder.depth,
-                })
-            })
-            .collect()
     }
 }

@@ -12,11 +12,12 @@ use tokio::sync::watch;
 
 use super::desk::Desk;
 use super::driver::{Driver, Parts, publish};
-use super::{Cache, Inner};
+use super::{Cache, Inner, Locator};
 use crate::arena::Arena;
 use crate::config::CacheConfig;
 use crate::disk::{PAGE_BYTES, SegmentFiles};
 use crate::mover::{Faults, Mover, Objects};
+use crate::numbers::Numbers;
 use crate::object::ObjectNames;
 use crate::peer::{PeerServer, Peers, Serving};
 use crate::record::Expected;
@@ -51,15 +52,26 @@ pub(super) async fn open(
     let snapshot = publish(&mut manager, &*sink);
     let (position, positions) = watch::channel(snapshot.unwrap_or(cleared));
     let (desk, requests) = Desk::new();
+    let incarnation = incarnation()?;
+    let numbers = Numbers::of(incarnation);
+    let locator = Arc::new(Locator {
+        desk: desk.clone(),
+        mover: mover.clone(),
+        directory,
+        pod: config.pod.clone(),
+        timeout: config.locate_timeout,
+    });
     let server = match config.peer_listen {
         None => None,
         Some(listen) => {
-            let (desk, mover, pod) = (desk.clone(), mover.clone(), config.pod.clone());
             let serving = Serving {
-                desk,
-                mover,
-                pod,
-                incarnation: incarnation()?,
+                desk: desk.clone(),
+                mover: mover.clone(),
+                locator: locator.clone(),
+                names: config.names.clone(),
+                pod: config.pod.clone(),
+                incarnation,
+                numbers,
             };
             Some(PeerServer::start(listen, serving).await?)
         }
@@ -79,10 +91,10 @@ pub(super) async fn open(
     let inner = Inner {
         desk,
         mover,
-        directory,
+        locator,
+        numbers,
         position: positions,
         pod: config.pod,
-        locate_timeout: config.locate_timeout,
         pieces_max,
         scan_faults,
         peer_address: server.as_ref().map(PeerServer::address),

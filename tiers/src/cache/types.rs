@@ -1,7 +1,8 @@
 //! What goes into a cache and what comes back.
 
-use kvcache_core::manager::Stats;
-use kvcache_core::{BlockInfo, PodName, Tier};
+use kvcache_core::manager::{self, Stats};
+use kvcache_core::ports::Located;
+use kvcache_core::{BlockInfo, PinId, PodName, Tier};
 use tokio::sync::oneshot;
 
 use crate::pages::BlockMemory;
@@ -133,4 +134,42 @@ pub struct HeldDepth {
     pub host: u32,
     /// How many of those are only on disk.
     pub disk: u32,
+}
+
+/// How much of a chain can be had, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// What the node has by itself.
+    pub own: HeldDepth,
+    /// Blocks, from the first, that the node, its peers and the shared objects have together.
+    pub depth: u32,
+    /// Who else has some: pods that can be asked, each with its address. Empty when the node has all by itself.
+    pub located: Located,
+}
+
+/// Blocks that stay in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pinned {
+    /// What to let go of; means something in this run of this node only.
+    pub id: PinId,
+    /// How many blocks, from the first, are kept; with none there is nothing to let go of.
+    pub depth: u32,
+}
+
+/// What became of a request to forget blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Blocks that left host memory and disk.
+    pub removed: u32,
+    /// Blocks that stay: pinned, leased, being read or on their way somewhere.
+    pub kept: u32,
+}
+
+impl From<manager::Removed> for Removed {
+    fn from(removed: manager::Removed) -> Self {
+        Self {
+            removed: removed.removed,
+            kept: removed.kept,
+        }
+    }
 }

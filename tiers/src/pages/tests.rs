@@ -39,10 +39,10 @@ fn segments_that_cannot_be_are_refused_by_position() {
     refuse(segment(&region, 0, 99, 100), invalid, 2, "stride is 99");
     refuse(segment(&region, 3997, 100, 100), invalid, 1, "3997+100");
     refuse(
-        segment(&region, 0, 999, 100),
+        segment(&region, 1, 999, 100),
         invalid,
         5,
-        "3996+100 lie outside",
+        "3997+100 lie outside",
     );
     refuse(segment(&region, 1, u64::MAX / 2, 1), invalid, 4, "2^64");
     let unknown = Segment {

@@ -45,15 +45,7 @@ impl Roster {
     /// # Errors
     /// As [`Roster::id`]; [`ErrorKind::Invalid`] for an address that cannot be one.
     pub(crate) fn set_address(&self, pod: &PodName, address: &str) -> Result<()> {
-        if address.is_empty()
-            || address.len() > ADDRESS_BYTES_MAX
-            || address
-                .chars()
-                .any(|c| c.is_control() || c.is_whitespace() || c == '/')
-        {
-            let context = format!("address {address:?} of pod {pod} is not host:port");
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
+        check_address(address).map_err(|error| error.at(format_args!("pod {pod}")))?;
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let id = entries.id(pod)?;
         let known = &mut entries.pods[id.0 as usize].address;
@@ -74,6 +66,19 @@ impl Roster {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.pods.get(id.0 as usize)?.address.clone()
     }
+}
+
+/// Whether text can be a `host:port`.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] with the text.
+pub(crate) fn check_address(address: &str) -> Result<()> {
+    let is_odd = |c: char| c.is_control() || c.is_whitespace() || c == '/';
+    if address.is_empty() || address.len() > ADDRESS_BYTES_MAX || address.chars().any(is_odd) {
+        let context = format!("address {address:?} is not host:port");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    Ok(())
 }
 
 impl Entries {
@@ -123,7 +128,7 @@ mod tests {
         for address in ["", "host:1/path", "host :1", "host:1\n", &"x".repeat(321)] {
             let error = roster.set_address(&pod, address).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid);
-            assert!(error.context().contains("pod a"), "{error}");
+            assert!(error.to_string().contains("pod a"), "{error}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvcache_core::{Error, ErrorKind, LeaseId, PodName, Result};
+use kvcache_core::{Error, ErrorKind, LeaseId, PinId, PodName, Result};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::peer_server::{Peer, PeerServer as Service};
 use tokio::net::TcpListener;
@@ -14,9 +14,11 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
-use super::wire::{self, Hello, LeaseAnswer, LeasedBlock};
-use crate::cache::{Desk, ReadyLease};
+use super::wire::{self, Hello, LeaseAnswer, LeasedBlock, LocateQuestion};
+use crate::cache::{Desk, Locator, Reach, ReadyLease};
+use crate::config::NameReader;
 use crate::mover::Mover;
+use crate::numbers::Numbers;
 
 /// Calls of one connection answered at a time; more wait.
 const CALLS_PER_CONNECTION_MAX: usize = 64;
@@ -36,9 +38,12 @@ pub struct PeerServer {
 pub(crate) struct Serving {
     pub(crate) desk: Desk,
     pub(crate) mover: Arc<Mover>,
+    pub(crate) locator: Arc<Locator>,
+    pub(crate) names: Option<NameReader>,
     pub(crate) pod: PodName,
     /// Which run of this node it is: peers find out that it restarted.
     pub(crate) incarnation: u64,
+    pub(crate) numbers: Numbers,
 }
 
 impl PeerServer {
@@ -153,20 +158,52 @@ impl Peer for Serving {
         let peer = PodName::new(&request.pod)
             .and_then(|pod| self.mover.peers.roster.id(&pod))
             .map_err(|error| wire::status_of(&error))?;
-        let lease = LeaseId(request.lease.wrapping_sub(self.first_lease()));
+        let lease = LeaseId(self.numbers.inside(request.lease));
         match self.desk.release(peer, lease) {
             // A full queue: the lease ends by itself.
             Err(error) if error.kind() != ErrorKind::Busy => Err(wire::status_of(&error)),
             _ => Ok(Response::new(v1::ReleaseResponse {})),
         }
     }
+
+    async fn locate(
+        &self,
+        request: Request<v1::LocateRequest>,
+    ) -> Result<Response<v1::LocateResponse>, Status> {
+        let question = wire::check_locate(request.into_inner()).map_err(|e| wire::status_of(&e))?;
+        let located = self.reach(question).await;
+        let reach = located.map_err(|error| wire::status_of(&error))?;
+        Ok(Response::new(wire::locate_response(&reach)))
+    }
+
+    async fn unpin(
+        &self,
+        request: Request<v1::UnpinRequest>,
+    ) -> Result<Response<v1::UnpinResponse>, Status> {
+        let identity = &self.mover.expected.model_identity;
+        let pin = wire::check_unpin(request.get_ref(), identity);
+        let pin = pin.map_err(|error| wire::status_of(&error))?;
+        match self.desk.unpin(PinId(self.numbers.inside(pin.0))) {
+            // A full queue: the pin ends by itself.
+            Err(error) if error.kind() != ErrorKind::Busy => Err(wire::status_of(&error)),
+            _ => Ok(Response::new(v1::UnpinResponse {})),
+        }
+    }
 }
 
 impl Serving {
-    /// The manager counts leases from 0 in every run. Peers are told numbers that start elsewhere in each, so that one
-    /// given back after a restart names nothing.
-    fn first_lease(&self) -> u64 {
-        self.incarnation.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    async fn reach(&self, question: LocateQuestion) -> Result<Reach> {
+        let deadline = Instant::now() + question.deadline;
+        let Some(names) = self.names.clone() else {
+            let context = format!("pod {} has no way to read names of blocks", self.pod);
+            return Err(Error::new(ErrorKind::Unsupported, context));
+        };
+        // A long prompt's names take milliseconds to hash: elsewhere than where answers are sent.
+        let read = tokio::task::spawn_blocking(move || names.read(&question.names)).await;
+        let infos = read.map_err(|error| {
+            Error::new(ErrorKind::Internal, "a thread that reads names").with_source(error)
+        })??;
+        self.locator.reach(&infos, deadline).await
     }
 
     fn answer(&self, ready: &ReadyLease) -> LeaseAnswer {
@@ -184,7 +221,7 @@ impl Serving {
             }
         });
         LeaseAnswer {
-            lease: LeaseId(ready.lease.0.wrapping_add(self.first_lease())),
+            lease: LeaseId(self.numbers.outside(ready.lease.0)),
             ttl: ready.ttl,
             blocks: blocks.collect(),
         }

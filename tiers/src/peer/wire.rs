@@ -10,14 +10,21 @@ use kvcache_core::{
 use kvfabric_proto::{PROTOCOL_VERSION, v1};
 use tonic::{Code, Status};
 
+mod locate;
+
+pub(crate) use locate::{
+    LocateQuestion, check_locate, check_locate_response, check_unpin, locate_request,
+    locate_response, unpin_request,
+};
+
 /// The most blocks one lease may ask for: 128 KiB of keys.
 pub(crate) const LEASE_KEYS_MAX: usize = 4096;
 
 /// The most agent metadata accepted, in bytes.
 pub(crate) const METADATA_BYTES_MAX: usize = 256 << 10;
 
-/// The longest message accepted, in bytes; the limits above stay well below it.
-pub(crate) const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// The longest message accepted, in bytes; the limits above and those of locating stay well below it.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 5 << 20;
 
 const KEY_BYTES: usize = 32;
 

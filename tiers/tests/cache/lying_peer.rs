@@ -94,6 +94,20 @@ impl Peer for Service {
             .push(request.get_ref().lease);
         Ok(Response::new(v1::ReleaseResponse {}))
     }
+
+    async fn locate(
+        &self,
+        _: Request<v1::LocateRequest>,
+    ) -> Result<Response<v1::LocateResponse>, Status> {
+        Err(Status::unimplemented("nobody asks it where blocks are"))
+    }
+
+    async fn unpin(
+        &self,
+        _: Request<v1::UnpinRequest>,
+    ) -> Result<Response<v1::UnpinResponse>, Status> {
+        Err(Status::unimplemented("nobody pins anything here"))
+    }
 }
 
 async fn liar(hello: Lie<v1::HelloResponse>, lease: Lie<v1::LeaseResponse>) -> Arc<Holding> {
