@@ -3,6 +3,7 @@
 use kvcache_core::{Error, ErrorKind, Result};
 use std::sync::Arc;
 
+use crate::agent::RemoteRegion;
 use crate::backend::Operation;
 use crate::descriptor::{Cursor, PreparedList, Range, Target};
 
@@ -46,6 +47,14 @@ impl Plan {
             extents: Vec::new(),
             bytes: 0,
             descriptors: 0,
+        }
+    }
+
+    /// Nothing to move, and these regions of a peer: asks which way reaches them.
+    pub(crate) fn touching(regions: impl IntoIterator<Item = Arc<RemoteRegion>>) -> Self {
+        Self {
+            remote: regions.into_iter().map(Target::Remote).collect(),
+            ..Self::empty()
         }
     }
 

@@ -276,35 +276,45 @@ fn an_agent_that_is_not_allowed_is_refused() {
     }
 }
 
-/// Private memory can't be mapped, so the same peer is reached over TCP for it, and the report says what is.
+/// Private memory can't be mapped, so the same peer is reached another way for it, and the reports say which and why.
 #[test]
 fn each_region_gets_the_fastest_way_that_reaches_it() {
-    let build = |name| {
-        Agent::builder(name)
-            .memcpy(false)
-            .tcp(Some(loopback()))
-            .build()
-            .unwrap()
-    };
-    let (initiator, target) = (build("initiator"), build("target"));
-    let shared = target
-        .register(HostMemory::shared(4096).unwrap(), OPEN)
-        .unwrap();
-    let private = target
-        .register(HostMemory::anonymous(4096).unwrap(), OPEN)
-        .unwrap();
-    let own = initiator
-        .register(HostMemory::anonymous(4096).unwrap(), options_closed())
-        .unwrap();
-    let peer = initiator.load_peer(&target.metadata()).unwrap();
-    for (region, way) in [(&shared, "shm"), (&private, "tcp"), (&shared, "shm")] {
-        let pair = (own.descriptor(0, 64), region.descriptor(0, 64));
-        let request = initiator
-            .transfer(Operation::Read, &[pair], Side::Peer(&peer), options())
+    for (cma, way) in [(true, "cma"), (false, "tcp")] {
+        let build = |name| {
+            let builder = Agent::builder(name).memcpy(false).tcp(Some(loopback()));
+            builder.cma(cma).build().unwrap()
+        };
+        let (initiator, target) = (build("initiator"), build("target"));
+        let shared = target
+            .register(HostMemory::shared(4096).unwrap(), OPEN)
             .unwrap();
-        assert_eq!(request.wait(WAIT).unwrap().backend, way);
+        let own = initiator
+            .register(HostMemory::anonymous(4096).unwrap(), options_closed())
+            .unwrap();
+        let peer = initiator.load_peer(&target.metadata()).unwrap();
+        assert_eq!(initiator.path_to(&peer).backend, Some("shm"));
+        let private = target
+            .register(HostMemory::anonymous(4096).unwrap(), OPEN)
+            .unwrap();
+        let peer = initiator.load_peer(&target.metadata()).unwrap();
+        for (region, way) in [(&shared, "shm"), (&private, way), (&shared, "shm")] {
+            let pair = (own.descriptor(0, 64), region.descriptor(0, 64));
+            let request = initiator
+                .transfer(Operation::Read, &[pair], Side::Peer(&peer), options())
+                .unwrap();
+            assert_eq!(request.wait(WAIT).unwrap().backend, way);
+            let report = initiator.path_to_region(&peer, region.id()).unwrap();
+            assert_eq!(report.backend, Some(way));
+        }
+        // Together they are reached by a way that reaches both.
+        let report = initiator.path_to(&peer);
+        assert_eq!(report.backend, Some(way));
+        let (name, reason) = &report.refused[0];
+        assert_eq!(*name, "shm");
+        assert!(reason.contains(&private.id().to_string()), "{reason}");
+        let unknown = initiator.path_to_region(&peer, own.id()).unwrap_err();
+        assert_eq!(unknown.kind(), ErrorKind::NotFound);
     }
-    assert_eq!(initiator.path_to(&peer).backend, Some("shm"));
 }
 
 fn options_closed() -> RegionOptions {

@@ -51,6 +51,18 @@ fn shm_conforms() {
     check(&pair("shm", |name| alone(name).shm(true)), 0);
 }
 
+/// Two agents of this process that read and write each other's private memory with system calls.
+#[test]
+fn cma_conforms() {
+    check(&pair("cma", |name| alone(name).cma(true)).private(), 0);
+}
+
+/// Shared memory is reached that way as well.
+#[test]
+fn cma_over_shared_memory_conforms() {
+    check(&pair("cma", |name| alone(name).cma(true)), 0);
+}
+
 /// Two agents of this process over loopback.
 #[test]
 fn tcp_conforms() {

@@ -90,9 +90,9 @@ fn bytes_outside_the_region_are_refused_by_the_target() {
         ] {
             for operation in [Operation::Read, Operation::Write] {
                 let kind = attempt(way, &pair, &forged, operation, range);
-                // Shared memory of another size than promised is not even mapped.
+                // Memory of another size than promised is not even accepted.
                 let expected = match way {
-                    Way::Shm => ErrorKind::Corrupt,
+                    Way::Shm | Way::Cma => ErrorKind::Corrupt,
                     Way::Memcpy | Way::Tcp => ErrorKind::Invalid,
                 };
                 assert_eq!(kind, expected, "{way:?} {range:?}");

@@ -23,7 +23,7 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use support::{OPEN, WAIT, Way, contents, pattern};
 
-const WAYS: [Way; 2] = [Way::Shm, Way::Tcp];
+const WAYS: [Way; 3] = [Way::Shm, Way::Cma, Way::Tcp];
 const BYTES: u64 = 8 << 20;
 const SEED: u64 = 99;
 
@@ -110,11 +110,8 @@ fn the_other_process() {
     let Ok(role) = std::env::var(ROLE) else {
         return;
     };
-    let way = if std::env::var(WAY).unwrap() == "shm" {
-        Way::Shm
-    } else {
-        Way::Tcp
-    };
+    let name = std::env::var(WAY).unwrap();
+    let way = WAYS.into_iter().find(|way| way.name() == name).unwrap();
     match role.as_str() {
         "target" => serve(way),
         "initiator" => hold(way, &unhex(&std::env::var(PEER).unwrap())),
@@ -125,9 +122,7 @@ fn the_other_process() {
 /// Exports memory with a pattern; answers each notification with the checksum of all memory.
 fn serve(way: Way) {
     let agent = way.agent("other");
-    let region = agent
-        .register(HostMemory::shared(BYTES).unwrap(), OPEN)
-        .unwrap();
+    let region = agent.register(way.memory(BYTES), OPEN).unwrap();
     region.write_at(0, &pattern(BYTES as usize, SEED)).unwrap();
     println!("REGION {}", region.id().0);
     println!("METADATA {}", hex(&agent.metadata()));
@@ -311,18 +306,21 @@ fn every_request_settles_when_the_peer_is_killed() {
     }
 }
 
-/// The other process maps this one's memory. Stopped, it cannot give it back, so the region stays in use; dead, it
+/// The other process uses this one's memory. Stopped, it cannot give it back, so the region stays in use; dead, it
 /// proves that it doesn't use it.
 #[test]
-fn shared_memory_is_in_use_until_its_user_gives_it_back_or_is_dead() {
-    for dies in [true, false] {
-        let agent = Way::Shm.agent("this");
-        let export = agent
-            .register(HostMemory::shared(4096).unwrap(), OPEN)
-            .unwrap();
+fn memory_used_in_place_is_in_use_until_its_user_gives_it_back_or_is_dead() {
+    for (way, dies) in [
+        (Way::Shm, true),
+        (Way::Shm, false),
+        (Way::Cma, true),
+        (Way::Cma, false),
+    ] {
+        let agent = way.agent("this");
+        let export = agent.register(way.memory(4096), OPEN).unwrap();
         export.write_at(0, &pattern(4096, SEED)).unwrap();
         let metadata = agent.metadata();
-        let mut other = Other::start("initiator", Way::Shm, &metadata);
+        let mut other = Other::start("initiator", way, &metadata);
         let checksum: u32 = other.expect("CHECKSUM").parse().unwrap();
         assert_eq!(checksum, export.checksum(0, 4096).unwrap());
         if dies {
@@ -331,9 +329,32 @@ fn shared_memory_is_in_use_until_its_user_gives_it_back_or_is_dead() {
         let returned = export.deregister();
         if dies {
             let busy = returned.wait(Duration::from_millis(50)).unwrap_err();
-            assert_eq!(busy.kind(), ErrorKind::Busy);
+            assert_eq!(busy.kind(), ErrorKind::Busy, "{way:?}");
             other.kill();
         }
         returned.wait(WAIT).unwrap();
+    }
+}
+
+/// The agent goes first, and the region that the other process uses is deregistered after. If the other process answers
+/// the memory is free; if it cannot, the memory is never called free, although nobody listens for it any more.
+#[test]
+fn memory_used_in_place_outlives_its_agent_while_it_is_used() {
+    for stopped in [false, true] {
+        let agent = Way::Cma.agent("this");
+        let export = agent.register(Way::Cma.memory(4096), OPEN).unwrap();
+        let mut other = Other::start("initiator", Way::Cma, &agent.metadata());
+        other.expect("CHECKSUM");
+        if stopped {
+            other.stop();
+        }
+        drop(agent);
+        let returned = export.deregister();
+        if stopped {
+            let busy = returned.wait(Duration::from_millis(50)).unwrap_err();
+            assert_eq!(busy.kind(), ErrorKind::Busy);
+        } else {
+            returned.wait(WAIT).unwrap();
+        }
     }
 }

@@ -9,7 +9,7 @@ use kvcache_core::Result;
 
 use super::{Agent, AgentCore, Exports, Timer};
 use crate::backend::copy::Copier;
-use crate::backend::{Fabric, memcpy, shm, tcp};
+use crate::backend::{Fabric, cma, memcpy, shm, tcp};
 use crate::metadata::check_name;
 use crate::reactor::Reactor;
 use crate::stats::Stats;
@@ -141,7 +141,10 @@ impl AgentBuilder {
             exports.add_fabric(memcpy::fabric(&exports, copier.clone()));
         }
         if self.shm {
-            exports.add_fabric(shm::fabric(&exports, &reactor, copier)?);
+            exports.add_fabric(shm::fabric(&exports, &reactor, copier.clone())?);
+        }
+        if self.cma.unwrap_or(self.shm) {
+            exports.add_fabric(cma::fabric(&exports, &reactor, copier)?);
         }
         if let Some(address) = self.tcp {
             exports.add_fabric(tcp::fabric(

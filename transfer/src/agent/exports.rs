@@ -73,10 +73,12 @@ impl Exports {
 
     /// Ends all connections, and the listening.
     pub(crate) fn close(&self) {
+        // They are there until they are closed, so that a region that is deregistered meanwhile is revoked.
+        self.fabrics().iter().for_each(|fabric| fabric.close());
         let mut fabrics = self.fabrics.write().unwrap_or_else(PoisonError::into_inner);
-        let closing = std::mem::take(&mut *fabrics);
+        let closed = std::mem::take(&mut *fabrics);
         drop(fabrics);
-        closing.iter().for_each(|fabric| fabric.close());
+        drop(closed);
     }
 
     /// # Errors
@@ -103,12 +105,12 @@ impl Exports {
 
     /// The region is being deregistered: nobody finds it any more, and peers are told.
     pub(crate) fn withdraw(&self, region: &Arc<RegionCore>) {
+        // Before nobody finds the region: a fabric that is closed later revokes those that it finds by itself.
+        let fabrics = self.fabrics();
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         regions.remove(&region.id());
         drop(regions);
-        self.fabrics()
-            .iter()
-            .for_each(|fabric| fabric.withdraw(region));
+        fabrics.iter().for_each(|fabric| fabric.withdraw(region));
     }
 
     /// One of this agent's own regions.

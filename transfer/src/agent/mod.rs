@@ -28,7 +28,7 @@ pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
 use crate::backend::{Backend, Operation};
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
 use crate::plan::Plan;
-use crate::region::{Body, Region, RegionCore, RegionOptions, RegionUse};
+use crate::region::{Body, Region, RegionCore, RegionId, RegionOptions, RegionUse};
 use crate::request::{Request, RequestOptions, Route};
 use crate::stats::AgentStats;
 use crate::sys::memory::HostMemory;
@@ -349,10 +349,19 @@ impl Agent {
         region.region().mapping()?.crc32c(memory.offset, memory.len)
     }
 
-    /// Which way bytes go to a peer, and why; connects if there is no connection.
+    /// Which way a request over all regions that a peer exports would take, and why; connects if there is no connection.
+    /// Where no one way reaches all of them, or there are none: which way notifications take.
     #[must_use]
     pub fn path_to(&self, peer: &PeerHandle) -> PathReport {
         peer.core().report(&self.0)
+    }
+
+    /// Which way bytes go to one region of a peer, and why; connects if there is no connection.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when the peer exports no such region.
+    pub fn path_to_region(&self, peer: &PeerHandle, region: RegionId) -> Result<PathReport> {
+        peer.core().report_of(&self.0, region)
     }
 
     /// What each backend has moved.

@@ -255,34 +255,56 @@ impl PeerCore {
         links[position] = link;
     }
 
+    /// The way to all regions that it exports, or if there is none, to the peer as such.
     pub(super) fn report(self: &Arc<Self>, agent: &Arc<AgentCore>) -> PathReport {
-        let chosen = agent
-            .check()
-            .and_then(|()| self.channel(agent, &Plan::empty()));
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let all = Plan::touching(known.regions.values().cloned());
+        drop(known);
+        let chosen = self.choose(agent, &all);
+        if chosen.is_err() && !all.remote.is_empty() {
+            return self.explain(self.choose(agent, &Plan::empty()), &all);
+        }
+        self.explain(chosen, &all)
+    }
+
+    /// The way to one of its regions.
+    pub(super) fn report_of(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        region: RegionId,
+    ) -> Result<PathReport> {
+        let plan = Plan::touching([self.find(region)?]);
+        Ok(self.explain(self.choose(agent, &plan), &plan))
+    }
+
+    fn choose(self: &Arc<Self>, agent: &Arc<AgentCore>, plan: &Plan) -> Result<Arc<dyn Channel>> {
+        agent.check().and_then(|()| self.channel(agent, plan))
+    }
+
+    /// What was chosen for a plan, and what kept better ways from being chosen.
+    fn explain(&self, chosen: Result<Arc<dyn Channel>>, plan: &Plan) -> PathReport {
         let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
         let mut refused = Vec::new();
         for link in links.iter() {
             match &link.state {
                 LinkState::Untried => refused.push((link.name, "not tried".to_owned())),
                 LinkState::Refused(reason) => refused.push((link.name, reason.clone())),
-                LinkState::Connected(channel) => match (&chosen, channel.check()) {
-                    (Ok(chosen), _) if Arc::ptr_eq(chosen, channel) => break,
-                    (_, Ok(())) => {}
-                    (_, Err(reason)) => refused.push((link.name, reason.to_string())),
-                },
+                LinkState::Connected(channel) => {
+                    if let Ok(chosen) = &chosen
+                        && Arc::ptr_eq(chosen, channel)
+                    {
+                        break;
+                    }
+                    let reason = channel.check().err().map(|error| error.to_string());
+                    let reason = reason.or_else(|| refusal(&**channel, plan));
+                    refused.extend(reason.map(|reason| (link.name, reason)));
+                }
             }
         }
-        match chosen {
-            Ok(channel) => PathReport {
-                backend: Some(channel.name()),
-                why: channel.detail(),
-                refused,
-            },
-            Err(_) => PathReport {
-                backend: None,
-                why: String::new(),
-                refused,
-            },
+        PathReport {
+            backend: chosen.as_ref().ok().map(|channel| channel.name()),
+            why: chosen.map_or_else(|_| String::new(), |channel| channel.detail()),
+            refused,
         }
     }
 }

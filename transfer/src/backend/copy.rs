@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::{Job, Operation, Refusal, abandoned};
+use super::{Job, Operation, Refusal};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
 use crate::sys::memory::Mapping;
@@ -21,7 +21,7 @@ const INLINE_EXTENTS_MAX: usize = 256;
 const COPIES_WAITING_MAX: usize = 16_384;
 
 /// Bytes copied between two looks at whether the caller has given up.
-const STEP_BYTES: u64 = 1 << 20;
+pub(crate) const STEP_BYTES: u64 = 1 << 20;
 
 /// A job with all that it needs to run, on any thread.
 struct Task {
@@ -93,28 +93,21 @@ fn run(queue: &Receiver<Task>) {
     }
 }
 
-/// Copies a plan's extents; `remote` finds the memory behind each position of its remote side.
+/// Copies a plan's extents; `remote` finds the memory behind each position of its remote side. Asks `go_on` from time to
+/// time, and gives its error back.
 pub(crate) fn copy_plan<'a>(
-    job: &Job,
-    plan: &'a Plan,
+    plan: &Plan,
+    go_on: &dyn Fn() -> Result<()>,
     remote: impl Fn(u32) -> Result<&'a Mapping>,
 ) -> Result<()> {
     let mut since_look = 0;
     for extent in &plan.extents {
-        let Target::Local(local) = &plan.local[extent.local as usize] else {
-            return Err(Error::new(
-                ErrorKind::Internal,
-                "the local side names a peer's region",
-            ));
-        };
-        let (local, remote) = (local.mapping()?, remote(extent.remote)?);
+        let (local, remote) = (local_memory(plan, extent)?, remote(extent.remote)?);
         let mut done = 0;
         while done < extent.len {
             if since_look >= STEP_BYTES {
                 since_look = 0;
-                if job.is_abandoned() {
-                    return Err(abandoned());
-                }
+                go_on()?;
             }
             let count = (extent.len - done).min(STEP_BYTES);
             copy_part(plan.operation, extent, done, count, local, remote)?;
@@ -123,6 +116,17 @@ pub(crate) fn copy_plan<'a>(
         }
     }
     Ok(())
+}
+
+/// The memory of this agent that an extent names.
+pub(crate) fn local_memory<'a>(plan: &'a Plan, extent: &Extent) -> Result<&'a Mapping> {
+    match &plan.local[extent.local as usize] {
+        Target::Local(local) => local.mapping(),
+        Target::Remote(_) => Err(Error::new(
+            ErrorKind::Internal,
+            "the local side names a peer's region",
+        )),
+    }
 }
 
 fn copy_part(

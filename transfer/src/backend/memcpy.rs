@@ -64,9 +64,11 @@ impl Backend for Own {
     fn post(&self, job: Job) -> Result<(), Refusal> {
         let work = |job: Job| {
             let plan = job.plan().clone();
-            let outcome = copy_plan(&job, &plan, |remote| match &plan.remote[remote as usize] {
-                Target::Local(region) => region.mapping(),
-                Target::Remote(region) => Err(not_ours(region)),
+            let outcome = copy_plan(&plan, &|| job.go_on(), |remote| {
+                match &plan.remote[remote as usize] {
+                    Target::Local(region) => region.mapping(),
+                    Target::Remote(region) => Err(not_ours(region)),
+                }
             });
             job.settle(outcome);
         };
@@ -175,7 +177,7 @@ impl Backend for Neighbour {
         let own_name = self.own_name.clone();
         let work = move |job: Job| {
             let plan = job.plan().clone();
-            let mut outcome = copy_plan(&job, &plan, |remote| {
+            let mut outcome = copy_plan(&plan, &|| job.go_on(), |remote| {
                 uses[remote as usize].region().mapping()
             });
             drop(uses);

@@ -12,6 +12,7 @@ use crate::plan::Plan;
 use crate::region::MemoryKind;
 use crate::request::Ticket;
 
+pub(crate) mod cma;
 pub mod conformance;
 pub(crate) mod copy;
 pub mod file;
@@ -21,6 +22,7 @@ pub(crate) mod shm;
 pub mod sim;
 pub(crate) mod spare;
 pub(crate) mod tcp;
+pub(crate) mod unix;
 
 /// Which way bytes go, seen from the one who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -141,6 +143,15 @@ impl Job {
     /// Whether the caller no longer waits (deadline or cancel). Settle soon.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.ticket.is_abandoned()
+    }
+
+    /// # Errors
+    /// When the caller no longer waits, so that whoever moves bytes can stop.
+    pub(crate) fn go_on(&self) -> Result<()> {
+        if self.is_abandoned() {
+            return Err(abandoned());
+        }
+        Ok(())
     }
 
     /// The terminal outcome: no byte of the job's memory is touched after this.

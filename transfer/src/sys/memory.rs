@@ -118,6 +118,11 @@ impl Mapping {
         self.base
     }
 
+    /// Where it begins, as a number for another process.
+    pub(crate) fn address(&self) -> u64 {
+        self.base.addr().get() as u64
+    }
+
     /// Bytes.
     pub(crate) fn len(&self) -> u64 {
         self.len as u64

@@ -3,4 +3,6 @@
 pub(crate) mod fork;
 pub(crate) mod host;
 pub(crate) mod memory;
+pub(crate) mod process;
+pub(crate) mod process_vm;
 pub(crate) mod socket;

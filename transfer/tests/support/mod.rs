@@ -24,16 +24,18 @@ pub(crate) const OPEN: RegionOptions = RegionOptions {
 pub(crate) enum Way {
     Memcpy,
     Shm,
+    Cma,
     Tcp,
 }
 
-pub(crate) const WAYS: [Way; 3] = [Way::Memcpy, Way::Shm, Way::Tcp];
+pub(crate) const WAYS: [Way; 4] = [Way::Memcpy, Way::Shm, Way::Cma, Way::Tcp];
 
 impl Way {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Memcpy => "memcpy",
             Self::Shm => "shm",
+            Self::Cma => "cma",
             Self::Tcp => "tcp",
         }
     }
@@ -42,11 +44,20 @@ impl Way {
         Agent::builder(name)
             .memcpy(self == Self::Memcpy)
             .shm(self == Self::Shm)
+            .cma(self == Self::Cma)
             .tcp((self == Self::Tcp).then_some(loopback()))
     }
 
     pub(crate) fn agent(self, name: &str) -> Agent {
         self.builder(name).build().unwrap()
+    }
+
+    /// Memory of the kind that the way is for.
+    pub(crate) fn memory(self, bytes: u64) -> HostMemory {
+        match self {
+            Self::Cma => HostMemory::anonymous(bytes).unwrap(),
+            Self::Memcpy | Self::Shm | Self::Tcp => HostMemory::shared(bytes).unwrap(),
+        }
     }
 }
 
@@ -70,19 +81,25 @@ impl Pair {
     }
 
     pub(crate) fn with_options(way: Way, bytes: u64, options: RegionOptions) -> Self {
-        Self::of(way.agent("initiator"), way.agent("target"), bytes, options)
+        let (initiator, target) = (way.agent("initiator"), way.agent("target"));
+        let memory = way.memory(bytes);
+        Self::over(initiator, target, memory, options)
     }
 
     pub(crate) fn of(initiator: Agent, target: Agent, bytes: u64, options: RegionOptions) -> Self {
+        let memory = HostMemory::shared(bytes).unwrap();
+        Self::over(initiator, target, memory, options)
+    }
+
+    fn over(initiator: Agent, target: Agent, memory: HostMemory, options: RegionOptions) -> Self {
+        let bytes = memory.bytes();
         let local = initiator
             .register(
                 HostMemory::anonymous(bytes).unwrap(),
                 RegionOptions::default(),
             )
             .unwrap();
-        let remote = target
-            .register(HostMemory::shared(bytes).unwrap(), options)
-            .unwrap();
+        let remote = target.register(memory, options).unwrap();
         let peer = initiator.load_peer(&target.metadata()).unwrap();
         Self {
             initiator,

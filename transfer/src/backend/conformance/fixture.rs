@@ -16,6 +16,7 @@ pub struct PeerFixture {
     backend: &'static str,
     agent: Agent,
     peer: Agent,
+    private: bool,
 }
 
 impl PeerFixture {
@@ -26,6 +27,16 @@ impl PeerFixture {
             backend,
             agent,
             peer,
+            private: false,
+        }
+    }
+
+    /// With memory that other processes cannot map.
+    #[must_use]
+    pub fn private(self) -> Self {
+        Self {
+            private: true,
+            ..self
         }
     }
 }
@@ -48,7 +59,12 @@ impl Fixture for PeerFixture {
             remote_read: true,
             remote_write: true,
         };
-        let owner = self.peer.register(HostMemory::shared(bytes)?, options)?;
+        let memory = if self.private {
+            HostMemory::anonymous(bytes)?
+        } else {
+            HostMemory::shared(bytes)?
+        };
+        let owner = self.peer.register(memory, options)?;
         let peer = self.agent.load_peer(&self.peer.metadata())?;
         Ok(Place {
             owner,

@@ -1,130 +1,108 @@
 //! Shared memory: a peer of this host hands over the memory of its regions once, and copies are plain copies.
 //!
-//! The memory travels as a sealed memfd over an abstract Unix socket, by region key. A deregistered region is
-//! revoked, and counts as used until the peer has unmapped it or its process is proved dead.
+//! The memory travels as a sealed memfd over the Unix socket between the two (`backend/unix`).
 
-mod call;
-mod channel;
-mod link;
-mod message;
 mod peer_region;
-mod server;
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-};
+use rustix::fs::{Mode, OFlags};
 
-use super::copy::Copier;
-use super::{Channel, Fabric};
-use crate::agent::{Exports, PeerCard};
-use crate::reactor::{Interest, Reactor, Token};
+use super::Fabric;
+use super::copy::{Copier, copy_plan};
+use super::unix::{self, Access, Held, Link, Outcome, corrupt};
+use crate::agent::{Exports, RemoteRegion};
+use crate::plan::Plan;
+use crate::reactor::Reactor;
 use crate::region::RegionCore;
+use crate::sys::memory::Mapping;
 
-use link::Link;
-use server::Server;
+/// The way through mapped memory.
+struct Shm;
 
-const NAME: &str = "shm";
-
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
-
-/// Serves the agent's memory to processes of this host, and maps theirs.
-struct ShmFabric {
-    exports: Arc<Exports>,
-    reactor: Arc<Reactor>,
-    copier: Arc<Copier>,
-    address: Vec<u8>,
-    server: Arc<Server>,
-    token: OnceLock<Token>,
-}
-
-/// Starts listening under a random abstract name.
+/// Starts to serve shared memory.
 pub(crate) fn fabric(
     exports: &Arc<Exports>,
     reactor: &Arc<Reactor>,
     copier: Arc<Copier>,
 ) -> Result<Arc<dyn Fabric>> {
-    let mut random = [0; 16];
-    getrandom::fill(&mut random)
-        .map_err(|e| Error::new(ErrorKind::Io, format!("draw a socket name: {e}")))?;
-    let address = format!("kvfabric-{:032x}", u128::from_le_bytes(random)).into_bytes();
-    let failed = |what: &'static str| move |e: rustix::io::Errno| Error::io(what, e.into());
-    let socket = new_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
-    bind(&socket, &abstract_name(&address)?).map_err(failed("name a Unix socket"))?;
-    listen(&socket, BACKLOG).map_err(failed("listen on a Unix socket"))?;
-    let server = Server::new(socket, exports, reactor);
-    let token = reactor.add(server.socket(), Interest::READABLE, server.clone())?;
-    let fabric = ShmFabric {
-        exports: exports.clone(),
-        reactor: reactor.clone(),
-        copier,
-        address,
-        server,
-        token: OnceLock::new(),
-    };
-    let _ = fabric.token.set(token);
-    Ok(Arc::new(fabric))
+    unix::fabric(Shm, exports, reactor, copier)
 }
 
-fn new_socket(flags: SocketFlags) -> Result<OwnedFd> {
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-        .map_err(|e| Error::io("create a Unix socket", e.into()))
-}
+impl Access for Shm {
+    const NAME: &'static str = "shm";
 
-fn abstract_name(name: &[u8]) -> Result<SocketAddrUnix> {
-    SocketAddrUnix::new_abstract_name(name)
-        .map_err(|e| Error::io("the name of a Unix socket", e.into()))
-}
+    // A peer that has a region mapped keeps the pages, whatever this process does.
+    const IN_PLACE: bool = false;
 
-impl Fabric for ShmFabric {
-    fn name(&self) -> &'static str {
-        NAME
+    type Peer = ();
+
+    type Memory = Mapping;
+
+    fn welcome(&self) -> Outcome {
+        Outcome::Done
     }
 
-    fn address(&self) -> Option<Vec<u8>> {
-        Some(self.address.clone())
-    }
-
-    fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {
-        if peer.host != self.exports.host() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "the peer is on another host",
-            ));
-        }
-        let Some(address) = peer.address(NAME) else {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "the peer shares no memory",
-            ));
+    /// The memory of a region: a descriptor that allows no more than the region does.
+    fn grant(&self, region: &RegionCore) -> Result<(Outcome, Option<OwnedFd>)> {
+        let Some(file) = region.host().and_then(|memory| memory.shared_file()) else {
+            let text = format!("region {} is not in shared memory", region.id());
+            return Err(Error::new(ErrorKind::Unsupported, text));
         };
-        let socket = new_socket(SocketFlags::CLOEXEC)?;
-        // A peer in another network namespace has another set of abstract names: not found is the answer then.
-        connect(&socket, &abstract_name(address)?)
-            .map_err(|e| Error::io("connect to the peer's Unix socket", e.into()))?;
-        let link = Link::new(socket, &self.reactor)?;
-        let channel = channel::ShmChannel::start(
-            link,
-            self.exports.name(),
-            peer.incarnation,
-            self.copier.clone(),
-            timeout,
-        )?;
-        Ok(channel)
+        let writable = region.options().remote_write;
+        let file = if writable {
+            file.try_clone()
+                .map_err(|e| Error::io("clone a descriptor", e))
+        } else {
+            read_only(file)
+        }?;
+        let bytes = region.bytes();
+        Ok((Outcome::Granted { bytes, writable }, Some(file)))
     }
 
-    fn withdraw(&self, region: &Arc<RegionCore>) {
-        self.server.withdraw(region);
-    }
-
-    fn close(&self) {
-        if let Some(token) = self.token.get() {
-            self.reactor.remove(*token, self.server.socket().as_fd());
+    fn meet(_link: &Link, welcome: Outcome) -> Result<()> {
+        match welcome {
+            Outcome::Done => Ok(()),
+            _ => Err(corrupt("a greeting is answered by something else")),
         }
     }
+
+    fn accept(remote: &RemoteRegion, outcome: Outcome, file: Option<OwnedFd>) -> Result<Mapping> {
+        let Outcome::Granted { bytes, writable } = outcome else {
+            return Err(corrupt("a map is answered without memory"));
+        };
+        let Some(file) = file else {
+            return Err(corrupt("memory is granted without a descriptor"));
+        };
+        peer_region::map(&file, bytes, writable, remote)
+    }
+
+    fn reaches(region: &RemoteRegion) -> Result<(), String> {
+        if region.shareable {
+            return Ok(());
+        }
+        Err(format!("region {} is not in shared memory", region.id))
+    }
+
+    fn copy(
+        _peer: &(),
+        plan: &Plan,
+        memory: &[Arc<Held<Self>>],
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        copy_plan(plan, go_on, |remote| memory[remote as usize].memory())
+    }
+
+    fn detail(link: &Link) -> String {
+        format!("memory mapped from process {} of this host", link.pid())
+    }
+}
+
+/// Opens shared memory again, for reading only.
+fn read_only(file: &OwnedFd) -> Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::io(format!("open {path} read-only"), e.into()))
 }

@@ -1,11 +1,9 @@
 //! What a lying peer could hand over as its memory.
 
 use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
-use crate::reactor::Reactor;
-use crate::region::RegionKey;
+use crate::region::{RegionId, RegionKey};
 
 const BYTES: u64 = 8192;
 
@@ -18,11 +16,7 @@ fn memory(bytes: u64, seals: SealFlags) -> OwnedFd {
 }
 
 /// How mapping `file` ends, when the metadata promised `BYTES` and the peer grants `granted`.
-fn map(file: &OwnedFd, granted: u64) -> Result<PeerRegion> {
-    let (reactor, thread) = Reactor::start().unwrap();
-    let kind = SocketType::SEQPACKET;
-    let (one, _other) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
-    let link = Arc::new(Link::new(one, &reactor).unwrap());
+fn map_granted(file: &OwnedFd, granted: u64) -> Result<Mapping> {
     let remote = RemoteRegion {
         id: RegionId(1),
         key: RegionKey([0; 16]),
@@ -31,10 +25,7 @@ fn map(file: &OwnedFd, granted: u64) -> Result<PeerRegion> {
         writable: true,
         shareable: true,
     };
-    let mapped = PeerRegion::map(file, granted, true, &remote, &link);
-    reactor.close();
-    thread.join().unwrap();
-    mapped
+    map(file, granted, true, &remote)
 }
 
 /// Without each of the seals the peer could cut the memory away, and a copy would end this process.
@@ -42,15 +33,15 @@ fn map(file: &OwnedFd, granted: u64) -> Result<PeerRegion> {
 fn memory_that_can_shrink_is_refused() {
     let all = SIZE_SEALS | SealFlags::SEAL;
     for missing in [SealFlags::SHRINK, SealFlags::GROW, SealFlags::SEAL] {
-        let refused = map(&memory(BYTES, all.difference(missing)), BYTES);
+        let refused = map_granted(&memory(BYTES, all.difference(missing)), BYTES);
         assert_eq!(
             refused.err().unwrap().kind(),
             ErrorKind::Denied,
             "{missing:?}"
         );
     }
-    let mapped = map(&memory(BYTES, all), BYTES).unwrap();
-    assert_eq!(mapped.mapping().unwrap().len(), BYTES);
+    let mapped = map_granted(&memory(BYTES, all), BYTES).unwrap();
+    assert_eq!(mapped.len(), BYTES);
 }
 
 /// Less memory than was promised, or than is claimed.
@@ -63,7 +54,7 @@ fn memory_of_another_size_is_refused() {
         (2 * BYTES, BYTES),
         (BYTES, 4096),
     ] {
-        let refused = map(&memory(bytes, all), granted);
+        let refused = map_granted(&memory(bytes, all), granted);
         assert_eq!(
             refused.err().unwrap().kind(),
             ErrorKind::Corrupt,

@@ -5,8 +5,10 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -16,12 +18,24 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::message::{MESSAGE_BYTES_MAX, Message};
 use crate::reactor::{Interest, Reactor, Source, Token};
+use crate::sys::process::credentials;
 
 /// Messages that may wait for room in the socket; above it, sending is refused.
 const UNSENT_MAX: usize = 8192;
 
 /// Messages that one peer gets handled before others get their turn.
 pub(super) const TURN_MESSAGES: usize = 64;
+
+const ROOT: u32 = 0;
+
+/// What ended a wait.
+pub(super) enum Wake {
+    /// There is a message, or the end of them.
+    Message,
+    /// The other process is dead.
+    Death,
+    TimeOut,
+}
 
 struct Unsent {
     bytes: Vec<u8>,
@@ -36,11 +50,12 @@ struct State {
 }
 
 /// One end of the socket, and the process at the other end.
-pub(super) struct Link {
+pub(crate) struct Link {
     socket: OwnedFd,
     /// Readable once the other process is dead.
     process: OwnedFd,
     pid: i32,
+    uid: u32,
     reactor: Arc<Reactor>,
     state: Mutex<State>,
     /// Where messages are received.
@@ -49,25 +64,26 @@ pub(super) struct Link {
 
 impl Link {
     /// # Errors
-    /// [`ErrorKind::Denied`] when the other process runs as another user.
+    /// [`ErrorKind::Denied`] when the other process runs as another user, or cannot be told from others.
     pub(super) fn new(socket: OwnedFd, reactor: &Arc<Reactor>) -> Result<Self> {
-        let credentials = rustix::net::sockopt::socket_peercred(&socket)
-            .map_err(|e| Error::io("credentials of the other process", e.into()))?;
-        let (own, other) = (rustix::process::geteuid(), credentials.uid);
-        if own != other && !own.is_root() && !other.is_root() {
-            let text = format!(
-                "the other process runs as user {}, this one as {}",
-                other.as_raw(),
-                own.as_raw()
-            );
+        let found = credentials(socket.as_fd())
+            .map_err(|e| Error::io("credentials of the other process", e))?;
+        let (own, other) = (rustix::process::geteuid().as_raw(), found.uid);
+        if own != other && own != ROOT && other != ROOT {
+            let text = format!("the other process runs as user {other}, this one as {own}");
             return Err(Error::new(ErrorKind::Denied, text));
         }
-        let process = pidfd_open(credentials.pid, PidfdFlags::NONBLOCK)
+        let Some(pid) = found.pid.and_then(Pid::from_raw) else {
+            let text = "the other process is in another pid namespace, invisible from this one";
+            return Err(Error::new(ErrorKind::Denied, text));
+        };
+        let process = pidfd_open(pid, PidfdFlags::NONBLOCK)
             .map_err(|e| Error::io("watch the other process", e.into()))?;
         Ok(Self {
             socket,
             process,
-            pid: Pid::as_raw(Some(credentials.pid)),
+            pid: Pid::as_raw(Some(pid)),
+            uid: found.uid,
             reactor: reactor.clone(),
             state: Mutex::default(),
             buffer: Mutex::new(vec![0; MESSAGE_BYTES_MAX].into()),
@@ -78,8 +94,36 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// The effective user of the other process.
+    pub(crate) fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// Waits until there is a message, if it `listens`, or the other process is dead. Only for when the reactor has
+    /// ended.
+    pub(super) fn wait(&self, until: Instant, listens: bool) -> Wake {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            let mut watched = [
+                PollFd::new(&self.process, PollFlags::IN),
+                PollFd::new(&self.socket, PollFlags::IN),
+            ];
+            let watched = &mut watched[..if listens { 2 } else { 1 }];
+            match poll(watched, Some(&left)) {
+                Err(Errno::INTR) => {}
+                Ok(0) | Err(_) => return Wake::TimeOut,
+                Ok(_) if !watched[0].revents().is_empty() => return Wake::Death,
+                Ok(_) => return Wake::Message,
+            }
+        }
     }
 
     /// Has the reactor tell of messages, and of the other process's death.

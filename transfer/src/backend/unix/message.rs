@@ -1,5 +1,5 @@
-//! What the two ends of a shared-memory path tell each other, one datagram a message. Same host and same
-//! build are not promised, so the version is in every greeting.
+//! What two agents of one host tell each other over a Unix socket, one datagram a message. The same build is not
+//! promised, so the version is in every greeting.
 
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
@@ -7,6 +7,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use crate::metadata::{Incarnation, check_name};
 use crate::region::{RegionId, RegionKey};
 use crate::request::NOTIFICATION_BYTES_MAX;
+use crate::sys::process_vm::NONCE_BYTES;
 use crate::wire::{Reader, put_counted};
 
 /// The version that this build speaks, and the only one that it accepts.
@@ -22,28 +23,28 @@ pub(super) const MESSAGE_BYTES_MAX: usize = NOTIFICATION_BYTES_MAX + 1024;
 
 /// One message.
 #[derive(Clone, Debug)]
-pub(super) enum Message {
+pub(crate) enum Message {
     /// The first one, from the side that connects.
     Hello { name: String, wanted: Incarnation },
-    /// Asks for a region's memory.
+    /// Asks to use a region's memory.
     Map {
         id: u64,
         region: RegionId,
         key: RegionKey,
     },
-    /// The memory is no longer mapped.
+    /// The memory is no longer used.
     Unmapped { region: RegionId },
     /// A notification for the inbox.
     Notify { id: u64, bytes: Bytes },
-    /// How a greeting (id 0), a map or a notification ended. A granted map comes with a descriptor.
+    /// How a greeting (id 0), a map or a notification ended. Memory to be mapped comes with a descriptor.
     Done { id: u64, outcome: Outcome },
-    /// The memory is to be unmapped: its region is being deregistered.
+    /// The memory is not to be used any more: its region is being deregistered.
     Revoke { region: RegionId },
 }
 
 /// An outcome as it travels.
 #[derive(Clone, Debug)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     Done,
     /// Memory of this size, in the descriptor that comes along.
     Granted {
@@ -53,6 +54,17 @@ pub(super) enum Outcome {
     Failed {
         code: u32,
         text: String,
+    },
+    /// Memory of this size, at this address of the process that answers.
+    Located {
+        address: u64,
+        bytes: u64,
+        writable: bool,
+    },
+    /// The greeting is answered with a random word, and where the process that answers has it.
+    Welcome {
+        nonce_at: u64,
+        nonce: [u8; NONCE_BYTES],
     },
 }
 
@@ -202,21 +214,31 @@ impl Outcome {
                 out.extend_from_slice(&code.to_le_bytes());
                 put_counted(out, text.as_bytes());
             }
+            Self::Located {
+                address,
+                bytes,
+                writable,
+            } => {
+                out.push(3);
+                out.extend_from_slice(&address.to_le_bytes());
+                out.extend_from_slice(&bytes.to_le_bytes());
+                out.push(u8::from(*writable));
+            }
+            Self::Welcome { nonce_at, nonce } => {
+                out.push(4);
+                out.extend_from_slice(&nonce_at.to_le_bytes());
+                out.extend_from_slice(nonce);
+            }
         }
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self> {
         match reader.u8("outcome")? {
             0 => Ok(Self::Done),
-            1 => {
-                let bytes = reader.u64("region size")?;
-                let writable = match reader.u8("writable flag")? {
-                    0 => false,
-                    1 => true,
-                    other => return Err(Error::invalid("writable flag", other, 0..=1)),
-                };
-                Ok(Self::Granted { bytes, writable })
-            }
+            1 => Ok(Self::Granted {
+                bytes: reader.u64("region size")?,
+                writable: decode_writable(reader)?,
+            }),
             2 => {
                 let code = reader.u32("error code")?;
                 Ok(Self::Failed {
@@ -224,8 +246,25 @@ impl Outcome {
                     text: reader.text("reason")?.to_owned(),
                 })
             }
-            other => Err(Error::invalid("outcome", other, 0..=2)),
+            3 => Ok(Self::Located {
+                address: reader.u64("region address")?,
+                bytes: reader.u64("region size")?,
+                writable: decode_writable(reader)?,
+            }),
+            4 => Ok(Self::Welcome {
+                nonce_at: reader.u64("address of the word")?,
+                nonce: reader.array("word")?,
+            }),
+            other => Err(Error::invalid("outcome", other, 0..=4)),
         }
+    }
+}
+
+fn decode_writable(reader: &mut Reader<'_>) -> Result<bool> {
+    match reader.u8("writable flag")? {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Error::invalid("writable flag", other, 0..=1)),
     }
 }
 

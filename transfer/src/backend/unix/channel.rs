@@ -1,20 +1,20 @@
-//! The end that copies: maps a peer's regions once, reads and writes them in place.
+//! The end that copies: asks for a peer's regions once, reads and writes them in place.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::NAME;
 use super::call::{Answer, Call};
+use super::held::Held;
 use super::link::{Link, TURN_MESSAGES};
 use super::message::{Message, Outcome};
-use super::peer_region::PeerRegion;
+use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
-use crate::backend::copy::{Copier, copy_plan};
+use crate::backend::copy::Copier;
 use crate::backend::{Backend, Capabilities, Channel, Job, Refusal};
 use crate::descriptor::Target;
 use crate::metadata::Incarnation;
@@ -35,21 +35,30 @@ enum Waiting {
     Notification(Job),
 }
 
+/// The peer's regions that this process may use.
+struct Regions<A: Access> {
+    held: HashMap<RegionId, Arc<Held<A>>>,
+    /// The one that is being asked for, and whether it was revoked meanwhile.
+    asked: Option<(RegionId, bool)>,
+}
+
 /// The path to one process of this host.
-pub(super) struct ShmChannel {
+pub(super) struct UnixChannel<A: Access> {
     link: Arc<Link>,
+    /// Set once the peer has answered the greeting.
+    peer: OnceLock<A::Peer>,
     copier: Arc<Copier>,
     capabilities: Capabilities,
-    regions: RwLock<HashMap<RegionId, Arc<PeerRegion>>>,
+    regions: RwLock<Regions<A>>,
     waiting: Mutex<Option<HashMap<u64, Waiting>>>,
     next: AtomicU64,
     lost: OnceLock<String>,
-    /// Held while a region is mapped, so that it is mapped once.
-    mapping: Mutex<()>,
+    /// Held while a region is asked for, so that it is asked for once.
+    asking: Mutex<()>,
     own: Weak<Self>,
 }
 
-impl ShmChannel {
+impl<A: Access> UnixChannel<A> {
     /// Greets the peer, and starts listening to it.
     pub(super) fn start(
         link: Link,
@@ -60,16 +69,20 @@ impl ShmChannel {
     ) -> Result<Arc<Self>> {
         let channel = Arc::new_cyclic(|own| Self {
             link: Arc::new(link),
+            peer: OnceLock::new(),
             copier,
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
             },
-            regions: RwLock::default(),
+            regions: RwLock::new(Regions {
+                held: HashMap::new(),
+                asked: None,
+            }),
             waiting: Mutex::new(Some(HashMap::new())),
             next: AtomicU64::new(1),
             lost: OnceLock::new(),
-            mapping: Mutex::new(()),
+            asking: Mutex::new(()),
             own: own.clone(),
         });
         let messages: Arc<dyn Source> = Arc::new(Messages(channel.own.clone()));
@@ -79,14 +92,13 @@ impl ShmChannel {
             name: name.to_owned(),
             wanted,
         };
-        match channel.call(0, &hello, Instant::now() + timeout)? {
-            (Outcome::Done, _) => Ok(channel),
-            (Outcome::Failed { code, text }, _) => Err(Outcome::failure(code, &text)),
-            (Outcome::Granted { .. }, _) => Err(Error::new(
-                ErrorKind::Corrupt,
-                "a greeting is answered with memory",
-            )),
-        }
+        let welcome = match channel.call(0, &hello, Instant::now() + timeout)? {
+            (Outcome::Failed { code, text }, _) => return Err(Outcome::failure(code, &text)),
+            (welcome, _) => welcome,
+        };
+        // Nobody else has the channel yet, so it is set once.
+        let _ = channel.peer.set(A::meet(&channel.link, welcome)?);
+        Ok(channel)
     }
 
     fn enter(&self, id: u64, who: Waiting) -> Result<(), (Waiting, Error)> {
@@ -124,15 +136,40 @@ impl ShmChannel {
         answer
     }
 
-    /// The peer's region, mapped if it was not.
-    fn map(&self, remote: &RemoteRegion) -> Result<Arc<PeerRegion>> {
-        if let Some(region) = self.mapped(remote.id) {
+    fn regions(&self) -> RwLockWriteGuard<'_, Regions<A>> {
+        self.regions.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn held(&self, id: RegionId) -> Option<Arc<Held<A>>> {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        regions.held.get(&id).cloned()
+    }
+
+    /// The peer's region, asked for if this process may not use it yet.
+    fn hold(&self, remote: &RemoteRegion) -> Result<Arc<Held<A>>> {
+        if let Some(region) = self.held(remote.id) {
             return Ok(region);
         }
-        let _mapping = lock(&self.mapping);
-        if let Some(region) = self.mapped(remote.id) {
+        let _asking = lock(&self.asking);
+        if let Some(region) = self.held(remote.id) {
             return Ok(region);
         }
+        self.regions().asked = Some((remote.id, false));
+        let asked = self.ask(remote);
+        let mut regions = self.regions();
+        let revoked = regions.asked.take().is_some_and(|(_, revoked)| revoked);
+        let region = asked?;
+        if revoked {
+            // The guard is gone before the region is, which tells the peer.
+            drop(regions);
+            let text = format!("region {} is deregistered", remote.id);
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+        regions.held.insert(remote.id, region.clone());
+        Ok(region)
+    }
+
+    fn ask(&self, remote: &RemoteRegion) -> Result<Arc<Held<A>>> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let message = Message::Map {
             id,
@@ -140,30 +177,15 @@ impl ShmChannel {
             key: remote.key,
         };
         let (outcome, file) = self.call(id, &message, Instant::now() + CONNECT_TIMEOUT)?;
-        let (bytes, writable) = match outcome {
-            Outcome::Granted { bytes, writable } => (bytes, writable),
-            Outcome::Failed { code, text } => return Err(Outcome::failure(code, &text)),
-            Outcome::Done => return Err(corrupt("a map is answered without memory")),
-        };
-        let Some(file) = file else {
-            return Err(corrupt("memory is granted without a descriptor"));
-        };
-        let region = Arc::new(PeerRegion::map(&file, bytes, writable, remote, &self.link)?);
-        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-        regions.insert(remote.id, region.clone());
-        Ok(region)
+        if let Outcome::Failed { code, text } = outcome {
+            return Err(Outcome::failure(code, &text));
+        }
+        let memory = A::accept(remote, outcome, file)?;
+        Ok(Arc::new(Held::new(remote.id, memory, &self.link)))
     }
 
-    fn mapped(&self, id: RegionId) -> Option<Arc<PeerRegion>> {
-        self.regions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&id)
-            .cloned()
-    }
-
-    /// The mapped regions of a plan, in its order.
-    fn resolve(&self, plan: &Plan) -> Result<Vec<Arc<PeerRegion>>> {
+    /// The regions of a plan, in its order.
+    fn resolve(&self, plan: &Plan) -> Result<Vec<Arc<Held<A>>>> {
         let mut regions = Vec::with_capacity(plan.remote.len());
         for target in &*plan.remote {
             let Target::Remote(remote) = target else {
@@ -172,10 +194,23 @@ impl ShmChannel {
                     "the remote side is our own",
                 ));
             };
-            // Mapped since the request was made, unless the path was lost or the region revoked meanwhile.
-            regions.push(self.map(remote)?);
+            // Asked for when the request was made, unless the path was lost or the region revoked meanwhile.
+            regions.push(self.hold(remote)?);
         }
         Ok(regions)
+    }
+
+    /// Moves a job's bytes, on whatever thread.
+    fn copy(&self, job: &Job, regions: &[Arc<Held<A>>]) -> Result<()> {
+        let peer = self.peer.get().ok_or_else(|| self.loss())?;
+        let go_on = || {
+            // Memory that is used in place may be gone with the peer; a mapping of our own stays.
+            if A::IN_PLACE && self.lost.get().is_some() {
+                return Err(self.loss());
+            }
+            job.go_on()
+        };
+        A::copy(peer, job.plan(), regions, &go_on)
     }
 
     /// Hands a job's notification to the peer; its answer settles the job.
@@ -205,26 +240,35 @@ impl ShmChannel {
                     Some(Waiting::Notification(job)) => job.settle(match outcome {
                         Outcome::Done => Ok(()),
                         Outcome::Failed { code, text } => Err(Outcome::failure(code, &text)),
-                        Outcome::Granted { .. } => {
-                            Err(corrupt("a notification is answered with memory"))
-                        }
+                        _ => Err(corrupt("a notification is answered by something else")),
                     }),
                 }
                 Ok(())
             }
-            Message::Revoke { region } => {
-                let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-                let revoked = regions.remove(&region);
-                drop(regions);
-                // Unmapped, and told, here or by the last copy that uses it.
-                drop(revoked);
-                Ok(())
-            }
+            Message::Revoke { region } => self.revoke(region),
             _ => Err(corrupt("a message that only users of memory send")),
         }
     }
 
-    /// The path ends: posts are refused, waiting calls and notifications fail, memory is unmapped.
+    /// The peer wants a region back.
+    fn revoke(&self, id: RegionId) -> Result<()> {
+        let mut regions = self.regions();
+        let revoked = regions.held.remove(&id);
+        match &mut regions.asked {
+            Some((asked, revoked)) if *asked == id => *revoked = true,
+            // The peer granted it to someone here who had stopped waiting.
+            _ if revoked.is_none() => {
+                return self.link.send(&Message::Unmapped { region: id }, None);
+            }
+            _ => {}
+        }
+        drop(regions);
+        // Let go of, and told, here or by the last copy that uses it.
+        drop(revoked);
+        Ok(())
+    }
+
+    /// The path ends: posts are refused, waiting calls and notifications fail, regions are let go of.
     fn lose(&self, reason: &str) {
         // The first reason is the interesting one.
         let _ = self.lost.set(reason.to_owned());
@@ -236,22 +280,16 @@ impl ShmChannel {
                 Waiting::Notification(job) => job.settle(Err(self.loss())),
             }
         }
-        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-        let unused = std::mem::take(&mut *regions);
-        drop(regions);
-        // Those in use by a copy are unmapped when it ends.
+        let unused = std::mem::take(&mut self.regions().held);
+        // Those in use by a copy are let go of when it ends.
         drop(unused);
         self.link.ignore_messages();
     }
 }
 
-fn corrupt(text: &'static str) -> Error {
-    Error::new(ErrorKind::Corrupt, text)
-}
-
-impl Backend for ShmChannel {
+impl<A: Access> Backend for UnixChannel<A> {
     fn name(&self) -> &'static str {
-        NAME
+        A::NAME
     }
 
     fn capabilities(&self) -> &Capabilities {
@@ -261,7 +299,7 @@ impl Backend for ShmChannel {
     fn prepare(&self, plan: &Plan) -> Result<()> {
         for target in &*plan.remote {
             if let Target::Remote(remote) = target {
-                self.map(remote)?;
+                self.hold(remote)?;
             }
         }
         Ok(())
@@ -279,8 +317,7 @@ impl Backend for ShmChannel {
             return Err(job.refuse(self.loss()));
         };
         self.copier.post(job, move |job: Job| {
-            let plan = job.plan().clone();
-            let outcome = copy_plan(&job, &plan, |remote| regions[remote as usize].mapping());
+            let outcome = own.copy(&job, &regions);
             drop(regions);
             match outcome {
                 Ok(()) => own.notify(job),
@@ -308,7 +345,7 @@ impl Backend for ShmChannel {
     }
 }
 
-impl Channel for ShmChannel {
+impl<A: Access> Channel for UnixChannel<A> {
     fn check(&self) -> Result<()> {
         if self.lost.get().is_some() {
             return Err(self.loss());
@@ -317,17 +354,11 @@ impl Channel for ShmChannel {
     }
 
     fn reaches(&self, region: &RemoteRegion) -> Result<(), String> {
-        if region.shareable {
-            return Ok(());
-        }
-        Err(format!("region {} is not in shared memory", region.id))
+        A::reaches(region)
     }
 
     fn detail(&self) -> String {
-        format!(
-            "memory mapped from process {} of this host",
-            self.link.pid()
-        )
+        A::detail(&self.link)
     }
 
     fn close(&self) {
@@ -335,16 +366,16 @@ impl Channel for ShmChannel {
     }
 }
 
-impl Drop for ShmChannel {
+impl<A: Access> Drop for UnixChannel<A> {
     fn drop(&mut self) {
         self.lose("nobody uses the path any more");
     }
 }
 
 /// The socket of the path.
-struct Messages(Weak<ShmChannel>);
+struct Messages<A: Access>(Weak<UnixChannel<A>>);
 
-impl Source for Messages {
+impl<A: Access> Source for Messages<A> {
     fn ready(&self, _readiness: Interest) {
         let Some(channel) = self.0.upgrade() else {
             return;
@@ -369,9 +400,9 @@ impl Source for Messages {
 }
 
 /// The process at the other end.
-struct Death(Weak<ShmChannel>);
+struct Death<A: Access>(Weak<UnixChannel<A>>);
 
-impl Source for Death {
+impl<A: Access> Source for Death<A> {
     fn ready(&self, _readiness: Interest) {
         if let Some(channel) = self.0.upgrade() {
             channel.lose("the process of the peer is dead");

@@ -34,6 +34,21 @@ fn messages() -> Vec<Message> {
             },
         },
         Message::Done {
+            id: 8,
+            outcome: Outcome::Located {
+                address: 9,
+                bytes: 10,
+                writable: false,
+            },
+        },
+        Message::Done {
+            id: 0,
+            outcome: Outcome::Welcome {
+                nonce_at: 11,
+                nonce: [12; NONCE_BYTES],
+            },
+        },
+        Message::Done {
             id: 9,
             outcome: Outcome::of(Err(Error::new(ErrorKind::Denied, "no"))),
         },

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
-use rustix::fs::{Mode, OFlags};
 use rustix::net::{SocketFlags, accept_with};
 
-use super::link::{Link, TURN_MESSAGES};
+use super::Access;
+use super::link::{Link, TURN_MESSAGES, Wake};
 use super::message::{Message, Outcome};
 use crate::agent::Exports;
 use crate::backend::Operation;
@@ -16,28 +17,46 @@ use crate::backend::spare::Spare;
 use crate::reactor::{Interest, Reactor, Source};
 use crate::region::{RegionCore, RegionId, RegionKey};
 
+/// How long an agent that goes waits for others to let go of its memory, all together.
+const PARTING_MAX: Duration = Duration::from_secs(1);
+
 /// Processes that may be connected.
 const CLIENTS_MAX: usize = 4096;
 
-/// Regions that one client may have mapped.
-const MAPPED_MAX: usize = 65_536;
+/// Regions that one client may use.
+const USED_MAX: usize = 65_536;
+
+/// What the server and its clients share.
+struct Lender<A> {
+    access: A,
+    exports: Arc<Exports>,
+    /// When nobody is waited for any more; set by the first client that is still there when the agent goes.
+    parting: OnceLock<Instant>,
+}
 
 /// Accepts connections.
-pub(super) struct Server {
+pub(super) struct Server<A: Access> {
     socket: OwnedFd,
-    exports: Arc<Exports>,
+    lender: Arc<Lender<A>>,
     reactor: Arc<Reactor>,
-    clients: Mutex<Vec<Weak<Client>>>,
+    clients: Mutex<Clients<A>>,
     spare: Spare,
+}
+
+struct Clients<A> {
+    known: Vec<Weak<Client<A>>>,
+    /// No more are accepted.
+    closed: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Server {
+impl<A: Access> Server<A> {
     pub(super) fn new(
         socket: OwnedFd,
+        access: A,
         exports: &Arc<Exports>,
         reactor: &Arc<Reactor>,
     ) -> Arc<Self> {
@@ -45,9 +64,16 @@ impl Server {
         spare.keep();
         Arc::new(Self {
             socket,
-            exports: exports.clone(),
+            lender: Arc::new(Lender {
+                access,
+                exports: exports.clone(),
+                parting: OnceLock::new(),
+            }),
             reactor: reactor.clone(),
-            clients: Mutex::default(),
+            clients: Mutex::new(Clients {
+                known: Vec::new(),
+                closed: false,
+            }),
             spare,
         })
     }
@@ -58,8 +84,11 @@ impl Server {
 
     fn accept(&self, socket: OwnedFd) -> Result<()> {
         let mut clients = lock(&self.clients);
-        clients.retain(|client| client.strong_count() > 0);
-        if clients.len() >= CLIENTS_MAX {
+        if clients.closed {
+            return Err(Error::new(ErrorKind::Cancelled, "the agent is closed"));
+        }
+        clients.known.retain(|client| client.strong_count() > 0);
+        if clients.known.len() >= CLIENTS_MAX {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("{CLIENTS_MAX} are connected"),
@@ -67,27 +96,39 @@ impl Server {
         }
         let client = Arc::new(Client {
             link: Link::new(socket, &self.reactor)?,
-            exports: self.exports.clone(),
+            lender: self.lender.clone(),
             state: Mutex::default(),
         });
         let messages = Arc::new(Messages(client.clone()));
         client
             .link
             .watch(messages, Arc::new(Death(client.clone())))?;
-        clients.push(Arc::downgrade(&client));
+        clients.known.push(Arc::downgrade(&client));
         Ok(())
     }
 
-    /// Every client that has the region mapped is told, and counts as its user until it has unmapped it.
+    /// Every client that uses the region is told, and counts as its user until it has let go of it.
     pub(super) fn withdraw(&self, region: &Arc<RegionCore>) {
-        let clients = lock(&self.clients).clone();
+        let clients = lock(&self.clients).known.clone();
         for client in clients.iter().filter_map(Weak::upgrade) {
             client.revoke(region);
         }
     }
+
+    /// Nothing is handed out any more. Memory that others use in place counts as used until they have let go of it, even
+    /// when it is deregistered only after the agent is gone.
+    pub(super) fn close(&self) {
+        let mut clients = lock(&self.clients);
+        clients.closed = true;
+        let known = clients.known.clone();
+        drop(clients);
+        for client in known.iter().filter_map(Weak::upgrade) {
+            client.part();
+        }
+    }
 }
 
-impl Source for Server {
+impl<A: Access> Source for Server<A> {
     fn ready(&self, _readiness: Interest) {
         loop {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -112,35 +153,40 @@ impl Source for Server {
     fn orphaned(&self) {}
 }
 
-/// A process that maps memory of ours. Lives until it has unmapped everything, or is dead.
-struct Client {
+/// A process that uses memory of ours. Lives until it has let go of everything, or is dead.
+struct Client<A> {
     link: Link,
-    exports: Arc<Exports>,
+    lender: Arc<Lender<A>>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     name: Option<Arc<str>>,
-    /// With the region that waits for it to be unmapped, if it is being deregistered.
-    mapped: HashMap<RegionId, Option<Arc<RegionCore>>>,
+    /// With the region that waits for it, if it is being deregistered.
+    used: HashMap<RegionId, Option<Arc<RegionCore>>>,
     /// Nothing can be sent or received any more.
     closed: bool,
+    /// Nothing is handed out any more.
+    parting: bool,
 }
 
-impl Client {
+impl<A: Access> Client<A> {
     fn handle(&self, message: Message) -> Result<()> {
         match message {
             Message::Hello { name, wanted } => {
-                let outcome = self.greet(&name, wanted);
-                self.answer(0, Outcome::of(outcome))
+                let outcome = match self.greet(&name, wanted) {
+                    Ok(()) => self.lender.access.welcome(),
+                    Err(error) => Outcome::of(Err(error)),
+                };
+                self.answer(0, outcome)
             }
             Message::Map { id, region, key } => match self.map(region, &key) {
-                Ok((outcome, file)) => self.link.send(&Message::Done { id, outcome }, Some(file)),
+                Ok((outcome, file)) => self.link.send(&Message::Done { id, outcome }, file),
                 Err(error) => self.answer(id, Outcome::of(Err(error))),
             },
             Message::Unmapped { region } => {
-                self.unmapped(region);
+                self.let_go(region);
                 Ok(())
             }
             Message::Notify { id, bytes } => {
@@ -151,7 +197,7 @@ impl Client {
                         "a notification before a greeting",
                     ));
                 };
-                self.answer(id, Outcome::of(self.exports.deliver(&name, bytes)))
+                self.answer(id, Outcome::of(self.lender.exports.deliver(&name, bytes)))
             }
             Message::Done { .. } | Message::Revoke { .. } => Err(Error::new(
                 ErrorKind::Corrupt,
@@ -165,64 +211,48 @@ impl Client {
     }
 
     fn greet(&self, name: &str, wanted: crate::metadata::Incarnation) -> Result<()> {
-        let own = self.exports.incarnation();
+        let own = self.lender.exports.incarnation();
         if wanted != own {
             let text = format!("incarnation {wanted:?} is gone, this is {own:?}");
             return Err(Error::new(ErrorKind::PeerLost, text));
         }
-        self.exports.check_allowed(name)?;
+        self.lender.exports.check_allowed(name)?;
         lock(&self.state).name = Some(name.into());
         Ok(())
     }
 
-    /// The memory of a region: a descriptor that allows no more than the region does.
-    fn map(&self, id: RegionId, key: &RegionKey) -> Result<(Outcome, OwnedFd)> {
+    /// Hands out a region.
+    fn map(&self, id: RegionId, key: &RegionKey) -> Result<(Outcome, Option<OwnedFd>)> {
         if lock(&self.state).name.is_none() {
             return Err(Error::new(ErrorKind::Denied, "a map before a greeting"));
         }
-        let used = self
-            .exports
+        let exports = &self.lender.exports;
+        let used = exports
             .admit(id, key, Operation::Write)
-            .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
+            .or_else(|_| exports.admit(id, key, Operation::Read))?;
         let region = used.region();
-        let Some(file) = region.host().and_then(|memory| memory.shared_file()) else {
-            let text = format!("region {id} is not in shared memory");
-            return Err(Error::new(ErrorKind::Unsupported, text));
-        };
-        let writable = region.options().remote_write;
-        let file = if writable {
-            file.try_clone()
-                .map_err(|e| Error::io("clone a descriptor", e))
-        } else {
-            read_only(file)
-        }?;
+        let granted = self.lender.access.grant(region)?;
         let mut state = lock(&self.state);
-        if state.mapped.len() >= MAPPED_MAX {
+        if state.used.len() >= USED_MAX {
             return Err(Error::new(
                 ErrorKind::Busy,
-                format!("{MAPPED_MAX} regions are mapped"),
+                format!("{USED_MAX} regions are in use"),
             ));
         }
-        // Either this sees that the region was closed, or whoever closed it finds the entry.
-        if region.is_closed() {
+        // Either this sees that the region or the agent was closed, or whoever closed it finds the entry.
+        if state.parting || region.is_closed() {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("region {id} is deregistered"),
             ));
         }
-        state.mapped.insert(id, None);
-        Ok((
-            Outcome::Granted {
-                bytes: region.bytes(),
-                writable,
-            },
-            file,
-        ))
+        state.used.insert(id, None);
+        Ok(granted)
     }
 
     fn revoke(&self, region: &Arc<RegionCore>) {
         let mut state = lock(&self.state);
-        let Some(waiting) = state.mapped.get_mut(&region.id()) else {
+        let Some(waiting @ None) = state.used.get_mut(&region.id()) else {
             return;
         };
         region.hold();
@@ -238,28 +268,44 @@ impl Client {
                 None,
             )
         {
-            tracing::debug!(%error, pid = self.link.pid(), "revoke shared memory");
+            tracing::debug!(%error, pid = self.link.pid(), "revoke a region");
         }
     }
 
-    fn unmapped(&self, id: RegionId) {
+    fn let_go(&self, id: RegionId) {
         let mut state = lock(&self.state);
-        if let Some(Some(region)) = state.mapped.remove(&id) {
+        if let Some(Some(region)) = state.used.remove(&id) {
             region.leave();
         }
-        let over = state.closed && state.mapped.is_empty();
+        let over = state.closed && state.used.is_empty();
         drop(state);
         if over {
             self.link.ignore_death();
         }
     }
 
-    /// Nothing more comes over the socket. What is mapped stays so until the process dies.
+    /// The agent goes.
+    fn part(&self) {
+        let mut state = lock(&self.state);
+        state.parting = true;
+        let used: Vec<RegionId> = state.used.keys().copied().collect();
+        drop(state);
+        if !A::IN_PLACE {
+            return;
+        }
+        // Those that are not found are being deregistered, and were revoked then.
+        let found = used
+            .iter()
+            .filter_map(|id| self.lender.exports.find(*id).ok());
+        found.for_each(|region| self.revoke(&region));
+    }
+
+    /// Nothing more comes over the socket. What is used may be until the process dies.
     fn hang_up(&self) {
         self.link.ignore_messages();
         let mut state = lock(&self.state);
         state.closed = true;
-        let over = state.mapped.is_empty();
+        let over = state.used.is_empty();
         drop(state);
         if over {
             self.link.ignore_death();
@@ -268,27 +314,57 @@ impl Client {
 
     /// A dead process uses nothing.
     fn bury(&self) {
-        let mapped = std::mem::take(&mut lock(&self.state).mapped);
-        mapped
-            .into_values()
+        let used = std::mem::take(&mut lock(&self.state).used);
+        used.into_values()
             .flatten()
             .for_each(|region| region.leave());
         self.hang_up();
     }
-}
 
-/// Opens shared memory again, for reading only.
-fn read_only(file: &OwnedFd) -> Result<OwnedFd> {
-    use std::os::fd::AsRawFd;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::io(format!("open {path} read-only"), e.into()))
+    /// The reactor has ended, so nobody hears of this process any more: the last chance to learn that it has let go of
+    /// memory that it uses in place.
+    fn wait_for_last_words(&self) {
+        let until = *self
+            .lender
+            .parting
+            .get_or_init(|| Instant::now() + PARTING_MAX);
+        let mut listens = !lock(&self.state).closed;
+        while !lock(&self.state).used.is_empty() {
+            match self.link.wait(until, listens) {
+                Wake::Death => break,
+                Wake::TimeOut => return self.keep_for_good(),
+                Wake::Message => {}
+            }
+            match self.link.receive() {
+                Ok(Some((Message::Unmapped { region }, _))) => self.let_go(region),
+                Ok(_) => {}
+                // It may have ended the path and go on using memory: only its death would tell.
+                Err(_) => listens = false,
+            }
+        }
+        self.bury();
+    }
+
+    /// Memory that may be used for ever is never given back.
+    #[expect(
+        clippy::mem_forget,
+        reason = "memory that may be in use is leaked, never freed"
+    )]
+    fn keep_for_good(&self) {
+        let used = std::mem::take(&mut lock(&self.state).used);
+        let pid = self.link.pid();
+        for region in used.into_values().flatten() {
+            let region_id = region.id();
+            tracing::warn!(pid, %region_id, "a process did not let go of memory; it is kept for good");
+            std::mem::forget(region);
+        }
+    }
 }
 
 /// A client's socket.
-struct Messages(Arc<Client>);
+struct Messages<A>(Arc<Client<A>>);
 
-impl Source for Messages {
+impl<A: Access> Source for Messages<A> {
     fn ready(&self, readiness: Interest) {
         if readiness.writable && self.0.link.flush().is_err() {
             return self.0.hang_up();
@@ -302,7 +378,7 @@ impl Source for Messages {
             };
             if let Err(error) = outcome {
                 if error.kind() != ErrorKind::PeerLost {
-                    tracing::warn!(%error, pid = self.0.link.pid(), "a path through shared memory");
+                    tracing::warn!(%error, pid = self.0.link.pid(), "a path within this host");
                 }
                 return self.0.hang_up();
             }
@@ -313,16 +389,18 @@ impl Source for Messages {
 }
 
 /// A client's process.
-struct Death(Arc<Client>);
+struct Death<A>(Arc<Client<A>>);
 
-impl Source for Death {
+impl<A: Access> Source for Death<A> {
     fn ready(&self, _readiness: Interest) {
         self.0.bury();
     }
 
     fn orphaned(&self) {
-        // Nobody hears of its end any more. The memory is ours and not lent, and a process that still has it
-        // mapped keeps the pages, not our mapping.
+        if A::IN_PLACE {
+            return self.0.wait_for_last_words();
+        }
+        // A process that still has memory of ours mapped keeps the pages, not our mapping.
         self.0.bury();
     }
 }
