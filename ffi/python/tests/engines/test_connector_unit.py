@@ -153,7 +153,7 @@ def test_facts_follow_from_the_engine(engine, monkeypatch):
 
 
 def test_without_a_seed_the_fixed_one_of_the_engine_is_used(engine, monkeypatch):
-    """Cryptographic hashes have a fixed seed in this version, so that restarts find their blocks."""
+    """Cryptographic hashes have a fixed seed in this version, so restarts find their blocks."""
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     assert facts_of(engine).hash_seed == "vllm-none-hash"
 
@@ -285,7 +285,7 @@ def test_only_the_first_rank_tells_the_index_of_the_engines_own_events(engine, m
 
 @pytest.mark.parametrize("name, spans", [("LBHNC", LAYERS), ("LBNHC", LAYERS), ("BLHNC", 1)])
 def test_spans_hold_exactly_the_bytes_of_every_page(engine, name, spans):
-    """Each page gets bytes of its own; a block's spans give them back in the order of the layers."""
+    """Each page gets bytes of its own; the spans give them back in the order of the layers."""
     cache = pool(engine, name)
     views = tensors(cache)
     for layer, view in enumerate(views.values()):
@@ -318,7 +318,7 @@ def test_layouts_are_told_apart_by_name(engine):
 
 
 def test_tensors_that_contradict_the_configuration_are_refused(engine):
-    """A pool that begins elsewhere, one of another size, one of two allocations, and a missing one."""
+    """A pool that begins elsewhere, one of another size, two allocations, and a missing one."""
     cache = pool(engine)
     views = tensors(cache)
     first = next(iter(views))

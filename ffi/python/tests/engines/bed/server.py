@@ -7,7 +7,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from . import folder
 from .metrics import Metrics
@@ -168,6 +168,19 @@ class Engine:
     def metrics(self) -> Metrics:
         """What it counts right now."""
         return Metrics(self.get("/metrics").decode())
+
+    def wait_until(self, holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+        """Waits until something holds that this engine brings about; fails if it ends before, or does not."""
+        deadline = Deadline(seconds)
+        while not holds():
+            try:
+                # The pause between two tries, which ends at once when the engine does.
+                self.child.process.wait(timeout=0.05)
+            except subprocess.TimeoutExpired:
+                if deadline.passed():
+                    raise AssertionError(self.child.explain(f"{self.name}: not {what}")) from None
+            else:
+                raise AssertionError(self.child.explain(f"{self.name} ended, not {what}"))
 
     def reset_prefix_cache(self, *, external: bool = False) -> None:
         """Empties its own prefix cache; with `external`, also what its connector holds, if it can."""

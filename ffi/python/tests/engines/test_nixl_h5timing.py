@@ -1,0 +1,192 @@
+"""vLLM's own NixlConnector, unmodified, on the drop-in for NIXL: prefill in one engine, decode in another.
+
+Three engines are shared by all cases: a decoding one, a prefilling one that it reaches by the best way on this host, and one
+that it can only reach by TCP, whose transfers can be held up and cut off by stopping and killing it.
+"""
+
+import concurrent.futures
+import contextlib
+import importlib.util
+import os
+import pathlib
+import signal
+from typing import Any, Dict, Iterator, List, NamedTuple
+
+import msgspec
+import pytest
+import zmq
+from bed.model import prompt
+from bed.process import Deadline, free_port
+from bed.server import Answer, Counted, Engine
+
+PROMPT_TOKENS = 150
+OUTPUT_TOKENS = 8
+SECONDS = 60.0
+
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+# Where nothing is installed, the sources are used.
+SOURCES = pathlib.Path("/work/main/ffi/nixl/src")
+
+# One prompt for each case, so that none finds another one's blocks in the engine's own cache.
+WHOLE, EXPIRED, AGAIN, CUT, AFTER = (prompt(seed, PROMPT_TOKENS) for seed in range(31, 36))
+
+
+class Prefiller(NamedTuple):
+    """An engine that prefills, and the port of its connector's handshake."""
+
+    engine: Engine
+    handshake: int
+
+
+class Fleet(NamedTuple):
+    """What all cases share."""
+
+    decoder: Engine
+    near: Prefiller
+    by_tcp: Prefiller
+
+
+def nixl_engine(
+    model: pathlib.Path, logs: pathlib.Path, name: str, role: str, **env: str
+) -> Prefiller:
+    """An engine with NixlConnector; it is starting."""
+    handshake = free_port()
+    config = {
+        "kv_connector": "NixlConnector",
+        "kv_role": role,
+        "kv_buffer_device": "cpu",
+        "kv_load_failure_policy": "recompute",
+    }
+    env = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(handshake),
+        **env,
+    }
+    if importlib.util.find_spec("nixl") is None:
+        inherited = os.environ.get("PYTHONPATH", "")
+        bed = pathlib.Path(__file__).resolve().parent
+        env["PYTHONPATH"] = os.pathsep.join([str(bed), str(SOURCES), inherited])
+    return Prefiller(Engine(model, logs, name, kv_transfer=config, env=env), handshake)
+
+
+@pytest.fixture(scope="module")
+def computed(tiny_model: pathlib.Path, logs: pathlib.Path) -> List[List[int]]:
+    """What an engine without any connector answers to each prompt."""
+    with Engine(tiny_model, logs, "alone") as engine:
+        prompts = (WHOLE, EXPIRED, AGAIN, CUT, AFTER)
+        return [engine.complete(each, OUTPUT_TOKENS).tokens for each in prompts]
+
+
+@pytest.fixture(scope="module")
+def fleet(
+    computed: List[List[int]], tiny_model: pathlib.Path, logs: pathlib.Path
+) -> Iterator[Fleet]:
+    """The three engines. The engine alone is over by then: this machine may be small."""
+    with contextlib.ExitStack() as stack:
+        started = [
+            nixl_engine(tiny_model, logs, "decoder", "kv_consumer"),
+            nixl_engine(tiny_model, logs, "near", "kv_producer"),
+            nixl_engine(
+                tiny_model,
+                logs,
+                "by-tcp",
+                "kv_producer",
+                KVFABRIC_NIXL_SHM="false",
+                KVFABRIC_NIXL_CMA="false",
+            ),
+        ]
+        for each in started:
+            stack.callback(each.engine.stop)
+        for each in started:
+            each.engine.ready()
+        yield Fleet(started[0].engine, started[1], started[2])
+
+
+def prefill(prefiller: Prefiller, tokens: List[int]) -> Dict[str, Any]:
+    """Computes a prompt and says where its blocks are."""
+    import time; t=time.time(); print("prefill start", time.strftime("%X"))
+    params = prefiller.engine.complete(tokens, 1, kv_transfer_params=PREFILL).kv_transfer_params
+    print("prefill took", time.time()-t)
+    assert params is not None and params["do_remote_prefill"], params
+    return params
+
+
+def decode(fleet: Fleet, tokens: List[int], params: Dict[str, Any]) -> Answer:
+    """Completes a prompt whose blocks are elsewhere."""
+    import time; t=time.time(); print("decode start", time.strftime("%X"))
+    r= fleet.decoder.complete(tokens, OUTPUT_TOKENS, kv_transfer_params=params)
+    print("decode took", time.time()-t)
+    return r
+
+
+def test_the_connector_speaks_to_the_drop_in_and_not_to_nixl(fleet):
+    """The handshake that a decoder makes: the agent's metadata in it is kvfabric's."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, int(SECONDS * 1000))
+        socket.connect(f"tcp://127.0.0.1:{fleet.near.handshake}")
+        socket.send(msgspec.msgpack.encode((b"get_meta_msg", 0, 0)))
+        payload = msgspec.msgpack.decode(socket.recv_multipart()[0])
+    agent = msgspec.msgpack.decode(payload["agent_metadata_bytes"])
+    assert agent["agent_metadata"].startswith(b"KVFNIXL\0")
+
+
+@pytest.mark.parametrize("which, case", [("near", 0), ("by_tcp", 2)])
+def test_every_token_comes_from_the_prefiller_and_the_answer_is_the_same(
+    fleet, computed, which, case
+):
+    """150 tokens of 150, the last, partial block included, by each path."""
+    tokens = (WHOLE, EXPIRED, AGAIN, CUT, AFTER)[case]
+    params = prefill(getattr(fleet, which), tokens)
+    with Counted(fleet.decoder) as counted:
+        answer = decode(fleet, tokens, params)
+    assert answer.tokens == computed[case]
+    assert counted.external_hits == PROMPT_TOKENS
+    assert counted.grew("vllm:nixl_bytes_transferred_sum") > 0
+    assert counted.grew("vllm:nixl_num_failed_transfers") == 0
+    assert counted.grew("vllm:nixl_num_failed_notifications") == 0
+    blocks = counted.grew("vllm:nixl_num_descriptors_sum")
+    post, whole = (
+        counted.grew(f"vllm:nixl_{name}_time_seconds_sum") * 1e6 for name in ("post", "xfer")
+    )
+    moved = counted.grew("vllm:nixl_bytes_transferred_sum")
+    print(
+        f"{which}: {moved:.0f} bytes, {blocks:.0f} ranges, post {post:.0f} us, all {whole:.0f} us"
+    )
+
+
+def test_the_answer_does_not_change_when_the_prefiller_forgot_the_request(fleet, computed):
+    """The blocks are asked for twice: the second time the prefiller has let them go, but they are local by then."""
+    params = prefill(fleet.near, EXPIRED)
+    assert decode(fleet, EXPIRED, params).tokens == computed[1]
+    assert decode(fleet, EXPIRED, params).tokens == computed[1]
+
+
+def test_a_prefiller_killed_during_a_transfer_costs_time_but_no_token(fleet, computed):
+    """The prefiller is stopped, so that the transfer hangs, and then killed; after that it cannot even be reached."""
+    params = prefill(fleet.by_tcp, CUT)
+    after = prefill(fleet.by_tcp, AFTER)
+    for member in fleet.by_tcp.engine.child.family():
+        member.send_signal(signal.SIGSTOP)
+    with Counted(fleet.decoder) as counted:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(decode, fleet, CUT, params)
+            wait_until_it_waits(fleet.decoder)
+            assert not answer.done()
+            fleet.by_tcp.engine.kill()
+            assert answer.result(SECONDS).tokens == computed[3]
+    assert counted.grew("vllm:nixl_num_failed_transfers") >= 1
+    assert decode(fleet, AFTER, after).tokens == computed[4]
+    # The other one is served as before.
+    params = prefill(fleet.near, prompt(36, PROMPT_TOKENS))
+    with Counted(fleet.decoder) as counted:
+        decode(fleet, prompt(36, PROMPT_TOKENS), params)
+    assert counted.external_hits == PROMPT_TOKENS
+
+
+def wait_until_it_waits(decoder: Engine) -> None:
+    """Returns once a request of the decoder waits for blocks of another engine."""
+    deadline = Deadline(SECONDS)
+    while decoder.metrics().sum("vllm:num_requests_waiting") == 0:
+        assert not deadline.passed(), decoder.child.explain("no request waits")
