@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from ._errors import (
     translating,
 )
 from ._lists import nixlRegDList, nixlXferDList, rows_of
+from ._logging import logger
 from ._memory import Ranges
 from ._peers import Peers
 from ._registry import Registry
@@ -35,13 +35,12 @@ from ._settings import BACKEND, BACKEND_MEMORY, BACKEND_PARAMS, Settings
 from ._telemetry import nixlXferTelemetry
 from ._transfer import Side, Transfer, core_operation
 
-logger = logging.getLogger("kvfabric.nixl")
-
 NOTIFY_SECONDS_MAX = 0.05
 """How long sending a notification waits for the peer to take it. It is on its way by then, and goes on."""
 
 _Name = Union[str, bytes]
 _Message = Union[str, bytes]
+_L = TypeVar("_L", nixlRegDList, nixlXferDList)
 _BACKEND_HANDLE = 1
 _NO_SERVER = "kvfabric has no metadata server: pass the agent's metadata along yourself"
 
@@ -130,18 +129,24 @@ class nixlAgent:
 
     # Memory.
 
-    def registerMem(self, descs: nixlRegDList, backends: Sequence[int] = ()) -> nixl_status_t:
+    def registerMem(
+        self, descs: Optional[nixlRegDList], backends: Sequence[int] = ()
+    ) -> nixl_status_t:
         """Registers memory, which must stay mapped until it is deregistered. Peers may read and write it."""
         self._own.register(self._started(backends), _list(descs, nixlRegDList))
         return nixl_status_t.NIXL_SUCCESS
 
-    def deregisterMem(self, descs: nixlRegDList, backends: Sequence[int] = ()) -> nixl_status_t:
+    def deregisterMem(
+        self, descs: Optional[nixlRegDList], backends: Sequence[int] = ()
+    ) -> nixl_status_t:
         """Takes memory back; waits for transfers that still use it."""
         self._started(backends)
         self._own.deregister(_list(descs, nixlRegDList))
         return nixl_status_t.NIXL_SUCCESS
 
-    def queryMem(self, descs: nixlRegDList, backend: int) -> List[Optional[Dict[str, str]]]:
+    def queryMem(
+        self, descs: Optional[nixlRegDList], backend: int
+    ) -> List[Optional[Dict[str, str]]]:
         """Refused: only storage backends answer this."""
         raise nixlNotSupportedError(f"backend {BACKEND} has no storage to query")
 
@@ -186,7 +191,7 @@ class nixlAgent:
 
     # Transfers.
 
-    def prepXferDlist(self, name: _Name, *args: object) -> Side:
+    def prepXferDlist(self, name: _Name, *args: Any) -> Side:
         """Prepares a list: `(name, descs, backends)`, or `(name, memory, rows, backends)` for Nx5 strided rows.
 
         The name is `NIXL_INIT_AGENT` for the initiator's side, else a peer's, or this agent's in place of a peer's.
@@ -215,9 +220,9 @@ class nixlAgent:
         self,
         operation: nixl_xfer_op_t,
         local_side: Side,
-        local_indices: Union[List[int], np.ndarray],
+        local_indices: Union[Sequence[int], np.ndarray],
         remote_side: Side,
-        remote_indices: Union[List[int], np.ndarray],
+        remote_indices: Union[Sequence[int], np.ndarray],
         notif_msg: _Message = b"",
         backend: Sequence[int] = (),
         skip_desc_merge: bool = False,
@@ -389,10 +394,10 @@ def _check_type(memory: nixl_mem_t) -> None:
         raise nixlNotFoundError(f"no {memory.name} is registered: kvfabric moves host memory only")
 
 
-def _list(descs: object, kind: type) -> nixlXferDList:
+def _list(descs: object, kind: Type[_L]) -> _L:
     if not isinstance(descs, kind):
         raise TypeError(f"a {kind.__name__} is needed, not {type(descs).__name__}")
-    return descs  # type: ignore[return-value]
+    return descs
 
 
 def _text(name: _Name) -> str:

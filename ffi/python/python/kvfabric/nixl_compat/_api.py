@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -12,7 +11,8 @@ from . import _bindings as nixlBind
 from ._config import nixl_agent_config, nixl_thread_sync_t
 from ._descs import reg_descs, remote_descs, xfer_descs
 from ._handles import nixl_prepped_dlist_handle, nixl_xfer_handle
-from ._lists import decode, encode
+from ._lists import _DList, decode, encode
+from ._logging import configure, logger
 
 if TYPE_CHECKING:
     from ._lists import nixlRegDList, nixlRemoteDList, nixlXferDList
@@ -28,7 +28,8 @@ __all__ = [
     "nixl_xfer_handle",
 ]
 
-logger = logging.getLogger("kvfabric.nixl")
+
+configure()
 
 DEFAULT_COMM_PORT = nixlBind.DEFAULT_COMM_PORT
 
@@ -124,6 +125,7 @@ class nixl_agent:
         """Registers memory, which must stay mapped until it is deregistered; returns what deregisters it."""
         descs = self.get_reg_descs(reg_list, mem_type)
         self.agent.registerMem(descs, self._handles(backends))
+        assert descs is not None, "registering refuses None"
         return descs
 
     def deregister_memory(self, dereg_list: nixlRegDList, backends: Sequence[str] = ()) -> None:
@@ -369,10 +371,10 @@ class nixl_agent:
     def _memory(self, mem_type: Optional[str]) -> Optional[nixlBind.nixl_mem_t]:
         return None if mem_type is None else self.nixl_mems[mem_type]
 
-    def get_serialized_descs(self, descs: object) -> bytes:
+    def get_serialized_descs(self, descs: _DList) -> bytes:
         """A list as bytes, in kvfabric's own format."""
         return encode(descs)
 
-    def deserialize_descs(self, serialized_descs: bytes) -> object:
+    def deserialize_descs(self, serialized_descs: bytes) -> _DList:
         """The list that :meth:`get_serialized_descs` made into bytes."""
         return decode(serialized_descs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any, List, Optional, Sequence, Tuple, Type, TypeVar
 
@@ -10,8 +9,7 @@ import numpy as np
 
 from ._constants import nixl_mem_t
 from ._lists import _DList, nixlRegDList, nixlRemoteDList, nixlXferDList
-
-logger = logging.getLogger("kvfabric.nixl")
+from ._logging import logger
 
 _L = TypeVar("_L", bound=_DList)
 

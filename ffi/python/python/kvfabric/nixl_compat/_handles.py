@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+from typing import Any
 
 from ._agent import nixlAgent
-
-logger = logging.getLogger("kvfabric.nixl")
+from ._logging import logger
 
 
 class _Handle:
@@ -14,7 +13,7 @@ class _Handle:
 
     __slots__ = ("_handle", "_agent", "_released", "__weakref__")
 
-    def __init__(self, agent: nixlAgent, handle: object) -> None:
+    def __init__(self, agent: nixlAgent, handle: Any) -> None:
         self._handle = handle
         self._agent = agent
         self._released = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Dict
 
@@ -16,9 +15,8 @@ from ._errors import (
     nixlRemoteDisconnectError,
     translating,
 )
+from ._logging import logger
 from ._memory import Ranges
-
-logger = logging.getLogger("kvfabric.nixl")
 
 
 class Peer:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Dict, Mapping, NamedTuple, Optional
 
 from ._errors import nixlInvalidParamError
-
-logger = logging.getLogger("kvfabric.nixl")
+from ._logging import logger
 
 BACKEND = "UCX"
 """The one backend. Engines ask for this name by default, so this is what it is called."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Callable, List, Optional, Union
+from typing import Callable, Dict, Literal, Optional, Sequence, Union
 
 import numpy as np
 
@@ -25,7 +25,12 @@ from ._peers import Peer
 RELEASE_SECONDS_MAX = 0.05
 """How long releasing a transfer in flight waits for its memory to be settled before it refuses."""
 
-_OPERATIONS = {nixl_xfer_op_t.NIXL_READ: "read", nixl_xfer_op_t.NIXL_WRITE: "write"}
+_Operation = Literal["read", "write"]
+
+_OPERATIONS: Dict[nixl_xfer_op_t, _Operation] = {
+    nixl_xfer_op_t.NIXL_READ: "read",
+    nixl_xfer_op_t.NIXL_WRITE: "write",
+}
 
 
 class Side:
@@ -37,7 +42,7 @@ class Side:
         self.is_target = is_target
         self.is_released = False
 
-    def positions(self, indices: Union[List[int], np.ndarray], which: str) -> np.ndarray:
+    def positions(self, indices: Union[Sequence[int], np.ndarray], which: str) -> np.ndarray:
         """What `kvfabric.Agent.request` takes for these indices."""
         if isinstance(indices, np.ndarray) and indices.ndim != 1:
             raise ValueError("indices numpy array must be 1D")
@@ -128,11 +133,12 @@ class Transfer:
     def _status(self) -> nixl_status_t:
         if self._failure is not None:
             raise type(self._failure)(self._failure.__cause__) from self._failure.__cause__
-        state = self._core.state
+        assert self._core is not None, "a post that did not fail has a transfer"
+        state, error = self._core.state, self._core.error
         if state == "in_flight":
             return nixl_status_t.NIXL_IN_PROG
-        if state == "failed":
-            raise translated(self._core.error)
+        if error is not None:
+            raise translated(error)
         self._deliver_due()
         return nixl_status_t.NIXL_SUCCESS
 
@@ -158,7 +164,7 @@ class Transfer:
             if not self._is_posted:
                 raise nixlNotPostedError("the transfer was never posted")
             self._status()
-            measured = self._core.telemetry
+            measured = self._core and self._core.telemetry
             if measured is None:
                 raise nixlNoTelemetryError("the transfer is not finished")
             return measured
@@ -184,6 +190,6 @@ class Transfer:
             raise nixlInvalidParamError("the transfer was released")
 
 
-def core_operation(operation: nixl_xfer_op_t) -> str:
+def core_operation(operation: nixl_xfer_op_t) -> _Operation:
     """kvfabric's name of a direction."""
     return _OPERATIONS[operation]

@@ -1,0 +1,543 @@
+"""What engines rely on in NIXL's interface, call by call, with two agents in one process."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import Memory, awaited, finished, run
+from nixl import _bindings as bindings
+from nixl._api import DEFAULT_COMM_PORT, nixl_agent, nixl_agent_config, nixl_thread_sync_t
+
+
+def prepared(agent, memory, name="NIXL_INIT_AGENT", size=64, count=64):
+    """The first blocks of a memory, prepared."""
+    blocks = np.array([memory.block(number, size) for number in range(count)], np.uint64)
+    return agent.prep_xfer_dlist(name, agent.get_xfer_descs(blocks, "DRAM"))
+
+
+@pytest.fixture
+def sides(one, mine, theirs):
+    """Both sides of 64 blocks each."""
+    return prepared(one, mine), prepared(one, theirs, "two")
+
+
+@pytest.fixture
+def transfer(one, sides):
+    """A transfer of two blocks to the peer, with a notification."""
+    return one.make_prepped_xfer("WRITE", sides[0], [0, 1], sides[1], [8, 9], b"written")
+
+
+def test_the_constants_and_names_that_engines_import_are_there():
+    """What vLLM and SGLang import or look up by name."""
+    assert DEFAULT_COMM_PORT == bindings.DEFAULT_COMM_PORT == 8888
+    assert bindings.NIXL_INIT_AGENT == ""
+    assert int(bindings.DRAM_SEG) == 0 and bindings.DRAM_SEG.name == "DRAM_SEG"
+    assert str(bindings.VRAM_SEG) == "nixl_mem_t.VRAM_SEG"
+    assert bindings.NIXL_SUCCESS == bindings.nixl_status_t(0) and int(bindings.NIXL_IN_PROG) == 1
+    assert int(bindings.NIXL_READ) == 0 and int(bindings.NIXL_WRITE) == 1
+    for name in ("Backend", "Cancelled", "InvalidParam", "Mismatch", "NoTelemetry", "NotAllowed"):
+        assert issubclass(getattr(bindings, f"nixl{name}Error"), Exception)
+    for name in ("NotFound", "NotPosted", "NotSupported", "RemoteDisconnect", "RepostActive"):
+        assert issubclass(getattr(bindings, f"nixl{name}Error"), Exception)
+
+
+def test_a_config_has_the_defaults_that_engines_count_on():
+    """The attributes that SGLang reads; a sync mode of another type is refused."""
+    config = nixl_agent_config()
+    assert config.backends == ["UCX"] and config.port == DEFAULT_COMM_PORT
+    assert config.enable_pthread and not config.enable_listen and not config.capture_telemetry
+    assert config.sync_mode is None and config.num_threads == 0
+    with pytest.raises(TypeError, match="sync_mode"):
+        nixl_agent_config(sync_mode=1)
+    bound = bindings.nixlAgentConfig()
+    bound.useProgThread, bound.captureTelemetry = True, True
+    assert bound.useListenThread is False and bound.listenPort == DEFAULT_COMM_PORT
+
+
+def test_a_backend_is_created_once_and_by_its_name(new_agent):
+    """As SGLang does it: no backend at first, then one with parameters."""
+    agent = new_agent(
+        "late", backends=[], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT, num_threads=8
+    )
+    assert agent.name == "late" and agent.backends == {}
+    assert "UCX" in agent.get_plugin_list()
+    assert agent.get_plugin_params("none such") == {}
+    assert agent.get_plugin_mem_types("none such") == []
+    assert agent.get_backend_params("UCX") == {} and agent.get_backend_mem_types("UCX") == []
+    agent.create_backend("UCX", {"num_threads": "8"})
+    assert list(agent.backends) == ["UCX"]
+    assert "DRAM_SEG" in agent.get_backend_mem_types("UCX")
+    assert "DRAM_SEG" in agent.get_plugin_mem_types("UCX")
+    assert isinstance(agent.get_backend_params("UCX"), dict)
+    assert all(isinstance(value, str) for value in agent.get_plugin_params("UCX").values())
+    with pytest.raises(bindings.nixlInvalidParamError):
+        agent.create_backend("UCX")
+    with pytest.raises(bindings.nixlNotFoundError):
+        agent.create_backend("none such")
+
+
+def test_a_missing_backend_of_the_config_is_skipped(new_agent):
+    """vLLM passes what the operator names on to the config, and then names it when it registers."""
+    agent = new_agent("skips", backends=["UCX", "none such"])
+    assert list(agent.backends) == ["UCX"]
+    array = np.zeros(64, np.uint8)
+    with pytest.raises(KeyError):
+        agent.register_memory([(array.ctypes.data, 64, 0, "")], "DRAM", backends=["none such"])
+
+
+def test_without_a_backend_there_is_nothing_to_register_with(new_agent):
+    agent = new_agent("bare", backends=[])
+    array = np.zeros(64, np.uint8)
+    with pytest.raises(bindings.nixlNotFoundError):
+        agent.register_memory([(array.ctypes.data, 64, 0, "")], "DRAM")
+
+
+def test_memory_is_registered_from_tuples_arrays_and_lists(one):
+    """Each form gives a list that deregisters it."""
+    array = np.zeros(4096, np.uint8)
+    row = (array.ctypes.data, 4096, 0)
+    listed = bindings.nixlRegDList(bindings.DRAM_SEG, [(*row, "")])
+    for form in ([(*row, "")], np.array([row], np.uint64), np.array([row], np.int64), listed):
+        registered = one.register_memory(form, None if form is listed else "DRAM")
+        assert isinstance(registered, bindings.nixlRegDList)
+        assert registered.descCount() == 1 and registered[0] == (*row, b"")
+        one.deregister_memory(registered)
+    assert one.register_memory(listed, backends=["UCX"]) is listed
+
+
+@pytest.mark.parametrize(
+    "form, memory, error",
+    [
+        ([(4096, 64, 0)], "DRAM", TypeError),
+        ([(4096, 64, 0, "")], None, TypeError),
+        ([(4096, 64, 0, "")], "none such", KeyError),
+        ([], "DRAM", IndexError),
+        (np.zeros((1, 3), np.int32), "DRAM", ValueError),
+        (np.zeros((1, 4), np.uint64), "DRAM", TypeError),
+    ],
+)
+def test_what_is_no_list_to_register_is_refused(one, form, memory, error):
+    with pytest.raises(error):
+        one.register_memory(form, memory)
+
+
+def test_device_memory_is_refused_without_a_device(one):
+    """The real one has another reason here: there is no GPU."""
+    array = np.zeros(64, np.uint8)
+    with pytest.raises((bindings.nixlBackendError, bindings.nixlNotSupportedError)):
+        one.register_memory([(array.ctypes.data, 64, 0, "")], "VRAM")
+
+
+def test_memory_is_deregistered_as_often_as_it_was_registered(one, mine):
+    """The same range twice, and one that lies within it."""
+    one.register_memory(mine.registered)
+    inner = one.register_memory([(mine.address + 100, 100, 0, "")], "DRAM")
+    one.deregister_memory(mine.registered)
+    prepared(one, mine)
+    one.deregister_memory(mine.registered)
+    one.prep_xfer_dlist("", [(mine.address + 100, 100, 0)], "DRAM")
+    for descs in (mine.registered, one.get_reg_descs([(mine.address, 8, 0, "")], "DRAM")):
+        with pytest.raises(bindings.nixlNotFoundError):
+            one.deregister_memory(descs)
+    one.deregister_memory(inner)
+    with pytest.raises(bindings.nixlNotFoundError):
+        prepared(one, mine)
+
+
+def test_only_storage_can_be_queried(one, mine):
+    with pytest.raises(bindings.nixlNotSupportedError):
+        one.query_memory(mine.registered, "UCX")
+    with pytest.raises(ValueError, match="none such"):
+        one.query_memory(mine.registered, "none such")
+
+
+def test_descriptor_lists_are_none_for_what_they_cannot_be(one, mine):
+    """Engines see None, and a reason in the log."""
+    row = mine.block(0)
+    assert one.get_xfer_descs([(*row, "")], "DRAM") is None
+    assert one.get_xfer_descs([row]) is None
+    assert one.get_xfer_descs(np.zeros((2, 4), np.uint64), "DRAM") is None
+    assert one.get_xfer_descs(np.zeros((2, 3), np.uint64)) is None
+    assert one.get_xfer_descs(mine.registered) is None
+    assert one.get_reg_descs(one.get_xfer_descs([row], "DRAM")) is None
+    assert one.get_reg_descs([row], "DRAM") is None
+    with pytest.raises(IndexError):
+        one.get_xfer_descs([], "DRAM")
+    with pytest.raises(ValueError):
+        one.get_xfer_descs(np.zeros((2, 3), np.float64), "DRAM")
+
+
+@pytest.mark.parametrize("kind, extra", [("nixlXferDList", ()), ("nixlRegDList", (b"m",))])
+def test_a_descriptor_list_can_be_edited(kind, extra):
+    make = getattr(bindings, kind)
+    rows = [(1, 2, 3, *extra), (4, 5, 6, *extra)]
+    descs = make(bindings.DRAM_SEG, rows)
+    assert descs.getType() == bindings.DRAM_SEG and not descs.isEmpty()
+    assert [descs[0], descs[1]] == rows and descs.index(rows[1]) == 1
+    with pytest.raises(bindings.nixlNotFoundError):
+        descs.index((7, 8, 9, *extra))
+    descs.append((7, 8, 9, *extra))
+    descs.addDesc((7, 8, 9, *extra))
+    descs.remDesc(3)
+    descs[0] = (7, 7, 7, *extra)
+    assert descs.descCount() == 3 and descs[0] == (7, 7, 7, *extra)
+    assert descs == descs and descs != make(bindings.DRAM_SEG, rows)
+    with pytest.raises(TypeError):
+        hash(descs)
+    descs.clear()
+    assert descs.isEmpty() and make(bindings.DRAM_SEG).isEmpty()
+    with pytest.raises(ValueError):
+        make(bindings.DRAM_SEG, [(1, 2)])
+    with pytest.raises(TypeError):
+        make(bindings.DRAM_SEG, ["text"])
+
+
+def test_descriptor_lists_survive_being_serialised(one, mine):
+    """Both kinds, in the form that goes over the wire."""
+    blocks = one.get_xfer_descs([mine.block(0), mine.block(3)], "DRAM")
+    for descs in (blocks, one.get_reg_descs([(1, 2, 3, "name")], "VRAM"), mine.registered.trim()):
+        serialised = one.get_serialized_descs(descs)
+        assert isinstance(serialised, bytes)
+        restored = one.deserialize_descs(serialised)
+        assert type(restored) is type(descs) and restored == descs
+        assert restored.getType() == descs.getType()
+
+
+def test_a_peer_is_known_by_its_metadata(one, two, mine, theirs):
+    """Loaded twice, under both kinds of string; only memory that it had registered is known."""
+    assert one.add_remote_agent(two.get_agent_metadata()) == b"two"
+    assert one.check_remote_metadata("two") is True
+    assert one.check_remote_metadata(b"two") is True
+    assert one.check_remote_metadata("one") is True
+    assert one.check_remote_metadata("none such") is False
+    known = one.get_xfer_descs([theirs.block(0)], "DRAM")
+    assert one.check_remote_metadata("two", known) is True
+    unknown = one.get_xfer_descs([(theirs.address + theirs.length, 8, 0)], "DRAM")
+    assert one.check_remote_metadata("two", unknown) is False
+    one.make_connection("two")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.make_connection("none such")
+
+
+def test_metadata_that_is_none_is_refused_and_changes_nothing(one, theirs):
+    for junk in (b"", b"junk", "junk"):
+        with pytest.raises(bindings.nixlMismatchError):
+            one.add_remote_agent(junk)
+    with pytest.raises(bindings.nixlInvalidParamError):
+        one.add_remote_agent(one.get_agent_metadata())
+    assert one.check_remote_metadata("two") is True
+
+
+def test_only_registered_memory_can_be_prepared(one, mine, theirs):
+    """Beside it, past it, of another device, of another kind, or of an agent that is not known."""
+    address, length = mine.address, mine.length
+    outside = [
+        (address + length, 64, 0),
+        (address - 64, 64, 0),
+        (address, length + 1, 0),
+        (address, 64, 1),
+    ]
+    for row in outside:
+        with pytest.raises(bindings.nixlNotFoundError):
+            one.prep_xfer_dlist("NIXL_INIT_AGENT", [row], "DRAM")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.prep_xfer_dlist("", [mine.block(0)], "VRAM")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.prep_xfer_dlist("two", [mine.block(0)], "DRAM")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.prep_xfer_dlist("none such", [theirs.block(0)], "DRAM")
+    with pytest.raises(TypeError):
+        one.prep_xfer_dlist("", None)
+
+
+def test_strided_lists_are_checked_to_their_last_block(one, mine):
+    """SGLang's Nx5 rows: (address, length, device, stride, count)."""
+
+    def prepare(length, stride, count, memory="DRAM", kind=np.uint64):
+        rows = np.array([[mine.address, length, 0, stride, count]], kind)
+        return one.prep_xfer_dlist("", rows, memory)
+
+    prepare(64, 128, 32)
+    prepare(64, 64, 64, kind=np.int64)
+    for wrong in ((64, 128, 33), (64, 128, 0), (64, 32, 4), (64, 0, 4)):
+        with pytest.raises(bindings.nixlNotFoundError):
+            prepare(*wrong)
+    with pytest.raises(ValueError):
+        prepare(64, 128, 32, memory=None)
+    with pytest.raises(ValueError):
+        one.prep_xfer_dlist("", np.zeros((1, 5), np.int32), "DRAM")
+
+
+@pytest.mark.parametrize(
+    "local, remote",
+    [([0], [1, 2]), ([0, 64], [1, 2]), ([0, -1], [1, 2]), ([], [])],
+    ids=["lengths", "too-large", "negative", "none"],
+)
+def test_indices_that_do_not_pair_are_refused(one, sides, local, remote):
+    with pytest.raises(bindings.nixlInvalidParamError):
+        one.make_prepped_xfer("READ", sides[0], local, sides[1], remote)
+
+
+def test_wrong_transfers_are_refused_when_they_are_made(one, mine, sides):
+    local, remote = sides
+    with pytest.raises(KeyError):
+        one.make_prepped_xfer("MOVE", local, [0], remote, [0])
+    with pytest.raises(ValueError, match="1D"):
+        one.make_prepped_xfer("READ", local, np.array([[0]]), remote, np.array([0]))
+    for first, second in ((remote, remote), (local, local)):
+        with pytest.raises(bindings.nixlInvalidParamError):
+            one.make_prepped_xfer("READ", first, [0], second, [0])
+    shorter = prepared(one, mine, size=32)
+    with pytest.raises(bindings.nixlInvalidParamError):
+        one.make_prepped_xfer("READ", shorter, [0], remote, [0])
+    for message in (5, None):
+        with pytest.raises(TypeError):
+            one.make_prepped_xfer("READ", local, [0], remote, [0], message)
+
+
+def test_a_transfer_that_was_not_posted_has_no_state(one, transfer):
+    with pytest.raises(bindings.nixlNotPostedError):
+        one.check_xfer_state(transfer)
+    with pytest.raises(bindings.nixlNotPostedError):
+        one.get_xfer_telemetry(transfer)
+    assert one.query_xfer_backend(transfer) == "UCX"
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.int32, np.int64, np.uint64])
+def test_indices_choose_the_blocks_and_their_order(one, mine, theirs, sides, kind):
+    """A read of scattered blocks, with every type of indices that engines use."""
+
+    def indices(*numbers):
+        return kind(numbers) if kind in (list, tuple) else np.array(numbers, kind)
+
+    before, source = mine.array.copy(), theirs.array.copy()
+    run(one, one.make_prepped_xfer("READ", sides[0], indices(5, 0, 63), sides[1], indices(1, 2, 9)))
+    expected = before.reshape(64, 64)
+    expected[[5, 0, 63]] = source.reshape(64, 64)[[1, 2, 9]]
+    assert (mine.array == expected.reshape(-1)).all()
+    assert (theirs.array == source).all()
+
+
+def test_strided_lists_move_the_same_bytes(one, mine, theirs):
+    """Every second block, written to every third."""
+    rows = np.array([[mine.address, 64, 0, 128, 20]], np.uint64)
+    local = one.prep_xfer_dlist("NIXL_INIT_AGENT", rows, "DRAM")
+    rows = np.array(
+        [[theirs.address, 64, 0, 192, 10], [theirs.address + 64, 64, 0, 192, 10]], np.uint64
+    )
+    remote = one.prep_xfer_dlist("two", rows, "DRAM")
+    expected = theirs.array.copy().reshape(64, 64)
+    blocks = mine.array.reshape(64, 64)
+    expected[[3, 4, 27]] = blocks[[2, 4, 38]]
+    run(one, one.make_prepped_xfer("WRITE", local, [1, 2, 19], remote, [1, 11, 9]))
+    assert (theirs.array == expected.reshape(-1)).all()
+
+
+def test_a_notification_arrives_once_the_bytes_are_there(one, two, mine, theirs, transfer):
+    run(one, transfer)
+    assert awaited(two, 1) == {"one": [b"written"]}
+    assert (theirs.array[512:640] == mine.array[:128]).all()
+    assert two.get_new_notifs() == {} and two.get_new_notifs(["UCX"]) == {}
+
+
+def test_a_transfer_is_posted_again_with_the_last_notification_or_another(
+    one, two, mine, theirs, transfer
+):
+    """The message of a post stays until another one is given."""
+    run(one, transfer)
+    mine.array[:] = 7
+    run(one, transfer, b"again")
+    run(one, transfer)
+    run(one, transfer, "text")
+    assert awaited(two, 4) == {"one": [b"written", b"again", b"again", b"text"]}
+    assert (theirs.array[512:640] == 7).all()
+    assert one.check_xfer_state(transfer) == "DONE"
+
+
+def test_telemetry_has_what_vllm_records(one, transfer):
+    run(one, transfer)
+    measured = one.get_xfer_telemetry(transfer)
+    assert isinstance(measured, bindings.nixlXferTelemetry)
+    assert measured.totalBytes == 128 and 1 <= measured.descCount <= 2
+    for field in ("startTime", "postDuration", "xferDuration", "totalBytes", "descCount"):
+        value = getattr(measured, field)
+        assert isinstance(value, int) and value >= 0
+        with pytest.raises(AttributeError):
+            setattr(measured, field, 1)
+
+
+def test_handles_are_released_once_and_lists_before_their_transfers(one, two, sides, transfer):
+    for side in sides:
+        one.release_dlist_handle(side)
+        one.release_dlist_handle(side)
+    run(one, transfer)
+    assert awaited(two, 1) == {"one": [b"written"]}
+    one.release_xfer_handle(transfer)
+    transfer.release()
+
+
+def test_lists_are_transferred_without_being_prepared(one, two, mine, theirs):
+    """initialize_xfer, as SGLang uses it for what it sends once; named by both kinds of string."""
+
+    def descs(*rows):
+        return one.get_xfer_descs(list(rows), "DRAM")
+
+    local, remote = descs(mine.block(0), mine.block(2)), descs(theirs.block(5), theirs.block(4))
+    expected = theirs.array[256:384].copy()
+    run(one, one.initialize_xfer("READ", local, remote, b"two", b"read"))
+    assert (mine.array[128:192] == expected[:64]).all() and (mine.array[:64] == expected[64:]).all()
+    assert awaited(two, 1) == {"one": [b"read"]}
+    shorter = one.get_xfer_descs([(theirs.address, 32, 0), (theirs.address, 32, 0)], "DRAM")
+    for wrong in (shorter, descs(theirs.block(0))):
+        with pytest.raises(bindings.nixlInvalidParamError):
+            one.initialize_xfer("READ", local, wrong, "two")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.initialize_xfer("READ", local, local, "two")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.initialize_xfer("READ", local, remote, "none such")
+    with pytest.raises(TypeError):
+        one.initialize_xfer("READ", None, None, "two")
+
+
+def test_an_agent_copies_within_itself_and_notifies_itself(one, mine):
+    """Under its own name, by both ways of making a transfer."""
+    expected = mine.array[640:704].copy()
+    loop = one.prep_xfer_dlist("one", [mine.block(10)], "DRAM")
+    local = one.prep_xfer_dlist("", [mine.block(0)], "DRAM")
+    run(one, one.make_prepped_xfer("READ", local, [0], loop, [0], b"first"))
+    assert (mine.array[:64] == expected).all()
+    target = one.get_xfer_descs([mine.block(20)], "DRAM")
+    source = one.get_xfer_descs([mine.block(0)], "DRAM")
+    run(one, one.initialize_xfer("WRITE", source, target, "one", b"second"))
+    assert (mine.array[1280:1344] == expected).all()
+    assert awaited(one, 2) == {"one": [b"first", b"second"]}
+
+
+def test_messages_arrive_as_bytes_in_order(one, two, theirs):
+    """Text, nothing, and bytes that are no text."""
+    for message in (b"first", "second", b"", b"\x00\xff\x80"):
+        one.send_notif("two", notif_msg=message)
+    assert awaited(two, 4) == {"one": [b"first", b"second", b"", b"\x00\xff\x80"]}
+    one.send_notif(b"two", b"third")
+    assert awaited(two, 1) == {"one": [b"third"]}
+    one.send_notif("one", b"to itself")
+    assert awaited(one, 1) == {"one": [b"to itself"]}
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.send_notif("none such", b"lost")
+    for call in (
+        lambda: one.send_notif("two", b"lost", "none such"),
+        lambda: one.get_new_notifs(["none such"]),
+    ):
+        with pytest.raises(KeyError):
+            call()
+
+
+def test_messages_are_kept_until_they_are_looked_up(one, two, theirs):
+    """update_notifs gathers, check_remote_xfer_done takes one by its beginning or a part."""
+    for message in (b"done:1", b"done:2", b"other"):
+        one.send_notif("two", message)
+    gathered = {}
+    while sum(map(len, gathered.values())) < 3:
+        gathered = two.update_notifs()
+    assert two.update_notifs() == {"one": [b"done:1", b"done:2", b"other"]}
+    assert two.check_remote_xfer_done("one", b"done:2") is True
+    assert two.check_remote_xfer_done("one", b"done:2") is False
+    assert two.check_remote_xfer_done("one", b"her") is False
+    assert two.check_remote_xfer_done("one", b"her", tag_is_prefix=False) is True
+    assert two.check_remote_xfer_done("none such", b"done") is False
+    assert two.update_notifs() == {"one": [b"done:1"]}
+
+
+def test_a_removed_peer_is_unknown_until_it_is_added_again(one, two, mine, theirs, sides, transfer):
+    run(one, transfer)
+    awaited(two, 1)
+    one.remove_remote_agent("two")
+    assert one.check_remote_metadata("two") is False
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.transfer(transfer)
+    with pytest.raises(bindings.nixlNotFoundError):
+        prepared(one, theirs, "two")
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.send_notif("two", b"lost")
+    one.release_xfer_handle(transfer)
+    one.release_dlist_handle(sides[1])
+    one.remove_remote_agent("two")
+    one.remove_remote_agent("none such")
+    one.add_remote_agent(two.get_agent_metadata())
+    remote = prepared(one, theirs, "two")
+    run(one, one.make_prepped_xfer("READ", sides[0], [0], remote, [1], b"back"))
+    assert (mine.array[:64] == theirs.array[64:128]).all()
+    assert awaited(two, 1) == {"one": [b"back"]}
+
+
+def test_new_memory_is_known_after_adding_the_peer_again(one, two, mine, theirs):
+    """vLLM registers once; SGLang's staging buffers come later."""
+    later = Memory(two, 256, start=9)
+    with pytest.raises(bindings.nixlNotFoundError):
+        one.prep_xfer_dlist("two", [(later.address, 64, 0)], "DRAM")
+    one.add_remote_agent(two.get_agent_metadata())
+    remote = one.prep_xfer_dlist("two", [(later.address, 64, 0)], "DRAM")
+    run(one, one.make_prepped_xfer("READ", prepared(one, mine), [0], remote, [0]))
+    assert (mine.array[:64] == later.array[:64]).all()
+
+
+def test_an_agent_is_shared_by_threads(new_agent):
+    """Each thread posts its own transfers and sends messages, while one more takes notifications, all on two agents."""
+    strict = {"sync_mode": nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT}
+    one, two = new_agent("one", **strict), new_agent("two", **strict)
+    mine, theirs = Memory(one, 4096), Memory(two, 4096, start=100)
+    one.add_remote_agent(two.get_agent_metadata())
+    sides = prepared(one, mine), prepared(one, theirs, "two")
+    threads, rounds, failures = 4, 20, []
+
+    def work(thread):
+        try:
+            for number in range(rounds):
+                blocks = [thread * 8 + number % 8]
+                handle = one.make_prepped_xfer(
+                    "WRITE", sides[0], blocks, sides[1], blocks, b"transfer"
+                )
+                assert finished(one, handle, one.transfer(handle)) == "DONE"
+                one.release_xfer_handle(handle)
+                one.send_notif("two", b"message")
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+    for worker in workers:
+        worker.start()
+    taken = awaited(two, 2 * threads * rounds)["one"]
+    for worker in workers:
+        worker.join()
+    assert failures == []
+    assert sorted(taken) == [b"message"] * (threads * rounds) + [b"transfer"] * (threads * rounds)
+    assert (theirs.array[:2048] == mine.array[:2048]).all()
+
+
+def test_torch_tensors_are_taken_as_they_are(one, two):
+    """One tensor, a list of them, and what is not contiguous."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    source = torch.arange(256, dtype=torch.int32)
+    targets = [torch.zeros(128, dtype=torch.int32) for _ in range(2)]
+    two.register_memory(source)
+    one.register_memory(targets)
+    one.add_remote_agent(two.get_agent_metadata())
+    halves = one.get_xfer_descs([source[:128], source[128:]])
+    assert halves.descCount() == 2 and halves[1] == (source.data_ptr() + 512, 512, 0)
+    run(one, one.initialize_xfer("READ", one.get_xfer_descs(targets), halves, "two"))
+    assert torch.equal(torch.cat(targets), source)
+    assert one.get_xfer_descs(source[::2]) is None
+    assert one.get_reg_descs([source, source[::2]]) is None
+
+
+def test_whoever_makes_the_bindings_agent_itself_can_use_it():
+    """SGLang's HiCache replaces the inner agent by one of its own making."""
+    config = nixl_agent_config(backends=[])
+    agent = nixl_agent("outer", config)
+    bound = bindings.nixlAgentConfig()
+    bound.useProgThread, bound.useListenThread = config.enable_pthread, config.enable_listen
+    bound.listenPort, bound.captureTelemetry = config.port, config.capture_telemetry
+    agent.agent = bindings.nixlAgent("outer", bound)
+    assert "UCX" in agent.agent.getAvailPlugins()
+    agent.create_backend("UCX", {})
+    Memory(agent, 64)
