@@ -9,7 +9,9 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -19,7 +21,9 @@ use kvfabric_transfer::{
     Agent, HostMemory, MemoryFate, Operation, PeerHandle, Region, RegionId, RegionOptions,
     RequestOptions, Side,
 };
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{
+    DumpableBehavior, Pid, Signal, WaitOptions, kill_process, set_dumpable_behavior, waitpid,
+};
 
 use support::{OPEN, WAIT, Way, contents, pattern};
 
@@ -45,6 +49,10 @@ fn unhex(text: &str) -> Vec<u8> {
         .collect()
 }
 
+fn this_program() -> PathBuf {
+    std::env::current_exe().unwrap()
+}
+
 /// The other process; killed when dropped.
 struct Other {
     child: Child,
@@ -53,7 +61,21 @@ struct Other {
 
 impl Other {
     fn start(role: &str, way: Way, peer: &[u8]) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::run(Command::new(this_program()), role, way, peer)
+    }
+
+    /// As another user, if this one may become anyone.
+    fn start_as(user: Option<u32>, role: &str, way: Way, peer: &[u8]) -> Self {
+        let mut command = Command::new(this_program());
+        if let Some(user) = user {
+            command.uid(user).gid(user);
+        }
+        Self::run(command, role, way, peer)
+    }
+
+    /// `command` starts this program, with whatever arguments follow.
+    fn run(mut command: Command, role: &str, way: Way, peer: &[u8]) -> Self {
+        let mut child = command
             .args(["the_other_process", "--exact", "--nocapture"])
             .env(ROLE, role)
             .env(WAY, way.name())
@@ -114,18 +136,46 @@ fn the_other_process() {
     let way = WAYS.into_iter().find(|way| way.name() == name).unwrap();
     match role.as_str() {
         "target" => serve(way),
+        "closed" => {
+            // What a program that guards its memory does.
+            set_dumpable_behavior(DumpableBehavior::NotDumpable).unwrap();
+            serve(way);
+        }
+        "changeling" => change(way),
+        "reporter" => report(way, &unhex(&std::env::var(PEER).unwrap())),
         "initiator" => hold(way, &unhex(&std::env::var(PEER).unwrap())),
         other => panic!("role {other}"),
     }
 }
 
-/// Exports memory with a pattern; answers each notification with the checksum of all memory.
-fn serve(way: Way) {
+/// Exports memory with a pattern and says where it is.
+fn offer(way: Way) -> (Agent, Region) {
     let agent = way.agent("other");
     let region = agent.register(way.memory(BYTES), OPEN).unwrap();
     region.write_at(0, &pattern(BYTES as usize, SEED)).unwrap();
     println!("REGION {}", region.id().0);
     println!("METADATA {}", hex(&agent.metadata()));
+    (agent, region)
+}
+
+/// Exports memory, and becomes another program, which has the same number, when a line comes.
+fn change(way: Way) {
+    let (_agent, _region) = offer(way);
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    let error = Command::new("sleep").arg("60").exec();
+    panic!("sleep: {error}");
+}
+
+/// Says which way there is to a peer, and why no better one.
+fn report(way: Way, metadata: &[u8]) {
+    let agent = way.agent("other");
+    let peer = agent.load_peer(metadata).unwrap();
+    println!("REPORT {:?}", agent.path_to(&peer));
+}
+
+/// Exports memory with a pattern; answers each notification with the checksum of all memory.
+fn serve(way: Way) {
+    let (agent, region) = offer(way);
     let mut peer = None;
     loop {
         for notification in agent.wait_notifications(WAIT) {
@@ -177,7 +227,10 @@ struct Reached {
 
 impl Reached {
     fn new(way: Way) -> Self {
-        let mut other = Other::start("target", way, &[]);
+        Self::through(way, Other::start("target", way, &[]))
+    }
+
+    fn through(way: Way, mut other: Other) -> Self {
         let remote = RegionId(other.expect("REGION").parse().unwrap());
         let metadata = unhex(&other.expect("METADATA"));
         let agent = way.agent("this");
@@ -263,46 +316,121 @@ fn bytes_and_notifications_go_between_processes() {
 #[test]
 fn every_request_settles_when_the_peer_is_killed() {
     for way in WAYS {
-        let mut reached = Reached::new(way);
-        let mut requests = Vec::new();
-        for round in 0..40 {
-            let operation = if round % 2 == 0 {
-                Operation::Read
-            } else {
-                Operation::Write
-            };
-            for pairs in [vec![(0, 0, BYTES)], vec![(0, 64, 64), (4096, 8192, 4096)]] {
-                requests.extend(reached.start(operation, &pairs, None));
-            }
-            if round == 20 {
-                reached.other.kill();
-            }
+        every_request_settles(way, Reached::new(way), Other::kill);
+    }
+}
+
+/// The other process becomes another program in the middle of it. It is alive and has its number, but not its memory.
+#[test]
+fn every_request_settles_when_the_peer_becomes_another_program() {
+    for way in [Way::Cma, Way::Tcp] {
+        let reached = Reached::through(way, Other::start("changeling", way, &[]));
+        every_request_settles(way, reached, |other| {
+            let mut input = other.child.stdin.take().unwrap();
+            input.write_all(b"now\n").unwrap();
+        });
+    }
+}
+
+fn every_request_settles(way: Way, mut reached: Reached, end: fn(&mut Other)) {
+    let mut requests = Vec::new();
+    for round in 0..40 {
+        let operation = if round % 2 == 0 {
+            Operation::Read
+        } else {
+            Operation::Write
+        };
+        for pairs in [vec![(0, 0, BYTES)], vec![(0, 64, 64), (4096, 8192, 4096)]] {
+            requests.extend(reached.start(operation, &pairs, None));
         }
-        for request in &requests {
-            if let Err(error) = request.wait(WAIT) {
-                assert_eq!(error.kind(), ErrorKind::PeerLost, "{way:?}");
-                assert_eq!(error.fate(), MemoryFate::Settled, "{way:?}");
-            }
+        if round == 20 {
+            end(&mut reached.other);
         }
-        // Its death is seen within the deadline, and from then on nothing is accepted.
-        let until = std::time::Instant::now() + WAIT;
-        let refused = loop {
-            match reached.start(Operation::Read, &[(0, 0, 64)], None) {
-                Err(error) => break error.kind(),
-                Ok(request) => {
-                    if let Err(error) = request.wait(WAIT) {
-                        break error.kind();
-                    }
+    }
+    for request in &requests {
+        if let Err(error) = request.wait(WAIT) {
+            assert_eq!(error.kind(), ErrorKind::PeerLost, "{way:?}: {error}");
+            assert_eq!(error.fate(), MemoryFate::Settled, "{way:?}");
+        }
+    }
+    // Its end is seen within the deadline, and from then on nothing is accepted.
+    let until = std::time::Instant::now() + WAIT;
+    let refused = loop {
+        match reached.start(Operation::Read, &[(0, 0, 64)], None) {
+            Err(error) => break error.kind(),
+            Ok(request) => {
+                if let Err(error) = request.wait(WAIT) {
+                    break error.kind();
                 }
             }
-            assert!(
-                std::time::Instant::now() < until,
-                "{way:?}: the death was not seen"
-            );
+        }
+        assert!(
+            std::time::Instant::now() < until,
+            "{way:?}: the end was not seen"
+        );
+    };
+    assert_eq!(refused, ErrorKind::PeerLost, "{way:?}");
+    assert_eq!(reached.agent.path_to(&reached.peer).backend, None);
+    reached.local.deregister().wait(WAIT).unwrap();
+}
+
+const NOBODY: u32 = 65_534;
+
+/// Root reaches anyone's memory, but not over this path.
+#[test]
+fn private_memory_of_another_user_s_process_is_refused_with_the_reason() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: only root can start a process of another user");
+        return;
+    }
+    let mut other = Other::start_as(Some(NOBODY), "target", Way::Cma, &[]);
+    let metadata = unhex(&other.expect("METADATA"));
+    let agent = Way::Cma.agent("this");
+    let peer = agent.load_peer(&metadata).unwrap();
+    let report = agent.path_to(&peer);
+    assert_eq!(report.backend, None);
+    let (way, reason) = &report.refused[0];
+    assert_eq!(*way, "cma");
+    assert!(reason.contains("user 65534"), "{reason}");
+}
+
+/// Both are the same user's, not root's, and one does not let others look into its memory.
+#[test]
+fn memory_that_the_kernel_closes_is_refused_with_the_reason() {
+    let user = rustix::process::geteuid().is_root().then_some(NOBODY);
+    for (role, refused) in [("closed", true), ("target", false)] {
+        let mut target = Other::start_as(user, role, Way::Cma, &[]);
+        let metadata = unhex(&target.expect("METADATA"));
+        let mut reporter = Other::start_as(user, "reporter", Way::Cma, &metadata);
+        let report = reporter.expect("REPORT");
+        let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope");
+        let scoped = scope.is_ok_and(|scope| scope.trim() != "0");
+        let expected = match (scoped, refused) {
+            (true, _) => "ptrace_scope",
+            (false, true) => "dumpable",
+            (false, false) => "Some(\"cma\")",
         };
-        assert_eq!(refused, ErrorKind::PeerLost, "{way:?}");
-        assert_eq!(reached.agent.path_to(&reached.peer).backend, None);
-        reached.local.deregister().wait(WAIT).unwrap();
+        assert!(report.contains(expected), "{report}");
+    }
+}
+
+/// The process that asks cannot see the one that owns the memory, so it can't say whose memory to read.
+#[test]
+fn a_process_of_an_invisible_namespace_is_refused_with_the_reason() {
+    let arguments = ["--pid", "--fork", "--kill-child"];
+    let allowed = Command::new("unshare").args(arguments).arg("true").output();
+    if !allowed.is_ok_and(|output| output.status.success()) {
+        println!("SKIPPED: unshare cannot make a process namespace here");
+        return;
+    }
+    for way in [Way::Shm, Way::Cma] {
+        let agent = way.agent("this");
+        let _region = agent.register(way.memory(4096), OPEN).unwrap();
+        let mut command = Command::new("unshare");
+        command.args(arguments).arg(this_program());
+        let mut other = Other::run(command, "reporter", way, &agent.metadata());
+        let report = other.expect("REPORT");
+        assert!(report.contains("another pid namespace"), "{report}");
     }
 }
 
