@@ -353,12 +353,13 @@ def test_a_configuration_with_other_strides_than_the_pool_is_refused(engine):
 
 # Hand-offs.
 
-HANDOFF = Handoff("pod", ("127.0.0.1:1", "127.0.0.1:2"), 4, 99)
+IDENTITY = "ab" * 32
+HANDOFF = Handoff("pod", ("127.0.0.1:1", "127.0.0.1:2"), IDENTITY, 4)
 
 
 def test_a_handoff_survives_the_trip_through_the_client():
     """What one engine says is what the other reads."""
-    assert Handoff.parse(HANDOFF.to_params(), ranks=2) == HANDOFF
+    assert Handoff.parse(HANDOFF.to_params(), 2, IDENTITY) == HANDOFF
 
 
 @pytest.mark.parametrize(
@@ -372,20 +373,20 @@ def test_a_handoff_survives_the_trip_through_the_client():
         ({"depth": -1}, "depth: -1"),
         ({"depth": True}, "depth: True"),
         ({"depth": 1 << 40}, "depth: "),
-        ({"pin": 1 << 64}, "pin: "),
-        ({"pin": "1"}, "pin: '1'"),
+        ({"model_identity": "cd" * 32}, "model_identity: 'cdcd.*' is not 'abab"),
+        ({"model_identity": None}, "model_identity: None"),
     ],
 )
 def test_handoffs_that_were_tampered_with_are_refused(change, named):
     """Clients and routers send anything."""
     with pytest.raises(ValueError, match=named):
-        Handoff.parse({**HANDOFF.to_params(), **change}, ranks=2)
+        Handoff.parse({**HANDOFF.to_params(), **change}, 2, IDENTITY)
 
 
 def test_params_of_another_connector_are_no_handoff():
     """As NixlConnector's, which have no table of ours."""
     with pytest.raises(ValueError, match="kvfabric: None"):
-        Handoff.parse({"remote_host": "h"}.get("kvfabric"), ranks=1)
+        Handoff.parse({"remote_host": "h"}.get("kvfabric"), 1, IDENTITY)
 
 
 # Adapters.

@@ -21,17 +21,15 @@ BLOCKS_MAX = 1 << 20
 
 @dataclass(frozen=True)
 class Handoff:
-    """What a prefill engine said to its client for the decode engine: whom to ask, and what to let
-    go of.
-    """
+    """What a prefill engine said to its client for the decode engine: whom to ask for what."""
 
     pod: str
     # Peer services of its ranks, in order.
     addresses: tuple[str, ...]
+    # Stands for everything that shapes the bytes of its blocks.
+    model_identity: str
     # Blocks of the prompt that it computed.
     depth: int
-    # By which each of its nodes keeps them.
-    pin_id: int
 
     def to_params(self) -> dict[str, Any]:
         """What is put into ``kv_transfer_params``."""
@@ -39,13 +37,15 @@ class Handoff:
             "version": 1,
             "pod": self.pod,
             "peer_addresses": list(self.addresses),
+            "model_identity": self.model_identity,
             "depth": self.depth,
-            "pin": self.pin_id,
         }
 
     @classmethod
-    def parse(cls, params: object, ranks: int) -> Handoff:
-        """Reads what a client sent along; raises `ValueError` that names what is wrong with it."""
+    def parse(cls, params: object, ranks: int, model_identity: str) -> Handoff:
+        """Reads what a client sent along; raises `ValueError` that names what is wrong with it, as
+        when the blocks are of another model than `model_identity`.
+        """
         if not isinstance(params, Mapping):
             raise ValueError(f"kvfabric: {params!r} is no table of keys")
         if params.get("version") != 1:
@@ -59,12 +59,12 @@ class Handoff:
             raise ValueError(
                 f"kvfabric.peer_addresses: {len(addresses)} ranks cannot hand off to {ranks}"
             )
-        depth, pin_id = params.get("depth"), params.get("pin")
+        identity, depth = params.get("model_identity"), params.get("depth")
+        if identity != model_identity:
+            raise ValueError(f"kvfabric.model_identity: {identity!r} is not {model_identity!r}")
         if type(depth) is not int or not 0 <= depth <= BLOCKS_MAX:
             raise ValueError(f"kvfabric.depth: {depth!r} is not within 0..={BLOCKS_MAX}")
-        if type(pin_id) is not int or not 0 <= pin_id < 1 << 64:
-            raise ValueError(f"kvfabric.pin: {pin_id!r} is no number of a pin")
-        return cls(pod, tuple(addresses), depth, pin_id)
+        return cls(pod, tuple(addresses), model_identity, depth)
 
 
 @dataclass(frozen=True)

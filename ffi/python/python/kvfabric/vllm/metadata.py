@@ -21,6 +21,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 
     pod: str
     peer_address: str
+    model_identity: str
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,6 @@ class Pin:
 
     request_id: str
     names: bytes
-    # The number by which the decode engine lets go of them.
-    pin_id: int
 
 
 @dataclass

@@ -7,12 +7,10 @@ what to do in the step that is about to run.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import kvfabric
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kvfabric.scheduler")
 
 PARAMS_KEY = "kvfabric"
-# Unpins whose outcome is still of interest to nobody, but which must not be dropped before they are
-# sent.
-UNPINS_MAX = 256
 DELIVERED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
@@ -75,11 +70,11 @@ class SchedulerSide:
         self._peers = Peers(config.lookup_deadline_ms / 1000)
         self._adapters = AdapterDigests()
         self._nodes: tuple[str, ...] = ()
+        self._model_identity = ""
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Load] = []
         self._pins: list[Pin] = []
         self._releases: list[str] = []
-        self._unpins: list[Any] = []
         self._clear = False
         # Ranks that have still to confirm that they cleared their tiers.
         self._clearing = 0
@@ -93,6 +88,10 @@ class SchedulerSide:
         self._nodes = tuple(
             handshakes[rank].peer_address for rank in range(self._facts.tensor_size)
         )
+        identities = {told.model_identity for told in handshakes.values()}
+        if len(identities) != 1:
+            raise RuntimeError(f"kvfabric: ranks of one model have identities {sorted(identities)}")
+        (self._model_identity,) = identities
 
     # Requests come in.
 
@@ -104,7 +103,9 @@ class SchedulerSide:
         tracked.awaited = bool(params.get("do_remote_decode"))
         if params.get("do_remote_prefill"):
             try:
-                tracked.handoff = Handoff.parse(params.get(PARAMS_KEY), len(self._nodes))
+                tracked.handoff = Handoff.parse(
+                    params.get(PARAMS_KEY), len(self._nodes), self._model_identity
+                )
             except ValueError as error:
                 logger.warning("request %s is prefilled here: %s", request.request_id, error)
                 self.stats.add("handoffs_refused")
@@ -273,7 +274,6 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.loading = []
-                self._let_go(tracked)
         told = output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             for request_id, count in told.settled.items():
@@ -281,14 +281,12 @@ class SchedulerSide:
                 if tracked is not None:
                     tracked.unsettled -= count
             self._clearing = max(0, self._clearing - told.cleared)
-        self._unpins = [unpin for unpin in self._unpins if not unpin.done()]
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """A request ended: whether its blocks are still being read, and what its client is told."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
-        self._let_go(tracked)
         params = self._hand_off(tracked)
         # A request that waits for a load has no store in flight: they were waited for when it was
         # preempted, and the engine itself keeps its blocks until the load is over.
@@ -304,10 +302,9 @@ class SchedulerSide:
         depth = min(tracked.stored, request.num_prompt_tokens // self._facts.block_tokens)
         if depth == 0:
             return None
-        pin_id = secrets.randbits(63)
-        self._pins.append(Pin(request.request_id, tracked.names.pack(0, depth), pin_id))
+        self._pins.append(Pin(request.request_id, tracked.names.pack(0, depth)))
         self.stats.add("handoffs")
-        handoff = Handoff(self._facts.pod, self._nodes, depth, pin_id)
+        handoff = Handoff(self._facts.pod, self._nodes, self._model_identity, depth)
         host, _, port = self._nodes[0].rpartition(":")
         return {
             "do_remote_prefill": True,
@@ -321,21 +318,6 @@ class SchedulerSide:
             "remote_port": int(port),
             "tp_size": self._facts.tensor_size,
         }
-
-    def _let_go(self, tracked: _Tracked) -> None:
-        """Tells the prefill engine that its blocks are not needed any longer; its pin would end by
-        itself too.
-        """
-        handoff, tracked.handoff = tracked.handoff, None
-        if handoff is None:
-            return
-        for address in handoff.addresses:
-            if len(self._unpins) >= UNPINS_MAX:
-                return
-            try:
-                self._unpins.append(self._peers.at(address).unpin(handoff.pin_id))
-            except kvfabric.KvfabricError as error:
-                logger.debug("unpin at %s: %s", address, error)
 
     # The engine's life.
 

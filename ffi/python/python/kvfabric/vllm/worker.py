@@ -19,7 +19,8 @@ from vllm.logger import init_logger
 from .config import ConnectorConfig
 from .engine import EngineFacts, model_identity, node_config
 from .layout import PageLayout
-from .metadata import Handshake, Load, Pin, StepMetadata, Store, WorkerMetadata
+from .metadata import Handshake, Load, StepMetadata, Store, WorkerMetadata
+from .pins import Pins
 from .stats import ConnectorStats
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ logger = init_logger("vllm.kvfabric.worker")
 
 # How long one wait for something that must end takes before it is waited for again, and said so.
 PATIENCE_SECONDS = 10.0
-# Operations that are waited for only to learn that they failed.
-PINS_MAX = 1024
+# How long clearing waits for peers that are reading, and how often it tries.
+CLEAR_SECONDS = 10.0
+CLEAR_PAUSE_SECONDS = 0.01
 
 
 class _Storing:
@@ -67,12 +69,11 @@ class WorkerSide:
         self._node: kvfabric.Node | None = None
         self._pages: kvfabric.Pages | None = None
         self._region: kvfabric.Region | None = None
+        self._identity = ""
         self._block_bytes = 0
         self._storing: deque[_Storing] = deque()
         self._storing_bytes = 0
         self._fetching: list[_Fetching] = []
-        self._pins: deque[Pin] = deque()
-        self._pinning: deque[Any] = deque()
         # Finished requests whose blocks the engine keeps until their stores are done.
         self._releasing: set[str] = set()
         self._settled: dict[str, int] = {}
@@ -80,6 +81,7 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._received: set[str] = set()
         self.stats = ConnectorStats()
+        self._pins = Pins(config.pin_ttl_s, self.stats)
 
     def open(self, cache: KVCacheConfig, tensors: dict[str, torch.Tensor]) -> None:
         """Registers the engine's memory and opens this rank's node.
@@ -91,6 +93,7 @@ class WorkerSide:
         backends = [backend.full_cls_name() for backend in _backends(self._engine, cache)]
         names = [".".join(name) if isinstance(name, tuple) else str(name) for name in backends]
         identity = model_identity(self._config, self._engine, layout.name, layout.element, names)
+        self._identity = identity
         node = node_config(
             self._config,
             self._facts,
@@ -127,7 +130,7 @@ class WorkerSide:
         if self._node is None:
             return None
         assert self._node.peer_address is not None
-        return Handshake(pod=self._node.pod, peer_address=self._node.peer_address)
+        return Handshake(self._node.pod, self._node.peer_address, self._identity)
 
     # One step, in the order in which the engine calls.
 
@@ -182,7 +185,7 @@ class WorkerSide:
             self._storing.append(_Storing(store, operation))
             self._storing_bytes += size
         self._releasing.update(step.releases)
-        self._pins.extend(step.pins)
+        self._pins.add(step.pins)
 
     def poll(self) -> tuple[set[str], set[str]]:
         """Requests whose stores are done and whose blocks may be freed, and those whose fetch is
@@ -192,7 +195,8 @@ class WorkerSide:
             self._finish(storing)
         self._poll_fetches()
         busy = {storing.store.request_id for storing in self._storing}
-        self._pin(busy)
+        if self._node is not None:
+            self._pins.poll(self._node, busy)
         sent = self._releasing - busy
         self._releasing &= busy
         received, self._received = self._received, set()
@@ -302,30 +306,7 @@ class WorkerSide:
             self._failed_blocks.update(load.block_ids[depth:])
         self._received.add(load.request_id)
 
-    # Pins, and forgetting.
-
-    def _pin(self, busy: set[str]) -> None:
-        for _ in range(len(self._pins)):
-            pin = self._pins.popleft()
-            if pin.request_id in busy:
-                self._pins.append(pin)
-                continue
-            try:
-                prefix = self._open_node.prefix_of(pin.names)
-                self._pinning.append(
-                    self._open_node.pin(prefix, ttl=self._config.pin_ttl_s, id=pin.pin_id)
-                )
-            except kvfabric.KvfabricError as error:
-                self._pin_failed(error)
-        while self._pinning and (self._pinning[0].done() or len(self._pinning) > PINS_MAX):
-            try:
-                self._pinning.popleft().wait(0.0)
-            except kvfabric.KvfabricError as error:
-                self._pin_failed(error)
-
-    def _pin_failed(self, error: kvfabric.KvfabricError) -> None:
-        logger.warning("keeping a prefix for a decode engine: %s", error)
-        self.stats.add("pins_failed")
+    # Forgetting.
 
     def _clear(self) -> None:
         """Forgets everything, after what is on its way: nothing older may come back afterwards."""
@@ -338,7 +319,14 @@ class WorkerSide:
                 except kvfabric.KvfabricError:
                     # It is reported by the next poll.
                     continue
-        _ended(self._open_node.clear(), "clear", "of all")
+        self._pins.drop(self._open_node)
+        ends = time.monotonic() + CLEAR_SECONDS
+        while self._open_node.clear().wait().kept:
+            # Blocks that peers are reading stay until their leases end.
+            if time.monotonic() >= ends:
+                logger.warning("blocks that peers read are still there %s s later", CLEAR_SECONDS)
+                break
+            time.sleep(CLEAR_PAUSE_SECONDS)
         self._cleared += 1
 
 
