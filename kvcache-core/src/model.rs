@@ -129,6 +129,8 @@ pub struct World {
     pub log: Vec<String>,
     /// Blocks whose bytes were made to rot somewhere.
     rotten: BTreeSet<BlockKey>,
+    /// Blocks of which a slot was said to hold the wrong bytes.
+    blamed: BTreeSet<BlockKey>,
 }
 
 /// The bytes that every good copy of a block has.
@@ -167,6 +169,7 @@ impl World {
             outcomes: Vec::new(),
             log: Vec::new(),
             rotten: BTreeSet::new(),
+            blamed: BTreeSet::new(),
         })
     }
 

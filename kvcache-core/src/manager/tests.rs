@@ -8,6 +8,8 @@ use crate::key::IndexKey;
 use crate::model::{Fault, World, genuine};
 use crate::place::Place;
 
+mod keeping;
+
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -690,6 +692,18 @@ enum Action {
         position: u64,
     },
     LosePeer(u32),
+    Pin {
+        chain: u64,
+        blocks: u64,
+        ttl: u16,
+    },
+    Unpin(usize),
+    Remove {
+        chain: u64,
+        blocks: u64,
+    },
+    Clear,
+    Flush(u16),
     Execute {
         pick: usize,
         faults: Vec<Fault>,
@@ -734,6 +748,15 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         1 => (0..CHAINS, 0..DEPTH_MAX)
             .prop_map(|(chain, position)| Action::PutObject { chain, position }),
         1 => (0..60u32).prop_map(Action::LosePeer),
+        3 => (0..CHAINS, 0..=DEPTH_MAX, 1..2000u16)
+            .prop_map(|(chain, blocks, ttl)| Action::Pin { chain, blocks, ttl }),
+        1 => any::<prop::sample::Index>().prop_map(|i| Action::Unpin(i.index(64))),
+        2 => (0..CHAINS, 0..=DEPTH_MAX)
+            .prop_map(|(chain, blocks)| Action::Remove { chain, blocks }),
+        1 => (0..8u8).prop_map(|odds| match odds {
+            0 => Action::Clear,
+            _ => Action::Flush(u16::from(odds) * 100),
+        }),
         30 => (any::<prop::sample::Index>(), faults())
             .prop_map(|(i, faults)| Action::Execute { pick: i.index(64), faults }),
         3 => any::<prop::sample::Index>().prop_map(|i| Action::Drain(i.index(64))),
@@ -756,6 +779,7 @@ fn limits() -> impl Strategy<Value = Limits> {
             operations_max,
             leases_max: 4,
             lease_blocks_max: 5,
+            pins_max: 3,
             lease_ttl: SECOND,
             rescue_blocks_max: 3,
             ..Limits::default()
@@ -823,6 +847,29 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
             }
             Action::PutObject { chain, position } => world.put_object(block(chain, position).key),
             Action::LosePeer(peer) => world.lose_peer(PeerId(peer)),
+            Action::Pin {
+                chain: c,
+                blocks,
+                ttl,
+            } => {
+                let _ = world.pin(&keys(&chain(c, blocks)), MS * u32::from(ttl));
+            }
+            Action::Unpin(pick) => {
+                if let Some(pin) = nth(&world.open_pins(), pick) {
+                    world.unpin(pin);
+                }
+            }
+            Action::Remove { chain: c, blocks } => {
+                world
+                    .remove(&keys(&chain(c, blocks)))
+                    .expect("few enough blocks");
+            }
+            Action::Clear => {
+                world.clear();
+            }
+            Action::Flush(within) => {
+                let _ = world.flush(MS * u32::from(within));
+            }
             Action::Execute { pick, faults } => world.execute(pick, &faults),
             Action::Drain(pick) => world.drain(pick),
             Action::Advance(ms) => world.advance(MS * u32::from(ms)),
@@ -869,6 +916,8 @@ fn random_histories_reach_every_counter() {
         "host_quarantined",
         "operations",
         "leases",
+        "pins",
+        "pinned_blocks",
         "commands_in_flight",
         "recovered",
         "stray_answers",

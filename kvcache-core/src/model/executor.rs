@@ -115,8 +115,14 @@ impl World {
         match fault {
             Fault::None => {}
             Fault::Rot => self.rot(a_move),
-            Fault::Fails(kind) => return Err(MoveFailure::settled(kind)),
-            Fault::Unsettled(kind) => return Err(MoveFailure::unsettled(kind)),
+            Fault::Fails(kind) => {
+                self.blame(a_move, kind);
+                return Err(MoveFailure::settled(kind));
+            }
+            Fault::Unsettled(kind) => {
+                self.blame(a_move, kind);
+                return Err(MoveFailure::unsettled(kind));
+            }
         }
         let Some(bytes) = self.read(a_move) else {
             return Err(MoveFailure::settled(ErrorKind::NotFound));
@@ -134,8 +140,16 @@ impl World {
         Ok(checksum)
     }
 
+    fn blame(&mut self, a_move: &Move, kind: ErrorKind) {
+        let is_source_bad = matches!(kind, ErrorKind::Corrupt | ErrorKind::NotFound);
+        if is_source_bad && matches!(a_move.from, Place::Host(_)) {
+            self.blamed.insert(a_move.info.key);
+        }
+    }
+
     fn rot(&mut self, a_move: &Move) {
         self.rotten.insert(a_move.info.key);
+        self.blame(a_move, ErrorKind::Corrupt);
         match a_move.from {
             Place::Host(slot) => {
                 self.host.insert(slot.index, (slot.generation, GARBAGE));

@@ -142,7 +142,7 @@ impl World {
             .flat_map(|(keys, _)| keys.iter().copied())
             .collect();
         for key in &pinned {
-            let is_there = host.contains(key) || self.rotten.contains(key);
+            let is_there = host.contains(key) || self.blamed.contains(key);
             assert!(is_there, "{key:?} is pinned and not in DRAM");
         }
         let (slots, share) = (self.limits.host_slots, self.limits.pinned_per_mille_max);
