@@ -11,8 +11,11 @@
 
 mod fabric;
 mod faults;
+mod keeping;
+mod locating;
 mod lying_peer;
 mod peers;
 mod property;
+mod scatter;
 mod support;
 mod tiers;
