@@ -26,7 +26,8 @@ pub(super) fn refusal(pid: i32, error: io::Error) -> Error {
 pub(super) fn failure(pid: i32, error: io::Error) -> Error {
     let (kind, text) = match error.raw_os_error() {
         Some(libc::ESRCH) => (ErrorKind::PeerLost, "it is dead"),
-        Some(libc::EPERM) => (ErrorKind::Denied, "it has closed its memory to others"),
+        // Connecting anew finds out why.
+        Some(libc::EPERM) => (ErrorKind::PeerLost, "it has closed its memory to others"),
         None if error.kind() == io::ErrorKind::InvalidData => {
             (ErrorKind::PeerLost, "it is not the process that was asked")
         }

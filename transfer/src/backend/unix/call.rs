@@ -1,12 +1,18 @@
 //! Answers that someone waits for.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::message::Outcome;
+use crate::backend::Job;
+
+/// Messages that may wait for their answers.
+pub(super) const UNANSWERED_MAX: usize = 4096;
 
 /// What the peer answered, and the descriptor that came with it.
 pub(super) type Answer = Result<(Outcome, Option<OwnedFd>)>;
@@ -38,5 +44,85 @@ impl Call {
                 Err(poisoned) => poisoned.into_inner().0,
             };
         }
+    }
+}
+
+/// Who waits for an answer.
+pub(super) enum Waiting {
+    Call(Arc<Call>),
+    Notification(Job),
+}
+
+/// Why nothing can be asked.
+pub(super) enum Refused {
+    /// The path is lost.
+    Closed,
+    /// [`UNANSWERED_MAX`] wait.
+    Full,
+}
+
+/// All who wait for an answer, by the number of their message.
+pub(super) struct Unanswered {
+    /// None once the path is lost.
+    waiting: Mutex<Option<HashMap<u64, Waiting>>>,
+    next: AtomicU64,
+}
+
+impl Default for Unanswered {
+    fn default() -> Self {
+        Self {
+            waiting: Mutex::new(Some(HashMap::new())),
+            // 0 is the greeting.
+            next: AtomicU64::new(1),
+        }
+    }
+}
+
+impl Unanswered {
+    fn lock(&self) -> MutexGuard<'_, Option<HashMap<u64, Waiting>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A number that no message had.
+    pub(super) fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn enter(&self, id: u64, who: Waiting) -> Result<(), (Waiting, Refused)> {
+        let mut waiting = self.lock();
+        let Some(open) = &mut *waiting else {
+            return Err((who, Refused::Closed));
+        };
+        if open.len() >= UNANSWERED_MAX {
+            return Err((who, Refused::Full));
+        }
+        open.insert(id, who);
+        Ok(())
+    }
+
+    pub(super) fn take(&self, id: u64) -> Option<Waiting> {
+        self.lock().as_mut()?.remove(&id)
+    }
+
+    /// Jobs that were given up by their callers.
+    pub(super) fn take_abandoned(&self) -> Vec<Job> {
+        let mut waiting = self.lock();
+        let Some(open) = &mut *waiting else {
+            return Vec::new();
+        };
+        let given_up =
+            |who: &Waiting| matches!(who, Waiting::Notification(job) if job.is_abandoned());
+        let taken = open.extract_if(|_, who| given_up(who));
+        taken
+            .filter_map(|(_, who)| match who {
+                Waiting::Notification(job) => Some(job),
+                Waiting::Call(_) => None,
+            })
+            .collect()
+    }
+
+    /// Nobody will be answered any more: everyone who waits.
+    pub(super) fn close(&self) -> impl Iterator<Item = Waiting> + use<> {
+        self.lock().take().unwrap_or_default().into_values()
     }
 }

@@ -2,37 +2,27 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::call::{Answer, Call};
+use super::call::{Answer, Call, Refused, UNANSWERED_MAX, Unanswered, Waiting};
 use super::held::Held;
 use super::link::{Link, TURN_MESSAGES};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
 use crate::backend::copy::Copier;
-use crate::backend::{Backend, Capabilities, Channel, Job, Refusal};
+use crate::backend::{Backend, Capabilities, Channel, Job, Refusal, abandoned};
 use crate::descriptor::Target;
 use crate::metadata::Incarnation;
 use crate::plan::Plan;
 use crate::reactor::{Interest, Source};
 use crate::region::{MemoryKind, RegionId};
 
-/// Notifications that may wait for their answers.
-const UNANSWERED_MAX: usize = 4096;
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Who waits for an answer.
-enum Waiting {
-    Call(Arc<Call>),
-    Notification(Job),
 }
 
 /// The peer's regions that this process may use.
@@ -50,8 +40,7 @@ pub(super) struct UnixChannel<A: Access> {
     copier: Arc<Copier>,
     capabilities: Capabilities,
     regions: RwLock<Regions<A>>,
-    waiting: Mutex<Option<HashMap<u64, Waiting>>>,
-    next: AtomicU64,
+    unanswered: Unanswered,
     lost: OnceLock<String>,
     /// Held while a region is asked for, so that it is asked for once.
     asking: Mutex<()>,
@@ -79,8 +68,7 @@ impl<A: Access> UnixChannel<A> {
                 held: HashMap::new(),
                 asked: None,
             }),
-            waiting: Mutex::new(Some(HashMap::new())),
-            next: AtomicU64::new(1),
+            unanswered: Unanswered::default(),
             lost: OnceLock::new(),
             asking: Mutex::new(()),
             own: own.clone(),
@@ -101,21 +89,14 @@ impl<A: Access> UnixChannel<A> {
         Ok(channel)
     }
 
-    fn enter(&self, id: u64, who: Waiting) -> Result<(), (Waiting, Error)> {
-        let mut waiting = lock(&self.waiting);
-        let Some(open) = &mut *waiting else {
-            return Err((who, self.loss()));
-        };
-        if open.len() >= UNANSWERED_MAX {
-            let text = format!("{UNANSWERED_MAX} messages are not answered");
-            return Err((who, Error::new(ErrorKind::Busy, text)));
+    fn refusal(&self, refusal: Refused) -> Error {
+        match refusal {
+            Refused::Closed => self.loss(),
+            Refused::Full => {
+                let text = format!("{UNANSWERED_MAX} messages are not answered");
+                Error::new(ErrorKind::Busy, text)
+            }
         }
-        open.insert(id, who);
-        Ok(())
-    }
-
-    fn take(&self, id: u64) -> Option<Waiting> {
-        lock(&self.waiting).as_mut()?.remove(&id)
     }
 
     fn loss(&self) -> Error {
@@ -126,13 +107,14 @@ impl<A: Access> UnixChannel<A> {
     /// Sends a message and waits for its answer.
     fn call(&self, id: u64, message: &Message, until: Instant) -> Answer {
         let call = Arc::new(Call::default());
-        self.enter(id, Waiting::Call(call.clone()))
-            .map_err(|(_, error)| error)?;
+        self.unanswered
+            .enter(id, Waiting::Call(call.clone()))
+            .map_err(|(_, refusal)| self.refusal(refusal))?;
         let answer = self
             .link
             .send(message, None)
             .and_then(|()| call.wait(until));
-        self.take(id);
+        self.unanswered.take(id);
         answer
     }
 
@@ -170,7 +152,7 @@ impl<A: Access> UnixChannel<A> {
     }
 
     fn ask(&self, remote: &RemoteRegion) -> Result<Arc<Held<A>>> {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = self.unanswered.number();
         let message = Message::Map {
             id,
             region: remote.id,
@@ -210,7 +192,14 @@ impl<A: Access> UnixChannel<A> {
             }
             job.go_on()
         };
-        A::copy(peer, job.plan(), regions, &go_on)
+        let copied = A::copy(peer, job.plan(), regions, &go_on);
+        if let Err(error) = &copied
+            && error.kind() == ErrorKind::PeerLost
+        {
+            // The copy has seen it before the socket tells.
+            self.lose(&error.to_string());
+        }
+        copied
     }
 
     /// Hands a job's notification to the peer; its answer settles the job.
@@ -218,13 +207,13 @@ impl<A: Access> UnixChannel<A> {
         let Some(bytes) = job.notification().cloned() else {
             return job.settle(Ok(()));
         };
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        if let Err((Waiting::Notification(job), error)) = self.enter(id, Waiting::Notification(job))
-        {
-            return job.settle(Err(error));
+        let id = self.unanswered.number();
+        let entered = self.unanswered.enter(id, Waiting::Notification(job));
+        if let Err((Waiting::Notification(job), refusal)) = entered {
+            return job.settle(Err(self.refusal(refusal)));
         }
         if let Err(error) = self.link.send(&Message::Notify { id, bytes }, None)
-            && let Some(Waiting::Notification(job)) = self.take(id)
+            && let Some(Waiting::Notification(job)) = self.unanswered.take(id)
         {
             job.settle(Err(error));
         }
@@ -233,7 +222,7 @@ impl<A: Access> UnixChannel<A> {
     fn handle(&self, message: Message, file: Option<OwnedFd>) -> Result<()> {
         match message {
             Message::Done { id, outcome } => {
-                match self.take(id) {
+                match self.unanswered.take(id) {
                     // Whoever asked has stopped waiting.
                     None => {}
                     Some(Waiting::Call(call)) => call.answer(Ok((outcome, file))),
@@ -273,8 +262,7 @@ impl<A: Access> UnixChannel<A> {
         // The first reason is the interesting one.
         let _ = self.lost.set(reason.to_owned());
         self.link.ignore_death();
-        let waiting = lock(&self.waiting).take().unwrap_or_default();
-        for who in waiting.into_values() {
+        for who in self.unanswered.close() {
             match who {
                 Waiting::Call(call) => call.answer(Err(self.loss())),
                 Waiting::Notification(job) => job.settle(Err(self.loss())),
@@ -328,19 +316,8 @@ impl<A: Access> Backend for UnixChannel<A> {
 
     fn reap(&self) {
         // Copies look for themselves. A notification's job holds memory that is no longer in use.
-        let mut given_up = Vec::new();
-        if let Some(waiting) = &mut *lock(&self.waiting) {
-            let ids: Vec<u64> = waiting
-                .iter()
-                .filter(|(_, who)| matches!(who, Waiting::Notification(job) if job.is_abandoned()))
-                .map(|(id, _)| *id)
-                .collect();
-            given_up.extend(ids.iter().filter_map(|id| waiting.remove(id)));
-        }
-        for who in given_up {
-            if let Waiting::Notification(job) = who {
-                job.settle(Err(crate::backend::abandoned()));
-            }
+        for job in self.unanswered.take_abandoned() {
+            job.settle(Err(abandoned()));
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod call;
 mod channel;
+mod client;
 mod held;
 mod link;
 mod message;

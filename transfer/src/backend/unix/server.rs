@@ -1,38 +1,20 @@
-//! The end that owns memory: hands it out by key, takes it back when it is deregistered.
+//! The end that owns memory: accepts processes that want to use it, takes it back when it is deregistered.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::net::{SocketFlags, accept_with};
 
 use super::Access;
-use super::link::{Link, TURN_MESSAGES, Wake};
-use super::message::{Message, Outcome};
+use super::client::{Client, Lender};
 use crate::agent::Exports;
-use crate::backend::Operation;
 use crate::backend::spare::Spare;
 use crate::reactor::{Interest, Reactor, Source};
-use crate::region::{RegionCore, RegionId, RegionKey};
-
-/// How long an agent that goes waits for others to let go of its memory, all together.
-const PARTING_MAX: Duration = Duration::from_secs(1);
+use crate::region::RegionCore;
 
 /// Processes that may be connected.
 const CLIENTS_MAX: usize = 4096;
-
-/// Regions that one client may use.
-const USED_MAX: usize = 65_536;
-
-/// What the server and its clients share.
-struct Lender<A> {
-    access: A,
-    exports: Arc<Exports>,
-    /// When nobody is waited for any more; set by the first client that is still there when the agent goes.
-    parting: OnceLock<Instant>,
-}
 
 /// Accepts connections.
 pub(super) struct Server<A: Access> {
@@ -94,15 +76,7 @@ impl<A: Access> Server<A> {
                 format!("{CLIENTS_MAX} are connected"),
             ));
         }
-        let client = Arc::new(Client {
-            link: Link::new(socket, &self.reactor)?,
-            lender: self.lender.clone(),
-            state: Mutex::default(),
-        });
-        let messages = Arc::new(Messages(client.clone()));
-        client
-            .link
-            .watch(messages, Arc::new(Death(client.clone())))?;
+        let client = Client::start(socket, &self.lender, &self.reactor)?;
         clients.known.push(Arc::downgrade(&client));
         Ok(())
     }
@@ -151,256 +125,4 @@ impl<A: Access> Source for Server<A> {
     }
 
     fn orphaned(&self) {}
-}
-
-/// A process that uses memory of ours. Lives until it has let go of everything, or is dead.
-struct Client<A> {
-    link: Link,
-    lender: Arc<Lender<A>>,
-    state: Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    name: Option<Arc<str>>,
-    /// With the region that waits for it, if it is being deregistered.
-    used: HashMap<RegionId, Option<Arc<RegionCore>>>,
-    /// Nothing can be sent or received any more.
-    closed: bool,
-    /// Nothing is handed out any more.
-    parting: bool,
-}
-
-impl<A: Access> Client<A> {
-    fn handle(&self, message: Message) -> Result<()> {
-        match message {
-            Message::Hello { name, wanted } => {
-                let outcome = match self.greet(&name, wanted) {
-                    Ok(()) => self.lender.access.welcome(),
-                    Err(error) => Outcome::of(Err(error)),
-                };
-                self.answer(0, outcome)
-            }
-            Message::Map { id, region, key } => match self.map(region, &key) {
-                Ok((outcome, file)) => self.link.send(&Message::Done { id, outcome }, file),
-                Err(error) => self.answer(id, Outcome::of(Err(error))),
-            },
-            Message::Unmapped { region } => {
-                self.let_go(region);
-                Ok(())
-            }
-            Message::Notify { id, bytes } => {
-                let name = lock(&self.state).name.clone();
-                let Some(name) = name else {
-                    return Err(Error::new(
-                        ErrorKind::Corrupt,
-                        "a notification before a greeting",
-                    ));
-                };
-                self.answer(id, Outcome::of(self.lender.exports.deliver(&name, bytes)))
-            }
-            Message::Done { .. } | Message::Revoke { .. } => Err(Error::new(
-                ErrorKind::Corrupt,
-                "a message that only owners of memory send",
-            )),
-        }
-    }
-
-    fn answer(&self, id: u64, outcome: Outcome) -> Result<()> {
-        self.link.send(&Message::Done { id, outcome }, None)
-    }
-
-    fn greet(&self, name: &str, wanted: crate::metadata::Incarnation) -> Result<()> {
-        let own = self.lender.exports.incarnation();
-        if wanted != own {
-            let text = format!("incarnation {wanted:?} is gone, this is {own:?}");
-            return Err(Error::new(ErrorKind::PeerLost, text));
-        }
-        self.lender.exports.check_allowed(name)?;
-        lock(&self.state).name = Some(name.into());
-        Ok(())
-    }
-
-    /// Hands out a region.
-    fn map(&self, id: RegionId, key: &RegionKey) -> Result<(Outcome, Option<OwnedFd>)> {
-        if lock(&self.state).name.is_none() {
-            return Err(Error::new(ErrorKind::Denied, "a map before a greeting"));
-        }
-        let exports = &self.lender.exports;
-        let used = exports
-            .admit(id, key, Operation::Write)
-            .or_else(|_| exports.admit(id, key, Operation::Read))?;
-        let region = used.region();
-        let granted = self.lender.access.grant(region)?;
-        let mut state = lock(&self.state);
-        if state.used.len() >= USED_MAX {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("{USED_MAX} regions are in use"),
-            ));
-        }
-        // Either this sees that the region or the agent was closed, or whoever closed it finds the entry.
-        if state.parting || region.is_closed() {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!("region {id} is deregistered"),
-            ));
-        }
-        state.used.insert(id, None);
-        Ok(granted)
-    }
-
-    fn revoke(&self, region: &Arc<RegionCore>) {
-        let mut state = lock(&self.state);
-        let Some(waiting @ None) = state.used.get_mut(&region.id()) else {
-            return;
-        };
-        region.hold();
-        *waiting = Some(region.clone());
-        let closed = state.closed;
-        drop(state);
-        // After a failure only the process's death ends its use.
-        if !closed
-            && let Err(error) = self.link.send(
-                &Message::Revoke {
-                    region: region.id(),
-                },
-                None,
-            )
-        {
-            tracing::debug!(%error, pid = self.link.pid(), "revoke a region");
-        }
-    }
-
-    fn let_go(&self, id: RegionId) {
-        let mut state = lock(&self.state);
-        if let Some(Some(region)) = state.used.remove(&id) {
-            region.leave();
-        }
-        let over = state.closed && state.used.is_empty();
-        drop(state);
-        if over {
-            self.link.ignore_death();
-        }
-    }
-
-    /// The agent goes.
-    fn part(&self) {
-        let mut state = lock(&self.state);
-        state.parting = true;
-        let used: Vec<RegionId> = state.used.keys().copied().collect();
-        drop(state);
-        if !A::IN_PLACE {
-            return;
-        }
-        // Those that are not found are being deregistered, and were revoked then.
-        let found = used
-            .iter()
-            .filter_map(|id| self.lender.exports.find(*id).ok());
-        found.for_each(|region| self.revoke(&region));
-    }
-
-    /// Nothing more comes over the socket. What is used may be until the process dies.
-    fn hang_up(&self) {
-        self.link.ignore_messages();
-        let mut state = lock(&self.state);
-        state.closed = true;
-        let over = state.used.is_empty();
-        drop(state);
-        if over {
-            self.link.ignore_death();
-        }
-    }
-
-    /// A dead process uses nothing.
-    fn bury(&self) {
-        let used = std::mem::take(&mut lock(&self.state).used);
-        used.into_values()
-            .flatten()
-            .for_each(|region| region.leave());
-        self.hang_up();
-    }
-
-    /// The reactor has ended, so nobody hears of this process any more: the last chance to learn that it has let go of
-    /// memory that it uses in place.
-    fn wait_for_last_words(&self) {
-        let until = *self
-            .lender
-            .parting
-            .get_or_init(|| Instant::now() + PARTING_MAX);
-        let mut listens = !lock(&self.state).closed;
-        while !lock(&self.state).used.is_empty() {
-            match self.link.wait(until, listens) {
-                Wake::Death => break,
-                Wake::TimeOut => return self.keep_for_good(),
-                Wake::Message => {}
-            }
-            match self.link.receive() {
-                Ok(Some((Message::Unmapped { region }, _))) => self.let_go(region),
-                Ok(_) => {}
-                // It may have ended the path and go on using memory: only its death would tell.
-                Err(_) => listens = false,
-            }
-        }
-        self.bury();
-    }
-
-    /// Memory that may be used for ever is never given back.
-    #[expect(
-        clippy::mem_forget,
-        reason = "memory that may be in use is leaked, never freed"
-    )]
-    fn keep_for_good(&self) {
-        let used = std::mem::take(&mut lock(&self.state).used);
-        let pid = self.link.pid();
-        for region in used.into_values().flatten() {
-            let region_id = region.id();
-            tracing::warn!(pid, %region_id, "a process did not let go of memory; it is kept for good");
-            std::mem::forget(region);
-        }
-    }
-}
-
-/// A client's socket.
-struct Messages<A>(Arc<Client<A>>);
-
-impl<A: Access> Source for Messages<A> {
-    fn ready(&self, readiness: Interest) {
-        if readiness.writable && self.0.link.flush().is_err() {
-            return self.0.hang_up();
-        }
-        for _ in 0..TURN_MESSAGES {
-            let outcome = match self.0.link.receive() {
-                Ok(None) => return,
-                // Descriptors that a client sends are closed: none are asked for.
-                Ok(Some((message, _))) => self.0.handle(message),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = outcome {
-                if error.kind() != ErrorKind::PeerLost {
-                    tracing::warn!(%error, pid = self.0.link.pid(), "a path within this host");
-                }
-                return self.0.hang_up();
-            }
-        }
-    }
-
-    fn orphaned(&self) {}
-}
-
-/// A client's process.
-struct Death<A>(Arc<Client<A>>);
-
-impl<A: Access> Source for Death<A> {
-    fn ready(&self, _readiness: Interest) {
-        self.0.bury();
-    }
-
-    fn orphaned(&self) {
-        if A::IN_PLACE {
-            return self.0.wait_for_last_words();
-        }
-        // A process that still has memory of ours mapped keeps the pages, not our mapping.
-        self.0.bury();
-    }
 }
