@@ -163,8 +163,8 @@ class Transfer:
             self._check_usable()
             if not self._is_posted:
                 raise nixlNotPostedError("the transfer was never posted")
-            self._status()
-            measured = self._core and self._core.telemetry
+            is_finished = self._status() == nixl_status_t.NIXL_SUCCESS
+            measured = self._core.telemetry if self._core and is_finished else None
             if measured is None:
                 raise nixlNoTelemetryError("the transfer is not finished")
             return measured
