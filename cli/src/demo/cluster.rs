@@ -222,6 +222,7 @@ fn pod_setup(
             }),
             fabric: FabricSection {
                 shm: args.transport != TransportKind::Tcp,
+                cma: None,
                 tcp_listen: (args.transport != TransportKind::Shm).then_some(loopback),
             },
             peer_listen: Some(loopback),

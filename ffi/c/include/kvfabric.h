@@ -8,7 +8,7 @@
  * Handles may be used from any thread, and by several at once; freeing one that another thread still uses, or twice, is
  * not detected. A handle keeps alive what it was made from. Every kvf_..._free accepts NULL.
  *
- * After an internal failure all handles of the same agent, or that index, answer KVF_INTERNAL and are leaked by free, so that
+ * After an internal failure all handles of the same agent, node or index answer KVF_INTERNAL and are leaked by free, so that
  * no memory is given back that may still be in use. In a forked child every handle of the parent answers KVF_FORKED.
  *
  * Structures that begin with `size` grow with later versions: set it to the sizeof of the structure, and zero what you do
@@ -32,6 +32,26 @@
  Peers that have the metadata may write to a region.
  */
 #define KVF_ACCESS_REMOTE_WRITE 2
+
+/*
+ Bytes that the name of a path has room for, with its terminating NUL.
+ */
+#define KVF_PATH_CAPACITY 32
+
+/*
+ Bytes that the name of a counter has room for, with its terminating NUL.
+ */
+#define KVF_STAT_NAME_CAPACITY 56
+
+/*
+ Bytes of a model identity as text, with its terminating NUL.
+ */
+#define KVF_IDENTITY_CAPACITY 65
+
+/*
+ Bytes of a block's key.
+ */
+#define KVF_KEY_BYTES 32
 
 /*
  Bytes that a name in an answer has room for, with its terminating NUL.
@@ -178,6 +198,35 @@ typedef uint32_t kvf_fate;
 #endif // __cplusplus
 
 /*
+ Where a task stands.
+ */
+enum kvf_task_state
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /*
+     Not finished.
+     */
+    KVF_TASK_RUNNING = 0,
+    /*
+     Finished: its report can be asked for.
+     */
+    KVF_TASK_DONE = 1,
+    /*
+     Failed; kvf_task_wait says why.
+     */
+    KVF_TASK_FAILED = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum kvf_task_state kvf_task_state;
+#else
+typedef uint32_t kvf_task_state;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/*
  Which way bytes go, seen from the one who asks.
  */
 enum kvf_operation
@@ -203,6 +252,43 @@ typedef uint32_t kvf_operation;
 #endif // __cplusplus
 
 /*
+ Where a block came from.
+ */
+enum kvf_source
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /*
+     Nowhere in time: compute it. Its memory may have been written to.
+     */
+    KVF_SOURCE_MISS = 0,
+    /*
+     The node's host memory.
+     */
+    KVF_SOURCE_HOST = 1,
+    /*
+     The node's disk.
+     */
+    KVF_SOURCE_DISK = 2,
+    /*
+     Another pod.
+     */
+    KVF_SOURCE_PEER = 3,
+    /*
+     The shared object store.
+     */
+    KVF_SOURCE_OBJECT = 4,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum kvf_source kvf_source;
+#else
+typedef uint32_t kvf_source;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/*
  Moves bytes between registered memory of this process and its peers.
  */
 typedef struct kvf_agent kvf_agent;
@@ -213,14 +299,44 @@ typedef struct kvf_agent kvf_agent;
 typedef struct kvf_index kvf_index;
 
 /*
+ Byte ranges, by position from 0, of this agent's regions or of one peer's.
+ */
+typedef struct kvf_list kvf_list;
+
+/*
+ The names of a growing sequence's blocks, from its first.
+ */
+typedef struct kvf_names kvf_names;
+
+/*
+ Keeps blocks in host memory, on disk and in a shared store, reads those of its peers, and tells the index.
+ */
+typedef struct kvf_node kvf_node;
+
+/*
+ An engine's paged memory. Its regions must stay registered as long as blocks in it are stored or fetched.
+ */
+typedef struct kvf_pages kvf_pages;
+
+/*
  Another agent, in this process or elsewhere.
  */
 typedef struct kvf_peer kvf_peer;
 
 /*
+ The full blocks of a sequence from its first, or a run of blocks that an engine has named.
+ */
+typedef struct kvf_prefix kvf_prefix;
+
+/*
  Memory that transfers may name.
  */
 typedef struct kvf_region kvf_region;
+
+/*
+ Work in progress on a node. Giving the handle back stops nothing.
+ */
+typedef struct kvf_task kvf_task;
 
 /*
  A transfer, which can be posted any number of times, once at a time.
@@ -273,6 +389,36 @@ typedef struct kvf_descriptor {
 } kvf_descriptor;
 
 /*
+ Byte ranges of one length at equal steps in a region. Range n begins at `offset` + n * `stride`.
+ */
+typedef struct kvf_strided {
+    /*
+     The region's kvf_region_id.
+     */
+    uint64_t region;
+    /*
+     Bytes from the region's start to the first range.
+     */
+    uint64_t offset;
+    /*
+     Bytes of each range; not 0.
+     */
+    uint64_t len;
+    /*
+     Bytes from the start of one range to the start of the next.
+     */
+    uint64_t stride;
+    /*
+     How many ranges; not 0.
+     */
+    uint32_t count;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_strided;
+
+/*
  What a transfer does.
  */
 typedef struct kvf_transfer_options {
@@ -297,6 +443,363 @@ typedef struct kvf_transfer_options {
      */
     size_t notification_len;
 } kvf_transfer_options;
+
+/*
+ What a post took.
+ */
+typedef struct kvf_telemetry {
+    /*
+     sizeof(struct kvf_telemetry), set by the caller.
+     */
+    size_t size;
+    /*
+     When it was posted, in nanoseconds since the agent was made.
+     */
+    uint64_t posted_ns;
+    /*
+     How long the call that posted it took. A small copy is done within it.
+     */
+    uint64_t post_ns;
+    /*
+     From the post to its end.
+     */
+    uint64_t transfer_ns;
+    /*
+     Bytes moved.
+     */
+    uint64_t bytes;
+    /*
+     Pairs of ranges that were moved, before neighbours were merged.
+     */
+    uint32_t descriptors;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+    /*
+     What moved them, such as "shm".
+     */
+    char path[KVF_PATH_CAPACITY];
+} kvf_telemetry;
+
+/*
+ One setting of a node's configuration, such as "host.bytes" = "1073741824".
+ */
+typedef struct kvf_setting {
+    /*
+     The key as in the configuration file, with a dot between a table and its key.
+     */
+    const char *key;
+    /*
+     Its value, as text.
+     */
+    const char *value;
+} kvf_setting;
+
+/*
+ Where a node's configuration comes from: a text or a file, then variables KVFABRIC_NODE_..., then settings; the later
+ one wins.
+ */
+typedef struct kvf_node_options {
+    /*
+     sizeof(struct kvf_node_options).
+     */
+    size_t size;
+    /*
+     TOML with the keys of docs/configuration.md; NULL for none.
+     */
+    const char *toml;
+    /*
+     The path of such a file; NULL for none. Not both.
+     */
+    const char *file;
+    /*
+     What overrides everything else; NULL for nothing.
+     */
+    const struct kvf_setting *settings;
+    /*
+     How many.
+     */
+    size_t setting_count;
+} kvf_node_options;
+
+/*
+ A counter or a level of a node; docs/metrics.md says what each means.
+ */
+typedef struct kvf_stat {
+    /*
+     Its name, with a terminating NUL.
+     */
+    char name[KVF_STAT_NAME_CAPACITY];
+    /*
+     Its value.
+     */
+    uint64_t value;
+} kvf_stat;
+
+/*
+ Which sequences these names are of.
+ */
+typedef struct kvf_names_options {
+    /*
+     sizeof(struct kvf_names_options).
+     */
+    size_t size;
+    /*
+     The key scheme of the nodes and of the index; NULL: "xxh3:1337".
+     */
+    const char *key_scheme;
+    /*
+     The model's name, as the nodes are configured.
+     */
+    const char *model;
+    /*
+     The adapter; NULL for the base model.
+     */
+    const char *lora;
+    /*
+     The tenant's cache salt; NULL for none.
+     */
+    const char *cache_salt;
+    /*
+     The 32-byte identity of the adapter's weights; NULL if its name says enough.
+     */
+    const uint8_t *adapter;
+    /*
+     Tokens of a block.
+     */
+    uint32_t block_tokens;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_names_options;
+
+/*
+ What shapes the bytes of a model's cache.
+ */
+typedef struct kvf_model_options {
+    /*
+     sizeof(struct kvf_model_options).
+     */
+    size_t size;
+    /*
+     The folder that the model was loaded from, or its one weight file; NULL if it is not known.
+     */
+    const char *path;
+    /*
+     A name that changes whenever the weights do, for when `path` tells nothing; NULL for none.
+     */
+    const char *name;
+    /*
+     The cache's element type, like "bf16".
+     */
+    const char *element;
+    /*
+     How weights and activations are quantised; NULL for not at all.
+     */
+    const char *quantisation;
+    /*
+     The order of bytes within a block, with its version.
+     */
+    const char *layout;
+    /*
+     Whatever else changes the bytes, each key once; NULL for nothing.
+     */
+    const struct kvf_setting *attributes;
+    /*
+     How many.
+     */
+    size_t attribute_count;
+} kvf_model_options;
+
+/*
+ Whose blocks. Sequences that differ in one of these never share a block.
+ */
+typedef struct kvf_namespace {
+    /*
+     sizeof(struct kvf_namespace).
+     */
+    size_t size;
+    /*
+     The adapter; NULL for the base model.
+     */
+    const char *lora;
+    /*
+     The tenant's cache salt; NULL for none.
+     */
+    const char *cache_salt;
+} kvf_namespace;
+
+/*
+ One part of every block, such as one layer's: of block b the `len` bytes at `offset` + b * `stride`.
+ */
+typedef struct kvf_segment {
+    /*
+     The kvf_region_id of a region of the node's agent.
+     */
+    uint64_t region;
+    /*
+     Where block 0 has this part, in bytes from the region's start.
+     */
+    uint64_t offset;
+    /*
+     Bytes from one block's part to the next one's; at least `len`.
+     */
+    uint64_t stride;
+    /*
+     Bytes of the part.
+     */
+    uint64_t len;
+} kvf_segment;
+
+/*
+ A pod that holds the first blocks of a prefix.
+ */
+typedef struct kvf_holder {
+    /*
+     Its name, with a terminating NUL.
+     */
+    char pod[KVF_NAME_CAPACITY];
+    /*
+     Where its peer service listens, "host:port"; empty if that is not known.
+     */
+    char peer_address[KVF_NAME_CAPACITY];
+    /*
+     How many blocks, from the prefix's first, without a hole.
+     */
+    uint32_t depth;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_holder;
+
+/*
+ Blocks of a prefix, by position.
+ */
+typedef struct kvf_block_range {
+    /*
+     The first.
+     */
+    uint32_t start;
+    /*
+     Behind the last.
+     */
+    uint32_t end;
+} kvf_block_range;
+
+/*
+ How a fetch is made. Without holders and shared ranges the index is asked, if there is one.
+ */
+typedef struct kvf_fetch_options {
+    /*
+     sizeof(struct kvf_fetch_options).
+     */
+    size_t size;
+    /*
+     Pods that are known to hold blocks; NULL for none.
+     */
+    const struct kvf_holder *holders;
+    /*
+     How many.
+     */
+    size_t holder_count;
+    /*
+     Blocks that are known to be in the shared object store: ascending, apart from each other; NULL for none.
+     */
+    const struct kvf_block_range *shared;
+    /*
+     How many ranges.
+     */
+    size_t shared_count;
+    /*
+     When what has not come is a miss; 0: after 5 seconds.
+     */
+    uint32_t deadline_ms;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_fetch_options;
+
+/*
+ What became of a store.
+ */
+typedef struct kvf_store_report {
+    /*
+     sizeof(struct kvf_store_report), set by the caller.
+     */
+    size_t size;
+    /*
+     Blocks copied.
+     */
+    uint32_t stored;
+    /*
+     Blocks that were there already.
+     */
+    uint32_t already_held;
+    /*
+     Blocks for which there was no room in time.
+     */
+    uint32_t refused;
+    /*
+     Blocks whose copy failed.
+     */
+    uint32_t failed;
+} kvf_store_report;
+
+/*
+ What became of a fetch.
+ */
+typedef struct kvf_fetch_report {
+    /*
+     sizeof(struct kvf_fetch_report), set by the caller.
+     */
+    size_t size;
+    /*
+     Blocks that were asked for.
+     */
+    uint32_t blocks;
+    /*
+     How many of those, from the first, were brought without a hole: only these are of use.
+     */
+    uint32_t depth;
+    /*
+     Blocks whose memory may still be written to: see kvf_task_unsettled. Mostly 0.
+     */
+    uint32_t unsettled;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_fetch_report;
+
+/*
+ How much of a prefix a node has itself.
+ */
+typedef struct kvf_held {
+    /*
+     sizeof(struct kvf_held), set by the caller.
+     */
+    size_t size;
+    /*
+     Blocks from the first, without a hole, in host memory and on disk together.
+     */
+    uint32_t depth;
+    /*
+     How many of those are in host memory.
+     */
+    uint32_t host;
+    /*
+     How many of those are only on disk.
+     */
+    uint32_t disk;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_held;
 
 /*
  Whose blocks a lookup asks for, and how long it may take. NULL strings are empty.
@@ -470,6 +973,17 @@ kvf_status kvf_agent_receive(const struct kvf_agent *agent,
                              size_t *len_out);
 
 /*
+ A descriptor that polls as readable when messages have arrived: then take them with kvf_agent_receive until it answers
+ KVF_TIMEOUT, because the first of these calls makes it unreadable again. It belongs to the agent, lives as long as
+ that, and must be neither read from nor closed.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `fd_out` for a write.
+ */
+kvf_status kvf_agent_eventfd(const struct kvf_agent *agent,
+                             int32_t *fd_out);
+
+/*
  Registers memory of the caller's. `access` is 0 or a sum of KVF_ACCESS_ values: what peers may do with it.
 
  The memory must stay valid until kvf_region_deregister or kvf_region_free has answered KVF_OK for the region.
@@ -585,6 +1099,49 @@ kvf_status kvf_peer_forget(const struct kvf_peer *peer);
 kvf_status kvf_peer_free(struct kvf_peer *peer);
 
 /*
+ Checks `count` byte ranges of the peer's regions, or with `peer` NULL of this agent's own, and keeps them.
+
+ KVF_INVALID for a range outside its region, KVF_NOT_FOUND for an unknown region; the text names the position.
+
+ # Safety
+ Each pointer is null or valid: `agent` and `peer` live, `descriptors` for `count` reads, `list_out` for a write.
+ */
+kvf_status kvf_list_create(const struct kvf_agent *agent,
+                           const struct kvf_peer *peer,
+                           const struct kvf_descriptor *descriptors,
+                           size_t count,
+                           struct kvf_list **list_out);
+
+/*
+ As kvf_list_create, with the ranges that `count` entries stand for, one entry after the other: the list has as many
+ positions as all entries together have ranges.
+
+ # Safety
+ Each pointer is null or valid: `agent` and `peer` live, `entries` for `count` reads, `list_out` for a write.
+ */
+kvf_status kvf_list_create_strided(const struct kvf_agent *agent,
+                                   const struct kvf_peer *peer,
+                                   const struct kvf_strided *entries,
+                                   size_t count,
+                                   struct kvf_list **list_out);
+
+/*
+ How many ranges a list has.
+
+ # Safety
+ Each pointer is null or valid: `list` live, `count_out` for a write.
+ */
+kvf_status kvf_list_len(const struct kvf_list *list, size_t *count_out);
+
+/*
+ Gives a list back. Transfers that were made from it keep what they need.
+
+ # Safety
+ `list` is null or live, and not used again.
+ */
+kvf_status kvf_list_free(struct kvf_list *list);
+
+/*
  Makes a transfer between `count` local ranges and as many remote ones, paired in order, of equal lengths. With `peer` NULL
  the remote ranges are this agent's own too. Connects to the peer; nothing moves before kvf_transfer_post.
 
@@ -604,6 +1161,27 @@ kvf_status kvf_transfer_create(const struct kvf_agent *agent,
                                struct kvf_transfer **transfer_out);
 
 /*
+ Makes a transfer between the ranges of two lists, or, with `local_positions` and `remote_positions`, between `count` of
+ each, by position, paired in order. Both NULL with a `count` of 0: all of both lists. The lists may be used for other
+ transfers, and be freed, at any time. Connects to the peer; nothing moves before kvf_transfer_post.
+
+ As kvf_transfer_create; KVF_INVALID also for a list of another agent, for a `local` list of a peer's regions, and for a
+ position outside its list.
+
+ # Safety
+ Each pointer is null or valid: `agent`, `local` and `remote` live, the positions for `count` reads, `options` with its
+ notification for reads, `transfer_out` for a write.
+ */
+kvf_status kvf_transfer_create_prepared(const struct kvf_agent *agent,
+                                        const struct kvf_list *local,
+                                        const struct kvf_list *remote,
+                                        const uint32_t *local_positions,
+                                        const uint32_t *remote_positions,
+                                        size_t count,
+                                        const struct kvf_transfer_options *options,
+                                        struct kvf_transfer **transfer_out);
+
+/*
  Starts a transfer, which may be finished when this returns.
 
  Nothing is started on failure: KVF_BUSY when it is in flight or a queue is full, KVF_PEER_LOST when the peer cannot be
@@ -613,6 +1191,18 @@ kvf_status kvf_transfer_create(const struct kvf_agent *agent,
  `transfer` is null or live.
  */
 kvf_status kvf_transfer_post(const struct kvf_transfer *transfer);
+
+/*
+ As kvf_transfer_post, with `len` bytes at `notification` from now on in place of those given before; NULL: with none.
+
+ KVF_BUSY also while another thread waits for it.
+
+ # Safety
+ Each pointer is null or valid: `transfer` live, `notification` for `len` reads.
+ */
+kvf_status kvf_transfer_repost(const struct kvf_transfer *transfer,
+                               const void *notification,
+                               size_t len);
 
 /*
  Says where a transfer stands, without waiting. Failure of the transfer is no failure of this call.
@@ -633,6 +1223,25 @@ kvf_status kvf_transfer_poll(const struct kvf_transfer *transfer, kvf_state *sta
  */
 kvf_status kvf_transfer_wait(const struct kvf_transfer *transfer,
                              uint32_t timeout_ms);
+
+/*
+ A descriptor that polls as readable while the last post is decided: done or failed. The next post makes it unreadable
+ again. It belongs to the transfer, lives as long as that, and must be neither read from nor closed.
+
+ # Safety
+ Each pointer is null or valid: `transfer` live, `fd_out` for a write.
+ */
+kvf_status kvf_transfer_eventfd(const struct kvf_transfer *transfer,
+                                int32_t *fd_out);
+
+/*
+ What the last post that succeeded took. KVF_NOT_FOUND before one has.
+
+ # Safety
+ Each pointer is null or valid: `transfer` live, `telemetry_out` for its size in reads and writes.
+ */
+kvf_status kvf_transfer_telemetry(const struct kvf_transfer *transfer,
+                                  struct kvf_telemetry *telemetry_out);
 
 /*
  Asks a transfer to end. If it is in flight it fails with KVF_CANCELLED now; its memory may be used once
@@ -660,6 +1269,368 @@ kvf_status kvf_transfer_fate(const struct kvf_transfer *transfer,
  `transfer` is null or live, and not used again.
  */
 kvf_status kvf_transfer_free(struct kvf_transfer *transfer);
+
+/*
+ Opens a node: takes its memory, recovers what its disk holds, serves its peers, and registers with the index if one is
+ configured. Blocks until then.
+
+ KVF_INVALID for a configuration that is not one, with the key; KVF_BUSY when another process uses its folder; what the
+ system or the index says otherwise.
+
+ # Safety
+ Each pointer is null or valid: `options` with its strings and settings for reads, `node_out` for a write.
+ */
+kvf_status kvf_node_open(const struct kvf_node_options *options,
+                         struct kvf_node **node_out);
+
+/*
+ Ends a node in order, within about `timeout_ms`: it lends nothing more, withdraws what it told the index, and writes out
+ what is on its way to the disk. Later stores and fetches answer KVF_CANCELLED. The handle must still be freed.
+
+ KVF_TIMEOUT when not everything was written in time: it is lost, and nothing is wrong.
+
+ # Safety
+ `node` is null or live.
+ */
+kvf_status kvf_node_shutdown(const struct kvf_node *node,
+                             uint32_t timeout_ms);
+
+/*
+ Gives a node back. It ends when its agents, prefixes, pages and tasks are freed too; without kvf_node_shutdown before,
+ what is still on its way to the disk may be lost.
+
+ # Safety
+ `node` is null or live, and not used again.
+ */
+kvf_status kvf_node_free(struct kvf_node *node);
+
+/*
+ The node's agent: register the engine's memory with it. To be freed with kvf_agent_free.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `agent_out` for a write.
+ */
+kvf_status kvf_node_agent(const struct kvf_node *node, struct kvf_agent **agent_out);
+
+/*
+ Copies out where peers ask this node for blocks, "host:port"; empty if it serves none. Buffers as in kvf_peer_path.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `buffer` for `capacity` writes, `len_out` for a write.
+ */
+kvf_status kvf_node_peer_address(const struct kvf_node *node,
+                                 char *buffer,
+                                 size_t capacity,
+                                 size_t *len_out);
+
+/*
+ Copies out the node's counters and levels, always in the same order, waiting at most `timeout_ms`.
+
+ With `stats` NULL only their number is told. KVF_INVALID when `capacity` is too small; `count_out` is written then too.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `stats` for `capacity` writes, `count_out` for a write.
+ */
+kvf_status kvf_node_stats(const struct kvf_node *node,
+                          uint32_t timeout_ms,
+                          struct kvf_stat *stats,
+                          size_t capacity,
+                          size_t *count_out);
+
+/*
+ Makes a chain of names without blocks.
+
+ # Safety
+ Each pointer is null or valid: `options` with what it points to for reads, `names_out` for a write.
+ */
+kvf_status kvf_names_create(const struct kvf_names_options *options, struct kvf_names **names_out);
+
+/*
+ Appends `count` full blocks: their tokens, one block after the other, and the engine's hash of each, `hash_len` bytes.
+
+ KVF_INVALID when the tokens do not fill exactly as many blocks, or hashes have another length than before; nothing is
+ appended then.
+
+ # Safety
+ Each pointer is null or valid: `names` live, `tokens` for `token_count` reads, `hashes` for `count` * `hash_len` reads.
+ */
+kvf_status kvf_names_extend(const struct kvf_names *names,
+                            const uint32_t *tokens,
+                            size_t token_count,
+                            const uint8_t *hashes,
+                            size_t hash_len,
+                            size_t count);
+
+/*
+ Copies out the names of `count` blocks from position `first` on, for kvf_prefix_create_from_names in any process.
+ Buffers as in kvf_agent_metadata.
+
+ # Safety
+ Each pointer is null or valid: `names` live, `buffer` for `capacity` writes, `len_out` for a write.
+ */
+kvf_status kvf_names_pack(const struct kvf_names *names,
+                          size_t first,
+                          size_t count,
+                          void *buffer,
+                          size_t capacity,
+                          size_t *len_out);
+
+/*
+ Gives a chain of names back.
+
+ # Safety
+ `names` is null or live, and not used again.
+ */
+kvf_status kvf_names_free(struct kvf_names *names);
+
+/*
+ Derives the `model_identity` of a node's configuration: 64 digits and a terminating NUL. Weights are named by the commit
+ of a model hub's snapshot, else by a digest of the weight files (read once, which takes as long as the disk needs), else
+ by `name`.
+
+ KVF_INVALID when nothing names them.
+
+ # Safety
+ Each pointer is null or valid: `options` with what it points to for reads, `identity_out` for KVF_IDENTITY_CAPACITY
+ writes.
+ */
+kvf_status kvf_model_identity(const struct kvf_model_options *options,
+                              char *identity_out);
+
+/*
+ Makes a prefix without tokens. `owner` may be NULL: the base model, no salt.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `owner` with its strings for reads, `prefix_out` for a write.
+ */
+kvf_status kvf_prefix_create(const struct kvf_node *node,
+                             const struct kvf_namespace *owner,
+                             struct kvf_prefix **prefix_out);
+
+/*
+ Makes a prefix of the blocks that kvf_names_pack has packed, here or in another process. It cannot be extended.
+
+ `adapter` is the 32-byte identity of the adapter's weights if the names do not carry it, or NULL. KVF_UNSUPPORTED when
+ the node has no [engine] configured, or when the engine's hashes are too weak to name blocks that outlive it;
+ KVF_INVALID or KVF_VERSION for bytes that are not such names.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `names` for `len` reads, `adapter` for 32 reads, `prefix_out` for a write.
+ */
+kvf_status kvf_prefix_create_from_names(const struct kvf_node *node,
+                                        const void *names,
+                                        size_t len,
+                                        const uint8_t *adapter,
+                                        struct kvf_prefix **prefix_out);
+
+/*
+ Appends tokens. `blocks_out` tells how many full blocks there are now, and may be NULL; tokens that fill none wait for the
+ next ones. Threads must not extend one prefix at once if the order of their tokens matters.
+
+ # Safety
+ Each pointer is null or valid: `prefix` live, `tokens` for `count` reads, `blocks_out` for a write.
+ */
+kvf_status kvf_prefix_extend(const struct kvf_prefix *prefix,
+                             const uint32_t *tokens,
+                             size_t count,
+                             size_t *blocks_out);
+
+/*
+ How many blocks a prefix has.
+
+ # Safety
+ Each pointer is null or valid: `prefix` live, `blocks_out` for a write.
+ */
+kvf_status kvf_prefix_len(const struct kvf_prefix *prefix, size_t *blocks_out);
+
+/*
+ Copies out the 32 bytes that name the block at `position`: equal exactly for blocks whose bytes are interchangeable.
+
+ # Safety
+ Each pointer is null or valid: `prefix` live, `key_out` for 32 writes.
+ */
+kvf_status kvf_prefix_key(const struct kvf_prefix *prefix,
+                          size_t position,
+                          uint8_t *key_out);
+
+/*
+ Gives a prefix back. Operations in progress keep what they need.
+
+ # Safety
+ `prefix` is null or live, and not used again.
+ */
+kvf_status kvf_prefix_free(struct kvf_prefix *prefix);
+
+/*
+ Describes memory that holds `blocks` blocks, numbered from 0, each made of these `count` segments in order.
+
+ KVF_INVALID when the segments do not add up to the configured block, or do not lie in their regions; KVF_NOT_FOUND for
+ an unknown region.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `segments` for `count` reads, `pages_out` for a write.
+ */
+kvf_status kvf_pages_create(const struct kvf_node *node,
+                            const struct kvf_segment *segments,
+                            size_t count,
+                            uint32_t blocks,
+                            struct kvf_pages **pages_out);
+
+/*
+ Gives pages back. Stores and fetches in progress go on.
+
+ # Safety
+ `pages` is null or live, and not used again.
+ */
+kvf_status kvf_pages_free(struct kvf_pages *pages);
+
+/*
+ Begins to store `count` blocks of a prefix, from position `first` on, which the engine has in `pages` under the numbers
+ `blocks`. That memory must stay as it is until the task is finished. What has found no room after `deadline_ms` (0: 30
+ seconds) is refused.
+
+ KVF_INVALID for blocks outside the prefix or the pages. KVF_BUSY, by the task, when too much is in progress.
+
+ # Safety
+ Each pointer is null or valid: `node`, `prefix` and `pages` live, `blocks` for `count` reads, `task_out` for a write.
+ */
+kvf_status kvf_node_store(const struct kvf_node *node,
+                          const struct kvf_prefix *prefix,
+                          size_t first,
+                          const struct kvf_pages *pages,
+                          const uint32_t *blocks,
+                          size_t count,
+                          uint32_t deadline_ms,
+                          struct kvf_task **task_out);
+
+/*
+ Begins to fetch `count` blocks of a prefix, from position `first` on, into `pages` under the numbers `blocks`. That memory
+ is the node's until the task is finished, and that of kvf_task_unsettled blocks longer. `options` may be NULL.
+
+ As kvf_node_store. A block that cannot be had is a miss, not a failure.
+
+ # Safety
+ Each pointer is null or valid: `node`, `prefix` and `pages` live, `blocks` for `count` reads, `options` with its arrays
+ for reads, `task_out` for a write.
+ */
+kvf_status kvf_node_fetch(const struct kvf_node *node,
+                          const struct kvf_prefix *prefix,
+                          size_t first,
+                          const struct kvf_pages *pages,
+                          const uint32_t *blocks,
+                          size_t count,
+                          const struct kvf_fetch_options *options,
+                          struct kvf_task **task_out);
+
+/*
+ Begins to count how many blocks of a prefix this node's own tiers hold; see kvf_task_held. Does not count as a use.
+
+ # Safety
+ Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ */
+kvf_status kvf_node_held(const struct kvf_node *node,
+                         const struct kvf_prefix *prefix,
+                         struct kvf_task **task_out);
+
+/*
+ Says where a task stands, without waiting. Failure of the task is no failure of this call.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `state_out` for a write.
+ */
+kvf_status kvf_task_poll(const struct kvf_task *task, kvf_task_state *state_out);
+
+/*
+ Waits until a task is finished, at most `timeout_ms`: KVF_OK when it is done, else why it failed.
+
+ KVF_TIMEOUT also when `timeout_ms` ran out, which fails this call and not the task: kvf_task_poll tells the two apart.
+
+ # Safety
+ `task` is null or live.
+ */
+kvf_status kvf_task_wait(const struct kvf_task *task,
+                         uint32_t timeout_ms);
+
+/*
+ A descriptor that polls as readable once the task is finished, and stays so. It belongs to the task, lives as long as
+ that, and must be neither read from nor closed.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `fd_out` for a write.
+ */
+kvf_status kvf_task_eventfd(const struct kvf_task *task,
+                            int32_t *fd_out);
+
+/*
+ Gives a task back. If it is running it goes on, and the engine's memory is still its own until it has ended.
+
+ # Safety
+ `task` is null or live, and not used again.
+ */
+kvf_status kvf_task_free(struct kvf_task *task);
+
+/*
+ The report of a kvf_node_store. KVF_BUSY while it is running, why it failed if it did, KVF_INVALID for another task; so
+ does every report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `report_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_store_report(const struct kvf_task *task,
+                                 struct kvf_store_report *report_out);
+
+/*
+ The report of a kvf_node_fetch; as kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `report_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_fetch_report(const struct kvf_task *task, struct kvf_fetch_report *report_out);
+
+/*
+ Copies out where each block of a fetch came from, as kvf_source values, in the order of the blocks that were asked for.
+
+ With `sources` NULL only their number is told. KVF_INVALID when `capacity` is too small; `count_out` is written then too.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `sources` for `capacity` writes, `count_out` for a write.
+ */
+kvf_status kvf_task_sources(const struct kvf_task *task,
+                            uint32_t *sources,
+                            size_t capacity,
+                            size_t *count_out);
+
+/*
+ Copies out which blocks of a fetch, by position among those asked for, have memory that a failed transfer may still write
+ to: do not use it before kvf_task_drain has answered KVF_OK. Arrays as in kvf_task_sources.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `positions` for `capacity` writes, `count_out` for a write.
+ */
+kvf_status kvf_task_unsettled(const struct kvf_task *task,
+                              uint32_t *positions,
+                              size_t capacity,
+                              size_t *count_out);
+
+/*
+ Waits until no transfer can write to the memory of a fetch any more, at most `timeout_ms`.
+
+ KVF_TIMEOUT when some still may then; KVF_CANCELLED when that will not be known, because the node has ended: keep the
+ memory.
+
+ # Safety
+ `task` is null or live.
+ */
+kvf_status kvf_task_drain(const struct kvf_task *task,
+                          uint32_t timeout_ms);
+
+/*
+ The answer of a kvf_node_held; as kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `held_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_held(const struct kvf_task *task, struct kvf_held *held_out);
 
 /*
  Connects to the index at `address`, "host:port". `deadline_ms` bounds this call, and each lookup that names no deadline.
@@ -691,6 +1662,21 @@ kvf_status kvf_index_lookup(const struct kvf_index *index,
                             struct kvf_pod_depth *pods,
                             size_t capacity,
                             struct kvf_lookup_summary *summary_out);
+
+/*
+ As kvf_index_lookup, by the index keys of the prompt's blocks in order, made with the index's key scheme.
+
+ # Safety
+ Each pointer is null or valid: `index` live, `keys` for `key_count` reads, `options` with its strings for reads, `pods`
+ for `capacity` writes, `summary_out` for a write.
+ */
+kvf_status kvf_index_lookup_keys(const struct kvf_index *index,
+                                 const uint64_t *keys,
+                                 size_t key_count,
+                                 const struct kvf_lookup_options *options,
+                                 struct kvf_pod_depth *pods,
+                                 size_t capacity,
+                                 struct kvf_lookup_summary *summary_out);
 
 /*
  Closes a connection.

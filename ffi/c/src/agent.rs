@@ -2,27 +2,42 @@
 
 use std::ffi::{c_char, c_void};
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use kvfabric::transfer::{Agent, PeerHandle};
-use kvfabric::{Error, ErrorKind, Result};
+use kvfabric::{AttachedNode, Error, ErrorKind, Result};
 
 use crate::boundary::{
     Handle, Out, OutArray, boundary, enter, fill, into_raw, milliseconds, optional_text, slice,
     take, text,
 };
 use crate::inbox::Inbox;
-use crate::life::Life;
 use crate::options::{self, SizePrefixed};
 use crate::peer::kvf_peer;
 use crate::status::kvf_status;
+use kvfabric::life::Life;
 
 /// Moves bytes between registered memory of this process and its peers.
 pub struct kvf_agent {
     pub(crate) life: Arc<Life>,
     pub(crate) agent: Agent,
     inbox: Inbox,
+    /// The node that it belongs to, if it does.
+    _node: Option<Arc<AttachedNode>>,
+}
+
+impl kvf_agent {
+    /// The agent of a node, whose fate it shares.
+    pub(crate) fn of_node(node: &Arc<AttachedNode>) -> Self {
+        Self {
+            life: node.life().clone(),
+            agent: node.node().agent().clone(),
+            inbox: Inbox::default(),
+            _node: Some(node.clone()),
+        }
+    }
 }
 
 impl Handle for kvf_agent {
@@ -85,6 +100,7 @@ pub unsafe extern "C" fn kvf_agent_create(
             life: Life::begin(),
             agent,
             inbox: Inbox::default(),
+            _node: None,
         }));
         Ok(())
     })
@@ -211,6 +227,27 @@ pub unsafe extern "C" fn kvf_agent_receive(
             }
             Ok(!is_query)
         })
+    })
+}
+
+/// A descriptor that polls as readable when messages have arrived: then take them with kvf_agent_receive until it answers
+/// KVF_TIMEOUT, because the first of these calls makes it unreadable again. It belongs to the agent, lives as long as
+/// that, and must be neither read from nor closed.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, `fd_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_eventfd(
+    agent: *const kvf_agent,
+    fd_out: *mut i32,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let agent = unsafe { enter(agent, "agent") }?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(fd_out, "fd_out") }?;
+        out.write(agent.agent.notification_fd()?.as_raw_fd());
+        Ok(())
     })
 }
 

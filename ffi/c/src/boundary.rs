@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use kvfabric::{Error, ErrorKind, Result};
 
-use crate::life::{Call, Life};
 use crate::status::kvf_status;
+use kvfabric::life::{Call, Life};
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
@@ -134,6 +134,15 @@ impl<T> Out<T> {
         NonNull::new(place).map(Self).ok_or_else(|| null(name))
     }
 
+    /// As [`Out::new`], for an output that the caller may not want.
+    ///
+    /// # Safety
+    /// As [`Out::new`].
+    pub(crate) unsafe fn optional(place: *mut T, name: &str) -> Result<Option<Self>> {
+        check_aligned(place, name)?;
+        Ok(NonNull::new(place).map(Self))
+    }
+
     /// Writes the output: the last thing a call does.
     pub(crate) fn write(self, value: T) {
         // SAFETY: writable for one `T` by the contract of `new`; aligned and not null, checked there.
@@ -216,26 +225,31 @@ pub(crate) unsafe fn optional_text<'a>(text: *const c_char, name: &str) -> Resul
     })
 }
 
-/// Hands bytes to a caller who may not know how many: without a buffer the length alone is told; a buffer that is too small
-/// is refused, and the length is told as well.
-pub(crate) fn fill(
-    bytes: &[u8],
-    buffer: OutArray<u8>,
-    len_out: Out<usize>,
+/// Hands values to a caller who may not know how many: without an array the count alone is told; an array that is too small
+/// is refused, and the count is told as well.
+pub(crate) fn fill<T: Copy>(
+    values: &[T],
+    array: OutArray<T>,
+    count_out: Out<usize>,
     name: &str,
 ) -> Result<()> {
-    if buffer.is_null() {
-        len_out.write(bytes.len());
+    if array.is_null() {
+        count_out.write(values.len());
         return Ok(());
     }
-    if bytes.len() > buffer.capacity() {
-        let (len, capacity) = (bytes.len(), buffer.capacity());
-        len_out.write(len);
-        let text = format!("{name}: {len} bytes do not fit into a buffer of {capacity}");
+    if values.len() > array.capacity() {
+        let (count, capacity) = (values.len(), array.capacity());
+        count_out.write(count);
+        let unit = if size_of::<T>() == 1 {
+            "bytes"
+        } else {
+            "entries"
+        };
+        let text = format!("{name}: {count} {unit} do not fit into a buffer of {capacity}");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
-    buffer.write(bytes);
-    len_out.write(bytes.len());
+    array.write(values);
+    count_out.write(values.len());
     Ok(())
 }
 
@@ -249,6 +263,17 @@ pub(crate) fn fill_text(
     let mut bytes: Vec<u8> = text.bytes().filter(|byte| *byte != 0).collect();
     bytes.push(0);
     fill(&bytes, buffer, len_out, name)
+}
+
+/// The text with its terminating NUL, or nothing if it does not fit: half a name or address is worse than none.
+pub(crate) fn fixed<const CAPACITY: usize>(text: &str) -> [c_char; CAPACITY] {
+    let mut fixed = [0; CAPACITY];
+    if text.len() < CAPACITY {
+        for (place, byte) in fixed.iter_mut().zip(text.bytes()) {
+            *place = byte as c_char;
+        }
+    }
+    fixed
 }
 
 /// A caller's milliseconds.

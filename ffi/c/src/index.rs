@@ -1,18 +1,17 @@
 //! The index: which pods hold a prompt's blocks.
 
 use std::ffi::c_char;
-use std::sync::Arc;
 
-use kvcache_core::id::POD_NAME_BYTES_MAX;
-use kvfabric::{Error, LookupAnswer, PodDepth, Result};
-use kvfabric_indexer::client::{ClientConfig, IndexClient, LookupRequest, Prompt};
-use tokio::runtime::{Builder, Runtime};
+use kvfabric::life::Life;
+use kvfabric::{
+    Error, IndexConnection, IndexKey, LookupAnswer, LookupRequest, POD_NAME_BYTES_MAX, PodDepth,
+    Prompt, Result,
+};
 
 use crate::boundary::{
-    Handle, Out, OutArray, boundary, enter, into_raw, milliseconds, optional_text, slice, take,
-    text,
+    Handle, Out, OutArray, boundary, enter, fixed, into_raw, milliseconds, optional_text, slice,
+    take, text,
 };
-use crate::life::Life;
 use crate::options::{self, SizePrefixed};
 use crate::status::kvf_status;
 
@@ -20,19 +19,14 @@ use crate::status::kvf_status;
 pub const KVF_NAME_CAPACITY: usize = 328;
 const _: () = assert!(POD_NAME_BYTES_MAX < KVF_NAME_CAPACITY);
 
-/// The connection lives on one thread of its own: it is I/O, and callers wait in their own threads.
-const RUNTIME_THREADS: usize = 1;
-
 /// A connection to an index.
 pub struct kvf_index {
-    life: Arc<Life>,
-    client: IndexClient,
-    runtime: Runtime,
+    connection: IndexConnection,
 }
 
 impl Handle for kvf_index {
     fn life(&self) -> &Life {
-        &self.life
+        self.connection.life()
     }
 }
 
@@ -116,25 +110,8 @@ pub unsafe extern "C" fn kvf_index_connect(
         }
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(index_out, "index_out") }?;
-        let deadline = milliseconds(deadline_ms);
-        let config = ClientConfig {
-            deadline,
-            connect_timeout: deadline,
-            ..ClientConfig::new(address)
-        };
-        let client = IndexClient::new(config)?;
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(RUNTIME_THREADS)
-            .thread_name("kvf-index")
-            .enable_all()
-            .build()
-            .map_err(|e| Error::io("start the thread of the index connection", e))?;
-        runtime.block_on(client.status())?;
-        out.write(into_raw(kvf_index {
-            life: Life::begin(),
-            client,
-            runtime,
-        }));
+        let connection = IndexConnection::connect(address, milliseconds(deadline_ms))?;
+        out.write(into_raw(kvf_index { connection }));
         Ok(())
     })
 }
@@ -162,27 +139,69 @@ pub unsafe extern "C" fn kvf_index_lookup(
         let index = unsafe { enter(index, "index") }?;
         // SAFETY: null or readable for `token_count` values, by contract.
         let tokens = unsafe { slice(tokens, token_count, "tokens") }?;
-        // SAFETY: null or readable for its size, by contract.
-        let options = unsafe { options::read_optional(options) }?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let pods = unsafe { OutArray::new(pods, capacity, "pods") }?;
-        // SAFETY: null or writable, by contract.
-        let summary_out = unsafe { Out::new(summary_out, "summary_out") }?;
-        if capacity == 0 {
-            return Err(Error::invalid("capacity", capacity, 1..=u32::MAX));
-        }
-        let mut request = LookupRequest::new("", Prompt::Tokens(tokens.to_vec()));
-        request.pods_max = u32::try_from(capacity).unwrap_or(u32::MAX);
-        if let Some(options) = options {
-            // SAFETY: its strings are null or valid, by contract.
-            unsafe { apply(&options, &mut request) }?;
-        }
-        let answer = index.runtime.block_on(index.client.lookup(request))?;
-        let found: Vec<kvf_pod_depth> = answer.pods.iter().take(capacity).map(pod_depth).collect();
-        pods.write(&found);
-        summary_out.write(summary(&answer, found.len()));
-        Ok(())
+        let prompt = Prompt::Tokens(tokens.to_vec());
+        // SAFETY: each is null or valid, by contract.
+        unsafe { lookup(&index, prompt, options, pods, capacity, summary_out) }
     })
+}
+
+/// As kvf_index_lookup, by the index keys of the prompt's blocks in order, made with the index's key scheme.
+///
+/// # Safety
+/// Each pointer is null or valid: `index` live, `keys` for `key_count` reads, `options` with its strings for reads, `pods`
+/// for `capacity` writes, `summary_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_index_lookup_keys(
+    index: *const kvf_index,
+    keys: *const u64,
+    key_count: usize,
+    options: *const kvf_lookup_options,
+    pods: *mut kvf_pod_depth,
+    capacity: usize,
+    summary_out: *mut kvf_lookup_summary,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let index = unsafe { enter(index, "index") }?;
+        // SAFETY: null or readable for `key_count` values, by contract.
+        let keys = unsafe { slice(keys, key_count, "keys") }?;
+        let prompt = Prompt::Keys(keys.iter().copied().map(IndexKey).collect());
+        // SAFETY: each is null or valid, by contract.
+        unsafe { lookup(&index, prompt, options, pods, capacity, summary_out) }
+    })
+}
+
+/// # Safety
+/// Each pointer is null or valid: `options` with its strings for reads, `pods` for `capacity` writes, `summary_out` for a
+/// write.
+unsafe fn lookup(
+    index: &kvf_index,
+    prompt: Prompt,
+    options: *const kvf_lookup_options,
+    pods: *mut kvf_pod_depth,
+    capacity: usize,
+    summary_out: *mut kvf_lookup_summary,
+) -> Result<()> {
+    // SAFETY: null or readable for its size, by this function's contract.
+    let options = unsafe { options::read_optional(options) }?;
+    // SAFETY: null or writable for `capacity` values, by this function's contract.
+    let pods = unsafe { OutArray::new(pods, capacity, "pods") }?;
+    // SAFETY: null or writable, by this function's contract.
+    let summary_out = unsafe { Out::new(summary_out, "summary_out") }?;
+    if capacity == 0 {
+        return Err(Error::invalid("capacity", capacity, 1..=u32::MAX));
+    }
+    let mut request = LookupRequest::new("", prompt);
+    request.pods_max = u32::try_from(capacity).unwrap_or(u32::MAX);
+    if let Some(options) = options {
+        // SAFETY: its strings are null or valid, by this function's contract.
+        unsafe { apply(&options, &mut request) }?;
+    }
+    let answer = index.connection.ask(request)?;
+    let found: Vec<kvf_pod_depth> = answer.pods.iter().take(capacity).map(pod_depth).collect();
+    pods.write(&found);
+    summary_out.write(summary(&answer, found.len()));
+    Ok(())
 }
 
 /// # Safety
@@ -207,24 +226,13 @@ unsafe fn apply(options: &kvf_lookup_options, request: &mut LookupRequest) -> Re
 
 fn pod_depth(pod: &PodDepth) -> kvf_pod_depth {
     kvf_pod_depth {
-        pod: name(pod.pod.as_str()),
-        peer_address: name(pod.peer_address.as_deref().unwrap_or_default()),
+        pod: fixed(pod.pod.as_str()),
+        peer_address: fixed(pod.peer_address.as_deref().unwrap_or_default()),
         depth: pod.depth,
         by_tier: pod.by_tier,
         reserved: 0,
         score: pod.score,
     }
-}
-
-/// The text with its terminating NUL, or nothing if it does not fit: half an address is worse than none.
-fn name(text: &str) -> [c_char; KVF_NAME_CAPACITY] {
-    let mut name = [0; KVF_NAME_CAPACITY];
-    if text.len() < KVF_NAME_CAPACITY {
-        for (place, byte) in name.iter_mut().zip(text.bytes()) {
-            *place = byte as c_char;
-        }
-    }
-    name
 }
 
 fn summary(answer: &LookupAnswer, pods: usize) -> kvf_lookup_summary {
@@ -245,11 +253,6 @@ fn summary(answer: &LookupAnswer, pods: usize) -> kvf_lookup_summary {
 pub unsafe extern "C" fn kvf_index_free(index: *mut kvf_index) -> kvf_status {
     boundary(|| {
         // SAFETY: null or live, and given up by the caller, by contract.
-        let index = unsafe { take(index, "index", |_| Ok(())) }?;
-        if let Some(index) = index {
-            // Not dropped: that waits for an address that is still being resolved.
-            index.runtime.shutdown_background();
-        }
-        Ok(())
+        unsafe { take(index, "index", |_| Ok(())) }.map(drop)
     })
 }

@@ -1,6 +1,7 @@
 //! Structures that begin with their size, so that they can grow without breaking programs built before.
 
 use std::mem::MaybeUninit;
+use std::ptr::NonNull;
 
 use kvfabric::{Error, ErrorKind, Result};
 
@@ -68,6 +69,48 @@ pub(crate) unsafe fn read_optional<T: SizePrefixed>(options: *const T) -> Result
     }
     // SAFETY: passed on to the caller, word for word.
     unsafe { read(options) }.map(Some)
+}
+
+/// A caller's structure to fill, which may be of an earlier or a later version than this library.
+pub(crate) struct OutSized<T> {
+    place: NonNull<T>,
+    size: usize,
+}
+
+impl<T: SizePrefixed> OutSized<T> {
+    /// # Safety
+    /// `place` is null, or readable and writable for the number of bytes that its first field tells, for as long as the
+    /// result is used.
+    pub(crate) unsafe fn new(place: *mut T) -> Result<Self> {
+        check_aligned(place, T::NAME)?;
+        let place = NonNull::new(place).ok_or_else(|| null(T::NAME))?;
+        // SAFETY: not null and aligned (checked above), readable for at least its first field by contract.
+        let size = unsafe { place.cast::<usize>().read() };
+        if !(T::SIZE_MIN..=SIZE_MAX).contains(&size) {
+            let field = format!("{}.size", T::NAME);
+            return Err(Error::invalid(&field, size, T::SIZE_MIN..=SIZE_MAX));
+        }
+        Ok(Self { place, size })
+    }
+
+    /// Writes what the caller has room for, except the size, which stays as it is; what this version does not know becomes
+    /// zero.
+    pub(crate) fn write(self, value: T) {
+        const FIRST: usize = size_of::<usize>();
+        let known = self.size.min(size_of::<T>());
+        let source = (&raw const value).cast::<u8>();
+        let target = self.place.as_ptr().cast::<u8>();
+        // SAFETY: the value has at least `known` bytes, which include the first field.
+        let source = unsafe { source.add(FIRST) };
+        // SAFETY: writable for `size >= known` bytes by the contract of `new`, which include the first field.
+        let fields = unsafe { target.add(FIRST) };
+        // SAFETY: both sides have `known` bytes, less the first field; a local variable overlaps nothing of the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(source, fields, known - FIRST) };
+        // SAFETY: within the `size` bytes that are writable by the contract of `new`, or at their end.
+        let unknown = unsafe { target.add(known) };
+        // SAFETY: the rest of the `size` bytes that are writable by the contract of `new`; none if nothing is unknown.
+        unsafe { std::ptr::write_bytes(unknown, 0, self.size - known) };
+    }
 }
 
 /// Fields kept for later versions must be zero, or a later meaning would change what an old program does.

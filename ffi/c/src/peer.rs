@@ -7,8 +7,8 @@ use kvfabric::transfer::{Agent, PathReport, PeerHandle};
 
 use crate::agent::kvf_agent;
 use crate::boundary::{Handle, Out, OutArray, boundary, enter, fill_text, into_raw, slice, take};
-use crate::life::Life;
 use crate::status::kvf_status;
+use kvfabric::life::Life;
 
 /// Another agent, in this process or elsewhere.
 pub struct kvf_peer {

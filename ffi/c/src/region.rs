@@ -10,8 +10,8 @@ use kvfabric::{Error, Result};
 
 use crate::agent::kvf_agent;
 use crate::boundary::{Handle, Out, boundary, enter, into_raw, milliseconds, take};
-use crate::life::Life;
 use crate::status::kvf_status;
+use kvfabric::life::Life;
 
 /// Peers that have the metadata may read a region.
 pub const KVF_ACCESS_REMOTE_READ: u32 = 1;

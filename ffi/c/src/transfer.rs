@@ -1,22 +1,23 @@
 //! Transfers: pairs of byte ranges to read from or write to a peer.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
 use kvfabric::transfer::{
-    Agent, Descriptor, Operation, PeerHandle, RegionId, Request, RequestOptions, Side, Status,
+    Agent, Descriptor, Operation, RegionId, Request, RequestOptions, Side, Status,
 };
-use kvfabric::{Error, Result};
+use kvfabric::{Error, ErrorKind, Result};
 
 use crate::agent::kvf_agent;
 use crate::boundary::{
-    Handle, Out, boundary, enter, enter_optional, into_raw, milliseconds, slice, take,
+    Handle, Out, boundary, enter, enter_optional, into_raw, milliseconds, slice,
 };
-use crate::life::Life;
+use crate::list::kvf_list;
 use crate::options::{self, SizePrefixed};
 use crate::peer::kvf_peer;
 use crate::status::kvf_status;
+use kvfabric::life::Life;
 
 /// A byte range of a region.
 #[derive(Clone, Copy)]
@@ -38,30 +39,6 @@ pub enum kvf_operation {
     KVF_READ = 1,
     /// From local memory to the remote side.
     KVF_WRITE = 2,
-}
-
-/// Where a transfer stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum kvf_state {
-    /// Not posted.
-    KVF_IDLE = 0,
-    /// Posted, not finished.
-    KVF_IN_FLIGHT = 1,
-    /// Finished; it may be posted again.
-    KVF_DONE = 2,
-    /// Failed; kvf_transfer_wait says why. It may be posted again once its memory is settled.
-    KVF_FAILED = 3,
-}
-
-/// What may be done with the memory of a transfer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum kvf_fate {
-    /// No byte of it is in use: the memory may be reused. After a failed write the target's bytes are unspecified.
-    KVF_SETTLED = 0,
-    /// Work may still land: keep the memory as it is.
-    KVF_MEMORY_IN_FLIGHT = 1,
 }
 
 /// What a transfer does.
@@ -91,7 +68,34 @@ pub struct kvf_transfer {
     life: Arc<Life>,
     /// A transfer keeps its agent alive.
     _agent: Agent,
-    request: Request,
+    /// Written to only for another notification, while it is not in flight.
+    request: RwLock<Request>,
+}
+
+impl kvf_transfer {
+    fn new(agent: &kvf_agent, request: Request) -> Self {
+        Self {
+            life: agent.life.clone(),
+            _agent: agent.agent.clone(),
+            request: RwLock::new(request),
+        }
+    }
+
+    pub(crate) fn request(&self) -> RwLockReadGuard<'_, Request> {
+        self.request.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Posts it with another notification, from now on.
+    pub(crate) fn repost(&self, notification: Option<Bytes>) -> Result<()> {
+        // Who waits holds on to the request, and waits only for what is in flight or not settled.
+        let busy = || Error::new(ErrorKind::Busy, "the transfer is in use");
+        let mut request = self.request.try_write().map_err(|_| busy())?;
+        if matches!(request.poll(), Status::InFlight) {
+            return Err(busy());
+        }
+        request.set_notification(notification)?;
+        request.post()
+    }
 }
 
 impl Handle for kvf_transfer {
@@ -130,31 +134,103 @@ pub unsafe extern "C" fn kvf_transfer_create(
         let remote = unsafe { slice(remote, count, "remote") }?;
         // SAFETY: null or readable for its size, by contract.
         let options = unsafe { options::read(options) }?;
-        let place = "kvf_transfer_options.notification";
-        let message = options.notification.cast::<u8>();
-        // SAFETY: null or readable for its length, by contract.
-        let message = unsafe { slice(message, options.notification_len, place) }?;
-        let notification =
-            (!options.notification.is_null()).then(|| Bytes::copy_from_slice(message));
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(transfer_out, "transfer_out") }?;
-        let operation = parse_operation(options.operation)?;
-        let deadline = Some(milliseconds(options.deadline_ms)).filter(|d| !d.is_zero());
-        let options = RequestOptions {
-            positions: None,
-            notification,
-            deadline,
-        };
+        // SAFETY: its notification is null or readable, by contract.
+        let (operation, options) = unsafe { parse(&options, None) }?;
         let peer = peer.as_deref().map(|peer| agent.own(peer)).transpose()?;
-        let request = prepare(&agent.agent, operation, local, remote, peer, options)?;
-        let (life, agent) = (agent.life.clone(), agent.agent.clone());
-        out.write(into_raw(kvf_transfer {
-            life,
-            _agent: agent,
-            request,
-        }));
+        let side = peer.map_or(Side::Local, Side::Peer);
+        let local = agent
+            .agent
+            .prepare(Side::Local, &descriptors(local))
+            .map_err(|e| e.at("local"))?;
+        let remote = agent
+            .agent
+            .prepare(side, &descriptors(remote))
+            .map_err(|e| e.at("remote"))?;
+        let request = agent.agent.request(operation, &local, &remote, options)?;
+        out.write(into_raw(kvf_transfer::new(&agent, request)));
         Ok(())
     })
+}
+
+/// Makes a transfer between the ranges of two lists, or, with `local_positions` and `remote_positions`, between `count` of
+/// each, by position, paired in order. Both NULL with a `count` of 0: all of both lists. The lists may be used for other
+/// transfers, and be freed, at any time. Connects to the peer; nothing moves before kvf_transfer_post.
+///
+/// As kvf_transfer_create; KVF_INVALID also for a list of another agent, for a `local` list of a peer's regions, and for a
+/// position outside its list.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent`, `local` and `remote` live, the positions for `count` reads, `options` with its
+/// notification for reads, `transfer_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_transfer_create_prepared(
+    agent: *const kvf_agent,
+    local: *const kvf_list,
+    remote: *const kvf_list,
+    local_positions: *const u32,
+    remote_positions: *const u32,
+    count: usize,
+    options: *const kvf_transfer_options,
+    transfer_out: *mut *mut kvf_transfer,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or live during this call, by contract.
+        let agent = unsafe { enter(agent, "agent") }?;
+        // SAFETY: null or live during this call, by contract.
+        let local = unsafe { enter(local, "local") }?;
+        // SAFETY: null or live during this call, by contract.
+        let remote = unsafe { enter(remote, "remote") }?;
+        // SAFETY: null or readable for `count` values, by contract.
+        let locals = unsafe { slice(local_positions, count, "local_positions") }?;
+        // SAFETY: null or readable for `count` values, by contract.
+        let remotes = unsafe { slice(remote_positions, count, "remote_positions") }?;
+        // SAFETY: null or readable for its size, by contract.
+        let options = unsafe { options::read(options) }?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(transfer_out, "transfer_out") }?;
+        let is_all = local_positions.is_null() && remote_positions.is_null();
+        let positions = (!is_all).then(|| (locals.to_vec(), remotes.to_vec()));
+        // SAFETY: its notification is null or readable, by contract.
+        let (operation, options) = unsafe { parse(&options, positions) }?;
+        let (local, remote) = (local.of(&agent, "local")?, remote.of(&agent, "remote")?);
+        let request = agent.agent.request(operation, local, remote, options)?;
+        out.write(into_raw(kvf_transfer::new(&agent, request)));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// The notification of `options` is null or readable for its length.
+unsafe fn parse(
+    options: &kvf_transfer_options,
+    positions: Option<(Vec<u32>, Vec<u32>)>,
+) -> Result<(Operation, RequestOptions)> {
+    let place = "kvf_transfer_options.notification";
+    // SAFETY: null or readable for its length, by this function's contract.
+    let notification =
+        unsafe { optional_bytes(options.notification, options.notification_len, place) }?;
+    let operation = parse_operation(options.operation)?;
+    let deadline = Some(milliseconds(options.deadline_ms)).filter(|d| !d.is_zero());
+    let options = RequestOptions {
+        positions,
+        notification,
+        deadline,
+    };
+    Ok((operation, options))
+}
+
+/// # Safety
+/// `bytes` is null or readable for `len` bytes.
+pub(crate) unsafe fn optional_bytes(
+    bytes: *const c_void,
+    len: usize,
+    name: &str,
+) -> Result<Option<Bytes>> {
+    // SAFETY: null or readable for its length, by this function's contract.
+    let message = unsafe { slice(bytes.cast::<u8>(), len, name) }?;
+    Ok((!bytes.is_null()).then(|| Bytes::copy_from_slice(message)))
 }
 
 fn parse_operation(code: u32) -> Result<Operation> {
@@ -171,141 +247,11 @@ fn parse_operation(code: u32) -> Result<Operation> {
     }
 }
 
-fn prepare(
-    agent: &Agent,
-    operation: Operation,
-    local: &[kvf_descriptor],
-    remote: &[kvf_descriptor],
-    peer: Option<&PeerHandle>,
-    options: RequestOptions,
-) -> Result<Request> {
-    let side = peer.map_or(Side::Local, Side::Peer);
-    let local = agent
-        .prepare(Side::Local, &descriptors(local))
-        .map_err(|e| e.at("local"))?;
-    let remote = agent
-        .prepare(side, &descriptors(remote))
-        .map_err(|e| e.at("remote"))?;
-    agent.request(operation, &local, &remote, options)
-}
-
-fn descriptors(raw: &[kvf_descriptor]) -> Vec<Descriptor> {
+pub(crate) fn descriptors(raw: &[kvf_descriptor]) -> Vec<Descriptor> {
     let parse = |raw: &kvf_descriptor| Descriptor {
         region: RegionId(raw.region),
         offset: raw.offset,
         len: raw.len,
     };
     raw.iter().map(parse).collect()
-}
-
-/// Starts a transfer, which may be finished when this returns.
-///
-/// Nothing is started on failure: KVF_BUSY when it is in flight or a queue is full, KVF_PEER_LOST when the peer cannot be
-/// reached, KVF_NOT_FOUND when a region was deregistered.
-///
-/// # Safety
-/// `transfer` is null or live.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_transfer_post(transfer: *const kvf_transfer) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
-        transfer.request.post()
-    })
-}
-
-/// Says where a transfer stands, without waiting. Failure of the transfer is no failure of this call.
-///
-/// # Safety
-/// Each pointer is null or valid: `transfer` live, `state_out` for a write.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_transfer_poll(
-    transfer: *const kvf_transfer,
-    state_out: *mut kvf_state,
-) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
-        // SAFETY: null or writable, by contract.
-        let out = unsafe { Out::new(state_out, "state_out") }?;
-        out.write(match transfer.request.poll() {
-            Status::Idle => kvf_state::KVF_IDLE,
-            Status::InFlight => kvf_state::KVF_IN_FLIGHT,
-            Status::Done(_) => kvf_state::KVF_DONE,
-            Status::Failed(_) => kvf_state::KVF_FAILED,
-        });
-        Ok(())
-    })
-}
-
-/// Waits until a transfer is finished, at most `timeout_ms`: KVF_OK when it has succeeded, else why it failed.
-///
-/// KVF_TIMEOUT also when `timeout_ms` ran out, which fails this call and not the transfer: kvf_transfer_poll tells the two
-/// apart. KVF_INVALID when it was never posted.
-///
-/// # Safety
-/// `transfer` is null or live.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_transfer_wait(
-    transfer: *const kvf_transfer,
-    timeout_ms: u32,
-) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
-        transfer.request.wait(milliseconds(timeout_ms))?;
-        Ok(())
-    })
-}
-
-/// Asks a transfer to end. If it is in flight it fails with KVF_CANCELLED now; its memory may be used once
-/// kvf_transfer_fate says KVF_SETTLED.
-///
-/// # Safety
-/// `transfer` is null or live.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_transfer_cancel(transfer: *const kvf_transfer) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
-        transfer.request.cancel();
-        Ok(())
-    })
-}
-
-/// Says what may be done with the memory of a transfer, waiting at most `timeout_ms` for it to be settled.
-///
-/// # Safety
-/// Each pointer is null or valid: `transfer` live, `fate_out` for a write.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_transfer_fate(
-    transfer: *const kvf_transfer,
-    timeout_ms: u32,
-    fate_out: *mut kvf_fate,
-) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
-        // SAFETY: null or writable, by contract.
-        let out = unsafe { Out::new(fate_out, "fate_out") }?;
-        let settled = transfer.request.wait_drained(milliseconds(timeout_ms));
-        out.write(if settled {
-            kvf_fate::KVF_SETTLED
-        } else {
-            kvf_fate::KVF_MEMORY_IN_FLIGHT
-        });
-        Ok(())
-    })
-}
-
-/// Gives a transfer back. One that is in flight goes on: its regions answer KVF_BUSY until it has ended.
-///
-/// # Safety
-/// `transfer` is null or live, and not used again.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvf_transfer_free(transfer: *mut kvf_transfer) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(transfer, "transfer", |_| Ok(())) }.map(drop)
-    })
 }

@@ -9,7 +9,10 @@ fn the_committed_header_matches_the_sources() {
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
     let builder = cbindgen::Builder::new().with_config(config);
     // In the order in which a reader wants them.
-    let sources = ["status", "agent", "region", "peer", "transfer", "index"];
+    let sources = [
+        "status", "agent", "region", "peer", "list", "transfer", "progress", "node", "names",
+        "prefix", "pages", "blocks", "task", "reports", "index",
+    ];
     let builder = sources.iter().fold(builder, |builder, source| {
         builder.with_src(root.join("src").join(source).with_extension("rs"))
     });

@@ -1,12 +1,15 @@
-//! Nodes and connections with threads of their own, for callers that are not asynchronous.
+//! Nodes with threads of their own, for callers that are not asynchronous.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache_core::ports::{Holder, Located};
-use kvcache_core::{BlockInfo, Error, Result};
-use kvfabric_indexer::client::{ClientConfig, IndexClient, LookupAnswer, LookupRequest};
-use kvfabric_tiers::{BlockMemory, FetchBlock, HeldDepth, Pages, Source, StoreBlock, StoreReport};
+use kvcache_core::{BlockInfo, BlockKey, PinId, Result};
+use kvfabric_indexer::client::{LookupAnswer, LookupRequest};
+use kvfabric_tiers::{
+    BlockMemory, FetchBlock, HeldDepth, Pages, Pinned, Reach, Removed, Source, StoreBlock,
+    StoreReport,
+};
 
 use crate::blocks::Prefix;
 use crate::config::NodeConfig;
@@ -17,8 +20,6 @@ use crate::runtime::Runtime;
 
 /// Threads of an attached node: bytes are moved by the agent's own threads, so these only decide and talk.
 const NODE_THREADS: usize = 2;
-/// A connection to an index is I/O only, and callers wait in their own threads.
-const CONNECTION_THREADS: usize = 1;
 
 /// What became of a fetch.
 #[derive(Clone, Debug)]
@@ -157,6 +158,64 @@ impl AttachedNode {
         self.runtime.spawn(async move { node.held(keys).await })
     }
 
+    /// As [`Node::locate`], for a prefix.
+    #[must_use]
+    pub fn locate(&self, prefix: &Prefix, deadline: Duration) -> Operation<Reach> {
+        let (node, blocks) = (self.node.clone(), prefix.infos().to_vec());
+        self.runtime
+            .spawn(async move { node.locate(&blocks, deadline).await })
+    }
+
+    /// As [`Node::pin`], for the blocks of a prefix from position `first` on.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for a position outside the prefix; the rest by the operation.
+    pub fn pin(&self, prefix: &Prefix, first: usize, ttl: Duration) -> Result<Operation<Pinned>> {
+        let run = prefix.run(first, prefix.len().saturating_sub(first))?;
+        let keys: Vec<BlockKey> = run.iter().map(|info| info.key).collect();
+        let node = self.node.clone();
+        Ok(self
+            .runtime
+            .spawn(async move { node.pin(&keys, ttl).await }))
+    }
+
+    /// As [`Node::release`].
+    #[must_use]
+    pub fn release(&self, pin: PinId) -> Operation<()> {
+        let node = self.node.clone();
+        self.runtime.spawn(async move { node.release(pin).await })
+    }
+
+    /// As [`Node::unpin`].
+    #[must_use]
+    pub fn unpin(&self, peer_address: &str, pin: PinId, deadline: Duration) -> Operation<()> {
+        let (node, address) = (self.node.clone(), peer_address.to_owned());
+        self.runtime
+            .spawn(async move { node.unpin(&address, pin, deadline).await })
+    }
+
+    /// As [`Node::remove`], for a prefix.
+    #[must_use]
+    pub fn remove(&self, prefix: &Prefix) -> Operation<Removed> {
+        let (node, keys) = (self.node.clone(), prefix.keys());
+        self.runtime.spawn(async move { node.remove(&keys).await })
+    }
+
+    /// As [`Node::clear`].
+    #[must_use]
+    pub fn clear(&self) -> Operation<Removed> {
+        let node = self.node.clone();
+        self.runtime.spawn(async move { node.clear().await })
+    }
+
+    /// As [`Node::flush`].
+    #[must_use]
+    pub fn flush(&self, deadline: Duration) -> Operation<()> {
+        let node = self.node.clone();
+        self.runtime
+            .spawn(async move { node.flush(deadline).await })
+    }
+
     /// Asks the global index; see [`LookupRequest`].
     ///
     /// # Errors
@@ -216,51 +275,5 @@ fn seen_from(hints: Located, first: usize) -> Located {
         shared: shared
             .map(|range| range.start.saturating_sub(first)..range.end - first)
             .collect(),
-    }
-}
-
-/// A connection to an index, with a thread of its own.
-#[derive(Debug)]
-pub struct IndexConnection {
-    client: IndexClient,
-    runtime: Runtime,
-}
-
-impl IndexConnection {
-    /// Connects to the index at `address`, `host:port`. `deadline` bounds this call, and each lookup that names none. A
-    /// connection that is lost later is made again by the next lookup.
-    ///
-    /// # Errors
-    /// [`kvcache_core::ErrorKind::Invalid`] for a malformed address or no deadline;
-    /// [`kvcache_core::ErrorKind::PeerLost`] or [`kvcache_core::ErrorKind::Timeout`] when no index answers there.
-    pub fn connect(address: &str, deadline: Duration) -> Result<Self> {
-        if deadline.is_zero() {
-            return Err(Error::invalid("deadline", "0", "more than nothing"));
-        }
-        let client = IndexClient::new(ClientConfig {
-            deadline,
-            connect_timeout: deadline,
-            ..ClientConfig::new(address)
-        })?;
-        let runtime = Runtime::start("kvf-index", CONNECTION_THREADS)?;
-        runtime.block_on(client.status())?;
-        Ok(Self { client, runtime })
-    }
-
-    /// Whether it may still be used; shared with all handles on it.
-    #[must_use]
-    pub fn life(&self) -> &Arc<Life> {
-        self.runtime.life()
-    }
-
-    /// Asks who holds a prompt's blocks.
-    ///
-    /// # Errors
-    /// As [`IndexClient::lookup`], by the operation.
-    #[must_use]
-    pub fn lookup(&self, request: LookupRequest) -> Operation<LookupAnswer> {
-        let client = self.client.clone();
-        self.runtime
-            .spawn(async move { client.lookup(request).await })
     }
 }

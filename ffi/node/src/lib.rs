@@ -13,6 +13,7 @@
 mod attached;
 mod blocks;
 pub mod config;
+mod connection;
 pub mod identity;
 mod index;
 pub mod life;
@@ -26,19 +27,25 @@ mod runtime;
 #[cfg(test)]
 mod tests;
 
-pub use attached::{AttachedNode, Fetched, IndexConnection};
+pub use attached::{AttachedNode, Fetched};
 pub use blocks::{Namespace, Prefix};
 pub use config::NodeConfig;
+pub use connection::{IndexConnection, PeerConnection};
 pub use node::{Lookup, Node};
 pub use operation::Operation;
 pub use runtime::Runtime;
 
 // What a caller needs to use a node, so that an engine depends on one crate.
+pub use kvcache_core::id::POD_NAME_BYTES_MAX;
 pub use kvcache_core::ports::{Holder, Located};
-pub use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, IndexKey, PodName, Result, Tier};
-pub use kvfabric_indexer::client::{LookupAnswer, PodDepth, SourcePosition};
+pub use kvcache_core::prefix::IndexScheme;
+pub use kvcache_core::shape::TokensPerBlock;
+pub use kvcache_core::{
+    BlockInfo, BlockKey, Error, ErrorKind, IndexKey, PinId, PodName, Result, Tier,
+};
+pub use kvfabric_indexer::client::{LookupAnswer, LookupRequest, PodDepth, Prompt, SourcePosition};
 pub use kvfabric_tiers::{
-    BlockMemory, FetchBlock, FetchReport, HeldDepth, Pages, Segment, Source, StoreBlock,
-    StoreReport,
+    BlockMemory, FetchBlock, FetchReport, HeldDepth, Pages, Pinned, Reach, Removed, Segment,
+    Source, StoreBlock, StoreReport,
 };
 pub use kvfabric_transfer as transfer;

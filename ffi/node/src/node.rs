@@ -8,10 +8,11 @@ use kvcache_core::event::EngineEvent;
 use kvcache_core::ports::{Directory, EventSink, Located};
 use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
-use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, PodName, Result};
+use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, PinId, PodName, Result};
 use kvfabric_indexer::client::{LookupAnswer, LookupRequest, Prompt, SourcePosition};
 use kvfabric_tiers::{
-    Cache, FetchBlock, FetchReport, HeldDepth, Pages, Segment, StoreBlock, StoreReport,
+    Cache, FetchBlock, FetchReport, HeldDepth, NameReader, Pages, PeerService, Pinned, Reach,
+    Removed, Segment, StoreBlock, StoreReport,
 };
 use kvfabric_transfer::Agent;
 use kvfabric_transfer::backend::object::ObjectOptions;
@@ -77,7 +78,10 @@ impl Node {
             Some(publishers) => (Arc::new(publishers.client.clone()), publishers.node.clone()),
             None => (Arc::new(Alone), Arc::new(Alone)),
         };
-        let cache = Cache::open(config.cache_config()?, agent.clone(), directory, sink).await?;
+        let describer = describer(&config)?;
+        let mut cache = config.cache_config()?;
+        cache.names = describer.engine.is_some().then(|| name_reader(&describer));
+        let cache = Cache::open(cache, agent.clone(), directory, sink).await?;
         let index = match publishers {
             Some(publishers) => Some(publishers.register(&config, cache.peer_address()).await?),
             None => None,
@@ -88,7 +92,6 @@ impl Node {
             }
             None => None,
         };
-        let describer = describer(&config)?;
         let lookup_deadline = config.lookup_deadline();
         let block_bytes = config.block_bytes;
         let model = config.model;
@@ -210,6 +213,69 @@ impl Node {
         self.inner.cache.lookup(&keys).await
     }
 
+    /// How much of a chain could be had from here: from the own tiers, from peers and from shared objects together. The index
+    /// is asked if the own tiers do not have all of it; without its answer only they count.
+    ///
+    /// # Errors
+    /// As [`Node::held`].
+    pub async fn locate(&self, blocks: &[BlockInfo], deadline: Duration) -> Result<Reach> {
+        self.inner.cache.locate(blocks, after(deadline)).await
+    }
+
+    /// Keeps blocks in host memory until [`Node::release`], or for `ttl`: as many as are there, from the first. It bounds
+    /// what is pinned; the depth tells how many are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when too much is pinned or in progress.
+    pub async fn pin(&self, keys: &[BlockKey], ttl: Duration) -> Result<Pinned> {
+        self.inner.cache.pin(keys, ttl.min(DEADLINE_MAX)).await
+    }
+
+    /// Lets go of what was pinned; one that has ended is no error.
+    ///
+    /// # Errors
+    /// As [`Node::held`].
+    pub async fn release(&self, pin: PinId) -> Result<()> {
+        self.inner.cache.release(pin).await
+    }
+
+    /// Lets go of what another node has pinned for this one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`] after `deadline`, [`ErrorKind::PeerLost`] when the peer cannot be reached,
+    /// [`ErrorKind::Denied`] when it serves another model: the pin then ends by its time.
+    pub async fn unpin(&self, peer_address: &str, pin: PinId, deadline: Duration) -> Result<()> {
+        let service = PeerService::connect(peer_address)?;
+        let identity = self.inner.describer.identity.0;
+        service
+            .unpin(pin, &identity, deadline.min(DEADLINE_MAX))
+            .await
+    }
+
+    /// Drops blocks from the own tiers; those that are pinned, lent or on their way somewhere stay, and are counted.
+    ///
+    /// # Errors
+    /// As [`Node::held`].
+    pub async fn remove(&self, keys: &[BlockKey]) -> Result<Removed> {
+        self.inner.cache.remove(keys).await
+    }
+
+    /// Drops everything from the own tiers, as [`Node::remove`] does; shared objects stay.
+    ///
+    /// # Errors
+    /// As [`Node::held`].
+    pub async fn clear(&self) -> Result<Removed> {
+        self.inner.cache.clear().await
+    }
+
+    /// Waits until all blocks that were on their way to the disk or to the shared store are there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`] when that takes longer.
+    pub async fn flush(&self, deadline: Duration) -> Result<()> {
+        self.inner.cache.flush(after(deadline)).await
+    }
+
     /// Asks the global index who holds a prompt's blocks.
     ///
     /// # Errors
@@ -325,6 +391,15 @@ fn after(deadline: Duration) -> Instant {
 /// How long the last events may take to leave.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(500);
 
+/// Reads the names that others ask this node's peer service about.
+fn name_reader(describer: &Describer) -> NameReader {
+    let describer = describer.clone();
+    NameReader::new(move |packed| {
+        let names = Names::parse(packed)?;
+        Ok(describer.prefix_of(&names, None)?.infos().to_vec())
+    })
+}
+
 fn describer(config: &NodeConfig) -> Result<Describer> {
     Ok(Describer {
         model: config.model.clone(),
@@ -340,6 +415,9 @@ fn build_agent(config: &NodeConfig) -> Result<Agent> {
     let mut builder = Agent::builder(&config.pod)
         .shm(config.fabric.shm)
         .tcp(config.fabric.tcp_listen);
+    if let Some(cma) = config.fabric.cma {
+        builder = builder.cma(cma);
+    }
     if let Some(object) = &config.object {
         let options = ObjectOptions {
             allow_http: object.allow_http,

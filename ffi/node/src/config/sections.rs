@@ -118,6 +118,9 @@ pub struct ObjectSection {
 pub struct FabricSection {
     /// Shared memory with pods on this host.
     pub shm: bool,
+    /// Copies by the system between processes of this user on this host, for memory that cannot be shared; as `shm` if
+    /// it is not given.
+    pub cma: Option<bool>,
     /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
     #[serde(with = "listen")]
     pub tcp_listen: Option<SocketAddr>,
@@ -127,6 +130,7 @@ impl Default for FabricSection {
     fn default() -> Self {
         Self {
             shm: true,
+            cma: None,
             tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
         }
     }
