@@ -197,3 +197,6 @@ fn fill<'a>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,7 @@ pub(crate) struct Held<A: Access> {
 }
 
 impl<A: Access> Held<A> {
-    pub(super) fn new(id: RegionId, memory: A::Memory, link: &Arc<Link>) -> Self {
+    pub(crate) fn new(id: RegionId, memory: A::Memory, link: &Arc<Link>) -> Self {
         Self {
             id,
             memory: Some(memory),

@@ -65,7 +65,7 @@ pub(crate) struct Link {
 impl Link {
     /// # Errors
     /// [`ErrorKind::Denied`] when the other process runs as another user, or cannot be told from others.
-    pub(super) fn new(socket: OwnedFd, reactor: &Arc<Reactor>) -> Result<Self> {
+    pub(crate) fn new(socket: OwnedFd, reactor: &Arc<Reactor>) -> Result<Self> {
         let found = credentials(socket.as_fd())
             .map_err(|e| Error::io("credentials of the other process", e))?;
         let (own, other) = (rustix::process::geteuid().as_raw(), found.uid);
