@@ -72,7 +72,7 @@ mod tests {
     /// Every cut of some bytes into two, nothing and all of them included, against the sum of the whole.
     #[test]
     fn sums_of_pieces_join_to_the_sum_of_the_whole() {
-        let bytes: Vec<u8> = (0..600_u32).map(|at| (at * at >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..600_u32).map(|at| ((at * at) >> 3) as u8).collect();
         for cut in 0..=bytes.len() {
             let (before, after) = bytes.split_at(cut);
             let joined = Shift::by(after.len() as u64).append(crc32c(before), crc32c(after));

@@ -10,6 +10,8 @@ use crate::place::Place;
 
 mod keeping;
 
+use keeping::{Keep, keeps};
+
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -692,18 +694,7 @@ enum Action {
         position: u64,
     },
     LosePeer(u32),
-    Pin {
-        chain: u64,
-        blocks: u64,
-        ttl: u16,
-    },
-    Unpin(usize),
-    Remove {
-        chain: u64,
-        blocks: u64,
-    },
-    Clear,
-    Flush(u16),
+    Keep(Keep),
     Execute {
         pick: usize,
         faults: Vec<Fault>,
@@ -748,15 +739,7 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         1 => (0..CHAINS, 0..DEPTH_MAX)
             .prop_map(|(chain, position)| Action::PutObject { chain, position }),
         1 => (0..60u32).prop_map(Action::LosePeer),
-        3 => (0..CHAINS, 0..=DEPTH_MAX, 1..2000u16)
-            .prop_map(|(chain, blocks, ttl)| Action::Pin { chain, blocks, ttl }),
-        1 => any::<prop::sample::Index>().prop_map(|i| Action::Unpin(i.index(64))),
-        2 => (0..CHAINS, 0..=DEPTH_MAX)
-            .prop_map(|(chain, blocks)| Action::Remove { chain, blocks }),
-        1 => (0..8u8).prop_map(|odds| match odds {
-            0 => Action::Clear,
-            _ => Action::Flush(u16::from(odds) * 100),
-        }),
+        7 => keeps().prop_map(Action::Keep),
         30 => (any::<prop::sample::Index>(), faults())
             .prop_map(|(i, faults)| Action::Execute { pick: i.index(64), faults }),
         3 => any::<prop::sample::Index>().prop_map(|i| Action::Drain(i.index(64))),
@@ -847,29 +830,7 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
             }
             Action::PutObject { chain, position } => world.put_object(block(chain, position).key),
             Action::LosePeer(peer) => world.lose_peer(PeerId(peer)),
-            Action::Pin {
-                chain: c,
-                blocks,
-                ttl,
-            } => {
-                let _ = world.pin(&keys(&chain(c, blocks)), MS * u32::from(ttl));
-            }
-            Action::Unpin(pick) => {
-                if let Some(pin) = nth(&world.open_pins(), pick) {
-                    world.unpin(pin);
-                }
-            }
-            Action::Remove { chain: c, blocks } => {
-                world
-                    .remove(&keys(&chain(c, blocks)))
-                    .expect("few enough blocks");
-            }
-            Action::Clear => {
-                world.clear();
-            }
-            Action::Flush(within) => {
-                let _ = world.flush(MS * u32::from(within));
-            }
+            Action::Keep(keep) => keep.play(&mut world),
             Action::Execute { pick, faults } => world.execute(pick, &faults),
             Action::Drain(pick) => world.drain(pick),
             Action::Advance(ms) => world.advance(MS * u32::from(ms)),

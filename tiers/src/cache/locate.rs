@@ -119,8 +119,8 @@ mod tests {
     fn shared_ranges_extend_the_depth_up_to_the_first_hole() {
         assert_eq!(depth(3, &[]), 3);
         assert_eq!(depth(3, &[0..2, 3..5, 5..6, 7..9]), 6);
-        assert_eq!(depth(3, &[4..5]), 3);
-        assert_eq!(depth(0, &[0..4]), 4);
-        assert_eq!(depth(8, &[2..5]), 8);
+        assert_eq!(depth(3, &[4..5, 6..7]), 3);
+        assert_eq!(depth(0, &[0..4, 5..6]), 4);
+        assert_eq!(depth(8, &[2..5, 9..10]), 8);
     }
 }

@@ -61,20 +61,18 @@ pub(super) async fn open(
         pod: config.pod.clone(),
         timeout: config.locate_timeout,
     });
+    let serving = Serving {
+        desk: desk.clone(),
+        mover: mover.clone(),
+        locator: locator.clone(),
+        names: config.names.clone(),
+        pod: config.pod.clone(),
+        incarnation,
+        numbers,
+    };
     let server = match config.peer_listen {
         None => None,
-        Some(listen) => {
-            let serving = Serving {
-                desk: desk.clone(),
-                mover: mover.clone(),
-                locator: locator.clone(),
-                names: config.names.clone(),
-                pod: config.pod.clone(),
-                incarnation,
-                numbers,
-            };
-            Some(PeerServer::start(listen, serving).await?)
-        }
+        Some(listen) => Some(PeerServer::start(listen, serving).await?),
     };
     let leases_per_peer_max = config.peers.leases_per_peer_max;
     let parts = Parts {

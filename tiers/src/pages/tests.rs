@@ -119,7 +119,7 @@ fn pairs_are_cut_where_either_side_is() {
 #[test]
 fn the_checksum_is_of_the_pieces_one_after_the_other() {
     let (agent, region) = agent_and_region(4096);
-    let bytes: Vec<u8> = (0..4096_u32).map(|at| (at * 7 >> 2) as u8).collect();
+    let bytes: Vec<u8> = (0..4096_u32).map(|at| ((at * 7) >> 2) as u8).collect();
     region.write_at(0, &bytes).unwrap();
     let segments = vec![
         segment(&region, 2000, 300, 17),

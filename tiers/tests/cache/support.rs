@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::{Directory, EventSink, Holder, LocateFuture, Located, Position};
-use kvcache_core::{BlockInfo, BlockKey, Epoch, IndexKey, PodName, Sequence, Tier};
+use kvcache_core::{
+    BlockInfo, BlockKey, Epoch, Error, ErrorKind, IndexKey, PodName, Sequence, Tier,
+};
 use kvfabric_tiers::{
     Cache, CacheConfig, DiskConfig, FetchBlock, FetchReport, ObjectConfig, Source, StoreBlock,
     StoreReport,
@@ -114,11 +116,24 @@ impl EventSink for Recorder {
     }
 }
 
+/// Whether a [`Guide`] answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Mood {
+    #[default]
+    Helpful,
+    /// Every question fails.
+    Broken,
+    /// No question is ever answered.
+    Silent,
+}
+
 /// Answers what it was told, and counts the questions.
 #[derive(Default)]
 pub(crate) struct Guide {
     pub(crate) located: Mutex<Located>,
     pub(crate) questions: AtomicU64,
+    /// How it answers.
+    pub(crate) mood: Mutex<Mood>,
     /// Deregistered while the next question is answered.
     pub(crate) closes: Mutex<Option<Region>>,
 }
@@ -130,7 +145,14 @@ impl Directory for Guide {
             drop(region.deregister());
         }
         let located = self.located.lock().unwrap().clone();
-        Box::pin(async move { Ok(located) })
+        let mood = *self.mood.lock().unwrap();
+        Box::pin(async move {
+            match mood {
+                Mood::Helpful => Ok(located),
+                Mood::Broken => Err(Error::new(ErrorKind::Io, "the directory is broken")),
+                Mood::Silent => std::future::pending().await,
+            }
+        })
     }
 }
 

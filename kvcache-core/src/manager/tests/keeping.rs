@@ -3,6 +3,58 @@
 use super::*;
 use crate::id::PinId;
 
+/// What a random history has of this.
+#[derive(Clone, Debug)]
+pub(super) enum Keep {
+    Pin { chain: u64, blocks: u64, ttl: u16 },
+    Unpin(usize),
+    Remove { chain: u64, blocks: u64 },
+    Clear,
+    Flush(u16),
+}
+
+pub(super) fn keeps() -> impl Strategy<Value = Keep> {
+    let wanted = (0..CHAINS, 0..=DEPTH_MAX);
+    prop_oneof![
+        24 => (wanted.clone(), 1..2000u16)
+            .prop_map(|((chain, blocks), ttl)| Keep::Pin { chain, blocks, ttl }),
+        8 => any::<prop::sample::Index>().prop_map(|i| Keep::Unpin(i.index(64))),
+        16 => wanted.prop_map(|(chain, blocks)| Keep::Remove { chain, blocks }),
+        1 => Just(Keep::Clear),
+        7 => (1..800u16).prop_map(Keep::Flush),
+    ]
+}
+
+impl Keep {
+    pub(super) fn play(self, world: &mut World) {
+        match self {
+            // Refusals are part of the history.
+            Self::Pin {
+                chain: c,
+                blocks,
+                ttl,
+            } => {
+                let _ = world.pin(&keys(&chain(c, blocks)), MS * u32::from(ttl));
+            }
+            Self::Unpin(pick) => {
+                if let Some(pin) = nth(&world.open_pins(), pick) {
+                    world.unpin(pin);
+                }
+            }
+            Self::Remove { chain: c, blocks } => {
+                let wanted = keys(&chain(c, blocks));
+                world.remove(&wanted).expect("few enough blocks");
+            }
+            Self::Clear => {
+                world.clear();
+            }
+            Self::Flush(within) => {
+                let _ = world.flush(MS * u32::from(within));
+            }
+        }
+    }
+}
+
 fn with_disk() -> Limits {
     Limits {
         disk_segments: 3,
