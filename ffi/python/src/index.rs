@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use kvfabric::IndexConnection;
-use kvfabric_indexer::client::{LookupRequest, Prompt};
+use kvfabric::{IndexConnection, LookupRequest, Prompt};
 use pyo3::prelude::*;
 
 use crate::buffer::integers;

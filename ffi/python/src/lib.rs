@@ -9,15 +9,19 @@
 use pyo3::prelude::*;
 
 mod agent;
+mod blocks;
 mod buffer;
+mod core;
 mod errors;
 mod fabric;
+mod hints;
 mod index;
 mod life;
 mod names;
 mod node;
 mod operation;
 mod peer;
+mod peer_service;
 mod prepared;
 mod region;
 mod reports;
@@ -34,11 +38,12 @@ fn _kvfabric(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<prepared::Prepared>()?;
     module.add_class::<transfer::Transfer>()?;
     module.add_class::<node::Node>()?;
-    module.add_class::<node::Pages>()?;
-    module.add_class::<node::Prefix>()?;
+    module.add_class::<blocks::Pages>()?;
+    module.add_class::<blocks::Prefix>()?;
     module.add_class::<operation::Operation>()?;
     module.add_class::<reports::FetchReport>()?;
     module.add_class::<names::NameChain>()?;
+    module.add_class::<peer_service::PeerService>()?;
     module.add_function(wrap_pyfunction!(names::model_identity, module)?)?;
     module.add_class::<index::Index>()?;
     module.add_class::<index::PodDepth>()?;

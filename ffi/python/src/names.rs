@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use kvcache_core::prefix::IndexScheme;
-use kvcache_core::shape::TokensPerBlock;
 use kvfabric::identity::{Model, of_model, to_hex};
-use kvfabric::{Error, names};
+use kvfabric::{Error, IndexScheme, TokensPerBlock, names};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 

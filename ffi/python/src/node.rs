@@ -1,23 +1,19 @@
 //! Nodes: their tiers, their prefixes and pages.
 
-use std::mem::ManuallyDrop;
-use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvfabric::life::Life;
 use kvfabric::names::Names;
-use kvfabric::transfer::RegionId;
-use kvfabric::{
-    AttachedNode, Error, ErrorKind, Holder, Located, Namespace, PodName, Result, Segment,
-};
+use kvfabric::{AttachedNode, Error, ErrorKind, Namespace, PinId, Segment};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyMapping};
+use pyo3::types::PyMapping;
 
 use crate::agent::Agent;
+use crate::blocks::{Pages, Prefix};
 use crate::buffer::integers;
+use crate::core::Core;
 use crate::errors::to_python;
-use crate::fabric::Fabric;
+use crate::hints::located;
 use crate::life::{enter, parse_timeout, patiently};
 use crate::names::adapter;
 use crate::operation::{Memory, Operation};
@@ -30,65 +26,10 @@ const SHUTDOWN_MARGIN: Duration = Duration::from_secs(5);
 /// How long one round of waiting for an answer is that has no deadline of its caller's; there is another one after it.
 const ROUND: Duration = Duration::from_secs(1);
 
-/// A node, shared by all objects made from it.
-struct Core {
-    fabric: Arc<Fabric>,
-    node: ManuallyDrop<AttachedNode>,
-}
-
-impl Core {
-    fn life(&self) -> &Arc<Life> {
-        self.node.life()
-    }
-
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for an object of another node.
-    fn check(self: &Arc<Self>, what: &str, other: &Arc<Self>) -> Result<()> {
-        if Arc::ptr_eq(self, other) {
-            return Ok(());
-        }
-        let pod = other.node.node().pod();
-        let text = format!("the {what} are of another node, {:?}", pod.as_str());
-        Err(Error::new(ErrorKind::Invalid, text))
-    }
-}
-
-impl Drop for Core {
-    fn drop(&mut self) {
-        // In a forked child the node's threads do not exist: it is left as it is.
-        if !self.life().is_forked() {
-            // SAFETY: not used after this, as the core is being dropped.
-            unsafe { ManuallyDrop::drop(&mut self.node) };
-        }
-    }
-}
-
 /// One pod's tiers, fabric and connection to the index. Safe to use from any thread.
 #[pyclass(frozen, module = "kvfabric")]
 pub(crate) struct Node {
     core: Arc<Core>,
-}
-
-/// An engine's pool of blocks. It keeps its regions.
-#[pyclass(frozen, module = "kvfabric")]
-pub(crate) struct Pages {
-    core: Arc<Core>,
-    pages: kvfabric::Pages,
-    regions: Vec<Arc<Held>>,
-}
-
-/// The blocks of a token sequence from its first on, as a node names them.
-#[pyclass(frozen, module = "kvfabric")]
-pub(crate) struct Prefix {
-    core: Arc<Core>,
-    /// Never held while waiting for the GIL.
-    prefix: Mutex<kvfabric::Prefix>,
-}
-
-impl Prefix {
-    fn lock(&self) -> MutexGuard<'_, kvfabric::Prefix> {
-        self.prefix.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A store or fetch, checked.
@@ -130,31 +71,6 @@ impl Node {
     }
 }
 
-/// Hints about holders, as `Reach` has them.
-fn located(
-    holders: Vec<(String, u32, Option<String>)>,
-    shared: Vec<(u32, u32)>,
-) -> Result<Located> {
-    let holder = |(pod, depth, peer_address): (String, u32, Option<String>)| {
-        Ok(Holder {
-            pod: PodName::new(&pod).map_err(|e| e.at("holders"))?,
-            depth,
-            peer_address,
-        })
-    };
-    let range = |(start, stop): (u32, u32)| -> Result<Range<u32>> {
-        if start < stop {
-            return Ok(start..stop);
-        }
-        let found = format!("({start}, {stop})");
-        Err(Error::invalid("shared", found, "start before stop"))
-    };
-    Ok(Located {
-        holders: holders.into_iter().map(holder).collect::<Result<_>>()?,
-        shared: shared.into_iter().map(range).collect::<Result<_>>()?,
-    })
-}
-
 #[pymethods]
 impl Node {
     /// Opens everything: the agent, the tiers (with what the disk still holds), the peer service and the registration with
@@ -170,10 +86,8 @@ impl Node {
         let node = py
             .detach(|| AttachedNode::open(config))
             .map_err(to_python)?;
-        let fabric = Fabric::new(node.life().clone(), node.node().agent().clone());
-        let node = ManuallyDrop::new(node);
         Ok(Self {
-            core: Arc::new(Core { fabric, node }),
+            core: Core::of(node),
         })
     }
 
@@ -221,7 +135,7 @@ impl Node {
             }
             // A fetch writes to all of them.
             held.check_writable().map_err(to_python)?;
-            let id: RegionId = held.region.id();
+            let id = held.region.id();
             if regions.iter().all(|known| known.region.id() != id) {
                 regions.push(held.clone());
             }
@@ -268,10 +182,6 @@ impl Node {
     /// Copies blocks out of the engine's memory into the tiers: `blocks` are numbers in `pages`, for the positions of `prefix`
     /// from `first` on. Their memory must stay as it is until the operation is done.
     #[pyo3(signature = (prefix, pages, blocks, *, first = 0, deadline = 30.0))]
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "Python passes the optional ones by name"
-    )]
     fn store(
         &self,
         py: Python<'_>,
@@ -344,6 +254,77 @@ impl Node {
         Ok(Operation::plain(self.core.life(), operation, reports::held))
     }
 
+    /// How many blocks from the first could be had, and where: own tiers, shared objects and peers.
+    #[pyo3(signature = (prefix, *, deadline = 0.5))]
+    fn locate(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        deadline: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let (prefix, deadline) = (self.own(prefix)?, parse_timeout(deadline)?);
+        let operation = py.detach(|| self.core.node.locate(&prefix.lock(), deadline));
+        let life = self.core.life();
+        Ok(Operation::plain(life, operation, reports::reach))
+    }
+
+    /// Keeps blocks of this node, from position `first` of `prefix` on, in host memory until `unpin`, at most `ttl` seconds.
+    #[pyo3(signature = (prefix, *, first = 0, ttl = 30.0))]
+    fn pin(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        first: usize,
+        ttl: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let (prefix, ttl) = (self.own(prefix)?, parse_timeout(ttl)?);
+        let operation = py.detach(|| self.core.node.pin(&prefix.lock(), first, ttl));
+        let operation = operation.map_err(to_python)?;
+        Ok(Operation::plain(self.core.life(), operation, reports::pin))
+    }
+
+    /// Lets go of what this node pinned, or the one whose peer service is `at`; nothing happens for a pin that is over.
+    #[pyo3(signature = (pin, *, at = None, deadline = 2.0))]
+    fn unpin(&self, pin: u64, at: Option<&str>, deadline: f64) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let deadline = parse_timeout(deadline)?;
+        let operation = match at {
+            Some(address) => self.core.node.unpin(address, PinId(pin), deadline),
+            None => self.core.node.release(PinId(pin)),
+        };
+        let life = self.core.life();
+        Ok(Operation::plain(life, operation, reports::nothing))
+    }
+
+    /// Removes the blocks of `prefix` from this node's own tiers, and tells the index. Shared objects stay, and so do blocks
+    /// that somebody uses.
+    fn remove(&self, py: Python<'_>, prefix: &Bound<'_, Prefix>) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let prefix = self.own(prefix)?;
+        let operation = py.detach(|| self.core.node.remove(&prefix.lock()));
+        let life = self.core.life();
+        Ok(Operation::plain(life, operation, reports::removed))
+    }
+
+    /// Removes all blocks from this node's own tiers, as `remove` does.
+    fn clear(&self) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let operation = self.core.node.clear();
+        let life = self.core.life();
+        Ok(Operation::plain(life, operation, reports::removed))
+    }
+
+    /// Waits until what is on its way to the disk and to the shared store is there.
+    #[pyo3(signature = (deadline = 30.0))]
+    fn flush(&self, deadline: f64) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let operation = self.core.node.flush(parse_timeout(deadline)?);
+        let life = self.core.life();
+        Ok(Operation::plain(life, operation, reports::nothing))
+    }
+
     /// The tiers' counters and levels, by name; docs/metrics.md explains each.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let _call = enter(self.core.life())?;
@@ -381,52 +362,5 @@ impl Node {
 
     fn __repr__(&self) -> String {
         format!("<kvfabric.Node {:?}>", self.pod())
-    }
-}
-
-#[pymethods]
-impl Pages {
-    fn __len__(&self) -> usize {
-        self.pages.blocks() as usize
-    }
-
-    /// Bytes of a block, all segments together.
-    #[getter]
-    fn block_bytes(&self) -> u64 {
-        self.pages.block_bytes()
-    }
-
-    fn __repr__(&self) -> String {
-        format!(
-            "<kvfabric.Pages, {} blocks of {} bytes>",
-            self.pages.blocks(),
-            self.pages.block_bytes()
-        )
-    }
-}
-
-#[pymethods]
-impl Prefix {
-    /// Goes on with more tokens and returns how many full blocks there are; what does not fill a block waits for more.
-    fn extend(&self, py: Python<'_>, tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let _call = enter(self.core.life())?;
-        let tokens = integers(tokens, "tokens")?;
-        py.detach(|| self.lock().extend(&tokens)).map_err(to_python)
-    }
-
-    fn __len__(&self) -> PyResult<usize> {
-        let _call = enter(self.core.life())?;
-        Ok(self.lock().len())
-    }
-
-    /// The data key of the block at `position`: 32 bytes that name its content and where it belongs.
-    fn key<'py>(&self, py: Python<'py>, position: usize) -> PyResult<Bound<'py, PyBytes>> {
-        let _call = enter(self.core.life())?;
-        let info = self.lock().infos().get(position).copied();
-        let info = info.ok_or_else(|| {
-            let count = self.lock().len();
-            to_python(Error::invalid("position", position, 0..count))
-        })?;
-        Ok(PyBytes::new(py, &info.key.0))
     }
 }

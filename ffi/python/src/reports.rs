@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvfabric::life::Life;
 use kvfabric::transfer::Telemetry;
-use kvfabric::{Fetched, HeldDepth, Source};
+use kvfabric::{Fetched, HeldDepth, Pinned, Reach, Removed, Source};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyType};
@@ -18,6 +18,9 @@ const REPORTS: &str = "kvfabric._reports";
 static TELEMETRY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static STORE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static HELD: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static PIN: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static REMOVED: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static REACH: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static FINISHED: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
 
 /// `kvfabric.Telemetry`.
@@ -65,6 +68,47 @@ pub(crate) fn store<'py>(
 pub(crate) fn held<'py>(py: Python<'py>, held: &HeldDepth) -> PyResult<Bound<'py, PyAny>> {
     let fields = (held.depth, held.host, held.disk);
     HELD.import(py, REPORTS, "Held")?.call1(fields)
+}
+
+/// `kvfabric.Pin`.
+pub(crate) fn pin<'py>(py: Python<'py>, pinned: &Pinned) -> PyResult<Bound<'py, PyAny>> {
+    let fields = (pinned.id.0, pinned.depth);
+    PIN.import(py, REPORTS, "Pin")?.call1(fields)
+}
+
+/// `kvfabric.Removed`.
+pub(crate) fn removed<'py>(py: Python<'py>, removed: &Removed) -> PyResult<Bound<'py, PyAny>> {
+    let fields = (removed.removed, removed.kept);
+    REMOVED.import(py, REPORTS, "Removed")?.call1(fields)
+}
+
+/// `kvfabric.Reach`.
+pub(crate) fn reach<'py>(py: Python<'py>, reach: &Reach) -> PyResult<Bound<'py, PyAny>> {
+    let holders = reach.located.holders.iter();
+    let holders: Vec<(&str, u32, Option<&str>)> = holders
+        .map(|holder| {
+            (
+                holder.pod.as_str(),
+                holder.depth,
+                holder.peer_address.as_deref(),
+            )
+        })
+        .collect();
+    let shared = reach.located.shared.iter();
+    let shared: Vec<(u32, u32)> = shared.map(|range| (range.start, range.end)).collect();
+    let own = &reach.own;
+    let fields = (reach.depth, own.depth, own.host, own.disk, holders, shared);
+    REACH.import(py, REPORTS, "Reach")?.call1(fields)
+}
+
+/// None, for what has no result.
+#[expect(
+    clippy::unnecessary_wraps,
+    clippy::trivially_copy_pass_by_ref,
+    reason = "as all that tell outcomes"
+)]
+pub(crate) fn nothing<'py>(py: Python<'py>, _done: &()) -> PyResult<Bound<'py, PyAny>> {
+    Ok(py.None().into_bound(py))
 }
 
 /// Counters by name.

@@ -473,8 +473,16 @@ class Node:
         `unpin`, at most `ttl` seconds.
         """
 
-    def unpin(self, pin: int) -> Operation[None]:
-        """Lets go of what was pinned; nothing happens for a pin that is over."""
+    def unpin(
+        self,
+        pin: int,
+        *,
+        at: Optional[str] = None,
+        deadline: float = 2.0,
+    ) -> Operation[None]:
+        """Lets go of what this node pinned, or the node whose peer service is at "ip:port" `at`;
+        nothing happens for a pin that is over. `DeniedError` from a node of another model.
+        """
 
     def remove(self, prefix: Prefix) -> Operation[Removed]:
         """Removes the blocks of `prefix` from this node's own tiers, and tells the index. Shared
@@ -616,8 +624,14 @@ class PeerService:
         from a node without `[engine]`.
         """
 
-    def unpin(self, pin: int, *, deadline: Optional[float] = None) -> Operation[None]:
-        """As `Node.unpin` there."""
+    def unpin(
+        self,
+        pin: int,
+        model_identity: str,
+        *,
+        deadline: Optional[float] = None,
+    ) -> Operation[None]:
+        """As `Node.unpin` there; `model_identity` is that node's, 64 hexadecimal digits."""
 
 @final
 class Index:

@@ -1,0 +1,48 @@
+//! A node, as all objects made from it share it.
+
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+
+use kvfabric::life::Life;
+use kvfabric::{AttachedNode, Error, ErrorKind, Result};
+
+use crate::fabric::Fabric;
+
+/// A node, shared by all objects made from it.
+pub(crate) struct Core {
+    pub(crate) fabric: Arc<Fabric>,
+    pub(crate) node: ManuallyDrop<AttachedNode>,
+}
+
+impl Core {
+    pub(crate) fn of(node: AttachedNode) -> Arc<Self> {
+        let fabric = Fabric::new(node.life().clone(), node.node().agent().clone());
+        let node = ManuallyDrop::new(node);
+        Arc::new(Self { fabric, node })
+    }
+
+    pub(crate) fn life(&self) -> &Arc<Life> {
+        self.node.life()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for an object of another node.
+    pub(crate) fn check(self: &Arc<Self>, what: &str, other: &Arc<Self>) -> Result<()> {
+        if Arc::ptr_eq(self, other) {
+            return Ok(());
+        }
+        let pod = other.node.node().pod();
+        let text = format!("the {what} are of another node, {:?}", pod.as_str());
+        Err(Error::new(ErrorKind::Invalid, text))
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // In a forked child the node's threads do not exist: it is left as it is.
+        if !self.life().is_forked() {
+            // SAFETY: not used after this, as the core is being dropped.
+            unsafe { ManuallyDrop::drop(&mut self.node) };
+        }
+    }
+}
