@@ -17,10 +17,15 @@ TIMEOUT = 20.0
 def main():
     transport = sys.argv[1]
     tcp = "127.0.0.1:0" if transport == "tcp" else None
-    agent = kvfabric.Agent("peer", shm=transport == "shm", tcp=tcp)
-    region = agent.shared_memory(LENGTH, writable=True)
-    hidden = agent.shared_memory(LENGTH, readable=False)
-    view = region.view()
+    agent = kvfabric.Agent("peer", shm=transport != "tcp", tcp=tcp)
+    if transport == "cma":
+        view = memoryview(bytearray(LENGTH))
+        region = agent.register(view, writable=True)
+        hidden = agent.register(bytearray(LENGTH), readable=False)
+    else:
+        region = agent.shared_memory(LENGTH, writable=True)
+        hidden = agent.shared_memory(LENGTH, readable=False)
+        view = region.view()
     view[:] = b"\x11" * LENGTH
     say({"metadata": encode(agent.metadata()), "region": region.id, "hidden": hidden.id})
     other = None
