@@ -189,22 +189,40 @@ impl Numbers {
             shape.push(usize::try_from(extent).unwrap_or(0));
         }
         let count = usize::try_from(view.len).unwrap_or(0) / size;
-        let mut bytes = vec![0_u8; count * size];
-        // SAFETY: the view is contiguous and `len` bytes long, and cannot go away while it is held. Other threads may
-        // write to it, so the bytes are copied once, raw, and looked at only afterwards.
-        unsafe { std::ptr::copy_nonoverlapping(buffer.base(), bytes.as_mut_ptr(), count * size) };
-        let values = bytes.chunks_exact(size).map(|raw| match *raw {
-            [a, b, c, d] if is_signed => {
-                i64::from(i32::from_ne_bytes([a, b, c, d])).cast_unsigned()
-            }
-            [a, b, c, d] => u64::from(u32::from_ne_bytes([a, b, c, d])),
-            [a, b, c, d, e, f, g, h] => u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
-            _ => u64::MAX,
-        });
-        Ok(Self {
-            shape,
-            values: values.collect(),
-        })
+        let values = if size == 8 {
+            let mut values = vec![0_u64; count];
+            buffer.copy_to(&mut values);
+            values
+        } else {
+            let mut narrow = vec![0_u32; count];
+            buffer.copy_to(&mut narrow);
+            let widen = |raw: u32| match is_signed {
+                true => i64::from(raw.cast_signed()).cast_unsigned(),
+                false => u64::from(raw),
+            };
+            narrow.into_iter().map(widen).collect()
+        };
+        Ok(Self { shape, values })
+    }
+}
+
+/// A number of which every pattern of bytes is one.
+trait Plain: Copy {}
+impl Plain for u32 {}
+impl Plain for u64 {}
+
+impl Buffer {
+    /// Copies from its beginning as much as fits `target`.
+    fn copy_to<T: Plain>(&self, target: &mut [T]) {
+        let bytes = size_of_val(target).min(usize::try_from(self.len()).unwrap_or(usize::MAX));
+        if bytes == 0 {
+            // An empty array may be nowhere.
+            return;
+        }
+        // SAFETY: the view is contiguous and at least so long, and cannot go away while it is held; the target is at
+        // least so long, too, and any bytes are numbers. Other threads may write to the view, so its bytes are copied
+        // once, raw, and looked at only afterwards.
+        unsafe { std::ptr::copy_nonoverlapping(self.base(), target.as_mut_ptr().cast(), bytes) };
     }
 }
 

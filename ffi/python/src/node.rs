@@ -210,7 +210,10 @@ impl Node {
     /// Brings blocks into the engine's memory, from wherever they are: `blocks` are numbers in `pages`, for the positions of
     /// `prefix` from `first` on. `holders` and `shared` are hints, counted from the first block of `prefix`; without any,
     /// the index is asked. The memory must not be used until the operation is done.
-    #[pyo3(signature = (prefix, pages, blocks, *, first = 0, holders = Vec::new(), shared = Vec::new(), deadline = 5.0))]
+    #[pyo3(
+        signature = (prefix, pages, blocks, *, first = 0, holders = Vec::new(), shared = Vec::new(), deadline = 5.0),
+        text_signature = "($self, prefix, pages, blocks, *, first=0, holders=(), shared=(), deadline=5.0)",
+    )]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python passes the optional ones by name"

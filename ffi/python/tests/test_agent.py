@@ -78,7 +78,9 @@ def test_a_dropped_region_lets_its_object_go(agent):
 def test_a_transfer_keeps_its_regions_alive(agent):
     memory = Memory(b"x" * 64)
     alive = weakref.ref(memory)
-    transfer = agent.read([(agent.register(bytearray(64)), 0, 64)], None, [(agent.register(memory), 0, 64)])
+    transfer = agent.read(
+        [(agent.register(bytearray(64)), 0, 64)], None, [(agent.register(memory), 0, 64)]
+    )
     del memory
     gc.collect()
     assert alive() is not None
@@ -104,7 +106,9 @@ def test_only_own_memory_has_a_view(agent):
         agent.register(bytearray(8)).view()
 
 
-@pytest.mark.parametrize("memory", [object(), 5, "text", memoryview(bytearray(8))[::2], bytearray()])
+@pytest.mark.parametrize(
+    "memory", [object(), 5, "text", memoryview(bytearray(8))[::2], bytearray()]
+)
 def test_what_is_no_memory_is_refused(agent, memory):
     with pytest.raises(kvfabric.InvalidError):
         agent.register(memory)

@@ -26,14 +26,23 @@ def test_numpy_rows_describe_ranges(agent):
         agent.prepare(numpy.array([[ids[0], 0, 4]], dtype=numpy.uint64))
     regions = agent.register(source), agent.register(target)
     offsets = numpy.arange(0, 4096, 64, dtype=numpy.uint64)
-    plain = numpy.stack([numpy.full_like(offsets, regions[0].id), offsets, numpy.full_like(offsets, 32)], axis=1)
+    plain = numpy.stack(
+        [numpy.full_like(offsets, regions[0].id), offsets, numpy.full_like(offsets, 32)], axis=1
+    )
     remote = agent.prepare(plain)
     local = agent.prepare(numpy.array([[regions[1].id, 0, 32, 64, 64]], dtype=numpy.uint64))
     assert len(remote) == len(local) == 64 and remote.bytes == local.bytes == 2048
     chosen = numpy.arange(0, 64, 2)
-    for positions in (chosen, chosen.astype(numpy.int32), chosen.astype(numpy.uint64), chosen.tolist()):
+    for positions in (
+        chosen,
+        chosen.astype(numpy.int32),
+        chosen.astype(numpy.uint64),
+        chosen.tolist(),
+    ):
         target[:] = 0
-        transfer = agent.request("read", local, remote, local_positions=positions, remote_positions=positions)
+        transfer = agent.request(
+            "read", local, remote, local_positions=positions, remote_positions=positions
+        )
         transfer.post()
         transfer.wait(TIMEOUT)
         expected = numpy.zeros_like(source).reshape(64, 16)

@@ -8,7 +8,9 @@ import kvfabric
 def test_an_empty_index_knows_no_pods(indexer):
     index = kvfabric.Index(indexer)
     assert index.lookup(range(256)) == []
-    assert index.lookup([1, 2, 3], lora="adapter", cache_salt="tenant", pods_max=4, deadline=2) == []
+    assert (
+        index.lookup([1, 2, 3], lora="adapter", cache_salt="tenant", pods_max=4, deadline=2) == []
+    )
 
 
 def test_tokens_must_be_numbers_of_32_bits(indexer):

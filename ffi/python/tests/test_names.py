@@ -59,7 +59,12 @@ def test_a_chain_names_each_block_by_both_its_hashes():
 def test_adapters_and_salts_have_other_names():
     keys = set()
     adapter = bytes(range(32))
-    for more in ({}, {"lora": "a"}, {"cache_salt": "a"}, {"lora": "a", "adapter_identity": adapter}):
+    for more in (
+        {},
+        {"lora": "a"},
+        {"cache_salt": "a"},
+        {"lora": "a", "adapter_identity": adapter},
+    ):
         one = chain(**more)
         one.extend(range(BLOCK), hashes(1))
         carried, _, ((_, key),) = parsed(one.pack(0, 1))

@@ -223,7 +223,11 @@ def test_what_does_not_fit_is_refused_before_anything_moves(node, pool):
     with pytest.raises(kvfabric.InvalidError, match="holders"):
         node.fetch(one, pool.pages, [0], holders=[("two words", 3, None)])
     region = pool.region
-    for segments, blocks in (([], 1), ([(region, 0, PART, PART)], 0), ([(region, 0, PART - 1, PART)], 2)):
+    for segments, blocks in (
+        ([], 1),
+        ([(region, 0, PART, PART)], 0),
+        ([(region, 0, PART - 1, PART)], 2),
+    ):
         with pytest.raises(kvfabric.InvalidError):
             node.pages(segments, blocks)
     with pytest.raises(kvfabric.InvalidError, match="segment 0"):
@@ -281,8 +285,12 @@ def test_an_engine_whose_hashes_may_collide_is_refused():
 
 def test_a_configuration_is_a_file_too_and_can_be_overridden(tmp_path):
     file = tmp_path / "node.toml"
-    lines = [f'{key} = "{value}"' for key, value in configuration().items() if isinstance(value, str)]
-    numbers = [f"{key} = {value}" for key, value in configuration().items() if isinstance(value, int)]
+    lines = [
+        f'{key} = "{value}"' for key, value in configuration().items() if isinstance(value, str)
+    ]
+    numbers = [
+        f"{key} = {value}" for key, value in configuration().items() if isinstance(value, int)
+    ]
     file.write_text("\n".join([*lines, *numbers, "[host]", f"bytes = {4 * BLOCK_BYTES}", ""]))
     overrides = {"pod": "over", "host.bytes": 8 * BLOCK_BYTES, "fabric.shm": False, "index": None}
     for path in (file, str(file)):

@@ -51,7 +51,11 @@ def test_positions_choose_ranges_and_pair_them_in_order(agent, source, memory):
     local = agent.prepare(rows((target.id, 0, BLOCK, BLOCK, BLOCKS)))
     remote = agent.prepare(rows((source.id, 0, BLOCK, BLOCK, BLOCKS)))
     transfer = agent.request(
-        "read", local, remote, local_positions=[0, 1, 2], remote_positions=array.array("q", [9, 3, 7])
+        "read",
+        local,
+        remote,
+        local_positions=[0, 1, 2],
+        remote_positions=array.array("q", [9, 3, 7]),
     )
     assert transfer.bytes == 3 * BLOCK
     assert transfer.state == "idle" and transfer.telemetry is None and transfer.error is None
@@ -145,7 +149,11 @@ def test_lists_and_positions_that_do_not_pair_are_refused(agent, source, memory)
 def test_read_only_memory_is_no_target_whatever_names_it(agent, memory):
     constant = agent.register(bytes(BLOCK))
     other = agent.prepare([(agent.register(memory), 0, BLOCK)])
-    named = [(constant, 0, BLOCK)], rows((constant.id, 0, BLOCK)), rows((constant.id, 0, BLOCK, 1, 1))
+    named = (
+        [(constant, 0, BLOCK)],
+        rows((constant.id, 0, BLOCK)),
+        rows((constant.id, 0, BLOCK, 1, 1)),
+    )
     for descriptors in named:
         prepared = agent.prepare(descriptors)
         with pytest.raises(kvfabric.DeniedError, match="read-only"):

@@ -129,8 +129,8 @@ class Agent:
     thread.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         name: str,
         *,
         shm: bool = True,
@@ -138,7 +138,7 @@ class Agent:
         cma: Optional[bool] = None,
         tcp_advertise: Optional[str] = None,
         allow_peers: Optional[Sequence[str]] = None,
-    ) -> None:
+    ) -> Agent:
         """Starts an agent that peers know by `name`.
 
         `shm` shares memory with peers on this host; `cma` has memory that cannot be shared copied
@@ -380,12 +380,12 @@ class Transfer:
 class Node:
     """One pod's tiers, fabric and connection to the index. Safe to use from any thread."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         config: Union[Mapping[str, object], str, os.PathLike[str]],
         *,
-        overrides: Mapping[str, object] = ...,
-    ) -> None:
+        overrides: Optional[Mapping[str, object]] = None,
+    ) -> Node:
         """Opens everything: the agent, the tiers (with what the disk still holds), the peer service
         and the registration with the index.
 
@@ -581,8 +581,8 @@ class NameChain:
     understands. Needs no node.
     """
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         scheme: str,
         model: str,
         block_tokens: int,
@@ -590,7 +590,7 @@ class NameChain:
         lora: str = "",
         cache_salt: str = "",
         adapter_identity: Optional[bytes] = None,
-    ) -> None:
+    ) -> NameChain:
         """`scheme` is the indexer's key scheme, such as "xxh3:1337"; `model` the name that the
         index knows the model by.
         """
@@ -614,7 +614,7 @@ class PeerService:
     worker's node could get.
     """
 
-    def __init__(self, address: str, *, deadline: float = 2.0) -> None:
+    def __new__(cls, address: str, *, deadline: float = 2.0) -> PeerService:
         """Connects on first use to the node at "ip:port". `deadline` seconds bound connecting,
         and each call that names none.
         """
@@ -637,7 +637,7 @@ class PeerService:
 class Index:
     """A connection to an index."""
 
-    def __init__(self, address: str, *, deadline: float = 2.0) -> None:
+    def __new__(cls, address: str, *, deadline: float = 2.0) -> Index:
         """Connects to the index at "host:port". `deadline` seconds bound this, and each lookup
         that names none.
         """
@@ -683,12 +683,12 @@ class PodDepth:
         """Where its peer service listens, if it has one."""
 
 def model_identity(
-    path: Union[str, os.PathLike[str]],
+    path: Union[str, os.PathLike[str], None],
     *,
     element: str,
     quantisation: str = "",
     layout: str,
-    attributes: Mapping[str, str] = ...,
+    attributes: Optional[Mapping[str, str]] = None,
     name: Optional[str] = None,
 ) -> str:
     """What stands for all that shapes the bytes of a model's blocks, as 64 hexadecimal digits: a
