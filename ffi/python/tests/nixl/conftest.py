@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -174,7 +175,8 @@ class OtherProcess:
         self.process.wait(SECONDS)
 
     def end(self):
-        """Ends it."""
+        """Ends it, also if it was stopped."""
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         try:
             self.process.wait(SECONDS)
