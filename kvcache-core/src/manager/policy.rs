@@ -15,7 +15,8 @@ pub struct HostUsage {
     pub leaving: u32,
     /// Blocks that wait for a slot.
     pub wanted: u32,
-    /// Whether a lower tier can take blocks now.
+    /// Whether a block could start to leave for a lower tier now or in a moment: one is in order, has room, and not too
+    /// many copies are on their way already.
     pub lower_tier: bool,
 }
 
@@ -38,7 +39,7 @@ pub trait OffloadPolicy: fmt::Debug + Send {
 }
 
 /// Keeps a share of the slots vacant by writing the coldest blocks to the next tier ahead of need; drops only when
-/// no lower tier takes anything.
+/// nothing is leaving and no lower tier takes anything.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteBehind {
     /// Vacant slots to aim for, in thousandths of all.

@@ -109,6 +109,15 @@ impl Segments {
         self.room
     }
 
+    /// Whether a segment is about to be empty: nothing is at work in the one that is on its way out.
+    pub(super) fn is_room_coming(&self) -> bool {
+        self.leaving.is_some_and(|id| match self.get(id).state {
+            SegmentState::Dropping(_) => true,
+            SegmentState::Draining => self.get(id).pins == 0,
+            _ => false,
+        })
+    }
+
     /// The record holds this block from now on.
     pub(super) fn occupy(&mut self, slot: DiskSlot, key: BlockKey) {
         let segment = &mut self.segments[slot.segment.0 as usize];

@@ -128,8 +128,15 @@ impl Manager {
             filling: self.slots.filling(),
             leaving: self.leaving,
             wanted: self.wanted.len() as u32,
-            lower_tier: self.disk_usable() || self.object_usable(),
+            lower_tier: self.can_leave(),
         }
+    }
+
+    /// Whether a block could start on its way down now, or in a moment without anything being waited for that may hang.
+    fn can_leave(&self) -> bool {
+        let is_free = self.background_open() < self.limits.background_in_flight_max;
+        let disk_takes = self.segments.room() > 0 || self.segments.is_room_coming();
+        is_free && (self.disk_usable() && disk_takes || self.object_usable())
     }
 
     /// Whether the block stays in this node's reach when it leaves DRAM.
@@ -199,15 +206,14 @@ impl Manager {
     /// The copy that takes the block down; none when no lower tier takes it now.
     fn start_leaving(&mut self, key: &BlockKey) -> Option<Job> {
         let from = self.table.get(key).and_then(Block::host_place)?;
-        let task = if self.disk_usable() {
-            Task::DemoteDisk {
-                from,
-                to: self.segments.reserve()?,
-            }
-        } else if self.object_usable() {
-            Task::DemoteObject { from }
-        } else {
-            return None;
+        let record = self
+            .disk_usable()
+            .then(|| self.segments.reserve())
+            .flatten();
+        let task = match record {
+            Some(to) => Task::DemoteDisk { from, to },
+            None if self.object_usable() => Task::DemoteObject { from },
+            None => return None,
         };
         let block = self.table.get_mut(key)?;
         if let HostCopy::Sealed { leaving, .. } = &mut block.host {

@@ -665,6 +665,62 @@ fn refusals_name_the_limit() {
     world.finish();
 }
 
+/// Both segments are full and being read, so that neither takes a block nor can be dropped: a store does not wait for its
+/// deadline, it costs the coldest block.
+#[test]
+fn a_store_does_not_wait_for_a_disk_that_can_take_nothing() {
+    let mut world = world(Limits {
+        host_slots: 4,
+        disk_segments: 2,
+        disk_segment_slots: 2,
+        ..small()
+    });
+    store(&mut world, &chain(0, 4));
+    store(&mut world, &chain(4, 3));
+    assert_eq!(world.manager.stats().disk_blocks, 3);
+    world
+        .fetch(request(&chain(0, 4)), SECOND)
+        .expect("admitted");
+    let reads = world.commands();
+    for (c, lost) in [(8, 0), (12, 1)] {
+        world.store(&chain(c, 1), SECOND).expect("admitted");
+        while world.commands() > reads {
+            world.execute(reads, &[]);
+        }
+        let stats = world.manager.stats();
+        assert_eq!((stats.disk_blocks, stats.evicted_lost), (4, lost));
+        assert!(host(&world).contains(&block(c, 0).index_key));
+    }
+    world.finish();
+}
+
+/// The object store is behind the full disk: it takes what the disk cannot.
+#[test]
+fn the_object_store_takes_what_a_full_disk_cannot() {
+    let mut world = world(Limits {
+        host_slots: 4,
+        disk_segments: 2,
+        disk_segment_slots: 2,
+        object: true,
+        ..small()
+    });
+    store(&mut world, &chain(0, 4));
+    store(&mut world, &chain(4, 3));
+    world
+        .fetch(request(&chain(0, 4)), SECOND)
+        .expect("admitted");
+    let reads = world.commands();
+    for c in [8, 12] {
+        world.store(&chain(c, 1), SECOND).expect("admitted");
+        while world.commands() > reads {
+            world.execute(reads, &[]);
+        }
+    }
+    let stats = world.manager.stats();
+    assert_eq!((stats.demoted_object, stats.evicted_lost), (1, 0));
+    world.finish();
+}
+
 // Everything at once.
 
 #[derive(Clone, Debug)]
