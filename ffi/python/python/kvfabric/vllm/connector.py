@@ -71,12 +71,14 @@ class KvFabricConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Opens this rank's node over the engine's memory."""
-        self._at_worker.open(self._kv_cache_config, kv_caches)
+        """Learns where the engine's memory is, and refuses what cannot be shared."""
+        self._at_worker.register(self._kv_cache_config, kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """Tells the scheduler where this rank's node answers."""
-        return self._at_worker.handshake()
+        """Opens this rank's node and tells the scheduler where it answers: the engine asks once, at
+        the end of its start.
+        """
+        return self._at_worker.open()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Waits for stores of blocks that this step may overwrite."""

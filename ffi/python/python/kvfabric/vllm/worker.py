@@ -69,6 +69,8 @@ class WorkerSide:
         self._node: kvfabric.Node | None = None
         self._pages: kvfabric.Pages | None = None
         self._region: kvfabric.Region | None = None
+        self._layout: PageLayout | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
         self._identity = ""
         self._block_bytes = 0
         self._storing: deque[_Storing] = deque()
@@ -83,34 +85,57 @@ class WorkerSide:
         self.stats = ConnectorStats()
         self._pins = Pins(config.pin_ttl_s, self.stats)
 
-    def open(self, cache: KVCacheConfig, tensors: dict[str, torch.Tensor]) -> None:
-        """Registers the engine's memory and opens this rank's node.
+    def register(self, cache: KVCacheConfig, tensors: dict[str, torch.Tensor]) -> None:
+        """Reads where the engine's blocks are, and what identifies them.
 
-        Raises `ConfigError` for memory that cannot be shared block by block, and what the node says
-        of its configuration.
+        Raises `ConfigError` for memory that cannot be shared block by block, and for a model that
+        nothing identifies.
         """
-        layout = PageLayout.of(cache, tensors)
-        backends = [backend.full_cls_name() for backend in _backends(self._engine, cache)]
-        names = [".".join(name) if isinstance(name, tuple) else str(name) for name in backends]
-        identity = model_identity(self._config, self._engine, layout.name, layout.element, names)
-        self._identity = identity
-        node = node_config(
+        self._layout = PageLayout.of(cache, tensors)
+        # They keep the allocation alive for as long as the node may move its bytes.
+        self._tensors = dict(tensors)
+        layers = [name for group in cache.kv_cache_groups for name in group.layer_names]
+        backends = [
+            backend.full_cls_name() for backend in get_current_attn_backends(self._engine, layers)
+        ]
+        self._identity = model_identity(
             self._config,
-            self._facts,
             self._engine,
-            rank=self._rank,
-            block_bytes=layout.block_bytes,
-            identity=identity,
-            layers=layout.layers,
+            self._layout.name,
+            self._layout.element,
+            [name if isinstance(name, str) else ".".join(name) for name in backends],
         )
-        self._node = kvfabric.Node(node)
-        # The tensors keep the allocation alive; the engine drops them after it has shut the
-        # connector down.
-        self._region = self._node.agent.register_address(
-            layout.address, layout.length, readable=True, writable=True, keep=dict(tensors)
+
+    def open(self) -> Handshake:
+        """Opens this rank's node over the engine's memory; tells where it answers.
+
+        Not before the engine's scheduler is there: the index wants to hear the engine's events as
+        soon as the node has registered. Raises what the node says of its configuration.
+        """
+        layout = self._layout
+        assert layout is not None, "the engine's memory is registered first"
+        if self._node is None:
+            self._node = self._opened(layout)
+        assert self._node.peer_address is not None
+        return Handshake(self._node.pod, self._node.peer_address, self._identity)
+
+    def _opened(self, layout: PageLayout) -> kvfabric.Node:
+        node = kvfabric.Node(
+            node_config(
+                self._config,
+                self._facts,
+                self._engine,
+                rank=self._rank,
+                block_bytes=layout.block_bytes,
+                identity=self._identity,
+                layers=layout.layers,
+            )
         )
-        region = self._region
-        self._pages = self._node.pages(
+        region = node.agent.register_address(
+            layout.address, layout.length, readable=True, writable=True, keep=self._tensors
+        )
+        self._region = region
+        self._pages = node.pages(
             [(region, span.offset, span.stride, span.length) for span in layout.spans],
             layout.blocks,
         )
@@ -118,19 +143,13 @@ class WorkerSide:
         assert self._pages.block_bytes == layout.block_bytes
         logger.info(
             "node %s at %s: %d blocks of %d bytes, model identity %s",
-            self._node.pod,
-            self._node.peer_address,
+            node.pod,
+            node.peer_address,
             layout.blocks,
             layout.block_bytes,
-            identity,
+            self._identity,
         )
-
-    def handshake(self) -> Handshake | None:
-        """Where the scheduler finds this rank's node; None before it is open."""
-        if self._node is None:
-            return None
-        assert self._node.peer_address is not None
-        return Handshake(self._node.pod, self._node.peer_address, self._identity)
+        return node
 
     # One step, in the order in which the engine calls.
 
@@ -319,15 +338,22 @@ class WorkerSide:
                 except kvfabric.KvfabricError:
                     # It is reported by the next poll.
                     continue
-        self._pins.drop(self._open_node)
+        try:
+            self._forget(self._open_node)
+        except kvfabric.KvfabricError as error:
+            # What could not be forgotten must not be served: go on without a node.
+            logger.error("clearing failed, nothing is offloaded or fetched any more: %s", error)
+            self.shutdown()
+        self._cleared += 1
+
+    def _forget(self, node: kvfabric.Node) -> None:
+        self._pins.drop(node)
         ends = time.monotonic() + CLEAR_SECONDS
-        while self._open_node.clear().wait().kept:
+        while node.clear().wait().kept:
             # Blocks that peers are reading stay until their leases end.
             if time.monotonic() >= ends:
-                logger.warning("blocks that peers read are still there %s s later", CLEAR_SECONDS)
-                break
+                raise kvfabric.DeadlineError(f"peers still read blocks after {CLEAR_SECONDS} s")
             time.sleep(CLEAR_PAUSE_SECONDS)
-        self._cleared += 1
 
 
 def _ended(operation: Any, what: str, request_id: str) -> Any:
@@ -341,8 +367,3 @@ def _ended(operation: Any, what: str, request_id: str) -> Any:
             if operation.done():
                 raise
             logger.warning("still waiting for the %s of request %s", what, request_id)
-
-
-def _backends(engine: VllmConfig, cache: KVCacheConfig) -> list[Any]:
-    layers = [name for group in cache.kv_cache_groups for name in group.layer_names]
-    return get_current_attn_backends(engine, layers)

@@ -1,0 +1,124 @@
+"""Runs in an engine's own process (see :func:`bed.single.run`): does the steps that a test wrote
+down, with the connector.
+
+Arguments: a JSON object with `model`, optionally `connector` (its settings; without them the engine
+has no connector), `adapters` (folders) and `engine` (more settings of the engine), and `steps`,
+each a list with a name and arguments. Every step says what it found.
+"""
+
+import json
+import shutil
+import sys
+from typing import Any, Dict, List, Optional
+
+from bed import single
+from bed.model import prompt
+
+
+class Steps:
+    """The steps by name."""
+
+    def __init__(self, job: Dict[str, Any]):
+        more: Dict[str, Any] = {"disable_log_stats": False, **job.get("engine", {})}
+        if "connector" in job:
+            from vllm.config import KVTransferConfig
+
+            more["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="KvFabricConnector",
+                kv_connector_module_path="kvfabric.vllm",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config=job["connector"],
+            )
+        if job.get("adapters"):
+            more.update(enable_lora=True, max_lora_rank=8, max_loras=1)
+        self.adapters: List[str] = job.get("adapters", [])
+        self.llm = single.engine(job["model"], **more)
+        self.counted: Dict[str, float] = {}
+
+    def complete(
+        self, seed: int, tokens: int, salt: Optional[str] = None, adapter: Optional[int] = None
+    ) -> Dict[str, Any]:
+        """One prompt; its answer, and how many of its tokens were not computed."""
+        return self.together([[seed, tokens, salt, adapter]])["answers"][0]
+
+    def together(self, prompts: List[List[Any]], max_tokens: int = 8) -> Dict[str, Any]:
+        """Several prompts at once. An adapter goes by its place in `adapters`; all share a name."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        asked, loras = [], []
+        for seed, tokens, *rest in prompts:
+            salt, adapter = [*rest, None, None][:2]
+            one: Dict[str, Any] = {"prompt_token_ids": prompt(seed, tokens)}
+            if salt is not None:
+                one["cache_salt"] = salt
+            asked.append(one)
+            lora = None
+            if adapter is not None:
+                lora = LoRARequest("adapter", adapter + 1, self.adapters[adapter])
+            loras.append(lora)
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False
+        )
+        said = self.llm.generate(
+            asked, sampling, lora_request=loras if any(loras) else None, use_tqdm=False
+        )
+        answers = [
+            {"tokens": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens}
+            for one in said
+        ]
+        return {"answers": answers}
+
+    def reset(self) -> Dict[str, Any]:
+        """Empties the engine's own prefix cache."""
+        assert self.llm.reset_prefix_cache()
+        return {}
+
+    def clear(self) -> Dict[str, Any]:
+        """Empties the tiers too."""
+        assert self.llm.reset_prefix_cache(reset_connector=True)
+        return {}
+
+    def replace(self, adapter: int, source: str) -> Dict[str, Any]:
+        """Puts other weights into an adapter's folder."""
+        shutil.copytree(source, self.adapters[adapter], dirs_exist_ok=True)
+        return {}
+
+    def flush(self) -> Dict[str, Any]:
+        """Waits until what is on its way to the disk and the object store is there."""
+        self._node().flush().wait()
+        return {}
+
+    def counters(self) -> Dict[str, float]:
+        """By how much the connector's counters grew since this was asked last."""
+        now: Dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            if metric.name.startswith("vllm:kvfabric_"):
+                source = metric.labels.get("source")
+                name = metric.name.removeprefix("vllm:kvfabric_").removesuffix("_total")
+                now[f"{name}_{source}" if source else name] = metric.value
+        grown = {name: value - self.counted.get(name, 0) for name, value in now.items()}
+        self.counted = now
+        return {name: value for name, value in grown.items() if value}
+
+    def tiers(self) -> Dict[str, int]:
+        """The node's own counters."""
+        return dict(self._node().stats())
+
+    def _node(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker._node
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    steps = Steps(job)
+    for name, *arguments in job["steps"]:
+        single.say(step=name, **getattr(steps, name)(*arguments))
+    steps.llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()
