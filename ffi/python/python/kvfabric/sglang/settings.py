@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
 NODE_KEYS = frozenset(
-    {"host", "disk", "object", "fabric", "peer_listen", "pod", "metrics_listen"}
+    {"host", "disk", "object", "index", "fabric", "peer_listen", "pod", "metrics_listen", "key_scheme"}
 )
 DEADLINE_MS_MAX = 600_000
 # Arguments of SGLang, beside the weights, that change the bytes of its pages.
@@ -37,7 +38,8 @@ class Settings:
 
     # Settings of the node, by the names of docs/configuration.md.
     node: Mapping[str, Any]
-    # The operator's name for the weights and all else that shapes bytes. Must change when any of it does. Empty: derived.
+    # The operator's name for the weights, and for whatever else shapes bytes and cannot be derived. Must change when any of
+    # it does. Empty: all is derived.
     weights: str = ""
     # A question whether pages are there, and a fetch of them, that takes longer is a miss.
     lookup_deadline_ms: int = 500
@@ -59,15 +61,13 @@ class Settings:
         own = {field.name: field.default for field in fields(cls) if field.name != "node"}
         values: Dict[str, Any] = {}
         for key, value in table.items():
-            if key == "index":
-                raise SettingError("kvfabric.index: SGLang does not tell a backend the tokens that an index goes by")
             if key in own:
                 values[key] = _checked(key, value, own[key])
             elif key not in NODE_KEYS:
                 known = ", ".join(sorted(NODE_KEYS | own.keys()))
                 raise SettingError(f"kvfabric.{key}: unknown key; known: {known}")
         node = {key: value for key, value in table.items() if key in NODE_KEYS}
-        for key in ("host", "disk", "object", "fabric"):
+        for key in ("host", "disk", "object", "index", "fabric"):
             if key in node and not isinstance(node[key], Mapping):
                 raise SettingError(f"kvfabric.{key}: {node[key]!r} is no table")
         if "bytes" not in node.get("host", {}):
@@ -94,9 +94,12 @@ def node_config(
     tensor = (0, 1) if storage.is_mla_model else (storage.tp_rank, storage.tp_size)
     layers = pool.layout["layers"]
     heads = pool.layout.get("head_num", 1) * tensor[1]
+    # Without a name of its own it has another one at each start.
+    pod = node.get("pod") or f"{socket.gethostname()}/sglang-{uuid.uuid4().hex[:12]}"
     node.update(
-        pod=f"{node.get('pod') or f'{socket.gethostname()}/sglang/{os.getpid()}'}/{number}",
-        model=storage.model_name or "unnamed",
+        pod=f"{pod}/{number}",
+        # Routers ask by tokens, of which SGLang tells a backend nothing: in the index these pages are another model's.
+        model=f"{storage.model_name or 'unnamed'}/pages",
         model_identity=_identity(settings, storage, pool),
         block_bytes=pool.page_bytes,
         block_tokens=pool.page_tokens,
@@ -115,14 +118,15 @@ def node_config(
 
 def _identity(settings: Settings, storage: HiCacheStorageConfig, pool: PagePool) -> str:
     arguments = _arguments()
-    attributes = {"engine": f"sglang {version('sglang')}"}
+    # The name counts beside a digest of the weights, too: it may stand for what the digest does not cover.
+    attributes = {"engine": f"sglang {version('sglang')}", "named": settings.weights}
     if arguments is None:
         if not settings.weights:
             raise SettingError(
                 'kvfabric.weights: SGLang does not tell which model it serves; name the weights, the type of the cache'
                 " and whatever else shapes it, and change that name whenever they change"
             )
-        folder = ""
+        folder = None
     else:
         folder = _model_folder(arguments.model_path, getattr(arguments, "revision", None))
         for name in SHAPING_ARGUMENTS:
@@ -143,7 +147,7 @@ def _identity(settings: Settings, storage: HiCacheStorageConfig, pool: PagePool)
         )
     except kvfabric.KvfabricError as error:
         raise SettingError(
-            f"kvfabric.weights: nothing identifies the weights of {folder!r} ({error}); name them, and change that"
+            f"kvfabric.weights: nothing identifies the weights ({error}); name them, and change that"
             " name whenever they change"
         ) from error
 
@@ -158,7 +162,8 @@ def _arguments() -> Any:
         return None
 
 
-def _model_folder(model: str, revision: Optional[str]) -> str:
+def _model_folder(model: str, revision: Optional[str]) -> Optional[str]:
+    """Where the model is; None if it is not on this machine's disk."""
     if os.path.isdir(model):
         return model
     from huggingface_hub import snapshot_download
@@ -166,7 +171,7 @@ def _model_folder(model: str, revision: Optional[str]) -> str:
     try:
         return snapshot_download(model, revision=revision, local_files_only=True)
     except (OSError, ValueError):
-        return model
+        return None
 
 
 def _checked(key: str, value: Any, default: Any) -> Any:

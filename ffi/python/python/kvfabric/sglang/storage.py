@@ -35,6 +35,7 @@ STAGING_PAGES = 8
 FIGURES_MAX = 1024
 # Version 1 of packed names without a parent: number of bytes of a hash, number of blocks.
 _NAMES = struct.Struct("<BBHI")
+_INDEX_KEY_BYTES = 8
 
 
 class KvFabricStorage(HiCacheStorage):
@@ -65,7 +66,10 @@ class KvFabricStorage(HiCacheStorage):
         """
         super().register_mem_pool_host(mem_pool_host)
         pool = PagePool.of(mem_pool_host)
-        node = kvfabric.Node(node_config(self._settings, self._config, pool))
+        config = node_config(self._settings, self._config, pool)
+        node = kvfabric.Node(config)
+        # Ranks whose pages differ meet in one index: what tells their pages apart is in the keys there, too.
+        self._root = f"{config['model_identity']} {config['shard']} ".encode()
         self._regions = [
             node.agent.register_address(address, size, readable=True, writable=True, keep=storage)
             for address, size, storage in pool.memory
@@ -218,17 +222,16 @@ class KvFabricStorage(HiCacheStorage):
         self._node.shutdown(deadline)
         for region in self._regions:
             region.deregister(deadline)
+        # The folder on disk is let go with the last of these.
+        del self._node, self._pages, self._staging_pages, self._staging, self._regions
 
     def _prefix(self, keys: Sequence[str], in_place: bool) -> kvfabric.Prefix:
-        """The blocks of these keys, each by itself: a page's hash covers all pages before it.
-
-        Index keys go with names, but nobody asks for these.
-        """
+        """The blocks of these keys, each by itself: a page's hash covers all pages before it."""
         names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
         form = b"sglang page in place " if in_place else b"sglang page as tensor "
         for key in keys:
             name = hashlib.sha256(form + key.encode()).digest()
-            names += name + name[:8]
+            names += name + hashlib.sha256(self._root + name).digest()[:_INDEX_KEY_BYTES]
         return self._node.prefix_of(bytes(names))
 
     def _numbers(self, keys: List[str], host_indices: torch.Tensor) -> List[int]:

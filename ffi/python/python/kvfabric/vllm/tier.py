@@ -6,14 +6,17 @@
       "kv_role": "kv_both", "kv_connector_extra_config": {
         "spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8589934592,
         "secondary_tiers": [{"type": "KvFabricTier", "module_path": "kvfabric.vllm.tier",
-                             "host": {"bytes": 1073741824}, "object": {"url": "file:///mnt/shared/kvfabric"}}]}}'
+                             "host": {"bytes": 1073741824}, "object": {"url": "file:///mnt/shared/kvfabric"},
+                             "index": {"address": "http://127.0.0.1:50051"}}]}}'
 
 `KvFabricOffloadingConnector` is vLLM's OffloadingConnector, which otherwise keeps the engine's configuration from its
 tiers. A tier must know it: what shapes the bytes of a block is part of the block's name, so that no other engine takes it
 for its own.
 
-A tier runs in the engine's scheduler, sees rows of the host memory tier, and is never told their tokens. So it tells no
-index of them; `kvfabric.vllm.KvFabricConnector` does. This module is what changes with vLLM's experimental tier interface.
+A tier runs in the engine's scheduler, sees rows of the host memory tier, and is never told their tokens. With an index the
+tiers of a fleet find each other's blocks, by keys made of the engine's hashes and under a model name of their own: routers,
+which ask by tokens, see nothing of them. `kvfabric.vllm.KvFabricConnector` tells routers. This module is what changes with
+vLLM's experimental tier interface.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import kvfabric
@@ -48,9 +51,6 @@ logger = init_logger("vllm.kvfabric.tier")
 
 # Settings of the connector that mean nothing to a tier, and why.
 USELESS = {
-    "index": "vLLM does not tell a tier the tokens that an index goes by; use KvFabricConnector",
-    "key_scheme": "without tokens there are no index keys",
-    "model": "without an index nobody asks for the model",
     "offload": "offload_prompt_only in kv_connector_extra_config decides it",
     "min_fetch_tokens": "vLLM decides what is fetched",
     "pin_ttl_s": "a tier pins nothing",
@@ -62,6 +62,7 @@ HOLES_MAX = 8
 PATIENCE_SECONDS = 10.0
 # Version 1 of packed names without a parent: number of bytes of a hash, number of blocks.
 _NAMES = struct.Struct("<BBHI")
+_INDEX_KEY_BYTES = 8
 
 
 class KvFabricOffloadingConnector(OffloadingConnector):
@@ -101,10 +102,12 @@ class KvFabricTier(SecondaryTierManager):
             )
         rows, row_bytes = primary_kv_view.shape
         self._config = config
-        self._node = kvfabric.Node(_node_config(config, engine, offloading_spec.config, row_bytes))
+        node = _node_config(config, engine, offloading_spec.config, row_bytes)
+        self._node = kvfabric.Node(node)
+        self._namer = _Namer(self._node, str(node["model_identity"]))
         self._region = self._node.agent.register(primary_kv_view, readable=True, writable=True)
         self._pages = self._node.pages([(self._region, 0, row_bytes, row_bytes)], rows)
-        self._lookups = _Lookups(self._node, config.lookup_deadline_ms / 1000)
+        self._lookups = _Lookups(self._node, self._namer, config.lookup_deadline_ms / 1000)
         self._jobs: dict[int, _Job] = {}
         # Results that were known when the job was submitted.
         self._refused: list[JobResult] = []
@@ -130,9 +133,9 @@ class KvFabricTier(SecondaryTierManager):
             return
         try:
             operation = self._node.store(
-                _prefix(self._node, job_metadata.keys),
+                self._namer.prefix(job_metadata.keys),
                 self._pages,
-                _rows(job_metadata),
+                job_metadata.chunk_ids,
                 deadline=self._config.store_deadline_ms / 1000,
             )
         except kvfabric.KvfabricError as error:
@@ -145,9 +148,9 @@ class KvFabricTier(SecondaryTierManager):
         """Starts to bring blocks into rows."""
         try:
             operation = self._node.fetch(
-                _prefix(self._node, job_metadata.keys),
+                self._namer.prefix(job_metadata.keys),
                 self._pages,
-                _rows(job_metadata),
+                job_metadata.chunk_ids,
                 deadline=self._config.fetch_deadline_ms / 1000,
             )
         except kvfabric.KvfabricError as error:
@@ -183,11 +186,12 @@ class KvFabricTier(SecondaryTierManager):
                 logger.warning("job %d is still going on after its deadline", job.what.job_id)
 
     def shutdown(self) -> None:
-        """Ends all transfers, closes the node, and lets go of vLLM's memory."""
+        """Closes the node, waits for what it still moves, and lets go of vLLM's memory.
+
+        Raises `BusyError` if some of it may still be read or written: vLLM then keeps it.
+        """
         deadline = self._config.shutdown_deadline_ms / 1000
         self._node.shutdown(deadline)
-        self.drain_jobs()
-        self._jobs.clear()
         self._region.deregister(deadline)
 
     def _refuse(self, what: TransferJob, error: Exception) -> None:
@@ -213,6 +217,25 @@ class KvFabricTier(SecondaryTierManager):
             successful_keys=keys[:depth] or None,
             transfer_bytes=depth * self._pages.block_bytes,
         )
+
+
+class _Namer:
+    """Names blocks by vLLM's keys: the engine's hash, which covers all blocks before it, and the cache group's number.
+
+    Engines whose blocks differ meet in one index, so what shapes the bytes is in the keys there, too.
+    """
+
+    def __init__(self, node: kvfabric.Node, identity: str) -> None:
+        self._node = node
+        self._identity = identity.encode()
+
+    def prefix(self, keys: Collection[OffloadKey]) -> kvfabric.Prefix:
+        """The blocks of these keys, in order."""
+        names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
+        for key in keys:
+            name = hashlib.sha256(b"vllm offload key " + key).digest()
+            names += name + hashlib.sha256(self._identity + name).digest()[:_INDEX_KEY_BYTES]
+        return self._node.prefix_of(bytes(names))
 
 
 @dataclass
@@ -283,8 +306,9 @@ class _Lookups:
     A request's answers stay the same until it is finished: the scheduler counts on what it was told.
     """
 
-    def __init__(self, node: kvfabric.Node, deadline: float) -> None:
+    def __init__(self, node: kvfabric.Node, namer: _Namer, deadline: float) -> None:
         self._node = node
+        self._namer = namer
         self._deadline = deadline
         self._verdicts: dict[OffloadKey, _Verdict] = {}
         self._keys_of: dict[str, set[OffloadKey]] = {}
@@ -348,7 +372,7 @@ class _Lookups:
             self._decide(keys, found=False)
             return
         try:
-            operation = self._node.locate(_prefix(self._node, keys), deadline=self._deadline)
+            operation = self._node.locate(self._namer.prefix(keys), deadline=self._deadline)
         except kvfabric.KvfabricError as error:
             logger.debug("lookup of %d blocks: %s", len(keys), error)
             self._decide(keys, found=False)
@@ -360,22 +384,6 @@ class _Lookups:
             verdict = self._verdicts.get(key)
             if verdict is not None and verdict.found is None:
                 verdict.found = found
-
-
-def _rows(job: TransferJob) -> Any:
-    return job.chunk_ids
-
-
-def _prefix(node: kvfabric.Node, keys: Collection[OffloadKey]) -> kvfabric.Prefix:
-    """The blocks of these keys, each by itself: an engine's hash covers all blocks before it.
-
-    A key is the hash and the number of the cache group. Index keys go with names, but nobody asks for these.
-    """
-    names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
-    for key in keys:
-        name = hashlib.sha256(b"vllm offload key " + key).digest()
-        names += name + name[:8]
-    return node.prefix_of(bytes(names))
 
 
 def _parse(settings: dict[str, Any]) -> ConnectorConfig:
@@ -394,35 +402,41 @@ def _node_config(
             'weights: a tier is not told which adapter a block belongs to; set "weights" to a name that'
             " changes whenever the model's weights or an adapter's do"
         )
-    hash_name, seed = engines._hashing(engine)
-    replica, replicas = engines._replica(engine)
+    hash_name, seed = engines.hashing(engine)
+    replica, replicas = engines.replica_of(engine)
+    pod = engines.pod_name(config, offloading.engine_id, replica, replicas)
     first = offloading.groups[0]
     facts = engines.EngineFacts(
         block_tokens=first.tokens_per_block * offloading.cache.blocks_per_chunk,
-        hash_format=engines._hash_format(),
+        hash_format=engines.hash_format(),
         hash_name=hash_name,
         hash_seed=seed,
-        model=engines._served_model(engine),
+        model=f"{config.model or engines.served_model(engine)}/offload",
         tensor_size=1,
-        pod=engines._pod(config, offloading.engine_id, replica, replicas),
+        pod=f"{pod}/offload",
         replica=replica,
         replicas=replicas,
         produces=True,
     )
-    return engines.node_config(
-        config,
+    # The engine's own events speak of tokens: they are none of this model's.
+    others = {key: value for key, value in config.node.items() if key != "index"}
+    made = engines.node_config(
+        replace(config, node=others),
         facts,
         engine,
         rank=0,
         block_bytes=row_bytes,
         identity=engines.model_identity(
-            config, engine, _layout(offloading, row_bytes), offloading.model.dtype, _kernels(engine)
+            config, engine, _layout(config, offloading, row_bytes), offloading.model.dtype, _kernels(engine)
         ),
         layers=sum(len(group.layer_names) for group in offloading.groups),
     )
+    if "index" in config.node:
+        made["index"] = dict(config.node["index"])
+    return made
 
 
-def _layout(offloading: OffloadingConfig, row_bytes: int) -> str:
+def _layout(config: ConnectorConfig, offloading: OffloadingConfig, row_bytes: int) -> str:
     """How the bytes of a row are arranged, as far as the engine tells."""
     parallel = asdict(offloading.parallel)
     # Which replica or worker wrote a row changes nothing about it.
@@ -438,6 +452,8 @@ def _layout(offloading: OffloadingConfig, row_bytes: int) -> str:
             "parallel": parallel,
             "replicated": offloading.replicated_layout,
             "canonical": offloading.canonical_layout,
+            # Counts beside a digest of the weights, too: it may stand for adapters, which the digest does not cover.
+            "named": config.weights,
         },
         sort_keys=True,
     )
