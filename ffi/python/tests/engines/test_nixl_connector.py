@@ -6,13 +6,12 @@ that it can only reach by TCP, whose transfers can be held up and cut off by sto
 
 import concurrent.futures
 import contextlib
-import importlib.util
-import os
 import pathlib
 import signal
 from typing import Any, Dict, Iterator, List, NamedTuple
 
 import msgspec
+import nixl_path
 import pytest
 import zmq
 from bed.model import prompt
@@ -24,9 +23,6 @@ OUTPUT_TOKENS = 8
 SECONDS = 120.0
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
-
-# Where nothing is installed, the sources are used.
-SOURCES = pathlib.Path(__file__).resolve().parents[3] / "nixl" / "src"
 
 # One prompt for each case, so that none finds another one's blocks in the engine's own cache.
 PROMPTS = [prompt(seed, PROMPT_TOKENS) for seed in range(31, 37)]
@@ -64,12 +60,9 @@ def nixl_engine(
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(handshake),
         # The way that bytes take is in the engine's log then.
         "NIXL_LOG_LEVEL": "INFO",
+        **nixl_path.environment(),
         **env,
     }
-    if importlib.util.find_spec("nixl") is None:
-        inherited = os.environ.get("PYTHONPATH", "")
-        bed = pathlib.Path(__file__).resolve().parent
-        env["PYTHONPATH"] = os.pathsep.join([str(bed), str(SOURCES), inherited])
     return Prefiller(Engine(model, logs, name, kv_transfer=config, env=env), handshake)
 
 

@@ -4,10 +4,9 @@ Its engine needs a GPU; the class that moves its KV cache does not, if the pool 
 run in two processes, one of which is killed in the end. Only triton, which modules on the way import, is stood in for.
 """
 
-import importlib.util
-import os
 import pathlib
 
+import nixl_path
 import pytest
 from bed import folder, single
 
@@ -17,12 +16,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 @pytest.fixture(scope="module")
 def said(logs):
     """What the run said, line by line."""
-    env = {}
-    if importlib.util.find_spec("nixl") is None:
-        sources = HERE.parents[2] / "nixl" / "src"
-        paths = [str(HERE), str(sources), os.environ.get("PYTHONPATH", "")]
-        env["PYTHONPATH"] = os.pathsep.join(paths)
-    env["KVFABRIC_ENGINES"] = str(folder.engines())
+    env = {**nixl_path.environment(), "KVFABRIC_ENGINES": str(folder.engines())}
     return single.run(HERE / "sglang_pair.py", logs, env=env)
 
 

@@ -4,7 +4,8 @@ import base64
 
 import numpy as np
 import pytest
-from conftest import Deadline, Memory, awaited, finished, run
+from nixl_rig import Deadline, Memory, awaited, finished, run
+
 from nixl import _bindings as bindings
 
 LENGTH = 1 << 20

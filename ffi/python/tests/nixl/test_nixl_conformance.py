@@ -4,9 +4,10 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import Memory, awaited, finished, run
-from nixl import _bindings as bindings
 from nixl._api import DEFAULT_COMM_PORT, nixl_agent, nixl_agent_config, nixl_thread_sync_t
+from nixl_rig import Memory, awaited, finished, run
+
+from nixl import _bindings as bindings
 
 
 def prepared(agent, memory, name="NIXL_INIT_AGENT", size=64, count=64):

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 
-import nixl
+import kvfabric
 import numpy as np
 import pytest
-from conftest import SECONDS, SOURCES, Deadline, Memory, awaited, finished, run
-from nixl import _bindings as bindings
-
-import kvfabric
 from kvfabric.nixl_compat import _api, _card, _memory, _settings
+from nixl_rig import SECONDS, SOURCES, Deadline, Memory, awaited, finished, run
+
+import nixl
+from nixl import _bindings as bindings
 
 ONLY_TCP = {"KVFABRIC_NIXL_SHM": "false", "KVFABRIC_NIXL_CMA": "false"}
 
