@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index wheel
+.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index bench-engines wheel
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench: bench-build ## Every figure of docs/benchmarks.md, beside its reference
 
 bench-fabric: bench-build ## Transfers beside memcpy, raw TCP and plain disk calls
 	target/release/kv-bench transfer --json target/bench/fabric.json
+
+bench-engines: setup ## Calls from C and Python, idle processes, a prompt from one real vLLM to another, beside NIXL
+	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/bench-engines
 
 bench-index: bench-build ## Ingestion, lookups and memory of the index
 	target/release/kv-bench index --grpc --json target/bench/index.json

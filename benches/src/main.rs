@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod clock;
+mod engines;
 mod host;
 mod index;
 mod recorder;
@@ -42,6 +43,8 @@ enum Command {
     Index(index::IndexArgs),
     /// Replay a workload as the KV events of some pods; or run the demo and take its figures.
     Replay(replay::ReplayArgs),
+    /// Measure what an engine pays for kvfabric in calls, idle CPU and handing a prompt over, beside NIXL.
+    Engines(engines::EnginesArgs),
     /// The other process of a transfer, started by it.
     #[command(hide = true)]
     TransferTarget,
@@ -60,6 +63,9 @@ fn main() -> ExitCode {
         }),
         Command::Replay(args) => execute("replay", &args.output, |recorder| {
             replay::run(&args, recorder)
+        }),
+        Command::Engines(args) => execute("engines", &args.output, |recorder| {
+            engines::run(&args, recorder)
         }),
         Command::TransferTarget => status(transfer::serve_target()),
         Command::IndexMemory(args) => status(index::measure_memory(&args)),
