@@ -112,6 +112,10 @@ impl Other {
         assert!(status.stopped(), "{status:?}");
     }
 
+    fn go_on(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::CONT).unwrap();
+    }
+
     fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -308,6 +312,33 @@ fn bytes_and_notifications_go_between_processes() {
         let answer = &reached.agent.wait_notifications(WAIT)[0];
         assert_eq!(answer.bytes[..], checksum.to_le_bytes(), "{way:?}");
         assert_eq!(&*answer.peer, "other");
+    }
+}
+
+/// More notifications than the socket holds, sent while the other process stands still; then it goes on and gets all.
+#[test]
+fn notifications_to_a_process_that_stands_still_arrive_when_it_goes_on() {
+    const COUNT: usize = 100;
+    for way in WAYS {
+        let reached = Reached::new(way);
+        let send = |bytes| reached.agent.notify(&reached.peer, bytes).unwrap();
+        let metadata = reached.agent.metadata();
+        send(metadata).wait(WAIT).unwrap();
+        assert_eq!(reached.agent.wait_notifications(WAIT).len(), 1);
+        reached.other.stop();
+        let sent: Vec<_> = (0..COUNT)
+            .map(|_| send(Bytes::from(vec![7; 60_000])))
+            .collect();
+        reached.other.go_on();
+        for request in &sent {
+            request.wait(WAIT).unwrap();
+        }
+        let mut answers = 0;
+        while answers < COUNT {
+            let more = reached.agent.wait_notifications(WAIT).len();
+            assert!(more > 0, "{way:?}: {answers} answers");
+            answers += more;
+        }
     }
 }
 

@@ -353,10 +353,15 @@ impl<A: Access> Drop for UnixChannel<A> {
 struct Messages<A: Access>(Weak<UnixChannel<A>>);
 
 impl<A: Access> Source for Messages<A> {
-    fn ready(&self, _readiness: Interest) {
+    fn ready(&self, readiness: Interest) {
         let Some(channel) = self.0.upgrade() else {
             return;
         };
+        if readiness.writable
+            && let Err(error) = channel.link.flush()
+        {
+            return channel.lose(&error.to_string());
+        }
         for _ in 0..TURN_MESSAGES {
             let outcome = match channel.link.receive() {
                 Ok(None) => return,
