@@ -92,7 +92,7 @@ impl Bench {
     }
 
     fn copy(&self, plan: &Plan, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
-        Cma::copy(&self.process, plan, &[self.held.clone()], go_on)
+        Cma::copy(&self.process, plan, std::slice::from_ref(&self.held), go_on)
     }
 
     /// Where the bytes of an operation come from, and where they go.
@@ -191,7 +191,10 @@ fn memory_that_is_not_there_fails_the_copy() {
     let gone = Arc::new(Held::<Cma>::new(bench.peer.id(), window, &link()));
     for operation in [Operation::Read, Operation::Write] {
         let plan = bench.plan(operation, &[(0, 4096, 4096)]);
-        let error = Cma::copy(&bench.process, &plan, &[gone.clone()], &|| Ok(())).unwrap_err();
+        let error = Cma::copy(&bench.process, &plan, std::slice::from_ref(&gone), &|| {
+            Ok(())
+        })
+        .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io);
         assert!(error.to_string().contains("4096 bytes at 4096"), "{error}");
     }
