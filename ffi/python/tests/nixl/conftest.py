@@ -1,5 +1,5 @@
-"""Tests of the NIXL interface: ``test_nixl_conformance.py`` and ``test_nixl_two_processes.py`` say what NIXL does, and
-pass on the real one too; ``test_nixl_drop_in.py`` is about kvfabric's alone.
+"""Tests of the NIXL interface: ``test_nixl_memory.py``, ``test_nixl_transfers.py`` and ``test_nixl_two_processes.py`` say what
+NIXL does, and pass on the real one too; ``test_nixl_drop_in.py`` is about kvfabric's alone.
 
     pytest tests/nixl                                                          # kvfabric
     KVFABRIC_NIXL_REAL=1 pytest --confcutdir tests/nixl tests/nixl             # the real NIXL, where it is installed

@@ -66,6 +66,12 @@ def awaited(agent, count):
     return taken
 
 
+def prepared(agent, memory, name="NIXL_INIT_AGENT", size=64, count=64):
+    """The first blocks of a memory, prepared."""
+    blocks = np.array([memory.block(number, size) for number in range(count)], np.uint64)
+    return agent.prep_xfer_dlist(name, agent.get_xfer_descs(blocks, "DRAM"))
+
+
 class OtherProcess:
     """A process that runs nixl_peer.py: an agent of name "other" with numbered bytes."""
 

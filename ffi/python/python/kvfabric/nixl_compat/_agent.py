@@ -9,13 +9,12 @@ import numpy as np
 
 import kvfabric
 
+from ._agent_config import nixlAgentConfig
 from ._card import Card
 from ._constants import (
-    DEFAULT_COMM_PORT,
     NIXL_INIT_AGENT,
     nixl_mem_t,
     nixl_status_t,
-    nixl_thread_sync_t,
     nixl_xfer_op_t,
 )
 from ._errors import (
@@ -43,26 +42,6 @@ _Message = Union[str, bytes]
 _L = TypeVar("_L", nixlRegDList, nixlXferDList)
 _BACKEND_HANDLE = 1
 _NO_SERVER = "kvfabric has no metadata server: pass the agent's metadata along yourself"
-
-
-class nixlAgentConfig:
-    """How to make an agent. Only `captureTelemetry` matters; `useListenThread` is refused."""
-
-    def __init__(
-        self,
-        useProgThread: bool = False,
-        useListenThread: bool = False,
-        listenPort: int = DEFAULT_COMM_PORT,
-        syncMode: nixl_thread_sync_t = nixl_thread_sync_t.NIXL_THREAD_SYNC_NONE,
-        *ignored: object,
-    ) -> None:
-        self.useProgThread = useProgThread
-        self.useListenThread = useListenThread
-        self.listenPort = listenPort
-        self.syncMode = syncMode
-        self.pthrDelay = 0
-        self.lthrDelay = 100_000
-        self.captureTelemetry = False
 
 
 class nixlAgent:

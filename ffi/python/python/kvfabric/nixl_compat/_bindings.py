@@ -1,6 +1,7 @@
 """What engines import from ``nixl._bindings``."""
 
-from ._agent import nixlAgent, nixlAgentConfig
+from ._agent import nixlAgent
+from ._agent_config import nixlAgentConfig
 from ._constants import (
     DEFAULT_COMM_PORT,
     NIXL_INIT_AGENT,
