@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvcache_core::{Error, Result};
 use rustix::event::{EventfdFlags, eventfd};
@@ -11,27 +12,33 @@ use rustix::event::{EventfdFlags, eventfd};
 /// Whoever owns it calls everything but [`Signal::fd`] under the lock of the state that it tells of: then a state that
 /// changes between a look at it and the making of the descriptor is not missed.
 #[derive(Default)]
-pub(crate) struct Signal(OnceLock<OwnedFd>);
+pub(crate) struct Signal {
+    fd: OnceLock<OwnedFd>,
+    /// What it was made last, so that the kernel is told of changes only.
+    raised: AtomicBool,
+}
 
 impl Signal {
     /// Makes the descriptor if there is none. Whether it was made now, so that the state has to be raised.
     pub(crate) fn open(&self) -> Result<bool> {
-        if self.0.get().is_some() {
+        if self.fd.get().is_some() {
             return Ok(false);
         }
         let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| Error::io("create an eventfd", e.into()))?;
-        Ok(self.0.set(made).is_ok())
+        Ok(self.fd.set(made).is_ok())
     }
 
     /// The descriptor, if it was made.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.get().map(AsFd::as_fd)
+        self.fd.get().map(AsFd::as_fd)
     }
 
     /// Makes it readable.
     pub(crate) fn raise(&self) {
-        if let Some(fd) = self.0.get() {
+        if let Some(fd) = self.fd.get()
+            && !self.raised.swap(true, Ordering::Relaxed)
+        {
             // Only fails when the counter is full, and then it is readable anyway.
             let _ = rustix::io::write(fd, &1_u64.to_ne_bytes());
         }
@@ -39,8 +46,10 @@ impl Signal {
 
     /// Makes it unreadable.
     pub(crate) fn clear(&self) {
-        if let Some(fd) = self.0.get() {
-            // One read takes the whole count; it fails when there is none, which is what is wanted.
+        if let Some(fd) = self.fd.get()
+            && self.raised.swap(false, Ordering::Relaxed)
+        {
+            // One read takes the whole count; it fails when somebody took it before, which is as well.
             let _ = rustix::io::read(fd, &mut [0; 8]);
         }
     }

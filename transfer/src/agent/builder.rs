@@ -18,7 +18,8 @@ use crate::sys::fork::Process;
 type Step = Box<dyn FnOnce(&Agent) -> Result<()> + Send>;
 type MakeFabric = Box<dyn FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Send>;
 
-/// What an agent should be able to do. By default: copies within the process, and shared memory within the host.
+/// What an agent should be able to do. By default: copies within the process, and within the host shared memory and system
+/// calls that copy.
 pub struct AgentBuilder {
     name: String,
     shm: bool,

@@ -13,7 +13,8 @@ pub(crate) const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW
 
 /// Memory of this host to register with an agent.
 ///
-/// Only [`HostMemory::shared`] can be mapped by other processes of this host; other kinds are reached over `tcp`.
+/// Only [`HostMemory::shared`] can be mapped by other processes of this host; other kinds are reached over `cma`, where the
+/// kernel allows it, or `tcp`.
 pub struct HostMemory {
     mapping: Mapping,
     shared: Option<OwnedFd>,
