@@ -7,7 +7,6 @@ connector.
 
 import concurrent.futures
 import contextlib
-import itertools
 import os
 import pathlib
 import signal
@@ -251,17 +250,20 @@ def test_a_peer_that_stops_answering_costs_a_deadline_and_no_wrong_token(pair):
 
 
 class Gate:
-    """A relay in front of a peer service: the first connections pass, later ones get no answer. So
-    a fetch can be cut between the question where blocks are and the lease of them.
+    """A relay in front of a peer service, which holds back the first answer until it is opened: so
+    a test can do something between the answer where blocks are and the fetch of them. It knows as
+    much of HTTP/2 as that takes.
     """
 
-    def __init__(self, target: str, connections: int = 1):
+    END_STREAM = 0x1
+    DATA, HEADERS = 0, 1
+
+    def __init__(self, target: str):
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
-        self._connections = connections
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._held: List[socket.socket] = []
-        self.reached = threading.Event()
+        self.answered = threading.Event()
+        self.opened = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -269,33 +271,43 @@ class Gate:
         return "127.0.0.1:%d" % self._listener.getsockname()[1]
 
     def close(self) -> None:
-        for one in (self._listener, *self._held):
-            one.close()
+        self.opened.set()
+        self._listener.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
-            for number in itertools.count():
+            while True:
                 near, _ = self._listener.accept()
-                if number >= self._connections:
-                    self._held.append(near)
-                    self.reached.set()
-                    continue
                 far = socket.create_connection(self._target)
-                for ends in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=ends, daemon=True).start()
+                threading.Thread(target=self._questions, args=(near, far), daemon=True).start()
+                threading.Thread(target=self._answers, args=(far, near), daemon=True).start()
 
     @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
+    def _questions(near: socket.socket, far: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
+            while data := near.recv(1 << 16):
+                far.sendall(data)
+
+    def _answers(self, far: socket.socket, near: socket.socket) -> None:
+        held = b""
+        with contextlib.suppress(OSError), far.makefile("rb") as frames:
+            while head := frames.read(9):
+                kind, flags = head[3], head[4]
+                held += head + frames.read(int.from_bytes(head[:3], "big"))
+                if kind in (self.DATA, self.HEADERS):
+                    if not flags & self.END_STREAM:
+                        continue
+                    self.answered.set()
+                    self.opened.wait()
+                near.sendall(held)
+                held = b""
 
 
 @contextlib.contextmanager
-def fetch_under_way(pair: Pair, seed: int) -> Iterator[Callable[[], Answer]]:
-    """A decode whose fetch waits at the prefill engine's gate; gives what waits for its answer."""
+def fetch_from_halted(pair: Pair, seed: int) -> Iterator[Callable[[], Answer]]:
+    """The decode engine was told where blocks are, and fetches them from an engine that is halted
+    meanwhile; gives what waits for its answer.
+    """
     params = pair.hand_off(seed)
     gate = Gate(params["kvfabric"]["peer_addresses"][0])
     params["kvfabric"]["peer_addresses"] = [gate.address]
@@ -304,15 +316,17 @@ def fetch_under_way(pair: Pair, seed: int) -> Iterator[Callable[[], Answer]]:
             pair.decode.complete, prompt(seed, TOKENS), kv_transfer_params=params
         )
         try:
-            assert gate.reached.wait(PATIENCE), "no fetch reached the gate"
-            yield lambda: answer.result(PATIENCE)
+            assert gate.answered.wait(PATIENCE), "nobody asked where the blocks are"
+            with stopped(pair.prefill):
+                gate.opened.set()
+                yield lambda: answer.result(PATIENCE)
         finally:
             gate.close()
 
 
 def test_a_peer_killed_during_a_fetch_costs_a_deadline_and_no_wrong_token(pair):
-    """The prefill engine dies between the answer where the blocks are and the lease of them."""
-    with Counted(pair.decode) as counted, fetch_under_way(pair, 170) as answer:
+    """The prefill engine says where the blocks are, is halted, and dies while they are fetched."""
+    with Counted(pair.decode) as counted, fetch_from_halted(pair, 170) as answer:
         pair.prefill.kill()
         assert answer().tokens == pair.expected(170)
     assert counted.grew("vllm:kvfabric_fetches_failed") == 1
@@ -327,7 +341,7 @@ def test_an_engine_that_is_told_to_end_during_a_fetch_ends(pair):
     children.
     """
     pair.restart_prefill()
-    with contextlib.suppress(OSError, AssertionError), fetch_under_way(pair, 180):
+    with contextlib.suppress(OSError, AssertionError), fetch_from_halted(pair, 180):
         family = pair.decode.child.family()
         os.kill(pair.decode.child.pid, signal.SIGTERM)
         gone, alive = psutil.wait_procs(family, timeout=PATIENCE)
