@@ -5,8 +5,9 @@
  * a call writes when a buffer is too small, and it is named there. A null argument, where the call does not allow
  * it, is KVF_INVALID. kvf_last_error() tells more about the last failure in this thread.
  *
- * Handles may be used from any thread, and by several at once; freeing one that another thread still uses, or twice, is
- * not detected. A handle keeps alive what it was made from. Every kvf_..._free accepts NULL.
+ * Handles may be used from any thread, and by several at once. They look like pointers and are none: one that was freed, one of
+ * another type and any other value answer KVF_INVALID. Freeing a handle that another thread uses takes effect when that
+ * call ends. A handle keeps alive what it was made from. Every kvf_..._free accepts NULL.
  *
  * After an internal failure all handles of the same agent, node or index answer KVF_INTERNAL and are leaked by free, so that
  * no memory is given back that may still be in use. In a forked child every handle of the parent answers KVF_FORKED.
@@ -289,6 +290,35 @@ typedef uint32_t kvf_source;
 #endif // __cplusplus
 
 /*
+ Where an engine has blocks of its own.
+ */
+enum kvf_tier
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /*
+     The accelerator's memory.
+     */
+    KVF_TIER_DEVICE = 0,
+    /*
+     Host memory.
+     */
+    KVF_TIER_HOST = 1,
+    /*
+     A local disk.
+     */
+    KVF_TIER_DISK = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum kvf_tier kvf_tier;
+#else
+typedef uint32_t kvf_tier;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/*
  Moves bytes between registered memory of this process and its peers.
  */
 typedef struct kvf_agent kvf_agent;
@@ -365,10 +395,24 @@ typedef struct kvf_agent_options {
      */
     uint32_t shm;
     /*
-     Zero.
+     1: memory that cannot be shared is copied by the system between processes of one user on this host; 0: it is not.
      */
-    uint32_t reserved;
+    uint32_t cma;
 } kvf_agent_options;
+
+/*
+ A region that a peer exports.
+ */
+typedef struct kvf_remote_region {
+    /*
+     Its number in descriptors.
+     */
+    uint64_t id;
+    /*
+     Its bytes.
+     */
+    uint64_t len;
+} kvf_remote_region;
 
 /*
  A byte range of a region.
@@ -802,6 +846,118 @@ typedef struct kvf_held {
 } kvf_held;
 
 /*
+ How much of a prefix can be had.
+ */
+typedef struct kvf_reach {
+    /*
+     sizeof(struct kvf_reach), set by the caller.
+     */
+    size_t size;
+    /*
+     Blocks from the first, from the node's own tiers, its peers and shared objects together.
+     */
+    uint32_t depth;
+    /*
+     Blocks from the first that the node has itself.
+     */
+    uint32_t own;
+    /*
+     How many of its own are in host memory.
+     */
+    uint32_t host;
+    /*
+     How many of its own are only on disk.
+     */
+    uint32_t disk;
+    /*
+     Other pods that hold blocks: see kvf_task_holders.
+     */
+    uint32_t holders;
+    /*
+     Ranges of blocks in the shared object store: see kvf_task_shared.
+     */
+    uint32_t shared;
+} kvf_reach;
+
+/*
+ What is kept.
+ */
+typedef struct kvf_pin {
+    /*
+     sizeof(struct kvf_pin), set by the caller.
+     */
+    size_t size;
+    /*
+     What kvf_node_release and kvf_node_unpin take; means something in this run of this node only.
+     */
+    uint64_t id;
+    /*
+     How many blocks, from the first, are kept; with 0 there is nothing to let go of.
+     */
+    uint32_t depth;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_pin;
+
+/*
+ What was dropped.
+ */
+typedef struct kvf_removed {
+    /*
+     sizeof(struct kvf_removed), set by the caller.
+     */
+    size_t size;
+    /*
+     Blocks that left host memory and disk.
+     */
+    uint32_t removed;
+    /*
+     Blocks that stay: pinned, lent to peers, or on their way somewhere.
+     */
+    uint32_t kept;
+} kvf_removed;
+
+/*
+ Blocks that an engine has stored, in sequence order.
+ */
+typedef struct kvf_stored_event {
+    /*
+     sizeof(struct kvf_stored_event).
+     */
+    size_t size;
+    /*
+     The engine's hash of each block, shortened to 64 bits.
+     */
+    const uint64_t *hashes;
+    /*
+     How many blocks; not 0.
+     */
+    size_t count;
+    /*
+     The hash of the block before the first; NULL at the start of a sequence.
+     */
+    const uint64_t *parent;
+    /*
+     The tokens of all of them, one block after the other.
+     */
+    const uint32_t *tokens;
+    /*
+     How many tokens: `count` times those of a block.
+     */
+    size_t token_count;
+    /*
+     A kvf_tier.
+     */
+    uint32_t tier;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_stored_event;
+
+/*
  Whose blocks a lookup asks for, and how long it may take. NULL strings are empty.
  */
 typedef struct kvf_lookup_options {
@@ -1081,6 +1237,30 @@ kvf_status kvf_peer_path(const struct kvf_peer *peer,
                          char *buffer,
                          size_t capacity,
                          size_t *len_out);
+
+/*
+ Copies out the name of the peer's agent. Buffers as in kvf_peer_path.
+
+ # Safety
+ Each pointer is null or valid: `peer` live, `buffer` for `capacity` writes, `len_out` for a write.
+ */
+kvf_status kvf_peer_name(const struct kvf_peer *peer,
+                         char *buffer,
+                         size_t capacity,
+                         size_t *len_out);
+
+/*
+ Copies out the regions that the peer's metadata named, by number.
+
+ With `regions` NULL only their count is told. KVF_INVALID when `capacity` is too small; `count_out` is written then too.
+
+ # Safety
+ Each pointer is null or valid: `peer` live, `regions` for `capacity` writes, `count_out` for a write.
+ */
+kvf_status kvf_peer_regions(const struct kvf_peer *peer,
+                            struct kvf_remote_region *regions,
+                            size_t capacity,
+                            size_t *count_out);
 
 /*
  Ends the connections to a peer and forgets it: transfers in flight fail with KVF_PEER_LOST. The handle must still be freed.
@@ -1454,6 +1634,16 @@ kvf_status kvf_prefix_key(const struct kvf_prefix *prefix,
                           uint8_t *key_out);
 
 /*
+ The place of the block at `position` in the global index: what kvf_index_lookup_keys takes.
+
+ # Safety
+ Each pointer is null or valid: `prefix` live, `key_out` for a write.
+ */
+kvf_status kvf_prefix_index_key(const struct kvf_prefix *prefix,
+                                size_t position,
+                                uint64_t *key_out);
+
+/*
  Gives a prefix back. Operations in progress keep what they need.
 
  # Safety
@@ -1631,6 +1821,158 @@ kvf_status kvf_task_drain(const struct kvf_task *task,
  Each pointer is null or valid: `task` live, `held_out` for its size in reads and writes.
  */
 kvf_status kvf_task_held(const struct kvf_task *task, struct kvf_held *held_out);
+
+/*
+ Begins to find out how much of a prefix can be had, from the node's own tiers, its peers and shared objects together; see
+ kvf_task_reach. The index is asked if the node does not have all of it; no answer within `deadline_ms` counts as nobody.
+
+ # Safety
+ Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ */
+kvf_status kvf_node_locate(const struct kvf_node *node,
+                           const struct kvf_prefix *prefix,
+                           uint32_t deadline_ms,
+                           struct kvf_task **task_out);
+
+/*
+ Begins to keep the blocks of a prefix, from position `first` on, in host memory for `ttl_ms` or until kvf_node_release; see
+ kvf_task_pin for how many are kept.
+
+ # Safety
+ Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ */
+kvf_status kvf_node_pin(const struct kvf_node *node,
+                        const struct kvf_prefix *prefix,
+                        size_t first,
+                        uint32_t ttl_ms,
+                        struct kvf_task **task_out);
+
+/*
+ Begins to drop the blocks of a prefix from host memory and disk; see kvf_task_removed. Shared objects stay.
+
+ # Safety
+ Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ */
+kvf_status kvf_node_remove(const struct kvf_node *node,
+                           const struct kvf_prefix *prefix,
+                           struct kvf_task **task_out);
+
+/*
+ Begins to let go of what kvf_node_pin has kept. A pin that has ended is no failure.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `task_out` for a write.
+ */
+kvf_status kvf_node_release(const struct kvf_node *node, uint64_t pin, struct kvf_task **task_out);
+
+/*
+ Begins to let go of what another node, whose peer service is at `peer_address`, has kept for this one.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `peer_address` a string, `task_out` for a write.
+ */
+kvf_status kvf_node_unpin(const struct kvf_node *node,
+                          const char *peer_address,
+                          uint64_t pin,
+                          uint32_t deadline_ms,
+                          struct kvf_task **task_out);
+
+/*
+ Begins to drop everything from host memory and disk; see kvf_task_removed. Shared objects stay.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `task_out` for a write.
+ */
+kvf_status kvf_node_clear(const struct kvf_node *node, struct kvf_task **task_out);
+
+/*
+ Begins to wait until all blocks that are on their way to disk or to the shared object store are there; the task fails with
+ KVF_TIMEOUT after `deadline_ms`.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `task_out` for a write.
+ */
+kvf_status kvf_node_flush(const struct kvf_node *node,
+                          uint32_t deadline_ms,
+                          struct kvf_task **task_out);
+
+/*
+ The answer of a kvf_node_locate; as kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `reach_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_reach(const struct kvf_task *task, struct kvf_reach *reach_out);
+
+/*
+ Copies out the pods that a kvf_node_locate has found, deepest first: what kvf_fetch_options takes. Arrays as in
+ kvf_task_sources.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `holders` for `capacity` writes, `count_out` for a write.
+ */
+kvf_status kvf_task_holders(const struct kvf_task *task,
+                            struct kvf_holder *holders,
+                            size_t capacity,
+                            size_t *count_out);
+
+/*
+ Copies out which blocks a kvf_node_locate has found in the shared object store. Arrays as in kvf_task_sources.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `ranges` for `capacity` writes, `count_out` for a write.
+ */
+kvf_status kvf_task_shared(const struct kvf_task *task,
+                           struct kvf_block_range *ranges,
+                           size_t capacity,
+                           size_t *count_out);
+
+/*
+ What a kvf_node_pin keeps; as kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `pin_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_pin(const struct kvf_task *task, struct kvf_pin *pin_out);
+
+/*
+ What a kvf_node_remove or kvf_node_clear has dropped; as kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `removed_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_removed(const struct kvf_task *task, struct kvf_removed *removed_out);
+
+/*
+ Tells the index that the engine has stored blocks of the base model, without a salt.
+
+ KVF_UNSUPPORTED when the node has no index, or when the engine's own publisher is configured.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `event` with its arrays for reads.
+ */
+kvf_status kvf_node_publish_stored(const struct kvf_node *node,
+                                   const struct kvf_stored_event *event);
+
+/*
+ Tells the index that one copy of each of these blocks has left a tier of the engine's, a kvf_tier. As
+ kvf_node_publish_stored.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `hashes` for `count` reads.
+ */
+kvf_status kvf_node_publish_removed(const struct kvf_node *node,
+                                    const uint64_t *hashes,
+                                    size_t count,
+                                    uint32_t tier);
+
+/*
+ Tells the index that the engine has dropped everything from the accelerator's memory. As kvf_node_publish_stored.
+
+ # Safety
+ `node` is null or live.
+ */
+kvf_status kvf_node_publish_cleared(const struct kvf_node *node);
 
 /*
  Connects to the index at `address`, "host:port". `deadline_ms` bounds this call, and each lookup that names no deadline.

@@ -41,7 +41,9 @@ impl kvf_agent {
 }
 
 impl Handle for kvf_agent {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "agent";
+
+    fn life(&self) -> &Arc<Life> {
         &self.life
     }
 }
@@ -59,8 +61,8 @@ pub struct kvf_agent_options {
     pub tcp_listen: *const c_char,
     /// 1: peers on this host are reached through shared memory; 0: they are not.
     pub shm: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 1: memory that cannot be shared is copied by the system between processes of one user on this host; 0: it is not.
+    pub cma: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -91,11 +93,11 @@ pub unsafe extern "C" fn kvf_agent_create(
         let tcp = tcp
             .map(|address| parse_address(address, place))
             .transpose()?;
-        options::check_reserved(options.reserved, kvf_agent_options::NAME)?;
+        let cma = parse_flag(options.cma, "kvf_agent_options.cma")?;
         let shm = parse_flag(options.shm, "kvf_agent_options.shm")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(agent_out, "agent_out") }?;
-        let agent = Agent::builder(name).shm(shm).tcp(tcp).build()?;
+        let agent = Agent::builder(name).shm(shm).cma(cma).tcp(tcp).build()?;
         out.write(into_raw(kvf_agent {
             life: Life::begin(),
             agent,
@@ -126,10 +128,7 @@ fn parse_flag(value: u32, place: &str) -> Result<bool> {
 /// `agent` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_agent_free(agent: *mut kvf_agent) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(agent, "agent", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(agent, "agent", |_| Ok(())))
 }
 
 /// Copies out what peers need to reach this agent and the regions that it exports now: hand it to kvf_peer_load there. It
@@ -147,8 +146,7 @@ pub unsafe extern "C" fn kvf_agent_metadata(
     len_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
+        let agent = enter(agent, "agent")?;
         // SAFETY: null or writable for `capacity` bytes, by contract.
         let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
         // SAFETY: null or writable, by contract.
@@ -172,10 +170,8 @@ pub unsafe extern "C" fn kvf_agent_notify(
     timeout_ms: u32,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
-        // SAFETY: null or live during this call, by contract.
-        let peer = unsafe { enter(peer, "peer") }?;
+        let agent = enter(agent, "agent")?;
+        let peer = enter(peer, "peer")?;
         // SAFETY: null or readable for `len` bytes, by contract.
         let message = unsafe { slice(message.cast::<u8>(), len, "message") }?;
         let peer = agent.own(&peer)?;
@@ -204,8 +200,7 @@ pub unsafe extern "C" fn kvf_agent_receive(
     len_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
+        let agent = enter(agent, "agent")?;
         // SAFETY: null or writable for `peer_capacity` bytes, by contract.
         let name = unsafe { OutArray::new(peer_buffer.cast(), peer_capacity, "peer_buffer") }?;
         // SAFETY: null or writable for `capacity` bytes, by contract.
@@ -242,8 +237,7 @@ pub unsafe extern "C" fn kvf_agent_eventfd(
     fd_out: *mut i32,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
+        let agent = enter(agent, "agent")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(fd_out, "fd_out") }?;
         out.write(agent.agent.notification_fd()?.as_raw_fd());

@@ -88,12 +88,9 @@ pub unsafe extern "C" fn kvf_node_store(
     task_out: *mut *mut kvf_task,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
-        // SAFETY: null or live during this call, by contract.
-        let prefix = unsafe { enter(prefix, "prefix") }?;
-        // SAFETY: null or live during this call, by contract.
-        let pages = unsafe { enter(pages, "pages") }?;
+        let node = enter(node, "node")?;
+        let prefix = enter(prefix, "prefix")?;
+        let pages = enter(pages, "pages")?;
         // SAFETY: null or readable for `count` values, by contract.
         let blocks = unsafe { slice(blocks, count, "blocks") }?;
         // SAFETY: null or writable, by contract.
@@ -128,12 +125,9 @@ pub unsafe extern "C" fn kvf_node_fetch(
     task_out: *mut *mut kvf_task,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
-        // SAFETY: null or live during this call, by contract.
-        let prefix = unsafe { enter(prefix, "prefix") }?;
-        // SAFETY: null or live during this call, by contract.
-        let pages = unsafe { enter(pages, "pages") }?;
+        let node = enter(node, "node")?;
+        let prefix = enter(prefix, "prefix")?;
+        let pages = enter(pages, "pages")?;
         // SAFETY: null or readable for `count` values, by contract.
         let blocks = unsafe { slice(blocks, count, "blocks") }?;
         // SAFETY: null or readable for its size, by contract.
@@ -267,10 +261,8 @@ pub(crate) unsafe fn with_prefix(
     task_out: *mut *mut kvf_task,
     begin: impl FnOnce(&AttachedNode, &Prefix) -> Result<Work>,
 ) -> Result<()> {
-    // SAFETY: null or live, by this function's contract.
-    let node = unsafe { enter(node, "node") }?;
-    // SAFETY: null or live, by this function's contract.
-    let prefix = unsafe { enter(prefix, "prefix") }?;
+    let node = enter(node, "node")?;
+    let prefix = enter(prefix, "prefix")?;
     // SAFETY: null or writable, by this function's contract.
     let out = unsafe { Out::new(task_out, "task_out") }?;
     check_node(&node, &prefix)?;

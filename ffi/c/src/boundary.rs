@@ -6,12 +6,14 @@ use std::ffi::{CStr, CString, c_char};
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvfabric::{Error, ErrorKind, Result};
 
+use crate::handles;
 use crate::status::kvf_status;
-use kvfabric::life::{Call, Life};
+use kvfabric::life::{Life, OwnedCall};
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
@@ -51,33 +53,33 @@ pub(crate) fn last_error() -> *const c_char {
         .unwrap_or(c"".as_ptr())
 }
 
-/// What the caller holds a pointer to.
-pub(crate) trait Handle {
+/// What the caller holds a handle on.
+pub(crate) trait Handle: Any + Send + Sync {
+    /// Its name in the header, without the prefix.
+    const NAME: &'static str;
+
     /// Whether it may still be used.
-    fn life(&self) -> &Life;
+    fn life(&self) -> &Arc<Life>;
 }
 
-/// A handle in use by a call.
-pub(crate) struct Entered<'a, H> {
-    handle: &'a H,
-    _call: Call<'a>,
+/// A handle in use by a call. Freeing it meanwhile lets the call come to its end.
+pub(crate) struct Entered<H: Handle> {
+    handle: Arc<H>,
+    _call: OwnedCall,
 }
 
-impl<H> Deref for Entered<'_, H> {
+impl<H: Handle> Deref for Entered<H> {
     type Target = H;
 
     fn deref(&self) -> &H {
-        self.handle
+        &self.handle
     }
 }
 
-/// # Safety
-/// `handle` is null, or a live handle for as long as the result is used.
-pub(crate) unsafe fn enter<'a, H: Handle>(handle: *const H, name: &str) -> Result<Entered<'a, H>> {
-    check_aligned(handle, name)?;
-    // SAFETY: null or live, by this function's contract; aligned, checked above; handles are only ever shared.
-    let handle = unsafe { handle.as_ref() }.ok_or_else(|| null(name))?;
-    let call = handle.life().enter()?;
+/// Begins to use a handle.
+pub(crate) fn enter<H: Handle>(handle: *const H, name: &str) -> Result<Entered<H>> {
+    let handle = handles::find(handle, name)?;
+    let call = handle.life().enter_owned()?;
     Ok(Entered {
         handle,
         _call: call,
@@ -85,42 +87,33 @@ pub(crate) unsafe fn enter<'a, H: Handle>(handle: *const H, name: &str) -> Resul
 }
 
 /// As [`enter`], for handles that a call can do without.
-///
-/// # Safety
-/// As [`enter`].
-pub(crate) unsafe fn enter_optional<'a, H: Handle>(
+pub(crate) fn enter_optional<H: Handle>(
     handle: *const H,
     name: &str,
-) -> Result<Option<Entered<'a, H>>> {
+) -> Result<Option<Entered<H>>> {
     if handle.is_null() {
         return Ok(None);
     }
-    // SAFETY: passed on to the caller, word for word.
-    unsafe { enter(handle, name) }.map(Some)
+    enter(handle, name).map(Some)
 }
 
 /// Gives a handle to the caller.
 pub(crate) fn into_raw<H: Handle>(handle: H) -> *mut H {
-    Box::into_raw(Box::new(handle))
+    handles::add(handle)
 }
 
-/// Takes a handle back after `ready` has agreed; null is nothing. A poisoned or forked one is leaked.
-///
-/// # Safety
-/// `handle` is null or came from [`into_raw`], was not taken back, and nobody uses it during or after this call.
-pub(crate) unsafe fn take<H: Handle>(
+/// Takes a handle back after `ready` has agreed; null is nothing. A poisoned or forked one stays, and is never dropped.
+pub(crate) fn take<H: Handle>(
     handle: *mut H,
     name: &str,
     ready: impl FnOnce(&H) -> Result<()>,
-) -> Result<Option<Box<H>>> {
-    // SAFETY: null or live until this call takes it, by this function's contract.
-    let Some(entered) = (unsafe { enter_optional(handle, name) })? else {
-        return Ok(None);
+) -> Result<()> {
+    let Some(entered) = enter_optional(handle, name)? else {
+        return Ok(());
     };
     ready(&entered)?;
-    drop(entered);
-    // SAFETY: made by `Box::into_raw` in `into_raw` and not taken back yet; no reference is left.
-    Ok(Some(unsafe { Box::from_raw(handle) }))
+    // Whoever else frees it at the same time is told so there; who still uses it keeps it until then.
+    handles::remove(handle, name).map(drop)
 }
 
 /// A place for one output.

@@ -1,6 +1,7 @@
 //! The index: which pods hold a prompt's blocks.
 
 use std::ffi::c_char;
+use std::sync::Arc;
 
 use kvfabric::life::Life;
 use kvfabric::{
@@ -25,7 +26,9 @@ pub struct kvf_index {
 }
 
 impl Handle for kvf_index {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "index";
+
+    fn life(&self) -> &Arc<Life> {
         self.connection.life()
     }
 }
@@ -135,8 +138,7 @@ pub unsafe extern "C" fn kvf_index_lookup(
     summary_out: *mut kvf_lookup_summary,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let index = unsafe { enter(index, "index") }?;
+        let index = enter(index, "index")?;
         // SAFETY: null or readable for `token_count` values, by contract.
         let tokens = unsafe { slice(tokens, token_count, "tokens") }?;
         let prompt = Prompt::Tokens(tokens.to_vec());
@@ -161,8 +163,7 @@ pub unsafe extern "C" fn kvf_index_lookup_keys(
     summary_out: *mut kvf_lookup_summary,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let index = unsafe { enter(index, "index") }?;
+        let index = enter(index, "index")?;
         // SAFETY: null or readable for `key_count` values, by contract.
         let keys = unsafe { slice(keys, key_count, "keys") }?;
         let prompt = Prompt::Keys(keys.iter().copied().map(IndexKey).collect());
@@ -251,8 +252,5 @@ fn summary(answer: &LookupAnswer, pods: usize) -> kvf_lookup_summary {
 /// `index` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_index_free(index: *mut kvf_index) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(index, "index", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(index, "index", |_| Ok(())))
 }

@@ -12,6 +12,8 @@
 pub mod agent;
 pub mod blocks;
 mod boundary;
+pub mod events;
+mod handles;
 mod inbox;
 pub mod index;
 pub mod list;
@@ -27,6 +29,7 @@ pub mod reports;
 pub mod status;
 pub mod task;
 pub mod transfer;
+pub mod upkeep;
 
 #[cfg(test)]
 mod tests;

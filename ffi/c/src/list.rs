@@ -40,7 +40,9 @@ pub struct kvf_list {
 }
 
 impl Handle for kvf_list {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "list";
+
+    fn life(&self) -> &Arc<Life> {
         &self.life
     }
 }
@@ -121,10 +123,8 @@ unsafe fn create(
     list_out: *mut *mut kvf_list,
     prepare: impl FnOnce(&Agent, Side<'_>) -> Result<PreparedList>,
 ) -> Result<()> {
-    // SAFETY: null or live, by this function's contract.
-    let agent = unsafe { enter(agent, "agent") }?;
-    // SAFETY: null or live, by this function's contract.
-    let peer = unsafe { enter_optional(peer, "peer") }?;
+    let agent = enter(agent, "agent")?;
+    let peer = enter_optional(peer, "peer")?;
     // SAFETY: null or writable, by this function's contract.
     let out = unsafe { Out::new(list_out, "list_out") }?;
     let peer = peer.as_deref().map(|peer| agent.own(peer)).transpose()?;
@@ -144,8 +144,7 @@ unsafe fn create(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_list_len(list: *const kvf_list, count_out: *mut usize) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let list = unsafe { enter(list, "list") }?;
+        let list = enter(list, "list")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(count_out, "count_out") }?;
         out.write(list.list.len());
@@ -159,8 +158,5 @@ pub unsafe extern "C" fn kvf_list_len(list: *const kvf_list, count_out: *mut usi
 /// `list` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_list_free(list: *mut kvf_list) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(list, "list", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(list, "list", |_| Ok(())))
 }

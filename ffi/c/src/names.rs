@@ -26,7 +26,9 @@ pub struct kvf_names {
 }
 
 impl Handle for kvf_names {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "names";
+
+    fn life(&self) -> &Arc<Life> {
         &self.life
     }
 }
@@ -125,8 +127,7 @@ pub unsafe extern "C" fn kvf_names_extend(
     count: usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let names = unsafe { enter(names, "names") }?;
+        let names = enter(names, "names")?;
         // SAFETY: null or readable for `token_count` values, by contract.
         let tokens = unsafe { slice(tokens, token_count, "tokens") }?;
         let bytes = hash_len.checked_mul(count).filter(|_| hash_len > 0);
@@ -157,8 +158,7 @@ pub unsafe extern "C" fn kvf_names_pack(
     len_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let names = unsafe { enter(names, "names") }?;
+        let names = enter(names, "names")?;
         // SAFETY: null or writable for `capacity` bytes, by contract.
         let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
         // SAFETY: null or writable, by contract.
@@ -175,10 +175,7 @@ pub unsafe extern "C" fn kvf_names_pack(
 /// `names` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_names_free(names: *mut kvf_names) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(names, "names", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(names, "names", |_| Ok(())))
 }
 
 /// What shapes the bytes of a model's cache.

@@ -28,7 +28,9 @@ pub struct kvf_node {
 }
 
 impl Handle for kvf_node {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "node";
+
+    fn life(&self) -> &Arc<Life> {
         self.node.life()
     }
 }
@@ -131,8 +133,7 @@ unsafe fn parse_config(options: &kvf_node_options) -> Result<NodeConfig> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_node_shutdown(node: *const kvf_node, timeout_ms: u32) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         let timeout = milliseconds(timeout_ms);
         let ending = node.node.shutdown(timeout);
         match ending.wait(timeout + SHUTDOWN_GRACE) {
@@ -152,10 +153,7 @@ pub unsafe extern "C" fn kvf_node_shutdown(node: *const kvf_node, timeout_ms: u3
 /// `node` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_node_free(node: *mut kvf_node) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(node, "node", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(node, "node", |_| Ok(())))
 }
 
 /// The node's agent: register the engine's memory with it. To be freed with kvf_agent_free.
@@ -168,8 +166,7 @@ pub unsafe extern "C" fn kvf_node_agent(
     agent_out: *mut *mut kvf_agent,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(agent_out, "agent_out") }?;
         out.write(into_raw(kvf_agent::of_node(&node.node)));
@@ -189,8 +186,7 @@ pub unsafe extern "C" fn kvf_node_peer_address(
     len_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         // SAFETY: null or writable for `capacity` bytes, by contract.
         let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
         // SAFETY: null or writable, by contract.
@@ -226,8 +222,7 @@ pub unsafe extern "C" fn kvf_node_stats(
     count_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         // SAFETY: null or writable for `capacity` values, by contract.
         let stats = unsafe { OutArray::new(stats, capacity, "stats") }?;
         // SAFETY: null or writable, by contract.

@@ -31,7 +31,9 @@ pub struct kvf_pages {
 }
 
 impl Handle for kvf_pages {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "pages";
+
+    fn life(&self) -> &Arc<Life> {
         self.node.life()
     }
 }
@@ -59,8 +61,7 @@ pub unsafe extern "C" fn kvf_pages_create(
     pages_out: *mut *mut kvf_pages,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         // SAFETY: null or readable for `count` values, by contract.
         let segments = unsafe { slice(segments, count, "segments") }?;
         // SAFETY: null or writable, by contract.
@@ -85,8 +86,5 @@ pub unsafe extern "C" fn kvf_pages_create(
 /// `pages` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_pages_free(pages: *mut kvf_pages) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(pages, "pages", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(pages, "pages", |_| Ok(())))
 }

@@ -3,10 +3,12 @@
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 
-use kvfabric::transfer::{Agent, PathReport, PeerHandle};
+use kvfabric::transfer::{Agent, PathReport, PeerHandle, RegionId};
 
 use crate::agent::kvf_agent;
-use crate::boundary::{Handle, Out, OutArray, boundary, enter, fill_text, into_raw, slice, take};
+use crate::boundary::{
+    Handle, Out, OutArray, boundary, enter, fill, fill_text, into_raw, slice, take,
+};
 use crate::status::kvf_status;
 use kvfabric::life::Life;
 
@@ -18,7 +20,9 @@ pub struct kvf_peer {
 }
 
 impl Handle for kvf_peer {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "peer";
+
+    fn life(&self) -> &Arc<Life> {
         &self.life
     }
 }
@@ -37,8 +41,7 @@ pub unsafe extern "C" fn kvf_peer_load(
     peer_out: *mut *mut kvf_peer,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
+        let agent = enter(agent, "agent")?;
         // SAFETY: null or readable for `len` bytes, by contract.
         let metadata = unsafe { slice(metadata.cast::<u8>(), len, "metadata") }?;
         // SAFETY: null or writable, by contract.
@@ -65,8 +68,7 @@ pub unsafe extern "C" fn kvf_peer_path(
     len_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let peer = unsafe { enter(peer, "peer") }?;
+        let peer = enter(peer, "peer")?;
         // SAFETY: null or writable for `capacity` bytes, by contract.
         let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
         // SAFETY: null or writable, by contract.
@@ -87,6 +89,64 @@ fn describe(report: &PathReport) -> String {
     text
 }
 
+/// Copies out the name of the peer's agent. Buffers as in kvf_peer_path.
+///
+/// # Safety
+/// Each pointer is null or valid: `peer` live, `buffer` for `capacity` writes, `len_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_peer_name(
+    peer: *const kvf_peer,
+    buffer: *mut c_char,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        let peer = enter(peer, "peer")?;
+        // SAFETY: null or writable for `capacity` bytes, by contract.
+        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
+        // SAFETY: null or writable, by contract.
+        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        fill_text(peer.peer.name(), buffer, len_out, "name")
+    })
+}
+
+/// A region that a peer exports.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvf_remote_region {
+    /// Its number in descriptors.
+    pub id: u64,
+    /// Its bytes.
+    pub len: u64,
+}
+
+/// Copies out the regions that the peer's metadata named, by number.
+///
+/// With `regions` NULL only their count is told. KVF_INVALID when `capacity` is too small; `count_out` is written then too.
+///
+/// # Safety
+/// Each pointer is null or valid: `peer` live, `regions` for `capacity` writes, `count_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_peer_regions(
+    peer: *const kvf_peer,
+    regions: *mut kvf_remote_region,
+    capacity: usize,
+    count_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        let peer = enter(peer, "peer")?;
+        // SAFETY: null or writable for `capacity` values, by contract.
+        let array = unsafe { OutArray::new(regions, capacity, "regions") }?;
+        // SAFETY: null or writable, by contract.
+        let count_out = unsafe { Out::new(count_out, "count_out") }?;
+        let mut regions = peer.peer.regions();
+        regions.sort_unstable();
+        let region = |(id, len): (RegionId, u64)| kvf_remote_region { id: id.0, len };
+        let regions: Vec<_> = regions.into_iter().map(region).collect();
+        fill(&regions, array, count_out, "regions")
+    })
+}
+
 /// Ends the connections to a peer and forgets it: transfers in flight fail with KVF_PEER_LOST. The handle must still be freed.
 ///
 /// # Safety
@@ -94,8 +154,7 @@ fn describe(report: &PathReport) -> String {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_peer_forget(peer: *const kvf_peer) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let peer = unsafe { enter(peer, "peer") }?;
+        let peer = enter(peer, "peer")?;
         peer.agent.forget_peer(&peer.peer);
         Ok(())
     })
@@ -107,8 +166,5 @@ pub unsafe extern "C" fn kvf_peer_forget(peer: *const kvf_peer) -> kvf_status {
 /// `peer` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_peer_free(peer: *mut kvf_peer) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(peer, "peer", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(peer, "peer", |_| Ok(())))
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvfabric::life::Life;
 use kvfabric::names::Names;
-use kvfabric::{AttachedNode, Error, Namespace, Prefix, Result};
+use kvfabric::{AttachedNode, Namespace, Prefix, Result};
 
 use crate::boundary::{Handle, Out, boundary, enter, into_raw, optional_text, slice, take};
 use crate::node::kvf_node;
@@ -22,7 +22,9 @@ pub struct kvf_prefix {
 }
 
 impl Handle for kvf_prefix {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "prefix";
+
+    fn life(&self) -> &Arc<Life> {
         self.node.life()
     }
 }
@@ -68,8 +70,7 @@ pub unsafe extern "C" fn kvf_prefix_create(
     prefix_out: *mut *mut kvf_prefix,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         // SAFETY: null or readable for its size, by contract.
         let namespace = unsafe { options::read_optional(owner) }?;
         // SAFETY: null or writable, by contract.
@@ -123,8 +124,7 @@ pub unsafe extern "C" fn kvf_prefix_create_from_names(
     prefix_out: *mut *mut kvf_prefix,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let node = unsafe { enter(node, "node") }?;
+        let node = enter(node, "node")?;
         // SAFETY: null or readable for `len` bytes, by contract.
         let names = unsafe { slice(names.cast::<u8>(), len, "names") }?;
         // SAFETY: null or readable for 32 bytes, by contract.
@@ -165,8 +165,7 @@ pub unsafe extern "C" fn kvf_prefix_extend(
     blocks_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let prefix = unsafe { enter(prefix, "prefix") }?;
+        let prefix = enter(prefix, "prefix")?;
         // SAFETY: null or readable for `count` values, by contract.
         let tokens = unsafe { slice(tokens, count, "tokens") }?;
         // SAFETY: null or writable, by contract.
@@ -189,8 +188,7 @@ pub unsafe extern "C" fn kvf_prefix_len(
     blocks_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let prefix = unsafe { enter(prefix, "prefix") }?;
+        let prefix = enter(prefix, "prefix")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(blocks_out, "blocks_out") }?;
         out.write(prefix.lock().len());
@@ -209,16 +207,29 @@ pub unsafe extern "C" fn kvf_prefix_key(
     key_out: *mut u8,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let prefix = unsafe { enter(prefix, "prefix") }?;
+        let prefix = enter(prefix, "prefix")?;
         // SAFETY: null or writable for 32 bytes, which have no alignment, by contract.
         let out = unsafe { Out::new(key_out.cast::<[u8; KVF_KEY_BYTES]>(), "key_out") }?;
-        let prefix = prefix.lock();
-        let info = prefix
-            .infos()
-            .get(position)
-            .ok_or_else(|| Error::invalid("position", position, 0..prefix.len()))?;
-        out.write(info.key.0);
+        out.write(prefix.lock().info(position)?.key.0);
+        Ok(())
+    })
+}
+
+/// The place of the block at `position` in the global index: what kvf_index_lookup_keys takes.
+///
+/// # Safety
+/// Each pointer is null or valid: `prefix` live, `key_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_prefix_index_key(
+    prefix: *const kvf_prefix,
+    position: usize,
+    key_out: *mut u64,
+) -> kvf_status {
+    boundary(|| {
+        let prefix = enter(prefix, "prefix")?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(key_out, "key_out") }?;
+        out.write(prefix.lock().info(position)?.index_key.0);
         Ok(())
     })
 }
@@ -229,8 +240,5 @@ pub unsafe extern "C" fn kvf_prefix_key(
 /// `prefix` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_prefix_free(prefix: *mut kvf_prefix) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(prefix, "prefix", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(prefix, "prefix", |_| Ok(())))
 }

@@ -77,8 +77,7 @@ unsafe impl SizePrefixed for kvf_telemetry {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_post(transfer: *const kvf_transfer) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         transfer.request().post()
     })
 }
@@ -96,8 +95,7 @@ pub unsafe extern "C" fn kvf_transfer_repost(
     len: usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         // SAFETY: null or readable for `len` bytes, by contract.
         let notification = unsafe { optional_bytes(notification, len, "notification") }?;
         transfer.repost(notification)
@@ -114,8 +112,7 @@ pub unsafe extern "C" fn kvf_transfer_poll(
     state_out: *mut kvf_state,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(state_out, "state_out") }?;
         out.write(match transfer.request().poll() {
@@ -141,8 +138,7 @@ pub unsafe extern "C" fn kvf_transfer_wait(
     timeout_ms: u32,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         transfer.request().wait(milliseconds(timeout_ms))?;
         Ok(())
     })
@@ -159,8 +155,7 @@ pub unsafe extern "C" fn kvf_transfer_eventfd(
     fd_out: *mut i32,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(fd_out, "fd_out") }?;
         let request = transfer.request();
@@ -179,8 +174,7 @@ pub unsafe extern "C" fn kvf_transfer_telemetry(
     telemetry_out: *mut kvf_telemetry,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         // SAFETY: null or writable for its size, by contract.
         let out = unsafe { OutSized::new(telemetry_out) }?;
         let telemetry = transfer.request().telemetry().ok_or_else(|| {
@@ -213,8 +207,7 @@ fn nanoseconds(duration: Duration) -> u64 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_cancel(transfer: *const kvf_transfer) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         transfer.request().cancel();
         Ok(())
     })
@@ -231,8 +224,7 @@ pub unsafe extern "C" fn kvf_transfer_fate(
     fate_out: *mut kvf_fate,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let transfer = unsafe { enter(transfer, "transfer") }?;
+        let transfer = enter(transfer, "transfer")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(fate_out, "fate_out") }?;
         let settled = transfer.request().wait_drained(milliseconds(timeout_ms));
@@ -251,8 +243,5 @@ pub unsafe extern "C" fn kvf_transfer_fate(
 /// `transfer` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_free(transfer: *mut kvf_transfer) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(transfer, "transfer", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(transfer, "transfer", |_| Ok(())))
 }

@@ -29,7 +29,9 @@ pub struct kvf_region {
 }
 
 impl Handle for kvf_region {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "region";
+
+    fn life(&self) -> &Arc<Life> {
         &self.life
     }
 }
@@ -81,8 +83,7 @@ pub unsafe extern "C" fn kvf_region_register(
     region_out: *mut *mut kvf_region,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
+        let agent = enter(agent, "agent")?;
         let options = parse_access(access)?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(region_out, "region_out") }?;
@@ -109,8 +110,7 @@ pub unsafe extern "C" fn kvf_region_allocate(
     region_out: *mut *mut kvf_region,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
+        let agent = enter(agent, "agent")?;
         let options = parse_access(access)?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(region_out, "region_out") }?;
@@ -128,8 +128,7 @@ pub unsafe extern "C" fn kvf_region_allocate(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_region_id(region: *const kvf_region, id_out: *mut u64) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let region = unsafe { enter(region, "region") }?;
+        let region = enter(region, "region")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(id_out, "id_out") }?;
         out.write(region.region.id().0);
@@ -147,8 +146,7 @@ pub unsafe extern "C" fn kvf_region_base(
     base_out: *mut *mut c_void,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let region = unsafe { enter(region, "region") }?;
+        let region = enter(region, "region")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(base_out, "base_out") }?;
         out.write(region.base.load(Ordering::Relaxed).cast());
@@ -166,8 +164,7 @@ pub unsafe extern "C" fn kvf_region_len(
     len_out: *mut u64,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let region = unsafe { enter(region, "region") }?;
+        let region = enter(region, "region")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(len_out, "len_out") }?;
         out.write(region.region.bytes());
@@ -186,8 +183,7 @@ pub unsafe extern "C" fn kvf_region_deregister(
     timeout_ms: u32,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let region = unsafe { enter(region, "region") }?;
+        let region = enter(region, "region")?;
         region.region.deregister().wait(milliseconds(timeout_ms))
     })
 }
@@ -201,7 +197,6 @@ pub unsafe extern "C" fn kvf_region_deregister(
 pub unsafe extern "C" fn kvf_region_free(region: *mut kvf_region) -> kvf_status {
     boundary(|| {
         let ready = |region: &kvf_region| region.region.deregister().wait(Duration::ZERO);
-        // SAFETY: null or live, and given up by the caller unless this fails, by contract.
-        unsafe { take(region, "region", ready) }.map(drop)
+        take(region, "region", ready)
     })
 }

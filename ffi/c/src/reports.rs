@@ -100,8 +100,7 @@ pub unsafe extern "C" fn kvf_task_store_report(
     report_out: *mut kvf_store_report,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable for its size, by contract.
         let out = unsafe { OutSized::new(report_out) }?;
         let Work::Store(operation) = &task.work else {
@@ -129,8 +128,7 @@ pub unsafe extern "C" fn kvf_task_fetch_report(
     report_out: *mut kvf_fetch_report,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable for its size, by contract.
         let out = unsafe { OutSized::new(report_out) }?;
         let fetched = fetched(&task)?;
@@ -166,8 +164,7 @@ pub unsafe extern "C" fn kvf_task_sources(
     count_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable for `capacity` values, by contract.
         let array = unsafe { OutArray::new(sources, capacity, "sources") }?;
         // SAFETY: null or writable, by contract.
@@ -201,8 +198,7 @@ pub unsafe extern "C" fn kvf_task_unsettled(
     count_out: *mut usize,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable for `capacity` values, by contract.
         let array = unsafe { OutArray::new(positions, capacity, "positions") }?;
         // SAFETY: null or writable, by contract.
@@ -221,8 +217,7 @@ pub unsafe extern "C" fn kvf_task_unsettled(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_task_drain(task: *const kvf_task, timeout_ms: u32) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         match fetched(&task)?.drained.wait(milliseconds(timeout_ms)) {
             Some(Ok(true)) => Ok(()),
             Some(Ok(false)) => {
@@ -248,8 +243,7 @@ pub unsafe extern "C" fn kvf_task_held(
     held_out: *mut kvf_held,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable for its size, by contract.
         let out = unsafe { OutSized::new(held_out) }?;
         let Work::Held(operation) = &task.work else {

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use kvfabric::life::Life;
 use kvfabric::{
-    AttachedNode, Error, ErrorKind, Fetched, HeldDepth, Operation, Result, StoreReport,
+    AttachedNode, Error, ErrorKind, Fetched, HeldDepth, Operation, Pinned, Reach, Removed, Result,
+    StoreReport,
 };
 
 use crate::boundary::{Handle, Out, boundary, enter, into_raw, milliseconds, take};
@@ -32,7 +33,9 @@ pub struct kvf_task {
 }
 
 impl Handle for kvf_task {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "task";
+
+    fn life(&self) -> &Arc<Life> {
         self.node.life()
     }
 }
@@ -42,6 +45,11 @@ pub(crate) enum Work {
     Store(Operation<StoreReport>),
     Fetch(Operation<Fetched>),
     Held(Operation<HeldDepth>),
+    Locate(Operation<Reach>),
+    Pin(Operation<Pinned>),
+    Remove(Operation<Removed>),
+    /// What reports nothing but its end.
+    End(Operation<()>),
 }
 
 impl Work {
@@ -50,6 +58,10 @@ impl Work {
             Self::Store(_) => "store",
             Self::Fetch(_) => "fetch",
             Self::Held(_) => "question what is held",
+            Self::Locate(_) => "locate",
+            Self::Pin(_) => "pin",
+            Self::Remove(_) => "removal",
+            Self::End(_) => "task without a report",
         }
     }
 
@@ -59,6 +71,10 @@ impl Work {
             Self::Store(operation) => operation,
             Self::Fetch(operation) => operation,
             Self::Held(operation) => operation,
+            Self::Locate(operation) => operation,
+            Self::Pin(operation) => operation,
+            Self::Remove(operation) => operation,
+            Self::End(operation) => operation,
         }
     }
 }
@@ -117,8 +133,7 @@ pub unsafe extern "C" fn kvf_task_poll(
     state_out: *mut kvf_task_state,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(state_out, "state_out") }?;
         out.write(match task.work.any().ended() {
@@ -139,8 +154,7 @@ pub unsafe extern "C" fn kvf_task_poll(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_task_wait(task: *const kvf_task, timeout_ms: u32) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         let ended = task.work.any().wait_ended(milliseconds(timeout_ms));
         ended.unwrap_or_else(|| {
             let text = format!("task not finished after {timeout_ms} ms");
@@ -157,8 +171,7 @@ pub unsafe extern "C" fn kvf_task_wait(task: *const kvf_task, timeout_ms: u32) -
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_task_eventfd(task: *const kvf_task, fd_out: *mut i32) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let task = unsafe { enter(task, "task") }?;
+        let task = enter(task, "task")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(fd_out, "fd_out") }?;
         out.write(task.work.any().event_fd()?.as_raw_fd());
@@ -172,8 +185,5 @@ pub unsafe extern "C" fn kvf_task_eventfd(task: *const kvf_task, fd_out: *mut i3
 /// `task` is null or live, and not used again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_task_free(task: *mut kvf_task) -> kvf_status {
-    boundary(|| {
-        // SAFETY: null or live, and given up by the caller, by contract.
-        unsafe { take(task, "task", |_| Ok(())) }.map(drop)
-    })
+    boundary(|| take(task, "task", |_| Ok(())))
 }

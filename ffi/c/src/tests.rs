@@ -22,7 +22,7 @@ fn create(name: &CStr) -> *mut kvf_agent {
         name: name.as_ptr(),
         tcp_listen: std::ptr::null(),
         shm: 0,
-        reserved: 0,
+        cma: 0,
     };
     let mut agent = null_mut();
     // SAFETY: both are locals, and the name is a string.
@@ -72,8 +72,7 @@ fn a_panic_poisons_all_handles_of_the_agent_and_no_other() {
     assert_eq!(status, kvf_status::KVF_OK);
 
     let status = boundary(|| {
-        // SAFETY: a live agent.
-        let _agent = unsafe { enter(agent, "agent") }?;
+        let _agent = enter(agent.cast_const(), "agent")?;
         panic!("a promise was broken")
     });
     assert_eq!(status, kvf_status::KVF_INTERNAL);
@@ -103,10 +102,7 @@ fn a_panic_poisons_all_handles_of_the_agent_and_no_other() {
 #[test]
 fn threads_that_receive_share_the_messages() {
     let agent = create(c"shared");
-    // SAFETY: a live agent.
-    let entered = unsafe { enter(agent.cast_const(), "agent") }
-        .map_err(drop)
-        .unwrap();
+    let entered = enter(agent.cast_const(), "agent").map_err(drop).unwrap();
     let peer = entered.agent.load_peer(&entered.agent.metadata()).unwrap();
     let receive = |address: usize| {
         let mut byte = 0_u8;

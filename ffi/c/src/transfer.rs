@@ -99,7 +99,9 @@ impl kvf_transfer {
 }
 
 impl Handle for kvf_transfer {
-    fn life(&self) -> &Life {
+    const NAME: &'static str = "transfer";
+
+    fn life(&self) -> &Arc<Life> {
         &self.life
     }
 }
@@ -124,10 +126,8 @@ pub unsafe extern "C" fn kvf_transfer_create(
     transfer_out: *mut *mut kvf_transfer,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
-        // SAFETY: null or live during this call, by contract.
-        let peer = unsafe { enter_optional(peer, "peer") }?;
+        let agent = enter(agent, "agent")?;
+        let peer = enter_optional(peer, "peer")?;
         // SAFETY: null or readable for `count` values, by contract.
         let local = unsafe { slice(local, count, "local") }?;
         // SAFETY: null or readable for `count` values, by contract.
@@ -176,12 +176,9 @@ pub unsafe extern "C" fn kvf_transfer_create_prepared(
     transfer_out: *mut *mut kvf_transfer,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or live during this call, by contract.
-        let agent = unsafe { enter(agent, "agent") }?;
-        // SAFETY: null or live during this call, by contract.
-        let local = unsafe { enter(local, "local") }?;
-        // SAFETY: null or live during this call, by contract.
-        let remote = unsafe { enter(remote, "remote") }?;
+        let agent = enter(agent, "agent")?;
+        let local = enter(local, "local")?;
+        let remote = enter(remote, "remote")?;
         // SAFETY: null or readable for `count` values, by contract.
         let locals = unsafe { slice(local_positions, count, "local_positions") }?;
         // SAFETY: null or readable for `count` values, by contract.

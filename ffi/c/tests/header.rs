@@ -11,7 +11,7 @@ fn the_committed_header_matches_the_sources() {
     // In the order in which a reader wants them.
     let sources = [
         "status", "agent", "region", "peer", "list", "transfer", "progress", "node", "names",
-        "prefix", "pages", "blocks", "task", "reports", "index",
+        "prefix", "pages", "blocks", "task", "reports", "upkeep", "events", "index",
     ];
     let builder = sources.iter().fold(builder, |builder, source| {
         builder.with_src(root.join("src").join(source).with_extension("rs"))

@@ -82,6 +82,15 @@ impl Prefix {
         &self.infos
     }
 
+    /// The block at a position.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a position outside the prefix.
+    pub fn info(&self, position: usize) -> Result<&BlockInfo> {
+        let info = self.infos.get(position);
+        info.ok_or_else(|| Error::invalid("position", position, 0..self.len()))
+    }
+
     /// The names of the blocks' bytes, in order.
     #[must_use]
     pub fn keys(&self) -> Vec<BlockKey> {

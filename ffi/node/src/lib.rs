@@ -36,12 +36,13 @@ pub use operation::Operation;
 pub use runtime::Runtime;
 
 // What a caller needs to use a node, so that an engine depends on one crate.
+pub use kvcache_core::event::EngineEvent;
 pub use kvcache_core::id::POD_NAME_BYTES_MAX;
 pub use kvcache_core::ports::{Holder, Located};
 pub use kvcache_core::prefix::IndexScheme;
 pub use kvcache_core::shape::TokensPerBlock;
 pub use kvcache_core::{
-    BlockInfo, BlockKey, Error, ErrorKind, IndexKey, PinId, PodName, Result, Tier,
+    BlockInfo, BlockKey, EngineHash, Error, ErrorKind, IndexKey, PinId, PodName, Result, Tier,
 };
 pub use kvfabric_indexer::client::{LookupAnswer, LookupRequest, PodDepth, Prompt, SourcePosition};
 pub use kvfabric_tiers::{

@@ -46,9 +46,28 @@ impl Life {
         })
     }
 
+    /// As [`Life::enter`], for a call that must not borrow.
+    ///
+    /// # Errors
+    /// As [`Life::enter`].
+    pub fn enter_owned(self: &Arc<Self>) -> Result<OwnedCall> {
+        // Ends here; what it has checked still holds, and the owned one stands for the call from now on.
+        drop(self.enter()?);
+        Ok(OwnedCall {
+            life: self.clone(),
+            unwinding: std::thread::panicking(),
+        })
+    }
+
     /// Makes every later call answer [`ErrorKind::Internal`].
     pub fn poison(&self) {
         self.poisoned.store(true, Ordering::Release);
+    }
+
+    fn end_call(&self, unwinding: bool) {
+        if std::thread::panicking() && !unwinding {
+            self.poison();
+        }
     }
 
     /// Whether this is not the process in which the handles were made: its threads do not exist here.
@@ -69,8 +88,20 @@ pub struct Call<'a> {
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() && !self.unwinding {
-            self.life.poison();
-        }
+        self.life.end_call(self.unwinding);
+    }
+}
+
+/// A call in progress, as [`Call`].
+#[derive(Debug)]
+#[must_use = "it stands for the call: a panic after it is dropped poisons nothing"]
+pub struct OwnedCall {
+    life: Arc<Life>,
+    unwinding: bool,
+}
+
+impl Drop for OwnedCall {
+    fn drop(&mut self) {
+        self.life.end_call(self.unwinding);
     }
 }

@@ -135,6 +135,12 @@ impl Node {
         self.inner.metrics.as_ref().map(MetricsServer::address)
     }
 
+    /// Tokens of a block.
+    #[must_use]
+    pub fn block_tokens(&self) -> TokensPerBlock {
+        self.inner.describer.block_tokens
+    }
+
     /// Describes each full block of `tokens`, in order: what [`Node::store`] and [`Node::fetch`] take.
     ///
     /// # Errors

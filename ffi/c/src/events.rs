@@ -1,0 +1,139 @@
+//! An engine's own cache, as the index is told of it: for engines that do not publish events by themselves.
+
+use kvfabric::{EngineEvent, EngineHash, Error, Result, Tier};
+
+use crate::boundary::{boundary, enter, slice};
+use crate::node::kvf_node;
+use crate::options::{self, SizePrefixed};
+use crate::status::kvf_status;
+
+/// Where an engine has blocks of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum kvf_tier {
+    /// The accelerator's memory.
+    KVF_TIER_DEVICE = 0,
+    /// Host memory.
+    KVF_TIER_HOST = 1,
+    /// A local disk.
+    KVF_TIER_DISK = 2,
+}
+
+/// Blocks that an engine has stored, in sequence order.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvf_stored_event {
+    /// sizeof(struct kvf_stored_event).
+    pub size: usize,
+    /// The engine's hash of each block, shortened to 64 bits.
+    pub hashes: *const u64,
+    /// How many blocks; not 0.
+    pub count: usize,
+    /// The hash of the block before the first; NULL at the start of a sequence.
+    pub parent: *const u64,
+    /// The tokens of all of them, one block after the other.
+    pub tokens: *const u32,
+    /// How many tokens: `count` times those of a block.
+    pub token_count: usize,
+    /// A kvf_tier.
+    pub tier: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
+unsafe impl SizePrefixed for kvf_stored_event {
+    const SIZE_MIN: usize = size_of::<Self>();
+    const NAME: &'static str = "kvf_stored_event";
+}
+
+fn parse_tier(tier: u32) -> Result<Tier> {
+    const DEVICE: u32 = kvf_tier::KVF_TIER_DEVICE as u32;
+    const HOST: u32 = kvf_tier::KVF_TIER_HOST as u32;
+    const DISK: u32 = kvf_tier::KVF_TIER_DISK as u32;
+    match tier {
+        DEVICE => Ok(Tier::Device),
+        HOST => Ok(Tier::Host),
+        DISK => Ok(Tier::Disk),
+        _ => Err(Error::invalid("tier", tier, DEVICE..=DISK)),
+    }
+}
+
+/// Tells the index that the engine has stored blocks of the base model, without a salt.
+///
+/// KVF_UNSUPPORTED when the node has no index, or when the engine's own publisher is configured.
+///
+/// # Safety
+/// Each pointer is null or valid: `node` live, `event` with its arrays for reads.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_node_publish_stored(
+    node: *const kvf_node,
+    event: *const kvf_stored_event,
+) -> kvf_status {
+    boundary(|| {
+        let node = enter(node, "node")?;
+        // SAFETY: null or readable for its size, by contract.
+        let event = unsafe { options::read(event) }?;
+        options::check_reserved(event.reserved, kvf_stored_event::NAME)?;
+        // SAFETY: null or readable for `count` values, by contract.
+        let hashes = unsafe { slice(event.hashes, event.count, "kvf_stored_event.hashes") }?;
+        let parents = usize::from(!event.parent.is_null());
+        // SAFETY: null or readable, by contract.
+        let parent = unsafe { slice(event.parent, parents, "kvf_stored_event.parent") }?;
+        let (count, place) = (event.token_count, "kvf_stored_event.tokens");
+        // SAFETY: null or readable for `token_count` values, by contract.
+        let tokens = unsafe { slice(event.tokens, count, place) }?;
+        let block_size = node.node.node().block_tokens().get();
+        if hashes.is_empty() || hashes.len().checked_mul(block_size as usize) != Some(count) {
+            let tokens = format!("{count} for {} blocks", hashes.len());
+            let accepted = format!("{block_size} for each of at least one block");
+            return Err(Error::invalid(
+                "kvf_stored_event.token_count",
+                tokens,
+                accepted,
+            ));
+        }
+        node.node.node().publish_engine(vec![EngineEvent::Stored {
+            hashes: hashes.iter().copied().map(EngineHash).collect(),
+            parent: parent.first().copied().map(EngineHash),
+            tokens: tokens.to_vec(),
+            block_size,
+            tier: parse_tier(event.tier)?,
+        }])
+    })
+}
+
+/// Tells the index that one copy of each of these blocks has left a tier of the engine's, a kvf_tier. As
+/// kvf_node_publish_stored.
+///
+/// # Safety
+/// Each pointer is null or valid: `node` live, `hashes` for `count` reads.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_node_publish_removed(
+    node: *const kvf_node,
+    hashes: *const u64,
+    count: usize,
+    tier: u32,
+) -> kvf_status {
+    boundary(|| {
+        let node = enter(node, "node")?;
+        // SAFETY: null or readable for `count` values, by contract.
+        let hashes = unsafe { slice(hashes, count, "hashes") }?;
+        node.node.node().publish_engine(vec![EngineEvent::Removed {
+            hashes: hashes.iter().copied().map(EngineHash).collect(),
+            tier: parse_tier(tier)?,
+        }])
+    })
+}
+
+/// Tells the index that the engine has dropped everything from the accelerator's memory. As kvf_node_publish_stored.
+///
+/// # Safety
+/// `node` is null or live.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_node_publish_cleared(node: *const kvf_node) -> kvf_status {
+    boundary(|| {
+        let node = enter(node, "node")?;
+        node.node.node().publish_engine(vec![EngineEvent::Cleared])
+    })
+}

@@ -1,0 +1,376 @@
+/*
+ * What the library does when it is used as meant, beyond what the examples show: `functions [INDEX]`, where INDEX is the
+ * "HOST:PORT" of an index without pods.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <poll.h>
+#include <stdlib.h>
+
+#include "expect.h"
+
+enum {
+    WAIT_MS = 20000,
+    BLOCK_BYTES = 4096,
+    BLOCK_TOKENS = 4,
+    BLOCKS = 8,
+    LOOKUPS_MAX = 100000,
+};
+
+static int is_readable(int fd, int timeout_ms)
+{
+    struct pollfd polled = {.fd = fd, .events = POLLIN};
+    return poll(&polled, 1, timeout_ms) == 1;
+}
+
+static void write_all(kvf_agent *agent, kvf_list *local, kvf_list *remote, const uint32_t *from, const uint32_t *to,
+                      size_t count, kvf_transfer **transfer)
+{
+    struct kvf_transfer_options options = {.size = sizeof options, .operation = KVF_WRITE};
+    EXPECT_STATUS(KVF_OK, kvf_transfer_create_prepared(agent, local, remote, from, to, count, &options, transfer));
+}
+
+/* One agent is its own peer. */
+static void transfers_from_prepared_lists(void)
+{
+    struct kvf_agent_options options = {.size = sizeof options, .name = "prepared", .shm = 1};
+    kvf_agent *agent = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
+    kvf_region *source = NULL, *target = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(agent, 4096, 0, &source));
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(agent, 4096, KVF_ACCESS_REMOTE_WRITE, &target));
+    unsigned char *from = NULL, *to = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_region_base(source, (void **)&from));
+    EXPECT_STATUS(KVF_OK, kvf_region_base(target, (void **)&to));
+    for (int i = 0; i < 4096; i++) {
+        from[i] = (unsigned char)(i / 64);
+    }
+
+    unsigned char card[4096];
+    size_t len = 0;
+    EXPECT_STATUS(KVF_OK, kvf_agent_metadata(agent, card, sizeof card, &len));
+    kvf_peer *peer = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_peer_load(agent, card, len, &peer));
+    char name[64] = "";
+    EXPECT_STATUS(KVF_OK, kvf_peer_name(peer, name, sizeof name, &len));
+    EXPECT(strcmp(name, "prepared") == 0 && len == sizeof "prepared");
+    struct kvf_remote_region region = {0};
+    size_t count = 0;
+    EXPECT_STATUS(KVF_OK, kvf_peer_regions(peer, NULL, 0, &count));
+    EXPECT(count == 1);
+    EXPECT_STATUS(KVF_OK, kvf_peer_regions(peer, &region, 1, &count));
+    uint64_t id = 0, target_id = 0;
+    EXPECT_STATUS(KVF_OK, kvf_region_id(source, &id));
+    EXPECT_STATUS(KVF_OK, kvf_region_id(target, &target_id));
+    EXPECT(region.id == target_id && region.len == 4096);
+
+    /* Every second 64 bytes of the source, into 64 bytes one after the other; one list plain, one strided. */
+    struct kvf_strided every_second = {.region = id, .offset = 64, .len = 64, .stride = 128, .count = 32};
+    struct kvf_descriptor dense[32];
+    for (uint64_t i = 0; i < 32; i++) {
+        dense[i] = (struct kvf_descriptor){target_id, i * 64, 64};
+    }
+    kvf_list *local = NULL, *remote = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_list_create_strided(agent, NULL, &every_second, 1, &local));
+    EXPECT_STATUS(KVF_OK, kvf_list_create(agent, peer, dense, 32, &remote));
+    EXPECT_STATUS(KVF_OK, kvf_list_len(local, &count));
+    EXPECT(count == 32);
+    kvf_transfer *all = NULL, *some = NULL;
+    write_all(agent, local, remote, NULL, NULL, 0, &all);
+    const uint32_t positions[2][3] = {{31, 0, 5}, {0, 1, 2}};
+    write_all(agent, local, remote, positions[0], positions[1], 3, &some);
+    /* The transfers keep what they need. */
+    EXPECT_STATUS(KVF_OK, kvf_list_free(local));
+    EXPECT_STATUS(KVF_OK, kvf_list_free(remote));
+
+    struct kvf_telemetry telemetry = {.size = sizeof telemetry};
+    EXPECT_STATUS(KVF_NOT_FOUND, kvf_transfer_telemetry(all, &telemetry));
+    int done = -1, arrived = -1;
+    EXPECT_STATUS(KVF_OK, kvf_transfer_eventfd(all, &done));
+    EXPECT_STATUS(KVF_OK, kvf_agent_eventfd(agent, &arrived));
+    EXPECT(!is_readable(done, 0) && !is_readable(arrived, 0));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_repost(all, "first", 5));
+    EXPECT(is_readable(done, WAIT_MS) && is_readable(arrived, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(all, 0));
+    EXPECT(to[0] == 1 && to[63] == 1 && to[64] == 3 && to[31 * 64] == 63);
+    EXPECT_STATUS(KVF_OK, kvf_transfer_repost(all, "second", 6));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(all, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_repost(all, NULL, 0));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(all, WAIT_MS));
+    char message[16];
+    EXPECT_STATUS(KVF_OK, kvf_agent_receive(agent, WAIT_MS, name, sizeof name, message, sizeof message, &len));
+    EXPECT(len == 5 && memcmp(message, "first", 5) == 0);
+    EXPECT_STATUS(KVF_OK, kvf_agent_receive(agent, WAIT_MS, NULL, 0, message, sizeof message, &len));
+    EXPECT(len == 6 && memcmp(message, "second", 6) == 0);
+    EXPECT_STATUS(KVF_TIMEOUT, kvf_agent_receive(agent, 0, NULL, 0, message, sizeof message, &len));
+    EXPECT(!is_readable(arrived, 0));
+
+    EXPECT_STATUS(KVF_OK, kvf_transfer_telemetry(all, &telemetry));
+    EXPECT(telemetry.bytes == 32 * 64 && telemetry.descriptors == 32 && telemetry.size == sizeof telemetry);
+    EXPECT(telemetry.path[0] != '\0' && telemetry.transfer_ns > 0);
+    EXPECT_STATUS(KVF_OK, kvf_transfer_post(some));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(some, WAIT_MS));
+    EXPECT(to[0] == 63 && to[64] == 1 && to[128] == 11 && to[192] == 7);
+
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(all));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(some));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(source));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(target));
+    EXPECT_STATUS(KVF_OK, kvf_peer_free(peer));
+    EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
+}
+
+struct engine {
+    kvf_node *node;
+    kvf_agent *agent;
+    kvf_region *region;
+    kvf_pages *pages;
+    unsigned char *pool;
+};
+
+static void open_engine(struct engine *engine, const char *pod, const char *index)
+{
+    char address[128] = "";
+    snprintf(address, sizeof address, "http://%s", index == NULL ? "" : index);
+    struct kvf_setting settings[] = {
+        {"pod", pod},
+        {"model", "m"},
+        {"model_identity", "abababababababababababababababababababababababababababababababab"},
+        {"block_bytes", "4096"},
+        {"block_tokens", "4"},
+        {"host.bytes", "65536"},
+        {"engine.name", "test/1"},
+        {"engine.hash", "sha256"},
+        {"index.address", address},
+    };
+    size_t count = sizeof settings / sizeof *settings - (index == NULL);
+    struct kvf_node_options options = {.size = sizeof options, .settings = settings, .setting_count = count};
+    EXPECT_STATUS(KVF_OK, kvf_node_open(&options, &engine->node));
+    EXPECT_STATUS(KVF_OK, kvf_node_agent(engine->node, &engine->agent));
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(engine->agent, BLOCKS * BLOCK_BYTES, 0, &engine->region));
+    EXPECT_STATUS(KVF_OK, kvf_region_base(engine->region, (void **)&engine->pool));
+    struct kvf_segment segment = {.stride = BLOCK_BYTES, .len = BLOCK_BYTES};
+    EXPECT_STATUS(KVF_OK, kvf_region_id(engine->region, &segment.region));
+    EXPECT_STATUS(KVF_OK, kvf_pages_create(engine->node, &segment, 1, BLOCKS, &engine->pages));
+}
+
+static void close_engine(struct engine *engine)
+{
+    EXPECT_STATUS(KVF_OK, kvf_node_shutdown(engine->node, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_pages_free(engine->pages));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(engine->region));
+    EXPECT_STATUS(KVF_OK, kvf_agent_free(engine->agent));
+    EXPECT_STATUS(KVF_OK, kvf_node_free(engine->node));
+}
+
+static void finish(kvf_task *task)
+{
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+}
+
+static void store(struct engine *engine, kvf_prefix *prefix, const uint32_t *numbers, size_t count)
+{
+    kvf_task *task = NULL;
+    struct kvf_store_report report = {.size = sizeof report};
+    EXPECT_STATUS(KVF_OK, kvf_node_store(engine->node, prefix, 0, engine->pages, numbers, count, 0, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_store_report(task, &report));
+    EXPECT(report.stored + report.already_held == count);
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+}
+
+static struct kvf_held held(struct engine *engine, kvf_prefix *prefix)
+{
+    kvf_task *task = NULL;
+    struct kvf_held held = {.size = sizeof held};
+    EXPECT_STATUS(KVF_OK, kvf_node_held(engine->node, prefix, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_held(task, &held));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    return held;
+}
+
+static struct kvf_removed removed(kvf_task *task)
+{
+    struct kvf_removed removed = {.size = sizeof removed};
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_removed(task, &removed));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    return removed;
+}
+
+static void blocks_are_kept_dropped_and_found(void)
+{
+    struct engine engine = {0};
+    open_engine(&engine, "alone", NULL);
+    const uint32_t tokens[4 * BLOCK_TOKENS] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+    kvf_prefix *prefix = NULL;
+    size_t blocks = 0;
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create(engine.node, NULL, &prefix));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_extend(prefix, tokens, 6, NULL));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_extend(prefix, tokens + 6, 10, &blocks));
+    EXPECT(blocks == 4);
+    const uint32_t numbers[4] = {3, 2, 1, 0};
+    store(&engine, prefix, numbers, 4);
+    EXPECT(held(&engine, prefix).host == 4);
+
+    kvf_task *task = NULL;
+    struct kvf_reach reach = {.size = sizeof reach};
+    size_t count = 77;
+    EXPECT_STATUS(KVF_OK, kvf_node_locate(engine.node, prefix, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_reach(task, &reach));
+    EXPECT(reach.depth == 4 && reach.own == 4 && reach.host == 4 && reach.disk == 0 && reach.holders == 0);
+    EXPECT_STATUS(KVF_OK, kvf_task_holders(task, NULL, 0, &count));
+    EXPECT(count == 0);
+    EXPECT_STATUS(KVF_OK, kvf_task_shared(task, NULL, 0, &count));
+    EXPECT(count == 0);
+    EXPECT_STATUS(KVF_INVALID, kvf_task_store_report(task, &(struct kvf_store_report){.size = sizeof(struct kvf_store_report)}));
+    EXPECT_TEXT("the task is a locate, not a store");
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+
+    /* What is pinned stays when everything else goes. */
+    struct kvf_pin pin = {.size = sizeof pin};
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, 0, 60000, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &pin));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT(pin.depth > 0 && pin.depth <= 4);
+    EXPECT_STATUS(KVF_OK, kvf_node_clear(engine.node, &task));
+    struct kvf_removed gone = removed(task);
+    EXPECT(gone.kept == pin.depth && gone.removed == 4 - pin.depth);
+    EXPECT(held(&engine, prefix).depth == pin.depth);
+    EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, pin.id, &task));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
+    EXPECT(removed(task).removed == pin.depth);
+    EXPECT(held(&engine, prefix).depth == 0);
+    EXPECT_STATUS(KVF_OK, kvf_node_flush(engine.node, WAIT_MS, &task));
+    finish(task);
+
+    struct kvf_stat stats[64];
+    EXPECT_STATUS(KVF_OK, kvf_node_stats(engine.node, WAIT_MS, NULL, 0, &count));
+    EXPECT(count > 10 && count <= 64);
+    EXPECT_STATUS(KVF_OK, kvf_node_stats(engine.node, WAIT_MS, stats, 64, &count));
+    uint64_t stored = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (strcmp(stats[i].name, "stored") == 0) {
+            stored = stats[i].value;
+        }
+    }
+    EXPECT(stored == 4);
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
+    close_engine(&engine);
+}
+
+/* What an engine's scheduler packs, a worker's node stores and fetches under. */
+static void names_of_an_engine_name_blocks(void)
+{
+    struct kvf_names_options options = {.size = sizeof options, .model = "m", .block_tokens = BLOCK_TOKENS};
+    kvf_names *names = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_names_create(&options, &names));
+    const uint32_t tokens[2 * BLOCK_TOKENS] = {1, 2, 3, 4, 5, 6, 7, 8};
+    unsigned char hashes[2 * 32];
+    memset(hashes, 1, 32);
+    memset(hashes + 32, 2, 32);
+    EXPECT_STATUS(KVF_OK, kvf_names_extend(names, tokens, 2 * BLOCK_TOKENS, hashes, 32, 2));
+    unsigned char packed[2][256];
+    size_t len[2] = {0, 0};
+    EXPECT_STATUS(KVF_OK, kvf_names_pack(names, 0, 2, packed[0], sizeof packed[0], &len[0]));
+    EXPECT_STATUS(KVF_OK, kvf_names_pack(names, 1, 1, packed[1], sizeof packed[1], &len[1]));
+    EXPECT_STATUS(KVF_OK, kvf_names_free(names));
+
+    struct engine engine = {0};
+    open_engine(&engine, "worker", NULL);
+    kvf_prefix *whole = NULL, *second = NULL, *adapted = NULL;
+    const uint8_t adapter[KVF_KEY_BYTES] = {9};
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create_from_names(engine.node, packed[0], len[0], NULL, &whole));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create_from_names(engine.node, packed[1], len[1], NULL, &second));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create_from_names(engine.node, packed[0], len[0], adapter, &adapted));
+    size_t blocks = 0;
+    EXPECT_STATUS(KVF_OK, kvf_prefix_len(whole, &blocks));
+    EXPECT(blocks == 2);
+    uint8_t keys[2][KVF_KEY_BYTES];
+    EXPECT_STATUS(KVF_OK, kvf_prefix_key(whole, 1, keys[0]));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_key(second, 0, keys[1]));
+    EXPECT(memcmp(keys[0], keys[1], KVF_KEY_BYTES) == 0);
+    EXPECT_STATUS(KVF_UNSUPPORTED, kvf_prefix_extend(whole, tokens, 4, &blocks));
+    const uint32_t numbers[2] = {0, 1};
+    store(&engine, whole, numbers, 2);
+    EXPECT(held(&engine, second).depth == 1);
+    EXPECT(held(&engine, adapted).depth == 0);
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(whole));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(second));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(adapted));
+    close_engine(&engine);
+}
+
+/* Asks until the index, which follows its pods at its own pace, knows so many blocks of one pod. */
+static int is_found(kvf_index *index, const uint64_t *keys, const uint32_t *tokens, size_t blocks, uint32_t tier)
+{
+    struct kvf_pod_depth pod = {0};
+    struct kvf_lookup_summary summary = {0};
+    for (int i = 0; i < LOOKUPS_MAX; i++) {
+        kvf_status status = keys != NULL
+            ? kvf_index_lookup_keys(index, keys, blocks, NULL, &pod, 1, &summary)
+            : kvf_index_lookup(index, tokens, blocks * BLOCK_TOKENS, NULL, &pod, 1, &summary);
+        if (status != KVF_OK) {
+            return 0;
+        }
+        if (summary.pods == 1 && pod.by_tier[tier] == blocks) {
+            return strcmp(pod.pod, "known") == 0;
+        }
+    }
+    return 0;
+}
+
+static void an_index_hears_of_the_node_and_of_its_engine(const char *address)
+{
+    struct engine engine = {0};
+    open_engine(&engine, "known", address);
+    kvf_index *index = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_index_connect(address, WAIT_MS, &index));
+    const uint32_t tokens[2 * BLOCK_TOKENS] = {1, 2, 3, 4, 5, 6, 7, 8};
+    kvf_prefix *prefix = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create(engine.node, NULL, &prefix));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_extend(prefix, tokens, 2 * BLOCK_TOKENS, NULL));
+    const uint32_t numbers[2] = {0, 1};
+    store(&engine, prefix, numbers, 2);
+    uint64_t keys[2] = {0, 0};
+    EXPECT_STATUS(KVF_OK, kvf_prefix_index_key(prefix, 0, &keys[0]));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_index_key(prefix, 1, &keys[1]));
+    EXPECT(is_found(index, keys, NULL, 2, KVF_TIER_HOST));
+
+    const uint64_t hashes[2] = {11, 12};
+    struct kvf_stored_event stored = {
+        .size = sizeof stored,
+        .hashes = hashes,
+        .count = 2,
+        .tokens = tokens,
+        .token_count = 2 * BLOCK_TOKENS,
+        .tier = KVF_TIER_DEVICE,
+    };
+    EXPECT_STATUS(KVF_OK, kvf_node_publish_stored(engine.node, &stored));
+    EXPECT(is_found(index, NULL, tokens, 2, KVF_TIER_DEVICE));
+    EXPECT_STATUS(KVF_OK, kvf_node_publish_removed(engine.node, &hashes[0], 2, KVF_TIER_DEVICE));
+    EXPECT(is_found(index, NULL, tokens, 2, KVF_TIER_HOST));
+    EXPECT_STATUS(KVF_OK, kvf_node_publish_stored(engine.node, &stored));
+    EXPECT(is_found(index, NULL, tokens, 2, KVF_TIER_DEVICE));
+    EXPECT_STATUS(KVF_OK, kvf_node_publish_cleared(engine.node));
+    EXPECT(is_found(index, NULL, tokens, 2, KVF_TIER_HOST));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
+    EXPECT_STATUS(KVF_OK, kvf_index_free(index));
+    close_engine(&engine);
+}
+
+int main(int argc, char **argv)
+{
+    transfers_from_prepared_lists();
+    blocks_are_kept_dropped_and_found();
+    names_of_an_engine_name_blocks();
+    if (argc > 1) {
+        an_index_hears_of_the_node_and_of_its_engine(argv[1]);
+    }
+    printf("functions: %d passed, %d failed\n", passed, failed);
+    return failed == 0 ? 0 : 1;
+}
