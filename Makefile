@@ -65,5 +65,5 @@ bench-engines: setup ## Calls from C and Python, idle processes, a prompt from o
 bench-index: bench-build ## Ingestion, lookups and memory of the index
 	target/release/kv-bench index --grpc --json target/bench/index.json
 
-wheel: setup ## Build the Python wheel
-	cd ffi/python && '$(VENV)/bin/maturin' build --release
+wheel: ## Build the Python wheel, for every Linux with glibc 2.28 or later, and check that it is one
+	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/wheel
