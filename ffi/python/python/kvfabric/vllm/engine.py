@@ -63,6 +63,7 @@ class EngineFacts:
         Raises `ConfigError` where blocks could not be named, addressed or recomputed.
         """
         transfer = engine.kv_transfer_config
+        assert transfer is not None, "an engine without a connector loaded one"
         if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError(
                 f"kv_load_failure_policy: {transfer.kv_load_failure_policy!r} would end requests"
@@ -308,12 +309,3 @@ def _reachable(endpoint: str, host: str, replica: int) -> str:
         raise ConfigError(f"kv_events_config: the index cannot find {endpoint!r}, name its port")
     name = host if bound in ("*", "0.0.0.0", "[::]", "::") else bound
     return f"tcp://{name}:{int(port) + replica}"
-
-
-_hashing, _hash_format, _served_model, _replica, _pod = (
-    hashing,
-    hash_format,
-    served_model,
-    replica_of,
-    pod_name,
-)

@@ -108,13 +108,14 @@ class Lookup:
         peers: Peers,
         nodes: Sequence[str],
         names: bytes,
+        blocks: int,
         handoff: Handoff | None,
         deadline: float,
     ) -> None:
         self._ends = time.monotonic() + deadline
         self.failures = 0
         self._ranks = [
-            _RankLookup(self, peers, address, names, handoff, rank)
+            _RankLookup(self, peers, address, names, blocks, handoff, rank)
             for rank, address in enumerate(nodes)
         ]
 
@@ -139,6 +140,7 @@ class _RankLookup:
         peers: Peers,
         address: str,
         names: bytes,
+        blocks: int,
         handoff: Handoff | None,
         rank: int,
     ) -> None:
@@ -149,13 +151,15 @@ class _RankLookup:
         self._rank = rank
         self._own = _Question(lookup, peers, address, names)
         self._remote: _Question | None = None
+        # What the prefill engine promised of these blocks, and what it holds so far.
+        self._promised = min(handoff.depth, blocks) if handoff else 0
         self._held = 0
         self._ask_at = 0.0
 
     def poll(self) -> Answer | None:
         own = self._own.poll()
         settled = self._poll_remote()
-        if own is None and self._own.pending or not settled:
+        if self._own.pending or not settled:
             return None
         answer = _answer(own)
         if self._handoff is None or self._held == 0:
@@ -173,7 +177,7 @@ class _RankLookup:
         """Asks until the prefill engine has stored what it promised; whether that is so, or is no
         longer waited for.
         """
-        if self._handoff is None or self._held >= self._handoff.depth:
+        if self._handoff is None or self._held >= self._promised:
             return True
         if self._remote is None:
             if time.monotonic() < self._ask_at:
@@ -188,7 +192,7 @@ class _RankLookup:
         if reach is None:
             return True
         self._held = reach.own
-        return self._held >= self._handoff.depth or self._lookup.left() <= 0
+        return self._held >= self._promised or self._lookup.left() <= 0
 
 
 class _Question:

@@ -143,6 +143,7 @@ class SchedulerSide:
                 self._peers,
                 self._nodes,
                 named.pack(0, total),
+                total,
                 tracked.handoff,
                 self._config.lookup_deadline_ms / 1000,
             )
@@ -245,7 +246,11 @@ class SchedulerSide:
             named = self._named(tracked) if stop > tracked.stored else None
             if named is None:
                 continue
-            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id)
+            assert output.kv_connector_block_state is not None
+            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id) or ([],)
+            stop = min(stop, len(block_ids))
+            if stop <= tracked.stored:
+                continue
             start, tracked.stored = tracked.stored, stop
             tracked.unsettled += self._facts.tensor_size
             names, ids = named.pack(start, stop), list(block_ids[start:stop])
@@ -267,9 +272,9 @@ class SchedulerSide:
     def reported(self, output: KVConnectorOutput) -> None:
         """What the workers did in a step."""
         failed = set(output.invalid_block_ids or ())
-        for tracked in self._tracked.values() if failed else ():
-            if failed.intersection(tracked.loading):
-                tracked.fetchable = False
+        for loading in self._tracked.values() if failed else ():
+            if failed.intersection(loading.loading):
+                loading.fetchable = False
         for request_id in output.finished_recving or ():
             tracked = self._tracked.get(request_id)
             if tracked is not None:

@@ -115,11 +115,11 @@ class WorkerSide:
         layout = self._layout
         assert layout is not None, "the engine's memory is registered first"
         if self._node is None:
-            self._node = self._opened(layout)
+            self._node = self._open_over(layout)
         assert self._node.peer_address is not None
         return Handshake(self._node.pod, self._node.peer_address, self._identity)
 
-    def _opened(self, layout: PageLayout) -> kvfabric.Node:
+    def _open_over(self, layout: PageLayout) -> kvfabric.Node:
         node = kvfabric.Node(
             node_config(
                 self._config,
@@ -166,9 +166,10 @@ class WorkerSide:
         for load in step.loads:
             try:
                 sources = load.sources[self._rank]
-                operation = self._open_node.fetch(
-                    self._open_node.prefix_of(load.names),
-                    self._pages,
+                node, pages = self._opened()
+                operation = node.fetch(
+                    node.prefix_of(load.names),
+                    pages,
                     load.block_ids,
                     first=load.first,
                     holders=sources.holders,
@@ -190,9 +191,10 @@ class WorkerSide:
                 self._settle(store.request_id)
                 continue
             try:
-                operation = self._open_node.store(
-                    self._open_node.prefix_of(store.names),
-                    self._pages,
+                node, pages = self._opened()
+                operation = node.store(
+                    node.prefix_of(store.names),
+                    pages,
                     store.block_ids,
                     deadline=self._config.store_deadline_ms / 1000,
                 )
@@ -247,11 +249,10 @@ class WorkerSide:
 
     # Stores.
 
-    @property
-    def _open_node(self) -> kvfabric.Node:
-        if self._node is None:
+    def _opened(self) -> tuple[kvfabric.Node, kvfabric.Pages]:
+        if self._node is None or self._pages is None:
             raise kvfabric.CancelledError("the connector was shut down")
-        return self._node
+        return self._node, self._pages
 
     def _room_for(self, size: int, awaited: bool) -> bool:
         limit = self._config.store_inflight_max
@@ -339,7 +340,7 @@ class WorkerSide:
                     # It is reported by the next poll.
                     continue
         try:
-            self._forget(self._open_node)
+            self._forget(self._opened()[0])
         except kvfabric.KvfabricError as error:
             # What could not be forgotten must not be served: go on without a node.
             logger.error("clearing failed, nothing is offloaded or fetched any more: %s", error)

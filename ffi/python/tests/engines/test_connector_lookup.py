@@ -1,0 +1,174 @@
+"""Where blocks are: the scheduler's questions, asked of real nodes without an engine."""
+
+import socket
+import time
+from typing import Any, Callable, Iterator, List
+
+import pytest
+
+import kvfabric
+from kvfabric.vllm.lookup import PEERS_MAX, Answer, Handoff, Lookup, Peers
+
+TOKENS, BLOCK_BYTES, BLOCKS = 4, 4096, 6
+IDENTITY = "ab" * 32
+PATIENCE = 20.0
+
+
+class Rank:
+    """One rank's node, with a pool of blocks."""
+
+    def __init__(self, pod: str, rank: int = 0, ranks: int = 1):
+        self.node = kvfabric.Node(
+            {
+                "pod": pod,
+                "model": "m",
+                "model_identity": IDENTITY,
+                "block_bytes": BLOCK_BYTES,
+                "block_tokens": TOKENS,
+                "host": {"bytes": 64 * BLOCK_BYTES},
+                "shard": {"tensor_rank": rank, "tensor_size": ranks, "kv_heads": ranks},
+                "engine": {"name": "vllm/tagged", "hash": "sha256_cbor", "seed": "0"},
+            }
+        )
+        self.region = self.node.agent.register(bytearray(BLOCKS * BLOCK_BYTES), writable=True)
+        self.pages = self.node.pages([(self.region, 0, BLOCK_BYTES, BLOCK_BYTES)], BLOCKS)
+
+    @property
+    def address(self) -> str:
+        assert self.node.peer_address is not None
+        return self.node.peer_address
+
+    def store(self, names: bytes, blocks: int) -> None:
+        report = self.node.store(self.node.prefix_of(names), self.pages, range(blocks)).wait()
+        assert report.stored == blocks
+
+
+@pytest.fixture
+def rank() -> Iterator[Callable[..., Rank]]:
+    made: List[Rank] = []
+
+    def make(*arguments: Any) -> Rank:
+        made.append(Rank(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.node.shutdown()
+
+
+def names(start: int = 0, stop: int = BLOCKS) -> bytes:
+    """Names of a sequence's blocks, as an engine would hash them."""
+    chain = kvfabric.NameChain("xxh3:1337", "m", TOKENS)
+    chain.extend(range(BLOCKS * TOKENS), [bytes([number]) * 32 for number in range(BLOCKS)])
+    return chain.pack(start, stop)
+
+
+def answers(lookup: Lookup) -> List[Answer]:
+    """Polls as the scheduler does, once a step."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = lookup.poll()
+        if found is not None:
+            return found
+        assert time.monotonic() < deadline, "the lookup does not end"
+
+
+def nobody() -> str:
+    """An address at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return "127.0.0.1:%d" % probe.getsockname()[1]
+
+
+def test_each_rank_is_asked_and_answers_for_itself(rank):
+    """Two ranks of which one lacks the last blocks."""
+    ranks = [rank("p", 0, 2), rank("p/rank1", 1, 2)]
+    ranks[0].store(names(), BLOCKS)
+    ranks[1].store(names(0, 2), 2)
+    lookup = Lookup(
+        Peers(PATIENCE), [one.address for one in ranks], names(), BLOCKS, None, PATIENCE
+    )
+    found = answers(lookup)
+    assert [(one.depth, one.own, one.host, one.disk) for one in found] == [
+        (BLOCKS, BLOCKS, BLOCKS, 0),
+        (2, 2, 2, 0),
+    ]
+    assert lookup.failures == 0
+
+
+def test_a_handoff_is_waited_for_until_the_prefill_engine_holds_it(rank):
+    """The prefill engine stores after the question was asked; until then there is no answer."""
+    prefill, decode = rank("prefill"), rank("decode")
+    handoff = Handoff("prefill", (prefill.address,), IDENTITY, BLOCKS)
+    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, PATIENCE)
+    # It was asked at least once before there is anything.
+    assert prefill.node.held(prefill.node.prefix_of(names())).wait().depth == 0
+    assert lookup.poll() is None
+    prefill.store(names(), BLOCKS)
+    (found,) = answers(lookup)
+    assert found.depth == BLOCKS
+    assert found.own == 0
+    assert found.sources.holders[0] == ("prefill", BLOCKS, prefill.address)
+
+
+def test_a_promise_past_the_prompt_is_not_waited_for(rank):
+    """The client's parameters promise more blocks than the prompt has."""
+    prefill, decode = rank("prefill"), rank("decode")
+    prefill.store(names(), BLOCKS)
+    handoff = Handoff("prefill", (prefill.address,), IDENTITY, 1000)
+    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 1000.0)
+    (found,) = answers(lookup)
+    assert found.depth == BLOCKS
+
+
+def test_what_a_prefill_engine_lacks_at_the_deadline_is_done_without(rank):
+    """It promised more than it ever holds."""
+    prefill, decode = rank("prefill"), rank("decode")
+    prefill.store(names(0, 2), 2)
+    handoff = Handoff("prefill", (prefill.address,), IDENTITY, BLOCKS)
+    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 1.0)
+    (found,) = answers(lookup)
+    assert found.depth == 2
+
+
+def test_a_prefill_engine_that_is_gone_is_a_miss_and_counted(rank):
+    """Nobody listens at the address that the client brought."""
+    decode = rank("decode")
+    decode.store(names(0, 1), 1)
+    handoff = Handoff("prefill", (nobody(),), IDENTITY, BLOCKS)
+    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 2.0)
+    (found,) = answers(lookup)
+    assert (found.depth, found.own, found.sources.holders) == (1, 1, ())
+    assert lookup.failures > 0
+
+
+def test_addresses_that_are_none_are_a_miss_and_counted(rank):
+    """The client's parameters are text from outside."""
+    decode = rank("decode")
+    handoff = Handoff("prefill", ("no address at all",), IDENTITY, BLOCKS)
+    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 2.0)
+    assert answers(lookup)[0].depth == 0
+    assert lookup.failures > 0
+
+
+def test_a_node_that_does_not_answer_costs_the_deadline(rank):
+    """A listener that accepts and says nothing stands for a rank that hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "127.0.0.1:%d" % listener.getsockname()[1]
+        lookup = Lookup(Peers(PATIENCE), [address], names(), BLOCKS, None, 0.5)
+        assert answers(lookup) == [Answer()]
+    assert lookup.failures == 1
+
+
+def test_connections_to_peers_are_bounded():
+    """The one not used for longest is let go; one in use is kept."""
+    peers = Peers(1.0)
+    first = peers.at("127.0.0.1:1")
+    for port in range(2, PEERS_MAX + 1):
+        peers.at(f"127.0.0.1:{port}")
+    assert peers.at("127.0.0.1:1") is first
+    second = peers.at("127.0.0.1:2")
+    peers.at("127.0.0.1:1")
+    peers.at(f"127.0.0.1:{PEERS_MAX + 1}")
+    assert peers.at("127.0.0.1:1") is first
+    assert peers.at("127.0.0.1:2") is second
