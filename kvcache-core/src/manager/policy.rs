@@ -15,8 +15,7 @@ pub struct HostUsage {
     pub leaving: u32,
     /// Blocks that wait for a slot.
     pub wanted: u32,
-    /// Whether a block could start to leave for a lower tier now or in a moment: one is in order, has room, and not too
-    /// many copies are on their way already.
+    /// Whether a lower tier is in order and has room for a block, or will have some soon.
     pub lower_tier: bool,
 }
 

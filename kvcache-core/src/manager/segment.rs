@@ -109,12 +109,11 @@ impl Segments {
         self.room
     }
 
-    /// Whether a segment is about to be empty: nothing is at work in the one that is on its way out.
+    /// Whether a segment will be empty soon: one is on its way out, and not kept by a copy that does not end.
     pub(super) fn is_room_coming(&self) -> bool {
-        self.leaving.is_some_and(|id| match self.get(id).state {
-            SegmentState::Dropping(_) => true,
-            SegmentState::Draining => self.get(id).pins == 0,
-            _ => false,
+        self.leaving.is_some_and(|id| {
+            let segment = self.get(id);
+            segment.state != SegmentState::Draining || segment.pins == 0
         })
     }
 

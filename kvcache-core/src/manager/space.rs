@@ -132,11 +132,13 @@ impl Manager {
         }
     }
 
-    /// Whether a block could start on its way down now, or in a moment without anything being waited for that may hang.
+    /// Whether a block could start on its way down now, or when a segment that is on its way out has gone.
     fn can_leave(&self) -> bool {
-        let is_free = self.background_open() < self.limits.background_in_flight_max;
-        let disk_takes = self.segments.room() > 0 || self.segments.is_room_coming();
-        is_free && (self.disk_usable() && disk_takes || self.object_usable())
+        self.disk_takes() || self.object_usable()
+    }
+
+    fn disk_takes(&self) -> bool {
+        self.disk_usable() && (self.segments.room() > 0 || self.segments.is_room_coming())
     }
 
     /// Whether the block stays in this node's reach when it leaves DRAM.
@@ -212,7 +214,8 @@ impl Manager {
             .flatten();
         let task = match record {
             Some(to) => Task::DemoteDisk { from, to },
-            None if self.object_usable() => Task::DemoteObject { from },
+            // What the disk will take soon is not worth an object.
+            None if self.object_usable() && !self.disk_takes() => Task::DemoteObject { from },
             None => return None,
         };
         let block = self.table.get_mut(key)?;

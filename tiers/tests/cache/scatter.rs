@@ -362,3 +362,47 @@ async fn a_holder_killed_mid_read_leaves_scattered_memory_lent_until_it_drains()
     reader.shutdown().await;
     assert!(engine.is_wiped(), "written to after it was given back");
 }
+
+/// The engine takes one of its two regions back between the call and the copies, from host memory, disk and objects: no
+/// good copy is blamed for it.
+#[tokio::test]
+async fn a_region_deregistered_during_a_scattered_fetch_costs_no_copy() {
+    let (directory, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut config = config("pod", 4);
+    config.disk = disk(directory.path(), 2);
+    config.object = cold();
+    let node = Node::open(config, agent("pod", Way::Memcpy, Some(store.path()))).await;
+    let blocks = chain(1, 12);
+    Engine::new(&node.agent, LAYOUTS[1])
+        .store(&node, &blocks)
+        .await;
+    let in_objects = |events: &Vec<_>| {
+        let of = blocks.iter();
+        of.filter(|info| stored(events, info, Tier::Object)).count() >= 4
+    };
+    node.sink.until(in_objects).await;
+    let whole = Engine::new(&node.agent, LAYOUTS[2]);
+    let before = whole.fetch(&node, &blocks, Located::default()).await;
+    for source in [Source::Host, Source::Disk, Source::Object] {
+        assert!(count(&before, &source) > 0, "{before:?}");
+    }
+    for info in &blocks {
+        let engine = Engine::new(&node.agent, LAYOUTS[2]);
+        *node.guide.closes.lock().unwrap() = Some(engine.regions[1].clone());
+        // The second is nowhere, so that the directory is asked.
+        let wanted = [*info, block(9, 0)].into_iter().zip(0..);
+        let wanted = wanted.map(|(info, number)| FetchBlock {
+            info,
+            memory: engine.pages.block(number).unwrap(),
+        });
+        let deadline = Instant::now() + PATIENCE;
+        let fetch = node
+            .cache
+            .fetch(wanted.collect(), Located::default(), deadline);
+        assert_eq!(fetch.await.unwrap().sources, vec![Source::Miss; 2]);
+    }
+    assert_eq!(node.stat("corrupt").await, 0);
+    assert_eq!(node.stat("corrupt_blocks").await, 0);
+    let after = whole.fetch(&node, &blocks, Located::default()).await;
+    assert_eq!(count(&after, &Source::Miss), 0, "{after:?}");
+}
