@@ -1,7 +1,9 @@
-"""Tests with real engines. ``make test-engines`` runs them, in an environment that ``scripts/engines`` made.
+"""Tests with real engines. ``make test-engines`` runs them, in an environment that
+``scripts/engines`` made.
 
-A model, a folder for logs, and an index are fixtures here; engines are started with :class:`bed.server.Engine`, best once
-per module, because each takes half a minute. What fails shows the end of the engine's log.
+A model, a folder for logs, and an index are fixtures here; engines are started with
+:class:`bed.server.Engine`, best once per module, because each takes half a minute. What fails shows
+the end of the engine's log.
 """
 
 import importlib.util

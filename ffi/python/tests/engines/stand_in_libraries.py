@@ -1,9 +1,10 @@
 """Stands in for the CUDA libraries that torch names but that an engine on a CPU never calls.
 
-``stand_in_libraries.py LIBRARY...`` takes the shared libraries that importing torch loads, and walks through all that they
-load in turn. For each one that is found neither beside them nor on their search path nor in the system, it makes one with
-that name in their folder. It defines each symbol that they need and that nothing else defines, with the version under which
-they need it; a call to one ends the process. It needs ``gcc`` and ``readelf``.
+``stand_in_libraries.py LIBRARY...`` takes the shared libraries that importing torch loads, and
+walks through all that they load in turn. For each one that is found neither beside them nor on
+their search path nor in the system, it makes one with that name in their folder. It defines each
+symbol that they need and that nothing else defines, with the version under which they need it; a
+call to one ends the process. It needs ``gcc`` and ``readelf``.
 """
 
 import collections
@@ -21,7 +22,7 @@ SEARCH_PATH = re.compile(r"\((?:RPATH|RUNPATH)\)\s+Library (?:rpath|runpath): \[
 VERSIONS_OF = re.compile(r"Version: \d+\s+File: (\S+)\s+Cnt: \d+")
 VERSION = re.compile(r"Name: (\S+)\s+Flags: .*Version: \d+")
 SYMBOL = re.compile(
-    r"^\s*\d+: \w+\s+\S+\s+(?P<kind>\w+)\s+(?P<bind>\w+)\s+\w+\s+(?:\[.*\]\s+)?(?P<at>\w+)\s+(?P<name>\S+)"
+    r"^\s*\d+: \w+\s+\S+\s+\w+\s+(?P<bind>\w+)\s+\w+\s+(?:\[.*\]\s+)?(?P<at>\w+)\s+(?P<name>\S+)"
 )
 
 

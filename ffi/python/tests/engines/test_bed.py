@@ -1,11 +1,15 @@
-"""The bed itself: a plain engine serves, repeats itself, hits its own cache, and leaves no process behind."""
+"""The bed itself: a plain engine serves, repeats itself, hits its own cache, and leaves no process
+behind.
+"""
 
 from bed.model import prompt
 from bed.server import BLOCK_TOKENS, Counted, Engine
 
 
 def test_a_plain_engine_answers_the_same_with_and_without_its_own_cache(tiny_model, logs):
-    """One prompt three times: computed, from the engine's own cache, and computed again after a reset."""
+    """One prompt three times: computed, from the engine's own cache, and computed again after a
+    reset.
+    """
     with Engine(tiny_model, logs, "plain") as engine:
         asked = prompt(11, 150)
         computed = engine.complete(asked)

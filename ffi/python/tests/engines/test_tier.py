@@ -1,123 +1,188 @@
 """The secondary tier under vLLM's own offloading, on real engines.
 
-What an engine reports as external hits, and its output beside that of an engine that computed everything, tell whether
-blocks came back, and came back right. Prompts have 150 tokens: four full blocks of 32 are stored, and 128 tokens can hit.
+What an engine reports as external hits, and its output beside that of an engine that computed
+everything, tell whether blocks came back, and came back right. Prompts have 150 tokens: four full
+blocks of 32 are stored, and 128 tokens can hit. Nodes have memory for two blocks only, so that what
+they store has to move on to their disk or to the object store.
 """
 
 import pathlib
+from typing import Optional
 
 import pytest
+from bed import indexer
 from bed.model import Shape, prompt
 from bed.model import model as make_model
-from bed.server import Counted, Engine
+from bed.server import Counted, Engine, together
+
+from kvfabric.vllm.config import ConfigError
+from kvfabric.vllm.tier import KvFabricTier
 
 PROMPT_TOKENS = 150
 FULL_TOKENS = 128
 BLOCKS = 4
-# A row of the host memory tier: two layers of 8,192 bytes.
+# A row of the engine's host memory tier: two layers of 8,192 bytes.
 ROW_BYTES = 16384
 TIER = "KvFabricTier"
+# What vLLM's metrics call the first tier below its own host memory.
+LABEL = "1:KvFabricTier"
+MODULE = "kvfabric.vllm.tier"
 
 
-def transfer(**settings: object) -> dict:
-    """An engine's --kv-transfer-config with this tier. Its own host memory tier has eight rows only."""
-    tier = {"type": TIER, "module_path": "kvfabric.vllm.tier", "host": {"bytes": 1 << 20}}
-    return {
-        "kv_connector": "KvFabricOffloadingConnector",
-        "kv_connector_module_path": "kvfabric.vllm.tier",
+def transfer(connector: str = "KvFabricOffloadingConnector", **settings: object) -> dict:
+    """An engine's --kv-transfer-config with this tier; the engine's own host memory tier has eight
+    rows only.
+    """
+    tier = {"type": TIER, "module_path": MODULE, "host": {"bytes": 2 * ROW_BYTES}, **settings}
+    config = {
+        "kv_connector": connector,
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "spec_name": "CpuTieringSpec",
             "spec_module_path": "bed.cpu_tiering",
             "cpu_bytes_to_use": 8 * ROW_BYTES,
-            "secondary_tiers": [{**tier, **settings}],
+            "secondary_tiers": [tier],
         },
     }
+    if connector == "KvFabricOffloadingConnector":
+        config["kv_connector_module_path"] = MODULE
+    return config
 
 
-def disk(folder: pathlib.Path) -> dict:
-    return {"path": str(folder), "bytes": 1 << 23, "segment_bytes": 1 << 20}
+def compute(engine: Engine, seed: int) -> list:
+    """Has a prompt computed, and waits until the tier has its blocks."""
+
+    def written() -> float:
+        return engine.metrics().sum("vllm:kv_offload_tiering_write_bytes", tier=LABEL)
+
+    before = written()
+    with Counted(engine) as counted:
+        tokens = engine.complete(prompt(seed, PROMPT_TOKENS)).tokens
+    assert counted.external_hits == 0
+    engine.wait_until(lambda: written() >= before + BLOCKS * ROW_BYTES, f"stored prompt {seed}")
+    return tokens
 
 
-def stored(engine: Engine) -> float:
-    """Bytes that the engine counted as written to the tier."""
-    return engine.metrics().sum("vllm:kv_offload_tiering_write_bytes", tier=TIER)
+def hits(engine: Engine, seed: int, expected: list, **more: object) -> float:
+    """How many tokens of a prompt come from the tier; its output must be the expected one."""
+    with Counted(engine) as counted:
+        assert engine.complete(prompt(seed, PROMPT_TOKENS), **more).tokens == expected
+    assert counted.local_hits == 0
+    return counted.external_hits
 
 
-def objects(folder: pathlib.Path) -> set:
-    return {path for path in folder.rglob("*") if path.is_file()}
+class Rig:
+    """An index, a folder that stands for an object store, and the disk of one engine; engines that
+    share them.
+    """
+
+    def __init__(self, index: str, folder: pathlib.Path, model: pathlib.Path, logs: pathlib.Path):
+        self.index = {"address": f"http://{index}"}
+        self.objects = folder / "objects"
+        self.objects.mkdir()
+        self.disk = folder / "disk"
+        self.model, self.logs = model, logs
+
+    def with_disk(self, name: str) -> Engine:
+        disk = {"path": str(self.disk), "bytes": 1 << 23, "segment_bytes": 1 << 20}
+        return self._engine(name, self.model, disk=disk)
+
+    def with_objects(self, name: str, model: Optional[pathlib.Path] = None) -> Engine:
+        return self._engine(name, model or self.model, object={"url": f"file://{self.objects}"})
+
+    def _engine(self, name: str, model: pathlib.Path, **settings: object) -> Engine:
+        config = transfer(index=self.index, **settings)
+        return Engine(model, self.logs, name, kv_transfer=config)
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder that stands for an object store."""
-    return tmp_path_factory.mktemp("objects")
+def rig(tiny_model, logs, tmp_path_factory):
+    with indexer.running(logs) as index:
+        yield Rig(index, tmp_path_factory.mktemp("tiers"), tiny_model, logs)
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A folder on the first engine's disk."""
-    return tmp_path_factory.mktemp("disk")
+def answers(rig):
+    """What two engines answered to prompts that they computed, by seed: 1x by one with a disk, 2x
+    by one with objects.
+
+    Before they are ended, each gets a prompt from the other, which is alive, and which holds some
+    of it in memory.
+    """
+    with together(rig.with_disk("disk"), rig.with_objects("objects")) as (disk, objects):
+        answered = {seed: compute(disk, seed) for seed in (11, 12, 13)}
+        answered.update({seed: compute(objects, seed) for seed in (21, 22, 23)})
+        shared = hits(objects, 13, answered[13]), hits(disk, 21, answered[21])
+        salted = hits(objects, 12, answered[12], cache_salt="tenant")
+        assert disk.stop() == 0
+        assert objects.stop() == 0
+    answered["shared"], answered["salted"] = shared, salted
+    return answered
 
 
-@pytest.fixture(scope="module")
-def first(tiny_model, logs, shared, own):
-    """What an engine answered that stored three prompts and was ended as an operator would; by seed."""
-    settings = transfer(object={"url": f"file://{shared}"}, disk=disk(own))
-    answers, written = {}, {}
-    with Engine(tiny_model, logs, "first", kv_transfer=settings) as engine:
-        for number, seed in enumerate((11, 12, 13), 1):
-            before = objects(shared)
-            with Counted(engine) as counted:
-                answers[seed] = engine.complete(prompt(seed, PROMPT_TOKENS)).tokens
-            assert counted.external_hits == 0
-            engine.wait_until(
-                lambda: stored(engine) >= number * BLOCKS * ROW_BYTES
-                and len(objects(shared) - before) >= BLOCKS,
-                f"stored all blocks of prompt {number}",
-            )
-            written[seed] = objects(shared) - before
-        assert engine.stop() == 0
-    return answers, written
+def test_engines_get_each_others_blocks(answers):
+    """All full blocks of a prompt that another engine computed: from its memory and disk, and from
+    shared objects.
+    """
+    assert answers["shared"] == (FULL_TOKENS, FULL_TOKENS)
 
 
-def test_another_engine_gets_what_the_first_one_shared(tiny_model, logs, shared, first):
-    """A second engine without a disk asks for a prompt that the first one computed: all full blocks come from objects."""
-    answers, written = first
-    settings = transfer(object={"url": f"file://{shared}"})
-    with Engine(tiny_model, logs, "second", kv_transfer=settings) as engine:
-        with Counted(engine) as counted:
-            assert engine.complete(prompt(11, PROMPT_TOKENS)).tokens == answers[11]
-        assert counted.external_hits == FULL_TOKENS
-        assert counted.grew("vllm:kv_offload_tiering_read_bytes", tier=TIER) == BLOCKS * ROW_BYTES
-
-        # One byte of each object of another prompt is not what it was.
-        for path in written[12]:
-            flip(path, path.stat().st_size // 2)
-        with Counted(engine) as counted:
-            assert engine.complete(prompt(12, PROMPT_TOKENS)).tokens == answers[12]
-        assert counted.external_hits == 0
-
-        # A tenant's salt is in the names of its blocks.
-        with Counted(engine) as counted:
-            salted = engine.complete(prompt(13, PROMPT_TOKENS), cache_salt="tenant")
-            assert salted.tokens == answers[13]
-        assert counted.external_hits == 0
+def test_a_tenants_blocks_are_not_another_ones(answers):
+    """A prompt that is stored, asked for with a salt: nothing of it is taken, and the output is the
+    same.
+    """
+    assert answers["salted"] == 0
 
 
-def test_a_restarted_engine_hits_its_disk_but_for_damaged_blocks(tiny_model, logs, own, first):
-    """The first engine again, with its disk only, where one byte of one block was flipped while it was down."""
-    answers, _ = first
-    with Engine(tiny_model, logs, "again", kv_transfer=transfer(disk=disk(own))) as engine:
-        with Counted(engine) as counted:
-            assert engine.complete(prompt(11, PROMPT_TOKENS)).tokens == answers[11]
-        assert counted.external_hits == FULL_TOKENS
+def test_blocks_outlive_their_engine(rig, answers):
+    """The engine with the disk again, and one with other weights beside it. Then every block on the
+    disk is damaged.
+    """
+    other_weights = make_model(rig.model.parent, Shape(seed=1))
+    with together(rig.with_disk("again"), rig.with_objects("other", other_weights)) as (
+        again,
+        other,
+    ):
+        assert hits(again, 11, answers[11]) == FULL_TOKENS
+        with Counted(again) as counted:
+            damage(rig.disk)
+            assert hits(again, 12, answers[12]) == 0
+        assert counted.grew("vllm:kv_offload_tiering_promotion_job_failures", tier=LABEL) >= 1
+
+        with Counted(other) as counted:
+            assert other.complete(prompt(21, PROMPT_TOKENS)).tokens != answers[21]
+        assert counted.external_queries > 0 and counted.external_hits == 0
 
 
-def flip(path: pathlib.Path, at: int) -> None:
-    """Flips one bit of one byte."""
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ 1]))
+def test_a_tier_that_cannot_see_its_engine_is_refused_at_start(tiny_model, logs):
+    """vLLM's own connector, under which nobody knows what shapes a block's bytes."""
+    engine = Engine(tiny_model, logs, "refused", kv_transfer=transfer("OffloadingConnector"))
+    assert "ConfigError: kv_connector: a tier cannot see" in engine.refused()
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        ({}, "host.bytes: missing"),
+        ({"host": {"bytes": 1}, "offload": "all"}, "offload: not for a secondary tier"),
+        ({"host": {"bytes": 1}, "model_identity": "00"}, "model_identity: follows from the engine"),
+        ({"host": {"bytes": 1}, "hots": 1}, "hots: unknown key"),
+        ({"host": {"bytes": 1}, "fetch_deadline_ms": 0}, "fetch_deadline_ms: 0 is not within"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(settings, why):
+    """Before anything is opened."""
+    with pytest.raises(ConfigError, match=why):
+        KvFabricTier(None, memoryview(bytearray(8)).cast("B", (2, 4)), TIER, **settings)
+
+
+def damage(folder: pathlib.Path) -> None:
+    """Flips a bit in each 4,096 bytes of every segment: each block has four of them."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size >= ROW_BYTES:
+            with open(path, "r+b") as file:
+                for at in range(2048, path.stat().st_size, 4096):
+                    file.seek(at)
+                    (byte,) = file.read(1)
+                    file.seek(at)
+                    file.write(bytes([byte ^ 1]))

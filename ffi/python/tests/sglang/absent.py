@@ -1,7 +1,7 @@
 """Stands in for packages that need a GPU, so that modules which merely import them can be imported.
 
-A name of such a package is an object that can be called, subscripted and used as a decorator, and does nothing. Nothing
-that a test looks at goes through one.
+A name of such a package is an object that can be called, subscripted and used as a decorator, and
+does nothing. Nothing that a test looks at goes through one.
 """
 
 import importlib.abc

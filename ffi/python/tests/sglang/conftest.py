@@ -1,8 +1,8 @@
 """Tests of the storage backend on SGLang's own classes. ``make test-engines`` runs them.
 
-An SGLang engine needs a GPU. But its storage interface, the factory that loads a backend, and its host memory pool do not:
-they are the real ones, of the pinned wheel, on memory that is not pinned. Only triton, which modules on the way import, is
-stood in for.
+An SGLang engine needs a GPU. But its storage interface, the factory that loads a backend, and its
+host memory pool do not: they are the real ones, of the pinned wheel, on memory that is not pinned.
+Only triton, which modules on the way import, is stood in for.
 """
 
 import importlib.util
@@ -27,7 +27,9 @@ collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None or not _folder().is_dir():
     # Never silently: `make test-engines` demands them, and anybody else is told on the last lines.
     if os.environ.get("KVFABRIC_ENGINES_REQUIRED"):
-        raise pytest.UsageError(f"the tests with SGLang were demanded, but it is not in {_folder()}")
+        raise pytest.UsageError(
+            f"the tests with SGLang were demanded, but it is not in {_folder()}"
+        )
     collect_ignore_glob.append("test_*.py")
 else:
     # torch looks for triton when these are imported, and must not find what stands in for it.

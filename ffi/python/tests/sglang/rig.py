@@ -1,4 +1,6 @@
-"""A rank of SGLang as far as a storage backend sees it: its host memory pool, its configuration, its factory."""
+"""A rank of SGLang as far as a storage backend sees it: its host memory pool, its configuration,
+its factory.
+"""
 
 import json
 import pathlib
@@ -22,7 +24,9 @@ LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
 
 def pool(layout: str, seed: int = 0) -> MHATokenToKVPoolHost:
     """SGLang's host memory pool, full of random bytes; zeros with seed 0."""
-    device = [torch.zeros(PAGE_TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    device = [
+        torch.zeros(PAGE_TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(LAYERS)
+    ]
     pointers = torch.tensor([buffer.data_ptr() for buffer in device], dtype=torch.uint64)
     info = MHABufferInfo(
         buffers=KVBuffers(

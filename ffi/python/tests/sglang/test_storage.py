@@ -1,4 +1,6 @@
-"""`KvFabricStorage` under SGLang's factory, on SGLang's host memory pool, with keys that SGLang made."""
+"""`KvFabricStorage` under SGLang's factory, on SGLang's host memory pool, with keys that SGLang
+made.
+"""
 
 import contextlib
 import hashlib
@@ -7,7 +9,18 @@ import time
 
 import pytest
 import torch
-from rig import KEYS, LAYOUTS, PAGE_BYTES, PAGE_TOKENS, VECTORS, backend, config, indices, page, pool
+from rig import (
+    KEYS,
+    LAYOUTS,
+    PAGE_BYTES,
+    PAGE_TOKENS,
+    VECTORS,
+    backend,
+    config,
+    indices,
+    page,
+    pool,
+)
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from sglang.srt.mem_cache.utils import storage_namespace_seed
@@ -63,7 +76,9 @@ def comes_true(holds, seconds: float = 20.0) -> bool:
 
 
 def test_keys_are_what_sglang_makes_of_tokens():
-    """The golden hashes, which SGLang's compiled code made, against its rule, and its seed against its own function."""
+    """The golden hashes, which SGLang's compiled code made, against its rule, and its seed against
+    its own function.
+    """
 
     def chain(tokens, prior):
         for start in range(0, len(tokens), PAGE_TOKENS):
@@ -79,8 +94,10 @@ def test_keys_are_what_sglang_makes_of_tokens():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pages_come_back_into_another_pool_byte_for_byte(opened, shared, layout):
-    """Four pages stored out of one pool, and fetched into other places of a second one: first by way of objects, as their
-    writer has forgotten them, then from the memory of the pod that fetched them."""
+    """Four pages stored out of one pool, and fetched into other places of a second one: first by
+    way of objects, as their writer has forgotten them, then from the memory of the pod that fetched
+    them.
+    """
     source, target = pool(layout, seed=1), pool(layout)
     writer = opened(source, small(shared))
     assert isinstance(writer, HiCacheStorage)
@@ -99,7 +116,9 @@ def test_pages_come_back_into_another_pool_byte_for_byte(opened, shared, layout)
 
 
 def test_pages_that_are_not_there_are_misses_and_so_is_what_follows(opened):
-    """Of four pages the third was never stored: two are found and fetched, and nothing else is written to."""
+    """Of four pages the third was never stored: two are found and fetched, and nothing else is
+    written to.
+    """
     source = pool("page_first", seed=2)
     storage = opened(source, {})
     assert storage.batch_set_v1([KEYS[0], KEYS[1], KEYS[3]], indices(0, 1, 3)) == [True] * 3
@@ -131,7 +150,9 @@ def test_a_flipped_byte_of_an_object_is_a_miss(opened, shared, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tensors_come_back_as_they_were(opened, layout):
-    """The interface that copies: as SGLang's controller uses it, with flat pages of its pool; ten pages, past the staging."""
+    """The interface that copies: as SGLang's controller uses it, with flat pages of its pool; ten
+    pages, past the staging.
+    """
     source, target = pool(layout, seed=4), pool(layout)
     storage = opened(source, {}, in_place=False)
     keys = KEYS + [hashlib.sha256(bytes([n])).hexdigest() for n in range(6)]
@@ -150,7 +171,9 @@ def test_tensors_come_back_as_they_were(opened, layout):
 
 
 def test_tensors_are_never_taken_for_pages_in_place(opened, shared):
-    """The same key through either interface: layer-first pools and tensors have other orders of bytes."""
+    """The same key through either interface: layer-first pools and tensors have other orders of
+    bytes.
+    """
     source = pool("layer_first", seed=5)
     tensors = opened(source, shared, in_place=False)
     assert tensors.set(KEYS[0], source.get_data_page(0))
@@ -162,7 +185,9 @@ def test_tensors_are_never_taken_for_pages_in_place(opened, shared):
 
 
 def test_ranks_layouts_and_weights_do_not_see_each_others_pages(opened, shared):
-    """One page of rank 0 of 2, with one index; the other rank, another layout and other weights find nothing."""
+    """One page of rank 0 of 2, with one index; the other rank, another layout and other weights
+    find nothing.
+    """
     first = opened(pool("page_first", seed=6), shared, tp_size=2)
     assert first.batch_set_v1(KEYS[:1], indices(0)) == [True]
     same = opened(pool("page_first"), shared, tp_size=2)
@@ -241,7 +266,9 @@ def test_settings_that_cannot_work_are_refused_by_name(extra, why):
 
 
 def test_what_cannot_be_stored_whole_fails_the_attach(opened):
-    """No name for the weights outside of an engine, a pool without pages in one piece, pools of hybrid models."""
+    """No name for the weights outside of an engine, a pool without pages in one piece, pools of
+    hybrid models.
+    """
     with pytest.raises(SettingError, match="kvfabric.weights: SGLang does not tell"):
         backend(pool("page_first"), {"weights": ""})
     odd = pool("page_first")

@@ -2,13 +2,16 @@
 
 ::
 
-    --enable-hierarchical-cache --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
-    '{"backend_name": "kvfabric", "module_path": "kvfabric.sglang", "class_name": "KvFabricStorage", "interface_v1": 1,
-      "kvfabric": {"host": {"bytes": 8589934592}, "object": {"url": "file:///mnt/shared/kvfabric"},
+    --enable-hierarchical-cache --hicache-storage-backend dynamic
+    --hicache-storage-backend-extra-config '{
+      "backend_name": "kvfabric", "module_path": "kvfabric.sglang",
+      "class_name": "KvFabricStorage", "interface_v1": 1,
+      "kvfabric": {"host": {"bytes": 8589934592},
+                   "object": {"url": "file:///mnt/shared/kvfabric"},
                    "index": {"address": "http://127.0.0.1:50051"}}}'
 
-With an index the ranks of a fleet find each other's pages, and those in a shared object store; without, each has its own
-memory and disk.
+With an index the ranks of a fleet find each other's pages, and those in a shared object store;
+without, each has its own memory and disk.
 
 SGLang is imported with the backend, not with the package.
 """

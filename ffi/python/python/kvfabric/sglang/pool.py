@@ -1,7 +1,8 @@
 """Where the pages of SGLang's host memory pool are.
 
-A pool says where the parts of any page begin. Pages are of one size and evenly spaced in all of its layouts, so two pages
-tell where every other one is, and a third is asked to make sure. Nothing here depends on which layout it is.
+A pool says where the parts of any page begin. Pages are of one size and evenly spaced in all of its
+layouts, so two pages tell where every other one is, and a third is asked to make sure. Nothing here
+depends on which layout it is.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class PagePool:
     def of(cls, pool: HostKVCache) -> PagePool:
         """Reads where the pages of `pool` are.
 
-        Raises `PoolError` for a pool without zero-copy access, with fewer than two pages, or whose pages are not evenly
-        spaced.
+        Raises `PoolError` for a pool without zero-copy access, with fewer than two pages, or whose
+        pages are not evenly spaced.
         """
         pages = int(pool.page_num)
         if pages < 2:
@@ -61,7 +62,9 @@ class PagePool:
             first = min(part.address, part.address + (pages - 1) * part.stride)
             last = max(part.address, part.address + (pages - 1) * part.stride) + part.length
             if not any(start <= first and last <= start + size for start, size, _ in memory):
-                raise PoolError(f"host pool: bytes [{first}, {last}) are not in the memory it names")
+                raise PoolError(
+                    f"host pool: bytes [{first}, {last}) are not in the memory it names"
+                )
         return cls(pages, int(pool.page_size), parts, memory, _layout(pool, parts))
 
     def segments(self, regions: List[Any]) -> List[Tuple[Any, int, int, int]]:
@@ -82,7 +85,9 @@ def _parts(pool: HostKVCache, pages: int) -> Tuple[Part, ...]:
     try:
         addresses, lengths = pool.get_page_buffer_meta(tokens)
     except (AttributeError, NotImplementedError, ValueError) as error:
-        raise PoolError(f"host pool: layout {pool.layout!r} has no pages in one piece: {error}") from error
+        raise PoolError(
+            f"host pool: layout {pool.layout!r} has no pages in one piece: {error}"
+        ) from error
     count = len(addresses) // len(asked)
     if count == 0 or len(addresses) != count * len(asked) or len(lengths) != len(addresses):
         raise PoolError(f"host pool: {len(addresses)} parts of {len(asked)} pages")
@@ -92,8 +97,8 @@ def _parts(pool: HostKVCache, pages: int) -> Tuple[Part, ...]:
         part = Part(first, second - first, int(lengths[number]))
         if last != first + (pages - 1) * part.stride or part.stride < part.length:
             raise PoolError(
-                f"host pool: part {number} of pages 0, 1 and {pages - 1}, {part.length} bytes, is at {first},"
-                f" {second} and {last}, not evenly spaced"
+                f"host pool: part {number} of pages 0, 1 and {pages - 1}, {part.length} bytes, is"
+                f" at {first}, {second} and {last}, not evenly spaced"
             )
         parts.append(part)
     return tuple(parts)

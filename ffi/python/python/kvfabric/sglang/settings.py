@@ -1,6 +1,8 @@
-"""The backend's settings: the table ``kvfabric`` of ``--hicache-storage-backend-extra-config``, and what follows from SGLang.
+"""The backend's settings: the table ``kvfabric`` of ``--hicache-storage-backend-extra-config``, and
+what follows from SGLang.
 
-The table holds the keys of a node's configuration that only an operator can know, as for vLLM's connector, and deadlines.
+The table holds the keys of a node's configuration that only an operator can know, as for vLLM's
+connector, and deadlines.
 """
 
 from __future__ import annotations
@@ -21,15 +23,33 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
 NODE_KEYS = frozenset(
-    {"host", "disk", "object", "index", "fabric", "peer_listen", "pod", "metrics_listen", "key_scheme"}
+    {
+        "host",
+        "disk",
+        "object",
+        "index",
+        "fabric",
+        "peer_listen",
+        "pod",
+        "metrics_listen",
+        "key_scheme",
+    }
 )
 DEADLINE_MS_MAX = 600_000
 # Arguments of SGLang, beside the weights, that change the bytes of its pages.
-SHAPING_ARGUMENTS = ("kv_cache_dtype", "quantization", "dtype", "json_model_override_args", "revision")
+SHAPING_ARGUMENTS = (
+    "kv_cache_dtype",
+    "quantization",
+    "dtype",
+    "json_model_override_args",
+    "revision",
+)
 
 
 class SettingError(ValueError):
-    """A setting that the backend cannot work with; the text names the key, the value and what would do."""
+    """A setting that the backend cannot work with; the text names the key, the value and what would
+    do.
+    """
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,8 @@ class Settings:
 
     # Settings of the node, by the names of docs/configuration.md.
     node: Mapping[str, Any]
-    # The operator's name for the weights, and for whatever else shapes bytes and cannot be derived. Must change when any of
-    # it does. Empty: all is derived.
+    # The operator's name for the weights, and for whatever else shapes bytes and cannot be derived.
+    # Must change when any of it does. Empty: all is derived.
     weights: str = ""
     # A question whether pages are there, and a fetch of them, that takes longer is a miss.
     lookup_deadline_ms: int = 500
@@ -53,11 +73,14 @@ class Settings:
     def parse(cls, extra: Optional[Mapping[str, Any]]) -> Settings:
         """Reads the table ``kvfabric`` of the extra configuration.
 
-        Raises `SettingError` for one that is missing, a key that is not known, and a value that does not fit.
+        Raises `SettingError` for one that is missing, a key that is not known, and a value that
+        does not fit.
         """
         table = (extra or {}).get("kvfabric")
         if not isinstance(table, Mapping):
-            raise SettingError('kvfabric: missing; a table like {"host": {"bytes": 8589934592}} is needed')
+            raise SettingError(
+                'kvfabric: missing; a table like {"host": {"bytes": 8589934592}} is needed'
+            )
         own = {field.name: field.default for field in fields(cls) if field.name != "node"}
         values: Dict[str, Any] = {}
         for key, value in table.items():
@@ -78,14 +101,20 @@ class Settings:
 def node_config(
     settings: Settings, storage: HiCacheStorageConfig, pool: PagePool
 ) -> Dict[str, Any]:
-    """The configuration of one rank's node. Ranks of one engine get disk folders and ports of their own."""
+    """The configuration of one rank's node. Ranks of one engine get disk folders and ports of their
+    own.
+    """
     ranks = storage.tp_size * storage.pp_size * storage.attn_cp_size
     number = (
         (storage.dp_rank * storage.pp_size + storage.pp_rank) * storage.attn_cp_size
         + storage.attn_cp_rank
     ) * storage.tp_size + storage.tp_rank
     node = {key: dict(v) if isinstance(v, Mapping) else v for key, v in settings.node.items()}
-    for table, key in ((node, "peer_listen"), (node, "metrics_listen"), (node.get("fabric"), "tcp_listen")):
+    for table, key in (
+        (node, "peer_listen"),
+        (node, "metrics_listen"),
+        (node.get("fabric"), "tcp_listen"),
+    ):
         if table and isinstance(table.get(key), str):
             table[key] = _port_for(str(table[key]), number)
     if "disk" in node and (ranks > 1 or storage.dp_rank > 0):
@@ -98,7 +127,8 @@ def node_config(
     pod = node.get("pod") or f"{socket.gethostname()}/sglang-{uuid.uuid4().hex[:12]}"
     node.update(
         pod=f"{pod}/{number}",
-        # Routers ask by tokens, of which SGLang tells a backend nothing: in the index these pages are another model's.
+        # Routers ask by tokens, of which SGLang tells a backend nothing: in the index these pages
+        # are another model's.
         model=f"{storage.model_name or 'unnamed'}/pages",
         model_identity=_identity(settings, storage, pool),
         block_bytes=pool.page_bytes,
@@ -118,13 +148,15 @@ def node_config(
 
 def _identity(settings: Settings, storage: HiCacheStorageConfig, pool: PagePool) -> str:
     arguments = _arguments()
-    # The name counts beside a digest of the weights, too: it may stand for what the digest does not cover.
+    # The name counts beside a digest of the weights, too: it may stand for what the digest does not
+    # cover.
     attributes = {"engine": f"sglang {version('sglang')}", "named": settings.weights}
     if arguments is None:
         if not settings.weights:
             raise SettingError(
-                'kvfabric.weights: SGLang does not tell which model it serves; name the weights, the type of the cache'
-                " and whatever else shapes it, and change that name whenever they change"
+                "kvfabric.weights: SGLang does not tell which model it serves; name the weights,"
+                " the type of the cache and whatever else shapes it, and change that name whenever"
+                " they change"
             )
         folder = None
     else:
@@ -147,8 +179,8 @@ def _identity(settings: Settings, storage: HiCacheStorageConfig, pool: PagePool)
         )
     except kvfabric.KvfabricError as error:
         raise SettingError(
-            f"kvfabric.weights: nothing identifies the weights ({error}); name them, and change that"
-            " name whenever they change"
+            f"kvfabric.weights: nothing identifies the weights ({error}); name them, and change"
+            " that name whenever they change"
         ) from error
 
 
@@ -176,7 +208,9 @@ def _model_folder(model: str, revision: Optional[str]) -> Optional[str]:
 
 def _checked(key: str, value: Any, default: Any) -> Any:
     if type(value) is not type(default):
-        raise SettingError(f"kvfabric.{key}: {value!r} is a {type(value).__name__}, not a {type(default).__name__}")
+        raise SettingError(
+            f"kvfabric.{key}: {value!r} is a {type(value).__name__}, not a {type(default).__name__}"
+        )
     if isinstance(value, int) and not 1 <= value <= DEADLINE_MS_MAX:
         raise SettingError(f"kvfabric.{key}: {value} is not within 1..={DEADLINE_MS_MAX}")
     return value

@@ -41,15 +41,13 @@ _INDEX_KEY_BYTES = 8
 class KvFabricStorage(HiCacheStorage):
     """Stores pages in a node of its own, and fetches them from wherever that node finds them.
 
-    With ``interface_v1`` SGLang has pages moved between its pool and the node in place; without, it hands over tensors. A
-    tensor's bytes need not be in the order of the pool's, so the two never see each other's pages. Safe to use from any
-    thread. Of a batch, whatever is behind the first page that cannot be had counts as missing as well: without it
-    nothing behind is of use.
+    With ``interface_v1`` SGLang has pages moved between its pool and the node in place; without, it
+    hands over tensors. A tensor's bytes need not be in the order of the pool's, so the two never
+    see each other's pages. Safe to use from any thread. Of a batch, whatever is behind the first
+    page that cannot be had counts as missing as well: without it nothing behind is of use.
     """
 
-    def __init__(
-        self, storage_config: HiCacheStorageConfig, kwargs: Optional[dict] = None
-    ) -> None:
+    def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Optional[dict] = None) -> None:
         extra = storage_config.extra_config or {}
         self._settings = Settings.parse(extra)
         self._config = storage_config
@@ -62,13 +60,15 @@ class KvFabricStorage(HiCacheStorage):
     def register_mem_pool_host(self, mem_pool_host: HostKVCache) -> None:
         """Reads where the pool's pages are and opens the node.
 
-        Raises `PoolError` for a pool that cannot be used in place, `SettingError` and what the node says otherwise.
+        Raises `PoolError` for a pool that cannot be used in place, `SettingError` and what the node
+        says otherwise.
         """
         super().register_mem_pool_host(mem_pool_host)
         pool = PagePool.of(mem_pool_host)
         config = node_config(self._settings, self._config, pool)
         node = kvfabric.Node(config)
-        # Ranks whose pages differ meet in one index: what tells their pages apart is in the keys there, too.
+        # Ranks whose pages differ meet in one index: what tells their pages apart is in the keys
+        # there, too.
         self._root = f"{config['model_identity']} {config['shard']} ".encode()
         self._regions = [
             node.agent.register_address(address, size, readable=True, writable=True, keep=storage)
@@ -86,7 +86,9 @@ class KvFabricStorage(HiCacheStorage):
     def register_mem_host_pool_v2(self, host_pool: HostKVCache, host_pool_name: Any) -> None:
         """Refuses pools beside the KV cache's: pages without them would be restored by halves."""
         if host_pool_name != PoolName.KV:
-            raise PoolError(f"host pool {host_pool_name}: only KV pages are stored, not those of hybrid models")
+            raise PoolError(
+                f"host pool {host_pool_name}: only KV pages are stored, not those of hybrid models"
+            )
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
 
     def exists(self, key: str) -> bool:
@@ -197,7 +199,9 @@ class KvFabricStorage(HiCacheStorage):
         self._node.clear().wait(self._settings.store_deadline_ms / 1000)
 
     def get_stats(self) -> Any:
-        """Pages and GB/s of each batch since the last call, as SGLang's metrics have it; None if it does not want them."""
+        """Pages and GB/s of each batch since the last call, as SGLang's metrics have it; None if it
+        does not want them.
+        """
         if not self._config.enable_storage_metrics:
             return None
         from sglang.srt.observability.metrics_collector import StorageMetrics
@@ -240,7 +244,9 @@ class KvFabricStorage(HiCacheStorage):
         size = self._pool.page_tokens
         starts = host_indices[::size].tolist()
         if len(host_indices) != len(keys) * size or any(start % size for start in starts):
-            raise PoolError(f"{len(host_indices)} indices are not {len(keys)} whole pages of {size} tokens")
+            raise PoolError(
+                f"{len(host_indices)} indices are not {len(keys)} whole pages of {size} tokens"
+            )
         return [start // size for start in starts]
 
     def _fetch(
@@ -263,7 +269,9 @@ class KvFabricStorage(HiCacheStorage):
     def _store(
         self, keys: List[str], pages: kvfabric.Pages, numbers: List[int], *, in_place: bool
     ) -> int:
-        """Stores, and waits until nothing reads the pages any more; how many from the first are kept."""
+        """Stores, and waits until nothing reads the pages any more; how many from the first are
+        kept.
+        """
         begun = time.monotonic()
         try:
             deadline = self._settings.store_deadline_ms / 1000
@@ -287,7 +295,9 @@ class KvFabricStorage(HiCacheStorage):
         assert self._pool is not None
         flat = tensor.view(-1).view(torch.uint8)
         if flat.numel() != self._pool.page_bytes:
-            raise PoolError(f"a tensor of {flat.numel()} bytes is no page of {self._pool.page_bytes}")
+            raise PoolError(
+                f"a tensor of {flat.numel()} bytes is no page of {self._pool.page_bytes}"
+            )
         return flat
 
     def _staged(self, position: int) -> torch.Tensor:
@@ -297,7 +307,7 @@ class KvFabricStorage(HiCacheStorage):
 
 
 def _finished(operation: Any) -> Any:
-    """What an operation that has a deadline of its own reports; the memory is its own until then."""
+    """What an operation with a deadline of its own reports; until then the memory is its own."""
     while True:
         try:
             return operation.wait(PATIENCE_SECONDS)

@@ -1,31 +1,34 @@
-"""A secondary tier for vLLM's own offloading: blocks that vLLM keeps in host memory go on to kvfabric's tiers, and come back.
+"""A secondary tier for vLLM's own offloading: blocks that vLLM keeps in host memory go on to
+kvfabric's tiers, and come back.
 
 ::
 
-    --kv-transfer-config '{"kv_connector": "KvFabricOffloadingConnector", "kv_connector_module_path": "kvfabric.vllm.tier",
+    --kv-transfer-config '{
+      "kv_connector": "KvFabricOffloadingConnector",
+      "kv_connector_module_path": "kvfabric.vllm.tier",
       "kv_role": "kv_both", "kv_connector_extra_config": {
         "spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8589934592,
-        "secondary_tiers": [{"type": "KvFabricTier", "module_path": "kvfabric.vllm.tier",
-                             "host": {"bytes": 1073741824}, "object": {"url": "file:///mnt/shared/kvfabric"},
-                             "index": {"address": "http://127.0.0.1:50051"}}]}}'
+        "secondary_tiers": [{
+          "type": "KvFabricTier", "module_path": "kvfabric.vllm.tier",
+          "host": {"bytes": 1073741824}, "object": {"url": "file:///mnt/shared/kvfabric"},
+          "index": {"address": "http://127.0.0.1:50051"}}]}}'
 
-`KvFabricOffloadingConnector` is vLLM's OffloadingConnector, which otherwise keeps the engine's configuration from its
-tiers. A tier must know it: what shapes the bytes of a block is part of the block's name, so that no other engine takes it
-for its own.
+`KvFabricOffloadingConnector` is vLLM's OffloadingConnector, which otherwise keeps the engine's
+configuration from its tiers. A tier must know it: what shapes the bytes of a block is part of the
+block's name, so that no other engine takes it for its own.
 
-A tier runs in the engine's scheduler, sees rows of the host memory tier, and is never told their tokens. With an index the
-tiers of a fleet find each other's blocks, by keys made of the engine's hashes and under a model name of their own: routers,
-which ask by tokens, see nothing of them. `kvfabric.vllm.KvFabricConnector` tells routers. This module is what changes with
-vLLM's experimental tier interface.
+A tier runs in the engine's scheduler, sees rows of the host memory tier, and is never told their
+tokens. With an index the tiers of a fleet find each other's blocks, by keys made of the engine's
+hashes and under a model name of their own: routers, which ask by tokens, see nothing of them.
+`kvfabric.vllm.KvFabricConnector` tells routers. This module is what changes with vLLM's
+experimental tier interface.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import kvfabric
@@ -38,6 +41,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from . import engine as engines
 from .config import ConfigError, ConnectorConfig
+from .tier_blocks import Lookups, Namer
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -55,18 +59,14 @@ USELESS = {
     "min_fetch_tokens": "vLLM decides what is fetched",
     "pin_ttl_s": "a tier pins nothing",
 }
-# Of one lookup, as many holes are looked behind; what is behind further ones counts as missing. Prefixes end at the first
-# hole, only sliding windows look further.
-HOLES_MAX = 8
 # How long one wait for a transfer that must end takes before it is waited for again, and said so.
 PATIENCE_SECONDS = 10.0
-# Version 1 of packed names without a parent: number of bytes of a hash, number of blocks.
-_NAMES = struct.Struct("<BBHI")
-_INDEX_KEY_BYTES = 8
 
 
 class KvFabricOffloadingConnector(OffloadingConnector):
-    """vLLM's OffloadingConnector, whose tiers can see the configuration of their engine while they are made."""
+    """vLLM's OffloadingConnector, whose tiers can see the configuration of their engine while they
+    are made.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -76,10 +76,12 @@ class KvFabricOffloadingConnector(OffloadingConnector):
 
 
 class KvFabricTier(SecondaryTierManager):
-    """Stores blocks of vLLM's host memory tier in a node of its own, and loads them from wherever that node finds them.
+    """Stores blocks of vLLM's host memory tier in a node of its own, and loads them from wherever
+    that node finds them.
 
-    Its settings are those of `ConnectorConfig`, but for `USELESS`. All methods return at once but `drain_jobs` and
-    `shutdown`. A block that cannot be had, in time and with the right checksum, is a miss.
+    Its settings are those of `ConnectorConfig`, but for `USELESS`. All methods return at once but
+    `drain_jobs` and `shutdown`. A block that cannot be had, in time and with the right checksum, is
+    a miss.
     """
 
     medium: ClassVar[Medium | None] = Medium.STORAGE
@@ -104,10 +106,10 @@ class KvFabricTier(SecondaryTierManager):
         self._config = config
         node = _node_config(config, engine, offloading_spec.config, row_bytes)
         self._node = kvfabric.Node(node)
-        self._namer = _Namer(self._node, str(node["model_identity"]))
+        self._namer = Namer(self._node, str(node["model_identity"]))
         self._region = self._node.agent.register(primary_kv_view, readable=True, writable=True)
         self._pages = self._node.pages([(self._region, 0, row_bytes, row_bytes)], rows)
-        self._lookups = _Lookups(self._node, self._namer, config.lookup_deadline_ms / 1000)
+        self._lookups = Lookups(self._node, self._namer, config.lookup_deadline_ms / 1000)
         self._jobs: dict[int, _Job] = {}
         # Results that were known when the job was submitted.
         self._refused: list[JobResult] = []
@@ -119,7 +121,9 @@ class KvFabricTier(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """Whether the block can be had; RETRY until the node has answered, which is asked at the end of the step."""
+        """Whether the block can be had; RETRY until the node has answered, which is asked at the
+        end of the step.
+        """
         found = self._lookups.ask(key, req_context.req_id)
         if found is None:
             return LookupResult.RETRY
@@ -219,25 +223,6 @@ class KvFabricTier(SecondaryTierManager):
         )
 
 
-class _Namer:
-    """Names blocks by vLLM's keys: the engine's hash, which covers all blocks before it, and the cache group's number.
-
-    Engines whose blocks differ meet in one index, so what shapes the bytes is in the keys there, too.
-    """
-
-    def __init__(self, node: kvfabric.Node, identity: str) -> None:
-        self._node = node
-        self._identity = identity.encode()
-
-    def prefix(self, keys: Collection[OffloadKey]) -> kvfabric.Prefix:
-        """The blocks of these keys, in order."""
-        names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
-        for key in keys:
-            name = hashlib.sha256(b"vllm offload key " + key).digest()
-            names += name + hashlib.sha256(self._identity + name).digest()[:_INDEX_KEY_BYTES]
-        return self._node.prefix_of(bytes(names))
-
-
 @dataclass
 class _Job:
     """A transfer between rows and the node."""
@@ -282,110 +267,6 @@ class _Job:
             return None
 
 
-@dataclass
-class _Verdict:
-    """Whether a block can be had, as long as a request that asked is there."""
-
-    # None until the node has answered.
-    found: bool | None = None
-    asked_by: set[str] = field(default_factory=set)
-
-
-@dataclass
-class _Asking:
-    """One question to the node: how many of these blocks it could get, from the first on."""
-
-    keys: Sequence[OffloadKey]
-    operation: kvfabric.Operation[kvfabric.Reach]
-    holes: int
-
-
-class _Lookups:
-    """Asks the node for all blocks that one request looks up in one step at once, and remembers its answers.
-
-    A request's answers stay the same until it is finished: the scheduler counts on what it was told.
-    """
-
-    def __init__(self, node: kvfabric.Node, namer: _Namer, deadline: float) -> None:
-        self._node = node
-        self._namer = namer
-        self._deadline = deadline
-        self._verdicts: dict[OffloadKey, _Verdict] = {}
-        self._keys_of: dict[str, set[OffloadKey]] = {}
-        self._wanted: dict[str, list[OffloadKey]] = {}
-        self._asking: list[_Asking] = []
-
-    def ask(self, key: OffloadKey, request: str) -> bool | None:
-        """Whether the block can be had; None until that is known."""
-        verdict = self._verdicts.get(key)
-        if verdict is None:
-            verdict = self._verdicts[key] = _Verdict()
-            self._wanted.setdefault(request, []).append(key)
-        verdict.asked_by.add(request)
-        self._keys_of.setdefault(request, set()).add(key)
-        return verdict.found
-
-    def flush(self) -> None:
-        """Sends what was asked since the last time."""
-        self.collect()
-        wanted, self._wanted = self._wanted, {}
-        for keys in wanted.values():
-            self._send(keys, 0)
-
-    def collect(self) -> None:
-        """Takes the answers that have arrived."""
-        arrived = [asking for asking in self._asking if asking.operation.done()]
-        if not arrived:
-            return
-        self._asking = [asking for asking in self._asking if not asking.operation.done()]
-        for asking in arrived:
-            try:
-                depth = min(asking.operation.wait(0.0).depth, len(asking.keys))
-            except kvfabric.KvfabricError as error:
-                logger.debug("lookup of %d blocks: %s", len(asking.keys), error)
-                self._decide(asking.keys, found=False)
-                continue
-            self._decide(asking.keys[:depth], found=True)
-            self._decide(asking.keys[depth : depth + 1], found=False)
-            self._send(asking.keys[depth + 1 :], asking.holes + 1)
-
-    def mark_missing(self, keys: Iterable[OffloadKey]) -> None:
-        """From now on these cannot be had, whatever the node said."""
-        for key in keys:
-            verdict = self._verdicts.get(key)
-            if verdict is not None:
-                verdict.found = False
-
-    def forget(self, request: str) -> None:
-        """The request is finished."""
-        self._wanted.pop(request, None)
-        for key in self._keys_of.pop(request, ()):
-            verdict = self._verdicts[key]
-            verdict.asked_by.discard(request)
-            if not verdict.asked_by:
-                del self._verdicts[key]
-
-    def _send(self, keys: Sequence[OffloadKey], holes: int) -> None:
-        if not keys:
-            return
-        if holes > HOLES_MAX:
-            self._decide(keys, found=False)
-            return
-        try:
-            operation = self._node.locate(self._namer.prefix(keys), deadline=self._deadline)
-        except kvfabric.KvfabricError as error:
-            logger.debug("lookup of %d blocks: %s", len(keys), error)
-            self._decide(keys, found=False)
-            return
-        self._asking.append(_Asking(keys, operation, holes))
-
-    def _decide(self, keys: Iterable[OffloadKey], *, found: bool) -> None:
-        for key in keys:
-            verdict = self._verdicts.get(key)
-            if verdict is not None and verdict.found is None:
-                verdict.found = found
-
-
 def _parse(settings: dict[str, Any]) -> ConnectorConfig:
     for key, why in USELESS.items():
         if key in settings:
@@ -396,11 +277,13 @@ def _parse(settings: dict[str, Any]) -> ConnectorConfig:
 def _node_config(
     config: ConnectorConfig, engine: VllmConfig, offloading: OffloadingConfig, row_bytes: int
 ) -> dict[str, Any]:
-    """The configuration of the tier's node. A row holds the bytes of all workers, so there is one node per replica."""
+    """The configuration of the tier's node. A row holds the bytes of all workers, so there is one
+    node per replica.
+    """
     if engine.lora_config is not None and not config.weights:
         raise ConfigError(
-            'weights: a tier is not told which adapter a block belongs to; set "weights" to a name that'
-            " changes whenever the model's weights or an adapter's do"
+            'weights: a tier is not told which adapter a block belongs to; set "weights" to a name'
+            " that changes whenever the model's weights or an adapter's do"
         )
     hash_name, seed = engines.hashing(engine)
     replica, replicas = engines.replica_of(engine)
@@ -427,7 +310,11 @@ def _node_config(
         rank=0,
         block_bytes=row_bytes,
         identity=engines.model_identity(
-            config, engine, _layout(config, offloading, row_bytes), offloading.model.dtype, _kernels(engine)
+            config,
+            engine,
+            _layout(config, offloading, row_bytes),
+            offloading.model.dtype,
+            _kernels(engine),
         ),
         layers=sum(len(group.layer_names) for group in offloading.groups),
     )
@@ -452,7 +339,8 @@ def _layout(config: ConnectorConfig, offloading: OffloadingConfig, row_bytes: in
             "parallel": parallel,
             "replicated": offloading.replicated_layout,
             "canonical": offloading.canonical_layout,
-            # Counts beside a digest of the weights, too: it may stand for adapters, which the digest does not cover.
+            # Counts beside a digest of the weights, too: it may stand for adapters, which the
+            # digest does not cover.
             "named": config.weights,
         },
         sort_keys=True,
@@ -460,6 +348,11 @@ def _layout(config: ConnectorConfig, offloading: OffloadingConfig, row_bytes: in
 
 
 def _kernels(engine: VllmConfig) -> list[str]:
-    """What arranges the inside of a page: the scheduler knows no more of it than the device and what was asked for."""
+    """What arranges the inside of a page: the scheduler knows no more of it than the device and
+    what was asked for.
+    """
     asked = engine.attention_config
-    return [f"device {current_platform.get_device_name()}", f"asked {asked.backend} {asked.backend_per_kind}"]
+    return [
+        f"device {current_platform.get_device_name()}",
+        f"asked {asked.backend} {asked.backend_per_kind}",
+    ]

@@ -1,7 +1,7 @@
 """vLLM's tiered offloading on a CPU.
 
-The scheduler's half is vLLM's own. Only the worker's half is here, because vLLM's copies with CUDA: a copy of each page
-between the engine's memory and its host memory tier, done at once.
+The scheduler's half is vLLM's own. Only the worker's half is here, because vLLM's copies with CUDA:
+a copy of each page between the engine's memory and its host memory tier, done at once.
 """
 
 from typing import List, Set

@@ -22,9 +22,11 @@ def python() -> str:
 
 
 def environment(**more: str) -> Dict[str, str]:
-    """The environment of an engine: everything it caches stays in the engines' folder, and it never asks the network.
+    """The environment of an engine: everything it caches stays in the engines' folder, and it never
+    asks the network.
 
-    The bed itself is importable in the engine, so that tests can hand it classes that the package must not have.
+    The bed itself is importable in the engine, so that tests can hand it classes that the package
+    must not have.
     """
     folder = engines() / "cache"
     folder.mkdir(parents=True, exist_ok=True)

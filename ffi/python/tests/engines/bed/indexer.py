@@ -18,7 +18,8 @@ def running(
     block_tokens: int = BLOCK_TOKENS,
     config: str = "",
 ) -> Iterator[str]:
-    """A fresh index; gives the address of its gRPC service. `config` is more TOML, like ``[[sources]]``.
+    """A fresh index; gives the address of its gRPC service. `config` is more TOML, like
+    ``[[sources]]``.
 
     The program is the one that ``KVFABRIC_INDEXER`` names.
     """

@@ -194,7 +194,7 @@ def _write_adapter(folder: pathlib.Path, shape: Shape, seed: int) -> None:
 
 
 def prompt(seed: int, tokens: int) -> list:
-    """A prompt of this many token ids: the same for the same seed, and a prefix of its longer ones."""
+    """A prompt of this many token ids: the same for a seed, and a prefix of its longer ones."""
     state, made = seed, []
     for _ in range(tokens):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64

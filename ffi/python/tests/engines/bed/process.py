@@ -1,4 +1,6 @@
-"""Processes that a test starts: shown when they fail, and gone with their children when the test ends."""
+"""Processes that a test starts: shown when they fail, and gone with their children when the test
+ends.
+"""
 
 import collections
 import os
@@ -7,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from typing import List
+from typing import List, Set
 
 import psutil
 
@@ -60,8 +62,11 @@ class Child:
             return []
 
     def stop(self, how: int = signal.SIGTERM) -> int:
-        """Asks it to end, waits, then ends what is left of it and its children; returns the exit status."""
+        """Asks it to end, waits, then ends what is left of it and its children; returns the exit
+        status.
+        """
         family = self.family()
+        shared = _shared_memory(family)
         if self.process.poll() is None:
             os.kill(self.pid, how)
         try:
@@ -70,23 +75,46 @@ class Child:
             self.process.kill()
             status = self.process.wait(timeout=STOP_SECONDS)
         _, alive = psutil.wait_procs(family, timeout=5.0)
-        self._kill(alive)
+        _kill(alive)
+        _remove(shared)
         return status
 
     def kill(self) -> None:
         """Ends it and its children at once, without a chance to tidy up."""
         family = self.family()
-        self._kill(family)
+        shared = _shared_memory(family)
+        _kill(family)
         self.process.wait(timeout=STOP_SECONDS)
+        _remove(shared)
 
-    @staticmethod
-    def _kill(family: List[psutil.Process]) -> None:
-        for member in family:
-            try:
-                member.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family, timeout=STOP_SECONDS)
+
+def _kill(family: List[psutil.Process]) -> None:
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
+
+
+def _shared_memory(family: List[psutil.Process]) -> Set[pathlib.Path]:
+    """Shared memory of these processes that has a name, which stays when they are killed."""
+    found = set()
+    for member in family:
+        try:
+            mapped = pathlib.Path(f"/proc/{member.pid}/maps").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        for line in mapped.splitlines():
+            path = line.partition("/dev/shm/")[2]
+            if path and not path.endswith(" (deleted)"):
+                found.add(pathlib.Path("/dev/shm") / path)
+    return found
+
+
+def _remove(files: Set[pathlib.Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 class Deadline:

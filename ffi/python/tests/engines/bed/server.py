@@ -1,5 +1,6 @@
 """A real vLLM server, as a user would start it."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from . import folder
 from .metrics import Metrics
@@ -61,8 +62,8 @@ class EventPorts:
 class Engine:
     """A running vLLM OpenAI server. Use it in a ``with``, or call :meth:`stop`.
 
-    `kv_transfer` is the engine's ``--kv-transfer-config``; `events` makes it publish KV events; `arguments` and `env` come
-    last, so that they win.
+    `kv_transfer` is the engine's ``--kv-transfer-config``; `events` makes it publish KV events;
+    `arguments` and `env` come last, so that they win.
     """
 
     def __init__(
@@ -90,14 +91,18 @@ class Engine:
         command += ["--max-model-len", str(max_model_len), "--block-size", str(BLOCK_TOKENS)]
         command += ["--num-gpu-blocks-override", str(blocks), "--enforce-eager"]
         command += ["--enable-prefix-caching", "--prefix-caching-hash-algo", "sha256_cbor"]
-        command += ["--max-num-seqs", "4"]
+        command += ["--max-num-seqs", "4", "--disable-uvicorn-access-log"]
+        # Without a timeout the engine's processes are killed before connectors can close anything.
+        command += ["--shutdown-timeout", "10"]
         if kv_transfer is not None:
             command += ["--kv-transfer-config", json.dumps(kv_transfer)]
         if events is not None:
             command += ["--kv-events-config", json.dumps(events.config())]
         command += list(arguments)
         number = sum(1 for _ in logs.glob(f"{name}*.log"))
-        self.child = Child(command, folder.environment(**(env or {})), logs / f"{name}-{number}.log")
+        self.child = Child(
+            command, folder.environment(**(env or {})), logs / f"{name}-{number}.log"
+        )
 
     def ready(self, seconds: float = READY_SECONDS) -> "Engine":
         """Waits until it serves; fails with the end of its log if it does not get there."""
@@ -120,7 +125,9 @@ class Engine:
                 raise AssertionError(self.child.explain(f"{self.name} not ready in {seconds} s"))
 
     def refused(self, seconds: float = READY_SECONDS) -> str:
-        """Waits until it ends by itself, as it must with a configuration that cannot work, and returns its log."""
+        """Waits until it ends by itself, as it must with a configuration that cannot work, and
+        returns its log.
+        """
         try:
             status = self.child.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -135,7 +142,9 @@ class Engine:
             return reply.read()
 
     def post(self, path: str, body: Mapping[str, object]) -> Any:
-        """The parsed body of a POST, or None if it is empty. Refusals are shown with what the server said."""
+        """The parsed body of a POST, or None if it is empty. Refusals are shown with what the
+        server said.
+        """
         request = urllib.request.Request(
             self.address + path,
             data=json.dumps(body).encode(),
@@ -170,7 +179,9 @@ class Engine:
         return Metrics(self.get("/metrics").decode())
 
     def wait_until(self, holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-        """Waits until something holds that this engine brings about; fails if it ends before, or does not."""
+        """Waits until something holds that this engine brings about; fails if it ends before, or
+        does not.
+        """
         deadline = Deadline(seconds)
         while not holds():
             try:
@@ -183,7 +194,7 @@ class Engine:
                 raise AssertionError(self.child.explain(f"{self.name} ended, not {what}"))
 
     def reset_prefix_cache(self, *, external: bool = False) -> None:
-        """Empties its own prefix cache; with `external`, also what its connector holds, if it can."""
+        """Empties its own prefix cache; with `external`, also what its connector holds."""
         path = "/reset_prefix_cache"
         self.post(path + "?reset_external=true" if external else path, {})
 
@@ -204,6 +215,18 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.child.stop()
+
+
+@contextlib.contextmanager
+def together(*engines: Engine) -> Iterator[Sequence[Engine]]:
+    """Waits until all serve, less than one after the other would take; stops all in the end."""
+    try:
+        for engine in engines:
+            engine.ready()
+        yield engines
+    finally:
+        for engine in engines:
+            engine.stop()
 
 
 class Counted:

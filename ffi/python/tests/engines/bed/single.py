@@ -1,4 +1,4 @@
-"""An engine in one process, for tests that need its inside: it starts in half the time of a server."""
+"""An engine in one process, for tests that need its inside: it starts in half the time."""
 
 import json
 import pathlib
@@ -19,10 +19,12 @@ def run(
     seconds: float = RUN_SECONDS,
     status: int = 0,
 ) -> Sequence[dict]:
-    """Runs a Python script on the engines' interpreter, with the engine in the script's own process.
+    """Runs a Python script on the engines' interpreter, with the engine in the script's own
+    process.
 
-    The script says what it found as lines that begin with ``RESULT`` and go on in JSON; they are returned in order. Any
-    other exit status than `status` fails with the end of the log. The script needs its ``if __name__ == "__main__"``.
+    The script says what it found as lines that begin with ``RESULT`` and go on in JSON; they are
+    returned in order. Any other exit status than `status` fails with the end of the log. The script
+    needs its ``if __name__ == "__main__"``.
     """
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})}
     number = sum(1 for _ in logs.glob(f"{script.stem}*.log"))
@@ -38,7 +40,9 @@ def run(
     if ended != status:
         raise AssertionError(child.explain(f"{script.name} ended with status {ended}"))
     with open(log, encoding="utf-8", errors="replace") as written:
-        return [json.loads(line[len("RESULT ") :]) for line in written if line.startswith("RESULT ")]
+        return [
+            json.loads(line[len("RESULT ") :]) for line in written if line.startswith("RESULT ")
+        ]
 
 
 def say(**found: object) -> None:
@@ -47,7 +51,9 @@ def say(**found: object) -> None:
 
 
 def engine(model: str, **more: object):
-    """In such a script: the engine itself, with the settings that the servers of the other tests have."""
+    """In such a script: the engine itself, with the settings that the servers of the other tests
+    have.
+    """
     from vllm import LLM
 
     settings = {
@@ -67,7 +73,7 @@ def engine(model: str, **more: object):
 
 
 def complete(llm, prompt: Sequence[int], max_tokens: int = 8):
-    """In such a script: the output token ids of one prompt, and how many of its tokens were cached."""
+    """In such a script: the output token ids of one prompt, and how many tokens were cached."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
