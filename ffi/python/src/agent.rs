@@ -203,9 +203,17 @@ impl Agent {
 
     /// Allocates zeroed memory that peers on this host can map, and registers it.
     #[pyo3(signature = (len, *, readable = true, writable = false))]
-    fn shared_memory(&self, len: u64, readable: bool, writable: bool) -> PyResult<Region> {
+    fn shared_memory(
+        &self,
+        py: Python<'_>,
+        len: u64,
+        readable: bool,
+        writable: bool,
+    ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
-        Region::shared(&self.fabric, len, options(readable, writable)).map_err(to_python)
+        let options = options(readable, writable);
+        py.detach(|| Region::shared(&self.fabric, len, options))
+            .map_err(to_python)
     }
 
     /// What peers need to reach this agent and the regions that it exports now, keys included.
