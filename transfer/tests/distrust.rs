@@ -101,6 +101,23 @@ fn bytes_outside_the_region_are_refused_by_the_target() {
     }
 }
 
+/// Memory that was handed out and is not what the metadata said is not used, so the target gets it back at once, also
+/// when the agent that asked is still there.
+#[test]
+fn memory_that_was_handed_out_in_vain_is_not_in_use() {
+    for way in [Way::Shm, Way::Cma] {
+        let pair = Pair::new(way, 4096);
+        let metadata = pair.target.metadata();
+        let at = metadata.len() - BYTES;
+        let forged = forged(&metadata, |bytes| bytes[at] ^= 1);
+        assert_eq!(
+            attempt(way, &pair, &forged, Operation::Read, (0, 64)),
+            ErrorKind::Corrupt
+        );
+        pair.remote.deregister().wait(WAIT).unwrap();
+    }
+}
+
 /// The metadata says that a read-only region may be written.
 #[test]
 fn a_read_only_region_is_not_writable_by_pretending() {

@@ -138,6 +138,11 @@ impl<A: Access> UnixChannel<A> {
         }
         self.regions().asked = Some((remote.id, false));
         let asked = self.ask(remote);
+        if asked.is_err() {
+            // It may be handed out all the same, too late or not as it should be; the peer would wait for it.
+            let region = remote.id;
+            let _ = self.link.send(&Message::Unmapped { region }, None);
+        }
         let mut regions = self.regions();
         let revoked = regions.asked.take().is_some_and(|(_, revoked)| revoked);
         let region = asked?;
