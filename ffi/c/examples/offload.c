@@ -1,9 +1,9 @@
 /*
  * Offloads blocks of an engine's paged memory into a node's tiers, and restores them: `offload FOLDER`.
  *
- * The engine has two layers. It computes four blocks, stores them, loses them, and fetches them back from host memory. Then
- * the node is shut down and opened again, as after a restart of the engine, and the blocks come from disk. FOLDER is the
- * node's disk tier.
+ * The engine has two layers. It computes four blocks, stores them, loses them, and fetches them back from host memory, which
+ * has room for just these. Then the blocks of another prompt push them out to disk. The node is shut down and opened again, as
+ * after a restart of the engine, and the first blocks come from disk. FOLDER is the node's disk tier.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <poll.h>
@@ -37,7 +37,24 @@ struct engine {
     kvf_region *region;
     kvf_pages *pages;
     kvf_prefix *prompt;
+    kvf_prefix *other;
 };
+
+/* The blocks of a prompt whose tokens count up from the first. */
+static int name_blocks(kvf_node *node, uint32_t first, kvf_prefix **prefix)
+{
+    uint32_t tokens[PROMPT_BLOCKS * BLOCK_TOKENS];
+    for (uint32_t i = 0; i < PROMPT_BLOCKS * BLOCK_TOKENS; i++) {
+        tokens[i] = first + i;
+    }
+    size_t blocks = 0;
+    if (kvf_prefix_create(node, NULL, prefix) != KVF_OK
+        || kvf_prefix_extend(*prefix, tokens, PROMPT_BLOCKS * BLOCK_TOKENS, &blocks) != KVF_OK
+        || blocks != PROMPT_BLOCKS) {
+        return failed("name the blocks of a prompt");
+    }
+    return 1;
+}
 
 static int open_node(struct engine *engine, const char *folder)
 {
@@ -57,7 +74,7 @@ static int open_node(struct engine *engine, const char *folder)
                                     "block_bytes = 8192\n"
                                     "block_tokens = 16\n"
                                     "[host]\n"
-                                    "bytes = 131072\n"
+                                    "bytes = 32768\n"
                                     "[disk]\n"
                                     "bytes = 1048576\n"
                                     "segment_bytes = 131072\n";
@@ -87,23 +104,18 @@ static int open_node(struct engine *engine, const char *folder)
     if (kvf_pages_create(engine->node, segments, LAYERS, PAGES_BLOCKS, &engine->pages) != KVF_OK) {
         return failed("describe the pool");
     }
-    uint32_t tokens[PROMPT_BLOCKS * BLOCK_TOKENS];
-    for (uint32_t i = 0; i < PROMPT_BLOCKS * BLOCK_TOKENS; i++) {
-        tokens[i] = i;
-    }
-    size_t blocks = 0;
-    if (kvf_prefix_create(engine->node, NULL, &engine->prompt) != KVF_OK
-        || kvf_prefix_extend(engine->prompt, tokens, PROMPT_BLOCKS * BLOCK_TOKENS, &blocks) != KVF_OK
-        || blocks != PROMPT_BLOCKS) {
-        return failed("name the prompt's blocks");
-    }
-    return 1;
+    return name_blocks(engine->node, 0, &engine->prompt) && name_blocks(engine->node, 1000, &engine->other);
 }
 
 static int close_node(struct engine *engine)
 {
-    int good = kvf_node_shutdown(engine->node, WAIT_MS) == KVF_OK || failed("shut down");
+    kvf_task *flush = NULL;
+    int good = (kvf_node_flush(engine->node, WAIT_MS, &flush) == KVF_OK && kvf_task_wait(flush, WAIT_MS) == KVF_OK)
+        || failed("flush");
+    kvf_task_free(flush);
+    good = (kvf_node_shutdown(engine->node, WAIT_MS) == KVF_OK || failed("shut down")) && good;
     kvf_prefix_free(engine->prompt);
+    kvf_prefix_free(engine->other);
     kvf_pages_free(engine->pages);
     /* Nothing is in flight after the shutdown, so that this cannot be KVF_BUSY. */
     good = (kvf_region_free(engine->region) == KVF_OK || failed("deregister the pool")) && good;
@@ -135,12 +147,12 @@ static void compute(void)
     }
 }
 
-static int store(struct engine *engine)
+static int store(struct engine *engine, kvf_prefix *prompt)
 {
     const uint32_t numbers[PROMPT_BLOCKS] = {0, 1, 2, 3};
     kvf_task *task = NULL;
     struct kvf_store_report report = {.size = sizeof report};
-    if (kvf_node_store(engine->node, engine->prompt, 0, engine->pages, numbers, PROMPT_BLOCKS, 0, &task) != KVF_OK) {
+    if (kvf_node_store(engine->node, prompt, 0, engine->pages, numbers, PROMPT_BLOCKS, 0, &task) != KVF_OK) {
         return failed("store");
     }
     int good = finish(task) && kvf_task_store_report(task, &report) == KVF_OK;
@@ -200,7 +212,7 @@ int main(int argc, char **argv)
     int good = open_node(&engine, argv[1]);
     if (good) {
         compute();
-        good = store(&engine) && restore(&engine, KVF_SOURCE_HOST);
+        good = store(&engine, engine.prompt) && restore(&engine, KVF_SOURCE_HOST) && store(&engine, engine.other);
         good = close_node(&engine) && good;
     }
     if (good && open_node(&engine, argv[1])) {
