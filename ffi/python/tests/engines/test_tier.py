@@ -2,8 +2,8 @@
 
 What an engine reports as external hits, and its output beside that of an engine that computed
 everything, tell whether blocks came back, and came back right. Prompts have 150 tokens: four full
-blocks of 32 are stored, and 128 tokens can hit. Nodes have memory for two blocks only, so that what
-they store has to move on to their disk or to the object store.
+blocks of 32 are stored, and 128 tokens can hit. Nodes have memory for eight blocks, so that of four
+prompts the first ones have to move on, to their disk or to the object store.
 """
 
 import pathlib
@@ -33,7 +33,7 @@ def transfer(connector: str = "KvFabricOffloadingConnector", **settings: object)
     """An engine's --kv-transfer-config with this tier; the engine's own host memory tier has eight
     rows only.
     """
-    tier = {"type": TIER, "module_path": MODULE, "host": {"bytes": 2 * ROW_BYTES}, **settings}
+    tier = {"type": TIER, "module_path": MODULE, "host": {"bytes": 8 * ROW_BYTES}, **settings}
     config = {
         "kv_connector": connector,
         "kv_role": "kv_both",
@@ -80,15 +80,16 @@ class Rig:
         self.index = {"address": f"http://{index}"}
         self.objects = folder / "objects"
         self.objects.mkdir()
+        self.store = {"url": f"file://{self.objects}"}
         self.disk = folder / "disk"
         self.model, self.logs = model, logs
 
-    def with_disk(self, name: str) -> Engine:
+    def with_disk(self, name: str, **more: object) -> Engine:
         disk = {"path": str(self.disk), "bytes": 1 << 23, "segment_bytes": 1 << 20}
-        return self._engine(name, self.model, disk=disk)
+        return self._engine(name, self.model, disk=disk, **more)
 
     def with_objects(self, name: str, model: Optional[pathlib.Path] = None) -> Engine:
-        return self._engine(name, model or self.model, object={"url": f"file://{self.objects}"})
+        return self._engine(name, model or self.model, object=self.store)
 
     def _engine(self, name: str, model: pathlib.Path, **settings: object) -> Engine:
         config = transfer(index=self.index, **settings)
@@ -110,9 +111,9 @@ def answers(rig):
     of it in memory.
     """
     with together(rig.with_disk("disk"), rig.with_objects("objects")) as (disk, objects):
-        answered = {seed: compute(disk, seed) for seed in (11, 12, 13)}
-        answered.update({seed: compute(objects, seed) for seed in (21, 22, 23)})
-        shared = hits(objects, 13, answered[13]), hits(disk, 21, answered[21])
+        answered = {seed: compute(disk, seed) for seed in (11, 12, 13, 14)}
+        answered.update({seed: compute(objects, seed) for seed in (21, 22, 23, 24)})
+        shared = hits(objects, 13, answered[13]), hits(disk, 23, answered[23])
         salted = hits(objects, 12, answered[12], cache_salt="tenant")
         assert disk.stop() == 0
         assert objects.stop() == 0
@@ -121,8 +122,8 @@ def answers(rig):
 
 
 def test_engines_get_each_others_blocks(answers):
-    """All full blocks of a prompt that another engine computed: from its memory and disk, and from
-    shared objects.
+    """All full blocks of a prompt come from the engine that computed it, which is alive: from its
+    memory, its disk, or shared objects.
     """
     assert answers["shared"] == (FULL_TOKENS, FULL_TOKENS)
 
@@ -135,15 +136,18 @@ def test_a_tenants_blocks_are_not_another_ones(answers):
 
 
 def test_blocks_outlive_their_engine(rig, answers):
-    """The engine with the disk again, and one with other weights beside it. Then every block on the
-    disk is damaged.
+    """The engine with the disk again: blocks come from there, and those of the other from objects.
+    Then every block on the disk is damaged.
     """
     other_weights = make_model(rig.model.parent, Shape(seed=1))
-    with together(rig.with_disk("again"), rig.with_objects("other", other_weights)) as (
+    with together(
+        rig.with_disk("again", object=rig.store), rig.with_objects("other", other_weights)
+    ) as (
         again,
         other,
     ):
         assert hits(again, 11, answers[11]) == FULL_TOKENS
+        assert hits(again, 21, answers[21]) == FULL_TOKENS
         with Counted(again) as counted:
             damage(rig.disk)
             assert hits(again, 12, answers[12]) == 0
