@@ -91,9 +91,11 @@ class Steps:
         return {}
 
     def counters(self) -> Dict[str, float]:
-        """By how much the connector's counters grew since this was asked last."""
+        """By how much counters grew since this was asked last: the connector's, and preemptions."""
         now: Dict[str, float] = {}
         for metric in self.llm.get_metrics():
+            if metric.name == "vllm:num_preemptions":
+                now["preemptions"] = metric.value
             if metric.name.startswith("vllm:kvfabric_"):
                 source = metric.labels.get("source")
                 name = metric.name.removeprefix("vllm:kvfabric_").removesuffix("_total")

@@ -59,7 +59,7 @@ def completions(prompts: Sequence[Sequence[Any]] = PROMPTS) -> List[List[Any]]:
     return [["complete", *one] for one in prompts]
 
 
-LONG, LONG_TOKENS = [[seed, 100] for seed in range(51, 55)], 90
+LONG, LONG_TOKENS = [[seed, 100] for seed in range(51, 55)], 120
 WIDE = [[61, 400], [62, 400]]
 
 
@@ -220,27 +220,20 @@ def test_an_engine_with_other_weights_or_elements_hits_nothing(
     assert said[-1]["stored_blocks"] == BLOCKS
 
 
-def test_engines_share_an_object_store(tiny_model, plain, logs, tmp_path):
-    """The second engine has tiers of its own, all empty: what it hits, the first one put into the
-    shared folder.
+def test_engines_share_an_object_store(tiny_model, plain, indexer, logs, tmp_path):
+    """Memory tiers too small for the prompts, no disks, one folder for both: the index says what is
+    in it, and the second engine hits what the first one put there.
     """
-    shared = {"url": f"file://{tmp_path / 'objects'}"}
     (tmp_path / "objects").mkdir()
-    first = run(
-        logs,
-        [*completions(), *completions([[21, 300], [22, 300]]), ["flush"]],
-        model=str(tiny_model),
-        connector=settings(tmp_path / "one", object=shared),
-    )
-    assert same_as(plain, first[: len(PROMPTS)])
-    second = run(
-        logs,
-        [*completions(), ["counters"]],
-        model=str(tiny_model),
-        connector=settings(tmp_path / "two", object=shared),
-    )
-    assert same_as(plain, second[:-1])
-    assert second[-1]["fetched_blocks_object"] > 0
+    shared = {
+        "object": {"url": f"file://{tmp_path / 'objects'}"},
+        "index": {"address": f"http://{indexer}"},
+    }
+    steps = [*completions(), ["flush"], ["counters"]]
+    for name in ("one", "two"):
+        said = run(logs, steps, model=str(tiny_model), connector=settings(pod=name, **shared))
+        assert same_as(plain, said[: len(PROMPTS)])
+    assert said[-1]["fetched_blocks_object"] > 0
 
 
 def test_salts_and_adapters_never_share_blocks(tiny_model, models, logs, tmp_path):
@@ -284,10 +277,11 @@ def test_preempted_requests_are_stored_and_restored_without_a_wrong_block(tiny_m
         logs,
         [["together", LONG, LONG_TOKENS], ["counters"]],
         model=str(tiny_model),
-        engine={"max_model_len": 256, "num_gpu_blocks_override": 12},
+        engine={"max_model_len": 256, "num_gpu_blocks_override": 10},
         connector=settings(host_blocks=128, offload="all"),
     )
     assert same_as(plain, said[0]["answers"], LONG)
+    assert said[1]["preemptions"] > 0
     # Blocks of what was generated, too; and some came back after a preemption.
     assert said[1]["stored_blocks"] > len(LONG) * (100 // BLOCK_TOKENS)
     assert said[1]["fetched_blocks_dram"] > 0
