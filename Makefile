@@ -6,10 +6,11 @@ SHELL := /bin/bash
 CARGO ?= cargo
 CACHE ?= $(HOME)/.cache/kvfabric
 PYTHON ?= python3
+PREFIX ?= /usr/local
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index bench-engines wheel
+.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index bench-engines wheel install
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -64,6 +65,9 @@ bench-engines: setup ## Calls from C and Python, idle processes, a prompt from o
 
 bench-index: bench-build ## Ingestion, lookups and memory of the index
 	target/release/kv-bench index --grpc --json target/bench/index.json
+
+install: ## Put the C library into PREFIX (/usr/local), below DESTDIR if that is set
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' CARGO='$(CARGO)' ffi/c/install
 
 wheel: ## Build the Python wheel, for every Linux with glibc 2.28 or later, and check that it is one
 	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/wheel
