@@ -21,6 +21,7 @@ mod metrics;
 pub mod names;
 mod node;
 mod operation;
+mod parts;
 mod ports;
 mod runtime;
 

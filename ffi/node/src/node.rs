@@ -6,22 +6,21 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::event::EngineEvent;
 use kvcache_core::ports::{Directory, EventSink, Located};
-use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, PinId, PodName, Result};
 use kvfabric_indexer::client::{LookupAnswer, LookupRequest, Prompt, SourcePosition};
 use kvfabric_tiers::{
-    Cache, FetchBlock, FetchReport, HeldDepth, NameReader, Pages, PeerService, Pinned, Reach,
-    Removed, Segment, StoreBlock, StoreReport,
+    Cache, FetchBlock, FetchReport, HeldDepth, Pages, PeerService, Pinned, Reach, Removed, Segment,
+    StoreBlock, StoreReport,
 };
 use kvfabric_transfer::Agent;
-use kvfabric_transfer::backend::object::ObjectOptions;
 
 use crate::blocks::{Describer, Namespace, Prefix};
-use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
+use crate::config::NodeConfig;
 use crate::index::{ENGINE_SOURCE, Index, NODE_SOURCE, Publishers};
 use crate::metrics::MetricsServer;
 use crate::names::Names;
+use crate::parts;
 use crate::ports::Alone;
 
 /// One pod's tiers, fabric and connection to the index. A clone is another handle on the same node.
@@ -68,7 +67,7 @@ impl Node {
     pub async fn open(config: NodeConfig) -> Result<Self> {
         config.check()?;
         let pod = PodName::new(&config.pod)?;
-        let agent = build_agent(&config)?;
+        let agent = parts::agent(&config)?;
         let publishers = config
             .index
             .as_ref()
@@ -78,9 +77,12 @@ impl Node {
             Some(publishers) => (Arc::new(publishers.client.clone()), publishers.node.clone()),
             None => (Arc::new(Alone), Arc::new(Alone)),
         };
-        let describer = describer(&config)?;
+        let describer = parts::describer(&config)?;
         let mut cache = config.cache_config()?;
-        cache.names = describer.engine.is_some().then(|| name_reader(&describer));
+        cache.names = describer
+            .engine
+            .is_some()
+            .then(|| parts::name_reader(&describer));
         let cache = Cache::open(cache, agent.clone(), directory, sink).await?;
         let index = match publishers {
             Some(publishers) => Some(publishers.register(&config, cache.peer_address()).await?),
@@ -396,40 +398,3 @@ fn after(deadline: Duration) -> Instant {
 
 /// How long the last events may take to leave.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(500);
-
-/// Reads the names that others ask this node's peer service about.
-fn name_reader(describer: &Describer) -> NameReader {
-    let describer = describer.clone();
-    NameReader::new(move |packed| {
-        let names = Names::parse(packed)?;
-        Ok(describer.prefix_of(&names, None)?.infos().to_vec())
-    })
-}
-
-fn describer(config: &NodeConfig) -> Result<Describer> {
-    Ok(Describer {
-        model: config.model.clone(),
-        identity: ModelIdentity(config.identity()?),
-        shard: config.shard()?,
-        scheme: config.scheme()?,
-        block_tokens: TokensPerBlock::try_from(config.block_tokens)?,
-        engine: config.engine.as_ref().map(EngineSection::scheme),
-    })
-}
-
-fn build_agent(config: &NodeConfig) -> Result<Agent> {
-    let mut builder = Agent::builder(&config.pod)
-        .shm(config.fabric.shm)
-        .tcp(config.fabric.tcp_listen);
-    if let Some(cma) = config.fabric.cma {
-        builder = builder.cma(cma);
-    }
-    if let Some(object) = &config.object {
-        let options = ObjectOptions {
-            allow_http: object.allow_http,
-            ..ObjectOptions::default()
-        };
-        builder = builder.object_store(OBJECT_STORE, &object.url, options);
-    }
-    builder.build()
-}

@@ -46,6 +46,8 @@ fn a_wrong_setting_is_refused_with_its_name() {
         ("shard.tensor_rank", "1", "shard"),
         ("shard.layers", "0", "layers is 0"),
         ("peer_listen", "nowhere", "nowhere"),
+        ("engine.hash", "sha256", "name"),
+        ("shard.first_layer", "4294967295", "layers is 1"),
         ("peer_listen", "0.0.0.0:0", "peer_listen is 0.0.0.0:0"),
     ] {
         let error = NodeConfig::load(None, &with(key, value)).unwrap_err();
@@ -298,4 +300,156 @@ async fn two_nodes_find_each_others_blocks_through_an_index() {
     holder.shutdown(SECONDS).await.unwrap();
     reader.shutdown(SECONDS).await.unwrap();
     index.shutdown(SECONDS).await.unwrap();
+}
+
+fn with_engine(pod: &str, settings: &[(&str, &str)]) -> Vec<(String, String)> {
+    let engine = [
+        ("engine.name", "test/1"),
+        ("engine.hash", "sha256"),
+        ("pod", pod),
+    ];
+    let added = engine.iter().chain(settings);
+    let added = added.map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    minimal().into_iter().chain(added).collect()
+}
+
+/// Each wrong setting of the engine alone.
+#[test]
+fn an_engine_that_cannot_name_blocks_is_refused() {
+    for (key, value, words) in [
+        ("engine.hash", "xxhash", "only sha256 and sha256_cbor"),
+        ("engine.name", "", "engine: name"),
+        (
+            "engine.events_replay",
+            "tcp://127.0.0.1:1",
+            "without events",
+        ),
+        ("engine.events_kind", "node", "events_kind"),
+        ("engine.events_kind", "telegraph", "telegraph"),
+    ] {
+        let error = NodeConfig::load(None, &with_engine("p", &[(key, value)])).unwrap_err();
+        assert!(error.to_string().contains(words), "{key}={value}: {error}");
+    }
+}
+
+/// The same configuration as text, as a value, and as settings.
+#[test]
+fn a_configuration_may_be_text_or_a_value() {
+    let toml = format!(
+        "pod = \"p\"\nmodel = \"m\"\nmodel_identity = \"{}\"\nblock_bytes = 4096\nblock_tokens = 4\n[host]\nbytes = 8192",
+        "ab".repeat(32)
+    );
+    let value = serde_json::json!({
+        "pod": "p", "model": "m", "model_identity": "ab".repeat(32), "block_bytes": 4096,
+        "block_tokens": 4, "host": {"bytes": 8192},
+    });
+    let larger = [("host.bytes".to_owned(), "65536".to_owned())];
+    for config in [
+        NodeConfig::from_toml(&toml, &larger).unwrap(),
+        NodeConfig::from_value(&value, &larger).unwrap(),
+    ] {
+        assert_eq!((config.pod.as_str(), config.host.bytes), ("p", 65_536));
+    }
+    let error = NodeConfig::from_toml("pod = [", &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let error = NodeConfig::from_value(&serde_json::json!({"pods": 1}), &minimal()).unwrap_err();
+    assert!(error.to_string().contains("pods"), "{error}");
+}
+
+/// A worker's node stores what a scheduler named; the scheduler, which has no node, asks it how deep it holds that, and lets
+/// go of what was pinned.
+#[test]
+fn a_scheduler_finds_by_names_what_a_worker_has_stored() {
+    let config = NodeConfig::load(None, &with_engine("worker", &[])).unwrap();
+    let identity = config.identity().unwrap();
+    let worker = AttachedNode::open(config).unwrap();
+    let memory = HostMemory::anonymous(4 * 4096).unwrap();
+    let agent = worker.node().agent();
+    let region = agent.register(memory, RegionOptions::default()).unwrap();
+    let segment = Segment {
+        region: region.id(),
+        offset: 0,
+        stride: 4096,
+        len: 4096,
+    };
+    let pages = worker.node().pages(vec![segment], 4).unwrap();
+    let size = TokensPerBlock::try_from(4).unwrap();
+    let mut chain = names::NameChain::new(&IndexScheme::default(), "m", size, "", "");
+    chain
+        .extend(&[7; 12], &[&[1; 32], &[2; 32], &[3; 32]])
+        .unwrap();
+    let first_two = names::Names::parse(&chain.pack(0..2).unwrap()).unwrap();
+    let prefix = worker.node().prefix_of(&first_two, None).unwrap();
+    let stored = worker.store(&prefix, 0, &pages, &[3, 1], SECONDS).unwrap();
+    assert_eq!(stored.wait(SECONDS).unwrap().unwrap().stored, 2);
+
+    let scheduler =
+        PeerConnection::connect(&worker.node().peer_address().unwrap().to_string()).unwrap();
+    let locate = |blocks| scheduler.locate(&chain.pack(blocks).unwrap(), SECONDS);
+    assert_eq!(locate(0..3).wait(SECONDS).unwrap().unwrap().depth, 2);
+    assert_eq!(locate(1..3).wait(SECONDS).unwrap().unwrap().depth, 1);
+    assert_eq!(locate(2..3).wait(SECONDS).unwrap().unwrap().depth, 0);
+    let garbage = scheduler.locate(b"not names", SECONDS);
+    assert!(garbage.wait(SECONDS).unwrap().is_err());
+
+    let pinned = worker.pin(&prefix, 1, SECONDS).unwrap();
+    let pinned = *pinned.wait(SECONDS).unwrap().unwrap();
+    assert_eq!(pinned.depth, 1);
+    assert_eq!(worker.clear().wait(SECONDS).unwrap().unwrap().kept, 1);
+    let stranger = scheduler.unpin(pinned.id, [0; 32], SECONDS);
+    let error = stranger.wait(SECONDS).unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    scheduler
+        .unpin(pinned.id, identity, SECONDS)
+        .wait(SECONDS)
+        .unwrap()
+        .unwrap();
+    assert_eq!(worker.clear().wait(SECONDS).unwrap().unwrap().removed, 1);
+    worker.shutdown(SECONDS).wait(SECONDS).unwrap().unwrap();
+}
+
+/// Hints about a whole prefix, for a fetch that leaves out its first blocks.
+#[test]
+fn a_fetch_from_the_middle_reports_by_its_own_positions() {
+    let node = AttachedNode::open(NodeConfig::load(None, &minimal()).unwrap()).unwrap();
+    let memory = HostMemory::anonymous(4 * 4096).unwrap();
+    let region = node
+        .node()
+        .agent()
+        .register(memory, RegionOptions::default())
+        .unwrap();
+    let segment = Segment {
+        region: region.id(),
+        offset: 0,
+        stride: 4096,
+        len: 4096,
+    };
+    let pages = node.node().pages(vec![segment], 4).unwrap();
+    let mut prefix = node.node().prefix(&Namespace::default()).unwrap();
+    // Tokens in pieces that do not end where blocks do.
+    for tokens in [&[1, 2, 3][..], &[4, 5], &[6, 7, 8, 9, 10, 11, 12], &[13]] {
+        prefix.extend(tokens).unwrap();
+    }
+    let whole = node
+        .node()
+        .describe(&Namespace::default(), &(1..=13).collect::<Vec<_>>())
+        .unwrap();
+    assert_eq!(prefix.infos(), whole);
+    region.write_at(4096, &[5; 4096]).unwrap();
+    let stored = node.store(&prefix, 1, &pages, &[1], SECONDS).unwrap();
+    stored.wait(SECONDS).unwrap().unwrap();
+    let fetched = node
+        .fetch(&prefix, 1, &pages, &[2, 3], Located::default(), SECONDS)
+        .unwrap();
+    let fetched = fetched.wait(SECONDS).unwrap().unwrap();
+    assert_eq!(
+        (fetched.depth(), &fetched.sources[..]),
+        (1, &[Source::Host, Source::Miss][..])
+    );
+    let mut bytes = [0; 4096];
+    region.read_at(2 * 4096, &mut bytes).unwrap();
+    assert_eq!(bytes, [5; 4096]);
+    let outside = node.fetch(&prefix, 2, &pages, &[0, 1], Located::default(), SECONDS);
+    assert_eq!(outside.map(drop).unwrap_err().kind(), ErrorKind::Invalid);
+    node.shutdown(SECONDS).wait(SECONDS).unwrap().unwrap();
 }

@@ -1,0 +1,49 @@
+//! What a node is put together from, as its configuration says.
+
+use kvcache_core::Result;
+use kvcache_core::prefix::data::ModelIdentity;
+use kvcache_core::shape::TokensPerBlock;
+use kvfabric_tiers::NameReader;
+use kvfabric_transfer::Agent;
+use kvfabric_transfer::backend::object::ObjectOptions;
+
+use crate::blocks::Describer;
+use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
+use crate::names::Names;
+
+/// Reads the names that others ask this node's peer service about.
+pub(crate) fn name_reader(describer: &Describer) -> NameReader {
+    let describer = describer.clone();
+    NameReader::new(move |packed| {
+        let names = Names::parse(packed)?;
+        Ok(describer.prefix_of(&names, None)?.infos().to_vec())
+    })
+}
+
+pub(crate) fn describer(config: &NodeConfig) -> Result<Describer> {
+    Ok(Describer {
+        model: config.model.clone(),
+        identity: ModelIdentity(config.identity()?),
+        shard: config.shard()?,
+        scheme: config.scheme()?,
+        block_tokens: TokensPerBlock::try_from(config.block_tokens)?,
+        engine: config.engine.as_ref().map(EngineSection::scheme),
+    })
+}
+
+pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
+    let mut builder = Agent::builder(&config.pod)
+        .shm(config.fabric.shm)
+        .tcp(config.fabric.tcp_listen);
+    if let Some(cma) = config.fabric.cma {
+        builder = builder.cma(cma);
+    }
+    if let Some(object) = &config.object {
+        let options = ObjectOptions {
+            allow_http: object.allow_http,
+            ..ObjectOptions::default()
+        };
+        builder = builder.object_store(OBJECT_STORE, &object.url, options);
+    }
+    builder.build()
+}
