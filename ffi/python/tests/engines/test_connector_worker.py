@@ -107,6 +107,14 @@ def load(request: str, block_ids: List[int], prompt: int = 0, first: int = 0) ->
     return Load(request, names(stop, prompt), first, block_ids, (Sources(),))
 
 
+def test_the_engines_memory_is_exported_to_nobody(worker):
+    """Peers read what was copied into the tiers, never the engine's own pool."""
+    side = worker().side
+    peer = kvfabric.Agent("stranger").load_peer(side._open_node.agent.metadata())
+    assert peer.regions, "not even the host tier is exported"
+    assert side._region.id not in peer.regions
+
+
 def test_stored_blocks_come_back_into_other_blocks(worker):
     """Two blocks out of the pool and back into two others."""
     one = worker()

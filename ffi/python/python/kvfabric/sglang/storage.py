@@ -71,7 +71,7 @@ class KvFabricStorage(HiCacheStorage):
         # there, too.
         self._root = f"{config['model_identity']} {config['shard']} ".encode()
         self._regions = [
-            node.agent.register_address(address, size, readable=True, writable=True, keep=storage)
+            node.agent.register_address(address, size, readable=False, keep=storage)
             for address, size, storage in pool.memory
         ]
         self._pages = node.pages(pool.segments(self._regions), pool.pages)

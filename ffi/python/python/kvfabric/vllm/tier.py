@@ -107,7 +107,7 @@ class KvFabricTier(SecondaryTierManager):
         node = _node_config(config, engine, offloading_spec.config, row_bytes)
         self._node = kvfabric.Node(node)
         self._namer = Namer(self._node, str(node["model_identity"]))
-        self._region = self._node.agent.register(primary_kv_view, readable=True, writable=True)
+        self._region = self._node.agent.register(primary_kv_view, readable=False)
         self._pages = self._node.pages([(self._region, 0, row_bytes, row_bytes)], rows)
         self._lookups = Lookups(self._node, self._namer, config.lookup_deadline_ms / 1000)
         self._jobs: dict[int, _Job] = {}

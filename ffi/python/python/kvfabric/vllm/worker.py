@@ -132,7 +132,7 @@ class WorkerSide:
             )
         )
         region = node.agent.register_address(
-            layout.address, layout.length, readable=True, writable=True, keep=self._tensors
+            layout.address, layout.length, readable=False, writable=False, keep=self._tensors
         )
         self._region = region
         self._pages = node.pages(
