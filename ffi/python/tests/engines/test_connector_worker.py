@@ -110,7 +110,7 @@ def load(request: str, block_ids: List[int], prompt: int = 0, first: int = 0) ->
 def test_the_engines_memory_is_exported_to_nobody(worker):
     """Peers read what was copied into the tiers, never the engine's own pool."""
     side = worker().side
-    peer = kvfabric.Agent("stranger").load_peer(side._open_node.agent.metadata())
+    peer = kvfabric.Agent("stranger").load_peer(side._node.agent.metadata())
     assert peer.regions, "not even the host tier is exported"
     assert side._region.id not in peer.regions
 
