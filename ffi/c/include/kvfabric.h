@@ -1591,7 +1591,7 @@ kvf_status kvf_prefix_create(const struct kvf_node *node,
  Makes a prefix of the blocks that kvf_names_pack has packed, here or in another process. It cannot be extended.
 
  `adapter` is the 32-byte identity of the adapter's weights if the names do not carry it, or NULL. KVF_UNSUPPORTED when
- the node has no [engine] configured, or when the engine's hashes are too weak to name blocks that outlive it;
+ the node has no engine section configured, or when the engine's hashes are too weak to name blocks that outlive it;
  KVF_INVALID or KVF_VERSION for bytes that are not such names.
 
  # Safety

@@ -5,7 +5,7 @@ use kvcache_core::{Error, Result};
 /// The 32 bytes of a model identity, written as 64 hexadecimal digits.
 ///
 /// # Errors
-/// [`ErrorKind::Invalid`] with the text.
+/// [`kvcache_core::ErrorKind::Invalid`] with the text.
 pub fn parse_identity(text: &str) -> Result<[u8; 32]> {
     let wrong = || {
         Error::invalid(
