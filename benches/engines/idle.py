@@ -4,7 +4,9 @@ With --real-nixl the agent is the real NIXL's, in its default configuration; els
 """
 
 import argparse
+import contextlib
 import os
+import sys
 import time
 
 from figures import tell
@@ -24,9 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--real-nixl", action="store_true")
     if parser.parse_args().real_nixl:
-        from nixl._api import nixl_agent, nixl_agent_config
+        # It logs to where the figures go.
+        with contextlib.redirect_stdout(sys.stderr):
+            from nixl._api import nixl_agent, nixl_agent_config
 
-        agent = nixl_agent("idle", nixl_agent_config())
+            agent = nixl_agent("idle", nixl_agent_config())
         cpu_percent("nixl", "idle-agent")
         # NIXL 1.5.1 crashes when such a process ends in the usual way.
         os._exit(0)
