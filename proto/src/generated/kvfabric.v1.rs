@@ -68,6 +68,12 @@ pub struct LookupRequest {
     /// Answer only when these are applied; the request's deadline bounds the wait.
     #[prost(message, repeated, tag = "8")]
     pub min_position: ::prost::alloc::vec::Vec<SourcePosition>,
+    /// What "best" means, for the order of the answer and for pods_max.
+    #[prost(enumeration = "Ranking", tag = "9")]
+    pub ranking: i32,
+    /// Say how each score comes about.
+    #[prost(bool, tag = "10")]
+    pub explain: bool,
     #[prost(oneof = "lookup_request::Prompt", tags = "4, 5")]
     pub prompt: ::core::option::Option<lookup_request::Prompt>,
 }
@@ -83,6 +89,45 @@ pub mod lookup_request {
         Keys(super::BlockKeys),
     }
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LookupBatchRequest {
+    /// At most 1,024.
+    #[prost(message, repeated, tag = "1")]
+    pub questions: ::prost::alloc::vec::Vec<LookupRequest>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LookupBatchResponse {
+    /// One for each question, in their order.
+    #[prost(message, repeated, tag = "1")]
+    pub replies: ::prost::alloc::vec::Vec<LookupReply>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LookupReply {
+    #[prost(oneof = "lookup_reply::Outcome", tags = "1, 2")]
+    pub outcome: ::core::option::Option<lookup_reply::Outcome>,
+}
+/// Nested message and enum types in `LookupReply`.
+pub mod lookup_reply {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Outcome {
+        #[prost(message, tag = "1")]
+        Answer(super::LookupResponse),
+        #[prost(message, tag = "2")]
+        Failure(super::LookupFailure),
+    }
+}
+/// Why one question has no answer: what Lookup would have ended with.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LookupFailure {
+    /// The gRPC status code.
+    #[prost(uint32, tag = "1")]
+    pub code: u32,
+    /// The kind of error, like "invalid" or "timeout"; see docs/wire-format.md.
+    #[prost(string, tag = "2")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub message: ::prost::alloc::string::String,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BlockKeys {
     #[prost(fixed64, repeated, tag = "1")]
@@ -90,7 +135,7 @@ pub struct BlockKeys {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LookupResponse {
-    /// Deepest first; ties by pod name.
+    /// Best first, as the question's ranking says.
     #[prost(message, repeated, tag = "1")]
     pub pods: ::prost::alloc::vec::Vec<PodDepth>,
     /// How many of the first blocks shared tiers hold: answered once, since every pod reaches them.
@@ -109,6 +154,24 @@ pub struct LookupResponse {
     /// shared_depth is not 0.
     #[prost(message, repeated, tag = "6")]
     pub shared: ::prost::alloc::vec::Vec<BlockRange>,
+    /// One for each of positions, in their order.
+    #[prost(message, repeated, tag = "7")]
+    pub freshness: ::prost::alloc::vec::Vec<SourceFreshness>,
+}
+/// How much the position of a source is worth.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SourceFreshness {
+    /// How long the newest batch that came live took from its publisher's timestamp until it was applied, in microseconds.
+    #[prost(uint64, tag = "1")]
+    pub lag_us: u64,
+    /// How long ago the publisher was last heard of, in microseconds: what it did since is unknown.
+    #[prost(uint64, tag = "2")]
+    pub heard_us: u64,
+    #[prost(bool, tag = "3")]
+    pub connected: bool,
+    /// Connected, and all that is known to have been published is applied.
+    #[prost(bool, tag = "4")]
+    pub current: bool,
 }
 /// Blocks by their position in the prompt.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -135,6 +198,9 @@ pub struct PodDepth {
     /// Where the pod's peer service listens; empty when it has none.
     #[prost(string, tag = "5")]
     pub peer_address: ::prost::alloc::string::String,
+    /// The terms of score, fastest tier first; only when the question asked to explain.
+    #[prost(message, repeated, tag = "6")]
+    pub terms: ::prost::alloc::vec::Vec<ScoreTerm>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TierDepth {
@@ -142,6 +208,16 @@ pub struct TierDepth {
     pub tier: i32,
     #[prost(uint32, tag = "2")]
     pub blocks: u32,
+}
+/// blocks x weight.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct ScoreTerm {
+    #[prost(enumeration = "Tier", tag = "1")]
+    pub tier: i32,
+    #[prost(uint32, tag = "2")]
+    pub blocks: u32,
+    #[prost(double, tag = "3")]
+    pub weight: f64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Source {
@@ -216,6 +292,12 @@ pub struct StatusResponse {
     pub lag_p50_us: u64,
     #[prost(uint64, tag = "13")]
     pub lag_p99_us: u64,
+    /// Whether lookups are answered. A replica that bootstraps answers none until each source is verified or cleared.
+    #[prost(bool, tag = "14")]
+    pub serving: bool,
+    /// If not, what it waits for.
+    #[prost(string, tag = "15")]
+    pub not_serving_reason: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PodStatus {
@@ -242,6 +324,125 @@ pub struct SourceStatus {
     pub resyncs: u64,
     #[prost(uint64, tag = "6")]
     pub orphans: u64,
+    #[prost(message, optional, tag = "7")]
+    pub freshness: ::core::option::Option<SourceFreshness>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotRequest {
+    /// The version of this protocol; see PROTOCOL_VERSION.
+    #[prost(uint32, tag = "1")]
+    pub protocol_version: u32,
+}
+/// Pieces come in this order: start, then for each pod its registration and for each of its sources the source and its
+/// image, then for each model what shared tiers hold, then end. A stream without end is incomplete and worth nothing.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SnapshotPiece {
+    #[prost(oneof = "snapshot_piece::Piece", tags = "1, 2, 3, 4, 5, 6")]
+    pub piece: ::core::option::Option<snapshot_piece::Piece>,
+}
+/// Nested message and enum types in `SnapshotPiece`.
+pub mod snapshot_piece {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Piece {
+        #[prost(message, tag = "1")]
+        Start(super::SnapshotStart),
+        #[prost(message, tag = "2")]
+        Pod(super::SnapshotPod),
+        #[prost(message, tag = "3")]
+        Source(super::SnapshotSource),
+        #[prost(message, tag = "4")]
+        Shared(super::SnapshotShared),
+        /// The next bytes of what the last source or shared piece opened.
+        #[prost(bytes, tag = "5")]
+        Image(::prost::bytes::Bytes),
+        #[prost(message, tag = "6")]
+        End(super::SnapshotEnd),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotStart {
+    /// The version of the snapshot's format; see docs/wire-format.md.
+    #[prost(uint32, tag = "1")]
+    pub format: u32,
+    /// As Status names them: a replica with other ones cannot use the snapshot.
+    #[prost(string, tag = "2")]
+    pub key_scheme: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub block_size: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SnapshotPod {
+    #[prost(message, optional, tag = "1")]
+    pub registration: ::core::option::Option<RegisterRequest>,
+    /// Whether it is known by configuration, not by a registration of its own.
+    #[prost(bool, tag = "2")]
+    pub configured: bool,
+}
+/// One of the last pod's sources.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotSource {
+    /// Its name within the pod.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Everything before is in the image.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    #[prost(uint64, tag = "3")]
+    pub next_sequence: u64,
+    /// XXH3-128 of the batch before next_sequence, little-endian: by it the publisher is recognised. Empty when the source
+    /// cannot be continued: then there is no image.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub last_batch: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotShared {
+    #[prost(string, tag = "1")]
+    pub model: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotEnd {
+    #[prost(uint32, tag = "1")]
+    pub pods: u32,
+    #[prost(uint32, tag = "2")]
+    pub sources: u32,
+    /// Bytes of all images.
+    #[prost(uint64, tag = "3")]
+    pub image_bytes: u64,
+    /// CRC-32C of all images, one after the other.
+    #[prost(fixed32, tag = "4")]
+    pub image_crc32c: u32,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Ranking {
+    /// As RANKING_DEPTH.
+    Unspecified = 0,
+    /// Deepest first; ties by pod name.
+    Depth = 1,
+    /// Highest score first; ties by depth, then by pod name.
+    Score = 2,
+}
+impl Ranking {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "RANKING_UNSPECIFIED",
+            Self::Depth => "RANKING_DEPTH",
+            Self::Score => "RANKING_SCORE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RANKING_UNSPECIFIED" => Some(Self::Unspecified),
+            "RANKING_DEPTH" => Some(Self::Depth),
+            "RANKING_SCORE" => Some(Self::Score),
+            _ => None,
+        }
+    }
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -393,6 +594,57 @@ pub mod index_client {
             req.extensions_mut().insert(GrpcMethod::new("kvfabric.v1.Index", "Lookup"));
             self.inner.unary(req, path, codec).await
         }
+        /// Several prompts in one call; a question that makes no sense costs only its own answer.
+        pub async fn lookup_batch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LookupBatchRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::LookupBatchResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvfabric.v1.Index/LookupBatch",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvfabric.v1.Index", "LookupBatch"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// One reply for each question, in their order, for as long as the client asks. The server reads the next question
+        /// only when the last reply was taken.
+        pub async fn lookup_stream(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::LookupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::LookupReply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvfabric.v1.Index/LookupStream",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvfabric.v1.Index", "LookupStream"));
+            self.inner.streaming(req, path, codec).await
+        }
         /// A pod tells where its events come from. The pod lives as long as this stream: when it closes, its entries are
         /// removed. The server answers once each source is connected, then keeps the stream open.
         pub async fn register(
@@ -438,6 +690,32 @@ pub mod index_client {
             req.extensions_mut().insert(GrpcMethod::new("kvfabric.v1.Index", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        /// Everything a new replica needs to go on where this one is: each source's registration, how far it is applied, and
+        /// what it holds. Each source is consistent at its position; what it publishes later is had from its own replay.
+        pub async fn snapshot(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SnapshotRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::SnapshotPiece>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvfabric.v1.Index/Snapshot",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvfabric.v1.Index", "Snapshot"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -458,6 +736,29 @@ pub mod index_server {
             &self,
             request: tonic::Request<super::LookupRequest>,
         ) -> std::result::Result<tonic::Response<super::LookupResponse>, tonic::Status>;
+        /// Several prompts in one call; a question that makes no sense costs only its own answer.
+        async fn lookup_batch(
+            &self,
+            request: tonic::Request<super::LookupBatchRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::LookupBatchResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the LookupStream method.
+        type LookupStreamStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::LookupReply, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// One reply for each question, in their order, for as long as the client asks. The server reads the next question
+        /// only when the last reply was taken.
+        async fn lookup_stream(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::LookupRequest>>,
+        ) -> std::result::Result<
+            tonic::Response<Self::LookupStreamStream>,
+            tonic::Status,
+        >;
         /// Server streaming response type for the Register method.
         type RegisterStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::RegisterResponse, tonic::Status>,
@@ -475,6 +776,18 @@ pub mod index_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
+        /// Server streaming response type for the Snapshot method.
+        type SnapshotStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::SnapshotPiece, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Everything a new replica needs to go on where this one is: each source's registration, how far it is applied, and
+        /// what it holds. Each source is consistent at its position; what it publishes later is had from its own replay.
+        async fn snapshot(
+            &self,
+            request: tonic::Request<super::SnapshotRequest>,
+        ) -> std::result::Result<tonic::Response<Self::SnapshotStream>, tonic::Status>;
     }
     /// The global index: which pods hold a prefix, how deep, in which tier.
     #[derive(Debug)]
@@ -596,6 +909,95 @@ pub mod index_server {
                     };
                     Box::pin(fut)
                 }
+                "/kvfabric.v1.Index/LookupBatch" => {
+                    #[allow(non_camel_case_types)]
+                    struct LookupBatchSvc<T: Index>(pub Arc<T>);
+                    impl<T: Index> tonic::server::UnaryService<super::LookupBatchRequest>
+                    for LookupBatchSvc<T> {
+                        type Response = super::LookupBatchResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::LookupBatchRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Index>::lookup_batch(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = LookupBatchSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvfabric.v1.Index/LookupStream" => {
+                    #[allow(non_camel_case_types)]
+                    struct LookupStreamSvc<T: Index>(pub Arc<T>);
+                    impl<T: Index> tonic::server::StreamingService<super::LookupRequest>
+                    for LookupStreamSvc<T> {
+                        type Response = super::LookupReply;
+                        type ResponseStream = T::LookupStreamStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::LookupRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Index>::lookup_stream(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = LookupStreamSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 "/kvfabric.v1.Index/Register" => {
                     #[allow(non_camel_case_types)]
                     struct RegisterSvc<T: Index>(pub Arc<T>);
@@ -683,6 +1085,52 @@ pub mod index_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvfabric.v1.Index/Snapshot" => {
+                    #[allow(non_camel_case_types)]
+                    struct SnapshotSvc<T: Index>(pub Arc<T>);
+                    impl<
+                        T: Index,
+                    > tonic::server::ServerStreamingService<super::SnapshotRequest>
+                    for SnapshotSvc<T> {
+                        type Response = super::SnapshotPiece;
+                        type ResponseStream = T::SnapshotStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SnapshotRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Index>::snapshot(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SnapshotSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
