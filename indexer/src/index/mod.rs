@@ -10,6 +10,7 @@
 
 mod config;
 mod holders;
+mod image;
 mod ledger;
 mod lookup;
 mod table;
@@ -28,6 +29,10 @@ use self::table::{Change, Table};
 use crate::adapter::{SourceEvent, SourceKind};
 
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
+pub use image::{
+    IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
+    SourceImage,
+};
 pub use lookup::{Answer, PodDepth, Query};
 
 /// How many changes are put in before readers get their turn.
@@ -278,6 +283,34 @@ impl KvIndex {
         } else {
             table.sources[source.slot as usize].is_alive = true;
         }
+    }
+
+    /// The source as of one moment between two events.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when the source is gone.
+    pub fn export(&self, id: SourceId) -> Result<SourceImage> {
+        let _ = self.source(id)?;
+        Err(Error::new(ErrorKind::Unsupported, "images of sources"))
+    }
+
+    /// Takes a piece of an image up, beside what the source holds already.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
+    /// [`ErrorKind::NotFound`] when the source is gone.
+    pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
+        let (_, _) = (self.source(id)?, piece);
+        Err(Error::new(ErrorKind::Unsupported, "images of sources"))
+    }
+
+    /// Sets the cache group that a source is followed in, as its image says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when the source is gone.
+    pub fn follow_group(&self, id: SourceId, group: Option<u32>) -> Result<()> {
+        let (_, _) = (self.source(id)?, group);
+        Err(Error::new(ErrorKind::Unsupported, "images of sources"))
     }
 
     /// Removes all sources of a pod.
