@@ -180,6 +180,13 @@ pub(crate) fn status_from_error(error: &Error) -> tonic::Status {
     status
 }
 
+/// The kind of error that [`status_from_error`] put into the status.
+#[cfg(feature = "server")]
+pub(crate) fn kind_of_status(status: &tonic::Status) -> &str {
+    let kind = status.metadata().get(KIND_METADATA);
+    kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default()
+}
+
 /// What a gRPC status means to the caller.
 #[cfg(feature = "client")]
 pub(crate) fn error_from_status(status: &tonic::Status) -> Error {

@@ -75,6 +75,10 @@ pub struct LookupRequest {
     pub pods: Vec<PodName>,
     /// Answer only once these are applied.
     pub min_position: Vec<SourcePosition>,
+    /// What "best" means, for the order of the answer and for `pods_max`.
+    pub ranking: Ranking,
+    /// Say how each score comes about.
+    pub explain: bool,
     /// Bounds everything, the wait for `min_position` too; the client's own deadline if none.
     pub deadline: Option<Duration>,
 }
@@ -91,6 +95,8 @@ impl LookupRequest {
             pods_max: 0,
             pods: Vec::new(),
             min_position: Vec::new(),
+            ranking: Ranking::Depth,
+            explain: false,
             deadline: None,
         }
     }
@@ -123,8 +129,24 @@ impl LookupRequest {
                 .iter()
                 .map(SourcePosition::to_wire)
                 .collect(),
+            ranking: match self.ranking {
+                Ranking::Depth => v1::Ranking::Depth,
+                Ranking::Score => v1::Ranking::Score,
+            }
+            .into(),
+            explain: self.explain,
         }
     }
+}
+
+/// What makes one pod better than another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ranking {
+    /// More blocks; ties by name.
+    #[default]
+    Depth,
+    /// A higher score; ties by depth, then by name.
+    Score,
 }
 
 /// What one pod holds of a prompt.

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvcache_core::Sequence;
 use kvcache_core::ports::Position;
+use kvcache_core::{Epoch, Sequence};
 
 /// How a source is followed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +34,29 @@ impl Default for IngestConfig {
     }
 }
 
+/// XXH3-128 of a batch's bytes: enough to tell a publisher from another that counts alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchDigest(pub u128);
+
+impl BatchDigest {
+    /// The digest of a batch as published.
+    #[must_use]
+    pub fn of(payload: &[u8]) -> Self {
+        Self(xxhash_rust::xxh3::xxh3_128(payload))
+    }
+}
+
+/// Where an earlier follower of the source stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resume {
+    /// The publisher's incarnation, where it tells one.
+    pub epoch: Option<Epoch>,
+    /// The number of the batch that was applied last.
+    pub last: Sequence,
+    /// Its bytes, by which the publisher is recognised.
+    pub digest: BatchDigest,
+}
+
 /// What the driver is to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -45,6 +68,8 @@ pub enum Action {
         payload: Bytes,
         /// How far the source is applied after it.
         position: Position,
+        /// What the publisher will be recognised by from here on.
+        digest: BatchDigest,
     },
     /// Forget all that the source said.
     Clear {

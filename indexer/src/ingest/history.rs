@@ -2,8 +2,7 @@
 
 use std::collections::VecDeque;
 
-use xxhash_rust::xxh3::xxh3_128;
-
+use super::config::BatchDigest;
 use super::pending::Frame;
 
 /// How many batches are remembered.
@@ -27,7 +26,7 @@ pub(super) enum Known {
 pub(super) struct History {
     /// The number of the last one, if there is one.
     last: u64,
-    hashes: VecDeque<u128>,
+    hashes: VecDeque<BatchDigest>,
 }
 
 impl History {
@@ -40,7 +39,7 @@ impl History {
         (!self.is_empty()).then_some(self.last)
     }
 
-    pub(super) fn push(&mut self, sequence: u64, payload: &[u8]) {
+    pub(super) fn push(&mut self, sequence: u64, digest: BatchDigest) {
         assert!(
             self.is_empty() || self.last + 1 == sequence,
             "batch {sequence} does not follow {}",
@@ -49,7 +48,7 @@ impl History {
         if self.hashes.len() == BATCHES_KEPT {
             self.hashes.pop_front();
         }
-        self.hashes.push_back(xxh3_128(payload));
+        self.hashes.push_back(digest);
         self.last = sequence;
     }
 
@@ -62,7 +61,7 @@ impl History {
             return Known::Older;
         }
         let hash = self.hashes[self.hashes.len() - 1 - back as usize];
-        if hash == xxh3_128(&frame.payload) {
+        if hash == BatchDigest::of(&frame.payload) {
             Known::Same
         } else {
             Known::Different
@@ -74,7 +73,7 @@ impl History {
         match self.last() {
             Some(last) if sequence < last => Known::Older,
             Some(last) if sequence == last => {
-                let same = self.hashes.back() == Some(&xxh3_128(payload));
+                let same = self.hashes.back() == Some(&BatchDigest::of(payload));
                 if same { Known::Same } else { Known::Different }
             }
             _ => Known::Newer,

@@ -26,7 +26,7 @@ use kvcache_core::{Epoch, Sequence, Time};
 use self::history::{History, Known};
 use self::pending::{Frame, Pending};
 
-pub use config::{Action, ClearReason, IngestConfig, IngestStats};
+pub use config::{Action, BatchDigest, ClearReason, IngestConfig, IngestStats, Resume};
 
 /// What the replay that is under way is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +91,22 @@ impl Ingest {
         }
     }
 
+    /// A source that is not connected, and of which an earlier follower applied everything up to `resume`.
+    ///
+    /// Whether the publisher is still the one of then is asked on the first connect, as on any other.
+    ///
+    /// # Panics
+    /// When `resume.last` is the number that marks the end of a replay.
+    #[must_use]
+    pub fn resume(config: IngestConfig, resume: Resume) -> Self {
+        assert!(resume.last.0 < u64::MAX, "no batch has this number");
+        let mut ingest = Self::new(config);
+        ingest.epoch = resume.epoch;
+        ingest.history.push(resume.last.0, resume.digest);
+        ingest.next = Some(resume.last.0 + 1);
+        ingest
+    }
+
     /// What to do next; `None` until the next input.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -115,6 +131,12 @@ impl Ingest {
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.is_connected && self.replay == Replay::Idle
+    }
+
+    /// Whether a replay failed that would have told more of what the publisher holds; it is tried again.
+    #[must_use]
+    pub fn is_partial(&self) -> bool {
+        self.is_partial
     }
 
     /// What happened so far.
@@ -331,7 +353,8 @@ impl Ingest {
         if sequence == 0 {
             self.is_partial = false;
         }
-        self.history.push(sequence, &payload);
+        let digest = BatchDigest::of(&payload);
+        self.history.push(sequence, digest);
         self.next = Some(sequence + 1);
         self.live_end = self.live_end.max(sequence + 1);
         self.stats.applied += 1;
@@ -340,6 +363,7 @@ impl Ingest {
             sequence: Sequence(sequence),
             payload,
             position,
+            digest,
         });
     }
 

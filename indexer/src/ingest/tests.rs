@@ -33,6 +33,8 @@ struct World {
     /// What is applied since the last clear.
     applied: Vec<(u64, u64)>,
     clears: Vec<ClearReason>,
+    /// What was applied when a snapshot was taken, and where it says to go on.
+    snapshot: Option<(Vec<(u64, u64)>, Resume)>,
     /// Whether frames of one connection are of one incarnation, so that mixing them up is the machine's fault.
     is_strict: bool,
 }
@@ -52,6 +54,7 @@ impl World {
             replies: None,
             applied: Vec::new(),
             clears: Vec::new(),
+            snapshot: None,
             is_strict: true,
         }
     }
@@ -89,6 +92,30 @@ impl World {
     fn restart(&mut self) {
         self.incarnation += 1;
         self.published = 0;
+    }
+
+    /// Keeps what is applied, if that is all the publisher could tell up to there.
+    fn take_snapshot(&mut self) {
+        let Some(&(incarnation, last)) = self.applied.last() else {
+            return;
+        };
+        if !self.ingest.is_partial() {
+            let resume = Resume {
+                epoch: self.epoch(incarnation),
+                last: Sequence(last),
+                digest: BatchDigest::of(&batch(incarnation, last)),
+            };
+            self.snapshot = Some((self.applied.clone(), resume));
+        }
+    }
+
+    /// Another follower takes over with what the snapshot has.
+    fn fail_over(&mut self) {
+        if let Some((applied, resume)) = self.snapshot.clone() {
+            self.disconnect();
+            self.ingest = Ingest::resume(self.ingest.config.clone(), resume);
+            self.applied = applied;
+        }
     }
 
     fn deliver_live(&mut self) {
@@ -161,8 +188,10 @@ impl World {
                     sequence,
                     payload,
                     position,
+                    digest,
                 } => {
                     let told = parse(&payload);
+                    assert_eq!(digest, BatchDigest::of(&payload));
                     assert_eq!(told.1, sequence.0);
                     assert_eq!(position.next.0, sequence.0 + 1);
                     if let Some(last) = self.applied.last().filter(|_| self.is_strict) {
@@ -233,6 +262,8 @@ enum Step {
     /// The same without any sign of it on the connection.
     SilentRestart,
     Wait,
+    TakeSnapshot,
+    FailOver,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -249,6 +280,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..20_u64).prop_map(Step::Restart),
         1 => Just(Step::SilentRestart),
         1 => Just(Step::Wait),
+        2 => Just(Step::TakeSnapshot),
+        1 => Just(Step::FailOver),
     ]
 }
 
@@ -275,6 +308,8 @@ fn run(world: &mut World, steps: &[Step]) {
             }
             Step::SilentRestart => world.restart(),
             Step::Wait => world.pass_time(Duration::from_secs(7)),
+            Step::TakeSnapshot => world.take_snapshot(),
+            Step::FailOver => world.fail_over(),
         }
     }
     world.settle();
@@ -300,7 +335,7 @@ fn nothing_lost_after_an_exchange(steps: Vec<Step>) -> Vec<Step> {
     let mut is_exchanged = false;
     let kept = steps.into_iter().filter(|step| {
         is_exchanged |= matches!(step, Step::SilentRestart);
-        !(is_exchanged && matches!(step, Step::DropLive))
+        !(is_exchanged && matches!(step, Step::DropLive | Step::FailOver))
     });
     kept.collect()
 }
@@ -337,7 +372,7 @@ fn a_replay_from_before_a_gap_does_not_hide_what_fell_into_it() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Losses, repeats, failed replays, reconnects and restarts: at every moment one incarnation's batches in a row
+    /// Losses, repeats, failed replays, reconnects, restarts, and replicas that take over from a snapshot: at every moment one incarnation's batches in a row
     /// are applied, and after a last reconnect all that the publisher can still tell.
     #[test]
     fn whatever_the_wire_does_the_applied_batches_are_one_publishers(
@@ -553,4 +588,89 @@ fn the_number_of_the_end_marker_is_refused_in_live_batches() {
     let mut world = connected(1);
     world.hand_in(1, u64::MAX);
     assert_eq!((world.applied.len(), world.ingest.stats().dropped), (1, 1));
+}
+
+/// A replica takes over while the publisher goes on, which keeps no more than what the replica misses and one batch.
+#[test]
+fn a_replica_goes_on_from_the_snapshot_with_what_the_publisher_still_keeps() {
+    let mut world = connected(10);
+    world.take_snapshot();
+    world.disconnect();
+    world.buffered_max = 6;
+    world.publish(5);
+    world.fail_over();
+    world.connect();
+    assert_eq!(
+        world.request,
+        Some(9),
+        "the snapshot's last batch is asked for"
+    );
+    world.settle();
+    assert_eq!(world.clears, [], "nothing had to be forgotten");
+    assert_eq!(
+        world.applied.len(),
+        15,
+        "ten from the snapshot, five replayed"
+    );
+}
+
+/// The publisher keeps one batch too few: what is between the snapshot and its oldest batch is unknown.
+#[test]
+fn a_snapshot_from_before_what_the_publisher_keeps_is_cleared() {
+    let mut world = connected(10);
+    world.take_snapshot();
+    world.disconnect();
+    world.buffered_max = 5;
+    world.publish(5);
+    world.fail_over();
+    world.connect();
+    world.settle();
+    world.assert_exact();
+    assert_eq!(world.clears, [ClearReason::HistoryLost]);
+}
+
+/// The publisher was exchanged while nobody followed it, and the new one is past the snapshot's position.
+#[test]
+fn a_snapshot_of_another_publisher_is_cleared() {
+    for tells_epoch in [false, true] {
+        let mut world = connected(10);
+        world.tells_epoch = tells_epoch;
+        world.take_snapshot();
+        world.disconnect();
+        world.restart();
+        world.publish(20);
+        world.fail_over();
+        world.connect();
+        world.settle();
+        world.assert_exact();
+        let reason = if tells_epoch {
+            ClearReason::NewEpoch
+        } else {
+            ClearReason::Restarted
+        };
+        assert_eq!(world.clears, [reason]);
+    }
+}
+
+/// Frames and replies of a connection that is gone arrive after all.
+#[test]
+fn late_events_of_a_lost_connection_change_nothing_before_the_publisher_is_verified() {
+    let mut world = connected(3);
+    world.disconnect();
+    world.restart();
+    let before = world.applied.clone();
+    world
+        .ingest
+        .handle_replayed(world.now, None, Sequence(3), batch(1, 3));
+    world.ingest.handle_replay_end(world.now);
+    world.act();
+    assert_eq!(world.applied, before);
+    // A live frame is a sign of life: the publisher is asked who it is before the frame counts.
+    world.is_connected = true;
+    world.hand_in(1, 3);
+    assert_eq!(world.applied, before);
+    assert_eq!(world.request, Some(2));
+    world.settle();
+    assert_eq!(world.clears.first(), Some(&ClearReason::Restarted));
+    assert!(!world.applied.contains(&(1, 2)), "the old entries are gone");
 }

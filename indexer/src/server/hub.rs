@@ -55,7 +55,7 @@ pub(super) struct Hub {
     pub(super) membership: watch::Sender<u64>,
     scheme: IndexScheme,
     block_size: TokensPerBlock,
-    weights: TierWeights,
+    pub(super) weights: TierWeights,
     models: RwLock<BTreeMap<String, Arc<KvIndex>>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
     /// Held while a pod joins or leaves, removal of its entries included; never by a lookup.

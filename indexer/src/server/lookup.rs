@@ -12,6 +12,8 @@ use tonic::metadata::MetadataMap;
 
 use super::hub::Hub;
 use crate::index::{Answer, KvIndex, Query};
+use crate::score::TIERS;
+use crate::source::Progress;
 use crate::wire::{SourcePosition, tier_to_wire};
 
 /// The most positions one lookup may wait for.
@@ -48,6 +50,8 @@ pub(super) struct Question<'a> {
     pub(super) prompt: Prompt<'a>,
     pub(super) pods_max: usize,
     pub(super) pods: Vec<PodName>,
+    pub(super) ranking: v1::Ranking,
+    pub(super) explain: bool,
 }
 
 impl<'a> Question<'a> {
@@ -75,6 +79,10 @@ impl<'a> Question<'a> {
             prompt,
             pods_max: request.pods_max as usize,
             pods: parse_pods(&request.pods)?,
+            ranking: v1::Ranking::try_from(request.ranking).map_err(|_| {
+                Error::invalid("ranking", request.ranking, "a Ranking of kvfabric.v1")
+            })?,
+            explain: request.explain,
         })
     }
 }
@@ -119,10 +127,12 @@ impl Hub {
             response.pods.iter().map(|pod| pod.pod.as_str()).collect();
         let positions = positions
             .into_iter()
-            .filter(|(pod, _)| answered.contains(pod.as_str()));
-        let positions = positions.map(|(_, position)| position.to_wire()).collect();
+            .filter(|(pod, ..)| answered.contains(pod.as_str()));
+        let (positions, freshness) = positions
+            .map(|(_, position, progress)| (position.to_wire(), progress.freshness()))
+            .unzip();
         drop(answered);
-        response.positions = positions;
+        (response.positions, response.freshness) = (positions, freshness);
         let deepest = response.pods.first().map_or(0, |pod| pod.depth);
         self.metrics
             .looked_up(started.elapsed(), deepest.max(response.shared_depth));
@@ -153,11 +163,22 @@ impl Hub {
             }
             Prompt::Keys(raw) => keys.extend(raw.iter().map(|key| IndexKey(*key))),
         }
+        let is_by_score = question.ranking == v1::Ranking::Score;
         let query = Query {
-            pods_max: question.pods_max,
+            // The best by score need not be among the deepest.
+            pods_max: if is_by_score { 0 } else { question.pods_max },
             pods: &question.pods,
         };
         index.lookup(keys, &query, answer);
+        if is_by_score {
+            // Stable, and the answer comes by depth and name.
+            answer
+                .pods
+                .sort_by(|one, other| other.score.total_cmp(&one.score));
+            if question.pods_max != 0 {
+                answer.pods.truncate(question.pods_max);
+            }
+        }
         let pods = self.pods();
         let depths = answer.pods.iter().map(|found| v1::PodDepth {
             pod: found.pod.as_str().to_owned(),
@@ -176,6 +197,11 @@ impl Hub {
                 .get(&found.pod)
                 .and_then(|pod| pod.peer_address.clone())
                 .unwrap_or_default(),
+            terms: if question.explain {
+                self.terms(&found.by_tier)
+            } else {
+                Vec::new()
+            },
         });
         v1::LookupResponse {
             pods: depths.collect(),
@@ -192,8 +218,20 @@ impl Hub {
         }
     }
 
+    /// How a score comes about.
+    fn terms(&self, by_tier: &[u32; TIERS]) -> Vec<v1::ScoreTerm> {
+        let held = Tier::ALL.into_iter().zip(*by_tier);
+        held.filter(|(_, blocks)| *blocks > 0)
+            .map(|(tier, blocks)| v1::ScoreTerm {
+                tier: tier_to_wire(tier).into(),
+                blocks,
+                weight: self.weights.of(tier),
+            })
+            .collect()
+    }
+
     /// How far the sources of these pods (all if none are named) are applied.
-    fn positions(&self, only: &[PodName]) -> Vec<(PodName, SourcePosition)> {
+    fn positions(&self, only: &[PodName]) -> Vec<(PodName, SourcePosition, Progress)> {
         let pods = self.pods();
         let chosen: Vec<_> = if only.is_empty() {
             pods.values().collect()
@@ -204,14 +242,12 @@ impl Hub {
             .into_iter()
             .flat_map(|pod| pod.sources.iter().map(|source| (pod.name.clone(), source)))
             .map(|(pod, source)| {
-                let position = source.state.progress.borrow().position;
-                (
-                    pod,
-                    SourcePosition {
-                        source: source.name.clone(),
-                        position,
-                    },
-                )
+                let progress = *source.state.progress.borrow();
+                let position = SourcePosition {
+                    source: source.name.clone(),
+                    position: progress.position,
+                };
+                (pod, position, progress)
             })
             .collect()
     }

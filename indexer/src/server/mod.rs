@@ -25,10 +25,12 @@ use crate::wire::MESSAGE_BYTES_MAX;
 mod admission;
 mod hub;
 mod lookup;
+mod many;
 mod native;
 mod scores;
 
 use hub::Hub;
+use many::STREAMS_MAX;
 use native::{IndexService, Shared};
 use scores::ScoreService;
 
@@ -101,6 +103,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
     let shared = Arc::new(Shared {
         hub: hub.clone(),
         lookups,
+        streams: Arc::new(Semaphore::new(STREAMS_MAX)),
         stopping: stopping.clone(),
     });
     let metrics_address = metrics.as_ref().map(|(_, address)| *address);

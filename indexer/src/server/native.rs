@@ -8,13 +8,14 @@ use kvfabric_proto::PROTOCOL_VERSION;
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_server::Index;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::admission::SOURCES_PER_POD_MAX;
 use super::hub::{Hub, Pod};
 use super::lookup::{Question, deadline};
+use super::many::{STREAMS_MAX, answer_stream};
 use crate::wire::{
     Registration, SourcePosition, SourceSpec, source_kind_from_wire, status_from_error,
 };
@@ -26,6 +27,7 @@ const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct Shared {
     pub(super) hub: Arc<Hub>,
     pub(super) lookups: Semaphore,
+    pub(super) streams: Arc<Semaphore>,
     pub(super) stopping: watch::Sender<bool>,
 }
 
@@ -40,6 +42,23 @@ impl Shared {
             let context = format!("{most} lookups are in flight (lookups_in_flight_max)");
             Error::new(ErrorKind::Busy, context)
         })
+    }
+
+    /// Answers one question.
+    ///
+    /// # Errors
+    /// What the question or the state of the index refuses.
+    pub(super) async fn answer_one(
+        &self,
+        mut question: v1::LookupRequest,
+        deadline: Instant,
+    ) -> Result<v1::LookupResponse> {
+        let _room = self.admit()?;
+        let wanted = std::mem::take(&mut question.min_position);
+        let wanted: Vec<_> = wanted.into_iter().map(SourcePosition::from_wire).collect();
+        let question = Question::parse(&question)?;
+        self.hub.wait_for(&wanted, deadline).await?;
+        self.hub.answer(&question)
     }
 
     /// The error as the client gets it, counted.
@@ -59,20 +78,50 @@ impl Index for IndexService {
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
         let shared = &self.0;
-        let answer = async {
-            let _room = shared.admit()?;
-            let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
-            let mut request = request.into_inner();
-            let wanted = std::mem::take(&mut request.min_position);
-            let wanted: Vec<_> = wanted.into_iter().map(SourcePosition::from_wire).collect();
-            let question = Question::parse(&request)?;
-            shared.hub.wait_for(&wanted, deadline).await?;
-            shared.hub.answer(&question)
-        };
+        let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
+        let answer = shared.answer_one(request.into_inner(), deadline).await;
         answer
-            .await
             .map(Response::new)
             .map_err(|error| shared.refuse(&error))
+    }
+
+    async fn lookup_batch(
+        &self,
+        request: Request<v1::LookupBatchRequest>,
+    ) -> Result<Response<v1::LookupBatchResponse>, Status> {
+        let shared = &self.0;
+        let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
+        let questions = request.into_inner().questions;
+        let answer = shared.answer_batch(questions, deadline).await;
+        answer
+            .map(Response::new)
+            .map_err(|error| shared.refuse(&error))
+    }
+
+    type LookupStreamStream = ReceiverStream<Result<v1::LookupReply, Status>>;
+
+    async fn lookup_stream(
+        &self,
+        request: Request<Streaming<v1::LookupRequest>>,
+    ) -> Result<Response<Self::LookupStreamStream>, Status> {
+        let shared = self.0.clone();
+        let room = shared.streams.clone().try_acquire_owned().map_err(|_| {
+            let context = format!("{STREAMS_MAX} streams of lookups are open");
+            shared.refuse(&Error::new(ErrorKind::Busy, context))
+        })?;
+        // One reply at a time: what the client does not take is not computed either.
+        let (replies, stream) = mpsc::channel(1);
+        tokio::spawn(answer_stream(shared, request.into_inner(), replies, room));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type SnapshotStream = ReceiverStream<Result<v1::SnapshotPiece, Status>>;
+
+    async fn snapshot(
+        &self,
+        _request: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
+        Err(Status::unimplemented("snapshot"))
     }
 
     type RegisterStream = ReceiverStream<Result<v1::RegisterResponse, Status>>;
@@ -209,6 +258,8 @@ impl Hub {
             bytes: holdings.bytes,
             lag_p50_us: self.metrics.lag.quantile_us(0.50),
             lag_p99_us: self.metrics.lag.quantile_us(0.99),
+            serving: true,
+            not_serving_reason: String::new(),
         }
     }
 
@@ -226,6 +277,7 @@ impl Hub {
                 replays: progress.stats.replays,
                 resyncs: progress.stats.resyncs,
                 orphans: self.orphans_of(pod, source),
+                freshness: Some(progress.freshness()),
             }
         });
         v1::PodStatus {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use kvfabric_proto::indexer_v1::indexer_service_server::IndexerService;
 use kvfabric_proto::indexer_v1::{GetPodScoresRequest, GetPodScoresResponse, PodScore};
+use kvfabric_proto::v1;
 use tokio::time::timeout_at;
 use tonic::{Code, Request, Response, Status};
 
@@ -55,6 +56,8 @@ impl IndexerService for ScoreService {
                 prompt: Prompt::Tokens(&bytes),
                 pods_max: 0,
                 pods: parse_pods(&request.pod_identifiers)?,
+                ranking: v1::Ranking::Depth,
+                explain: false,
             };
             hub.answer(&question).map(Some)
         };

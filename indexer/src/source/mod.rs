@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kvcache_core::ports::Position;
 use kvcache_core::{Epoch, Sequence, Time};
+use kvfabric_proto::v1;
 use tokio::sync::{Notify, watch};
 
 use crate::adapter::decode_batch;
@@ -27,8 +28,27 @@ pub(crate) struct Progress {
     pub(crate) is_connected: bool,
     /// Whether everything known to be published has been applied at some moment since it was connected.
     pub(crate) is_synced: bool,
+    /// Whether everything known to be published is applied now.
+    pub(crate) is_current: bool,
+    /// How long the newest live batch took from its publisher's timestamp until it was applied.
+    pub(crate) lag: Duration,
+    /// When the publisher was last heard of.
+    pub(crate) heard_at: Option<Instant>,
     /// What its ingestion counted.
     pub(crate) stats: IngestStats,
+}
+
+impl Progress {
+    /// How much the position is worth, for those who ask.
+    pub(crate) fn freshness(&self) -> v1::SourceFreshness {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        v1::SourceFreshness {
+            lag_us: micros(self.lag),
+            heard_us: self.heard_at.map(|at| micros(at.elapsed())),
+            connected: self.is_connected,
+            current: self.is_current,
+        }
+    }
 }
 
 impl Default for Progress {
@@ -40,6 +60,9 @@ impl Default for Progress {
             },
             is_connected: false,
             is_synced: false,
+            is_current: false,
+            lag: Duration::ZERO,
+            heard_at: None,
             stats: IngestStats::default(),
         }
     }
@@ -66,6 +89,8 @@ pub(crate) struct Follower {
     pub(crate) ttl: Duration,
     ingest: Ingest,
     reported: IngestStats,
+    lag: Duration,
+    heard_at: Option<Instant>,
     start: Instant,
 }
 
@@ -90,6 +115,8 @@ impl Follower {
             ttl,
             ingest,
             reported,
+            lag: Duration::ZERO,
+            heard_at: None,
             start,
         }
     }
@@ -116,7 +143,7 @@ impl Follower {
         replay_from
     }
 
-    fn apply(&self, payload: &[u8], is_live: bool) {
+    fn apply(&mut self, payload: &[u8], is_live: bool) {
         let batch = match decode_batch(payload, self.spec.kind) {
             Ok(batch) => batch,
             Err(error) => {
@@ -144,7 +171,8 @@ impl Follower {
         }
         self.metrics.batch_applied();
         if is_live {
-            self.metrics.lag.record(age(batch.timestamp));
+            self.lag = age(batch.timestamp);
+            self.metrics.lag.record(self.lag);
         }
     }
 
@@ -160,6 +188,9 @@ impl Follower {
             let new = Progress {
                 position,
                 is_synced,
+                is_current,
+                lag: self.lag,
+                heard_at: self.heard_at,
                 stats,
                 ..*progress
             };
@@ -173,6 +204,7 @@ impl Follower {
         self.state.progress.send_modify(|progress| {
             progress.is_connected = is_connected;
             progress.is_synced = false;
+            progress.is_current = false;
         });
     }
 

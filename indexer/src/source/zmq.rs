@@ -139,6 +139,9 @@ impl Follower {
                 .next_input(&mut link, is_current.then_some(probe_at))
                 .await;
             let now = self.now();
+            if let Input::Live(_) | Input::Reply(_) = input {
+                self.heard_at = Some(std::time::Instant::now());
+            }
             match input {
                 Input::Live(message) => {
                     probe_at = probe_at.max(Instant::now() + PROBE_IDLE);

@@ -164,9 +164,9 @@ pub struct SourceFreshness {
     /// How long the newest batch that came live took from its publisher's timestamp until it was applied, in microseconds.
     #[prost(uint64, tag = "1")]
     pub lag_us: u64,
-    /// How long ago the publisher was last heard of, in microseconds: what it did since is unknown.
-    #[prost(uint64, tag = "2")]
-    pub heard_us: u64,
+    /// How long ago the publisher was last heard of, in microseconds: what it did since is unknown. Absent before that.
+    #[prost(uint64, optional, tag = "2")]
+    pub heard_us: ::core::option::Option<u64>,
     #[prost(bool, tag = "3")]
     pub connected: bool,
     /// Connected, and all that is known to have been published is applied.
@@ -352,9 +352,9 @@ pub mod snapshot_piece {
         Source(super::SnapshotSource),
         #[prost(message, tag = "4")]
         Shared(super::SnapshotShared),
-        /// The next bytes of what the last source or shared piece opened.
-        #[prost(bytes, tag = "5")]
-        Image(::prost::bytes::Bytes),
+        /// More of what the last source or shared piece opened.
+        #[prost(message, tag = "5")]
+        Image(super::SnapshotImage),
         #[prost(message, tag = "6")]
         End(super::SnapshotEnd),
     }
@@ -393,11 +393,68 @@ pub struct SnapshotSource {
     /// cannot be continued: then there is no image.
     #[prost(bytes = "bytes", tag = "4")]
     pub last_batch: ::prost::bytes::Bytes,
+    /// The cache group that is followed, once one is known.
+    #[prost(uint32, optional, tag = "5")]
+    pub group: ::core::option::Option<u32>,
 }
+/// What shared tiers hold of a model: an image whose blocks have keys only.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotShared {
     #[prost(string, tag = "1")]
     pub model: ::prost::alloc::string::String,
+}
+/// At most 4,096 blocks, orphans included. The columns of blocks are equally long, but where noted.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SnapshotImage {
+    #[prost(message, repeated, tag = "1")]
+    pub namespaces: ::prost::alloc::vec::Vec<SnapshotNamespace>,
+    /// The source's own names for its blocks.
+    #[prost(fixed64, repeated, tag = "2")]
+    pub hashes: ::prost::alloc::vec::Vec<u64>,
+    /// Their places in the index; none for nodes, whose names are keys.
+    #[prost(fixed64, repeated, tag = "3")]
+    pub keys: ::prost::alloc::vec::Vec<u64>,
+    /// 1 + the position in namespaces, 0 for none; none for nodes.
+    #[prost(uint32, repeated, tag = "4")]
+    pub namespace_positions: ::prost::alloc::vec::Vec<u32>,
+    /// Whether the block comes directly after the one before it in this image; none for nodes.
+    #[prost(bool, repeated, tag = "5")]
+    pub follows: ::prost::alloc::vec::Vec<bool>,
+    /// Copies, four numbers a block: HBM, DRAM, NVMe, object.
+    #[prost(uint32, repeated, tag = "6")]
+    pub copies: ::prost::alloc::vec::Vec<u32>,
+    #[prost(message, repeated, tag = "7")]
+    pub orphans: ::prost::alloc::vec::Vec<SnapshotOrphan>,
+}
+/// What keeps equal tokens apart.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotNamespace {
+    #[prost(string, optional, tag = "1")]
+    pub lora: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "2")]
+    pub cache_salt: ::core::option::Option<::prost::alloc::string::String>,
+}
+/// A block that waits for the one before it, or for its tokens.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotOrphan {
+    #[prost(fixed64, tag = "1")]
+    pub hash: u64,
+    /// Four numbers: HBM, DRAM, NVMe, object.
+    #[prost(uint32, repeated, tag = "2")]
+    pub copies: ::prost::alloc::vec::Vec<u32>,
+    /// Absent when its tokens have not been told.
+    #[prost(message, optional, tag = "3")]
+    pub content: ::core::option::Option<SnapshotContent>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotContent {
+    #[prost(fixed64, tag = "1")]
+    pub parent: u64,
+    /// u32 little-endian each.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub tokens: ::prost::bytes::Bytes,
+    #[prost(string, repeated, tag = "3")]
+    pub identifiers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotEnd {
@@ -405,12 +462,9 @@ pub struct SnapshotEnd {
     pub pods: u32,
     #[prost(uint32, tag = "2")]
     pub sources: u32,
-    /// Bytes of all images.
+    /// Blocks in all images, orphans included.
     #[prost(uint64, tag = "3")]
-    pub image_bytes: u64,
-    /// CRC-32C of all images, one after the other.
-    #[prost(fixed32, tag = "4")]
-    pub image_crc32c: u32,
+    pub blocks: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
