@@ -16,6 +16,10 @@ use crate::server;
 
 #[cfg(feature = "client")]
 mod ask;
+#[cfg(feature = "client")]
+mod dump;
+#[cfg(feature = "client")]
+mod top;
 
 /// The exit status of a command that failed.
 const FAILURE: u8 = 1;
@@ -43,6 +47,12 @@ pub enum Command {
     /// List the pods and sources of a running index.
     #[cfg(feature = "client")]
     Pods(ask::Pods),
+    /// Write down what a running index knows: sources and blocks, or a file that another index can begin from.
+    #[cfg(feature = "client")]
+    Dump(dump::Dump),
+    /// Show again and again what a running index does: its rates, and the sources that lag most.
+    #[cfg(feature = "client")]
+    Top(top::Top),
 }
 
 /// Settings come from the file, then from `KVFABRIC_INDEXER_*`, then from these flags.
@@ -69,6 +79,12 @@ pub struct Serve {
     /// How long a source may stay disconnected before its entries are dropped, in milliseconds.
     #[arg(long, value_name = "MS")]
     pub source_ttl_ms: Option<u64>,
+    /// Where the index keeps a snapshot of itself to begin from after a restart.
+    #[arg(long, value_name = "FILE")]
+    pub snapshot_path: Option<PathBuf>,
+    /// Replicas whose snapshot to begin from, tried in this order before the own one.
+    #[arg(long, value_name = "HOST:PORT,…")]
+    pub bootstrap_peers: Option<String>,
 }
 
 impl Serve {
@@ -92,6 +108,13 @@ impl Serve {
                 "source_ttl_ms",
                 self.source_ttl_ms.map(|value| value.to_string()),
             ),
+            (
+                "snapshot_path",
+                self.snapshot_path
+                    .as_ref()
+                    .map(|path| path.to_string_lossy().into_owned()),
+            ),
+            ("bootstrap_peers", self.bootstrap_peers.clone()),
         ];
         let given = flags
             .into_iter()
@@ -136,6 +159,10 @@ pub fn execute(command: Command) -> ExitCode {
             Command::Query(query) => query.run().await,
             #[cfg(feature = "client")]
             Command::Pods(pods) => pods.run().await,
+            #[cfg(feature = "client")]
+            Command::Dump(dump) => dump.run().await,
+            #[cfg(feature = "client")]
+            Command::Top(top) => top.run().await,
         }
     });
     match done {

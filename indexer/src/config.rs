@@ -47,6 +47,16 @@ pub struct ServerConfig {
     pub lookups_in_flight_max: usize,
     /// Pods that may be registered at once; further ones are refused as busy.
     pub pods_max: usize,
+    /// Where the index keeps a snapshot of itself to begin from after a restart; absent: nowhere.
+    pub snapshot_path: Option<PathBuf>,
+    /// How often the snapshot is written.
+    pub snapshot_interval_ms: u64,
+    /// Replicas whose snapshot a starting indexer takes up, tried in this order before its own; `host:port` each.
+    #[serde(deserialize_with = "list_or_commas")]
+    pub bootstrap_peers: Vec<String>,
+    /// What a snapshot says of a source is dropped when its publisher has not confirmed it within so long; until then
+    /// lookups are refused.
+    pub bootstrap_deadline_ms: u64,
     /// The tokenizers of models whose text prompts `indexer.v1` shall score.
     pub tokenizers: Vec<TokenizerConfig>,
     /// Engines that do not register themselves.
@@ -103,6 +113,24 @@ pub struct StaticSource {
     pub peer_address: Option<String>,
 }
 
+/// A list, or what an environment variable and a flag can hold: one text with commas.
+fn list_or_commas<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Given {
+        List(Vec<String>),
+        Commas(String),
+    }
+    Ok(match Given::deserialize(from)? {
+        Given::List(list) => list,
+        Given::Commas(text) => {
+            let parts = text.split(',').map(str::trim);
+            let parts = parts.filter(|part| !part.is_empty());
+            parts.map(str::to_owned).collect()
+        }
+    })
+}
+
 fn default_source_name() -> String {
     "engine".to_owned()
 }
@@ -136,6 +164,10 @@ impl Default for ServerConfig {
             lookup_deadline_ms: 1_000,
             lookups_in_flight_max: 4_096,
             pods_max: 8_192,
+            snapshot_path: None,
+            snapshot_interval_ms: 60_000,
+            bootstrap_peers: Vec::new(),
+            bootstrap_deadline_ms: 30_000,
             tokenizers: Vec::new(),
             sources: Vec::new(),
         }
@@ -207,6 +239,28 @@ impl ServerConfig {
             self.lookup_deadline_ms,
             1..=DURATION_MS_MAX,
         )?;
+        within(
+            "snapshot_interval_ms",
+            self.snapshot_interval_ms,
+            1..=DURATION_MS_MAX,
+        )?;
+        within(
+            "bootstrap_deadline_ms",
+            self.bootstrap_deadline_ms,
+            1..=DURATION_MS_MAX,
+        )?;
+        for peer in &self.bootstrap_peers {
+            let is_address = peer.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
+            });
+            if !is_address {
+                return Err(Error::invalid(
+                    "bootstrap_peers",
+                    format!("{peer:?}"),
+                    "HOST:PORT",
+                ));
+            }
+        }
         let lookups = self.lookups_in_flight_max as u64;
         within("lookups_in_flight_max", lookups, 1..=LOOKUPS_MAX as u64)?;
         within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
@@ -251,6 +305,18 @@ impl ServerConfig {
     #[must_use]
     pub const fn source_ttl(&self) -> Duration {
         Duration::from_millis(self.source_ttl_ms)
+    }
+
+    /// How often the snapshot is written.
+    #[must_use]
+    pub const fn snapshot_interval(&self) -> Duration {
+        Duration::from_millis(self.snapshot_interval_ms)
+    }
+
+    /// How long what a snapshot says may stay unconfirmed.
+    #[must_use]
+    pub const fn bootstrap_deadline(&self) -> Duration {
+        Duration::from_millis(self.bootstrap_deadline_ms)
     }
 
     /// How long a call may take whose client names no deadline.

@@ -24,6 +24,8 @@ pub mod score;
 #[cfg(feature = "server")]
 pub mod server;
 #[cfg(feature = "server")]
+mod snapshot;
+#[cfg(feature = "server")]
 mod source;
 #[cfg(feature = "server")]
 mod tokenize;

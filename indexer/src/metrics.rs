@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use kvcache_core::{Error, ErrorKind, Result};
+use kvcache_core::{Error, ErrorKind, Result, Tier};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -15,6 +15,7 @@ use prometheus_client::registry::Registry;
 use crate::config::TokenizerConfig;
 use crate::index::Applied;
 use crate::ingest::{ClearReason, IngestStats};
+use crate::score::TIERS;
 
 mod lag;
 mod names;
@@ -34,6 +35,11 @@ struct TokenizerLabel {
     tokenizer: String,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TierLabel {
+    tier: &'static str,
+}
+
 /// What the index holds at the moment of a scrape.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Holdings {
@@ -44,6 +50,7 @@ pub(crate) struct Holdings {
     pub(crate) pods: u64,
     pub(crate) sources: u64,
     pub(crate) sources_connected: u64,
+    pub(crate) is_serving: bool,
 }
 
 /// Every counter of one server.
@@ -78,6 +85,12 @@ pub(crate) struct Metrics {
     pods: Number,
     sources: Number,
     sources_connected: Number,
+    serving: Number,
+    hit_blocks_by_tier: Family<TierLabel, Counter>,
+    snapshots_written: Counter,
+    snapshot_failures: Counter,
+    snapshot_bytes: Number,
+    sources_resumed: Counter,
     /// Publisher's timestamp to applied, over live batches.
     pub(crate) lag: Lag,
 }
@@ -122,6 +135,12 @@ impl Metrics {
             pods: Number::default(),
             sources: Number::default(),
             sources_connected: Number::default(),
+            serving: Number::default(),
+            hit_blocks_by_tier: Family::default(),
+            snapshots_written: Counter::default(),
+            snapshot_failures: Counter::default(),
+            snapshot_bytes: Number::default(),
+            sources_resumed: Counter::default(),
             lag: Lag::new(lag_seconds),
         };
         metrics.register_as_llm_d();
@@ -166,8 +185,34 @@ impl Metrics {
             .inc();
     }
 
-    /// A lookup was answered; `deepest` is 0 when nobody held anything.
-    pub(crate) fn looked_up(&self, took: Duration, deepest: u32) {
+    /// A snapshot was written with so many bytes, or could not be.
+    pub(crate) fn snapshot_saved(&self, bytes: Option<u64>) {
+        match bytes {
+            Some(bytes) => {
+                self.snapshots_written.inc();
+                self.snapshot_bytes.set(bytes);
+            }
+            None => {
+                self.snapshot_failures.inc();
+            }
+        }
+    }
+
+    /// So many sources go on from a snapshot.
+    pub(crate) fn bootstrapped(&self, sources: u64) {
+        self.sources_resumed.inc_by(sources);
+    }
+
+    /// A lookup was answered; `deepest` is 0 when nobody held anything, `by_tier` says where the best pod held it.
+    pub(crate) fn looked_up(&self, took: Duration, deepest: u32, by_tier: &[u32; TIERS]) {
+        for (tier, blocks) in Tier::ALL.into_iter().zip(*by_tier) {
+            if blocks > 0 {
+                let label = TierLabel { tier: tier.name() };
+                self.hit_blocks_by_tier
+                    .get_or_create(&label)
+                    .inc_by(blocks.into());
+            }
+        }
         self.lookups.inc();
         self.lookup_hits.inc_by(u64::from(deepest > 0));
         self.hit_blocks.inc_by(deepest.into());
@@ -218,6 +263,7 @@ impl Metrics {
         self.pods.set(holdings.pods);
         self.sources.set(holdings.sources);
         self.sources_connected.set(holdings.sources_connected);
+        self.serving.set(holdings.is_serving.into());
         let mut text = String::new();
         encode(&mut text, &self.registry).map_err(|error| {
             Error::new(ErrorKind::Internal, "write metrics as text").with_source(error)

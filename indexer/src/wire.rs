@@ -4,7 +4,7 @@ use kvcache_core::id::{Epoch, Sequence};
 use kvcache_core::place::Tier;
 use kvcache_core::ports::Position;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
-use kvfabric_proto::v1;
+use kvfabric_proto::{PROTOCOL_VERSION, v1};
 
 pub use crate::adapter::SourceKind;
 
@@ -30,7 +30,6 @@ pub fn parse_source_kind(name: &str) -> Result<SourceKind> {
     })
 }
 
-#[cfg(feature = "client")]
 pub(crate) const fn source_kind_to_wire(kind: SourceKind) -> v1::SourceKind {
     match kind {
         SourceKind::Vllm => v1::SourceKind::Vllm,
@@ -83,6 +82,64 @@ pub struct Registration {
     pub sources: Vec<SourceSpec>,
     /// Where its peer service listens, `host:port`, if it has one.
     pub peer_address: Option<String>,
+}
+
+/// The most sources a pod may have: an engine per data-parallel rank, and a node.
+pub(crate) const SOURCES_PER_POD_MAX: usize = 64;
+
+pub(crate) fn registration_to_wire(registration: &Registration) -> v1::RegisterRequest {
+    let sources = registration.sources.iter().map(|source| v1::Source {
+        name: source.name.clone(),
+        kind: source_kind_to_wire(source.kind).into(),
+        endpoint: source.endpoint.clone(),
+        replay_endpoint: source.replay_endpoint.clone().unwrap_or_default(),
+    });
+    v1::RegisterRequest {
+        protocol_version: PROTOCOL_VERSION,
+        pod: registration.pod.as_str().to_owned(),
+        model: registration.model.clone(),
+        block_size: registration.block_size,
+        key_scheme: registration.key_scheme.clone(),
+        sources: sources.collect(),
+        peer_address: registration.peer_address.clone().unwrap_or_default(),
+    }
+}
+
+/// # Errors
+/// `Version` naming both versions; `Invalid` naming the field.
+#[cfg(feature = "server")]
+pub(crate) fn registration_from_wire(wire: v1::RegisterRequest) -> Result<Registration> {
+    if wire.protocol_version != PROTOCOL_VERSION {
+        let context = format!(
+            "registration speaks protocol version {}, the indexer {PROTOCOL_VERSION}",
+            wire.protocol_version
+        );
+        return Err(Error::new(ErrorKind::Version, context));
+    }
+    if wire.sources.len() > SOURCES_PER_POD_MAX {
+        return Err(Error::invalid(
+            "sources",
+            wire.sources.len(),
+            1..=SOURCES_PER_POD_MAX,
+        ));
+    }
+    let some = |text: String| Some(text).filter(|text| !text.is_empty());
+    let sources = wire.sources.into_iter().map(|source| {
+        Ok(SourceSpec {
+            kind: source_kind_from_wire(source.kind)?,
+            name: source.name,
+            endpoint: source.endpoint,
+            replay_endpoint: some(source.replay_endpoint),
+        })
+    });
+    Ok(Registration {
+        pod: PodName::new(&wire.pod)?,
+        model: wire.model,
+        block_size: wire.block_size,
+        key_scheme: wire.key_scheme,
+        sources: sources.collect::<Result<_>>()?,
+        peer_address: some(wire.peer_address),
+    })
 }
 
 /// The full name of a pod's source, as positions carry it: `pod/source`.

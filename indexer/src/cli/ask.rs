@@ -4,11 +4,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use kvcache_core::{Error, ErrorKind, IndexKey, Result, Tier};
+use kvcache_core::ports::Position;
+use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
 use serde_json::json;
 
 use super::print_line;
-use crate::client::{ClientConfig, IndexClient, LookupAnswer, LookupRequest, Prompt};
+use crate::client::{
+    ClientConfig, Freshness, IndexClient, LookupAnswer, LookupOptions, LookupRequest, Prompt,
+    Ranking, ScoreTerm,
+};
 
 /// The most tokens a file may hold.
 const TOKENS_MAX: usize = 4 << 20;
@@ -24,11 +28,11 @@ pub(super) struct Target {
     deadline_ms: u64,
     /// Print one JSON object instead of text.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 impl Target {
-    fn client(&self) -> Result<IndexClient> {
+    pub(super) fn client(&self) -> Result<IndexClient> {
         let mut config = ClientConfig::new(&self.address);
         config.deadline = Duration::from_millis(self.deadline_ms);
         IndexClient::new(config)
@@ -61,6 +65,15 @@ pub struct Query {
     /// At most so many pods, deepest first; 0 for all.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pods_max: u32,
+    /// Only these pods, separated by commas.
+    #[arg(long, value_delimiter = ',', value_parser = PodName::new, value_name = "POD,POD,…")]
+    pods: Vec<PodName>,
+    /// Order by score instead of depth.
+    #[arg(long)]
+    by_score: bool,
+    /// Say how each score comes about, and how fresh each source is.
+    #[arg(long)]
+    explain: bool,
 }
 
 fn parse_key(text: &str) -> Result<u64, std::num::ParseIntError> {
@@ -76,12 +89,20 @@ impl Query {
         };
         let mut request = LookupRequest::new(self.model, prompt);
         (request.lora, request.cache_salt) = (self.lora, self.cache_salt);
-        request.pods_max = self.pods_max;
-        let answer = self.target.client()?.lookup(request).await?;
+        (request.pods_max, request.pods) = (self.pods_max, self.pods);
+        let options = LookupOptions {
+            ranking: if self.by_score {
+                Ranking::Score
+            } else {
+                Ranking::Depth
+            },
+            explain: self.explain,
+        };
+        let answer = self.target.client()?.lookup_with(request, options).await?;
         if self.target.json {
             print_line(&to_json(&answer).to_string())
         } else {
-            print(&answer)
+            print(&answer, self.explain)
         }
     }
 }
@@ -100,7 +121,7 @@ fn read_tokens(path: &PathBuf) -> Result<Vec<u32>> {
     Ok(tokens)
 }
 
-fn print(answer: &LookupAnswer) -> Result<()> {
+fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
     print_line(&format!(
         "{} blocks of {} tokens; shared tiers hold {}",
         answer.blocks, answer.block_size, answer.shared_depth
@@ -120,8 +141,44 @@ fn print(answer: &LookupAnswer) -> Result<()> {
             pod.score,
             tiers.join(", ")
         ))?;
+        if explain {
+            let terms = pod.terms.iter().map(|term| {
+                let ScoreTerm {
+                    tier,
+                    blocks,
+                    weight,
+                } = term;
+                format!("{blocks} in {tier} x {weight}")
+            });
+            let terms: Vec<_> = terms.collect();
+            print_line(&format!("  score = {}", terms.join(" + ")))?;
+        }
+    }
+    if explain {
+        for (source, freshness) in answer.positions.iter().zip(&answer.freshness) {
+            let Position { epoch, next } = source.position;
+            let fresh = fresh(freshness);
+            print_line(&format!(
+                "{:<24} epoch {epoch}, sequence {next}, {fresh}",
+                source.source
+            ))?;
+        }
     }
     Ok(())
+}
+
+/// In words.
+fn fresh(freshness: &Freshness) -> String {
+    let is = match (freshness.is_connected, freshness.is_current) {
+        (_, true) => "current",
+        (true, false) => "catching up",
+        (false, false) => "not connected",
+    };
+    let heard = match freshness.heard {
+        Some(heard) => format!("heard {} ms ago", heard.as_millis()),
+        None => "never heard".to_owned(),
+    };
+    format!("{is}, lag {} us, {heard}", freshness.lag.as_micros())
 }
 
 fn to_json(answer: &LookupAnswer) -> serde_json::Value {
@@ -135,7 +192,24 @@ fn to_json(answer: &LookupAnswer) -> serde_json::Value {
             "depth": pod.depth,
             "score": pod.score,
             "by_tier": tiers,
+            "terms": pod.terms.iter().map(|term| json!({
+                "tier": term.tier.name(),
+                "blocks": term.blocks,
+                "weight": term.weight,
+            })).collect::<Vec<_>>(),
             "peer_address": pod.peer_address,
+        })
+    });
+    let positions = answer.positions.iter().zip(&answer.freshness);
+    let positions = positions.map(|(source, freshness)| {
+        json!({
+            "source": source.source,
+            "epoch": source.position.epoch.0,
+            "next_sequence": source.position.next.0,
+            "connected": freshness.is_connected,
+            "current": freshness.is_current,
+            "lag_us": freshness.lag.as_micros() as u64,
+            "heard_us": freshness.heard.map(|heard| heard.as_micros() as u64),
         })
     });
     json!({
@@ -143,6 +217,7 @@ fn to_json(answer: &LookupAnswer) -> serde_json::Value {
         "block_size": answer.block_size,
         "shared_depth": answer.shared_depth,
         "pods": pods.collect::<Vec<_>>(),
+        "positions": positions.collect::<Vec<_>>(),
     })
 }
 

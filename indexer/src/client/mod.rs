@@ -1,20 +1,21 @@
 //! Asks the global index, and keeps a pod registered with it.
 
-use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use kvcache_core::ports::{Directory, Holder, LocateFuture, Located};
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
-use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
+use kvfabric_proto::{PROTOCOL_VERSION, v1};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::wire;
 
+mod answer;
 mod register;
 
 pub use crate::wire::{Registration, SourceKind, SourcePosition, SourceSpec};
+pub use answer::{Freshness, LookupAnswer, PodDepth, ScoreTerm};
 pub use register::Registered;
 
 /// Calls that may wait for the connection; further ones wait their turn until their deadline.
@@ -75,10 +76,6 @@ pub struct LookupRequest {
     pub pods: Vec<PodName>,
     /// Answer only once these are applied.
     pub min_position: Vec<SourcePosition>,
-    /// What "best" means, for the order of the answer and for `pods_max`.
-    pub ranking: Ranking,
-    /// Say how each score comes about.
-    pub explain: bool,
     /// Bounds everything, the wait for `min_position` too; the client's own deadline if none.
     pub deadline: Option<Duration>,
 }
@@ -95,13 +92,11 @@ impl LookupRequest {
             pods_max: 0,
             pods: Vec::new(),
             min_position: Vec::new(),
-            ranking: Ranking::Depth,
-            explain: false,
             deadline: None,
         }
     }
 
-    fn into_wire(self) -> v1::LookupRequest {
+    fn into_wire(self, options: LookupOptions) -> v1::LookupRequest {
         let prompt = match self.prompt {
             Prompt::Tokens(tokens) => v1::lookup_request::Prompt::Tokens(
                 tokens
@@ -129,14 +124,23 @@ impl LookupRequest {
                 .iter()
                 .map(SourcePosition::to_wire)
                 .collect(),
-            ranking: match self.ranking {
+            ranking: match options.ranking {
                 Ranking::Depth => v1::Ranking::Depth,
                 Ranking::Score => v1::Ranking::Score,
             }
             .into(),
-            explain: self.explain,
+            explain: options.explain,
         }
     }
+}
+
+/// How an answer is ordered, and what it tells beside depth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LookupOptions {
+    /// What "best" means, for the order of the answer and for `pods_max`.
+    pub ranking: Ranking,
+    /// Say how each score comes about.
+    pub explain: bool,
 }
 
 /// What makes one pod better than another.
@@ -147,79 +151,6 @@ pub enum Ranking {
     Depth,
     /// A higher score; ties by depth, then by name.
     Score,
-}
-
-/// What one pod holds of a prompt.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PodDepth {
-    /// Which pod.
-    pub pod: PodName,
-    /// Blocks from the first, without a hole, in tiers it reaches by itself.
-    pub depth: u32,
-    /// For how many of those each tier is the fastest, in the order of [`kvcache_core::Tier::ALL`]; they add up to
-    /// `depth`.
-    pub by_tier: [u32; 4],
-    /// Sum of weight × `by_tier`, with the index's weights.
-    pub score: f64,
-    /// Where its peer service listens, if it has one.
-    pub peer_address: Option<String>,
-}
-
-/// The index's answer.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct LookupAnswer {
-    /// Deepest first; ties by pod name.
-    pub pods: Vec<PodDepth>,
-    /// How many of the first blocks shared tiers hold.
-    pub shared_depth: u32,
-    /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
-    pub shared: Vec<Range<u32>>,
-    /// Full blocks in the prompt.
-    pub blocks: u32,
-    /// Tokens a block in the index.
-    pub block_size: u32,
-    /// How far every source of the answered pods is applied.
-    pub positions: Vec<SourcePosition>,
-}
-
-impl LookupAnswer {
-    fn from_wire(wire: v1::LookupResponse) -> Result<Self> {
-        let pods = wire
-            .pods
-            .into_iter()
-            .map(pod_from_wire)
-            .collect::<Result<_>>()?;
-        Ok(Self {
-            pods,
-            shared_depth: wire.shared_depth,
-            shared: wire
-                .shared
-                .iter()
-                .map(|range| range.start..range.end)
-                .collect(),
-            blocks: wire.blocks,
-            block_size: wire.block_size,
-            positions: wire
-                .positions
-                .into_iter()
-                .map(SourcePosition::from_wire)
-                .collect(),
-        })
-    }
-}
-
-fn pod_from_wire(wire: v1::PodDepth) -> Result<PodDepth> {
-    let mut by_tier = [0; 4];
-    for depth in &wire.by_tier {
-        by_tier[wire::tier_from_wire(depth.tier)? as usize] = depth.blocks;
-    }
-    Ok(PodDepth {
-        pod: PodName::new(&wire.pod)?,
-        depth: wire.depth,
-        by_tier,
-        score: wire.score,
-        peer_address: Some(wire.peer_address).filter(|address| !address.is_empty()),
-    })
 }
 
 /// A connection to the index; clones share it.
@@ -283,8 +214,23 @@ impl IndexClient {
     /// # Cancel safety
     /// Dropping the future withdraws the question.
     pub async fn lookup(&self, request: LookupRequest) -> Result<LookupAnswer> {
+        self.lookup_with(request, LookupOptions::default()).await
+    }
+
+    /// As [`IndexClient::lookup`], ordered and explained as asked.
+    ///
+    /// # Errors
+    /// As [`IndexClient::lookup`].
+    ///
+    /// # Cancel safety
+    /// As [`IndexClient::lookup`].
+    pub async fn lookup_with(
+        &self,
+        request: LookupRequest,
+        options: LookupOptions,
+    ) -> Result<LookupAnswer> {
         let deadline = request.deadline.unwrap_or(self.inner.config.deadline);
-        let request = self.request(request.into_wire(), deadline);
+        let request = self.request(request.into_wire(options), deadline);
         let answer = self
             .within(deadline, "lookup", self.grpc().lookup(request))
             .await?;
@@ -299,6 +245,22 @@ impl IndexClient {
         let deadline = self.inner.config.deadline;
         let request = self.request(v1::StatusRequest {}, deadline);
         self.within(deadline, "status", self.grpc().status(request))
+            .await
+    }
+
+    /// Everything a replica would take up, piece by piece, as the index sends it.
+    ///
+    /// # Errors
+    /// As [`IndexClient::lookup`]; `PeerLost` also while the index has nothing to give. The stream's own errors are
+    /// gRPC's.
+    pub async fn snapshot(&self) -> Result<tonic::Streaming<v1::SnapshotPiece>> {
+        let request = v1::SnapshotRequest {
+            protocol_version: PROTOCOL_VERSION,
+        };
+        let deadline = self.inner.config.deadline;
+        // Without a deadline of its own: the client's is for the first piece only.
+        let request = tonic::Request::new(request);
+        self.within(deadline, "snapshot", self.grpc().snapshot(request))
             .await
     }
 

@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric_proto::PROTOCOL_VERSION;
-use kvfabric_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -144,7 +142,7 @@ async fn hold_stream(
     let (sender, receiver) = mpsc::channel(1);
     let place = || format!("register at index {}", client.config().address);
     // The channel has room for this one message, and stays open as long as `sender` lives.
-    let _ = sender.send(registration_to_wire(registration)).await;
+    let _ = sender.send(wire::registration_to_wire(registration)).await;
     let mut grpc = client.grpc();
     let answer = grpc.register(ReceiverStream::new(receiver)).await;
     let mut answers = match answer {
@@ -164,23 +162,5 @@ async fn hold_stream(
             Ok(None) => return Ok(()),
             Err(status) => return Err(wire::error_from_status(&status).at(place())),
         }
-    }
-}
-
-fn registration_to_wire(registration: &Registration) -> v1::RegisterRequest {
-    let sources = registration.sources.iter().map(|source| v1::Source {
-        name: source.name.clone(),
-        kind: wire::source_kind_to_wire(source.kind).into(),
-        endpoint: source.endpoint.clone(),
-        replay_endpoint: source.replay_endpoint.clone().unwrap_or_default(),
-    });
-    v1::RegisterRequest {
-        protocol_version: PROTOCOL_VERSION,
-        pod: registration.pod.as_str().to_owned(),
-        model: registration.model.clone(),
-        block_size: registration.block_size,
-        key_scheme: registration.key_scheme.clone(),
-        sources: sources.collect(),
-        peer_address: registration.peer_address.clone().unwrap_or_default(),
     }
 }

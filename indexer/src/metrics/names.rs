@@ -1,9 +1,9 @@
 //! The names under which everything is exported; `docs/metrics.md` has them too, and a test compares.
 
-use kvcache_core::ErrorKind;
+use kvcache_core::{ErrorKind, Tier};
 use prometheus_client::registry::{Metric, Registry};
 
-use super::{Metrics, Reason, TokenizerLabel};
+use super::{Metrics, Reason, TierLabel, TokenizerLabel};
 use crate::config::TokenizerConfig;
 use crate::ingest::ClearReason;
 
@@ -20,6 +20,12 @@ impl Metrics {
             drop(self.refused.get_or_create(&Reason {
                 reason: kind.name(),
             }));
+        }
+        for tier in Tier::ALL {
+            drop(
+                self.hit_blocks_by_tier
+                    .get_or_create(&TierLabel { tier: tier.name() }),
+            );
         }
         for TokenizerConfig { model, .. } in tokenizers {
             let label = TokenizerLabel {
@@ -110,6 +116,13 @@ impl Metrics {
             "Sources that are connected",
             &self.sources_connected,
         );
+        add(to, "serving", "1 while lookups are answered", &self.serving);
+        add(
+            to,
+            "snapshot_bytes",
+            "Size of the snapshot written last",
+            &self.snapshot_bytes,
+        );
     }
 
     pub(super) fn register_events(&mut self) {
@@ -172,6 +185,24 @@ impl Metrics {
         );
         add(
             to,
+            "sources_resumed",
+            "Sources that went on from a snapshot",
+            &self.sources_resumed,
+        );
+        add(
+            to,
+            "snapshots_written",
+            "Snapshots written to disk",
+            &self.snapshots_written,
+        );
+        add(
+            to,
+            "snapshot_failures",
+            "Snapshots that could not be written",
+            &self.snapshot_failures,
+        );
+        add(
+            to,
             "event_lag_seconds",
             "Published to applied",
             &self.lag_seconds,
@@ -180,6 +211,12 @@ impl Metrics {
 
     pub(super) fn register_calls(&mut self) {
         let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(
+            to,
+            "hit_blocks",
+            "Blocks that the best pod of lookups held, by tier",
+            &self.hit_blocks_by_tier,
+        );
         add(
             to,
             "lookup_wait_seconds",

@@ -5,10 +5,8 @@ use std::collections::BTreeSet;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::hub::Hub;
-use crate::wire::Registration;
+use crate::wire::{Registration, SOURCES_PER_POD_MAX};
 
-/// The most sources a pod may have: an engine per data-parallel rank, and a node.
-pub(super) const SOURCES_PER_POD_MAX: usize = 64;
 /// The longest model name, source name or endpoint accepted, in bytes.
 const TEXT_BYTES_MAX: usize = 1024;
 

@@ -1,18 +1,20 @@
 //! What one server knows: an index per model, the pods that feed them, and who may join.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use tokio::sync::{Mutex, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use crate::config::{ServerConfig, StaticSource};
 use crate::index::{self, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
 use crate::metrics::{Holdings, Metrics};
 use crate::score::TierWeights;
+use crate::snapshot::Mark;
 use crate::source::{Follower, SourceState};
 use crate::wire::{Registration, SourceSpec, source_name};
 
@@ -23,12 +25,37 @@ pub(super) const MODELS_MAX: usize = 256;
 #[derive(Debug)]
 pub(super) struct Pod {
     pub(super) name: PodName,
-    pub(super) peer_address: Option<String>,
+    pub(super) registration: Registration,
     pub(super) sources: Vec<PodSource>,
     /// Set when the pod is no longer known: it left, or registered anew.
     pub(super) ended: watch::Sender<bool>,
-    model: String,
-    is_configured: bool,
+    /// Changes once at most: an adopted pod may register.
+    origin: StdMutex<Origin>,
+}
+
+/// How a pod came to be known, and so what ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// From the configuration: it stays.
+    Configured,
+    /// By its registration: it lives as long as that stream.
+    Registered,
+    /// From a snapshot: it lives until all its sources are given up, or until it registers.
+    Adopted,
+}
+
+impl Pod {
+    pub(super) fn origin(&self) -> Origin {
+        *self.origin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A source that follows what a snapshot says: its entries are in the index already.
+pub(super) struct Restored {
+    pub(super) id: SourceId,
+    pub(super) mark: Option<Mark>,
+    /// Until when its publisher must have been asked.
+    pub(super) verify_by: Instant,
 }
 
 /// One source of a pod; dropping it stops its task.
@@ -58,8 +85,11 @@ pub(super) struct Hub {
     pub(super) weights: TierWeights,
     models: RwLock<BTreeMap<String, Arc<KvIndex>>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
-    /// Held while a pod joins or leaves, removal of its entries included; never by a lookup.
-    joining: Mutex<()>,
+    /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
+    /// lookup.
+    pub(super) joining: Mutex<()>,
+    /// Why lookups are not answered; none when they are.
+    pub(super) not_serving: watch::Sender<Option<String>>,
 }
 
 impl Hub {
@@ -75,6 +105,7 @@ impl Hub {
             models: RwLock::default(),
             pods: RwLock::default(),
             joining: Mutex::default(),
+            not_serving: watch::Sender::new(None),
         })
     }
 
@@ -83,7 +114,7 @@ impl Hub {
         self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn models(&self) -> RwLockReadGuard<'_, BTreeMap<String, Arc<KvIndex>>> {
+    pub(super) fn models(&self) -> RwLockReadGuard<'_, BTreeMap<String, Arc<KvIndex>>> {
         self.models.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -130,29 +161,38 @@ impl Hub {
         let joining = self.joining.lock().await;
         let known = self.pods().get(&registration.pod).cloned();
         if let Some(known) = known {
-            if known.is_configured {
-                let context = format!("pod {} is in the indexer's configuration", known.name);
-                return Err(Error::new(ErrorKind::Invalid, context));
+            match known.origin() {
+                Origin::Configured => {
+                    let context = format!("pod {} is in the indexer's configuration", known.name);
+                    return Err(Error::new(ErrorKind::Invalid, context));
+                }
+                Origin::Adopted if known.registration == *registration => {
+                    tracing::info!(pod = %known.name, "pod of the snapshot registers");
+                    *known.origin.lock().unwrap_or_else(PoisonError::into_inner) =
+                        Origin::Registered;
+                    return Ok(known);
+                }
+                Origin::Adopted | Origin::Registered => {
+                    tracing::info!(pod = %known.name, "pod registers anew");
+                    self.remove(&known).await;
+                }
             }
-            tracing::info!(pod = %known.name, "pod registers anew");
-            self.remove(&known).await;
         }
-        let joined = self.add(registration, false);
+        let joined = self.add(registration, Origin::Registered);
         drop(joining);
         joined
     }
 
-    /// Takes in the pods of the configuration.
+    /// The pods of the configuration.
     ///
     /// # Errors
     /// As [`Hub::join`].
-    pub(super) async fn join_configured(&self) -> Result<()> {
+    pub(super) fn configured(&self) -> Result<Vec<Registration>> {
         let mut pods: BTreeMap<PodName, Vec<&StaticSource>> = BTreeMap::new();
         for source in &self.config.sources {
             pods.entry(source.pod_name()?).or_default().push(source);
         }
-        let _joining = self.joining.lock().await;
-        for (pod, sources) in pods {
+        let registrations = pods.into_iter().map(|(pod, sources)| {
             let model = &sources[0].model;
             if let Some(other) = sources.iter().find(|source| source.model != *model) {
                 let context = format!(
@@ -175,7 +215,20 @@ impl Hub {
                     .find_map(|source| source.peer_address.clone()),
             };
             self.check(&registration)?;
-            self.add(&registration, true)?;
+            Ok(registration)
+        });
+        registrations.collect()
+    }
+
+    /// Takes in those pods of the configuration that are not known yet; `joining` is held.
+    ///
+    /// # Errors
+    /// `Busy` when there are too many pods or models.
+    pub(super) fn join_configured(&self, configured: &[Registration]) -> Result<()> {
+        for registration in configured {
+            if !self.pods().contains_key(&registration.pod) {
+                self.add(registration, Origin::Configured)?;
+            }
         }
         Ok(())
     }
@@ -192,16 +245,12 @@ impl Hub {
         }
     }
 
-    fn add(&self, registration: &Registration, is_configured: bool) -> Result<Arc<Pod>> {
-        let (known, most) = (self.pods().len(), self.config.pods_max);
-        if known >= most {
-            let context = format!("{known} pods are registered, at most {most} may be (pods_max)");
-            return Err(Error::new(ErrorKind::Busy, context));
-        }
+    fn add(&self, registration: &Registration, origin: Origin) -> Result<Arc<Pod>> {
+        self.check_room()?;
         let index = self.index_of(&registration.model)?;
         let mut sources = Vec::with_capacity(registration.sources.len());
         for spec in &registration.sources {
-            match self.follow(registration, spec, &index) {
+            match self.follow_new(registration, spec, &index) {
                 Ok(source) => sources.push(source),
                 Err(error) => {
                     for source in &sources {
@@ -211,24 +260,46 @@ impl Hub {
                 }
             }
         }
+        Ok(self.insert(registration, origin, sources))
+    }
+
+    /// # Errors
+    /// `Busy` naming the setting.
+    pub(super) fn check_room(&self) -> Result<()> {
+        let (known, most) = (self.pods().len(), self.config.pods_max);
+        if known >= most {
+            let context = format!("{known} pods are registered, at most {most} may be (pods_max)");
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        Ok(())
+    }
+
+    pub(super) fn insert(
+        &self,
+        registration: &Registration,
+        origin: Origin,
+        sources: Vec<PodSource>,
+    ) -> Arc<Pod> {
         let pod = Arc::new(Pod {
             name: registration.pod.clone(),
-            peer_address: registration.peer_address.clone(),
+            registration: registration.clone(),
             sources,
             ended: watch::Sender::new(false),
-            model: registration.model.clone(),
-            is_configured,
+            origin: StdMutex::new(origin),
         });
         let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
         pods.insert(pod.name.clone(), pod.clone());
         drop(pods);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, sources = pod.sources.len(), "pod joined");
-        Ok(pod)
+        pod
     }
 
-    /// Starts the task of one source.
-    fn follow(
+    /// Lets a source in and starts its task.
+    ///
+    /// # Errors
+    /// What the index refuses.
+    pub(super) fn follow_new(
         &self,
         registration: &Registration,
         spec: &SourceSpec,
@@ -240,26 +311,49 @@ impl Hub {
             kind: spec.kind,
             block_size: registration.block_size,
         })?;
+        let nothing = Restored {
+            id,
+            mark: None,
+            verify_by: Instant::now(),
+        };
+        Ok(self.follow(registration, spec, index, &nothing))
+    }
+
+    /// Starts the task of one source that the index has let in.
+    pub(super) fn follow(
+        &self,
+        registration: &Registration,
+        spec: &SourceSpec,
+        index: &Arc<KvIndex>,
+        restored: &Restored,
+    ) -> PodSource {
         let name = source_name(&registration.pod, &spec.name);
-        let state = Arc::new(SourceState::default());
-        let follower = Follower::new(
+        let state = Arc::new(SourceState::new(restored.mark));
+        let mut follower = Follower::new(
             spec.clone(),
             name.clone(),
-            (index.clone(), id),
+            (index.clone(), restored.id),
             state.clone(),
             self.metrics.clone(),
             self.config.source_ttl(),
         );
+        if let Some(mark) = restored.mark {
+            follower.resume(mark, restored.verify_by);
+        }
         let task = tokio::spawn(follower.run()).abort_handle();
-        Ok(PodSource {
+        PodSource {
             name,
             state,
-            id,
+            id: restored.id,
             task,
-        })
+        }
     }
 
-    fn index_of(&self, model: &str) -> Result<Arc<KvIndex>> {
+    /// The index of a model, made when it is the first time.
+    ///
+    /// # Errors
+    /// `Busy` when there are too many models.
+    pub(super) fn index_of(&self, model: &str) -> Result<Arc<KvIndex>> {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = models.get(model) {
             return Ok(index.clone());
@@ -280,11 +374,11 @@ impl Hub {
     }
 
     /// Forgets the pod: first its entries, so that whoever sees it gone finds nothing of it any more.
-    async fn remove(&self, pod: &Arc<Pod>) {
+    pub(super) async fn remove(&self, pod: &Arc<Pod>) {
         for source in &pod.sources {
             source.task.abort();
         }
-        let index = self.models().get(&pod.model).cloned();
+        let index = self.models().get(&pod.registration.model).cloned();
         if let Some(index) = index {
             let ids: Vec<_> = pod.sources.iter().map(|source| source.id).collect();
             let removal = tokio::task::spawn_blocking(move || {
@@ -306,13 +400,16 @@ impl Hub {
     /// Entries of a pod.
     pub(super) fn entries_of(&self, pod: &Pod) -> u64 {
         self.models()
-            .get(&pod.model)
+            .get(&pod.registration.model)
             .map_or(0, |index| index.pod_entries(&pod.name))
     }
 
     /// What all indexes hold now.
     pub(super) fn holdings(&self) -> Holdings {
-        let mut holdings = Holdings::default();
+        let mut holdings = Holdings {
+            is_serving: self.not_serving.borrow().is_none(),
+            ..Holdings::default()
+        };
         for index in self.models().values() {
             holdings.blocks += index.blocks();
             holdings.entries += index.entries();
@@ -339,7 +436,7 @@ impl Hub {
     /// Blocks of a source that wait for the block before them.
     pub(super) fn orphans_of(&self, pod: &Pod, source: &PodSource) -> u64 {
         self.models()
-            .get(&pod.model)
+            .get(&pod.registration.model)
             .map_or(0, |index| index.orphans(source.id))
     }
 }

@@ -133,9 +133,14 @@ impl Hub {
             .unzip();
         drop(answered);
         (response.positions, response.freshness) = (positions, freshness);
-        let deepest = response.pods.first().map_or(0, |pod| pod.depth);
-        self.metrics
-            .looked_up(started.elapsed(), deepest.max(response.shared_depth));
+        let best = response.pods.first();
+        let deepest = best.map_or(0, |pod| pod.depth).max(response.shared_depth);
+        let mut by_tier = [0; TIERS];
+        for held in best.iter().flat_map(|pod| &pod.by_tier) {
+            // Tiers are numbered from 1 on the wire, in the order of `Tier::ALL`.
+            by_tier[held.tier as usize - 1] = held.blocks;
+        }
+        self.metrics.looked_up(started.elapsed(), deepest, &by_tier);
         Ok(response)
     }
 
@@ -195,7 +200,7 @@ impl Hub {
             score: found.score,
             peer_address: pods
                 .get(&found.pod)
-                .and_then(|pod| pod.peer_address.clone())
+                .and_then(|pod| pod.registration.peer_address.clone())
                 .unwrap_or_default(),
             terms: if question.explain {
                 self.terms(&found.by_tier)

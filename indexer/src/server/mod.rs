@@ -15,20 +15,27 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 pub use crate::config::ServerConfig;
 use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
 
 mod admission;
+mod bootstrap;
+mod export;
 mod hub;
 mod lookup;
 mod many;
 mod native;
 mod scores;
 
+use bootstrap::bootstrap;
+use export::{SNAPSHOTS_MAX, keep_saved};
 use hub::Hub;
 use many::STREAMS_MAX;
 use native::{IndexService, Shared};
@@ -98,16 +105,36 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
     };
     let lookups = Semaphore::new(config.lookups_in_flight_max);
     let hub = Arc::new(Hub::new(config)?);
-    hub.join_configured().await?;
+    let configured = hub.configured()?;
+    let has_bootstrap =
+        !hub.config.bootstrap_peers.is_empty() || hub.config.snapshot_path.is_some();
+    if has_bootstrap {
+        let reason = "no snapshot is taken up yet".to_owned();
+        hub.not_serving.send_replace(Some(reason));
+    } else {
+        hub.join_configured(&configured)?;
+    }
     let stopping = watch::Sender::new(false);
     let shared = Arc::new(Shared {
         hub: hub.clone(),
         lookups,
+        snapshots: Arc::new(Semaphore::new(SNAPSHOTS_MAX)),
         streams: Arc::new(Semaphore::new(STREAMS_MAX)),
         stopping: stopping.clone(),
     });
     let metrics_address = metrics.as_ref().map(|(_, address)| *address);
     let mut tasks = JoinSet::new();
+    if has_bootstrap {
+        let mut stopped = stopping.subscribe();
+        let bootstrap = bootstrap(hub.clone(), configured);
+        tasks.spawn(async move {
+            tokio::select! {
+                () = bootstrap => {}
+                _ = stopped.wait_for(|stopping| *stopping) => {}
+            }
+        });
+        tasks.spawn(keep_saved(hub.clone(), stopping.subscribe()));
+    }
     tasks.spawn(serve_grpc(shared, tokenizers, grpc, stopping.subscribe()));
     if let Some((listener, _)) = metrics {
         tasks.spawn(serve_metrics(hub, listener, stopping.subscribe()));
@@ -137,13 +164,13 @@ async fn serve_grpc(
     shared: Arc<Shared>,
     tokenizers: Tokenizers,
     listener: TcpListener,
-    mut stopping: watch::Receiver<bool>,
+    stopping: watch::Receiver<bool>,
 ) {
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<IndexServer<IndexService>>().await;
-    health
-        .set_serving::<IndexerServiceServer<ScoreService>>()
-        .await;
+    // Before the server listens to anybody.
+    let mut not_serving = shared.hub.not_serving.subscribe();
+    let is_ready = not_serving.borrow_and_update().is_none();
+    report(&health, is_ready).await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(kvfabric_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -160,12 +187,12 @@ async fn serve_grpc(
     let scores = IndexerServiceServer::new(ScoreService { shared, tokenizers })
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let stopped = async move {
-        // The sender lives in `Running`; its end is a stop too.
-        let _ = stopping.wait_for(|stopping| *stopping).await;
-        health.set_not_serving::<IndexServer<IndexService>>().await;
-        health
-            .set_not_serving::<IndexerServiceServer<ScoreService>>()
-            .await;
+        let stopped = until_stopped(stopping);
+        tokio::select! {
+            () = stopped => {}
+            () = report_changes(&health, not_serving) => {}
+        }
+        report(&health, false).await;
     };
     let served = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
@@ -181,6 +208,36 @@ async fn serve_grpc(
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "gRPC server");
+    }
+}
+
+/// The sender lives in `Running`; its end is a stop too.
+async fn until_stopped(mut stopping: watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stopping| *stopping).await;
+}
+
+/// What probes learn: of the server as a whole, and of both services.
+async fn report(health: &HealthReporter, is_serving: bool) {
+    let status = if is_serving {
+        ServingStatus::Serving
+    } else {
+        ServingStatus::NotServing
+    };
+    let services = [
+        "",
+        <IndexServer<IndexService> as NamedService>::NAME,
+        <IndexerServiceServer<ScoreService> as NamedService>::NAME,
+    ];
+    for service in services {
+        health.set_service_status(service, status).await;
+    }
+}
+
+/// Keeps probes told until the hub is gone.
+async fn report_changes(health: &HealthReporter, mut not_serving: watch::Receiver<Option<String>>) {
+    while not_serving.changed().await.is_ok() {
+        let is_serving = not_serving.borrow_and_update().is_none();
+        report(health, is_serving).await;
     }
 }
 

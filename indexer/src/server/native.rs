@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvcache_core::{Error, ErrorKind, PodName, Result};
+use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_proto::PROTOCOL_VERSION;
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_server::Index;
@@ -12,13 +12,10 @@ use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::admission::SOURCES_PER_POD_MAX;
 use super::hub::{Hub, Pod};
 use super::lookup::{Question, deadline};
 use super::many::{STREAMS_MAX, answer_stream};
-use crate::wire::{
-    Registration, SourcePosition, SourceSpec, source_kind_from_wire, status_from_error,
-};
+use crate::wire::{SourcePosition, registration_from_wire, status_from_error};
 
 /// A stream that registers nothing within so long is closed.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,6 +25,7 @@ pub(super) struct Shared {
     pub(super) hub: Arc<Hub>,
     pub(super) lookups: Semaphore,
     pub(super) streams: Arc<Semaphore>,
+    pub(super) snapshots: Arc<Semaphore>,
     pub(super) stopping: watch::Sender<bool>,
 }
 
@@ -35,8 +33,12 @@ impl Shared {
     /// Room for one more lookup.
     ///
     /// # Errors
-    /// `Busy` naming the setting.
+    /// `Busy` naming the setting; `PeerLost` with the reason while a snapshot is not verified: other replicas may do.
     pub(super) fn admit(&self) -> Result<SemaphorePermit<'_>> {
+        if let Some(reason) = &*self.hub.not_serving.borrow() {
+            let context = format!("the indexer does not answer lookups yet: {reason}");
+            return Err(Error::new(ErrorKind::PeerLost, context));
+        }
         self.lookups.try_acquire().map_err(|_| {
             let most = self.hub.config.lookups_in_flight_max;
             let context = format!("{most} lookups are in flight (lookups_in_flight_max)");
@@ -119,9 +121,13 @@ impl Index for IndexService {
 
     async fn snapshot(
         &self,
-        _request: Request<v1::SnapshotRequest>,
+        request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(Status::unimplemented("snapshot"))
+        let shared = &self.0;
+        shared
+            .send_snapshot(&request.into_inner())
+            .map(|pieces| Response::new(ReceiverStream::new(pieces)))
+            .map_err(|error| shared.refuse(&error))
     }
 
     type RegisterStream = ReceiverStream<Result<v1::RegisterResponse, Status>>;
@@ -140,7 +146,7 @@ impl Index for IndexService {
                 return Err(shared.refuse(&Error::new(ErrorKind::Invalid, context)));
             }
         };
-        let joined = async { shared.hub.join(&parse_registration(first)?).await };
+        let joined = async { shared.hub.join(&registration_from_wire(first)?).await };
         let pod = joined.await.map_err(|error| shared.refuse(&error))?;
         let (answers, stream) = mpsc::channel(2);
         tokio::spawn(hold(shared, pod, messages, answers));
@@ -179,7 +185,10 @@ async fn hold(
             Some(Status::aborted(format!("pod {} registered anew elsewhere", pod.name)))
         }
         _ = stopping.wait_for(|stopping| *stopping) => {
-            Some(Status::unavailable("the indexer is shutting down"))
+            let last_word = Status::unavailable("the indexer is shutting down");
+            let _ = answers.try_send(Err(last_word));
+            // The pod is not gone, the server is; its last snapshot shall have the pod.
+            return;
         }
     };
     if let Some(status) = last_word {
@@ -203,42 +212,6 @@ async fn report_ready(pod: &Pod, answers: &mpsc::Sender<Result<v1::RegisterRespo
     std::future::pending().await
 }
 
-/// # Errors
-/// `Version` naming both versions; `Invalid` naming the field.
-fn parse_registration(wire: v1::RegisterRequest) -> Result<Registration> {
-    if wire.protocol_version != PROTOCOL_VERSION {
-        let context = format!(
-            "registration speaks protocol version {}, the indexer {PROTOCOL_VERSION}",
-            wire.protocol_version
-        );
-        return Err(Error::new(ErrorKind::Version, context));
-    }
-    if wire.sources.len() > SOURCES_PER_POD_MAX {
-        return Err(Error::invalid(
-            "sources",
-            wire.sources.len(),
-            1..=SOURCES_PER_POD_MAX,
-        ));
-    }
-    let some = |text: String| Some(text).filter(|text| !text.is_empty());
-    let sources = wire.sources.into_iter().map(|source| {
-        Ok(SourceSpec {
-            kind: source_kind_from_wire(source.kind)?,
-            name: source.name,
-            endpoint: source.endpoint,
-            replay_endpoint: some(source.replay_endpoint),
-        })
-    });
-    Ok(Registration {
-        pod: PodName::new(&wire.pod)?,
-        model: wire.model,
-        block_size: wire.block_size,
-        key_scheme: wire.key_scheme,
-        sources: sources.collect::<Result<_>>()?,
-        peer_address: some(wire.peer_address),
-    })
-}
-
 impl Hub {
     fn status(&self) -> v1::StatusResponse {
         let holdings = self.holdings();
@@ -258,8 +231,8 @@ impl Hub {
             bytes: holdings.bytes,
             lag_p50_us: self.metrics.lag.quantile_us(0.50),
             lag_p99_us: self.metrics.lag.quantile_us(0.99),
-            serving: true,
-            not_serving_reason: String::new(),
+            serving: self.not_serving.borrow().is_none(),
+            not_serving_reason: self.not_serving.borrow().clone().unwrap_or_default(),
         }
     }
 
@@ -284,7 +257,7 @@ impl Hub {
             pod: pod.name.as_str().to_owned(),
             entries: self.entries_of(pod),
             sources: sources.collect(),
-            peer_address: pod.peer_address.clone().unwrap_or_default(),
+            peer_address: pod.registration.peer_address.clone().unwrap_or_default(),
         }
     }
 }

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kvcache_core::ports::Position;
 use kvcache_core::{Epoch, Sequence, Time};
 use kvfabric_proto::v1;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Mutex, Notify, watch};
 
 use crate::adapter::decode_batch;
 use crate::index::{KvIndex, SourceId};
-use crate::ingest::{Action, Ingest, IngestConfig, IngestStats};
+use crate::ingest::{Action, Ingest, IngestConfig, IngestStats, Resume};
 use crate::metrics::Metrics;
-use crate::wire::SourceSpec;
+use crate::snapshot::Mark;
+use crate::wire::{SourceKind, SourceSpec};
 
 pub(crate) mod zmq;
 
@@ -30,6 +31,10 @@ pub(crate) struct Progress {
     pub(crate) is_synced: bool,
     /// Whether everything known to be published is applied now.
     pub(crate) is_current: bool,
+    /// Whether the index has entries from a snapshot that the publisher has not been asked about.
+    pub(crate) is_unverified: bool,
+    /// Whether the source was disconnected for so long that its entries are dropped.
+    pub(crate) is_given_up: bool,
     /// How long the newest live batch took from its publisher's timestamp until it was applied.
     pub(crate) lag: Duration,
     /// When the publisher was last heard of.
@@ -61,6 +66,8 @@ impl Default for Progress {
             is_connected: false,
             is_synced: false,
             is_current: false,
+            is_unverified: false,
+            is_given_up: false,
             lag: Duration::ZERO,
             heard_at: None,
             stats: IngestStats::default(),
@@ -68,10 +75,21 @@ impl Default for Progress {
     }
 }
 
+/// How far the index has what a source said, for whoever wants to go on there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cursor {
+    /// None when nothing is applied.
+    pub(crate) mark: Option<Mark>,
+    /// Whether all that the publisher could tell up to there is applied.
+    pub(crate) is_whole: bool,
+}
+
 /// A source as others see it.
 #[derive(Debug, Default)]
 pub(crate) struct SourceState {
     pub(crate) progress: watch::Sender<Progress>,
+    /// Held while a batch is applied: whoever holds it sees the index between two batches.
+    pub(crate) cursor: Mutex<Cursor>,
     /// Somebody waits for what the source has not said yet: ask the publisher whether it has been missed.
     pub(crate) poke: Notify,
 }
@@ -87,11 +105,26 @@ pub(crate) struct Follower {
     pub(crate) metrics: Arc<Metrics>,
     /// How long the source may stay disconnected before its entries are dropped.
     pub(crate) ttl: Duration,
+    /// What a snapshot said of the source is dropped if it is not verified until then.
+    unverified_until: Option<tokio::time::Instant>,
     ingest: Ingest,
     reported: IngestStats,
     lag: Duration,
     heard_at: Option<Instant>,
     start: Instant,
+}
+
+impl SourceState {
+    /// A source of which nothing is known but what a snapshot had.
+    pub(crate) fn new(mark: Option<Mark>) -> Self {
+        Self {
+            cursor: Mutex::new(Cursor {
+                mark,
+                is_whole: mark.is_some(),
+            }),
+            ..Self::default()
+        }
+    }
 }
 
 impl Follower {
@@ -103,7 +136,7 @@ impl Follower {
         metrics: Arc<Metrics>,
         ttl: Duration,
     ) -> Self {
-        let ingest = new_ingest(&spec);
+        let ingest = Ingest::new(ingest_config(&spec));
         let (reported, start) = (IngestStats::default(), Instant::now());
         Self {
             spec,
@@ -113,6 +146,7 @@ impl Follower {
             state,
             metrics,
             ttl,
+            unverified_until: None,
             ingest,
             reported,
             lag: Duration::ZERO,
@@ -121,26 +155,63 @@ impl Follower {
         }
     }
 
+    /// Goes on where a snapshot ends, whose image the index has: it is believed once the publisher has been asked, and
+    /// dropped if that takes longer than until `verify_by`.
+    pub(crate) fn resume(&mut self, mark: Mark, verify_by: tokio::time::Instant) {
+        let is_node = self.spec.kind == SourceKind::Node;
+        let resume = Resume {
+            epoch: is_node.then_some(mark.position.epoch),
+            last: Sequence(mark.position.next.0 - 1),
+            digest: mark.digest,
+        };
+        self.ingest = Ingest::resume(ingest_config(&self.spec), resume);
+        self.unverified_until = Some(verify_by);
+        self.report();
+    }
+
     fn now(&self) -> Time {
         Time(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
     /// Does what the state machine wants; returns where to replay from, if it wants that.
-    fn act(&mut self, is_live: bool) -> Option<u64> {
+    async fn act(&mut self, is_live: bool) -> Option<u64> {
         let mut replay_from = None;
+        let state = self.state.clone();
+        let is_whole = !self.ingest.is_partial();
         while let Some(action) = self.ingest.poll_action() {
             match action {
-                Action::Apply { payload, .. } => self.apply(&payload, is_live),
+                Action::Apply {
+                    payload,
+                    position,
+                    digest,
+                    ..
+                } => {
+                    let mut cursor = state.cursor.lock().await;
+                    self.apply(&payload, is_live);
+                    let mark = Some(Mark { position, digest });
+                    *cursor = Cursor { mark, is_whole };
+                }
                 Action::Clear { reason } => {
                     tracing::info!(source = %self.name, reason = reason.name(), "source begins anew");
                     self.metrics.cleared(reason);
-                    self.index.clear_source(self.id);
+                    self.clear().await;
                 }
                 Action::RequestReplay { from } => replay_from = Some(from.0),
             }
         }
+        if self.ingest.is_current() {
+            self.unverified_until = None;
+        }
         self.report();
         replay_from
+    }
+
+    async fn clear(&mut self) {
+        let mut cursor = self.state.cursor.lock().await;
+        self.index.clear_source(self.id);
+        *cursor = Cursor::default();
+        // Nothing is left that nobody vouches for.
+        self.unverified_until = None;
     }
 
     fn apply(&mut self, payload: &[u8], is_live: bool) {
@@ -189,6 +260,7 @@ impl Follower {
                 position,
                 is_synced,
                 is_current,
+                is_unverified: self.unverified_until.is_some(),
                 lag: self.lag,
                 heard_at: self.heard_at,
                 stats,
@@ -203,29 +275,33 @@ impl Follower {
     fn set_connected(&mut self, is_connected: bool) {
         self.state.progress.send_modify(|progress| {
             progress.is_connected = is_connected;
+            progress.is_given_up &= !is_connected;
             progress.is_synced = false;
             progress.is_current = false;
         });
     }
 
     /// Drops everything the source said; it may come back and is then replayed from its start.
-    fn give_up(&mut self) {
+    async fn give_up(&mut self) {
         tracing::info!(source = %self.name, "source is gone; its entries are dropped");
-        self.index.clear_source(self.id);
+        self.clear().await;
         let before = self.ingest.stats();
         self.metrics.ingested(&self.reported, &before);
-        self.ingest = new_ingest(&self.spec);
+        self.ingest = Ingest::new(ingest_config(&self.spec));
         self.reported = IngestStats::default();
+        self.state
+            .progress
+            .send_modify(|progress| progress.is_given_up = true);
         self.report();
     }
 }
 
-fn new_ingest(spec: &SourceSpec) -> Ingest {
-    Ingest::new(IngestConfig {
+fn ingest_config(spec: &SourceSpec) -> IngestConfig {
+    IngestConfig {
         has_replay: spec.replay_endpoint.is_some(),
         replay_timeout: REPLAY_TIMEOUT,
         ..IngestConfig::default()
-    })
+    }
 }
 
 /// How long ago the publisher wrote the timestamp, by both wall clocks; never negative.

@@ -50,6 +50,8 @@ enum Input {
     Probe,
     /// The state machine wanted to be called now.
     Timeout,
+    /// What a snapshot said of the source was not verified in time.
+    Unverified,
 }
 
 impl Follower {
@@ -58,7 +60,8 @@ impl Follower {
         let mut backoff = BACKOFF_MIN;
         let mut lost_at = Some(Instant::now());
         loop {
-            let gone_at = lost_at.map(|at| at + self.ttl);
+            let gone_at = [lost_at.map(|at| at + self.ttl), self.unverified_until];
+            let gone_at = gone_at.into_iter().flatten().min();
             match self.connect(gone_at).await {
                 Some(link) => {
                     backoff = BACKOFF_MIN;
@@ -67,7 +70,7 @@ impl Follower {
                 }
                 None => {
                     if gone_at.is_some_and(|at| at <= Instant::now()) {
-                        self.give_up();
+                        self.give_up().await;
                         lost_at = None;
                     }
                     // Not longer than until the source is given up.
@@ -126,7 +129,7 @@ impl Follower {
         self.ingest.handle_connected(now);
         let mut is_probing = false;
         let mut probe_at = Instant::now() + PROBE_AFTER_CONNECT;
-        let mut replay_from = self.act(false);
+        let mut replay_from = self.act(false).await;
         loop {
             if let Some(from) = replay_from.take()
                 && link.request_replay(from).await.is_err()
@@ -152,18 +155,23 @@ impl Follower {
                 // An idle publisher that does not answer is not there: reconnecting decides, and the TTL.
                 Input::Timeout if is_probing => break,
                 Input::Timeout => self.ingest.handle_timeout(now),
+                // The publisher may be slow or mute: what it says from now on counts from its start.
+                Input::Unverified => {
+                    self.give_up().await;
+                    break;
+                }
                 Input::Probe => {
                     is_probing = true;
                     probe_at = Instant::now() + PROBE_IDLE;
                     self.ingest.handle_connected(now);
                 }
             }
-            replay_from = self.act(is_current);
+            replay_from = self.act(is_current).await;
             tokio::task::consume_budget().await;
         }
         self.ingest.handle_disconnected();
         self.set_connected(false);
-        self.act(false);
+        self.act(false).await;
     }
 
     /// Waits for what happens first. `probe_at` is none while a replay is under way.
@@ -196,6 +204,7 @@ impl Follower {
             Some(()) = OptionFuture::from(dealer_monitor) => Input::Lost,
             () = wait(deadline) => Input::Timeout,
             () = wait(probe_at) => Input::Probe,
+            () = wait(self.unverified_until) => Input::Unverified,
             () = poked => Input::Probe,
         }
     }

@@ -334,10 +334,10 @@ pub struct SnapshotRequest {
     pub protocol_version: u32,
 }
 /// Pieces come in this order: start, then for each pod its registration and for each of its sources the source and its
-/// image, then for each model what shared tiers hold, then end. A stream without end is incomplete and worth nothing.
+/// image, then end. A stream without end is incomplete and worth nothing.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SnapshotPiece {
-    #[prost(oneof = "snapshot_piece::Piece", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "snapshot_piece::Piece", tags = "1, 2, 3, 4, 5")]
     pub piece: ::core::option::Option<snapshot_piece::Piece>,
 }
 /// Nested message and enum types in `SnapshotPiece`.
@@ -350,12 +350,10 @@ pub mod snapshot_piece {
         Pod(super::SnapshotPod),
         #[prost(message, tag = "3")]
         Source(super::SnapshotSource),
+        /// More of the last source.
         #[prost(message, tag = "4")]
-        Shared(super::SnapshotShared),
-        /// More of what the last source or shared piece opened.
-        #[prost(message, tag = "5")]
         Image(super::SnapshotImage),
-        #[prost(message, tag = "6")]
+        #[prost(message, tag = "5")]
         End(super::SnapshotEnd),
     }
 }
@@ -397,12 +395,6 @@ pub struct SnapshotSource {
     #[prost(uint32, optional, tag = "5")]
     pub group: ::core::option::Option<u32>,
 }
-/// What shared tiers hold of a model: an image whose blocks have keys only.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SnapshotShared {
-    #[prost(string, tag = "1")]
-    pub model: ::prost::alloc::string::String,
-}
 /// At most 4,096 blocks, orphans included. The columns of blocks are equally long, but where noted.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SnapshotImage {
@@ -420,7 +412,7 @@ pub struct SnapshotImage {
     /// Whether the block comes directly after the one before it in this image; none for nodes.
     #[prost(bool, repeated, tag = "5")]
     pub follows: ::prost::alloc::vec::Vec<bool>,
-    /// Copies, four numbers a block: HBM, DRAM, NVMe, object.
+    /// Copies, four numbers a block: HBM, DRAM, NVMe, object. Of shared tiers 1 when the source has announced it.
     #[prost(uint32, repeated, tag = "6")]
     pub copies: ::prost::alloc::vec::Vec<u32>,
     #[prost(message, repeated, tag = "7")]

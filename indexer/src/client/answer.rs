@@ -1,0 +1,133 @@
+//! What the index answers.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use kvcache_core::{PodName, Result, Tier};
+use kvfabric_proto::v1;
+
+use crate::wire::{self, SourcePosition};
+
+/// What one pod holds of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodDepth {
+    /// Which pod.
+    pub pod: PodName,
+    /// Blocks from the first, without a hole, in tiers it reaches by itself.
+    pub depth: u32,
+    /// For how many of those each tier is the fastest, in the order of [`kvcache_core::Tier::ALL`]; they add up to
+    /// `depth`.
+    pub by_tier: [u32; 4],
+    /// Sum of weight × `by_tier`, with the index's weights.
+    pub score: f64,
+    /// Where its peer service listens, if it has one.
+    pub peer_address: Option<String>,
+    /// How `score` comes about, fastest tier first: blocks and what each is worth. Empty unless asked for.
+    pub terms: Vec<ScoreTerm>,
+}
+
+/// Blocks × weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScoreTerm {
+    /// Where the blocks are.
+    pub tier: Tier,
+    /// How many.
+    pub blocks: u32,
+    /// What one is worth there.
+    pub weight: f64,
+}
+
+/// How much the position of a source is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Freshness {
+    /// How long the newest live batch took from its publisher's timestamp until it was applied.
+    pub lag: Duration,
+    /// How long ago the publisher was last heard of; what it did since is unknown.
+    pub heard: Option<Duration>,
+    /// Whether the publisher is connected.
+    pub is_connected: bool,
+    /// Connected, and all that is known to have been published is applied.
+    pub is_current: bool,
+}
+
+impl Freshness {
+    fn from_wire(wire: &v1::SourceFreshness) -> Self {
+        Self {
+            lag: Duration::from_micros(wire.lag_us),
+            heard: wire.heard_us.map(Duration::from_micros),
+            is_connected: wire.connected,
+            is_current: wire.current,
+        }
+    }
+}
+
+/// The index's answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LookupAnswer {
+    /// Deepest first; ties by pod name.
+    pub pods: Vec<PodDepth>,
+    /// How many of the first blocks shared tiers hold.
+    pub shared_depth: u32,
+    /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
+    pub shared: Vec<Range<u32>>,
+    /// Full blocks in the prompt.
+    pub blocks: u32,
+    /// Tokens a block in the index.
+    pub block_size: u32,
+    /// How far every source of the answered pods is applied.
+    pub positions: Vec<SourcePosition>,
+    /// One for each of `positions`, in their order.
+    pub freshness: Vec<Freshness>,
+}
+
+impl LookupAnswer {
+    pub(super) fn from_wire(wire: v1::LookupResponse) -> Result<Self> {
+        let pods = wire
+            .pods
+            .into_iter()
+            .map(pod_from_wire)
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            pods,
+            shared_depth: wire.shared_depth,
+            shared: wire
+                .shared
+                .iter()
+                .map(|range| range.start..range.end)
+                .collect(),
+            blocks: wire.blocks,
+            block_size: wire.block_size,
+            positions: wire
+                .positions
+                .into_iter()
+                .map(SourcePosition::from_wire)
+                .collect(),
+            freshness: wire.freshness.iter().map(Freshness::from_wire).collect(),
+        })
+    }
+}
+
+fn pod_from_wire(wire: v1::PodDepth) -> Result<PodDepth> {
+    let mut by_tier = [0; 4];
+    for depth in &wire.by_tier {
+        by_tier[wire::tier_from_wire(depth.tier)? as usize] = depth.blocks;
+    }
+    Ok(PodDepth {
+        pod: PodName::new(&wire.pod)?,
+        depth: wire.depth,
+        by_tier,
+        score: wire.score,
+        peer_address: Some(wire.peer_address).filter(|address| !address.is_empty()),
+        terms: wire
+            .terms
+            .iter()
+            .map(|term| {
+                Ok(ScoreTerm {
+                    tier: wire::tier_from_wire(term.tier)?,
+                    blocks: term.blocks,
+                    weight: term.weight,
+                })
+            })
+            .collect::<Result<_>>()?,
+    })
+}

@@ -1,0 +1,209 @@
+//! Images of sources as columns, and back as hostile input.
+
+use kvcache_core::{EngineHash, Error, IndexKey, Result};
+use kvfabric_proto::v1;
+
+use super::corrupt;
+use crate::index::{
+    IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
+};
+use crate::score::TIERS;
+use crate::wire::SourceKind;
+
+/// The longest adapter name, salt or identifier that is read, in bytes.
+const TEXT_BYTES_MAX: usize = 4096;
+/// The most identifiers of one waiting block that are read.
+const IDENTIFIERS_MAX: usize = 1024;
+
+/// A piece of a source's image as it is sent.
+pub(crate) fn image_to_wire(piece: &ImagePiece, kind: SourceKind) -> v1::SnapshotImage {
+    let mut image = v1::SnapshotImage {
+        hashes: piece.blocks.iter().map(|block| block.hash.0).collect(),
+        copies: piece.blocks.iter().flat_map(|block| block.copies).collect(),
+        ..v1::SnapshotImage::default()
+    };
+    if kind == SourceKind::Node {
+        return image;
+    }
+    image.namespaces = piece.namespaces.iter().map(namespace_to_wire).collect();
+    image.keys = piece.blocks.iter().map(|block| block.key.0).collect();
+    let namespaces = piece.blocks.iter().map(|block| block.namespace);
+    image.namespace_positions = namespaces
+        .map(|place| place.map_or(0, |place| place + 1))
+        .collect();
+    image.follows = piece.blocks.iter().map(|block| block.follows).collect();
+    image.orphans = piece.orphans.iter().map(orphan_to_wire).collect();
+    image
+}
+
+fn namespace_to_wire(namespace: &ImageNamespace) -> v1::SnapshotNamespace {
+    v1::SnapshotNamespace {
+        lora: namespace.lora.clone(),
+        cache_salt: namespace.cache_salt.clone(),
+    }
+}
+
+fn orphan_to_wire(orphan: &ImageOrphan) -> v1::SnapshotOrphan {
+    let content = orphan.content.as_ref().map(|content| v1::SnapshotContent {
+        parent: content.parent.0,
+        tokens: content
+            .tokens
+            .iter()
+            .flat_map(|token| token.to_le_bytes())
+            .collect(),
+        identifiers: content.identifiers.clone(),
+    });
+    v1::SnapshotOrphan {
+        hash: orphan.hash.0,
+        copies: orphan.copies.to_vec(),
+        content,
+    }
+}
+
+/// # Errors
+/// `Corrupt` naming what does not fit together.
+pub(super) fn image_from_wire(
+    image: v1::SnapshotImage,
+    kind: SourceKind,
+    tokens_per_block: u32,
+) -> Result<ImagePiece> {
+    let count = image.hashes.len();
+    within(
+        "blocks in an image",
+        count + image.orphans.len(),
+        IMAGE_BLOCKS_MAX,
+    )?;
+    within(
+        "namespaces in an image",
+        image.namespaces.len(),
+        IMAGE_BLOCKS_MAX,
+    )?;
+    let is_node = kind == SourceKind::Node;
+    let columns = if is_node { 0 } else { count };
+    let lengths = [
+        ("keys", image.keys.len(), columns),
+        (
+            "namespace positions",
+            image.namespace_positions.len(),
+            columns,
+        ),
+        ("follows", image.follows.len(), columns),
+        ("copies", image.copies.len(), count * TIERS),
+    ];
+    for (name, length, expected) in lengths {
+        if length != expected {
+            return Err(corrupt(format!(
+                "{length} {name} for {count} blocks, expected {expected}"
+            )));
+        }
+    }
+    if is_node && !(image.orphans.is_empty() && image.namespaces.is_empty()) {
+        return Err(corrupt(
+            "a node's image with namespaces or blocks that wait",
+        ));
+    }
+    let namespaces = image
+        .namespaces
+        .into_iter()
+        .map(namespace_from_wire)
+        .collect::<Result<Vec<_>>>()?;
+    let copies = image.copies.chunks_exact(TIERS).map(copies_from_wire);
+    let mut blocks = Vec::with_capacity(count);
+    for (position, (&hash, copies)) in image.hashes.iter().zip(copies).enumerate() {
+        let namespace = match image
+            .namespace_positions
+            .get(position)
+            .copied()
+            .unwrap_or(0)
+        {
+            0 => None,
+            number if number as usize <= namespaces.len() => Some(number - 1),
+            number => {
+                let (of, most) = (position, namespaces.len());
+                return Err(corrupt(format!(
+                    "block {of} is in namespace {number} of {most}"
+                )));
+            }
+        };
+        blocks.push(ImageBlock {
+            hash: EngineHash(hash),
+            key: IndexKey(image.keys.get(position).copied().unwrap_or(hash)),
+            follows: image.follows.get(position).copied().unwrap_or(false),
+            namespace,
+            copies,
+        });
+    }
+    let orphans = image.orphans.into_iter();
+    let orphans = orphans.map(|orphan| orphan_from_wire(orphan, tokens_per_block));
+    Ok(ImagePiece {
+        namespaces,
+        blocks,
+        orphans: orphans.collect::<Result<_>>()?,
+    })
+}
+
+fn copies_from_wire(copies: &[u32]) -> [u32; TIERS] {
+    let mut counts = [0; TIERS];
+    counts.copy_from_slice(copies);
+    counts
+}
+
+fn namespace_from_wire(namespace: v1::SnapshotNamespace) -> Result<ImageNamespace> {
+    for text in namespace.lora.iter().chain(&namespace.cache_salt) {
+        within(
+            "bytes of an adapter's name or salt",
+            text.len(),
+            TEXT_BYTES_MAX,
+        )?;
+    }
+    Ok(ImageNamespace {
+        lora: namespace.lora,
+        cache_salt: namespace.cache_salt,
+    })
+}
+
+fn orphan_from_wire(orphan: v1::SnapshotOrphan, tokens_per_block: u32) -> Result<ImageOrphan> {
+    if orphan.copies.len() != TIERS {
+        return Err(corrupt(format!(
+            "{} copies of a block that waits, expected {TIERS}",
+            orphan.copies.len()
+        )));
+    }
+    let content = orphan.content.map(|content| {
+        let (bytes, expected) = (content.tokens.len(), tokens_per_block as usize * 4);
+        if bytes != expected {
+            return Err(corrupt(format!(
+                "{bytes} bytes of tokens of a block that waits, expected {expected}"
+            )));
+        }
+        within(
+            "identifiers of a block",
+            content.identifiers.len(),
+            IDENTIFIERS_MAX,
+        )?;
+        for text in &content.identifiers {
+            within("bytes of an identifier", text.len(), TEXT_BYTES_MAX)?;
+        }
+        let tokens = content.tokens.chunks_exact(4);
+        Ok(ImageContent {
+            parent: EngineHash(content.parent),
+            tokens: tokens
+                .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]))
+                .collect(),
+            identifiers: content.identifiers,
+        })
+    });
+    Ok(ImageOrphan {
+        hash: EngineHash(orphan.hash),
+        copies: copies_from_wire(&orphan.copies),
+        content: content.transpose()?,
+    })
+}
+
+fn within(what: &str, value: usize, most: usize) -> Result<()> {
+    if value <= most {
+        Ok(())
+    } else {
+        Err(Error::invalid(what, value, 0..=most))
+    }
+}

@@ -1,0 +1,329 @@
+//! Snapshots as files and as hostile input.
+
+use kvcache_core::{EngineHash, IndexKey};
+use kvfabric_proto::PROTOCOL_VERSION;
+use proptest::prelude::*;
+use prost::Message;
+
+use super::*;
+use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan};
+
+const TOKENS_PER_BLOCK: u32 = 2;
+
+fn engine_image() -> ImagePiece {
+    ImagePiece {
+        namespaces: vec![
+            ImageNamespace::default(),
+            ImageNamespace {
+                lora: Some("adapter".to_owned()),
+                cache_salt: Some("tenant".to_owned()),
+            },
+        ],
+        blocks: vec![
+            ImageBlock {
+                hash: EngineHash(1),
+                key: IndexKey(11),
+                follows: false,
+                namespace: Some(0),
+                copies: [2, 0, 0, 0],
+            },
+            ImageBlock {
+                hash: EngineHash(2),
+                key: IndexKey(12),
+                follows: true,
+                namespace: None,
+                copies: [1, 1, 0, 1],
+            },
+        ],
+        orphans: vec![ImageOrphan {
+            hash: EngineHash(3),
+            copies: [0, 1, 0, 0],
+            content: Some(ImageContent {
+                parent: EngineHash(9),
+                tokens: vec![7, u32::MAX],
+                identifiers: vec!["image".to_owned()],
+            }),
+        }],
+    }
+}
+
+fn node_image() -> ImagePiece {
+    ImagePiece {
+        blocks: vec![ImageBlock {
+            hash: EngineHash(21),
+            key: IndexKey(21),
+            follows: false,
+            namespace: None,
+            copies: [0, 1, 1, 0],
+        }],
+        ..ImagePiece::default()
+    }
+}
+
+fn piece(piece: Piece) -> v1::SnapshotPiece {
+    v1::SnapshotPiece { piece: Some(piece) }
+}
+
+/// One pod with an engine and a node.
+fn pieces() -> Vec<v1::SnapshotPiece> {
+    let source = |name: &str, kind: v1::SourceKind| v1::Source {
+        name: name.to_owned(),
+        kind: kind.into(),
+        endpoint: "tcp://127.0.0.1:1".to_owned(),
+        replay_endpoint: "tcp://127.0.0.1:2".to_owned(),
+    };
+    let registration = v1::RegisterRequest {
+        protocol_version: PROTOCOL_VERSION,
+        pod: "pod-0".to_owned(),
+        model: "m".to_owned(),
+        block_size: TOKENS_PER_BLOCK,
+        key_scheme: "xxh3:1337".to_owned(),
+        sources: vec![
+            source("engine", v1::SourceKind::Vllm),
+            source("node", v1::SourceKind::Node),
+        ],
+        peer_address: "127.0.0.1:3".to_owned(),
+    };
+    let mark = |epoch, next| {
+        let position = Position {
+            epoch: Epoch(epoch),
+            next: Sequence(next),
+        };
+        let digest = BatchDigest::of(b"batch");
+        Some(Mark { position, digest })
+    };
+    vec![
+        piece(Piece::Start(v1::SnapshotStart {
+            format: FORMAT,
+            key_scheme: "xxh3:1337".to_owned(),
+            block_size: TOKENS_PER_BLOCK,
+        })),
+        piece(Piece::Pod(v1::SnapshotPod {
+            registration: Some(registration),
+            configured: true,
+        })),
+        piece(source_to_wire("engine", mark(0, 5), Some(1))),
+        piece(Piece::Image(image_to_wire(
+            &engine_image(),
+            wire::SourceKind::Vllm,
+        ))),
+        piece(source_to_wire("node", mark(7, 1), None)),
+        piece(Piece::Image(image_to_wire(
+            &node_image(),
+            wire::SourceKind::Node,
+        ))),
+        piece(Piece::End(v1::SnapshotEnd {
+            pods: 1,
+            sources: 2,
+            blocks: 4,
+        })),
+    ]
+}
+
+fn read_all(pieces: impl IntoIterator<Item = v1::SnapshotPiece>) -> Result<Vec<Step>> {
+    let mut reader = Reader::default();
+    pieces.into_iter().map(|piece| reader.read(piece)).collect()
+}
+
+fn read_file(path: &std::path::Path) -> Result<Vec<Step>> {
+    let mut file = FileReader::open(path)?.unwrap();
+    let mut reader = Reader::default();
+    let mut steps = Vec::new();
+    while !reader.is_complete() {
+        steps.push(reader.read(file.next()?)?);
+    }
+    Ok(steps)
+}
+
+fn write_file(path: &std::path::Path, pieces: Vec<v1::SnapshotPiece>) {
+    let written = write(path, |out| pieces.into_iter().try_for_each(out)).unwrap();
+    assert_eq!(written, std::fs::metadata(path).unwrap().len());
+}
+
+/// Everything that goes in, through a file.
+#[test]
+fn a_snapshot_comes_back_as_it_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("snapshot");
+    write_file(&path, pieces());
+    let steps = read_file(&path).unwrap();
+    assert!(matches!(&steps[0], Step::Start { block_size: 2, .. }));
+    let Step::Pod {
+        registration,
+        is_configured: true,
+    } = &steps[1]
+    else {
+        panic!("{:?}", steps[1]);
+    };
+    assert_eq!(registration.sources.len(), 2);
+    let Step::Source {
+        name,
+        mark: Some(mark),
+        group: Some(1),
+    } = &steps[2]
+    else {
+        panic!("{:?}", steps[2]);
+    };
+    assert_eq!((name.as_str(), mark.position.next), ("engine", Sequence(5)));
+    assert_eq!(mark.digest, BatchDigest::of(b"batch"));
+    assert!(matches!(&steps[3], Step::Image(image) if *image == engine_image()));
+    assert!(matches!(&steps[5], Step::Image(image) if *image == node_image()));
+    assert!(matches!(&steps[6], Step::End));
+}
+
+/// The file of the format's first version, as it was written then: `KVFABRIC_REGENERATE=1` writes it, once a format.
+#[test]
+fn the_first_format_is_read_for_ever() {
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("src/snapshot/golden/format-1.snapshot");
+    if std::env::var_os("KVFABRIC_REGENERATE").is_some() {
+        write_file(&golden, pieces());
+    }
+    assert_eq!(read_file(&golden).unwrap().len(), 7);
+    let folder = tempfile::tempdir().unwrap();
+    let fresh = folder.path().join("snapshot");
+    write_file(&fresh, pieces());
+    let same = std::fs::read(&fresh).unwrap() == std::fs::read(&golden).unwrap();
+    assert!(
+        same,
+        "the format has changed: give it a new number and keep this file"
+    );
+}
+
+/// Every prefix of a file, and every byte of it changed.
+#[test]
+fn a_damaged_file_is_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("snapshot");
+    write_file(&path, pieces());
+    let whole = std::fs::read(&path).unwrap();
+    for length in 0..whole.len() {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let error = read_file(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "cut at {length}");
+        assert!(error.to_string().contains("snapshot"), "{error}");
+    }
+    for place in 0..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[place] ^= 0x10;
+        std::fs::write(&path, &damaged).unwrap();
+        let error = read_file(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "changed at {place}");
+    }
+}
+
+/// What writing fails with leaves the old file as it was.
+#[test]
+fn a_failed_write_keeps_the_old_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("snapshot");
+    write_file(&path, pieces());
+    let before = std::fs::read(&path).unwrap();
+    let refusal = write(&path, |out| {
+        out(pieces().remove(0))?;
+        Err(Error::new(ErrorKind::Cancelled, "no more"))
+    });
+    assert_eq!(refusal.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+/// Each piece left out, and each there twice.
+#[test]
+fn pieces_out_of_order_are_refused() {
+    for place in 0..pieces().len() {
+        // Without its images a snapshot counts too few blocks; without its last piece it is not complete.
+        let mut fewer = pieces();
+        fewer.remove(place);
+        let mut reader = Reader::default();
+        let read: Result<Vec<_>> = fewer.into_iter().map(|piece| reader.read(piece)).collect();
+        assert!(
+            read.is_err() || !reader.is_complete(),
+            "without piece {place}"
+        );
+        let mut more = pieces();
+        more.insert(place, more[place].clone());
+        assert!(read_all(more).is_err(), "piece {place} twice");
+    }
+    assert!(read_all([v1::SnapshotPiece::default()]).is_err());
+}
+
+/// One wrong field each; the error says which.
+#[test]
+fn images_that_do_not_fit_together_are_refused() {
+    type Break = fn(&mut v1::SnapshotImage);
+    let wrongs: [(Break, &str); 8] = [
+        (|image| image.keys.truncate(1), "keys"),
+        (|image| image.follows.truncate(1), "follows"),
+        (|image| image.copies.truncate(7), "copies"),
+        (
+            |image| image.namespace_positions.truncate(1),
+            "namespace positions",
+        ),
+        (|image| image.namespace_positions[0] = 3, "namespace 3"),
+        (|image| image.orphans[0].copies.push(1), "copies"),
+        (
+            |image| image.orphans[0].content.as_mut().unwrap().tokens = vec![1].into(),
+            "1 bytes of tokens",
+        ),
+        (
+            |image| image.namespaces[0].lora = Some("a".repeat(5000)),
+            "5000",
+        ),
+    ];
+    for (make_wrong, said) in wrongs {
+        let mut image = image_to_wire(&engine_image(), wire::SourceKind::Vllm);
+        make_wrong(&mut image);
+        let error = image::image_from_wire(image, wire::SourceKind::Vllm, TOKENS_PER_BLOCK);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(said), "{said:?} is not in {error}");
+    }
+    let engine = image_to_wire(&engine_image(), wire::SourceKind::Vllm);
+    assert!(image::image_from_wire(engine, wire::SourceKind::Node, TOKENS_PER_BLOCK).is_err());
+    let long = v1::SnapshotImage {
+        hashes: vec![0; 5000],
+        ..v1::SnapshotImage::default()
+    };
+    let error = image::image_from_wire(long, wire::SourceKind::Node, TOKENS_PER_BLOCK).unwrap_err();
+    assert!(error.to_string().contains("5000"), "{error}");
+}
+
+/// Versions to come and versions that never were.
+#[test]
+fn another_format_is_refused_with_both_versions_named() {
+    for format in [0, FORMAT + 1] {
+        let start = v1::SnapshotStart {
+            format,
+            ..v1::SnapshotStart::default()
+        };
+        let error = read_all([piece(Piece::Start(start))]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Version);
+        assert!(
+            error.to_string().contains(&format!("format {format}")),
+            "{error}"
+        );
+    }
+}
+
+proptest! {
+    /// Bytes that are no snapshot, and pieces with some bytes changed: an error or a step, never a panic.
+    #[test]
+    fn whatever_comes_is_read_or_refused(
+        noise in proptest::collection::vec(any::<u8>(), 0..200),
+        which in 0..7_usize,
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        if let Ok(piece) = v1::SnapshotPiece::decode(noise.as_slice()) {
+            let _ = Reader::default().read(piece);
+        }
+        let mut bytes = pieces()[which].encode_to_vec();
+        for (place, value) in changes {
+            let place = place.index(bytes.len());
+            bytes[place] = value;
+        }
+        if let Ok(piece) = v1::SnapshotPiece::decode(bytes.as_slice()) {
+            let mut all = pieces();
+            all[which] = piece;
+            let _ = read_all(all);
+        }
+    }
+}

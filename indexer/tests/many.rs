@@ -1,0 +1,249 @@
+//! Many questions in one call, answers in another order, and what an answer is worth.
+
+mod rig;
+
+use kvcache_core::Tier;
+use kvfabric_indexer::client::{
+    IndexClient, LookupOptions, Prompt, Ranking, Registered, SourceKind, SourcePosition,
+};
+use kvfabric_indexer::publisher::Publisher;
+use kvfabric_indexer::server::Running;
+use kvfabric_proto::v1;
+use kvfabric_proto::v1::lookup_reply::Outcome;
+use rig::*;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// `deep` has two blocks on disk (score 1.0), `fast` one in HBM and another nobody asks for (score 1.0 with one block),
+/// `best` both in DRAM (score 1.6).
+async fn three_pods(server: &Running) -> (IndexClient, Vec<(Publisher, Registered)>) {
+    let client = client(server);
+    let mut kept = Vec::new();
+    for (name, hashes, tier) in [
+        ("deep", &[1, 2][..], Tier::Disk),
+        ("fast", &[1][..], Tier::Device),
+        ("best", &[1, 2][..], Tier::Host),
+    ] {
+        let engine = engine(name);
+        let tokens = &TOKENS[..4 * hashes.len()];
+        engine.publish_engine(vec![stored(hashes, None, tokens, tier)]);
+        let source = engine.source("engine", SourceKind::Vllm);
+        let registered = client.register(registration(name, [source]));
+        registered.ready(PATIENCE).await.unwrap();
+        kept.push((engine, registered));
+    }
+    (client, kept)
+}
+
+fn wire_question(tokens: &[u32]) -> v1::LookupRequest {
+    let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+    v1::LookupRequest {
+        model: "m".to_owned(),
+        prompt: Some(v1::lookup_request::Prompt::Tokens(bytes.into())),
+        ..Default::default()
+    }
+}
+
+fn depths(reply: &v1::LookupReply) -> Vec<(&str, u32)> {
+    match &reply.outcome {
+        Some(Outcome::Answer(answer)) => {
+            let pods = answer.pods.iter();
+            pods.map(|pod| (pod.pod.as_str(), pod.depth)).collect()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The best by depth and the best by score are others; the terms add up to the score.
+#[tokio::test]
+async fn pods_are_ranked_as_asked_and_scores_explained() {
+    let server = start(config()).await;
+    let (client, _kept) = three_pods(&server).await;
+    let names = async |ranking, pods_max| {
+        let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
+        asked.pods_max = pods_max;
+        let explain = true;
+        let options = LookupOptions { ranking, explain };
+        let answer = client.lookup_with(asked, options).await.unwrap();
+        for pod in &answer.pods {
+            let sum: f64 = pod
+                .terms
+                .iter()
+                .map(|term| f64::from(term.blocks) * term.weight)
+                .sum();
+            assert_eq!((sum, pod.terms.len()), (pod.score, 1));
+        }
+        let names = answer.pods.iter().map(|pod| pod.pod.as_str().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(names(Ranking::Depth, 0).await, ["best", "deep", "fast"]);
+    assert_eq!(names(Ranking::Score, 0).await, ["best", "deep", "fast"]);
+    assert_eq!(names(Ranking::Score, 1).await, ["best"]);
+    let plain = question(Prompt::Tokens(TOKENS.to_vec()));
+    let answer = client.lookup(plain).await.unwrap();
+    assert!(answer.pods.iter().all(|pod| pod.terms.is_empty()));
+    // One block only: now the one in HBM is the best, and depth alone cannot tell them apart.
+    let mut asked = question(Prompt::Tokens(TOKENS[..4].to_vec()));
+    asked.pods_max = 1;
+    let options = LookupOptions {
+        ranking: Ranking::Score,
+        explain: false,
+    };
+    let answer = client.lookup_with(asked, options).await.unwrap();
+    assert_eq!(answer.pods[0].pod, pod("fast"));
+}
+
+/// Two good questions around one that makes no sense.
+#[tokio::test]
+async fn a_batch_answers_each_question_by_itself() {
+    let server = start(config()).await;
+    let (_client, _kept) = three_pods(&server).await;
+    let mut odd = wire_question(&TOKENS);
+    odd.prompt = Some(v1::lookup_request::Prompt::Tokens(vec![1, 2, 3].into()));
+    let mut narrow = wire_question(&TOKENS[..4]);
+    narrow.pods = vec!["fast".to_owned()];
+    let batch = v1::LookupBatchRequest {
+        questions: vec![wire_question(&TOKENS), odd, narrow],
+    };
+    let mut raw = raw(&server).await;
+    let replies = raw.lookup_batch(batch).await.unwrap().into_inner().replies;
+    assert_eq!(replies.len(), 3);
+    assert_eq!(depths(&replies[0]), [("best", 2), ("deep", 2), ("fast", 1)]);
+    let Some(Outcome::Failure(failure)) = &replies[1].outcome else {
+        panic!("{:?}", replies[1]);
+    };
+    assert_eq!(failure.code, tonic::Code::InvalidArgument as u32);
+    assert_eq!(failure.kind, "invalid");
+    assert!(failure.message.contains("3 bytes"), "{failure:?}");
+    assert_eq!(depths(&replies[2]), [("fast", 1)]);
+
+    let batch = v1::LookupBatchRequest {
+        questions: vec![v1::LookupRequest::default(); 1025],
+    };
+    let status = raw.lookup_batch(batch).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    assert!(status.message().contains("1025"), "{status}");
+}
+
+/// One question of a batch waits for what never comes: the others are answered, and the deadline is kept.
+#[tokio::test]
+async fn a_batch_keeps_its_deadline() {
+    let mut config = config();
+    config.lookup_deadline_ms = 50;
+    let server = start(config).await;
+    let (_client, _kept) = three_pods(&server).await;
+    let mut late = wire_question(&TOKENS);
+    late.min_position = vec![v1::SourcePosition {
+        source: "nobody/engine".to_owned(),
+        epoch: 0,
+        next_sequence: 1,
+    }];
+    let batch = v1::LookupBatchRequest {
+        questions: vec![wire_question(&TOKENS), late, wire_question(&TOKENS)],
+    };
+    let replies = raw(&server).await.lookup_batch(batch).await.unwrap();
+    let replies = replies.into_inner().replies;
+    assert_eq!(depths(&replies[0]).len(), 3);
+    let Some(Outcome::Failure(failure)) = &replies[1].outcome else {
+        panic!("{:?}", replies[1]);
+    };
+    assert_eq!(failure.kind, "timeout");
+    // What needs no waiting needs no time.
+    assert_eq!(depths(&replies[2]).len(), 3);
+}
+
+/// Replies come in the order of the questions, one for each; a bad one does not end the stream.
+#[tokio::test]
+async fn a_stream_answers_in_order_as_long_as_it_is_asked() {
+    let server = start(config()).await;
+    let (_client, _kept) = three_pods(&server).await;
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let mut raw = raw(&server).await;
+    let stream = ReceiverStream::new(receiver);
+    let mut replies = raw.lookup_stream(stream).await.unwrap().into_inner();
+    for round in 0..50 {
+        let (tokens, expected): (&[u32], usize) = match round % 2 {
+            0 => (&TOKENS, 3),
+            _ => (&[9, 9, 9, 9], 0),
+        };
+        sender.send(wire_question(tokens)).await.unwrap();
+        let reply = replies.message().await.unwrap().unwrap();
+        assert_eq!(depths(&reply).len(), expected);
+    }
+    sender.send(v1::LookupRequest::default()).await.unwrap();
+    let reply = replies.message().await.unwrap().unwrap();
+    assert!(matches!(reply.outcome, Some(Outcome::Failure(_))));
+    drop(sender);
+    assert!(replies.message().await.unwrap().is_none());
+}
+
+/// A client that asks on and never reads: the server stops reading its questions instead of keeping replies.
+#[tokio::test]
+async fn a_reader_that_stops_holds_up_its_own_questions_only() {
+    let server = start(config()).await;
+    let (client, _kept) = three_pods(&server).await;
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let mut raw = raw(&server).await;
+    let stream = ReceiverStream::new(receiver);
+    let replies = raw.lookup_stream(stream).await.unwrap().into_inner();
+    // Each question is 4 MiB; the queues of both sides hold some, then sending must come to a halt.
+    let long = vec![7; 1 << 20];
+    let mut sent = 0;
+    while tokio::time::timeout(
+        std::time::Duration::from_secs(1),
+        sender.send(wire_question(&long)),
+    )
+    .await
+    .is_ok()
+    {
+        sent += 1;
+        assert!(sent < 10_000, "the server reads on without end");
+    }
+    // The others do not notice.
+    let answer = client
+        .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
+        .await;
+    assert_eq!(answer.unwrap().pods.len(), 3);
+    drop(replies);
+}
+
+/// Connected and heard of, then gone.
+#[tokio::test]
+async fn an_answer_says_how_fresh_each_source_is() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let engine = engine("pod-0");
+    engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
+    let source = engine.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
+    asked.min_position = vec![SourcePosition::new(
+        &pod("pod-0"),
+        "engine",
+        engine.position(),
+    )];
+    let answer = client.lookup(asked.clone()).await.unwrap();
+    assert_eq!(answer.freshness.len(), answer.positions.len());
+    let fresh = answer.freshness[0];
+    assert!(fresh.is_connected && fresh.heard.is_some(), "{fresh:?}");
+    drop(engine);
+    wait_until(&client, |status| !status.pods[0].sources[0].connected).await;
+    let answer = client.lookup(asked).await.unwrap();
+    let fresh = answer.freshness[0];
+    assert!(!fresh.is_connected && !fresh.is_current, "{fresh:?}");
+    assert!(fresh.heard.is_some());
+    assert_eq!(answer.pods.len(), 1, "the TTL has not passed");
+}
+
+/// Longer than a message may be: refused with the sizes, and the connection goes on.
+#[tokio::test]
+async fn a_question_that_is_too_long_is_refused_with_its_size() {
+    let server = start(config()).await;
+    let mut raw = raw(&server).await;
+    let long = vec![0; 5 << 20];
+    let status = raw.lookup(wire_question(&long)).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::OutOfRange);
+    assert!(status.message().contains("20971"), "{status}");
+    let answer = raw.lookup(wire_question(&TOKENS)).await.unwrap();
+    assert_eq!(answer.into_inner().blocks, 2);
+}
