@@ -122,6 +122,32 @@ async fn a_node_with_a_new_epoch_is_begun_anew() {
     assert_eq!(depth(&client, vec![position]).await, 1);
 }
 
+/// The same publisher, but it keeps one batch only: those between are lost, removals perhaps among them.
+#[tokio::test]
+async fn a_replay_that_is_too_old_clears_the_source() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let engine = engine("pod-0");
+    engine.publish_payload(batch(1, None, &TOKENS[..4]));
+    let source = engine.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    assert_eq!(depth(&client, at(&engine)).await, 1);
+
+    let mut config = PublisherConfig::new(pod("pod-0"), "m", Stream::Engine);
+    config.endpoint = engine.endpoint().to_owned();
+    config.replay_endpoint = engine.replay_endpoint().to_owned();
+    config.replay_bytes_max = 1;
+    drop(engine);
+    let engine = Publisher::bind(config).unwrap();
+    engine.publish_payload(batch(1, None, &TOKENS[..4]));
+    engine.publish_engine(vec![removed(&[1], Tier::Device)]);
+    engine.publish_payload(batch(9, None, &[9, 9, 9, 9]));
+    assert_eq!(depth(&client, at(&engine)).await, 0, "the removal was lost");
+    let status = client.status().await.unwrap();
+    assert_eq!((status.entries, status.pods[0].sources[0].resyncs), (1, 1));
+}
+
 /// A publisher made by hand that leaves a batch out, as a full queue does, and answers as engines before 0.26 do.
 #[tokio::test]
 async fn a_gap_is_filled_from_the_replay_socket() {
