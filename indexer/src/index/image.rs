@@ -1,8 +1,15 @@
 //! A source as it can be written down and taken up elsewhere.
 
-use kvcache_core::{EngineHash, IndexKey};
+use std::collections::HashMap;
 
-use super::config::SourceSpec;
+use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::{EngineHash, Error, IndexKey, Result, Tier};
+
+use super::config::{Applied, SourceSpec};
+use super::orphans::Content;
+use super::sets::Holder;
+use super::source::{Source, Writer};
+use super::tree::Shared;
 use crate::score::TIERS;
 
 /// The most blocks, placed or waiting, in one [`ImagePiece`].
@@ -76,4 +83,207 @@ pub struct ImageContent {
     pub tokens: Vec<u32>,
     /// Identifiers of images and the like.
     pub identifiers: Vec<String>,
+}
+
+impl ImagePiece {
+    /// # Errors
+    /// `Invalid` naming what exceeds a bound or points nowhere.
+    pub(super) fn check(&self, block_size: TokensPerBlock) -> Result<()> {
+        let blocks = self.blocks.len() + self.orphans.len();
+        if blocks > IMAGE_BLOCKS_MAX || self.namespaces.len() > IMAGE_BLOCKS_MAX {
+            return Err(Error::invalid(
+                "blocks of a piece",
+                blocks,
+                0..=IMAGE_BLOCKS_MAX,
+            ));
+        }
+        for block in &self.blocks {
+            if let Some(namespace) = block.namespace
+                && namespace as usize >= self.namespaces.len()
+            {
+                return Err(Error::invalid(
+                    "namespace of a block",
+                    namespace,
+                    0..self.namespaces.len(),
+                ));
+            }
+        }
+        for content in self
+            .orphans
+            .iter()
+            .filter_map(|orphan| orphan.content.as_ref())
+        {
+            if content.tokens.len() != block_size.get() as usize {
+                return Err(Error::invalid(
+                    "tokens of a waiting block",
+                    content.tokens.len(),
+                    block_size.get(),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Source {
+    /// Everything that is needed to go on with this source elsewhere.
+    pub(super) fn image(&self, writer: &Writer, shared: &Shared) -> SourceImage {
+        let mut pieces = Pieces::default();
+        let names = self.own_names();
+        let mut runs: Vec<u32> = self.runs().collect();
+        runs.sort_unstable();
+        for run in runs {
+            let mut last = None;
+            for (start, span) in writer.tree.spans(shared, run) {
+                let held = Tier::ALL.map(|tier| {
+                    writer
+                        .tree
+                        .has(shared, span, Holder::new(self.number, tier))
+                });
+                if !held.contains(&true) {
+                    continue;
+                }
+                for block in start..span.end {
+                    let place = writer.tree.block(shared, run, block);
+                    let key = writer.tree.key(shared, place.position);
+                    let copies = Tier::ALL.map(|tier| {
+                        u32::from(held[tier as usize])
+                            .saturating_add(self.more(place.position, tier))
+                    });
+                    let own = names.get(&place.position).copied();
+                    let hash = own.or_else(|| writer.tree.name(place.position));
+                    let root = self.root_of(writer, shared, place);
+                    pieces.push_block(
+                        ImageBlock {
+                            hash: hash
+                                .filter(|_| !self.is_node())
+                                .unwrap_or(EngineHash(key.0)),
+                            key,
+                            follows: last.is_some_and(|last| last + 1 == block),
+                            namespace: None,
+                            copies,
+                        },
+                        root.filter(|_| !self.is_node())
+                            .map(|root| writer.roots.name(root)),
+                    );
+                    last = Some(block);
+                }
+            }
+        }
+        for orphan in self.orphans.images() {
+            pieces.push_orphan(orphan);
+        }
+        SourceImage {
+            spec: self.spec.clone(),
+            group: self.group,
+            pieces: pieces.pieces,
+        }
+    }
+
+    /// Takes up a piece that has been checked.
+    pub(super) fn take_up(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        piece: &ImagePiece,
+    ) -> Applied {
+        let mut applied = Applied::default();
+        let namespaces = piece.namespaces.iter();
+        let roots: Vec<u32> = namespaces
+            .map(|name| {
+                let (lora, salt) = (name.lora.as_deref(), name.cache_salt.as_deref());
+                writer.roots.acquire(&writer.keys, lora, salt)
+            })
+            .collect();
+        let mut last = None;
+        for block in &piece.blocks {
+            if block.copies.iter().all(|copies| *copies == 0) {
+                last = None;
+                continue;
+            }
+            let previous = last.filter(|_| block.follows);
+            let root = block
+                .namespace
+                .and_then(|namespace| roots.get(namespace as usize))
+                .copied();
+            let place = self.take_up_block(writer, shared, previous, block, root);
+            self.add_copies(writer, shared, place, &block.copies, &mut applied);
+            last = Some(place);
+        }
+        for orphan in &piece.orphans {
+            self.take_up_orphan(orphan, &mut applied);
+        }
+        for root in roots {
+            writer.roots.release(root);
+        }
+        applied
+    }
+
+    fn take_up_orphan(&mut self, orphan: &ImageOrphan, applied: &mut Applied) {
+        if !self.orphans.contains(orphan.hash) {
+            if !self.orphans.insert(orphan.hash) {
+                applied.refused += 1;
+                return;
+            }
+            applied.orphaned += 1;
+        }
+        if let Some(copies) = self.orphans.copies_mut(orphan.hash) {
+            *copies = orphan.copies;
+        }
+        let Some(content) = &orphan.content else {
+            return;
+        };
+        let content = Content {
+            parent: content.parent,
+            tokens: content.tokens.as_slice().into(),
+            identifiers: content.identifiers.clone(),
+        };
+        if !self.orphans.attach(orphan.hash, content) {
+            applied.refused += 1;
+        }
+    }
+}
+
+/// Pieces, the last of which is being filled.
+#[derive(Default)]
+struct Pieces {
+    pieces: Vec<ImagePiece>,
+    numbers: HashMap<ImageNamespace, u32>,
+}
+
+impl Pieces {
+    fn last(&mut self) -> &mut ImagePiece {
+        let is_full = self
+            .pieces
+            .last()
+            .is_none_or(|piece| piece.blocks.len() + piece.orphans.len() >= IMAGE_BLOCKS_MAX);
+        if is_full {
+            self.numbers.clear();
+            self.pieces.push(ImagePiece::default());
+        }
+        let last = self.pieces.len() - 1;
+        &mut self.pieces[last]
+    }
+
+    fn push_block(&mut self, block: ImageBlock, namespace: Option<&ImageNamespace>) {
+        let is_first = self.last().blocks.is_empty();
+        let namespace = namespace.map(|name| match self.numbers.get(name) {
+            Some(number) => *number,
+            None => {
+                let number = self.numbers.len() as u32;
+                self.numbers.insert(name.clone(), number);
+                self.last().namespaces.push(name.clone());
+                number
+            }
+        });
+        self.last().blocks.push(ImageBlock {
+            follows: block.follows && !is_first,
+            namespace,
+            ..block
+        });
+    }
+
+    fn push_orphan(&mut self, orphan: ImageOrphan) {
+        self.last().orphans.push(orphan);
+    }
 }

@@ -1,11 +1,16 @@
 //! The question the index is for: who holds this prefix, how deep, in which tier?
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use kvcache_core::{IndexKey, PodName};
 
-use super::holders::SetId;
-use super::table::Table;
+use super::View;
+use super::arena::get;
+use super::blocks::SEGMENT_BLOCKS;
+use super::pods::PodNumber;
+use super::runs::{Header, partition, read_span};
+use super::sets::{Holder, SetId, members};
 use crate::score::{TIERS, TierWeights};
 
 /// What to leave out of an answer.
@@ -39,130 +44,429 @@ pub struct Answer {
     pub shared_depth: u32,
     /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
     pub shared: Vec<Range<u32>>,
-    scratch: Scratch,
+    depths: Depths,
+    ranks: Vec<Rank>,
 }
 
+/// How far one pod holds a prefix, the pod by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    /// Who.
+    pub pod: PodNumber,
+    /// Blocks, from the first, without a hole; at least 1.
+    pub depth: u32,
+    /// For how many of those each tier is the pod's fastest, by `Tier as usize`; they add up to `depth`.
+    pub by_tier: [u32; TIERS],
+}
+
+/// The shortest answer to a lookup: pods by number, without names and scores. Used again it keeps its memory.
 #[derive(Clone, Debug, Default)]
-struct Scratch {
-    /// By pod slot; all zero between lookups.
-    walks: Vec<Walk>,
-    /// The pod slots whose walk is not zero.
-    touched: Vec<u32>,
-    /// One bit per pod slot; only looked at when the query names pods.
-    allowed: Vec<u64>,
+pub struct Depths {
+    /// Pods that hold at least the first block, deepest first.
+    pub pods: Vec<Depth>,
+    /// Blocks, from the first, that shared tiers hold.
+    pub shared_depth: u32,
+    /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
+    pub shared: Vec<Range<u32>>,
+    /// The pods that may be answered, ascending; only looked at when there are any named.
+    allowed: Vec<u32>,
+    /// Runs that were read, and as of which version.
+    read: Vec<(u32, u32)>,
 }
 
-/// How far one pod has been followed.
-#[derive(Clone, Copy, Debug, Default)]
-struct Walk {
-    depth: u32,
-    /// The fastest tier found so far for the run of blocks that ends at `depth`.
-    tier: u8,
-    by_tier: [u32; TIERS],
+/// What was read changed meanwhile.
+pub(super) struct Torn;
+
+/// How a walk through the chain stands.
+struct Walk<'a> {
+    view: &'a View,
+    is_limited: bool,
+    depths: &'a mut Depths,
+    /// Pods from here on have been followed to the end of what was walked; those before stay behind.
+    alive: usize,
+    /// Blocks next to each other that have the same holders, not followed yet.
+    pending: (SetId, Range<u32>),
 }
 
-/// Blocks next to each other that have the same holders.
-struct Run {
-    set: SetId,
-    start: u32,
-    end: u32,
+impl Depths {
+    /// Follows the chain until nobody holds it any more, or to its end where shared tiers hold anything.
+    ///
+    /// With `is_limited` only pods in `allowed` are answered.
+    ///
+    /// # Errors
+    /// [`Torn`] when a writer changed what was read: ask again.
+    pub(super) fn fill(
+        &mut self,
+        view: &View,
+        keys: &[IndexKey],
+        is_limited: bool,
+    ) -> Result<(), Torn> {
+        self.pods.clear();
+        self.shared.clear();
+        self.read.clear();
+        self.shared_depth = 0;
+        let doors = &view.tree.doors;
+        let version = doors.version().ok_or(Torn)?;
+        let added = doors.added();
+        // What a shared tier holds can be had behind any hole, so only its absence ends the walk early.
+        let is_shared = view.shared_blocks.load(Ordering::Relaxed) > 0;
+        let mut walk = Walk {
+            view,
+            is_limited,
+            depths: self,
+            alive: 0,
+            pending: (SetId::EMPTY, 0..0),
+        };
+        walk.run_through(keys, is_shared)?;
+        // Whatever was read before these looks was there at one moment: when the last entry was searched for.
+        fence(Ordering::Acquire);
+        let is_shared_now = view.shared_blocks.load(Ordering::Relaxed) > 0;
+        if !doors.is_still(version)
+            || is_shared != is_shared_now
+            || is_shared && doors.added() != added
+        {
+            return Err(Torn);
+        }
+        for &(run, version) in &self.read {
+            if !view
+                .tree
+                .runs
+                .get(run)
+                .is_some_and(|header| header.is_still(version))
+            {
+                return Err(Torn);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the deepest to the front, and leaves out all but so many; 0 means all.
+    pub(super) fn deepest_first(&mut self, pods_max: usize) {
+        let pods = &mut self.pods;
+        if pods_max == 0 || pods_max * 2 >= pods.len() {
+            pods.reverse();
+        } else {
+            let last = pods.len() - 1;
+            (0..pods_max).for_each(|place| pods.swap(place, last - place));
+        }
+        if pods_max != 0 {
+            pods.truncate(pods_max);
+        }
+    }
+}
+
+impl Walk<'_> {
+    fn run_through(&mut self, keys: &[IndexKey], is_shared: bool) -> Result<(), Torn> {
+        let mut at = 0;
+        while at < keys.len() {
+            let Some(door) = self.view.tree.doors.find(keys[at]) else {
+                self.follow(SetId::EMPTY, at as u32, at as u32 + 1)?;
+                if !is_shared {
+                    break;
+                }
+                at += 1;
+                continue;
+            };
+            let header = self.view.tree.runs.get(door.run).ok_or(Torn)?;
+            let version = header.version().ok_or(Torn)?;
+            self.depths.read.push((door.run, version));
+            let equal = self.equal(header, door.block, &keys[at..])?;
+            if equal == 0 {
+                // The entry is of another time than the run.
+                return Err(Torn);
+            }
+            self.spans(header, door.block, door.block + equal, at as u32)?;
+            at += equal as usize;
+            if !is_shared && self.is_over() {
+                break;
+            }
+        }
+        let (set, blocks) = std::mem::replace(&mut self.pending, (SetId::EMPTY, 0..0));
+        self.take(set, blocks)
+    }
+
+    /// Whether nobody is followed any more.
+    fn is_over(&self) -> bool {
+        let is_nobody_next = self.pending.0.is_empty() && !self.pending.1.is_empty();
+        is_nobody_next || self.pending.1.start > 0 && self.alive == self.depths.pods.len()
+    }
+
+    /// How many keys are those of a run's blocks from `start` on.
+    fn equal(&self, header: &Header, start: u32, keys: &[IndexKey]) -> Result<u32, Torn> {
+        let view = self.view;
+        let blocks = header.blocks();
+        let most = blocks.saturating_sub(start).min(keys.len() as u32);
+        if header.is_told() {
+            for at in 0..most {
+                if view.key_at(header, start + at)? != keys[at as usize].0 {
+                    return Ok(at);
+                }
+            }
+            return Ok(most);
+        }
+        if most == 0 {
+            return Ok(0);
+        }
+        // A key is made from all keys before it, so those before an equal one are equal too.
+        let is_equal = |at: u32| Ok(view.key_at(header, start + at)? == keys[at as usize].0);
+        if is_equal(most - 1)? {
+            return Ok(most);
+        }
+        // Here low..high contains the first that is not equal.
+        let (mut low, mut high) = (0, most - 1);
+        while high - low > PROBES {
+            // These reads do not wait for each other.
+            let step = (high - low).div_ceil(PROBES);
+            let mut steps = 0;
+            for probe in 1..PROBES {
+                let at = low + probe * step - 1;
+                steps += u32::from(at < high && is_equal(at)?);
+            }
+            if steps < PROBES - 1 {
+                high = high.min(low + (steps + 1) * step - 1);
+            }
+            low += steps * step;
+        }
+        let mut equal = low;
+        for at in low..high {
+            equal += u32::from(is_equal(at)?);
+        }
+        Ok(equal)
+    }
+
+    /// Follows everybody through blocks of a run, the first of which is the `at`th that was asked for.
+    fn spans(&mut self, header: &Header, start: u32, end: u32, at: u32) -> Result<(), Torn> {
+        let pairs = header.span_words(&self.view.tree.words).ok_or(Torn)?;
+        let count = pairs.len() as u32 / 2;
+        let mut span = partition(count, |span| get(&pairs[2 * span as usize]) <= start);
+        let mut from = start;
+        while from < end {
+            let held = match pairs.get(2 * span as usize..) {
+                Some(pair) if !pair.is_empty() => read_span(pair),
+                // Blocks of an event that is not through have no holders yet.
+                _ => return Err(Torn),
+            };
+            let to = held.end.min(end);
+            if to <= from {
+                return Err(Torn);
+            }
+            self.follow(held.set, at + from - start, at + to - start)?;
+            (from, span) = (to, span + 1);
+        }
+        Ok(())
+    }
+
+    /// Notes who holds the next blocks; equal neighbours are followed together.
+    fn follow(&mut self, set: SetId, start: u32, end: u32) -> Result<(), Torn> {
+        if self.pending.0 == set && self.pending.1.end == start && start > 0 {
+            self.pending.1.end = end;
+            return Ok(());
+        }
+        let (before, blocks) = std::mem::replace(&mut self.pending, (set, start..end));
+        self.take(before, blocks)
+    }
+
+    /// Takes everybody who holds the blocks, and all before them, to their end.
+    fn take(&mut self, set: SetId, blocks: Range<u32>) -> Result<(), Torn> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let single;
+        let members = match set.as_single() {
+            Some(only) => {
+                single = [AtomicU32::new(Holder::raw(only))];
+                &single[..]
+            }
+            None => members(&self.view.tree.words, set).ok_or(Torn)?,
+        };
+        let members = match members.first() {
+            Some(first) if get(first) == Holder::SHARED.raw() => {
+                self.share(&blocks);
+                &members[1..]
+            }
+            _ => members,
+        };
+        if blocks.start == 0 {
+            self.start(members, blocks.end);
+        } else {
+            self.narrow(members, blocks.end - blocks.start);
+        }
+        Ok(())
+    }
+
+    fn share(&mut self, blocks: &Range<u32>) {
+        if self.depths.shared_depth == blocks.start {
+            self.depths.shared_depth = blocks.end;
+        }
+        match self.depths.shared.last_mut() {
+            Some(last) if last.end == blocks.start => last.end = blocks.end,
+            _ => self.depths.shared.push(blocks.clone()),
+        }
+    }
+
+    /// Whether a holder counts.
+    #[inline]
+    fn counts(&self, holder: Holder) -> bool {
+        !holder.is_claim()
+            && (self.view.pods.leaving.is_empty()
+                || !self.view.pods.leaving.contains(&holder.source()))
+            && (!self.is_limited || self.depths.allowed.binary_search(&holder.pod()).is_ok())
+    }
+
+    /// Everybody who holds the first blocks.
+    fn start(&mut self, members: &[AtomicU32], blocks: u32) {
+        let mut last: Option<(u32, usize)> = None;
+        for member in members {
+            let holder = Holder::from_raw(get(member));
+            if !self.counts(holder) {
+                continue;
+            }
+            let (pod, tier) = (holder.pod(), holder.tier());
+            match (&mut last, self.depths.pods.last_mut()) {
+                // Another tier of the same pod counts if it is faster.
+                (Some((last_pod, fastest)), Some(depth)) if *last_pod == pod => {
+                    if tier < *fastest {
+                        depth.by_tier[*fastest] -= blocks;
+                        depth.by_tier[tier] += blocks;
+                        *fastest = tier;
+                    }
+                }
+                _ => {
+                    let mut by_tier = [0; TIERS];
+                    by_tier[tier] = blocks;
+                    self.depths.pods.push(Depth {
+                        pod: PodNumber(pod),
+                        depth: blocks,
+                        by_tier,
+                    });
+                    last = Some((pod, tier));
+                }
+            }
+        }
+    }
+
+    /// Who holds these blocks goes on, who does not stays behind.
+    fn narrow(&mut self, members: &[AtomicU32], blocks: u32) {
+        // Both are ascending, so that a search goes on where the last one ended, from behind; who goes on is moved to
+        // the end, which leaves those before the search as they were.
+        let mut front = self.depths.pods.len();
+        let mut end = front;
+        let mut member = members.len();
+        while member > 0 && self.alive < end {
+            member -= 1;
+            let holder = Holder::from_raw(get(&members[member]));
+            if !self.counts(holder) {
+                continue;
+            }
+            let (pod, mut tier) = (holder.pod(), holder.tier());
+            while let Some(next) = member.checked_sub(1) {
+                let other = Holder::from_raw(get(&members[next]));
+                if other.pod() != pod {
+                    break;
+                }
+                if self.counts(other) {
+                    tier = tier.min(other.tier());
+                }
+                member = next;
+            }
+            let followed = &mut self.depths.pods[self.alive..end];
+            // Torn members may come in any order; then the answer is thrown away, but the search must end.
+            let limit = front.clamp(self.alive, end) - self.alive;
+            let Some(found) = search_back(&followed[..limit], pod) else {
+                continue;
+            };
+            let depth = &mut followed[found];
+            depth.depth += blocks;
+            depth.by_tier[tier] += blocks;
+            let last = followed.len() - 1;
+            followed.swap(found, last);
+            front = self.alive + found;
+            end -= 1;
+        }
+        self.alive = end;
+    }
+}
+
+/// Reads that a search does at once.
+const PROBES: u32 = 16;
+
+/// Where a pod is in an ascending list; it is probably near the end.
+fn search_back(followed: &[Depth], pod: u32) -> Option<usize> {
+    let (mut reach, mut high) = (1, followed.len());
+    while high >= reach && followed[high - reach].pod.0 > pod {
+        high -= reach;
+        reach *= 2;
+    }
+    let low = high.saturating_sub(reach);
+    let place = followed[low..high].binary_search_by_key(&pod, |depth| depth.pod.0);
+    place.ok().map(|place| low + place)
+}
+
+impl View {
+    #[inline]
+    fn key_at(&self, header: &Header, block: u32) -> Result<u64, Torn> {
+        let segment = header
+            .segment(&self.tree.words, block / SEGMENT_BLOCKS)
+            .ok_or(Torn)?;
+        let keys: &[AtomicU64] = self.tree.keys.segment(segment).ok_or(Torn)?;
+        let key = keys.get((block % SEGMENT_BLOCKS) as usize).ok_or(Torn)?;
+        Ok(key.load(Ordering::Relaxed))
+    }
+}
+
+impl Depths {
+    /// Answers only these pods, when asked with `is_limited`.
+    pub(super) fn allow(&mut self, pods: impl Iterator<Item = PodNumber>) {
+        self.allowed.clear();
+        self.allowed.extend(pods.map(|pod| pod.0));
+        self.allowed.sort_unstable();
+    }
 }
 
 impl Answer {
-    /// Follows the chain until nobody holds it any more, or to its end where shared tiers hold anything.
+    /// The same with names and scores, in an order that is the same everywhere.
+    ///
+    /// # Errors
+    /// [`Torn`] as for [`Depths::fill`].
     pub(super) fn fill(
         &mut self,
-        table: &Table,
+        view: &View,
         keys: &[IndexKey],
         query: &Query<'_>,
         weights: &TierWeights,
-    ) {
+    ) -> Result<(), Torn> {
+        let depths = &mut self.depths;
+        let named = query.pods.iter().filter_map(|pod| view.pods.number(pod));
+        depths.allow(named.map(PodNumber));
+        depths.fill(view, keys, !query.pods.is_empty())?;
+        self.shared_depth = depths.shared_depth;
+        self.shared.clone_from(&depths.shared);
+        // They are ascending by depth: of all but so many nothing need be known but that others are deeper.
+        let found = &depths.pods;
+        let most = if query.pods_max == 0 {
+            found.len()
+        } else {
+            query.pods_max.min(found.len())
+        };
+        let least = most
+            .checked_sub(1)
+            .map_or(0, |last| found[found.len() - 1 - last].depth);
+        let first = found.partition_point(|depth| depth.depth < least);
+        self.ranks.clear();
+        self.ranks.extend((first..found.len()).map(|place| Rank {
+            depth: std::cmp::Reverse(found[place].depth),
+            order: view.pods.order(found[place].pod.0),
+            place,
+        }));
+        self.ranks.sort_unstable();
         self.pods.clear();
-        self.shared_depth = 0;
-        self.shared.clear();
-        // What a shared tier holds can be had behind any hole, so only its absence ends the walk early.
-        let is_shared = table.shared_entries() > 0;
-        self.scratch.prepare(table, query);
-        let mut run: Option<Run> = None;
-        for (position, &key) in keys.iter().enumerate() {
-            let Some(set) = table.holders(key) else {
-                if let Some(run) = run.take() {
-                    self.walk(table, &run, query);
-                }
-                if is_shared {
-                    continue;
-                }
-                break;
-            };
-            let position = position as u32;
-            match &mut run {
-                // Whoever was followed to here goes on, and whoever was not stays behind.
-                Some(run) if run.set == set => run.end = position + 1,
-                _ => {
-                    if let Some(run) = run.take()
-                        && !self.walk(table, &run, query)
-                        && !is_shared
-                    {
-                        break;
-                    }
-                    run = Some(Run {
-                        set,
-                        start: position,
-                        end: position + 1,
-                    });
-                }
-            }
-        }
-        if let Some(run) = run {
-            self.walk(table, &run, query);
-        }
-        self.collect(table, query, weights);
-    }
-
-    /// Takes everyone who holds the run, and all blocks before it, to its end; false when there is none.
-    fn walk(&mut self, table: &Table, run: &Run, query: &Query<'_>) -> bool {
-        let mut is_held = false;
-        let length = run.end - run.start;
-        for holder in table.sets.members(run.set).as_slice() {
-            if holder.slot() == 0 {
-                if self.shared_depth == run.start {
-                    self.shared_depth = run.end;
-                    is_held = true;
-                }
-                match self.shared.last_mut() {
-                    Some(last) if last.end == run.start => last.end = run.end,
-                    _ => self.shared.push(run.start..run.end),
-                }
-                continue;
-            }
-            let source = &table.sources[holder.slot()];
-            if !source.is_alive || !(query.pods.is_empty() || self.scratch.is_allowed(source.pod)) {
-                continue;
-            }
-            let walk = &mut self.scratch.walks[source.pod as usize];
-            let tier = holder.tier();
-            if walk.depth == run.start {
-                if run.start == 0 {
-                    self.scratch.touched.push(source.pod);
-                }
-                walk.depth = run.end;
-                walk.tier = tier as u8;
-                walk.by_tier[tier] += length;
-                is_held = true;
-            } else if walk.depth == run.end && tier < usize::from(walk.tier) {
-                // A faster tier of the same pod holds the run too.
-                walk.by_tier[usize::from(walk.tier)] -= length;
-                walk.by_tier[tier] += length;
-                walk.tier = tier as u8;
-            }
-        }
-        is_held
-    }
-
-    fn collect(&mut self, table: &Table, query: &Query<'_>, weights: &TierWeights) {
-        for pod in self.scratch.touched.drain(..) {
-            let Walk { depth, by_tier, .. } = std::mem::take(&mut self.scratch.walks[pod as usize]);
-            if let Some(name) = &table.pods[pod as usize].name {
+        for rank in &self.ranks[..most.min(self.ranks.len())] {
+            let Depth {
+                pod,
+                depth,
+                by_tier,
+            } = found[rank.place];
+            if let Some(name) = view.pods.name(pod.0) {
                 let score = weights.score(&by_tier);
                 self.pods.push(PodDepth {
                     pod: name.clone(),
@@ -172,35 +476,14 @@ impl Answer {
                 });
             }
         }
-        let order = |one: &PodDepth, other: &PodDepth| {
-            other
-                .depth
-                .cmp(&one.depth)
-                .then_with(|| one.pod.cmp(&other.pod))
-        };
-        if query.pods_max != 0 && query.pods_max < self.pods.len() {
-            self.pods.select_nth_unstable_by(query.pods_max, order);
-            self.pods.truncate(query.pods_max);
-        }
-        self.pods.sort_unstable_by(order);
+        Ok(())
     }
 }
 
-impl Scratch {
-    fn prepare(&mut self, table: &Table, query: &Query<'_>) {
-        self.walks.resize(table.pods.len(), Walk::default());
-        if !query.pods.is_empty() {
-            self.allowed.clear();
-            self.allowed.resize(table.pods.len().div_ceil(64), 0);
-            for pod in query.pods {
-                if let Some(slot) = table.pod_slot(pod) {
-                    self.allowed[slot as usize / 64] |= 1 << (slot % 64);
-                }
-            }
-        }
-    }
-
-    fn is_allowed(&self, pod: u32) -> bool {
-        self.allowed[pod as usize / 64] & (1 << (pod % 64)) != 0
-    }
+/// Where a found pod comes in the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    depth: std::cmp::Reverse<u32>,
+    order: u64,
+    place: usize,
 }

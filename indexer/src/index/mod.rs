@@ -2,30 +2,47 @@
 //!
 //! One [`KvIndex`] serves one model. Blocks are known by [`IndexKey`]s, made from tokens with one scheme, so that pods
 //! whose engines hash differently still share entries: each source's own hashes are bridged to keys by the tokens in
-//! its events. Lookups take a short shared lock that event batches hold only while their changes are put in; keys are
-//! computed outside of it.
+//! its events.
 //!
-//! What the index says is never deeper than what the events said, read literally: a block counts for a pod when more
-//! copies were announced than withdrawn in some tier, and a pod's depth ends at the first block that does not.
+//! Blocks stand in *runs*, in the order of their chain; a run says by stretches who holds its blocks, as sets that are
+//! interned. One writer at a time applies events. Lookups take no lock that a writer holds: they read, then check
+//! whether what they read stood still, and else read again; so they see an event whole or not at all.
+//!
+//! What the index says is what the events said, read literally: a block counts for a pod when more copies were
+//! announced than withdrawn in some tier, and a pod's depth ends at the first block that does not.
 
+mod arena;
+mod blocks;
 mod config;
-mod holders;
+mod doors;
+mod hash;
 mod image;
-mod ledger;
 mod lookup;
-mod table;
+mod names;
+mod orphans;
+mod pods;
+mod roots;
+mod runs;
+mod sets;
+mod source;
+mod tree;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kvcache_core::prefix::Namespace;
-use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
+use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
 
-use self::ledger::{EngineLedger, Keys, NodeLedger};
-use self::table::{Change, Table};
+use self::lookup::Torn;
+use self::pods::Pods;
+use self::roots::Keys;
+use self::sets::Holder;
+use self::source::{Source, Writer};
+use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
 
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
@@ -33,55 +50,40 @@ pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
     SourceImage,
 };
-pub use lookup::{Answer, PodDepth, Query};
+pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
+pub use pods::PodNumber;
 
-/// How many changes are put in before readers get their turn.
-const CHANGES_PER_LOCK: usize = 1024;
+/// How often a lookup tries to read between events before it makes the writer wait.
+const TRIES: u32 = 64;
+/// How long it waits for an event to end before it tries again, in turns of a loop.
+const TURNS: u32 = 32;
 
-enum Ledger {
-    Engine(Box<EngineLedger>),
-    Node(NodeLedger),
+/// What lookups read.
+struct View {
+    tree: Shared,
+    pods: Pods,
+    /// Blocks in shared tiers.
+    shared_blocks: AtomicU64,
 }
 
-impl Ledger {
-    fn forget(&mut self, changes: &mut Vec<Change>) {
-        match self {
-            Self::Engine(ledger) => ledger.forget(changes),
-            Self::Node(ledger) => ledger.forget(changes),
-        }
-    }
-}
-
-struct Source {
-    spec: SourceSpec,
-    /// Its place in the table.
-    slot: u32,
-    state: Mutex<SourceState>,
-}
-
-struct SourceState {
-    ledger: Ledger,
-    is_removed: bool,
-    /// Kept between events, so that they do not allocate.
-    changes: Vec<Change>,
-}
-
-#[derive(Default)]
-struct Sources {
-    by_id: HashMap<SourceId, Arc<Source>>,
+/// What only the one writer reads.
+struct State {
+    writer: Writer,
+    sources: HashMap<SourceId, Source>,
+    by_pod: BTreeMap<PodName, Vec<SourceId>>,
     last: u64,
 }
 
 /// Which pods hold a prefix, how deep, in which tier; shared by all threads.
 pub struct KvIndex {
     config: IndexConfig,
-    keys: Arc<Keys>,
-    // Locks are taken in this order: a source's state, then the table; `sources` is never held with another.
-    sources: RwLock<Sources>,
-    table: RwLock<Table>,
+    // The state is locked before the view, and never by someone who has the view.
+    state: Mutex<State>,
+    /// Locked for oneself only to take memory away or exchange it; whoever changes what is in it has the state.
+    view: RwLock<View>,
 }
 
-// A panic elsewhere must not end all answers, and no change leaves a table halfway: so poison is passed over.
+// A panic elsewhere must not end all answers: so poison is passed over.
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
 }
@@ -94,20 +96,32 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn gone(id: SourceId) -> Error {
+    Error::new(ErrorKind::NotFound, format!("source {} is gone", id.0))
+}
+
 impl KvIndex {
     /// An index without sources.
     #[must_use]
     pub fn new(config: IndexConfig) -> Self {
-        let keys = Arc::new(Keys {
+        let keys = Keys {
             scheme: config.scheme.clone(),
             model: config.model.clone(),
             block_size: config.block_size,
-        });
+        };
         Self {
             config,
-            keys,
-            sources: RwLock::default(),
-            table: RwLock::new(Table::new()),
+            state: Mutex::new(State {
+                writer: Writer::new(keys),
+                sources: HashMap::new(),
+                by_pod: BTreeMap::new(),
+                last: 0,
+            }),
+            view: RwLock::new(View {
+                tree: Shared::new(),
+                pods: Pods::new(),
+                shared_blocks: AtomicU64::new(0),
+            }),
         }
     }
 
@@ -121,7 +135,7 @@ impl KvIndex {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when its blocks have another size than the index's (both are named) or the pod has a
-    /// source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources.
+    /// source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources, or too many of the pod.
     pub fn add_source(&self, spec: SourceSpec) -> Result<SourceId> {
         let place = || format!("source {:?} of pod {}", spec.name, spec.pod);
         if spec.block_size != self.config.block_size.get() {
@@ -136,110 +150,104 @@ impl KvIndex {
                 ),
             ));
         }
-        let mut sources = write(&self.sources);
-        if sources.by_id.len() >= SOURCES_MAX {
+        let mut state = lock(&self.state);
+        let State {
+            writer,
+            sources,
+            by_pod,
+            last,
+        } = &mut *state;
+        if sources.len() >= SOURCES_MAX {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("{}: {SOURCES_MAX} sources are registered", place()),
             ));
         }
-        let is_same = |known: &Source| known.spec.pod == spec.pod && known.spec.name == spec.name;
-        if sources.by_id.values().any(|known| is_same(known)) {
+        let of_pod = by_pod.get(&spec.pod).map_or(&[][..], Vec::as_slice);
+        if of_pod.iter().any(|id| {
+            sources
+                .get(id)
+                .is_some_and(|known| known.spec.name == spec.name)
+        }) {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!("{} exists already", place()),
             ));
         }
-        let ledger = match spec.kind {
-            SourceKind::Node => Ledger::Node(NodeLedger::default()),
-            engine => Ledger::Engine(Box::new(EngineLedger::new(
-                engine,
-                Arc::clone(&self.keys),
-                self.config.orphan_blocks_max,
-            ))),
-        };
-        let slot = write(&self.table).add_source(&spec.pod);
-        let state = Mutex::new(SourceState {
-            ledger,
-            is_removed: false,
-            changes: Vec::new(),
-        });
-        sources.last += 1;
-        let id = SourceId(sources.last);
-        sources
-            .by_id
-            .insert(id, Arc::new(Source { spec, slot, state }));
+        let number = write(&self.view).pods.add(&spec.pod)?;
+        if spec.kind == SourceKind::Node {
+            writer.tree.index_keys(&read(&self.view).tree);
+        }
+        *last += 1;
+        let id = SourceId(*last);
+        by_pod.entry(spec.pod.clone()).or_default().push(id);
+        sources.insert(id, Source::new(spec, number, self.config.orphan_blocks_max));
         Ok(id)
     }
 
-    fn source(&self, id: SourceId) -> Result<Arc<Source>> {
-        read(&self.sources)
-            .by_id
-            .get(&id)
-            .cloned()
-            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("source {} is gone", id.0)))
-    }
-
-    /// Applies one event of a source; those of one source must come in their order.
+    /// Applies one event of a source; those of one source must come in their order. Lookups see all of it or nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when its blocks have another size than the index's (both are named; nothing was applied);
-    /// [`ErrorKind::NotFound`] when the source is gone.
+    /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
-        let source = self.source(id)?;
-        let mut state = lock(&source.state);
-        let SourceState {
-            ledger,
-            is_removed,
-            changes,
+        let mut state = lock(&self.state);
+        let State {
+            writer, sources, ..
         } = &mut *state;
-        if *is_removed {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!("source {} is gone", id.0),
-            ));
-        }
-        changes.clear();
-        let mut applied = match (ledger, event) {
-            (Ledger::Engine(ledger), SourceEvent::Stored(blocks)) => ledger
-                .store(blocks, changes)
-                .map_err(|cause| cause.at(format_args!("pod {}", source.spec.pod)))?,
-            (Ledger::Engine(ledger), SourceEvent::Removed(blocks)) => {
-                ledger.remove(blocks, changes)
+        let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        let mut view = read(&self.view);
+        let applied = match event {
+            SourceEvent::Stored(blocks) => {
+                let most = blocks.hashes.len() + source.orphans.len();
+                view = self.make_room(writer, view, most)?;
+                source
+                    .store(writer, &view.tree, blocks)
+                    .map_err(|cause| cause.at(format_args!("pod {}", source.spec.pod)))?
             }
-            (Ledger::Engine(ledger), SourceEvent::Cleared) => {
-                ledger.clear(changes);
-                Applied::default()
-            }
-            (Ledger::Node(ledger), SourceEvent::Stored(blocks)) => {
-                ledger.store(blocks, changes);
-                Applied::default()
-            }
-            (Ledger::Node(ledger), SourceEvent::Removed(blocks)) => ledger.remove(blocks, changes),
-            (Ledger::Node(ledger), SourceEvent::Cleared) => {
-                ledger.forget(changes);
+            SourceEvent::Removed(blocks) => source.remove(writer, &view.tree, blocks),
+            SourceEvent::Cleared => {
+                source.clear(writer, &view.tree);
                 Applied::default()
             }
         };
-        self.commit(source.slot, changes, &mut applied);
-        // A clear of a large cache must not keep its list of changes for ever.
-        changes.shrink_to(CHANGES_PER_LOCK);
+        Self::finish(writer, &view);
+        drop(view);
+        if *event == SourceEvent::Cleared {
+            self.trim(writer);
+        }
         Ok(applied)
     }
 
-    fn commit(&self, slot: u32, changes: &[Change], applied: &mut Applied) {
-        for some in changes.chunks(CHANGES_PER_LOCK) {
-            let mut table = write(&self.table);
-            for &change in some {
-                if table.change(slot, change) {
-                    let count = if change.is_stored {
-                        &mut applied.stored
-                    } else {
-                        &mut applied.removed
-                    };
-                    *count += 1;
-                }
-            }
+    /// Makes sure that so many blocks can be taken in.
+    fn make_room<'a>(
+        &'a self,
+        writer: &Writer,
+        view: RwLockReadGuard<'a, View>,
+        blocks: usize,
+    ) -> Result<RwLockReadGuard<'a, View>> {
+        if !writer.tree.has_room(blocks) {
+            return Err(Error::new(ErrorKind::Busy, "the index is full"));
+        }
+        if writer.tree.has_doors(&view.tree, blocks) {
+            return Ok(view);
+        }
+        // Made beside the readers, so that they wait for the exchange only.
+        let more = writer.tree.more_doors(&view.tree, blocks);
+        drop(view);
+        write(&self.view).tree.doors = more;
+        Ok(read(&self.view))
+    }
+
+    fn finish(writer: &mut Writer, view: &View) {
+        view.shared_blocks
+            .store(writer.shared_blocks, Ordering::Relaxed);
+        writer.finish(&view.tree);
+    }
+
+    fn trim(&self, writer: &mut Writer) {
+        if writer.tree.is_loose(&read(&self.view).tree) {
+            writer.tree.trim(&mut write(&self.view).tree);
         }
     }
 
@@ -247,42 +255,57 @@ impl KvIndex {
     ///
     /// What it put in shared tiers stays. A source that is gone already has nothing to forget.
     pub fn clear_source(&self, id: SourceId) {
-        if let Ok(source) = self.source(id) {
-            self.forget(&source, false);
+        let mut state = lock(&self.state);
+        let State {
+            writer, sources, ..
+        } = &mut *state;
+        if let Some(source) = sources.get_mut(&id) {
+            self.forget(writer, source);
+            self.trim(writer);
         }
     }
 
     /// Removes a source with its entries; lookups stop seeing them at once.
     ///
-    /// What it put in shared tiers stays. Costs time by what the source held, in steps between which lookups are
-    /// answered.
+    /// What it put in shared tiers stays. Costs time by what the source held.
     pub fn remove_source(&self, id: SourceId) {
-        let removed = write(&self.sources).by_id.remove(&id);
-        if let Some(source) = removed {
-            self.forget(&source, true);
+        let mut state = lock(&self.state);
+        let State {
+            writer,
+            sources,
+            by_pod,
+            ..
+        } = &mut *state;
+        let Some(mut source) = sources.remove(&id) else {
+            return;
+        };
+        if let Some(of_pod) = by_pod.get_mut(&source.spec.pod) {
+            of_pod.retain(|other| *other != id);
+            if of_pod.is_empty() {
+                by_pod.remove(&source.spec.pod);
+            }
         }
+        self.forget(writer, &mut source);
+        write(&self.view).pods.remove(source.number);
+        if source.spec.kind == SourceKind::Node
+            && !sources
+                .values()
+                .any(|other| other.spec.kind == SourceKind::Node)
+        {
+            writer.tree.forget_keys();
+        }
+        self.trim(writer);
     }
 
-    fn forget(&self, source: &Source, is_removed: bool) {
-        let mut state = lock(&source.state);
+    fn forget(&self, writer: &mut Writer, source: &mut Source) {
         // From here on lookups skip the source, however long the rest takes.
-        write(&self.table).sources[source.slot as usize].is_alive = false;
-        let SourceState {
-            ledger,
-            is_removed: gone,
-            changes,
-        } = &mut *state;
-        *gone = is_removed;
-        changes.clear();
-        ledger.forget(changes);
-        self.commit(source.slot, changes, &mut Applied::default());
-        *changes = Vec::new();
-        let mut table = write(&self.table);
-        if is_removed {
-            table.free_source(source.slot);
-        } else {
-            table.sources[source.slot as usize].is_alive = true;
+        write(&self.view).pods.leaving.insert(source.number);
+        {
+            let view = read(&self.view);
+            source.forget(writer, &view.tree);
+            Self::finish(writer, &view);
         }
+        write(&self.view).pods.leaving.remove(&source.number);
     }
 
     /// The source as of one moment between two events.
@@ -290,18 +313,58 @@ impl KvIndex {
     /// # Errors
     /// [`ErrorKind::NotFound`] when the source is gone.
     pub fn export(&self, id: SourceId) -> Result<SourceImage> {
-        let _ = self.source(id)?;
-        Err(Error::new(ErrorKind::Unsupported, "images of sources"))
+        let state = lock(&self.state);
+        let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
+        Ok(source.image(&state.writer, &read(&self.view).tree))
     }
 
     /// Takes a piece of an image up, beside what the source holds already.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
-    /// [`ErrorKind::NotFound`] when the source is gone.
+    /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
-        let (_, _) = (self.source(id)?, piece);
-        Err(Error::new(ErrorKind::Unsupported, "images of sources"))
+        piece.check(self.config.block_size)?;
+        let mut state = lock(&self.state);
+        let State {
+            writer, sources, ..
+        } = &mut *state;
+        let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        let most = piece.blocks.len() + piece.orphans.len() + source.orphans.len();
+        let view = self.make_room(writer, read(&self.view), most)?;
+        // A piece does not say what its first block follows, which may be in the index already.
+        writer.tree.index_keys(&view.tree);
+        let applied = source.take_up(writer, &view.tree, piece);
+        Self::finish(writer, &view);
+        Ok(applied)
+    }
+
+    /// The blocks in shared tiers, in pieces of at most [`IMAGE_BLOCKS_MAX`]; who stored them may be gone.
+    #[must_use]
+    pub fn export_shared(&self) -> Vec<Vec<(IndexKey, Tier)>> {
+        let state = lock(&self.state);
+        let view = read(&self.view);
+        let keys = state.writer.tree.keys_held(&view.tree, Holder::SHARED);
+        let blocks: Vec<_> = keys.into_iter().map(|key| (key, Tier::Object)).collect();
+        blocks.chunks(IMAGE_BLOCKS_MAX).map(<[_]>::to_vec).collect()
+    }
+
+    /// Takes blocks in shared tiers up; those of other tiers, which belong to sources, are passed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when the index is full.
+    pub fn import_shared(&self, blocks: &[(IndexKey, Tier)]) -> Result<Applied> {
+        let mut state = lock(&self.state);
+        let State { writer, .. } = &mut *state;
+        let view = self.make_room(writer, read(&self.view), blocks.len())?;
+        writer.tree.index_keys(&view.tree);
+        let shared = blocks
+            .iter()
+            .filter(|(_, tier)| tier.is_shared())
+            .map(|(key, _)| *key);
+        let applied = writer.share_keys(&view.tree, shared);
+        Self::finish(writer, &view);
+        Ok(applied)
     }
 
     /// Sets the cache group that a source is followed in, as its image says.
@@ -309,24 +372,32 @@ impl KvIndex {
     /// # Errors
     /// [`ErrorKind::NotFound`] when the source is gone.
     pub fn follow_group(&self, id: SourceId, group: Option<u32>) -> Result<()> {
-        let (_, _) = (self.source(id)?, group);
-        Err(Error::new(ErrorKind::Unsupported, "images of sources"))
+        let mut state = lock(&self.state);
+        state.sources.get_mut(&id).ok_or_else(|| gone(id))?.group = group;
+        Ok(())
+    }
+
+    /// Gives back what imports needed, and any memory that nothing is in; to be called when all imports are done.
+    pub fn tidy(&self) {
+        let mut state = lock(&self.state);
+        let State {
+            writer, sources, ..
+        } = &mut *state;
+        if !sources
+            .values()
+            .any(|source| source.spec.kind == SourceKind::Node)
+        {
+            writer.tree.forget_keys();
+        }
+        self.trim(writer);
     }
 
     /// Removes all sources of a pod.
     pub fn remove_pod(&self, pod: &PodName) {
-        for id in self.sources_of(pod) {
+        let of_pod = lock(&self.state).by_pod.get(pod).cloned();
+        for id in of_pod.unwrap_or_default() {
             self.remove_source(id);
         }
-    }
-
-    fn sources_of(&self, pod: &PodName) -> Vec<SourceId> {
-        let sources = read(&self.sources);
-        let of_pod = sources
-            .by_id
-            .iter()
-            .filter(|(_, source)| source.spec.pod == *pod);
-        of_pod.map(|(id, _)| *id).collect()
     }
 
     /// The keys of all full blocks of a prompt, appended to `keys`.
@@ -346,62 +417,99 @@ impl KvIndex {
         keys.extend(root.chain(tokens, self.config.block_size));
     }
 
+    /// Reads until nothing has changed meanwhile.
+    fn look<R>(&self, mut attempt: impl FnMut(&View) -> std::result::Result<R, Torn>) -> R {
+        loop {
+            let view = read(&self.view);
+            for _ in 0..TRIES {
+                if let Ok(found) = attempt(&view) {
+                    return found;
+                }
+                (0..TURNS).for_each(|_| std::hint::spin_loop());
+            }
+            drop(view);
+            let _still = lock(&self.state);
+            if let Ok(found) = attempt(&read(&self.view)) {
+                return found;
+            }
+        }
+    }
+
     /// Finds who holds the chain that `keys` names from its first block on.
     ///
     /// The walk ends with the last pod, so its cost is that of the depth found, not of the prompt.
     pub fn lookup(&self, keys: &[IndexKey], query: &Query<'_>, answer: &mut Answer) {
-        answer.fill(&read(&self.table), keys, query, &self.config.weights);
+        self.look(|view| answer.fill(view, keys, query, &self.config.weights));
+    }
+
+    /// The same with pods by number, which costs a fraction: at most `pods_max` of them (0 means all), and only those
+    /// of `pods` unless that is empty.
+    ///
+    /// Pods of equal depth come in no order.
+    pub fn depths(
+        &self,
+        keys: &[IndexKey],
+        pods_max: usize,
+        pods: &[PodNumber],
+        depths: &mut Depths,
+    ) {
+        depths.allow(pods.iter().copied());
+        self.look(|view| depths.fill(view, keys, !pods.is_empty()));
+        depths.deepest_first(pods_max);
+    }
+
+    /// The number of a pod; none when it has no source.
+    #[must_use]
+    pub fn pod_number(&self, pod: &PodName) -> Option<PodNumber> {
+        read(&self.view).pods.number(pod).map(PodNumber)
+    }
+
+    /// The pod with a number; none when no pod has it now.
+    #[must_use]
+    pub fn pod_name(&self, number: PodNumber) -> Option<PodName> {
+        read(&self.view).pods.name(number.0).cloned()
     }
 
     /// Entries: blocks by source and tier, and those in shared tiers.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        read(&self.table).entries()
+        lock(&self.state).writer.entries
     }
 
     /// Distinct blocks that somebody holds.
     #[must_use]
     pub fn blocks(&self) -> u64 {
-        read(&self.table).blocks()
+        lock(&self.state).writer.tree.blocks
     }
 
     /// Entries of a pod's sources; 0 for a pod that has none.
     #[must_use]
     pub fn pod_entries(&self, pod: &PodName) -> u64 {
-        let table = read(&self.table);
-        let Some(slot) = table.pod_slot(pod) else {
-            return 0;
-        };
-        let of_pod = table
-            .sources
+        let state = lock(&self.state);
+        let of_pod = state.by_pod.get(pod).map_or(&[][..], Vec::as_slice);
+        of_pod
             .iter()
-            .filter(|source| source.is_alive && source.pod == slot);
-        of_pod.map(|source| source.entries).sum()
+            .filter_map(|id| state.sources.get(id))
+            .map(|source| source.entries)
+            .sum()
     }
 
     /// Blocks of a source that wait for the block before them; 0 when the source is gone.
     #[must_use]
     pub fn orphans(&self, id: SourceId) -> u64 {
-        let Ok(source) = self.source(id) else {
-            return 0;
-        };
-        match &lock(&source.state).ledger {
-            Ledger::Engine(ledger) => ledger.orphans() as u64,
-            Ledger::Node(_) => 0,
-        }
+        let state = lock(&self.state);
+        state
+            .sources
+            .get(&id)
+            .map_or(0, |source| source.orphans.len() as u64)
     }
 
     /// About how many bytes the index takes: tables by their capacity, what waits by its content.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let sources: Vec<_> = read(&self.sources).by_id.values().cloned().collect();
-        let ledgers: usize = sources
-            .iter()
-            .map(|source| match &lock(&source.state).ledger {
-                Ledger::Engine(ledger) => ledger.bytes(),
-                Ledger::Node(ledger) => ledger.bytes(),
-            })
-            .sum();
-        (ledgers + read(&self.table).bytes()) as u64
+        let state = lock(&self.state);
+        let view = read(&self.view);
+        let sources: usize = state.sources.values().map(Source::bytes).sum();
+        (sources + state.writer.bytes() + view.tree.bytes() + view.pods.bytes()) as u64
     }
 }

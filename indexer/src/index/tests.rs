@@ -271,13 +271,9 @@ fn hundreds_of_pods_are_ranked_and_their_shared_blocks_cost_little() {
     );
     assert_eq!(few.pods, answer.pods[..5]);
     // One set for the shared beginning and one for each further block but the last, whose holder is alone.
-    assert_eq!(read(&index.table).sets.len() as u32, PODS - 1);
-    let table_bytes = read(&index.table).bytes() as u64;
-    assert!(
-        table_bytes / index.entries() < 8,
-        "{table_bytes} bytes for {}",
-        index.entries()
-    );
+    assert_eq!(lock(&index.state).writer.tree.sets() as u32, PODS - 1);
+    let (bytes, entries) = (index.bytes(), index.entries());
+    assert!(bytes / entries < 40, "{bytes} bytes for {entries}");
 }
 
 /// Fills and empties an index, by removals and by taking the source away.
@@ -364,7 +360,7 @@ fn readers_beside_writers_see_whole_states() {
         (index.entries(), index.blocks()),
         (u64::from(BLOCKS), u64::from(BLOCKS))
     );
-    assert_eq!(read(&index.table).sets.len(), 0);
+    assert_eq!(lock(&index.state).writer.tree.sets(), 0);
 }
 
 /// The id of a source that is gone, and a name that is taken.
@@ -385,4 +381,248 @@ fn sources_are_refused_by_name_and_ids_are_never_reused() {
     assert_eq!(refusal.kind(), ErrorKind::NotFound);
     assert_ne!(add(&index, "pod", SourceKind::Vllm), id);
     index.clear_source(id);
+}
+
+/// Runs of many lengths that cross segments and end in each other; every depth of each is asked for, with and without
+/// more behind.
+#[test]
+fn every_depth_of_long_runs_is_found() {
+    const LONGEST: u32 = 5000;
+    let index = index();
+    let id = add(&index, "pod", SourceKind::Vllm);
+    let lengths = [1, 15, 16, 17, 31, 193, 257, 288, 289, 1088, LONGEST];
+    for (prompt, length) in lengths.into_iter().enumerate() {
+        store(&index, id, chain(prompt as u32, length));
+    }
+    assert_eq!(index.entries(), u64::from(lengths.iter().sum::<u32>()));
+    let mut depths = Depths::default();
+    for (prompt, length) in lengths.into_iter().enumerate() {
+        let (mut keys, mut other) = (Vec::new(), Vec::new());
+        index.keys_of(None, None, &tokens(prompt as u32, length), &mut keys);
+        index.keys_of(
+            None,
+            None,
+            &tokens(prompt as u32 + 100, length + 40),
+            &mut other,
+        );
+        let step = if length > 300 { 37 } else { 1 };
+        for depth in (1..=length as usize).step_by(step).chain([length as usize]) {
+            for more in [0, 1, 40] {
+                let mut question = keys[..depth].to_vec();
+                question.extend_from_slice(&other[depth..][..more.min(other.len() - depth)]);
+                index.depths(&question, 0, &[], &mut depths);
+                assert_eq!(
+                    depths.pods[0].depth as usize, depth,
+                    "of {length}, {more} behind"
+                );
+            }
+        }
+    }
+}
+
+/// What a source holds, under names of its own, twice, in two tiers and waiting, is written down and taken up elsewhere;
+/// then both go on alike.
+#[test]
+fn a_source_taken_up_elsewhere_goes_on_alike() {
+    let first = index();
+    let (other, id) = (
+        add(&first, "other", SourceKind::Vllm),
+        add(&first, "pod", SourceKind::Vllm),
+    );
+    store(&first, other, chain(1, 40));
+    let mut renamed = chain(1, 30);
+    renamed.hashes.iter_mut().for_each(|hash| hash.0 += 1 << 50);
+    let hashes = renamed.hashes.clone();
+    for _ in 0..2 {
+        store(&first, id, renamed.clone());
+    }
+    store(
+        &first,
+        id,
+        StoredBlocks {
+            tier: Tier::Host,
+            ..renamed.clone()
+        },
+    );
+    remove(&first, id, &hashes[10..12], Tier::Device);
+    remove(&first, id, &hashes[20..], Tier::Host);
+    let mut waiting = chain(7, 3);
+    waiting.hashes.remove(0);
+    waiting.tokens.drain(..BLOCK_SIZE as usize);
+    waiting.parent = Some(chain(7, 1).hashes[0]);
+    assert_eq!(store(&first, id, waiting).orphaned, 2);
+    let mut salted = chain(2, 5000);
+    salted.cache_salt = Some("tenant".to_owned());
+    store(&first, id, salted.clone());
+
+    let second = index();
+    let add_other = add(&second, "other", SourceKind::Vllm);
+    store(&second, add_other, chain(1, 40));
+    let image = first.export(id).unwrap();
+    let sizes = image
+        .pieces
+        .iter()
+        .map(|piece| piece.blocks.len() + piece.orphans.len());
+    assert!(sizes.clone().all(|size| size <= IMAGE_BLOCKS_MAX) && sizes.count() == 2);
+    let taken = second.add_source(image.spec.clone()).unwrap();
+    second.follow_group(taken, image.group).unwrap();
+    for piece in &image.pieces {
+        second.import(taken, piece).unwrap();
+    }
+    second.tidy();
+    let mut again = second.export(taken).unwrap();
+    let orphans = |image: &mut SourceImage| {
+        image
+            .pieces
+            .iter_mut()
+            .for_each(|piece| piece.orphans.sort_by_key(|orphan| orphan.hash));
+        let blocks = image.pieces.iter_mut().flat_map(|piece| &mut piece.blocks);
+        let mut blocks: Vec<_> = blocks
+            .map(|block| (block.hash, block.key, block.copies))
+            .collect();
+        blocks.sort_unstable();
+        blocks
+    };
+    let mut image = image;
+    assert_eq!(orphans(&mut image), orphans(&mut again));
+    let mut next = chain(2, 5001);
+    next.hashes.drain(..5000);
+    next.tokens.drain(..5000 * BLOCK_SIZE as usize);
+    next.parent = salted.hashes.last().copied();
+    for (index, id) in [(&first, id), (&second, taken)] {
+        store(index, id, next.clone());
+        remove(index, id, &hashes[..10], Tier::Device);
+        store(index, id, chain(7, 1));
+        assert_eq!(index.orphans(id), 0);
+    }
+    assert_eq!(first.entries(), second.entries());
+    for (prompt, salt) in [(1, None), (2, Some("tenant")), (7, None)] {
+        let (one, two) = (
+            ask(&first, &tokens(prompt, 5002), None, salt),
+            ask(&second, &tokens(prompt, 5002), None, salt),
+        );
+        assert_eq!(one.pods, two.pods);
+        assert!(!one.pods.is_empty());
+    }
+    for (index, id) in [(&first, id), (&second, taken)] {
+        index.remove_source(id);
+        assert_eq!(index.entries(), 40);
+    }
+}
+
+/// A piece that points outside itself, one that is too long, and a block that waits with too few tokens.
+#[test]
+fn a_piece_that_contradicts_itself_is_refused_whole() {
+    let index = index();
+    let id = add(&index, "pod", SourceKind::Vllm);
+    let block = ImageBlock {
+        hash: EngineHash(1),
+        key: IndexKey(1),
+        follows: false,
+        namespace: Some(0),
+        copies: [1, 0, 0, 0],
+    };
+    let orphan = ImageOrphan {
+        hash: EngineHash(2),
+        copies: [1, 0, 0, 0],
+        content: Some(ImageContent {
+            parent: EngineHash(1),
+            tokens: vec![1],
+            identifiers: vec![],
+        }),
+    };
+    let outside = ImagePiece {
+        blocks: vec![block],
+        ..ImagePiece::default()
+    };
+    let long = ImagePiece {
+        blocks: vec![
+            ImageBlock {
+                namespace: None,
+                ..block
+            };
+            IMAGE_BLOCKS_MAX + 1
+        ],
+        ..ImagePiece::default()
+    };
+    let short = ImagePiece {
+        orphans: vec![orphan],
+        ..ImagePiece::default()
+    };
+    for (piece, named) in [(outside, "namespace"), (long, "4097"), (short, "tokens")] {
+        let refusal = index.import(id, &piece).unwrap_err();
+        assert!(refusal.context().contains(named), "{refusal}");
+        assert_eq!(index.entries(), 0);
+    }
+}
+
+/// Nodes tell blocks in an order that contradicts what an engine's tokens say; the engine's blocks are found all the same.
+#[test]
+fn a_told_order_that_is_wrong_hides_nothing() {
+    let index = index();
+    let liar = add(&index, "liar", SourceKind::Node);
+    let honest = add(&index, "honest", SourceKind::Vllm);
+    let mut keys = Vec::new();
+    index.keys_of(None, None, &tokens(1, 6), &mut keys);
+    let told = |order: &[usize]| StoredBlocks {
+        hashes: order.iter().map(|at| EngineHash(keys[*at].0)).collect(),
+        tokens: vec![],
+        block_size: 0,
+        tier: Tier::Host,
+        ..chain(1, 1)
+    };
+    store(&index, liar, told(&[4, 1, 0, 5, 2]));
+    store(&index, honest, chain(1, 6));
+    let answer = ask(&index, &tokens(1, 6), None, None);
+    let depths: Vec<_> = answer
+        .pods
+        .iter()
+        .map(|pod| (pod.pod.as_str(), pod.depth))
+        .collect();
+    assert_eq!(depths, [("honest", 6), ("liar", 3)]);
+    assert_eq!((index.blocks(), index.entries()), (6, 11));
+    index.remove_pod(&pod("liar"));
+    assert_eq!(depth(&index, &tokens(1, 6), None, None), 6);
+    index.remove_pod(&pod("honest"));
+    assert_eq!((index.blocks(), index.entries()), (0, 0));
+}
+
+/// Two engines mean different blocks by the same hash, and the same block by different ones.
+#[test]
+fn a_hash_means_what_its_own_source_says() {
+    let index = index();
+    let (one, two) = (
+        add(&index, "one", SourceKind::Vllm),
+        add(&index, "two", SourceKind::Vllm),
+    );
+    store(&index, one, chain(1, 20));
+    let mut same_names = chain(2, 20);
+    same_names.hashes = chain(1, 20).hashes;
+    store(&index, two, same_names);
+    let held = |prompt| {
+        let answer = ask(&index, &tokens(prompt, 20), None, None);
+        let held = answer
+            .pods
+            .iter()
+            .map(|found| (found.pod.to_string(), found.depth));
+        held.collect::<Vec<_>>()
+    };
+    assert_eq!(held(1), [("one".to_owned(), 20)]);
+    assert_eq!(held(2), [("two".to_owned(), 20)]);
+    assert_eq!(
+        remove(&index, two, &chain(1, 20).hashes[5..], Tier::Device).removed,
+        15
+    );
+    assert_eq!(held(1), [("one".to_owned(), 20)]);
+    assert_eq!(held(2), [("two".to_owned(), 5)]);
+    index.remove_source(one);
+    assert_eq!(held(2), [("two".to_owned(), 5)]);
+    let mut next = chain(2, 6);
+    next.hashes = vec![EngineHash(99)];
+    next.tokens.drain(..5 * BLOCK_SIZE as usize);
+    next.parent = Some(chain(1, 5).hashes[4]);
+    store(&index, two, next);
+    assert_eq!(held(2), [("two".to_owned(), 6)]);
+    index.remove_source(two);
+    assert_eq!((index.blocks(), index.entries()), (0, 0));
 }

@@ -1,48 +1,68 @@
-//! Where a source's chains start: one root per adapter and salt.
+//! Where chains start: one root per adapter and salt.
 
 use std::collections::HashMap;
 
 use kvcache_core::prefix::{ChainRoot, IndexScheme, Namespace};
 use kvcache_core::shape::TokensPerBlock;
 
-use crate::adapter::StoredBlocks;
+use super::image::ImageNamespace;
 
-/// How a ledger makes keys.
-pub(in crate::index) struct Keys {
-    pub(in crate::index) scheme: IndexScheme,
-    pub(in crate::index) model: String,
-    pub(in crate::index) block_size: TokensPerBlock,
+/// How keys are made.
+pub(super) struct Keys {
+    pub(super) scheme: IndexScheme,
+    pub(super) model: String,
+    pub(super) block_size: TokensPerBlock,
 }
 
-/// The chains' starting points that a source uses: one per adapter and salt, for as long as a block needs it.
+/// The chains' starting points in use: one per adapter and salt, for as long as a run needs it.
 #[derive(Default)]
 pub(super) struct Roots {
     slots: Vec<RootSlot>,
-    by_name: HashMap<RootName, u32>,
+    by_name: HashMap<ImageNamespace, u32>,
     free: Vec<u32>,
+    /// The one asked for last: the next is likely the same.
+    newest: Option<u32>,
 }
-
-type RootName = (Option<String>, Option<String>);
 
 struct RootSlot {
     root: ChainRoot,
-    name: RootName,
+    name: ImageNamespace,
     /// At 0 the slot waits for reuse.
     references: usize,
 }
 
 impl Roots {
-    /// The root for the adapter and salt of an event, with a reference to it.
-    pub(super) fn acquire(&mut self, keys: &Keys, blocks: &StoredBlocks) -> u32 {
-        let name = (blocks.lora.clone(), blocks.cache_salt.clone());
+    /// The root for an adapter and salt, with a reference to it.
+    pub(super) fn acquire(
+        &mut self,
+        keys: &Keys,
+        lora: Option<&str>,
+        cache_salt: Option<&str>,
+    ) -> u32 {
+        let newest = self.newest.and_then(|slot| self.slots.get(slot as usize));
+        if let (Some(newest), Some(slot)) = (newest, self.newest)
+            && newest.references > 0
+            && (
+                newest.name.lora.as_deref(),
+                newest.name.cache_salt.as_deref(),
+            ) == (lora, cache_salt)
+        {
+            self.add(slot);
+            return slot;
+        }
+        let name = ImageNamespace {
+            lora: lora.map(str::to_owned),
+            cache_salt: cache_salt.map(str::to_owned),
+        };
         if let Some(&slot) = self.by_name.get(&name) {
             self.add(slot);
+            self.newest = Some(slot);
             return slot;
         }
         let root = keys.scheme.root(&Namespace {
             model: keys.scheme.model_in_root(&keys.model),
-            lora: name.0.as_deref(),
-            cache_salt: name.1.as_deref(),
+            lora,
+            cache_salt,
         });
         let used = RootSlot {
             root,
@@ -60,11 +80,16 @@ impl Roots {
             }
         };
         self.by_name.insert(name, slot);
+        self.newest = Some(slot);
         slot
     }
 
     pub(super) fn get(&self, slot: u32) -> &ChainRoot {
         &self.slots[slot as usize].root
+    }
+
+    pub(super) fn name(&self, slot: u32) -> &ImageNamespace {
+        &self.slots[slot as usize].name
     }
 
     pub(super) fn add(&mut self, slot: u32) {

@@ -5,7 +5,11 @@ use std::mem::size_of;
 
 use kvcache_core::{EngineHash, Tier};
 
-use super::copies::Copies;
+use super::image::{ImageContent, ImageOrphan};
+use crate::score::TIERS;
+
+/// Copies of a block by tier.
+pub(super) type Copies = [u32; TIERS];
 
 /// How many bytes of tokens and identifiers the waiting blocks of one source may have.
 const CONTENT_BYTES_MAX: usize = 64 << 20;
@@ -134,6 +138,19 @@ impl Orphans {
                 .content
                 .as_ref()
                 .map(|content| (child, content))
+        })
+    }
+
+    /// All that wait, as an image has them.
+    pub(super) fn images(&self) -> impl Iterator<Item = ImageOrphan> + '_ {
+        self.by_hash.iter().map(|(hash, orphan)| ImageOrphan {
+            hash: *hash,
+            copies: orphan.copies,
+            content: orphan.content.as_ref().map(|content| ImageContent {
+                parent: content.parent,
+                tokens: content.tokens.to_vec(),
+                identifiers: content.identifiers.clone(),
+            }),
         })
     }
 

@@ -1,0 +1,218 @@
+//! Where keys and names of blocks are: segments of sixteen positions, which never move.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvcache_core::{EngineHash, IndexKey};
+
+use super::arena::Chunks;
+
+/// Positions in a segment.
+pub(super) const SEGMENT_BLOCKS: u32 = 16;
+const SEGMENTS_PER_CHUNK: u32 = 1 << 13;
+const CHUNKS_MAX: u32 = 1 << 11;
+/// The most segments; positions have 28 bits.
+const SEGMENTS_MAX: u32 = SEGMENTS_PER_CHUNK * CHUNKS_MAX;
+const CHUNK_BLOCKS: u32 = SEGMENTS_PER_CHUNK * SEGMENT_BLOCKS;
+
+/// The keys of all blocks, by position; readers see them.
+pub(super) struct KeyColumn(Chunks<AtomicU64>);
+
+impl KeyColumn {
+    pub(super) fn new() -> Self {
+        Self(Chunks::new(CHUNKS_MAX as usize))
+    }
+
+    /// The keys of a segment; none for a segment that torn readers make up.
+    #[inline]
+    pub(super) fn segment(&self, segment: u32) -> Option<&[AtomicU64]> {
+        let start = ((segment % SEGMENTS_PER_CHUNK) * SEGMENT_BLOCKS) as usize;
+        self.0
+            .chunk((segment / SEGMENTS_PER_CHUNK) as usize)?
+            .get(start..start + SEGMENT_BLOCKS as usize)
+    }
+
+    #[inline]
+    pub(super) fn get(&self, position: u32) -> Option<u64> {
+        let chunk = self.0.chunk((position / CHUNK_BLOCKS) as usize)?;
+        Some(
+            chunk
+                .get((position % CHUNK_BLOCKS) as usize)?
+                .load(Ordering::Relaxed),
+        )
+    }
+
+    fn set(&self, position: u32, key: IndexKey) {
+        if let Some(chunk) = self.0.chunk((position / CHUNK_BLOCKS) as usize) {
+            chunk[(position % CHUNK_BLOCKS) as usize].store(key.0, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+/// Whose a segment is.
+#[derive(Clone, Copy, Default)]
+struct Owner {
+    run: u32,
+    /// Which of the run's segments it is.
+    ordinal: u16,
+    /// One bit per position that has a name.
+    named: u16,
+}
+
+struct WriterChunk {
+    names: Box<[u64]>,
+    owners: Box<[Owner]>,
+    /// Segments in use.
+    used: u32,
+}
+
+/// What only the writer knows of blocks: their names in engines, whose they are, and which segments are free.
+#[derive(Default)]
+pub(super) struct Segments {
+    chunks: Vec<Option<WriterChunk>>,
+    free: Vec<u32>,
+    /// Segments that were ever given out.
+    end: u32,
+    used: u32,
+}
+
+impl Segments {
+    /// Whether so many more segments can be had.
+    pub(super) fn has_room(&self, segments: usize) -> bool {
+        (SEGMENTS_MAX - self.used) as usize >= segments
+    }
+
+    pub(super) fn allocate(&mut self, keys: &KeyColumn, run: u32, ordinal: u32) -> u32 {
+        let segment = self.free.pop().unwrap_or_else(|| {
+            self.end += 1;
+            self.end - 1
+        });
+        assert!(segment < SEGMENTS_MAX, "the index has 2^28 positions");
+        let number = (segment / SEGMENTS_PER_CHUNK) as usize;
+        if number >= self.chunks.len() {
+            self.chunks.resize_with(number + 1, || None);
+        }
+        keys.0.ensure(number, CHUNK_BLOCKS as usize);
+        let chunk = self.chunks[number].get_or_insert_with(|| WriterChunk {
+            names: vec![0; CHUNK_BLOCKS as usize].into(),
+            owners: vec![Owner::default(); SEGMENTS_PER_CHUNK as usize].into(),
+            used: 0,
+        });
+        chunk.used += 1;
+        self.used += 1;
+        chunk.owners[(segment % SEGMENTS_PER_CHUNK) as usize] = Owner {
+            run,
+            ordinal: ordinal as u16,
+            named: 0,
+        };
+        segment
+    }
+
+    pub(super) fn release(&mut self, segment: u32) {
+        if let Some(Some(chunk)) = self.chunks.get_mut((segment / SEGMENTS_PER_CHUNK) as usize) {
+            chunk.used -= 1;
+            self.used -= 1;
+            self.free.push(segment);
+        }
+    }
+
+    fn owner(&self, segment: u32) -> Owner {
+        let chunk = self.chunks.get((segment / SEGMENTS_PER_CHUNK) as usize);
+        chunk
+            .and_then(Option::as_ref)
+            .map_or_else(Owner::default, |chunk| {
+                chunk.owners[(segment % SEGMENTS_PER_CHUNK) as usize]
+            })
+    }
+
+    /// The run of a position, and which of its blocks it is.
+    pub(super) fn place(&self, position: u32) -> (u32, u32) {
+        let owner = self.owner(position / SEGMENT_BLOCKS);
+        let offset = u32::from(owner.ordinal) * SEGMENT_BLOCKS + position % SEGMENT_BLOCKS;
+        (owner.run, offset)
+    }
+
+    pub(super) fn put(&mut self, keys: &KeyColumn, position: u32, key: IndexKey) {
+        keys.set(position, key);
+    }
+
+    /// A position's name; what it is when the position has none is unknown.
+    #[inline]
+    pub(super) fn raw_name(&self, position: u32) -> u64 {
+        let chunk = self.chunks.get((position / CHUNK_BLOCKS) as usize);
+        chunk
+            .and_then(Option::as_ref)
+            .map_or(0, |chunk| chunk.names[(position % CHUNK_BLOCKS) as usize])
+    }
+
+    #[inline]
+    pub(super) fn name(&self, position: u32) -> Option<EngineHash> {
+        let named = self.owner(position / SEGMENT_BLOCKS).named;
+        (named & bit(position) != 0).then(|| EngineHash(self.raw_name(position)))
+    }
+
+    pub(super) fn set_name(&mut self, position: u32, name: Option<EngineHash>) {
+        let chunk = self.chunks.get_mut((position / CHUNK_BLOCKS) as usize);
+        let Some(chunk) = chunk.and_then(Option::as_mut) else {
+            return;
+        };
+        let segment = (position / SEGMENT_BLOCKS % SEGMENTS_PER_CHUNK) as usize;
+        let named = &mut chunk.owners[segment].named;
+        match name {
+            Some(name) => {
+                *named |= bit(position);
+                chunk.names[(position % CHUNK_BLOCKS) as usize] = name.0;
+            }
+            None => *named &= !bit(position),
+        }
+    }
+
+    /// Whether giving empty chunks back is worth it.
+    pub(super) fn has_empty_chunks(&self) -> bool {
+        let there = self.chunks.iter().flatten().count();
+        let in_use = self
+            .chunks
+            .iter()
+            .flatten()
+            .filter(|chunk| chunk.used > 0)
+            .count();
+        in_use < there
+    }
+
+    /// Gives chunks back in which no segment is used.
+    pub(super) fn trim(&mut self, keys: &mut KeyColumn) {
+        let mut is_gone = vec![false; self.chunks.len()];
+        for (number, chunk) in self.chunks.iter_mut().enumerate() {
+            if chunk.as_ref().is_some_and(|chunk| chunk.used == 0) {
+                *chunk = None;
+                keys.0.take(number);
+                is_gone[number] = true;
+            }
+        }
+        // The segments of what is gone stay on the free list: whoever takes one makes its chunk anew.
+        if self.used == 0 {
+            self.free = Vec::new();
+            self.end = 0;
+        } else {
+            let (kept, gone): (Vec<u32>, Vec<u32>) = std::mem::take(&mut self.free)
+                .into_iter()
+                .partition(|segment| !is_gone[(segment / SEGMENTS_PER_CHUNK) as usize]);
+            // Those that are there are taken first.
+            self.free = gone;
+            self.free.extend(kept);
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        let of_chunk = CHUNK_BLOCKS as usize * size_of::<u64>()
+            + SEGMENTS_PER_CHUNK as usize * size_of::<Owner>();
+        self.chunks.iter().flatten().count() * of_chunk + self.free.capacity() * size_of::<u32>()
+    }
+}
+
+fn bit(position: u32) -> u16 {
+    1 << (position % SEGMENT_BLOCKS)
+}

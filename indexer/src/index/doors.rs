@@ -1,0 +1,264 @@
+//! Where lookups enter runs: from keys to a block of a run.
+//!
+//! Every run's first block has an entry, and every block that is not found by following the run that it is in. Readers
+//! search while the writer writes: what they find they check against the run; that they found nothing holds as long as
+//! no entry has moved meanwhile, which the version tells.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+use kvcache_core::IndexKey;
+
+use super::hash::KeyState;
+
+const SLOTS_MIN: usize = 64;
+/// A block of a run has less than so many bits.
+const BLOCK_BITS: u32 = 13;
+
+/// A block of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Door {
+    pub(super) run: u32,
+    pub(super) block: u32,
+}
+
+impl Door {
+    /// Never 0, which marks a free slot.
+    fn to_raw(self) -> u64 {
+        u64::from(self.run) << BLOCK_BITS | u64::from(self.block + 1)
+    }
+
+    fn from_raw(raw: u64) -> Option<Self> {
+        let block = (raw & ((1 << BLOCK_BITS) - 1)).checked_sub(1)?;
+        Some(Self {
+            run: (raw >> BLOCK_BITS) as u32,
+            block: block as u32,
+        })
+    }
+}
+
+/// A key, and where it leads.
+#[derive(Default)]
+struct Slot {
+    key: AtomicU64,
+    door: AtomicU64,
+}
+
+/// All entries; readers search them.
+pub(super) struct Doors {
+    hash: KeyState,
+    slots: Box<[Slot]>,
+    version: AtomicU32,
+    /// How many were ever added: whoever found nothing several times checks it.
+    added: AtomicU32,
+}
+
+impl Doors {
+    pub(super) fn new() -> Self {
+        Self {
+            hash: KeyState::random(),
+            slots: (0..SLOTS_MIN).map(|_| Slot::default()).collect(),
+            version: AtomicU32::new(0),
+            added: AtomicU32::new(0),
+        }
+    }
+
+    /// What must be unchanged at the end of a search; none while entries move.
+    #[inline]
+    pub(super) fn version(&self) -> Option<u32> {
+        let version = self.version.load(Ordering::Acquire);
+        (version & 1 == 0).then_some(version)
+    }
+
+    #[inline]
+    pub(super) fn is_still(&self, version: u32) -> bool {
+        self.version.load(Ordering::Relaxed) == version
+    }
+
+    pub(super) fn added(&self) -> u32 {
+        self.added.load(Ordering::Acquire)
+    }
+
+    fn home(&self, key: u64) -> usize {
+        (self.hash.mix(key) >> 32) as usize & (self.slots.len() - 1)
+    }
+
+    /// Reads where a key would be, so that a later search finds it in the cache.
+    #[inline]
+    pub(super) fn touch(&self, key: IndexKey) -> u64 {
+        self.slots[self.home(key.0)].key.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    pub(super) fn find(&self, key: IndexKey) -> Option<Door> {
+        let mut at = self.home(key.0);
+        // Torn reads could make a full circle.
+        for _ in 0..self.slots.len() {
+            let slot = &self.slots[at];
+            let door = Door::from_raw(slot.door.load(Ordering::Acquire))?;
+            if slot.key.load(Ordering::Relaxed) == key.0 {
+                return Some(door);
+            }
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+        None
+    }
+
+    /// The same entries with room for so many.
+    fn resized(&self, entries: usize) -> Self {
+        let slots = (entries * 8 / 5 + 1).next_power_of_two().max(SLOTS_MIN);
+        let other = Self {
+            hash: self.hash,
+            slots: (0..slots).map(|_| Slot::default()).collect(),
+            version: AtomicU32::new(self.version.load(Ordering::Relaxed).wrapping_add(2)),
+            added: AtomicU32::new(self.added.load(Ordering::Relaxed)),
+        };
+        for slot in &self.slots {
+            let door = slot.door.load(Ordering::Relaxed);
+            if door != 0 {
+                other.put(slot.key.load(Ordering::Relaxed), door);
+            }
+        }
+        other
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.slots.len() * size_of::<Slot>()
+    }
+
+    fn put(&self, key: u64, door: u64) {
+        let mut at = self.home(key);
+        while self.slots[at].door.load(Ordering::Relaxed) != 0 {
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+        self.slots[at].key.store(key, Ordering::Relaxed);
+        self.slots[at].door.store(door, Ordering::Release);
+    }
+}
+
+/// How many entries there are; only the writer has it.
+///
+/// The count is beside the table, which the writer shares with readers.
+#[derive(Default)]
+pub(super) struct DoorCount {
+    used: usize,
+}
+
+impl DoorCount {
+    pub(super) fn has_room(&self, doors: &Doors, more: usize) -> bool {
+        (self.used + more) * 8 <= doors.slots.len() * 5
+    }
+
+    pub(super) fn is_sparse(&self, doors: &Doors) -> bool {
+        doors.slots.len() > SLOTS_MIN && self.used * 16 < doors.slots.len()
+    }
+
+    /// A table for these entries and so many more.
+    pub(super) fn resized(&self, doors: &Doors, more: usize) -> Doors {
+        doors.resized(self.used + more)
+    }
+
+    /// Adds an entry; the key must have none, and there must be room.
+    pub(super) fn insert(&mut self, doors: &Doors, key: IndexKey, door: Door) {
+        assert!(self.has_room(doors, 1), "no room for an entry");
+        self.used += 1;
+        doors.put(key.0, door.to_raw());
+        doors.added.fetch_add(1, Ordering::Release);
+    }
+
+    /// Removes a key's entry if it leads to this door.
+    pub(super) fn remove(&mut self, doors: &Doors, key: IndexKey, door: Door) {
+        let slots = &doors.slots;
+        let mask = slots.len() - 1;
+        let raw = |at: usize| slots[at].door.load(Ordering::Relaxed);
+        let mut hole = doors.home(key.0);
+        loop {
+            if raw(hole) == 0 {
+                return;
+            }
+            if slots[hole].key.load(Ordering::Relaxed) == key.0 && raw(hole) == door.to_raw() {
+                break;
+            }
+            hole = (hole + 1) & mask;
+        }
+        self.used -= 1;
+        let version = doors.version.load(Ordering::Relaxed);
+        doors
+            .version
+            .store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        let mut at = hole;
+        loop {
+            at = (at + 1) & mask;
+            if raw(at) == 0 {
+                break;
+            }
+            let moving = slots[at].key.load(Ordering::Relaxed);
+            // It may move back if its home is not between the hole and itself.
+            let home = doors.home(moving);
+            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
+                slots[hole].key.store(moving, Ordering::Relaxed);
+                slots[hole].door.store(raw(at), Ordering::Relaxed);
+                hole = at;
+            }
+        }
+        slots[hole].door.store(0, Ordering::Relaxed);
+        doors
+            .version
+            .store(version.wrapping_add(2), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    /// Adds and removes at random, beside a map, growing and shrinking on the way.
+    #[test]
+    fn entries_are_found_until_removed() {
+        let (mut doors, mut count) = (Doors::new(), DoorCount::default());
+        let mut map: HashMap<u64, Door> = HashMap::new();
+        let mut state = 1_u64;
+        for step in 0..20_000_u32 {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695);
+            let key = state >> 52;
+            let door = Door {
+                run: step,
+                block: step % 4096,
+            };
+            let grows = step / 4000 % 2 == 0;
+            if let Some(known) = map.get(&key).copied() {
+                if !grows {
+                    count.remove(&doors, IndexKey(key), known);
+                    map.remove(&key);
+                }
+            } else if grows {
+                if !count.has_room(&doors, 1) {
+                    doors = count.resized(&doors, 1);
+                }
+                count.insert(&doors, IndexKey(key), door);
+                map.insert(key, door);
+            }
+            count.remove(
+                &doors,
+                IndexKey(key),
+                Door {
+                    run: u32::MAX,
+                    block: 0,
+                },
+            );
+            if step % 500 == 0 {
+                if count.is_sparse(&doors) {
+                    doors = count.resized(&doors, 0);
+                }
+                for key in 0..4096 {
+                    assert_eq!(doors.find(IndexKey(key)), map.get(&key).copied());
+                }
+            }
+        }
+        assert_eq!(count.used, map.len());
+    }
+}

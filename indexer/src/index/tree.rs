@@ -1,0 +1,695 @@
+//! The writer's side of the runs: where a block goes, who holds it, and what goes when nobody does.
+
+use kvcache_core::{EngineHash, IndexKey};
+
+use super::arena::{WordLists, Words};
+use super::blocks::{KeyColumn, SEGMENT_BLOCKS, Segments};
+use super::doors::{Door, DoorCount, Doors};
+use super::names::Names;
+use super::runs::{Header, RUN_BLOCKS_MAX, RunSlots, Runs, Span, ordinal};
+use super::sets::{Holder, SetId, Sets, SourceNumber};
+
+/// What readers see of the tree.
+pub(super) struct Shared {
+    pub(super) keys: KeyColumn,
+    pub(super) words: Words,
+    pub(super) runs: Runs,
+    pub(super) doors: Doors,
+}
+
+impl Shared {
+    pub(super) fn new() -> Self {
+        Self {
+            keys: KeyColumn::new(),
+            words: Words::new(),
+            runs: Runs::new(),
+            doors: Doors::new(),
+        }
+    }
+
+    /// The header of a run that is there.
+    fn run(&self, run: u32) -> &Header {
+        match self.runs.get(run) {
+            Some(header) => header,
+            None => unreachable_run(run),
+        }
+    }
+
+    fn position(&self, run: u32, block: u32) -> u32 {
+        let segment = self.run(run).segment(&self.words, ordinal(block));
+        segment.unwrap_or_default() * SEGMENT_BLOCKS + block % SEGMENT_BLOCKS
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.keys.bytes() + self.words.bytes() + self.runs.bytes() + self.doors.bytes()
+    }
+}
+
+#[cold]
+#[expect(clippy::panic, reason = "the writer knows which runs there are")]
+fn unreachable_run(run: u32) -> ! {
+    panic!("run {run} is not there")
+}
+
+/// Where a block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) run: u32,
+    pub(super) block: u32,
+    pub(super) position: u32,
+}
+
+/// Blocks of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stretch {
+    pub(super) run: u32,
+    pub(super) start: u32,
+    pub(super) end: u32,
+}
+
+impl Stretch {
+    pub(super) const fn of(place: Place) -> Self {
+        Self {
+            run: place.run,
+            start: place.block,
+            end: place.block + 1,
+        }
+    }
+
+    /// Takes the block in when it is next to the stretch, at either end.
+    pub(super) const fn extend(&mut self, place: Place) -> bool {
+        if place.run != self.run {
+            return false;
+        }
+        if place.block == self.end {
+            self.end += 1;
+        } else if place.block + 1 == self.start {
+            self.start -= 1;
+        } else {
+            return false;
+        }
+        true
+    }
+
+    pub(super) const fn len(self) -> u32 {
+        self.end - self.start
+    }
+}
+
+/// What only the writer knows of the tree.
+pub(super) struct Tree {
+    segments: Segments,
+    slots: RunSlots,
+    lists: WordLists,
+    sets: Sets,
+    doors: DoorCount,
+    /// From engines' hashes to positions.
+    names: Names,
+    /// From keys to positions, all of them, while some source speaks keys without telling where they belong.
+    by_key: Option<Names>,
+    /// The runs that readers must keep out of until the event is through.
+    closed: Vec<u32>,
+    /// The roots of runs that have ended.
+    pub(super) ended_roots: Vec<u32>,
+    spans: Vec<Span>,
+    dead: Vec<(u32, u32)>,
+    /// Distinct blocks that somebody holds.
+    pub(super) blocks: u64,
+    runs: u64,
+}
+
+impl Tree {
+    pub(super) fn new() -> Self {
+        Self {
+            segments: Segments::default(),
+            slots: RunSlots::default(),
+            lists: WordLists::new(),
+            sets: Sets::new(),
+            doors: DoorCount::default(),
+            names: Names::new(),
+            by_key: None,
+            closed: Vec::new(),
+            ended_roots: Vec::new(),
+            spans: Vec::new(),
+            dead: Vec::new(),
+            blocks: 0,
+            runs: 0,
+        }
+    }
+
+    /// How many sets of more than one holder there are.
+    #[cfg(test)]
+    pub(super) fn sets(&self) -> usize {
+        self.sets.len()
+    }
+
+    /// Whether so many blocks, each a run of its own if need be, can be taken in with the entries there are.
+    pub(super) fn has_doors(&self, shared: &Shared, blocks: usize) -> bool {
+        self.doors.has_room(&shared.doors, blocks)
+    }
+
+    /// Entries with room for so many more.
+    pub(super) fn more_doors(&self, shared: &Shared, blocks: usize) -> Doors {
+        self.doors.resized(&shared.doors, blocks)
+    }
+
+    /// Whether so many blocks, each a run of its own if need be, can be taken in at all.
+    pub(super) fn has_room(&self, blocks: usize) -> bool {
+        self.segments.has_room(blocks)
+    }
+
+    fn close(&mut self, shared: &Shared, run: u32) {
+        if shared.run(run).close() {
+            self.closed.push(run);
+        }
+    }
+
+    /// Shows readers what an event has changed.
+    pub(super) fn finish(&mut self, shared: &Shared) {
+        for run in self.closed.drain(..) {
+            shared.run(run).open();
+        }
+    }
+
+    /// Reads what a search for a name and a key would, so that it finds it in the cache.
+    #[inline]
+    pub(super) fn touch(&self, shared: &Shared, name: EngineHash, key: IndexKey) -> u64 {
+        u64::from(self.names.touch(name.0)) ^ shared.doors.touch(key)
+    }
+
+    #[inline]
+    pub(super) fn touch_name(&self, name: EngineHash) -> u16 {
+        self.names.touch(name.0)
+    }
+
+    pub(super) fn key(&self, shared: &Shared, position: u32) -> IndexKey {
+        IndexKey(shared.keys.get(position).unwrap_or_default())
+    }
+
+    pub(super) fn name(&self, position: u32) -> Option<EngineHash> {
+        self.segments.name(position)
+    }
+
+    /// The position that a hash names.
+    #[inline]
+    pub(super) fn find_name(&self, name: EngineHash) -> Option<u32> {
+        self.names.find(name.0, |position| {
+            self.segments.raw_name(position) == name.0
+        })
+    }
+
+    /// Gives a position that has no name one that nothing has.
+    pub(super) fn set_name(&mut self, position: u32, name: EngineHash) {
+        self.segments.set_name(position, Some(name));
+        self.names.insert(name.0, position);
+    }
+
+    /// Where a position is.
+    #[inline]
+    pub(super) fn place_of(&self, position: u32) -> Place {
+        let (run, block) = self.segments.place(position);
+        Place {
+            run,
+            block,
+            position,
+        }
+    }
+
+    /// The block before or after another one of its run.
+    pub(super) fn beside(&self, shared: &Shared, place: Place, is_after: bool) -> Option<Place> {
+        let block = if is_after {
+            place.block + 1
+        } else {
+            place.block.checked_sub(1)?
+        };
+        (block < shared.run(place.run).blocks()).then(|| Place {
+            run: place.run,
+            block,
+            position: shared.position(place.run, block),
+        })
+    }
+
+    pub(super) fn block(&self, shared: &Shared, run: u32, block: u32) -> Place {
+        Place {
+            run,
+            block,
+            position: shared.position(run, block),
+        }
+    }
+
+    /// Whether a source holds a block in some tier, or claims to have stored it.
+    pub(super) fn holds(&self, shared: &Shared, place: Place, source: SourceNumber) -> bool {
+        let set = self.set(shared, place);
+        Sets::contains_source(&shared.words, set, source)
+    }
+
+    pub(super) fn holds_in(&self, shared: &Shared, place: Place, holder: Holder) -> bool {
+        Sets::contains(&shared.words, self.set(shared, place), holder)
+    }
+
+    fn set(&self, shared: &Shared, place: Place) -> SetId {
+        let header = shared.run(place.run);
+        let span = header.span_after(&shared.words, place.block);
+        header
+            .span(&shared.words, span)
+            .map_or(SetId::EMPTY, |span| span.set)
+    }
+
+    /// The spans of a run.
+    pub(super) fn spans<'a>(
+        &self,
+        shared: &'a Shared,
+        run: u32,
+    ) -> impl Iterator<Item = (u32, Span)> + use<'a> {
+        let header = shared.run(run);
+        let mut start = 0;
+        (0..header.spans()).map_while(move |span| {
+            let span = header.span(&shared.words, span)?;
+            Some((std::mem::replace(&mut start, span.end), span))
+        })
+    }
+
+    /// The blocks of a run from the first to the last that a holder has.
+    pub(super) fn held_stretch(
+        &self,
+        shared: &Shared,
+        run: u32,
+        holder: Holder,
+    ) -> Option<Stretch> {
+        let mut held = self
+            .spans(shared, run)
+            .filter(|(_, span)| self.has(shared, *span, holder));
+        let (start, first) = held.next()?;
+        let end = held.last().map_or(first.end, |(_, span)| span.end);
+        Some(Stretch { run, start, end })
+    }
+
+    /// The keys of all blocks that a holder has.
+    pub(super) fn keys_held(&self, shared: &Shared, holder: Holder) -> Vec<IndexKey> {
+        let mut keys = Vec::new();
+        for run in (0..self.slots.end()).filter(|run| shared.runs.get(*run).is_some()) {
+            for (start, span) in self.spans(shared, run) {
+                if self.has(shared, span, holder) {
+                    let blocks = start..span.end;
+                    keys.extend(blocks.map(|block| self.key(shared, shared.position(run, block))));
+                }
+            }
+        }
+        keys
+    }
+
+    /// Whether the set of a span has a holder.
+    pub(super) fn has(&self, shared: &Shared, span: Span, holder: Holder) -> bool {
+        Sets::contains(&shared.words, span.set, holder)
+    }
+
+    pub(super) fn root(&self, shared: &Shared, run: u32) -> Option<u32> {
+        shared.run(run).root()
+    }
+
+    pub(super) fn set_root(&mut self, shared: &Shared, run: u32, root: u32) {
+        shared.run(run).set_root(root);
+    }
+
+    /// From now on any key is found, wherever it is.
+    pub(super) fn index_keys(&mut self, shared: &Shared) {
+        if self.by_key.is_some() {
+            return;
+        }
+        let mut by_key = Names::new();
+        for run in 0..self.slots.end() {
+            let Some(header) = shared.runs.get(run) else {
+                continue;
+            };
+            for block in 0..header.blocks() {
+                let position = shared.position(run, block);
+                by_key.insert(self.key(shared, position).0, position);
+            }
+        }
+        self.by_key = Some(by_key);
+    }
+
+    /// Undoes [`Self::index_keys`].
+    pub(super) fn forget_keys(&mut self) {
+        self.by_key = None;
+    }
+
+    /// The block with this key, wherever it is; only with [`Self::index_keys`].
+    pub(super) fn find_key(&self, shared: &Shared, key: IndexKey) -> Option<Place> {
+        let by_key = self.by_key.as_ref()?;
+        let found = by_key.find(key.0, |position| shared.keys.get(position) == Some(key.0))?;
+        Some(self.place_of(found))
+    }
+
+    #[inline]
+    pub(super) fn touch_key(&self, key: IndexKey) -> u16 {
+        self.by_key.as_ref().map_or(0, |by_key| by_key.touch(key.0))
+    }
+
+    /// The block with this key after another one, or at the start of a chain; it is made where it is not there yet.
+    ///
+    /// `is_told` when nobody has hashed that one follows the other: then lookups check every key of the run.
+    pub(super) fn place(
+        &mut self,
+        shared: &Shared,
+        previous: Option<Place>,
+        key: IndexKey,
+        is_told: bool,
+    ) -> Place {
+        if let Some(previous) = previous
+            && let Some(next) = self.beside(shared, previous, true)
+            && shared.keys.get(next.position) == Some(key.0)
+        {
+            return next;
+        }
+        if let Some(Door { run, block }) = shared.doors.find(key) {
+            return self.block(shared, run, block);
+        }
+        if let Some(found) = self.find_key(shared, key) {
+            // It follows something else in its run, so lookups that come from here need a way in.
+            self.close(shared, found.run);
+            shared.run(found.run).set_doors();
+            let door = Door {
+                run: found.run,
+                block: found.block,
+            };
+            self.doors.insert(&shared.doors, key, door);
+            return found;
+        }
+        match previous {
+            Some(previous) if self.can_append(shared, previous, is_told) => {
+                self.append(shared, previous.run, key)
+            }
+            _ => self.begin(shared, key, is_told),
+        }
+    }
+
+    fn can_append(&self, shared: &Shared, last: Place, is_told: bool) -> bool {
+        let header = shared.run(last.run);
+        last.block + 1 == header.blocks()
+            && last.block + 1 < RUN_BLOCKS_MAX
+            && (header.is_told() || !is_told)
+    }
+
+    fn append(&mut self, shared: &Shared, run: u32, key: IndexKey) -> Place {
+        self.close(shared, run);
+        let header = shared.run(run);
+        let block = header.blocks();
+        if block.is_multiple_of(SEGMENT_BLOCKS) {
+            let ordinal = ordinal(block);
+            let segment = self.segments.allocate(&shared.keys, run, ordinal);
+            header.push_segment(&shared.words, &mut self.lists, ordinal, segment);
+        }
+        header.set_blocks(block + 1);
+        let position = shared.position(run, block);
+        self.segments.put(&shared.keys, position, key);
+        if let Some(by_key) = &mut self.by_key {
+            by_key.insert(key.0, position);
+        }
+        Place {
+            run,
+            block,
+            position,
+        }
+    }
+
+    fn begin(&mut self, shared: &Shared, key: IndexKey, is_told: bool) -> Place {
+        let run = self.slots.allocate(&shared.runs);
+        self.runs += 1;
+        self.close(shared, run);
+        if is_told {
+            shared.run(run).set_told();
+        }
+        let place = self.append(shared, run, key);
+        self.doors
+            .insert(&shared.doors, key, Door { run, block: 0 });
+        place
+    }
+
+    /// Lets a holder hold blocks, the newest of the run included; how many it did not hold before. Those that it did
+    /// are appended to `unchanged`.
+    pub(super) fn insert(
+        &mut self,
+        shared: &Shared,
+        blocks: Stretch,
+        holder: Holder,
+        unchanged: &mut Vec<(u32, u32)>,
+    ) -> u32 {
+        let header = shared.run(blocks.run);
+        self.close(shared, blocks.run);
+        let count = header.spans();
+        let last = count
+            .checked_sub(1)
+            .and_then(|last| header.span(&shared.words, last));
+        let covered = last.map_or(0, |last| last.end);
+        let mut changed = 0;
+        if blocks.start < covered {
+            let known = Stretch {
+                end: blocks.end.min(covered),
+                ..blocks
+            };
+            changed += self.change(shared, known, holder, true, unchanged);
+        }
+        if blocks.end > covered {
+            assert!(
+                blocks.start <= covered,
+                "{blocks:?} leaves a gap after {covered}"
+            );
+            let set = SetId::single(holder);
+            let count = header.spans();
+            let last = count
+                .checked_sub(1)
+                .and_then(|last| header.span(&shared.words, last));
+            let first = if last.is_some_and(|last| last.set == set) {
+                count - 1
+            } else {
+                count
+            };
+            let span = Span {
+                end: blocks.end,
+                set,
+            };
+            header.replace_spans(&shared.words, &mut self.lists, (first, count), &[span]);
+            changed += blocks.end - covered;
+            if !holder.is_claim() {
+                self.blocks += u64::from(blocks.end - covered);
+            }
+        }
+        changed
+    }
+
+    /// Takes blocks from a holder; how many it held. Those that it did not are appended to `unchanged`.
+    pub(super) fn remove(
+        &mut self,
+        shared: &Shared,
+        blocks: Stretch,
+        holder: Holder,
+        unchanged: &mut Vec<(u32, u32)>,
+    ) -> u32 {
+        self.close(shared, blocks.run);
+        self.dead.clear();
+        let changed = self.change(shared, blocks, holder, false, unchanged);
+        for dead in 0..self.dead.len() {
+            let (start, end) = self.dead[dead];
+            self.forget_names(shared, blocks.run, start, end);
+        }
+        if !self.dead.is_empty() {
+            self.cut_tail(shared, blocks.run);
+        }
+        changed
+    }
+
+    fn change(
+        &mut self,
+        shared: &Shared,
+        blocks: Stretch,
+        holder: Holder,
+        is_insert: bool,
+        unchanged: &mut Vec<(u32, u32)>,
+    ) -> u32 {
+        let (words, header) = (&shared.words, shared.run(blocks.run));
+        let count = header.spans();
+        let span_at = |span: u32| header.span(words, span);
+        let mut spans = std::mem::take(&mut self.spans);
+        spans.clear();
+        let mut first = header.span_after(words, blocks.start);
+        let start = first
+            .checked_sub(1)
+            .and_then(span_at)
+            .map_or(0, |span| span.end);
+        let mut last = first;
+        let (mut at, mut changed) = (blocks.start, 0);
+        if start < at
+            && let Some(span) = span_at(first)
+        {
+            self.sets.acquire(words, span.set);
+            spans.push(Span { end: at, ..span });
+        }
+        while at < blocks.end
+            && let Some(span) = span_at(last)
+        {
+            let end = span.end.min(blocks.end);
+            let set = if is_insert {
+                self.sets.with(words, &mut self.lists, span.set, holder)
+            } else {
+                self.sets.without(words, &mut self.lists, span.set, holder)
+            };
+            if set == span.set {
+                unchanged.push((at, end));
+            } else {
+                changed += end - at;
+                self.count_blocks(words, span.set, set, end - at);
+                if set.is_empty() {
+                    self.dead.push((at, end));
+                }
+            }
+            self.push_span(words, &mut spans, Span { end, set });
+            if span.end > end {
+                self.sets.acquire(words, span.set);
+                self.push_span(words, &mut spans, span);
+            }
+            (at, last) = (end, last + 1);
+        }
+        if changed == 0 {
+            for span in &spans {
+                self.sets.release(words, &mut self.lists, span.set);
+            }
+            self.spans = spans;
+            return 0;
+        }
+        if let (Some(before), Some(span)) = (first.checked_sub(1).and_then(span_at), spans.first())
+            && before.set == span.set
+        {
+            first -= 1;
+        }
+        if last < count
+            && let (Some(after), Some(span)) = (span_at(last), spans.last_mut())
+            && after.set == span.set
+        {
+            span.end = after.end;
+            last += 1;
+        }
+        for span in (first..last).filter_map(span_at) {
+            self.sets.release(words, &mut self.lists, span.set);
+        }
+        header.replace_spans(words, &mut self.lists, (first, last), &spans);
+        self.spans = spans;
+        changed
+    }
+
+    fn push_span(&mut self, words: &Words, spans: &mut Vec<Span>, span: Span) {
+        match spans.last_mut() {
+            Some(last) if last.set == span.set => {
+                last.end = span.end;
+                self.sets.release(words, &mut self.lists, span.set);
+            }
+            _ => spans.push(span),
+        }
+    }
+
+    fn count_blocks(&mut self, words: &Words, before: SetId, after: SetId, blocks: u32) {
+        match (Sets::is_real(words, before), Sets::is_real(words, after)) {
+            (false, true) => self.blocks += u64::from(blocks),
+            (true, false) => self.blocks -= u64::from(blocks),
+            _ => {}
+        }
+    }
+
+    /// Forgets the names of blocks that nobody holds; their keys stay while blocks behind them are held.
+    fn forget_names(&mut self, shared: &Shared, run: u32, start: u32, end: u32) {
+        let mut seen = 0;
+        for block in start..end {
+            if let Some(name) = self.segments.name(shared.position(run, block)) {
+                seen ^= self.names.touch(name.0);
+            }
+        }
+        std::hint::black_box(seen);
+        for block in start..end {
+            let position = shared.position(run, block);
+            if let Some(name) = self.segments.name(position) {
+                self.names.remove(name.0, position);
+                self.segments.set_name(position, None);
+            }
+        }
+    }
+
+    /// Ends a run where nobody holds what follows.
+    fn cut_tail(&mut self, shared: &Shared, run: u32) {
+        let (words, header) = (&shared.words, shared.run(run));
+        let count = header.spans();
+        let span_at = |span: u32| header.span(words, span);
+        let Some(last) = count
+            .checked_sub(1)
+            .and_then(span_at)
+            .filter(|last| last.set.is_empty())
+        else {
+            return;
+        };
+        let kept = count
+            .checked_sub(2)
+            .and_then(span_at)
+            .map_or(0, |span| span.end);
+        header.replace_spans(words, &mut self.lists, (count - 1, count), &[]);
+        let first_key = self.key(shared, shared.position(run, 0));
+        if self.by_key.is_some() || header.has_doors() {
+            for block in kept..last.end {
+                let position = shared.position(run, block);
+                let key = self.key(shared, position);
+                if let Some(by_key) = &mut self.by_key {
+                    by_key.remove(key.0, position);
+                }
+                if block > 0 && header.has_doors() {
+                    self.doors.remove(&shared.doors, key, Door { run, block });
+                }
+            }
+        }
+        for ordinal in kept.div_ceil(SEGMENT_BLOCKS)..last.end.div_ceil(SEGMENT_BLOCKS) {
+            if let Some(segment) = header.segment(words, ordinal) {
+                self.segments.release(segment);
+            }
+        }
+        header.set_blocks(kept);
+        if kept > 0 {
+            return;
+        }
+        self.doors
+            .remove(&shared.doors, first_key, Door { run, block: 0 });
+        header.release_lists(&mut self.lists);
+        self.ended_roots.extend(header.root());
+        header.reset();
+        self.slots.release(run);
+        self.runs -= 1;
+    }
+
+    /// Whether there is memory that [`Self::trim`] would give back.
+    pub(super) fn is_loose(&self, shared: &Shared) -> bool {
+        self.segments.has_empty_chunks()
+            || self.lists.has_empty_chunks()
+            || self.slots.has_empty_chunks(&shared.runs)
+            || self.doors.is_sparse(&shared.doors)
+    }
+
+    /// Gives memory back that nothing is in any more.
+    pub(super) fn trim(&mut self, shared: &mut Shared) {
+        self.segments.trim(&mut shared.keys);
+        self.lists.trim(&mut shared.words);
+        self.slots.trim(&mut shared.runs);
+        self.sets.trim();
+        self.names.trim();
+        if let Some(by_key) = &mut self.by_key {
+            by_key.trim();
+        }
+        if self.doors.is_sparse(&shared.doors) {
+            shared.doors = self.doors.resized(&shared.doors, 0);
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.segments.bytes()
+            + self.slots.bytes()
+            + self.lists.bytes()
+            + self.sets.bytes()
+            + self.names.bytes()
+            + self.by_key.as_ref().map_or(0, Names::bytes)
+    }
+}
