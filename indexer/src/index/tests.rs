@@ -420,41 +420,47 @@ fn every_depth_of_long_runs_is_found() {
     }
 }
 
-/// What a source holds, under names of its own, twice, in two tiers and waiting, is written down and taken up elsewhere;
-/// then both go on alike.
-#[test]
-fn a_source_taken_up_elsewhere_goes_on_alike() {
-    let first = index();
+/// A source beside another one: names of its own, two copies, two tiers, holes, waiting blocks, a salted chain. Returns it,
+/// its names of the first chain, and the salted one.
+fn fill_for_image(first: &KvIndex) -> (SourceId, Vec<EngineHash>, StoredBlocks) {
     let (other, id) = (
-        add(&first, "other", SourceKind::Vllm),
-        add(&first, "pod", SourceKind::Vllm),
+        add(first, "other", SourceKind::Vllm),
+        add(first, "pod", SourceKind::Vllm),
     );
-    store(&first, other, chain(1, 40));
+    store(first, other, chain(1, 40));
     let mut renamed = chain(1, 30);
     renamed.hashes.iter_mut().for_each(|hash| hash.0 += 1 << 50);
     let hashes = renamed.hashes.clone();
     for _ in 0..2 {
-        store(&first, id, renamed.clone());
+        store(first, id, renamed.clone());
     }
     store(
-        &first,
+        first,
         id,
         StoredBlocks {
             tier: Tier::Host,
             ..renamed.clone()
         },
     );
-    remove(&first, id, &hashes[10..12], Tier::Device);
-    remove(&first, id, &hashes[20..], Tier::Host);
+    remove(first, id, &hashes[10..12], Tier::Device);
+    remove(first, id, &hashes[20..], Tier::Host);
     let mut waiting = chain(7, 3);
     waiting.hashes.remove(0);
     waiting.tokens.drain(..BLOCK_SIZE as usize);
     waiting.parent = Some(chain(7, 1).hashes[0]);
-    assert_eq!(store(&first, id, waiting).orphaned, 2);
+    assert_eq!(store(first, id, waiting).orphaned, 2);
     let mut salted = chain(2, 5000);
     salted.cache_salt = Some("tenant".to_owned());
-    store(&first, id, salted.clone());
+    store(first, id, salted.clone());
+    (id, hashes, salted)
+}
 
+/// What a source holds, under names of its own, twice, in two tiers and waiting, is written down and taken up elsewhere;
+/// then both go on alike.
+#[test]
+fn a_source_taken_up_elsewhere_goes_on_alike() {
+    let first = index();
+    let (id, hashes, salted) = fill_for_image(&first);
     let second = index();
     let add_other = add(&second, "other", SourceKind::Vllm);
     store(&second, add_other, chain(1, 40));
