@@ -7,14 +7,14 @@ use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{EngineHash, IndexKey, PodName, Result, Tier};
 use kvfabric_indexer::adapter::{SourceEvent, SourceKind, StoredBlocks};
 use kvfabric_indexer::index::{
-    Answer, IndexConfig, KvIndex, ORPHAN_BLOCKS_MAX, Query, SourceId, SourceSpec,
+    Depths, IndexConfig, KvIndex, ORPHAN_BLOCKS_MAX, SourceId, SourceSpec,
 };
 use kvfabric_indexer::score::TierWeights;
 
 use crate::clock::process_cpu;
 use crate::stop::Stop;
 
-use super::workload::{Stored, WORKERS, Workload, chain};
+use super::workload::{Stored, WORKERS, Workload, chain, scramble};
 use super::{Origin, wrong};
 
 /// Tokens of a block, where the events carry tokens.
@@ -41,10 +41,7 @@ pub(super) struct Filled {
 
 /// The tokens of a block with this content.
 pub(super) fn append_tokens(content: u64, tokens: &mut Vec<u32>) {
-    tokens.extend(
-        (0..u64::from(BLOCK_TOKENS))
-            .map(|at| kvfabric_sim::seed::mix(content.wrapping_add(at)) as u32),
-    );
+    tokens.extend((0..u64::from(BLOCK_TOKENS)).map(|at| scramble(content.wrapping_add(at)) as u32));
 }
 
 /// The workload's names of pods.
@@ -159,25 +156,10 @@ impl Filled {
         )))
     }
 
-    /// A question as it comes in: contents of a node's blocks, or an engine's tokens.
-    pub(super) fn question(&self, contents: Vec<u64>) -> Question {
+    /// The keys of a prompt with these contents, appended to `keys`: a router hashes once, for whatever index it asks.
+    pub(super) fn hash(&self, contents: &[u64], keys: &mut Vec<IndexKey>) {
         match self.origin {
-            Origin::Node => Question::Contents(contents),
-            Origin::Engine => {
-                let mut tokens = Vec::with_capacity(contents.len() * BLOCK_TOKENS as usize);
-                contents
-                    .into_iter()
-                    .for_each(|content| append_tokens(content, &mut tokens));
-                Question::Tokens(tokens)
-            }
-        }
-    }
-
-    /// Hashes the question and looks it up, as a router's request would be.
-    pub(super) fn ask(&self, question: &Question, keys: &mut Vec<IndexKey>, answer: &mut Answer) {
-        keys.clear();
-        match question {
-            Question::Contents(contents) => {
+            Origin::Node => {
                 let mut parent = None;
                 keys.extend(contents.iter().map(|content| {
                     let key = chain(parent, *content);
@@ -185,16 +167,20 @@ impl Filled {
                     IndexKey(key)
                 }));
             }
-            Question::Tokens(tokens) => self.index.keys_of(None, None, tokens, keys),
+            Origin::Engine => {
+                let mut tokens = Vec::with_capacity(contents.len() * BLOCK_TOKENS as usize);
+                contents
+                    .iter()
+                    .for_each(|content| append_tokens(*content, &mut tokens));
+                self.index.keys_of(None, None, &tokens, keys);
+            }
         }
-        self.index.lookup(keys, &Query::default(), answer);
     }
-}
 
-/// What is looked up.
-pub(super) enum Question {
-    Contents(Vec<u64>),
-    Tokens(Vec<u32>),
+    /// Looks up all pods, into the caller's memory.
+    pub(super) fn ask(&self, keys: &[IndexKey], depths: &mut Depths) {
+        self.index.depths(keys, 0, &[], depths);
+    }
 }
 
 #[cfg(test)]
@@ -214,11 +200,11 @@ mod tests {
                     .unwrap()
             );
             filled.check(&workload, &meter).unwrap();
-            let (mut keys, mut answer) = (Vec::new(), Answer::default());
-            let question = filled.question(workload.query(3, 2048, 1024));
-            filled.ask(&question, &mut keys, &mut answer);
-            let deepest = answer.pods.iter().filter(|pod| pod.depth == 1024).count();
-            assert_eq!((keys.len(), answer.pods[0].depth, deepest), (2048, 1024, 4));
+            let (mut keys, mut found) = (Vec::new(), Depths::default());
+            filled.hash(&workload.query(3, 2048, 1024), &mut keys);
+            filled.ask(&keys, &mut found);
+            let deepest = found.pods.iter().filter(|pod| pod.depth == 1024).count();
+            assert_eq!((keys.len(), found.pods[0].depth, deepest), (2048, 1024, 4));
         }
     }
 

@@ -3,15 +3,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use kvcache_core::Result;
-use kvfabric_indexer::index::Answer;
+use kvcache_core::{IndexKey, Result};
+use kvfabric_indexer::index::Depths;
 
 use crate::recorder::Recorder;
 use crate::report::{Case, OURS};
 use crate::statistics::{Percentiles, Samples};
 use crate::stop::Stop;
 
-use super::fill::{Filled, Meter, Question};
+use super::fill::{Filled, Meter};
 use super::workload::Workload;
 use super::wrong;
 
@@ -52,9 +52,18 @@ pub(super) fn measure(
     beside_writer(workload, filled, lookups, recorder)
 }
 
+type Question = Vec<IndexKey>;
+
 fn questions(workload: &Workload, filled: &Filled, length: usize, lookups: u32) -> Vec<Question> {
     (0..lookups.min(QUESTIONS_MAX))
-        .map(|number| filled.question(workload.query(number.into(), length, length / 2)))
+        .map(|number| {
+            let mut keys = Vec::with_capacity(length);
+            filled.hash(
+                &workload.query(number.into(), length, length / 2),
+                &mut keys,
+            );
+            keys
+        })
         .collect()
 }
 
@@ -75,14 +84,14 @@ fn round(
     depth: usize,
     stop: &Stop,
 ) -> Result<Samples> {
-    let (mut keys, mut answer) = (Vec::new(), Answer::default());
+    let mut answer = Depths::default();
     let mut samples = Samples::default();
     for question in questions.iter().cycle().take(lookups as usize) {
         if stop.is_set() {
             break;
         }
         let start = Instant::now();
-        filled.ask(question, &mut keys, &mut answer);
+        filled.ask(question, &mut answer);
         samples.push_us(start.elapsed());
         let found = answer.pods.first().map_or(0, |pod| pod.depth) as usize;
         if found != depth {

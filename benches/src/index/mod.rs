@@ -4,9 +4,11 @@ mod fill;
 mod grpc;
 mod lookup;
 mod memory;
+mod rivals;
 mod workload;
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use kvcache_core::{Error, ErrorKind, Result};
@@ -41,6 +43,9 @@ pub(crate) struct IndexArgs {
     /// Lookups in each of the five rounds.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     lookups: u32,
+    /// The program of `benches/compare`: the rivals it knows are measured beside ours.
+    #[arg(long)]
+    rivals: Option<PathBuf>,
     /// Also ask over gRPC, beside an empty lookup as the floor.
     #[arg(long)]
     grpc: bool,
@@ -76,6 +81,10 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
     let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
     let repeats = u64::from(args.repeats);
     recorder.expect_steps(2 * repeats + lookup::STEPS + memory::STEPS + u64::from(args.grpc));
+    let rivals = rivals::find(args.rivals.as_deref());
+    if rivals.is_some() {
+        recorder.expect_steps(rivals::STEPS);
+    }
     let single = Workload::new(sequences, 1, 1);
     ingest("ingest-1", &single, args, recorder)?;
     let filled = ingest("ingest-16", &workload, args, recorder)?;
@@ -88,6 +97,9 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
             recorder.extend(memory::run(sequences, replicas, args.origin)?);
         }
         recorder.step();
+    }
+    if let Some(program) = rivals {
+        rivals::measure(&program, sequences, args.lookups, recorder)?;
     }
     if args.grpc && !recorder.stop().is_set() {
         recorder.say("gRPC");

@@ -5,10 +5,10 @@
 //! then of the tail, in events of at most 16 blocks of one sort; workers take turns, one event each. With R replicas,
 //! groups of R workers store the same sequences. Block content is a mix of small numbers; a block's key is the XXH3
 //! chain of the contents up to it.
+//!
+//! This file depends on nothing of ours: the rivals' package includes it too.
 
 use std::ops::Range;
-
-use kvfabric_sim::seed::mix as scramble;
 
 /// Who stores blocks.
 pub(super) const WORKERS: u32 = 64;
@@ -36,8 +36,15 @@ enum Purpose {
     Unknown = 6,
 }
 
+/// SplitMix64's mixing function.
+pub(super) const fn scramble(mut word: u64) -> u64 {
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
 /// One step of SplitMix64.
-fn step(state: u64) -> u64 {
+const fn step(state: u64) -> u64 {
     scramble(state.wrapping_add(GOLDEN))
 }
 
