@@ -146,6 +146,7 @@ impl Metrics {
         metrics.register_as_llm_d();
         metrics.register_holdings();
         metrics.register_events();
+        metrics.register_snapshots();
         metrics.register_calls();
         metrics.begin_at_zero(tokenizers);
         metrics

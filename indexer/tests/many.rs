@@ -1,4 +1,5 @@
 //! Many questions in one call, answers in another order, and what an answer is worth.
+#![cfg(test)]
 
 mod rig;
 

@@ -199,6 +199,33 @@ async fn a_dropped_registration_removes_the_pod_and_its_entries() {
     assert_eq!(client.status().await.unwrap().entries, 2);
 }
 
+/// The pod has left, but its engine goes on: what it says is nobody's any more.
+#[tokio::test]
+async fn events_of_a_pod_that_left_are_not_applied() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let (gone, other) = (engine("pod-0"), engine("pod-1"));
+    let source = gone.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    for hash in 0..500 {
+        gone.publish_engine(vec![stored(&[hash], None, &[hash as u32; 4], Tier::Device)]);
+    }
+    drop(registered);
+    wait_until(&client, |status| status.pods.is_empty()).await;
+    let applied = client.status().await.unwrap().events_applied;
+    for hash in 500..1000 {
+        gone.publish_engine(vec![stored(&[hash], None, &[hash as u32; 4], Tier::Device)]);
+    }
+    // Another pod is followed from beginning to end meanwhile.
+    other.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
+    let source = other.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-1", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    let status = client.status().await.unwrap();
+    assert_eq!((status.entries, status.events_applied), (1, applied + 1));
+}
+
 /// The second registration of a name is the one that counts; the first learns of it.
 #[tokio::test]
 async fn a_pod_that_registers_anew_replaces_its_old_self() {

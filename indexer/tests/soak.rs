@@ -1,6 +1,7 @@
 //! Pods come, flood, restart and go, over and over: nothing that they leave behind may add up.
 //!
 //! A few rounds by default; `KVFABRIC_SOAK_SECONDS=3600` makes it an hour.
+#![cfg(test)]
 
 mod rig;
 

@@ -64,6 +64,8 @@ struct Printer {
     has_blocks: bool,
     pod: Option<kvcache_core::PodName>,
     source: Option<Told>,
+    /// A model and how many blocks of it shared tiers hold.
+    shared: Option<(String, usize)>,
 }
 
 struct Told {
@@ -80,6 +82,7 @@ impl Printer {
             has_blocks,
             pod: None,
             source: None,
+            shared: None,
         }
     }
 
@@ -105,6 +108,17 @@ impl Printer {
                 Ok(())
             }
             Step::Image(image) => self.print_image(&image),
+            Step::Shared { model } => {
+                self.print_source()?;
+                self.shared = Some((model, 0));
+                Ok(())
+            }
+            Step::SharedImage(entries) => {
+                if let Some((_, blocks)) = &mut self.shared {
+                    *blocks += entries.len();
+                }
+                Ok(())
+            }
             Step::End => self.print_source(),
         }
     }
@@ -147,7 +161,16 @@ impl Printer {
         Ok(())
     }
 
+    /// Prints what came before: a source, or what shared tiers hold of a model.
     fn print_source(&mut self) -> Result<()> {
+        if let Some((model, blocks)) = self.shared.take() {
+            let line = if self.is_json {
+                json!({ "model": model, "shared_blocks": blocks }).to_string()
+            } else {
+                format!("shared tiers hold {blocks} blocks of model {model:?}")
+            };
+            return print_line(&line);
+        }
         let Some(source) = self.source.take() else {
             return Ok(());
         };

@@ -185,6 +185,16 @@ impl Metrics {
         );
         add(
             to,
+            "event_lag_seconds",
+            "Published to applied",
+            &self.lag_seconds,
+        );
+    }
+
+    pub(super) fn register_snapshots(&mut self) {
+        let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(
+            to,
             "sources_resumed",
             "Sources that went on from a snapshot",
             &self.sources_resumed,
@@ -200,12 +210,6 @@ impl Metrics {
             "snapshot_failures",
             "Snapshots that could not be written",
             &self.snapshot_failures,
-        );
-        add(
-            to,
-            "event_lag_seconds",
-            "Published to applied",
-            &self.lag_seconds,
         );
     }
 

@@ -173,6 +173,7 @@ struct Taking<'a> {
     configured: &'a [Registration],
     verify_by: Instant,
     coming: Option<Coming>,
+    shared: Option<Arc<KvIndex>>,
     pods: Vec<Arc<Pod>>,
     resumed: u64,
 }
@@ -184,6 +185,7 @@ impl<'a> Taking<'a> {
             configured,
             verify_by,
             coming: None,
+            shared: None,
             pods: Vec::new(),
             resumed: 0,
         }
@@ -224,6 +226,15 @@ impl<'a> Taking<'a> {
                 }
                 Step::Source { name, mark, group } => self.begin_source(&name, mark, group),
                 Step::Image(image) => self.import(&image),
+                Step::Shared { model } => {
+                    self.finish_pod();
+                    self.shared = Some(self.hub.index_of(&model)?);
+                }
+                Step::SharedImage(entries) => {
+                    if let Some(index) = &self.shared {
+                        index.import_shared(&entries)?;
+                    }
+                }
                 Step::End => self.finish_pod(),
             }
         }

@@ -15,7 +15,7 @@ use tonic::Status;
 use super::hub::{Hub, Origin, Pod, PodSource};
 use super::native::Shared;
 use crate::index::SourceImage;
-use crate::snapshot::{self, FORMAT, Mark, image_to_wire, source_to_wire};
+use crate::snapshot::{self, FORMAT, Mark, image_to_wire, shared_to_wire, source_to_wire};
 use crate::wire::{SourceSpec, registration_to_wire, status_from_error};
 
 /// Snapshots that are sent at once; further ones are refused as busy.
@@ -58,6 +58,21 @@ impl Hub {
             for (source, spec) in pod.sources.iter().zip(&pod.registration.sources) {
                 counts.sources += 1;
                 counts.blocks += self.export_source(pod, source, spec, out)?;
+            }
+        }
+        // After the sources: what they announce from here on is replayed, what they announced before is in there.
+        let models: Vec<_> = self
+            .models()
+            .iter()
+            .map(|(model, index)| (model.clone(), index.clone()))
+            .collect();
+        for (model, index) in models {
+            counts.models += 1;
+            emit(out, Piece::Shared(v1::SnapshotShared { model }))?;
+            for piece in index.export_shared() {
+                let image = shared_to_wire(&piece);
+                counts.blocks += image.hashes.len() as u64;
+                emit(out, Piece::Image(image))?;
             }
         }
         emit(out, Piece::End(counts))

@@ -10,7 +10,7 @@ use kvfabric_proto::v1;
 use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
-use super::hub::Hub;
+use super::hub::{Hub, Pod};
 use crate::index::{Answer, KvIndex, Query};
 use crate::score::TIERS;
 use crate::source::Progress;
@@ -127,9 +127,16 @@ impl Hub {
             response.pods.iter().map(|pod| pod.pod.as_str()).collect();
         let positions = positions
             .into_iter()
-            .filter(|(pod, ..)| answered.contains(pod.as_str()));
+            .filter(|(pod, ..)| answered.contains(pod.name.as_str()));
         let (positions, freshness) = positions
-            .map(|(_, position, progress)| (position.to_wire(), progress.freshness()))
+            .map(|(pod, place, progress)| {
+                let position = v1::SourcePosition {
+                    source: pod.sources[place].name.clone(),
+                    epoch: progress.position.epoch.0,
+                    next_sequence: progress.position.next.0,
+                };
+                (position, progress.freshness())
+            })
             .unzip();
         drop(answered);
         (response.positions, response.freshness) = (positions, freshness);
@@ -235,26 +242,27 @@ impl Hub {
             .collect()
     }
 
-    /// How far the sources of these pods (all if none are named) are applied.
-    fn positions(&self, only: &[PodName]) -> Vec<(PodName, SourcePosition, Progress)> {
+    /// How far the sources of these pods (all if none are named) are applied, by their places in the pod.
+    fn positions(&self, only: &[PodName]) -> Vec<(Arc<Pod>, usize, Progress)> {
         let pods = self.pods();
-        let chosen: Vec<_> = if only.is_empty() {
-            pods.values().collect()
+        let mut positions = Vec::with_capacity(if only.is_empty() {
+            pods.len()
         } else {
-            only.iter().filter_map(|name| pods.get(name)).collect()
+            only.len()
+        });
+        let mut read = |pod: &Arc<Pod>| {
+            for (place, source) in pod.sources.iter().enumerate() {
+                positions.push((pod.clone(), place, *source.state.progress.borrow()));
+            }
         };
-        chosen
-            .into_iter()
-            .flat_map(|pod| pod.sources.iter().map(|source| (pod.name.clone(), source)))
-            .map(|(pod, source)| {
-                let progress = *source.state.progress.borrow();
-                let position = SourcePosition {
-                    source: source.name.clone(),
-                    position: progress.position,
-                };
-                (pod, position, progress)
-            })
-            .collect()
+        if only.is_empty() {
+            pods.values().for_each(&mut read);
+        } else {
+            only.iter()
+                .filter_map(|name| pods.get(name))
+                .for_each(&mut read);
+        }
+        positions
     }
 
     /// Waits until every position is applied.

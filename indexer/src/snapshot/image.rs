@@ -1,6 +1,6 @@
 //! Images of sources as columns, and back as hostile input.
 
-use kvcache_core::{EngineHash, Error, IndexKey, Result};
+use kvcache_core::{EngineHash, Error, IndexKey, Result, Tier};
 use kvfabric_proto::v1;
 
 use super::corrupt;
@@ -63,7 +63,7 @@ fn orphan_to_wire(orphan: &ImageOrphan) -> v1::SnapshotOrphan {
 /// # Errors
 /// `Corrupt` naming what does not fit together.
 pub(super) fn image_from_wire(
-    image: v1::SnapshotImage,
+    mut image: v1::SnapshotImage,
     kind: SourceKind,
     tokens_per_block: u32,
 ) -> Result<ImagePiece> {
@@ -102,43 +102,44 @@ pub(super) fn image_from_wire(
             "a node's image with namespaces or blocks that wait",
         ));
     }
-    let namespaces = image
-        .namespaces
+    let namespaces = std::mem::take(&mut image.namespaces)
         .into_iter()
         .map(namespace_from_wire)
         .collect::<Result<Vec<_>>>()?;
-    let copies = image.copies.chunks_exact(TIERS).map(copies_from_wire);
-    let mut blocks = Vec::with_capacity(count);
-    for (position, (&hash, copies)) in image.hashes.iter().zip(copies).enumerate() {
-        let namespace = match image
-            .namespace_positions
-            .get(position)
-            .copied()
-            .unwrap_or(0)
-        {
-            0 => None,
-            number if number as usize <= namespaces.len() => Some(number - 1),
-            number => {
-                let (of, most) = (position, namespaces.len());
-                return Err(corrupt(format!(
-                    "block {of} is in namespace {number} of {most}"
-                )));
-            }
-        };
-        blocks.push(ImageBlock {
-            hash: EngineHash(hash),
-            key: IndexKey(image.keys.get(position).copied().unwrap_or(hash)),
-            follows: image.follows.get(position).copied().unwrap_or(false),
-            namespace,
-            copies,
-        });
-    }
+    let blocks = (0..count)
+        .map(|position| block_from_wire(&image, position, namespaces.len()))
+        .collect::<Result<_>>()?;
     let orphans = image.orphans.into_iter();
     let orphans = orphans.map(|orphan| orphan_from_wire(orphan, tokens_per_block));
     Ok(ImagePiece {
         namespaces,
         blocks,
         orphans: orphans.collect::<Result<_>>()?,
+    })
+}
+
+/// One block of columns whose lengths fit.
+fn block_from_wire(
+    image: &v1::SnapshotImage,
+    position: usize,
+    namespaces: usize,
+) -> Result<ImageBlock> {
+    let namespace = match image.namespace_positions.get(position) {
+        None | Some(0) => None,
+        Some(&number) if number as usize <= namespaces => Some(number - 1),
+        Some(number) => {
+            return Err(corrupt(format!(
+                "block {position} is in namespace {number} of {namespaces}"
+            )));
+        }
+    };
+    let hash = image.hashes[position];
+    Ok(ImageBlock {
+        hash: EngineHash(hash),
+        key: IndexKey(image.keys.get(position).copied().unwrap_or(hash)),
+        follows: image.follows.get(position).copied().unwrap_or(false),
+        namespace,
+        copies: copies_from_wire(&image.copies[position * TIERS..][..TIERS]),
     })
 }
 
@@ -198,6 +199,43 @@ fn orphan_from_wire(orphan: v1::SnapshotOrphan, tokens_per_block: u32) -> Result
         copies: copies_from_wire(&orphan.copies),
         content: content.transpose()?,
     })
+}
+
+/// A piece of what shared tiers hold, as it is sent.
+pub(crate) fn shared_to_wire(entries: &[(IndexKey, Tier)]) -> v1::SnapshotImage {
+    let mut image = v1::SnapshotImage::default();
+    for &(key, tier) in entries {
+        image.hashes.push(key.0);
+        let mut copies = [0; TIERS];
+        copies[tier as usize] = 1;
+        image.copies.extend(copies);
+    }
+    image
+}
+
+/// # Errors
+/// `Corrupt` naming what does not fit together.
+pub(super) fn shared_from_wire(image: &v1::SnapshotImage) -> Result<Vec<(IndexKey, Tier)>> {
+    let count = image.hashes.len();
+    within("blocks in an image", count, IMAGE_BLOCKS_MAX)?;
+    if image.copies.len() != count * TIERS {
+        return Err(corrupt(format!(
+            "{} copies for {count} shared blocks",
+            image.copies.len()
+        )));
+    }
+    let mut entries = Vec::with_capacity(count);
+    for (&key, copies) in image.hashes.iter().zip(image.copies.chunks_exact(TIERS)) {
+        for tier in Tier::ALL {
+            if copies[tier as usize] > 0 {
+                if !tier.is_shared() {
+                    return Err(corrupt(format!("tier {tier} among the shared ones")));
+                }
+                entries.push((IndexKey(key), tier));
+            }
+        }
+    }
+    Ok(entries)
 }
 
 fn within(what: &str, value: usize, most: usize) -> Result<()> {

@@ -15,7 +15,7 @@ mod image;
 mod tests;
 
 use kvcache_core::ports::Position;
-use kvcache_core::{Epoch, Error, ErrorKind, Result, Sequence};
+use kvcache_core::{Epoch, Error, ErrorKind, IndexKey, Result, Sequence, Tier};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::snapshot_piece::Piece;
 
@@ -24,7 +24,7 @@ use crate::ingest::BatchDigest;
 use crate::wire::{self, Registration};
 
 pub(crate) use file::{FileReader, write};
-pub(crate) use image::image_to_wire;
+pub(crate) use image::{image_to_wire, shared_to_wire};
 
 /// The version of the format that is written.
 pub(crate) const FORMAT: u32 = 1;
@@ -59,6 +59,10 @@ pub(crate) enum Step {
     },
     /// More of the last source.
     Image(ImagePiece),
+    /// What shared tiers hold of a model comes next.
+    Shared { model: String },
+    /// More of that.
+    SharedImage(Vec<(IndexKey, Tier)>),
     /// Nothing is missing.
     End,
 }
@@ -71,6 +75,7 @@ enum Place {
     Started,
     InPod,
     InSource,
+    InShared,
     Ended,
 }
 
@@ -119,7 +124,24 @@ impl Reader {
                 self.counts.blocks += (image.blocks.len() + image.orphans.len()) as u64;
                 Ok(Step::Image(image))
             }
-            (Piece::End(end), Place::Started | Place::InPod | Place::InSource) => {
+            (
+                Piece::Shared(shared),
+                Place::Started | Place::InPod | Place::InSource | Place::InShared,
+            ) => {
+                self.place = Place::InShared;
+                self.counts.models += 1;
+                let model = shared.model;
+                Ok(Step::Shared { model })
+            }
+            (Piece::Image(image), Place::InShared) => {
+                let entries = image::shared_from_wire(&image)?;
+                self.counts.blocks += image.hashes.len() as u64;
+                Ok(Step::SharedImage(entries))
+            }
+            (
+                Piece::End(end),
+                Place::Started | Place::InPod | Place::InSource | Place::InShared,
+            ) => {
                 if end != self.counts {
                     return Err(corrupt(format!(
                         "its end counts {end:?}, but {:?} came",

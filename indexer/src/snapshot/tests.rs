@@ -60,6 +60,10 @@ fn node_image() -> ImagePiece {
     }
 }
 
+fn shared() -> Vec<(IndexKey, Tier)> {
+    vec![(IndexKey(31), Tier::Object), (IndexKey(32), Tier::Object)]
+}
+
 fn piece(piece: Piece) -> v1::SnapshotPiece {
     v1::SnapshotPiece { piece: Some(piece) }
 }
@@ -112,10 +116,15 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
             &node_image(),
             wire::SourceKind::Node,
         ))),
+        piece(Piece::Shared(v1::SnapshotShared {
+            model: "m".to_owned(),
+        })),
+        piece(Piece::Image(shared_to_wire(&shared()))),
         piece(Piece::End(v1::SnapshotEnd {
             pods: 1,
             sources: 2,
-            blocks: 4,
+            blocks: 6,
+            models: 1,
         })),
     ]
 }
@@ -168,7 +177,9 @@ fn a_snapshot_comes_back_as_it_was_written() {
     assert_eq!(mark.digest, BatchDigest::of(b"batch"));
     assert!(matches!(&steps[3], Step::Image(image) if *image == engine_image()));
     assert!(matches!(&steps[5], Step::Image(image) if *image == node_image()));
-    assert!(matches!(&steps[6], Step::End));
+    assert!(matches!(&steps[6], Step::Shared { model } if model == "m"));
+    assert!(matches!(&steps[7], Step::SharedImage(image) if *image == shared()));
+    assert!(matches!(&steps[8], Step::End));
 }
 
 /// The file of the format's first version, as it was written then: `KVFABRIC_REGENERATE=1` writes it, once a format.
@@ -179,7 +190,7 @@ fn the_first_format_is_read_for_ever() {
     if std::env::var_os("KVFABRIC_REGENERATE").is_some() {
         write_file(&golden, pieces());
     }
-    assert_eq!(read_file(&golden).unwrap().len(), 7);
+    assert_eq!(read_file(&golden).unwrap().len(), 9);
     let folder = tempfile::tempdir().unwrap();
     let fresh = folder.path().join("snapshot");
     write_file(&fresh, pieces());
@@ -279,6 +290,10 @@ fn images_that_do_not_fit_together_are_refused() {
     }
     let engine = image_to_wire(&engine_image(), wire::SourceKind::Vllm);
     assert!(image::image_from_wire(engine, wire::SourceKind::Node, TOKENS_PER_BLOCK).is_err());
+    let mut own = shared_to_wire(&shared());
+    own.copies[Tier::Host as usize] = 1;
+    let error = image::shared_from_wire(&own).unwrap_err();
+    assert!(error.to_string().contains("dram"), "{error}");
     let long = v1::SnapshotImage {
         hashes: vec![0; 5000],
         ..v1::SnapshotImage::default()
@@ -309,7 +324,7 @@ proptest! {
     #[test]
     fn whatever_comes_is_read_or_refused(
         noise in proptest::collection::vec(any::<u8>(), 0..200),
-        which in 0..7_usize,
+        which in 0..9_usize,
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
     ) {
         if let Ok(piece) = v1::SnapshotPiece::decode(noise.as_slice()) {

@@ -334,10 +334,10 @@ pub struct SnapshotRequest {
     pub protocol_version: u32,
 }
 /// Pieces come in this order: start, then for each pod its registration and for each of its sources the source and its
-/// image, then end. A stream without end is incomplete and worth nothing.
+/// image, then for each model what shared tiers hold, then end. A stream without end is incomplete and worth nothing.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SnapshotPiece {
-    #[prost(oneof = "snapshot_piece::Piece", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "snapshot_piece::Piece", tags = "1, 2, 3, 4, 5, 6")]
     pub piece: ::core::option::Option<snapshot_piece::Piece>,
 }
 /// Nested message and enum types in `SnapshotPiece`.
@@ -350,11 +350,13 @@ pub mod snapshot_piece {
         Pod(super::SnapshotPod),
         #[prost(message, tag = "3")]
         Source(super::SnapshotSource),
-        /// More of the last source.
+        /// More of what the last source or shared piece opened.
         #[prost(message, tag = "4")]
         Image(super::SnapshotImage),
         #[prost(message, tag = "5")]
         End(super::SnapshotEnd),
+        #[prost(message, tag = "6")]
+        Shared(super::SnapshotShared),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -394,6 +396,12 @@ pub struct SnapshotSource {
     /// The cache group that is followed, once one is known.
     #[prost(uint32, optional, tag = "5")]
     pub group: ::core::option::Option<u32>,
+}
+/// What shared tiers hold of a model, whoever put it there: an image with hashes (which are keys) and copies only.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotShared {
+    #[prost(string, tag = "1")]
+    pub model: ::prost::alloc::string::String,
 }
 /// At most 4,096 blocks, orphans included. The columns of blocks are equally long, but where noted.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -457,6 +465,9 @@ pub struct SnapshotEnd {
     /// Blocks in all images, orphans included.
     #[prost(uint64, tag = "3")]
     pub blocks: u64,
+    /// Shared pieces.
+    #[prost(uint32, tag = "4")]
+    pub models: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -1,0 +1,110 @@
+//! The program's commands that show what an index knows.
+#![cfg(test)]
+
+mod rig;
+
+use std::process::Command;
+
+use kvcache_core::Tier;
+use kvfabric_indexer::client::SourceKind;
+use rig::*;
+
+/// Runs a command beside the server of this test; what it printed, by line.
+async fn lines(server: &kvfabric_indexer::server::Running, arguments: &[&str]) -> Vec<String> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
+    command.arg(arguments[0]);
+    command.args(["--address", &server.grpc_address().to_string()]);
+    command.args(&arguments[1..]);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let output = output.await.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    printed.lines().map(str::to_owned).collect()
+}
+
+fn json(line: &str) -> serde_json::Value {
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+/// One engine with two blocks; a dump of it in words, in JSON, and as a file that another index begins from.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn query_dump_and_top_show_what_the_index_knows() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let engine = engine("pod-0");
+    engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
+    let source = engine.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+
+    let tokens: Vec<_> = TOKENS.iter().map(u32::to_string).collect();
+    let tokens = tokens.join(",");
+    let asked = [
+        "query",
+        "--tokens",
+        &tokens,
+        "--explain",
+        "--by-score",
+        "--pods",
+        "pod-0",
+    ];
+    let told = lines(&server, &asked).await;
+    assert!(
+        told[1].starts_with("pod-0") && told[1].contains("depth      2"),
+        "{told:?}"
+    );
+    assert_eq!(told[2], "  score = 2 in hbm x 1");
+    assert!(
+        told[3].contains("pod-0/engine") && told[3].contains("sequence 1"),
+        "{told:?}"
+    );
+    let asked = ["query", "--tokens", &tokens, "--explain", "--json"];
+    let told = json(&lines(&server, &asked).await[0]);
+    assert_eq!(told["pods"][0]["terms"][0]["blocks"], 2);
+    assert_eq!(told["positions"][0]["connected"], true);
+
+    let told = lines(&server, &["top", "--count", "2", "--interval-ms", "1"]).await;
+    assert!(told[0].starts_with("serving; 1 pods, 2 blocks"), "{told:?}");
+    assert!(told[1].starts_with("pod-0/engine"), "{told:?}");
+    assert!(
+        told[2].contains("events 0/s"),
+        "the second view has rates: {told:?}"
+    );
+    let told = lines(&server, &["top", "--count", "1", "--json"]).await;
+    assert_eq!(json(&told[0])["sources"][0]["source"], "pod-0/engine");
+
+    let told = lines(&server, &["dump", "--blocks", "--json"]).await;
+    assert_eq!(told.len(), 4);
+    let mut blocks: Vec<_> = told[..2]
+        .iter()
+        .map(|line| json(line)["block"].as_str().unwrap().to_owned())
+        .collect();
+    let mut keys: Vec<_> = keys_of(&TOKENS)
+        .iter()
+        .map(|key| format!("{:016x}", key.0))
+        .collect();
+    blocks.sort();
+    keys.sort();
+    assert_eq!(blocks, keys);
+    assert_eq!(json(&told[2])["blocks"]["hbm"], 2);
+    let told = lines(&server, &["dump"]).await;
+    assert_eq!(
+        told,
+        [
+            "pod-0/engine             epoch 0, sequence 1; blocks: hbm 2; orphans 0",
+            "shared tiers hold 0 blocks of model \"m\""
+        ]
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dump.snapshot");
+    let told = lines(&server, &["dump", "--file", path.to_str().unwrap()]).await;
+    assert!(told.is_empty());
+    let mut config = config();
+    config.snapshot_path = Some(path);
+    let second = start(config).await;
+    let replica = rig::client(&second);
+    wait_until(&replica, |status| status.serving).await;
+    assert_eq!(replica.status().await.unwrap().entries, 2);
+}
