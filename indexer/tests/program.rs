@@ -27,7 +27,7 @@ fn json(line: &str) -> serde_json::Value {
     serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 
-/// One engine with two blocks; a dump of it in words, in JSON, and as a file that another index begins from.
+/// One engine with two blocks, in words and in JSON.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn query_dump_and_top_show_what_the_index_knows() {
     let server = start(config()).await;
@@ -96,7 +96,18 @@ async fn query_dump_and_top_show_what_the_index_knows() {
             "shared tiers hold 0 blocks of model \"m\""
         ]
     );
+}
 
+/// A dump into a file, from which another index begins.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dumped_file_is_a_snapshot_to_begin_from() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let engine = engine("pod-0");
+    engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
+    let source = engine.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("dump.snapshot");
     let told = lines(&server, &["dump", "--file", path.to_str().unwrap()]).await;
