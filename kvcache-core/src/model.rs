@@ -116,6 +116,9 @@ pub struct World {
     unready_leases: BTreeSet<LeaseId>,
     leases: BTreeMap<LeaseId, Granted>,
     unready_pins: BTreeMap<PinId, (Vec<BlockKey>, Duration)>,
+    next_pin: u64,
+    /// Pins that were let go of without being in force, and when; in that order.
+    early_unpins: Vec<(PinId, Time)>,
     /// What each pin keeps in DRAM, and until when.
     pins: BTreeMap<PinId, (Vec<BlockKey>, Time)>,
     /// The copies that each flush waits for, as far as they have been handed out.
@@ -161,6 +164,9 @@ impl World {
             unready_leases: BTreeSet::new(),
             leases: BTreeMap::new(),
             unready_pins: BTreeMap::new(),
+            // Far from the numbers that tests choose.
+            next_pin: 1 << 32,
+            early_unpins: Vec::new(),
             pins: BTreeMap::new(),
             flushes: BTreeMap::new(),
             commands: Vec::new(),

@@ -182,11 +182,16 @@ impl Manager {
     fn check_pins_in_force(&self) {
         let of = |wanted: bool| {
             let leases = self.leases.values();
-            leases.filter(move |lease| (lease.holder == Holder::Pin) == wanted)
+            leases.filter(move |lease| lease.holder.is_pin() == wanted)
         };
         assert!(of(false).count() <= self.limits.leases_max as usize);
-        assert_eq!(of(true).count(), self.pins as usize, "pins in force");
-        assert!(self.pins <= self.limits.pins_max);
+        assert_eq!(of(true).count(), self.pins.len(), "pins in force");
+        assert!(self.pins.len() <= self.limits.pins_max as usize);
+        for (pin, lease) in &self.pins {
+            let holder = self.leases.get(lease).map(|lease| lease.holder);
+            assert_eq!(holder, Some(Holder::Pin(*pin)), "the lease of pin {pin}");
+        }
+        assert!(self.early_unpins.len() <= self.limits.early_unpins_max as usize);
         let mut counted: BTreeMap<BlockKey, u32> = BTreeMap::new();
         for step in of(true).flat_map(|lease| &lease.steps) {
             *counted.entry(*step.key()).or_default() += 1;

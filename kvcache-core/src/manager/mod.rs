@@ -45,7 +45,8 @@
 //! # Pins, and what is forgotten on demand
 //!
 //! A pin ([`Manager::handle_pin`]) is a lease to nobody in particular, bounded apart from those of peers: it ends by
-//! [`Manager::handle_unpin`] or by its time. [`Manager::handle_remove`] and [`Manager::handle_clear`] forget blocks, but
+//! [`Manager::handle_unpin`] or by its time. Its number is the caller's choice, so that somebody else can know it before
+//! the pin is asked for; an unpin that comes first is remembered for a while. [`Manager::handle_remove`] and [`Manager::handle_clear`] forget blocks, but
 //! none that is pinned, leased, read or on its way somewhere: those are kept, and counted, so that whoever relies on a
 //! lease or a pin need not fear them.
 //!
@@ -102,7 +103,7 @@ use self::store::StoreOperation;
 use crate::error::{ErrorKind, Result};
 use crate::event::NodeEvent;
 use crate::evict::{EvictionPolicy, LeafLru};
-use crate::id::{LeaseId, OperationId, PeerId, SlotIndex, Time};
+use crate::id::{LeaseId, OperationId, PeerId, PinId, SlotIndex, Time};
 use crate::key::{BlockInfo, BlockKey, Checksum};
 use crate::place::Tier;
 use crate::pool::{Expiries, Sealed, Slot, Slots};
@@ -145,8 +146,10 @@ pub struct Manager {
 
     /// What peers lease from us and what is pinned: both keep blocks in DRAM for a while.
     leases: BTreeMap<LeaseId, Lease>,
-    /// How many of them are pins.
-    pins: u32,
+    /// Those of them that are pins.
+    pins: BTreeMap<PinId, LeaseId>,
+    /// Pins that were let go of without being in force, and until when that is remembered; oldest first.
+    early_unpins: VecDeque<(Time, PinId)>,
     /// How many pins each pinned block has.
     pinned: KeyMap<BlockKey, u32>,
     next_lease: u64,
@@ -230,7 +233,8 @@ impl Manager {
             flushes: BTreeMap::new(),
             next_operation: 0,
             leases: BTreeMap::new(),
-            pins: 0,
+            pins: BTreeMap::new(),
+            early_unpins: VecDeque::new(),
             pinned: KeyMap::default(),
             next_lease: 0,
             grants: BTreeMap::new(),

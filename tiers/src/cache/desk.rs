@@ -58,6 +58,7 @@ pub(super) enum Request {
         peer: PeerId,
     },
     Pin {
+        pin: PinId,
         keys: Vec<BlockKey>,
         ttl: Duration,
         reply: Reply<Pinned>,

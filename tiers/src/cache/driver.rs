@@ -213,7 +213,12 @@ impl Driver {
                 reply,
             } => self.lease(peer, &keys, ttl, reply),
             Request::Release { peer, lease } => self.release(peer, lease),
-            Request::Pin { keys, ttl, reply } => self.pin(&keys, ttl, reply),
+            Request::Pin {
+                pin,
+                keys,
+                ttl,
+                reply,
+            } => self.pin(pin, &keys, ttl, reply),
             Request::Unpin { pin } => self.manager.handle_unpin(self.now(), pin),
             Request::Remove { keys, reply } => self.remove(&keys, reply),
             Request::Clear { reply } => self.clear(reply),

@@ -32,7 +32,6 @@ pub use types::{
 
 use crate::config::CacheConfig;
 use crate::mover::Mover;
-use crate::numbers::Numbers;
 use crate::pages::{self, BlockMemory};
 use crate::peer::PeerServer;
 use desk::{Fetch, Request};
@@ -51,7 +50,6 @@ struct Inner {
     desk: Desk,
     mover: Arc<Mover>,
     locator: Arc<Locator>,
-    numbers: Numbers,
     position: watch::Receiver<Position>,
     pod: PodName,
     /// Pieces that a block's memory may be in, so that a command's fit into one request.

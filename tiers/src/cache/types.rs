@@ -150,7 +150,7 @@ pub struct Reach {
 /// Blocks that stay in host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pinned {
-    /// What to let go of; means something in this run of this node only.
+    /// What to let go of, as it was asked for.
     pub id: PinId,
     /// How many blocks, from the first, are kept; with none there is nothing to let go of.
     pub depth: u32,

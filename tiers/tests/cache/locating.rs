@@ -211,3 +211,28 @@ async fn a_pin_is_let_go_of_over_the_service() {
         assert_eq!(node.stat("pinned_blocks").await, left);
     }
 }
+
+/// The number is told first: let go of over the service before the pin, which then keeps nothing, and after it.
+#[tokio::test]
+async fn a_pin_whose_number_was_told_beforehand_is_let_go_of_before_and_after_it_is_asked_for() {
+    let node = node().await;
+    let blocks = chain(1, 2);
+    node.store(&blocks).await;
+    let keys: Vec<BlockKey> = blocks.iter().map(|info| info.key).collect();
+    let service = service(&node);
+    let (early, late) = (PinId(u64::MAX), PinId(0x1234_5678_9abc_def0));
+    service.unpin(early, &IDENTITY, PATIENCE).await.unwrap();
+    let ended = node.cache.pin_as(early, &keys, PATIENCE).await.unwrap();
+    assert_eq!((ended.id, ended.depth), (early, 0));
+    assert_eq!(node.stat("pinned_blocks").await, 0);
+    assert_eq!(node.stat("pins_unpinned_early").await, 1);
+
+    let held = node.cache.pin_as(late, &keys, PATIENCE).await.unwrap();
+    assert_eq!((held.id, held.depth), (late, 2));
+    let again = node.cache.pin_as(late, &keys, PATIENCE).await.unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::Invalid);
+    assert!(again.context().contains(&late.to_string()), "{again}");
+    assert_eq!(node.stat("pinned_blocks").await, 2);
+    service.unpin(late, &IDENTITY, PATIENCE).await.unwrap();
+    assert_eq!(node.stat("pinned_blocks").await, 0);
+}
