@@ -169,6 +169,17 @@ def test_an_engines_names_store_and_fetch(node, pool):
         node.prefix_of(b"\x02" + chain.pack(0, 4)[1:])
 
 
+def test_hashes_without_tokens_store_and_fetch(node, pool):
+    pool.fill(range(3))
+    hashes = [hashlib.sha256(b"%d" % position).digest() for position in range(3)]
+    pages = node.prefix_of(kvfabric.pack_hashes(b"root", hashes))
+    assert node.store(pages, pool.pages, range(3)).wait(TIMEOUT).stored == 3
+    # What came before a block is no part of its name.
+    backwards = node.prefix_of(kvfabric.pack_hashes(b"root", hashes[::-1]))
+    assert node.fetch(backwards, pool.pages, [20, 21, 22]).wait(TIMEOUT).depth == 3
+    assert all(pool.holds(20 + position, 2 - position) for position in range(3))
+
+
 def test_names_mean_nothing_to_a_node_without_an_engine():
     config = configuration()
     del config["engine"]

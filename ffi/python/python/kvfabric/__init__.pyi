@@ -422,7 +422,8 @@ class Node:
         """
 
     def prefix_of(self, names: bytes, *, adapter_identity: Optional[bytes] = None) -> Prefix:
-        """The blocks that an engine names by its own hashes: what `NameChain.pack` made.
+        """The blocks that an engine names by its own hashes: what `NameChain.pack` or `pack_hashes`
+        made.
         `adapter_identity` is 32 bytes that stand for the adapter's weights. The names must be of
         the node's `[engine]`, and only hashes that cannot collide or change from run to run are
         taken: else `InvalidError` or `UnsupportedError`.
@@ -681,6 +682,14 @@ class PodDepth:
     @property
     def peer_address(self) -> Optional[str]:
         """Where its peer service listens, if it has one."""
+
+def pack_hashes(root: bytes, hashes: Sequence[bytes]) -> bytes:
+    """Names blocks of which only the engine's hashes are known, each of them by itself: what
+    `Node.prefix_of` and `PeerService.locate` take. All hashes are of one length.
+
+    The index finds such a block by its hash and by `root`, which stands for whatever else shapes
+    its bytes. Routers ask by tokens and do not find it: give such nodes a model name of their own.
+    """
 
 def model_identity(
     path: Union[str, os.PathLike[str], None],
