@@ -113,11 +113,7 @@ impl Region {
     }
 
     /// Registers shared memory that someone else made.
-    pub(crate) fn of_file(
-        fabric: &Arc<Fabric>,
-        fd: RawFd,
-        options: RegionOptions,
-    ) -> Result<Self> {
+    pub(crate) fn of_file(fabric: &Arc<Fabric>, fd: RawFd, options: RegionOptions) -> Result<Self> {
         if fd < 0 {
             return Err(Error::invalid("fd", fd, 0..));
         }
