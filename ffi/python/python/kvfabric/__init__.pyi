@@ -184,6 +184,12 @@ class Agent:
     def shared_memory(self, len: int, *, readable: bool = True, writable: bool = False) -> Region:
         """Allocates zeroed memory that peers on this host can map, and registers it."""
 
+    def register_file(self, fd: int, *, readable: bool = True, writable: bool = False) -> Region:
+        """Registers shared memory that someone else made, so that peers on this host can map it:
+        all of a memfd whose size is sealed (F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_SEAL). It is mapped
+        anew; the descriptor may be closed afterwards. `InvalidError` for any other file.
+        """
+
     def metadata(self) -> bytes:
         """What peers need to reach this agent and the regions that it exports now, keys
         included.
@@ -303,8 +309,8 @@ class Region:
 
     def __len__(self) -> int: ...
     def view(self) -> memoryview:
-        """The memory as a writable memoryview; only of a region of `Agent.shared_memory`, which
-        the view keeps alive.
+        """The memory as a writable memoryview, which keeps it mapped; only of
+        `Agent.shared_memory` and `Agent.register_file`.
         """
 
     def deregister(self, timeout: float = 30.0) -> None:
