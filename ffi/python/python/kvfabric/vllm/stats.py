@@ -31,6 +31,8 @@ COUNTERS = {
     "lookups_failed": "Nodes that did not answer such a question, or not in time.",
     "handoffs": "Prefixes offered to a decode engine.",
     "handoffs_refused": "Requests whose kv_transfer_params came from no matching prefill engine.",
+    "peers_refused": "Requests whose kv_transfer_params named an address outside of peers_allow.",
+    "releases_failed": "Prefill engines that were not told that their blocks were fetched.",
     "adapters_unreadable": "Requests of adapters with unreadable files: not stored, not fetched.",
 }
 FETCHED = "fetched_blocks"
