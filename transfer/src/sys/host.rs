@@ -128,3 +128,42 @@ impl std::fmt::Debug for HostMemory {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Pages, as the file under shared memory counts them.
+
+    use super::*;
+
+    fn provided(memory: &HostMemory) -> u64 {
+        let file = memory.shared_file().expect("shared memory");
+        let found = rustix::fs::fstat(file).expect("asked");
+        found.st_blocks as u64 * 512
+    }
+
+    #[test]
+    fn pages_are_provided_where_they_are_asked_for_and_nowhere_else() {
+        let memory = HostMemory::shared(64 << 20).expect("memory");
+        memory.mapping().write(0, b"kept").expect("written");
+        let before = provided(&memory);
+        match memory.mapping().populate(100, 8 << 20) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => return,
+            populated => populated.expect("populated"),
+        }
+        let after = provided(&memory);
+        assert!(after >= 8 << 20, "{before} to {after}");
+        assert!(after < 32 << 20, "{before} to {after}");
+        let mut bytes = [0; 4];
+        memory.mapping().read(0, &mut bytes).expect("read");
+        assert_eq!(&bytes, b"kept");
+    }
+
+    #[test]
+    fn pages_outside_of_the_memory_are_refused() {
+        let memory = HostMemory::shared(1 << 20).expect("memory");
+        for (offset, len) in [(1 << 20, 1), (0, (1 << 20) + 1), (4096, u64::MAX)] {
+            let refused = memory.mapping().populate(offset, len).expect_err("outside");
+            assert_eq!(refused.kind(), ErrorKind::Invalid, "{offset} {len}");
+        }
+    }
+}

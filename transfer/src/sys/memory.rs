@@ -193,6 +193,31 @@ impl Mapping {
         Ok(())
     }
 
+    /// Takes the pages of `len` bytes at `offset` from the kernel now, to be written; their content stays.
+    pub(crate) fn populate(&self, offset: u64, len: u64) -> Result<()> {
+        if self.ownership == Ownership::Lent {
+            let text = "memory of someone else's is theirs to populate";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        self.check_writable()?;
+        let into_page = offset % rustix::param::page_size() as u64;
+        let (offset, len) = (offset - into_page, len.saturating_add(into_page));
+        let target = self.at(offset, len)?;
+        // SAFETY: the range lies in this mapping (checked by `at`) and begins at a page, as the mapping does; the call
+        // provides pages and changes no byte.
+        let provided = unsafe {
+            let start = target.as_ptr().cast();
+            rustix::mm::madvise(start, len as usize, Advice::LinuxPopulateWrite)
+        };
+        provided.map_err(|error| match error {
+            // Before Linux 5.14.
+            rustix::io::Errno::INVAL => {
+                Error::new(ErrorKind::Unsupported, "the kernel cannot populate memory")
+            }
+            error => Error::io(format!("populate {len} bytes of memory"), error.into()),
+        })
+    }
+
     /// The CRC-32C of `len` bytes.
     pub(crate) fn crc32c(&self, offset: u64, len: u64) -> Result<u32> {
         self.at(offset, len)?;
