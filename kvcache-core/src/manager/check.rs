@@ -57,6 +57,12 @@ impl Manager {
             let is_leaving = |id| self.pending.get(id).is_some_and(|p| p.work.is_background());
             assert!(leaving.iter().all(is_leaving), "{operation} waits in vain");
         }
+        if let Some(retirement) = &self.retirement {
+            let copies = self.background_open() > 0;
+            let waits = copies || !self.stores.is_empty() || self.disk_takes();
+            assert!(retirement.is_over || waits, "the end waits in vain");
+            assert!(retirement.queue.is_empty() || !retirement.is_over);
+        }
         assert!(self.objects.len() <= self.limits.object_known_max as usize);
         for (since, key) in &self.objects {
             let known = self.table.get(key).and_then(|block| block.object);
@@ -81,6 +87,7 @@ impl Manager {
             + self.slots.filling() as usize
             + self.slots.quarantined() as usize
             + self.leaving as usize
+            + usize::from(self.retirement.as_ref().is_some_and(|end| !end.is_over))
     }
 
     fn count_kept(&self) -> Kept {

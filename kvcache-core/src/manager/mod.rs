@@ -50,6 +50,11 @@
 //! none that is pinned, leased, read or on its way somewhere: those are kept, and counted, so that whoever relies on a
 //! lease or a pin need not fear them.
 //!
+//! # The end
+//!
+//! [`Manager::handle_retire`]: nothing new is taken on, and what is in DRAM alone goes down, the blocks used last first.
+//! [`Outcome::Retired`] says how much stayed behind for want of room or time.
+//!
 //! # Transfers own what they were lent
 //!
 //! A [`MoveFailure`] that is not settled keeps its slots, pins and engine memory out of use until
@@ -73,6 +78,7 @@ mod pin;
 mod plan;
 mod policy;
 mod request;
+mod retire;
 mod segment;
 mod serve;
 mod space;
@@ -96,6 +102,7 @@ pub use stats::Stats;
 use self::admission::copy_deadline;
 use self::job::{Grant, Holding, Pending};
 use self::plan::FetchOperation;
+use self::retire::Retirement;
 use self::segment::Segments;
 use self::serve::{Holder, Lease};
 use self::space::SlotRequest;
@@ -115,6 +122,8 @@ pub struct Manager {
     limits: Limits,
     policy: Box<dyn OffloadPolicy>,
     table: Table,
+    /// Orders the uses of blocks and segments.
+    uses: u64,
 
     slots: Slots,
     evictor: Box<dyn EvictionPolicy<BlockKey>>,
@@ -143,6 +152,8 @@ pub struct Manager {
     /// Flushes, each with the commands that it waits for.
     flushes: BTreeMap<OperationId, BTreeSet<CommandId>>,
     next_operation: u64,
+    /// The end of the node, once it was asked for.
+    retirement: Option<Retirement>,
 
     /// What peers lease from us and what is pinned: both keep blocks in DRAM for a while.
     leases: BTreeMap<LeaseId, Lease>,
@@ -186,6 +197,8 @@ enum Timer {
     Disk,
     /// The object store may be tried again.
     Object,
+    /// The deadline of the end.
+    Retirement,
 }
 
 impl Manager {
@@ -232,6 +245,8 @@ impl Manager {
             drains: BTreeMap::new(),
             flushes: BTreeMap::new(),
             next_operation: 0,
+            retirement: None,
+            uses: 0,
             leases: BTreeMap::new(),
             pins: BTreeMap::new(),
             early_unpins: VecDeque::new(),
@@ -368,8 +383,9 @@ impl Manager {
         self.settle(now);
     }
 
-    /// What was found on disk at the start, before anything else is asked. Records that do not fit (out of range, or a
-    /// block or place that was named before) are left out; returns how many were taken.
+    /// What was found on disk at the start, before anything else is asked; what was used last comes last, so that it goes
+    /// last. Records that do not fit (out of range, or a block or place that was named before) are left out; returns how
+    /// many were taken.
     pub fn handle_recovered(&mut self, now: Time, blocks: Vec<RecoveredBlock>) -> u32 {
         let taken = self.recover(blocks);
         self.settle(now);
@@ -391,6 +407,7 @@ impl Manager {
                 Timer::Answer(command) => self.give_up_ask(command),
                 Timer::Disk => self.disk_stopped = false,
                 Timer::Object => self.object_stopped = false,
+                Timer::Retirement => self.end_retirement(),
             }
         }
         self.settle(now);
@@ -435,11 +452,32 @@ impl Manager {
             }
             self.plan_fetches(now);
             self.serve_slots(now);
+            match &self.retirement {
+                None => self.demote(now),
+                Some(retirement) if !retirement.is_over => self.retire(now),
+                Some(_) => {}
+            }
             self.maintain_segments(now);
-            self.demote(now);
             let waits_in_vain = self.wanted.is_empty() || self.slots.vacant() == 0;
             if self.work.is_empty() && self.to_plan.is_empty() && waits_in_vain {
                 return;
+            }
+        }
+    }
+
+    /// The number of a use that happens now.
+    fn tick(&mut self) -> u64 {
+        self.uses += 1;
+        self.uses
+    }
+
+    /// These blocks of one sequence, in its order, are used together: among them the last is the first to go.
+    fn touch(&mut self, chain: &[BlockKey]) {
+        self.evictor.touch(chain);
+        for key in chain.iter().rev() {
+            let used = self.tick();
+            if let Some(block) = self.table.get_mut(key) {
+                block.used = used;
             }
         }
     }

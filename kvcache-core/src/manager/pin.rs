@@ -28,6 +28,7 @@ impl Manager {
         keys: &[BlockKey],
         ttl: Duration,
     ) -> Result<()> {
+        self.check_not_retired()?;
         self.check_blocks(keys.len())?;
         if self.pins.contains_key(&pin) {
             let context = format!("a pin with the number {pin} is in force already");

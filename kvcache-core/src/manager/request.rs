@@ -110,6 +110,13 @@ pub enum Outcome {
         /// How many blocks, from the first, it keeps in DRAM; with none it has ended already.
         depth: u32,
     },
+    /// The end that was asked for is reached: nothing more goes down.
+    Retired {
+        /// Blocks written from DRAM to the disk or the object store on the way.
+        written: u64,
+        /// Blocks that are in DRAM alone, for which there was no room or no time.
+        left: u32,
+    },
     /// A flush ended.
     Flushed {
         /// Which.

@@ -63,6 +63,7 @@ impl Manager {
         keys: &[BlockKey],
         ttl: Duration,
     ) -> Result<LeaseId> {
+        self.check_not_retired()?;
         let leases = self.leases.len() - self.pins.len();
         if leases >= self.limits.leases_max as usize {
             self.stats.busy += 1;
@@ -84,7 +85,7 @@ impl Manager {
     ) -> LeaseId {
         let id = LeaseId(self.next_lease);
         self.next_lease += 1;
-        self.evictor.touch(keys);
+        self.touch(keys);
         let mut steps = Vec::with_capacity(keys.len());
         for key in keys {
             let Some(step) = self.first_lease_step(id, key) else {
@@ -170,13 +171,14 @@ impl Manager {
     /// The copy that fills the slot with this block.
     pub(super) fn stage_job(&mut self, key: &BlockKey, slot: Slot<Filling>) -> Option<Job> {
         let source = self.table.get(key).and_then(|block| block.disk);
+        let used = self.tick();
         let (Some(from), Some(block)) = (source, self.table.get_mut(key)) else {
             self.slots.abandon(slot);
             return None;
         };
         block.host = HostCopy::Filling;
         block.staging = false;
-        self.segments.pin(from.segment);
+        self.segments.pin(from.segment, used);
         let (info, expected) = (block.info, block.checksum);
         Some(Job {
             info,

@@ -8,6 +8,7 @@ use crate::key::IndexKey;
 use crate::model::{Fault, World, genuine};
 use crate::place::Place;
 
+mod ending;
 mod keeping;
 
 use keeping::{Keep, keeps};
@@ -751,6 +752,8 @@ enum Action {
     },
     LosePeer(u32),
     Keep(Keep),
+    Retire(u16),
+    Restart,
     Execute {
         pick: usize,
         faults: Vec<Fault>,
@@ -796,6 +799,8 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
             .prop_map(|(chain, position)| Action::PutObject { chain, position }),
         1 => (0..60u32).prop_map(Action::LosePeer),
         7 => keeps().prop_map(Action::Keep),
+        1 => (0..2000u16).prop_map(Action::Retire),
+        1 => Just(Action::Restart),
         30 => (any::<prop::sample::Index>(), faults())
             .prop_map(|(i, faults)| Action::Execute { pick: i.index(64), faults }),
         3 => any::<prop::sample::Index>().prop_map(|i| Action::Drain(i.index(64))),
@@ -887,6 +892,8 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
             Action::PutObject { chain, position } => world.put_object(block(chain, position).key),
             Action::LosePeer(peer) => world.lose_peer(PeerId(peer)),
             Action::Keep(keep) => keep.play(&mut world),
+            Action::Retire(within) => world.retire(MS * u32::from(within)),
+            Action::Restart => world.restart(),
             Action::Execute { pick, faults } => world.execute(pick, &faults),
             Action::Drain(pick) => world.drain(pick),
             Action::Advance(ms) => world.advance(MS * u32::from(ms)),
