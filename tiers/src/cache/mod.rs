@@ -1,6 +1,7 @@
 //! The cache of one node: an asynchronous face over the manager and the mover.
 
 mod answer;
+mod close;
 mod control;
 mod desk;
 mod driver;
@@ -205,7 +206,14 @@ impl Cache {
     }
 
     /// Ends the cache in order, by `deadline` at the latest: no more leases, stores or fetches;
-    /// operations in progress end; `Cleared` is published; what was written to disk is synced.
+    /// operations in progress end; blocks that are in host memory alone are written to the disk tier,
+    /// or to the object tier if the disk takes none; `Cleared` is published; what was written to disk
+    /// is synced.
+    ///
+    /// The blocks used last are written first. A segment on disk gives way only to blocks that were used
+    /// after everything in it. What finds no room, or no time, is lost as when a cache is dropped: that
+    /// is no error, and a log line counts it. A quarter of the time, two seconds at most, is kept for
+    /// the sync.
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Cancelled`] when it is shut down already; what the disk said to the

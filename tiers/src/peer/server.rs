@@ -96,6 +96,9 @@ impl PeerServer {
             .is_err()
         {
             tracing::debug!("peer service on {} ended by force", self.address);
+            self.task.abort();
+            // It ends where it waits next; an error says that it was ended.
+            let _ = (&mut self.task).await;
         }
     }
 }

@@ -9,6 +9,7 @@
     reason = "everything here is a test or serves one"
 )]
 
+mod ending;
 mod fabric;
 mod faults;
 mod keeping;
