@@ -90,6 +90,26 @@ class Steps:
         self._node().flush().wait()
         return {}
 
+    def forget(self, seed: int, tokens: int, group: int, position: int) -> Dict[str, Any]:
+        """Takes one block of a prompt, of one of the other cache groups, out of the tiers."""
+        from kvfabric.vllm.names import RequestNames
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        core = self.llm.llm_engine.engine_core.engine_core
+        side = core.scheduler.connector._scheduler
+        request = Request(
+            "forget",
+            prompt(seed, tokens),
+            SamplingParams(),
+            None,
+            block_hasher=core.request_block_hasher,
+        )
+        named = RequestNames(side._config, side._facts, request, None, side._model_identity)
+        node = self._node()
+        names = named.pack_others([(position, group)])
+        return {"removed": node.remove(node.prefix_of(names)).wait().removed}
+
     def counters(self) -> Dict[str, float]:
         """By how much counters grew since this was asked last: the connector's, and preemptions."""
         now: Dict[str, float] = {}

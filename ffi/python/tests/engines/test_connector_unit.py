@@ -22,7 +22,6 @@ from connector_pool import (
     pool,
     tensors,
 )
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvfabric.vllm.config import ConfigError, ConnectorConfig
 from kvfabric.vllm.engine import EngineFacts, node_config
@@ -158,27 +157,6 @@ def test_ranks_that_hold_parts_of_blocks_are_refused(engine, monkeypatch, name):
     changed(engine.parallel_config, monkeypatch, **{name: 2})
     with pytest.raises(ConfigError, match=f"{name}: 2"):
         facts_of(engine)
-
-
-def test_sliding_windows_are_refused(engine):
-    """Their blocks do not stand for a whole prefix."""
-    spec = SlidingWindowSpec(
-        block_size=TOKENS,
-        num_kv_heads=HEADS,
-        head_size=HEAD,
-        dtype=torch.bfloat16,
-        sliding_window=64,
-    )
-    with pytest.raises(ConfigError, match="sliding_window is not supported"):
-        facts_of(engine, pool(engine, spec=spec))
-
-
-def test_several_cache_groups_are_refused(engine):
-    """A failed block could not be told to the engine."""
-    cache = pool(engine)
-    cache.kv_cache_groups.append(cache.kv_cache_groups[0])
-    with pytest.raises(ConfigError, match="cache groups: .* are not supported"):
-        facts_of(engine, cache)
 
 
 def test_hashes_finer_than_pages_are_refused(engine):

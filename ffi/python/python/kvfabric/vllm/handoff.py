@@ -93,6 +93,11 @@ def new_pin() -> int:
     return secrets.randbits(4 * PIN_DIGITS)
 
 
+def others_pin(pin: int) -> int:
+    """Under which number the blocks of other cache groups than the first are kept."""
+    return pin ^ 1
+
+
 class NotAllowedError(ValueError):
     """An address that the operator does not trust."""
 

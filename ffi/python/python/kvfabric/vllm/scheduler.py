@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
+from . import plans
 from .config import ConnectorConfig
 from .engine import EngineFacts
-from .handoff import AllowList, Handoff, NotAllowedError, new_pin
-from .lookup import Answer, Lookup, Peers
+from .handoff import AllowList, Handoff, NotAllowedError, new_pin, others_pin
+from .hits import Hit, PrefixLookup
+from .holds import Holds
+from .lookup import Lookup, Peers
 from .metadata import Handshake, Load, Pin, StepMetadata, Store, WorkerMetadata
 from .names import AdapterDigests, RequestNames
 from .partial import PromptNames, partial_tokens
@@ -26,6 +30,7 @@ from .releases import Releases
 from .stats import ConnectorStats
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -52,8 +57,8 @@ class _Tracked:
         self.unnamed = request.prompt_embeds is not None or request.resumable
         # A fetch that went wrong is not tried again: what is missing is computed.
         self.fetchable = True
-        self.lookup: Lookup | None = None
-        self.answers: list[Answer] | None = None
+        self.lookup: PrefixLookup | None = None
+        self.hit: Hit | None = None
         # Blocks that the engine had itself when it was asked last.
         self.local = 0
         # Engine blocks that a load writes to; empty when none is in flight.
@@ -87,6 +92,7 @@ class SchedulerSide:
         self._loads: list[Load] = []
         self._pins: list[Pin] = []
         self._releases: list[str] = []
+        self._holds = Holds()
         self._clear = False
         # Ranks that have still to confirm that they cleared their tiers.
         self._clearing = 0
@@ -105,6 +111,10 @@ class SchedulerSide:
         if len(identities) != 1:
             raise RuntimeError(f"kvfabric: ranks of one model have identities {sorted(identities)}")
         (self._model_identity,) = identities
+
+    def bind(self, pool: BlockPool) -> None:
+        """Learns of the engine's blocks."""
+        self._holds.bind(pool)
 
     # Requests come in.
 
@@ -155,12 +165,11 @@ class SchedulerSide:
         most = min(total * size, request.num_tokens) - tracked.local * size
         if not self._worth_it(most):
             return 0, False
-        if tracked.answers is None:
-            tracked.answers = self._ask(tracked, names, total)
-            if tracked.answers is None:
+        if tracked.hit is None:
+            tracked.hit = self._ask(tracked, names, named, total)
+            if tracked.hit is None:
                 return None, False
-        depth = min(min(answer.depth for answer in tracked.answers), total)
-        found = min(depth * size, request.num_tokens) - tracked.local * size
+        found = min(tracked.hit.depth * size, request.num_tokens) - tracked.local * size
         if not self._worth_it(found):
             return 0, False
         return found, True
@@ -178,12 +187,14 @@ class SchedulerSide:
         handoff = tracked.handoff
         if (
             handoff is not None
+            and self._facts.groups.is_plain
             and request.num_tokens == request.num_prompt_tokens == handoff.tokens
             and partial_tokens(request, size)
         ):
             prompt = self._prompt_names(tracked)
             return prompt, len(prompt)
-        return named, min(len(request.block_hashes), request.num_tokens // size)
+        most = self._facts.groups.claimable(request.num_tokens)
+        return named, min(len(request.block_hashes), most)
 
     def _prompt_names(self, tracked: _Tracked) -> PromptNames:
         if tracked.prompt_names is None:
@@ -192,27 +203,42 @@ class SchedulerSide:
         return tracked.prompt_names
 
     def _ask(
-        self, tracked: _Tracked, names: RequestNames | PromptNames, total: int
-    ) -> list[Answer] | None:
+        self,
+        tracked: _Tracked,
+        names: RequestNames | PromptNames,
+        named: RequestNames,
+        total: int,
+    ) -> Hit | None:
         if tracked.lookup is None:
-            tracked.lookup = Lookup(
-                self._peers,
-                self._nodes,
+            tracked.lookup = PrefixLookup(
+                self._lookup,
+                self._facts.groups,
                 names.pack(0, total),
                 total,
+                named.pack_others,
                 tracked.handoff,
-                self._config.lookup_deadline_ms / 1000,
-                self._config.handoff_deadline_ms / 1000,
             )
             self.stats.add("lookups")
-        answers = tracked.lookup.poll()
-        if answers is not None:
+        hit = tracked.lookup.poll()
+        if hit is not None:
             self.stats.add("lookups_failed", tracked.lookup.failures)
             tracked.lookup = None
             # What its own tiers hold needs no second store.
             full = tracked.request.num_tokens // self._facts.block_tokens
-            tracked.stored = min(full, min(_kept(answer) for answer in answers))
-        return answers
+            tracked.stored = min(full, hit.kept)
+        return hit
+
+    def _lookup(self, names: bytes, blocks: int, handoff: Handoff | None, spent: float) -> Lookup:
+        config = self._config
+        return Lookup(
+            self._peers,
+            self._nodes,
+            names,
+            blocks,
+            handoff,
+            config.lookup_deadline_ms / 1000 - spent,
+            config.handoff_deadline_ms / 1000 - spent,
+        )
 
     def _named(self, tracked: _Tracked) -> RequestNames | None:
         """The request's names; None while its adapter is being read, and if it has none."""
@@ -229,7 +255,9 @@ class SchedulerSide:
                 tracked.unnamed = True
                 return None
             digest = tracked.adapter.result()
-        tracked.names = RequestNames(self._config, self._facts, tracked.request, digest)
+        tracked.names = RequestNames(
+            self._config, self._facts, tracked.request, digest, self._model_identity
+        )
         return tracked.names
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -237,39 +265,28 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if external_tokens == 0 or tracked is None:
             return
-        assert tracked.names is not None and tracked.answers is not None
-        (block_ids,) = blocks.get_block_ids()
+        assert tracked.names is not None and tracked.hit is not None
         names, _ = self._wanted(tracked, tracked.names)
         stop = tracked.local - (-external_tokens // self._facts.block_tokens)
-        tracked.loading = list(block_ids[tracked.local : stop])
-        self._loads.append(
-            Load(
-                request_id=request.request_id,
-                names=names.pack(0, stop),
-                first=tracked.local,
-                block_ids=tracked.loading,
-                sources=tuple(answer.sources for answer in tracked.answers),
-            )
+        planned = plans.loads(
+            request.request_id,
+            tracked.hit,
+            self._facts.groups,
+            names,
+            tracked.names,
+            blocks.get_block_ids(),
+            tracked.local,
+            stop,
         )
+        tracked.loading = [number for load in planned for number in load.block_ids]
+        self._loads += planned
 
     def hit_sources(self, request: Request, external_tokens: int) -> dict[CacheHitSource, int]:
         """From where a load's tokens are expected, by what the lookup said of the first rank."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or not tracked.answers or external_tokens == 0:
+        if tracked is None or tracked.hit is None or external_tokens == 0:
             return {CacheHitSource.EXTERNAL_UNSPECIFIED: external_tokens} if external_tokens else {}
-        answer = tracked.answers[0]
-        size = self._facts.block_tokens
-        own = min(external_tokens, max(0, answer.own - tracked.local) * size)
-        disk = min(own, answer.disk * size)
-        other = (
-            CacheHitSource.P2P if answer.sources.holders else CacheHitSource.EXTERNAL_UNSPECIFIED
-        )
-        counts = {
-            CacheHitSource.HOST: own - disk,
-            CacheHitSource.DISK: disk,
-            other: external_tokens - own,
-        }
-        return {source: count for source, count in counts.items() if count}
+        return tracked.hit.expected(tracked.local, external_tokens, self._facts.block_tokens)
 
     # Steps go out.
 
@@ -280,7 +297,7 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 # The workers wait for its stores before the step, and it starts over later.
-                tracked.lookup = tracked.answers = None
+                tracked.lookup = tracked.hit = None
         for request_id in output.num_scheduled_tokens:
             # It computes what is left, so its fetch is over.
             self._let_go(self._tracked.get(request_id))
@@ -310,18 +327,32 @@ class SchedulerSide:
             if named is None:
                 continue
             assert output.kv_connector_block_state is not None
-            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id) or ([],)
-            stop = min(stop, len(block_ids))
-            partial = partial and stop < len(block_ids)
+            tables = output.kv_connector_block_state.get_block_ids(request_id) or ()
+            length = min((len(table) for table in tables), default=0)
+            stop = min(stop, length)
+            partial = partial and stop < length
             start, tracked.stored = tracked.stored, max(tracked.stored, stop)
             stop = tracked.stored + partial
             if stop <= start:
                 continue
             tracked.stored_partial = tracked.stored_partial or partial
-            tracked.unsettled += self._facts.tensor_size
             names = self._prompt_names(tracked) if partial else named
-            ids = list(block_ids[start:stop])
-            stores.append(Store(request_id, names.pack(start, stop), ids, tracked.awaited))
+            planned = plans.stores(
+                request_id,
+                self._facts.groups,
+                names,
+                named,
+                tables,
+                start,
+                stop,
+                tracked.awaited,
+            )
+            readers = self._facts.tensor_size * len(planned)
+            tracked.unsettled += readers
+            if self._facts.groups.has_windows:
+                read = [number for store in planned for number in store.block_ids]
+                self._holds.hold(request_id, read, readers)
+            stores += planned
         return stores
 
     def _storable(self, tracked: _Tracked, scheduled: int) -> int:
@@ -341,6 +372,7 @@ class SchedulerSide:
         request = tracked.request
         return (
             tracked.awaited
+            and self._facts.groups.is_plain
             and not tracked.stored_partial
             and request.num_computed_tokens + scheduled >= request.num_prompt_tokens
             and request.num_computed_tokens < request.num_prompt_tokens
@@ -355,6 +387,10 @@ class SchedulerSide:
         for loading in self._tracked.values() if failed else ():
             if failed.intersection(loading.loading):
                 loading.fetchable = False
+        for request_id in output.failed_recving:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                tracked.fetchable = False
         for request_id in output.finished_recving or ():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
@@ -362,6 +398,7 @@ class SchedulerSide:
         told = output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             for request_id, count in told.settled.items():
+                self._holds.settle(request_id, count)
                 tracked = self._tracked.get(request_id)
                 if tracked is not None:
                     tracked.unsettled -= count
@@ -386,6 +423,9 @@ class SchedulerSide:
         if tracked is not None and tracked.kept and tracked.handoff is not None:
             tracked.kept = False
             self._prefill_releases.send(tracked.handoff)
+            if self._facts.groups.others:
+                pin = others_pin(tracked.handoff.pin)
+                self._prefill_releases.send(replace(tracked.handoff, pin=pin))
 
     def _hand_off(self, tracked: _Tracked) -> dict[str, Any] | None:
         request = tracked.request
@@ -403,6 +443,11 @@ class SchedulerSide:
             self._facts.pod, self._nodes, self._model_identity, depth, tokens, new_pin()
         )
         self._pins.append(Pin(request.request_id, names.pack(0, depth), handoff.pin))
+        # A decode engine may claim a block less than that.
+        others = self._facts.groups.needed(depth, slack=1)
+        if others:
+            packed = tracked.names.pack_others(others)
+            self._pins.append(Pin(request.request_id, packed, others_pin(handoff.pin)))
         self.stats.add("handoffs")
         host, _, port = self._nodes[0].rpartition(":")
         return {
@@ -427,7 +472,7 @@ class SchedulerSide:
         self._clear = True
         self._clearing = self._facts.tensor_size
         for tracked in self._tracked.values():
-            tracked.lookup = tracked.answers = None
+            tracked.lookup = tracked.hit = None
         return True
 
     def has_work(self) -> bool:
@@ -437,10 +482,3 @@ class SchedulerSide:
     def shutdown(self) -> None:
         """Ends its thread. Stores and fetches are the workers' to finish."""
         self._adapters.shutdown()
-
-
-def _kept(answer: Answer) -> int:
-    """Blocks from the first that a node's own memory and disk hold: the shared store may lose what
-    it has.
-    """
-    return answer.own if answer.own == answer.host + answer.disk else 0

@@ -9,7 +9,7 @@ also after a failure.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import kvfabric
@@ -76,11 +76,14 @@ class WorkerSide:
         self._storing: deque[_Storing] = deque()
         self._storing_bytes = 0
         self._fetching: list[_Fetching] = []
+        # Loads of a request that are not over.
+        self._loading: Counter[str] = Counter()
         # Finished requests whose blocks the engine keeps until their stores are done.
         self._releasing: set[str] = set()
         self._settled: dict[str, int] = {}
         self._cleared = 0
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._received: set[str] = set()
         self.stats = ConnectorStats()
         self._pins = Pins(config.pin_ttl_s, self.stats)
@@ -163,7 +166,11 @@ class WorkerSide:
 
     def load(self, step: StepMetadata) -> None:
         """Starts the fetches of this step."""
+        self._loading.update(load.request_id for load in step.loads)
         for load in step.loads:
+            if not load.block_ids:
+                self._loaded(load.request_id)
+                continue
             try:
                 sources = load.sources[self._rank]
                 node, pages = self._opened()
@@ -226,6 +233,14 @@ class WorkerSide:
     def take_failed_blocks(self) -> set[int]:
         """Engine blocks of this step's finished fetches that hold nothing of use."""
         failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_failed_requests(self, received: set[str]) -> set[str]:
+        """Which of these fetches did not bring every block. Where the engine has several cache
+        groups, its block numbers do not say of which one a block is.
+        """
+        failed = self._failed_requests & received
+        self._failed_requests -= failed
         return failed
 
     def take_metadata(self) -> WorkerMetadata | None:
@@ -323,8 +338,17 @@ class WorkerSide:
         self.stats.add("fetched_bytes", depth * self._block_bytes)
         if depth < len(load.block_ids):
             self.stats.add("fetches_failed")
-            self._failed_blocks.update(load.block_ids[depth:])
-        self._received.add(load.request_id)
+            if len(self._facts.groups.groups) == 1:
+                self._failed_blocks.update(load.block_ids[depth:])
+            else:
+                self._failed_requests.add(load.request_id)
+        self._loaded(load.request_id)
+
+    def _loaded(self, request_id: str) -> None:
+        self._loading[request_id] -= 1
+        if self._loading[request_id] == 0:
+            del self._loading[request_id]
+            self._received.add(request_id)
 
     # Forgetting.
 

@@ -27,13 +27,16 @@ class Shape:
     dtype: str = "bfloat16"
     # Other weights of the same shape.
     seed: int = 0
+    # Two layers of three look back on so many tokens only; 0: all look back on everything.
+    window: int = 0
 
     @property
     def name(self) -> str:
-        return (
+        plain = (
             f"llama-{self.layers}x{self.hidden}-{self.heads}-{self.kv_heads}"
             f"-{self.positions}-{self.dtype}-{self.seed}"
         )
+        return f"{plain}-w{self.window}" if self.window else plain
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of this many tokens, all layers."""
@@ -42,6 +45,8 @@ class Shape:
 
 
 TINY = Shape()
+# Two layers of full attention and three of windows: three cache groups, of which one has a layer less.
+HYBRID = Shape(layers=5, window=64)
 
 
 def model(models: pathlib.Path, shape: Shape = TINY) -> pathlib.Path:
@@ -116,7 +121,7 @@ def _write_model(folder: pathlib.Path, shape: Shape) -> None:
 
 
 def _config(shape: Shape) -> Dict[str, object]:
-    return {
+    config: Dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.hidden,
@@ -137,6 +142,11 @@ def _config(shape: Shape) -> Dict[str, object]:
         "eos_token_id": 2,
         "torch_dtype": shape.dtype,
     }
+    if shape.window:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        config["sliding_window"] = shape.window
+        config["layer_types"] = [kinds[layer % 3] for layer in range(shape.layers)]
+    return config
 
 
 def _write_tokenizer(folder: pathlib.Path, shape: Shape) -> None:
