@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::event::NodeEvent;
 
-use super::desk::Reply;
+use super::desk::{Health, Reply};
 use super::driver::{Closing, Driver, give};
 use super::hold::sync;
 
@@ -43,7 +43,7 @@ impl Driver {
     }
 
     /// Ends what is still under way, tells the world, and syncs the disk.
-    pub(super) async fn close(mut self) {
+    pub(super) async fn close(mut self, health: &Health) {
         let now = self.now();
         let operations: Vec<_> = self
             .stores
@@ -63,11 +63,12 @@ impl Driver {
             .send_replace(self.sink.publish(vec![NodeEvent::Cleared]));
         self.mover.arena.close();
         let Some(closing) = self.closing.take() else {
-            return;
+            return health.ends_in_order();
         };
         let synced = sync(&self.mover, self.instant(closing.deadline)).await;
         // Whoever hears of the end may open the same directory at once: nothing may hold it any more.
         self.tasks.shutdown().await;
+        health.ends_in_order();
         drop(self);
         give(closing.reply, synced);
     }

@@ -102,8 +102,7 @@ impl Driver {
         loop {
             self.pump();
             if self.is_closed() {
-                health.ends_in_order();
-                return self.close().await;
+                return self.close(&health).await;
             }
             let wake = tokio::time::Instant::from_std(self.wake());
             tokio::select! {

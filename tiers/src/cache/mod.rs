@@ -86,8 +86,9 @@ impl Cache {
     /// [`kvcache_core::ErrorKind::Busy`] when too much is under way,
     /// [`kvcache_core::ErrorKind::Invalid`] for a block that cannot be one and for memory that is not of
     /// a block's size or not registered with the cache's agent,
-    /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown. Blocks that were not kept for want
-    /// of room or time are no error: the report counts them.
+    /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown,
+    /// [`kvcache_core::ErrorKind::Internal`] after a fault of the cache's own, then as of every other
+    /// call. Blocks that were not kept for want of room or time are no error: the report counts them.
     ///
     /// # Cancel safety
     /// Dropping the future stops nothing: the engine's memory must stay as it is until `deadline`.

@@ -82,7 +82,10 @@ async fn a_chain_that_is_here_is_located_without_the_directory() {
 /// cannot be reached do not count. Then through the peer service.
 #[tokio::test]
 async fn own_blocks_peers_and_objects_reach_together_as_far_as_there_is_no_hole() {
-    let node = node().await;
+    let objects = tempfile::tempdir().unwrap();
+    let mut config = named("pod");
+    config.object = cold();
+    let node = Node::open(config, agent("pod", Way::Memcpy, Some(objects.path()))).await;
     let blocks = chain(1, 12);
     node.store(&blocks[..2]).await;
     *node.guide.located.lock().unwrap() = Located {
@@ -106,6 +109,23 @@ async fn own_blocks_peers_and_objects_reach_together_as_far_as_there_is_no_hole(
     assert_eq!(answer.unwrap(), expected);
     // Holders and objects may know more of the sequence than was asked about.
     assert_eq!(locate(&node, &blocks[..4]).await.depth, 4);
+}
+
+/// The index knows of shared objects, and the node of no object store: it cannot bring them, whoever asks it.
+#[tokio::test]
+async fn shared_objects_do_not_count_on_a_node_without_an_object_store() {
+    let node = node().await;
+    let blocks = chain(1, 8);
+    node.store(&blocks[..2]).await;
+    *node.guide.located.lock().unwrap() = Located {
+        holders: vec![holder("peer", 3, Some("127.0.0.1:9"))],
+        shared: vec![0..8],
+    };
+    let reach = locate(&node, &blocks).await;
+    assert_eq!((reach.own, reach.depth), (in_memory(2), 3));
+    assert_eq!(reach.located.shared, []);
+    let answer = service(&node).locate(names(1, 8), PATIENCE).await.unwrap();
+    assert_eq!(answer, reach);
 }
 
 /// A directory that fails, and one that never answers: what this node has is told, in time.

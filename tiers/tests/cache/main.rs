@@ -9,6 +9,7 @@
     reason = "everything here is a test or serves one"
 )]
 
+mod broken;
 mod ending;
 mod fabric;
 mod faults;
