@@ -8,6 +8,8 @@
 
 #include "expect.h"
 
+#define IDENTITY "abababababababababababababababababababababababababababababababab"
+
 enum {
     WAIT_MS = 20000,
     BLOCK_BYTES = 4096,
@@ -134,7 +136,7 @@ static void open_engine(struct engine *engine, const char *pod, const char *inde
     struct kvf_setting settings[] = {
         {"pod", pod},
         {"model", "m"},
-        {"model_identity", "abababababababababababababababababababababababababababababababab"},
+        {"model_identity", IDENTITY},
         {"block_bytes", "4096"},
         {"block_tokens", "4"},
         {"host.bytes", "65536"},
@@ -231,7 +233,8 @@ static void blocks_are_kept_dropped_and_found(void)
 
     /* What is pinned stays when everything else goes. */
     struct kvf_pin pin = {.size = sizeof pin};
-    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, 0, 60000, &task));
+    struct kvf_pin_options keep = {.size = sizeof keep, .ttl_ms = 60000};
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
     EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
     EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &pin));
     EXPECT_STATUS(KVF_OK, kvf_task_free(task));
@@ -242,6 +245,31 @@ static void blocks_are_kept_dropped_and_found(void)
     EXPECT(held(&engine, prefix).depth == pin.depth);
     EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, pin.id, &task));
     finish(task);
+    /* A number that others know beforehand; who lets go of it before it comes has let go of it. */
+    const uint64_t number = UINT64_MAX;
+    keep.id = &number;
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &pin));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT(pin.id == number && pin.depth > 0);
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    EXPECT_STATUS(KVF_INVALID, kvf_task_wait(task, WAIT_MS));
+    EXPECT_TEXT("18446744073709551615");
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    const uint64_t early = 0;
+    keep.id = &early;
+    EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, early, &task));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    struct kvf_pin none = {.size = sizeof none};
+    EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &none));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT(none.id == early && none.depth == 0);
+    EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, number, &task));
+    finish(task);
+
     EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
     EXPECT(removed(task).removed == pin.depth);
     EXPECT(held(&engine, prefix).depth == 0);
@@ -305,6 +333,68 @@ static void names_of_an_engine_name_blocks(void)
     close_engine(&engine);
 }
 
+/* What a scheduler without a node asks its worker's: where blocks are, and to let go of what was kept for it. */
+static void a_scheduler_asks_a_nodes_peer_service(void)
+{
+    struct engine engine = {0};
+    open_engine(&engine, "served", NULL);
+    char address[64] = "";
+    size_t len = 0;
+    EXPECT_STATUS(KVF_OK, kvf_node_peer_address(engine.node, address, sizeof address, &len));
+    unsigned char hashes[3 * 32], packed[256];
+    for (int i = 0; i < 3; i++) {
+        memset(hashes + 32 * i, i + 1, 32);
+    }
+    EXPECT_STATUS(KVF_OK, kvf_names_pack_hashes("root", 4, hashes, 32, 2, packed, sizeof packed, &len));
+    kvf_prefix *prefix = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create_from_names(engine.node, packed, len, NULL, &prefix));
+    const uint32_t numbers[2] = {0, 1};
+    store(&engine, prefix, numbers, 2);
+
+    kvf_service *service = NULL;
+    kvf_task *task = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_service_connect(address, &service));
+    EXPECT_STATUS(KVF_OK, kvf_names_pack_hashes("root", 4, hashes, 32, 3, packed, sizeof packed, &len));
+    EXPECT_STATUS(KVF_OK, kvf_service_locate(service, packed, len, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    struct kvf_reach reach = {.size = sizeof reach};
+    EXPECT_STATUS(KVF_OK, kvf_task_reach(task, &reach));
+    EXPECT(reach.depth == 2 && reach.own == 2 && reach.host == 2);
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT_STATUS(KVF_OK, kvf_service_locate(service, packed, len - 1, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_INVALID, kvf_task_wait(task, WAIT_MS));
+    EXPECT_TEXT("names of blocks");
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+
+    const uint64_t number = 4711;
+    struct kvf_pin_options keep = {.size = sizeof keep, .id = &number, .ttl_ms = 60000};
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
+    EXPECT(removed(task).kept == 2);
+    static const char stranger[] = "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd";
+    EXPECT_STATUS(KVF_OK, kvf_service_unpin(service, number, stranger, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_DENIED, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT_STATUS(KVF_OK, kvf_service_unpin(service, number, IDENTITY, WAIT_MS, &task));
+    /* The task keeps its connection. */
+    EXPECT_STATUS(KVF_OK, kvf_service_free(service));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
+    EXPECT(removed(task).removed == 2);
+
+    task = UNTOUCHED(kvf_task);
+    service = UNTOUCHED(kvf_service);
+    EXPECT_STATUS(KVF_INVALID, kvf_service_connect("two words", &service));
+    EXPECT_STATUS(KVF_INVALID, kvf_service_connect(NULL, &service));
+    EXPECT_STATUS(KVF_INVALID, kvf_service_unpin(NULL, number, IDENTITY, 0, &task));
+    EXPECT(service == UNTOUCHED(kvf_service) && task == UNTOUCHED(kvf_task));
+    EXPECT_STATUS(KVF_OK, kvf_service_free(NULL));
+    EXPECT_STATUS(KVF_INVALID, kvf_names_pack_hashes("root", 4, hashes, 0, 2, packed, sizeof packed, &len));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
+    close_engine(&engine);
+}
+
 /* Asks until the index, which follows its pods at its own pace, knows so many blocks of one pod. */
 static int is_found(kvf_index *index, const uint64_t *keys, const uint32_t *tokens, size_t blocks, uint32_t tier)
 {
@@ -363,13 +453,97 @@ static void an_index_hears_of_the_node_and_of_its_engine(const char *address)
     close_engine(&engine);
 }
 
+/* How many blocks of a prompt the index knows of for one owner; it follows at its own pace, so this asks until it is `wanted`. */
+static uint32_t depth_of(kvf_index *index, const uint32_t *tokens, const char *lora, const char *salt, uint32_t wanted)
+{
+    struct kvf_lookup_options options = {.size = sizeof options, .lora = lora, .cache_salt = salt};
+    uint32_t depth = UINT32_MAX;
+    for (int i = 0; i < LOOKUPS_MAX && depth != wanted; i++) {
+        struct kvf_pod_depth pod = {0};
+        struct kvf_lookup_summary summary = {0};
+        if (kvf_index_lookup(index, tokens, 2 * BLOCK_TOKENS, &options, &pod, 1, &summary) != KVF_OK) {
+            return UINT32_MAX;
+        }
+        depth = pod.depth;
+    }
+    return depth;
+}
+
+/* An engine that has no node: its blocks are found for their owner, and for nobody else. */
+static void an_engine_publishes_without_a_node(const char *address)
+{
+    struct kvf_publisher_options options = {
+        .size = sizeof options, .index = address, .pod = "bare", .model = "m", .block_tokens = BLOCK_TOKENS};
+    kvf_publisher *publisher = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_publisher_open(&options, &publisher));
+    kvf_index *index = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_index_connect(address, WAIT_MS, &index));
+    const uint32_t tokens[2 * BLOCK_TOKENS] = {9, 8, 7, 6, 5, 4, 3, 2};
+    const uint64_t hashes[2] = {21, 22};
+    struct kvf_namespace owner = {.size = sizeof owner, .lora = "adapter", .cache_salt = "tenant"};
+    struct kvf_stored_event first = {
+        .size = sizeof first, .hashes = hashes, .count = 1, .tokens = tokens, .token_count = BLOCK_TOKENS, .owner = &owner};
+    struct kvf_stored_event second = first;
+    second.hashes = &hashes[1];
+    second.parent = &hashes[0];
+    second.tokens = tokens + BLOCK_TOKENS;
+    EXPECT_STATUS(KVF_OK, kvf_publisher_stored(publisher, &first));
+    EXPECT_STATUS(KVF_OK, kvf_publisher_stored(publisher, &second));
+    EXPECT(depth_of(index, tokens, "adapter", "tenant", 2) == 2);
+    EXPECT(depth_of(index, tokens, "adapter", NULL, 0) == 0);
+    EXPECT(depth_of(index, tokens, NULL, "tenant", 0) == 0);
+    EXPECT(depth_of(index, tokens, NULL, NULL, 0) == 0);
+    EXPECT_STATUS(KVF_OK, kvf_publisher_removed(publisher, &hashes[1], 1, KVF_TIER_DEVICE));
+    EXPECT(depth_of(index, tokens, "adapter", "tenant", 1) == 1);
+
+    /* A program that was built before owners were known sends a smaller structure, of the base model. */
+    const uint64_t plain[1] = {31};
+    struct kvf_stored_event old = {
+        .size = offsetof(struct kvf_stored_event, owner), .hashes = plain, .count = 1, .tokens = tokens,
+        .token_count = BLOCK_TOKENS, .owner = &owner};
+    EXPECT_STATUS(KVF_OK, kvf_publisher_stored(publisher, &old));
+    EXPECT(depth_of(index, tokens, NULL, NULL, 1) == 1);
+    EXPECT_STATUS(KVF_OK, kvf_publisher_cleared(publisher));
+    EXPECT(depth_of(index, tokens, "adapter", "tenant", 0) == 0);
+    EXPECT(depth_of(index, tokens, NULL, NULL, 0) == 0);
+
+    char endless[2000];
+    memset(endless, 'x', sizeof endless - 1);
+    endless[sizeof endless - 1] = '\0';
+    owner.cache_salt = endless;
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_stored(publisher, &first));
+    EXPECT_TEXT("cache_salt is 1999 bytes");
+    first.token_count = 1;
+    owner.cache_salt = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_stored(publisher, &first));
+    EXPECT_TEXT("kvf_stored_event.token_count");
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_removed(publisher, hashes, 1, 7));
+    EXPECT_STATUS(KVF_OK, kvf_publisher_free(publisher));
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_cleared(publisher));
+    EXPECT_STATUS(KVF_OK, kvf_publisher_free(NULL));
+
+    publisher = UNTOUCHED(kvf_publisher);
+    options.index = "127.0.0.1:1";
+    EXPECT_STATUS(KVF_PEER_LOST, kvf_publisher_open(&options, &publisher));
+    options.key_scheme = "md5";
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_open(&options, &publisher));
+    EXPECT_TEXT("md5");
+    options.pod = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_open(&options, &publisher));
+    EXPECT_TEXT("kvf_publisher_options.pod is null");
+    EXPECT(publisher == UNTOUCHED(kvf_publisher));
+    EXPECT_STATUS(KVF_OK, kvf_index_free(index));
+}
+
 int main(int argc, char **argv)
 {
     transfers_from_prepared_lists();
     blocks_are_kept_dropped_and_found();
     names_of_an_engine_name_blocks();
+    a_scheduler_asks_a_nodes_peer_service();
     if (argc > 1) {
         an_index_hears_of_the_node_and_of_its_engine(argv[1]);
+        an_engine_publishes_without_a_node(argv[1]);
     }
     printf("functions: %d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;

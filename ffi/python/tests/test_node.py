@@ -397,6 +397,23 @@ def test_pinned_blocks_stay_until_they_are_let_go(node, pool):
         node.pin(one, first=9)
 
 
+def test_a_pin_has_the_number_that_it_is_given(node, pool):
+    one = stored(node, pool)
+    number = (1 << 64) - 17
+    pin = node.pin(one, id=number, ttl=TIMEOUT).wait(TIMEOUT)
+    assert pin == (number, 8)
+    with pytest.raises(kvfabric.InvalidError, match=str(number)):
+        node.pin(one, id=number).wait(TIMEOUT)
+    assert node.clear().wait(TIMEOUT) == (0, 8)
+    node.unpin(number).wait(TIMEOUT)
+    # Let go of before it comes.
+    node.unpin(0).wait(TIMEOUT)
+    assert node.pin(one, id=0).wait(TIMEOUT) == (0, 0)
+    assert node.clear().wait(TIMEOUT) == (8, 0)
+    with pytest.raises(OverflowError):
+        node.pin(one, id=1 << 64)
+
+
 def test_another_node_lets_go_of_a_pin(node, pool):
     one = stored(node, pool)
     stranger = hashlib.sha256(b"other weights").hexdigest()

@@ -429,8 +429,7 @@ class Node:
 
     def prefix_of(self, names: bytes, *, adapter_identity: Optional[bytes] = None) -> Prefix:
         """The blocks that an engine names by its own hashes: what `NameChain.pack` or `pack_hashes`
-        made.
-        `adapter_identity` is 32 bytes that stand for the adapter's weights. The names must be of
+        made. `adapter_identity` is 32 bytes that stand for the adapter's weights. The names must be of
         the node's `[engine]`, and only hashes that cannot collide or change from run to run are
         taken: else `InvalidError` or `UnsupportedError`.
         """
@@ -475,9 +474,15 @@ class Node:
     def held(self, prefix: Prefix) -> Operation[Held]:
         """How many blocks from the first this node's own tiers hold."""
 
-    def pin(self, prefix: Prefix, *, first: int = 0, ttl: float = 30.0) -> Operation[Pin]:
+    def pin(
+        self, prefix: Prefix, *, first: int = 0, ttl: float = 30.0, id: Optional[int] = None
+    ) -> Operation[Pin]:
         """Keeps blocks of this node, from position `first` of `prefix` on, in host memory until
         `unpin`, at most `ttl` seconds.
+
+        `id` is the pin's number, below 2^64; without it the node draws one. Whoever is told it
+        beforehand may `unpin` the blocks, even before they are pinned: the depth is 0 then. Draw it
+        at random, and use it once; `InvalidError` for the number of a pin that is in force.
         """
 
     def unpin(
@@ -506,8 +511,10 @@ class Node:
         """The tiers' counters and levels, by name; docs/metrics.md explains each."""
 
     def shutdown(self, deadline: float = 10.0) -> None:
-        """Stops leasing, withdraws what was announced, writes out what is on its way to the
-        disk. Everything asked afterwards fails with `CancelledError`; doing it twice is fine.
+        """Stops leasing, withdraws what was announced, and writes down to the disk what only host
+        memory has, the most recently used blocks first, as far as there is room and `deadline`
+        seconds allow: what a restart finds again. `DeadlineError` when not all of it was written.
+        Everything asked afterwards fails with `CancelledError`; doing it twice is fine.
         """
 
 @final
