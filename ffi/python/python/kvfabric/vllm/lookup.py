@@ -15,8 +15,9 @@ from .metadata import Sources
 
 # Nodes of other engines to which connections are kept.
 PEERS_MAX = 1024
-# A prefill engine whose blocks are not all there yet is asked again after so long, in seconds.
-RETRY_SECONDS = 0.01
+# A prefill engine whose blocks are not all there yet is asked again after so long, in seconds: soon,
+# because stores mostly take a few milliseconds, and then less and less often.
+RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.002, 0.032
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class _RankLookup:
         self._promised = min(handoff.depth, blocks) if handoff else 0
         self._held = 0
         self._ask_at = 0.0
+        self._pause = RETRY_SECONDS_MIN
 
     def poll(self) -> Answer | None:
         own = self._own.poll()
@@ -143,7 +145,8 @@ class _RankLookup:
         if self._remote.pending:
             return False
         self._remote = None
-        self._ask_at = time.monotonic() + RETRY_SECONDS
+        self._ask_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, RETRY_SECONDS_MAX)
         if reach is None:
             return True
         self._held = reach.own
