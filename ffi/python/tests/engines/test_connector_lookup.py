@@ -1,5 +1,8 @@
-"""Where blocks are: the scheduler's questions, asked of real nodes without an engine."""
+"""Where blocks are, and that they are not needed any more: what the scheduler tells nodes, without an
+engine.
+"""
 
+import dataclasses
 import socket
 import time
 from typing import Any, Callable, Iterator, List
@@ -7,8 +10,10 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 import kvfabric
-from kvfabric.vllm.handoff import Handoff
+from kvfabric.vllm.handoff import Handoff, new_pin
 from kvfabric.vllm.lookup import PEERS_MAX, Answer, Lookup, Peers
+from kvfabric.vllm.releases import Releases
+from kvfabric.vllm.stats import ConnectorStats
 
 TOKENS, BLOCK_BYTES, BLOCKS = 4, 4096, 6
 IDENTITY = "ab" * 32
@@ -202,3 +207,34 @@ def test_connections_to_peers_are_bounded():
     peers.at(f"127.0.0.1:{PEERS_MAX + 1}")
     assert peers.at("127.0.0.1:1") is first
     assert peers.at("127.0.0.1:2") is second
+
+
+def test_every_rank_is_told_that_its_blocks_were_fetched(rank):
+    """Two ranks that keep blocks under the number that their scheduler chose, and one between them
+    that is gone: that one is counted.
+    """
+    ranks, pin = [rank("p"), rank("p/rank2")], new_pin()
+    for one in ranks:
+        one.store(names(), BLOCKS)
+        one.node.pin(one.node.prefix_of(names()), ttl=600.0, id=pin).wait()
+        assert one.node.stats()["pinned_blocks"] == BLOCKS
+    stats = ConnectorStats()
+    releases = Releases(Peers(PATIENCE), PATIENCE, stats)
+    addresses = (ranks[0].address, nobody(), ranks[1].address)
+    releases.send(dataclasses.replace(promise(nobody()), addresses=addresses, pin=pin))
+    deadline = time.monotonic() + PATIENCE
+    while any(one.node.stats()["pinned_blocks"] for one in ranks) or stats.is_empty():
+        assert time.monotonic() < deadline, "blocks are still kept, or a rank was not counted"
+        releases.poll()
+    assert stats.data == {"releases_failed": 1}
+
+
+def test_blocks_that_were_fetched_before_they_were_kept_are_not_kept(rank):
+    """The decode engine is done before the prefill engine's worker has asked for the pin."""
+    prefill, pin = rank("prefill"), new_pin()
+    prefill.store(names(), BLOCKS)
+    service = kvfabric.PeerService(prefill.address, deadline=PATIENCE)
+    service.unpin(pin, IDENTITY).wait()
+    pinned = prefill.node.pin(prefill.node.prefix_of(names()), ttl=600.0, id=pin).wait()
+    assert pinned.depth == 0
+    assert prefill.node.stats()["pinned_blocks"] == 0
