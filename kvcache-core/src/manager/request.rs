@@ -155,6 +155,9 @@ pub struct Held {
     pub host: u32,
     /// For how many of them disk is the fastest tier.
     pub disk: u32,
+    /// How many blocks, from the first, are here or on their way into DRAM: being copied, or waiting for a slot. Never
+    /// less than `depth`.
+    pub expected: u32,
     /// How many further blocks, or so many of these, this node knows to be in the object store, from the first.
     pub shared_depth: u32,
 }

@@ -509,9 +509,40 @@ fn blocks_recovered_from_disk_are_announced_and_served() {
         Held {
             depth: 2,
             disk: 2,
+            expected: 2,
             ..Held::default()
         }
     );
+}
+
+/// Six blocks are being copied; then others wait for slots behind them. A copy that failed brings nothing.
+#[test]
+fn what_stores_are_bringing_is_expected() {
+    let limits = Limits {
+        disk_segments: 3,
+        disk_segment_slots: 8,
+        ..small()
+    };
+    let mut world = world(limits);
+    let (first, second) = (chain(0, 6), chain(4, 7));
+    let depths = |world: &World, blocks: &[BlockInfo]| {
+        let held = world.manager.lookup(&keys(blocks));
+        (held.depth, held.expected)
+    };
+    world.store(&first, SECOND).expect("admitted");
+    assert_eq!(depths(&world, &chain(0, 7)), (0, 6));
+    world.store(&second, SECOND).expect("admitted");
+    assert_eq!(depths(&world, &second), (0, 7), "some wait for slots");
+    assert_eq!(depths(&world, &second[..2]), (0, 2));
+    run(&mut world);
+    assert_eq!(depths(&world, &second), (7, 7));
+    world.finish();
+
+    let mut world = self::world(small());
+    world.store(&first[..2], SECOND).expect("admitted");
+    world.execute(0, &[Fault::None, Fault::Fails(ErrorKind::Io)]);
+    assert_eq!(depths(&world, &first[..2]), (1, 1));
+    world.finish();
 }
 
 /// A block is found corrupt while it is being written to disk, and stored anew with other bytes before that ends.

@@ -839,6 +839,9 @@ pub struct LocateResponse {
     /// Which blocks, by position, tiers hold that every pod can reach: ascending, apart from each other.
     #[prost(message, repeated, tag = "6")]
     pub shared: ::prost::alloc::vec::Vec<LocatedRange>,
+    /// How many blocks, from the first, are in this node's own tiers or being stored there now.
+    #[prost(uint32, tag = "7")]
+    pub own_expected: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LocatedHolder {

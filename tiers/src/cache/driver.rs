@@ -240,6 +240,7 @@ impl Driver {
                     depth: held.depth,
                     host: held.host,
                     disk: held.disk,
+                    expected: held.expected,
                 };
                 give(reply, Ok(depth));
             }

@@ -57,6 +57,7 @@ fn in_memory(depth: u32) -> HeldDepth {
         depth,
         host: depth,
         disk: 0,
+        expected: depth,
     }
 }
 
@@ -126,6 +127,21 @@ async fn shared_objects_do_not_count_on_a_node_without_an_object_store() {
     assert_eq!(reach.located.shared, []);
     let answer = service(&node).locate(names(1, 8), PATIENCE).await.unwrap();
     assert_eq!(answer, reach);
+}
+
+/// Asked in the same moment in which three of five blocks are given to the node.
+#[tokio::test]
+async fn blocks_that_a_store_is_bringing_are_expected() {
+    let node = node().await;
+    let blocks = chain(1, 5);
+    let deadline = Instant::now() + PATIENCE;
+    let located = node.cache.locate(&blocks, deadline);
+    let (report, reach) = tokio::join!(node.store_at(&blocks[..3], 0), located);
+    assert_eq!(report.stored, 3);
+    let own = reach.unwrap().own;
+    assert_eq!((own.depth, own.expected), (0, 3));
+    let reach = service(&node).locate(names(1, 5), PATIENCE).await.unwrap();
+    assert_eq!(reach.own, in_memory(3));
 }
 
 /// A directory that fails, and one that never answers: what this node has is told, in time.
