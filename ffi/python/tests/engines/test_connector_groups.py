@@ -26,6 +26,8 @@ STORED = GROUPS * sum(tokens // BLOCK_TOKENS for _, tokens in PROMPTS)
 FORGOTTEN, HANDED = [205, 300], [206, 300]
 WIDE = [[seed, 400] for seed in (211, 212, 213, 214)]
 LONG_TOKENS = 60
+# Steps of the engine before its requests are aborted.
+ABORTED_AFTER = [1, 2, 3, 5, 9, 20]
 
 
 def needed(blocks: int) -> int:
@@ -83,7 +85,7 @@ def same_as(plain: Dict[str, List[int]], said: Any, prompts: Any = PROMPTS) -> b
 
 def test_every_groups_blocks_come_back_and_a_missing_one_shortens_the_hit(run, plain):
     """Offload, a reset of the engine's own cache, and hits; then one block of one group is taken
-    away, and in the end what all windows of the prompt need.
+    away, and in the end what all windows of the prompt need. The engine's pool is shared memory.
     """
     count, blocks = len(PROMPTS), FORGOTTEN[1] // BLOCK_TOKENS
     said = run(
@@ -93,6 +95,7 @@ def test_every_groups_blocks_come_back_and_a_missing_one_shortens_the_hit(run, p
             ["reset"],
             *completions(),
             ["counters"],
+            ["pool"],
             ["complete", *FORGOTTEN],
             ["forget", *FORGOTTEN, 1, blocks - 2],
             ["reset"],
@@ -104,7 +107,7 @@ def test_every_groups_blocks_come_back_and_a_missing_one_shortens_the_hit(run, p
             ["reset"],
             ["complete", *FORGOTTEN],
         ],
-        connector=settings(),
+        connector=settings(shared_pool=True),
     )
     assert same_as(plain, said[:count])
     assert said[count]["stored_blocks"] == STORED
@@ -114,7 +117,9 @@ def test_every_groups_blocks_come_back_and_a_missing_one_shortens_the_hit(run, p
     counted = said[2 * count + 2]
     assert counted["fetched_blocks_dram"] == sum(needed(most) for most in CLAIMABLE)
     assert "fetches_failed" not in counted
-    rest = said[2 * count + 3 :]
+    pool = said[2 * count + 3]
+    assert pool["permissions"] == "rw-s" and pool["file"].startswith("/memfd:kvfabric"), pool
+    rest = said[2 * count + 4 :]
     answers = [one for one in rest if one["step"] == "complete"]
     assert same_as(plain, answers, [FORGOTTEN] * len(answers))
     assert [one["removed"] for one in rest if one["step"] == "forget"][:2] == [1, 1]
@@ -125,7 +130,8 @@ def test_every_groups_blocks_come_back_and_a_missing_one_shortens_the_hit(run, p
 
 def test_chunks_preemptions_and_windows_given_up_never_mix_blocks(run, plain):
     """A pool too small for four long prompts, computed in chunks: the engine gives up blocks of
-    windows at once and preempts, while stores go on; all that was stored is right afterwards.
+    windows at once and preempts, while stores go on; all that was stored is right afterwards, and
+    aborted requests leave nothing behind.
     """
     engine = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 44}
     said = run(
@@ -137,6 +143,11 @@ def test_chunks_preemptions_and_windows_given_up_never_mix_blocks(run, plain):
             ["reset"],
             ["together", WIDE, LONG_TOKENS],
             ["counters"],
+            ["reset"],
+            *[["abort", WIDE, steps] for steps in ABORTED_AFTER],
+            ["reset"],
+            *completions(WIDE[:1]),
+            ["tiers"],
         ],
         connector=settings(offload="all"),
         engine=engine,
@@ -149,6 +160,12 @@ def test_chunks_preemptions_and_windows_given_up_never_mix_blocks(run, plain):
     assert said[3]["tokens"] == plain[json.dumps(WIDE[0])][:8]
     assert said[6]["fetched_blocks_dram"] > 0
     assert "fetches_failed" not in said[6]
+    # Nothing is left of what was aborted while blocks were looked up, fetched and stored.
+    nothing = {"step": "abort", "used": 0, "tracked": 0, "held": 0}
+    assert said[8 : 8 + len(ABORTED_AFTER)] == [nothing] * len(ABORTED_AFTER)
+    assert said[-2]["tokens"] == plain[json.dumps(WIDE[0])][:8]
+    tiers = said[-1]
+    assert tiers["pins"] == tiers["leases"] == 0
 
 
 def transfer(role: str) -> Dict[str, Any]:

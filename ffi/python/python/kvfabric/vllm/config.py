@@ -78,6 +78,8 @@ class ConnectorConfig:
     # How long a prefill engine keeps blocks for a decode engine that does not fetch them, in
     # seconds.
     pin_ttl_s: float = 30.0
+    # The engine's pool is shared memory, which the node maps by itself.
+    shared_pool: bool = False
     # How long shutting down may take.
     shutdown_deadline_ms: int = 3_000
 

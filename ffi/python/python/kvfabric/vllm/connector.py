@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -71,6 +72,10 @@ class KvFabricConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     # Worker.
+
+    def get_mem_pool_context(self) -> AbstractContextManager | None:
+        """Where the engine allocates its pool; None for wherever it likes."""
+        return self._at_worker.pool_context()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learns where the engine's memory is, and refuses what cannot be shared."""

@@ -21,6 +21,7 @@ from .engine import EngineFacts, model_identity, node_config
 from .layout import PageLayout
 from .metadata import Handshake, Load, StepMetadata, Store, WorkerMetadata
 from .pins import Pins
+from .shared_pool import SharedPool, file_of
 from .stats import ConnectorStats
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class WorkerSide:
         self._pages: kvfabric.Pages | None = None
         self._region: kvfabric.Region | None = None
         self._layout: PageLayout | None = None
+        self._pool_file: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._identity = ""
         self._block_bytes = 0
@@ -88,6 +90,10 @@ class WorkerSide:
         self.stats = ConnectorStats()
         self._pins = Pins(config.pin_ttl_s, self.stats)
 
+    def pool_context(self) -> SharedPool | None:
+        """Where the engine allocates its pool; None for wherever it likes."""
+        return SharedPool() if self._config.shared_pool else None
+
     def register(self, cache: KVCacheConfig, tensors: dict[str, torch.Tensor]) -> None:
         """Reads where the engine's blocks are, and what identifies them.
 
@@ -97,6 +103,8 @@ class WorkerSide:
         self._layout = PageLayout.of(cache, tensors)
         # They keep the allocation alive for as long as the node may move its bytes.
         self._tensors = dict(tensors)
+        if self._config.shared_pool:
+            self._pool_file = file_of(self._layout.address, self._layout.length)
         layers = [name for group in cache.kv_cache_groups for name in group.layer_names]
         backends = [
             backend.full_cls_name() for backend in get_current_attn_backends(self._engine, layers)
@@ -134,9 +142,12 @@ class WorkerSide:
                 layers=layout.layers,
             )
         )
-        region = node.agent.register_address(
-            layout.address, layout.length, readable=False, writable=False, keep=self._tensors
-        )
+        if self._pool_file is not None:
+            region = node.agent.register_file(self._pool_file, readable=False)
+        else:
+            region = node.agent.register_address(
+                layout.address, layout.length, readable=False, writable=False, keep=self._tensors
+            )
         self._region = region
         self._pages = node.pages(
             [(region, span.offset, span.stride, span.length) for span in layout.spans],
