@@ -86,6 +86,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
+mod uses;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -461,23 +462,6 @@ impl Manager {
             let waits_in_vain = self.wanted.is_empty() || self.slots.vacant() == 0;
             if self.work.is_empty() && self.to_plan.is_empty() && waits_in_vain {
                 return;
-            }
-        }
-    }
-
-    /// The number of a use that happens now.
-    fn tick(&mut self) -> u64 {
-        self.uses += 1;
-        self.uses
-    }
-
-    /// These blocks of one sequence, in its order, are used together: among them the last is the first to go.
-    fn touch(&mut self, chain: &[BlockKey]) {
-        self.evictor.touch(chain);
-        for key in chain.iter().rev() {
-            let used = self.tick();
-            if let Some(block) = self.table.get_mut(key) {
-                block.used = used;
             }
         }
     }
