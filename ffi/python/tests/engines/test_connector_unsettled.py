@@ -1,5 +1,5 @@
-"""A fetch whose time is over while its peer has not sent what it was asked for: the connector's half
-in a worker, with a real pool, and a real node of another process behind TCP.
+"""A fetch whose time is over while its peer has not sent what it was asked for: the connector's
+half in a worker, with a real pool, and a real node of another process behind TCP.
 
 TCP never leaves memory that may still be written to: what comes late is thrown away. Fabrics that
 do leave some are stood in for by an operation of that kind.

@@ -82,7 +82,8 @@ def test_groups_follow_from_the_layers(engine):
     """Two layers of full attention and three of windows, which vLLM parts into three groups."""
     window, whole = sliding(64), full()
     groups = groups_of(pool(engine, window, whole, window, window, whole))
-    assert groups == Groups(TOKENS, (CacheGroup(0, window=64), CacheGroup(1, window=64), CacheGroup(2)))
+    windows = (CacheGroup(0, window=64), CacheGroup(1, window=64))
+    assert groups == Groups(TOKENS, (*windows, CacheGroup(2)))
     # Routers know the blocks of the group that keeps whole prefixes.
     assert groups.first == 2
     assert [group.number for group in groups.others] == [0, 1]

@@ -48,7 +48,9 @@ class Hit:
             return 0
         return min(kept, self.depth)
 
-    def sources_of_others(self, wanted: Sequence[tuple[int, int]]) -> tuple[int, tuple[Sources, ...]]:
+    def sources_of_others(
+        self, wanted: Sequence[tuple[int, int]]
+    ) -> tuple[int, tuple[Sources, ...]]:
         """Where `wanted` blocks of the other groups are, by rank, and the position of the first of
         them among what was asked for. The sources are empty when something else was asked for.
         """

@@ -6,10 +6,10 @@
       "kv_connector_module_path": "kvfabric.vllm.nixl",
       "kv_role": "kv_producer", "kv_buffer_device": "cpu"}'
 
-It is vLLM's NixlConnector in all else, and has its name because vLLM knows that. Peers on this host then map the pool and read it in one copy, where
-they would otherwise need the kernel's leave to copy from process to process, which containers often
-lack, or take the way over TCP. With the real NIXL the pool is shared memory that NIXL makes nothing
-of.
+It is vLLM's NixlConnector in all else, and has its name because vLLM knows that. Peers on this host
+then map the pool and read it in one copy, where they would otherwise need the kernel's leave to
+copy from process to process, which containers often lack, or take the way over TCP. With the real
+NIXL the pool is shared memory that NIXL makes nothing of.
 """
 
 from __future__ import annotations
