@@ -1,6 +1,6 @@
 /*
- * What the library does when it is used as meant, beyond what the examples show: `functions [INDEX]`, where INDEX is the
- * "HOST:PORT" of an index without pods.
+ * What the library does when it is used as meant, beyond what the examples show: `functions [INDEX | FOLDER]`, where INDEX is
+ * the "HOST:PORT" of an index without pods, and FOLDER an empty folder for a disk.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <poll.h>
@@ -129,10 +129,12 @@ struct engine {
     unsigned char *pool;
 };
 
-static void open_engine(struct engine *engine, const char *pod, const char *index)
+/* With a disk in `folder`, or an index, or neither. */
+static void open_engine_on(struct engine *engine, const char *pod, const char *index, const char *folder)
 {
     char address[128] = "";
     snprintf(address, sizeof address, "http://%s", index == NULL ? "" : index);
+    const struct kvf_setting disk[] = {{"disk.path", folder}, {"disk.bytes", "1048576"}, {"disk.segment_bytes", "131072"}};
     struct kvf_setting settings[] = {
         {"pod", pod},
         {"model", "m"},
@@ -142,9 +144,16 @@ static void open_engine(struct engine *engine, const char *pod, const char *inde
         {"host.bytes", "65536"},
         {"engine.name", "test/1"},
         {"engine.hash", "sha256"},
-        {"index.address", address},
+        {"", ""}, {"", ""}, {"", ""},
     };
-    size_t count = sizeof settings / sizeof *settings - (index == NULL);
+    size_t count = sizeof settings / sizeof *settings - 3;
+    if (index != NULL) {
+        settings[count++] = (struct kvf_setting){"index.address", address};
+    }
+    if (folder != NULL) {
+        memcpy(settings + count, disk, sizeof disk);
+        count += 3;
+    }
     struct kvf_node_options options = {.size = sizeof options, .settings = settings, .setting_count = count};
     EXPECT_STATUS(KVF_OK, kvf_node_open(&options, &engine->node));
     EXPECT_STATUS(KVF_OK, kvf_node_agent(engine->node, &engine->agent));
@@ -153,6 +162,11 @@ static void open_engine(struct engine *engine, const char *pod, const char *inde
     struct kvf_segment segment = {.stride = BLOCK_BYTES, .len = BLOCK_BYTES};
     EXPECT_STATUS(KVF_OK, kvf_region_id(engine->region, &segment.region));
     EXPECT_STATUS(KVF_OK, kvf_pages_create(engine->node, &segment, 1, BLOCKS, &engine->pages));
+}
+
+static void open_engine(struct engine *engine, const char *pod, const char *index)
+{
+    open_engine_on(engine, pod, index, NULL);
 }
 
 static void close_engine(struct engine *engine)
@@ -289,6 +303,36 @@ static void blocks_are_kept_dropped_and_found(void)
     EXPECT(stored == 4);
     EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
     close_engine(&engine);
+}
+
+/* Host memory has room to spare, so that only the shutdown writes to the disk. */
+static void a_restart_finds_what_only_host_memory_had(const char *folder)
+{
+    struct engine engine = {0};
+    const uint32_t tokens[4 * BLOCK_TOKENS] = {7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10};
+    const uint32_t numbers[4] = {0, 1, 2, 3};
+    for (int run = 0; run < 2; run++) {
+        open_engine_on(&engine, "again", NULL, folder);
+        kvf_prefix *prefix = NULL;
+        EXPECT_STATUS(KVF_OK, kvf_prefix_create(engine.node, NULL, &prefix));
+        EXPECT_STATUS(KVF_OK, kvf_prefix_extend(prefix, tokens, 4 * BLOCK_TOKENS, NULL));
+        struct kvf_held there = held(&engine, prefix);
+        EXPECT(there.host == 0 && there.disk == (run == 0 ? 0u : 4u));
+        if (run == 0) {
+            memset(engine.pool, 'k', 4 * BLOCK_BYTES);
+            store(&engine, prefix, numbers, 4);
+        } else {
+            kvf_task *task = NULL;
+            struct kvf_fetch_report report = {.size = sizeof report};
+            EXPECT_STATUS(KVF_OK, kvf_node_fetch(engine.node, prefix, 0, engine.pages, numbers, 4, NULL, &task));
+            EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+            EXPECT_STATUS(KVF_OK, kvf_task_fetch_report(task, &report));
+            EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+            EXPECT(report.depth == 4 && engine.pool[0] == 'k' && engine.pool[4 * BLOCK_BYTES - 1] == 'k');
+        }
+        EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
+        close_engine(&engine);
+    }
 }
 
 /* What an engine's scheduler packs, a worker's node stores and fetches under. */
@@ -541,7 +585,9 @@ int main(int argc, char **argv)
     blocks_are_kept_dropped_and_found();
     names_of_an_engine_name_blocks();
     a_scheduler_asks_a_nodes_peer_service();
-    if (argc > 1) {
+    if (argc > 1 && strchr(argv[1], '/') != NULL) {
+        a_restart_finds_what_only_host_memory_had(argv[1]);
+    } else if (argc > 1) {
         an_index_hears_of_the_node_and_of_its_engine(argv[1]);
         an_engine_publishes_without_a_node(argv[1]);
     }

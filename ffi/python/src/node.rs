@@ -285,7 +285,11 @@ impl Node {
     ) -> PyResult<Operation> {
         let _call = enter(self.core.life())?;
         let (prefix, ttl) = (self.own(prefix)?, parse_timeout(ttl)?);
-        let operation = py.detach(|| self.core.node.pin(&prefix.lock(), first, ttl, id.map(PinId)));
+        let operation = py.detach(|| {
+            self.core
+                .node
+                .pin(&prefix.lock(), first, ttl, id.map(PinId))
+        });
         let operation = operation.map_err(to_python)?;
         Ok(Operation::plain(self.core.life(), operation, reports::pin))
     }
