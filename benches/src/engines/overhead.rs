@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric::transfer::{HostMemory, RegionOptions};
+use kvfabric::transfer::{HostMemory, Region, RegionOptions};
 use kvfabric::{AttachedNode, Located, Namespace, NodeConfig, Pages, Segment};
 
 use super::external::Figure;
@@ -40,6 +40,8 @@ const CONFIG: &str = r#"
 pub(super) struct Calls {
     node: AttachedNode,
     pages: Pages,
+    /// The pages' memory.
+    _region: Region,
     /// Prompts that no call has had yet.
     next: u32,
 }
@@ -62,6 +64,7 @@ impl Calls {
         Ok(Self {
             node,
             pages,
+            _region: region,
             next: 0,
         })
     }
