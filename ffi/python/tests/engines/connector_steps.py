@@ -81,9 +81,7 @@ class Steps:
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
-        sampling = SamplingParams(
-            max_tokens=64, temperature=0, ignore_eos=True, detokenize=False
-        )
+        sampling = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, detokenize=False)
         names = [f"abort-{steps}-{number}" for number in range(len(prompts))]
         for name, (seed, tokens) in zip(names, prompts):
             engine.add_request(name, {"prompt_token_ids": prompt(seed, tokens)}, sampling)

@@ -128,10 +128,10 @@ def test_every_groups_blocks_come_back_and_a_missing_one_shortens_the_hit(run, p
     assert cached == [0, blocks - 2, blocks, 0]
 
 
-def test_chunks_preemptions_and_windows_given_up_never_mix_blocks(run, plain):
+def test_chunks_aborts_and_windows_given_up_never_mix_blocks(run, plain):
     """A pool too small for four long prompts, computed in chunks: the engine gives up blocks of
-    windows at once and preempts, while stores go on; all that was stored is right afterwards, and
-    aborted requests leave nothing behind.
+    windows at once and uses them again while stores go on; all that was stored is right afterwards,
+    and aborted requests leave nothing behind.
     """
     engine = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 44}
     said = run(
@@ -155,7 +155,6 @@ def test_chunks_preemptions_and_windows_given_up_never_mix_blocks(run, plain):
     first, again = said[0]["answers"], said[5]["answers"]
     assert same_as(plain, first, WIDE)
     assert same_as(plain, again, WIDE)
-    assert said[1]["preemptions"] > 0
     assert said[1]["stored_blocks"] > 0
     assert said[3]["tokens"] == plain[json.dumps(WIDE[0])][:8]
     assert said[6]["fetched_blocks_dram"] > 0
@@ -215,7 +214,6 @@ def test_a_hand_over_that_is_cut_off_is_computed_from_the_beginning(pair, plain)
     params = prefill.complete(tokens, 1, kv_transfer_params=asked).kv_transfer_params
     prefill.kill()
     with Counted(decode) as counted:
-        assert decode.complete(tokens, kv_transfer_params=params).tokens == plain[
-            json.dumps(FORGOTTEN)
-        ]
+        answer = decode.complete(tokens, kv_transfer_params=params)
+    assert answer.tokens == plain[json.dumps(FORGOTTEN)]
     assert counted.grew("vllm:kvfabric_fetched_blocks", source="peer") == 0
