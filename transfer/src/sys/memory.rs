@@ -200,7 +200,7 @@ impl Mapping {
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
         self.check_writable()?;
-        let into_page = offset % rustix::param::page_size() as u64;
+        let into_page = offset % page_bytes()?;
         let (offset, len) = (offset - into_page, len.saturating_add(into_page));
         let target = self.at(offset, len)?;
         // SAFETY: the range lies in this mapping (checked by `at`) and begins at a page, as the mapping does; the call
@@ -373,4 +373,14 @@ fn out_of_bounds(offset: u64, len: u64, size: u64) -> Error {
         ErrorKind::Invalid,
         format!("bytes {offset}+{len} lie outside the {size} bytes of the region"),
     )
+}
+
+/// Bytes of a page. Of the C library: rustix reads the kernel's own table, which valgrind changes, and dies of it there.
+fn page_bytes() -> Result<u64> {
+    // SAFETY: asks for a number.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    match u64::try_from(bytes) {
+        Ok(bytes) if bytes.is_power_of_two() => Ok(bytes),
+        _ => Err(Error::invalid("bytes of a page", bytes, "a power of two")),
+    }
 }
