@@ -340,6 +340,25 @@ def test_blocks_on_disk_survive_the_node(tmp_path):
     second.shutdown(TIMEOUT)
 
 
+def test_a_restart_finds_what_only_host_memory_had(tmp_path):
+    """Host memory has room to spare, so nothing is on disk before the shutdown."""
+    disk = {"path": tmp_path / "disk", "bytes": 1 << 20, "segment_bytes": 1 << 18, "direct": "off"}
+    config = configuration(disk=disk)
+    first = kvfabric.Node(config)
+    one = stored(first, Pool(first))
+    first.flush(TIMEOUT).wait(TIMEOUT)
+    assert first.held(one).wait(TIMEOUT) == (8, 8, 0)
+    first.shutdown(TIMEOUT)
+    del first, one
+    second = kvfabric.Node(config)
+    pool = Pool(second)
+    one = prefix(second)
+    assert second.held(one).wait(TIMEOUT) == (8, 0, 8)
+    report = second.fetch(one, pool.pages, range(20, 28)).wait(TIMEOUT)
+    assert report.sources == ["nvme"] * 8 and all(pool.holds(20 + b, b) for b in range(8))
+    second.shutdown(TIMEOUT)
+
+
 def test_blocks_come_from_the_holder_that_a_hint_names(node, pool):
     holder = kvfabric.Node(configuration("holder"))
     stored(holder, Pool(holder))
