@@ -1,8 +1,8 @@
 /*
  * What a call to a node costs from C: a store and a fetch of blocks in host memory.
  *
- * The work is that of benches/src/engines/overhead.rs and of overhead.py, call by call; the figures are lines of JSON, as in
- * figures.py.
+ * The work is that of benches/src/engines/overhead.rs and of overhead.py, call by call: some calls for each line of its
+ * input, answered by figures, which are lines of JSON as in figures.py, and an empty line.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -16,10 +16,9 @@
 enum {
     BLOCK_BYTES = 4096,
     BLOCK_TOKENS = 16,
-    CALLS = 2000,
-    WARM_UP_CALLS = 200,
+    CALLS = 50,
+    WARM_UP_CALLS = 10,
     BATCH_MAX = 64,
-    PROMPTS_MAX = 1000000,
     PATIENCE_MS = 30000
 };
 
@@ -65,11 +64,11 @@ static void tell(const char *name, uint32_t batch, double *samples)
 }
 
 /* Stores and fetches `batch` blocks of a prompt that no other call has, and adds the times of both. */
-static void call(kvf_node *node, kvf_pages *pages, uint32_t batch, uint32_t number, double *store_us, double *fetch_us)
+static void call(kvf_node *node, kvf_pages *pages, uint32_t batch, uint32_t prompt, double *store_us, double *fetch_us)
 {
     uint32_t tokens[BATCH_MAX * BLOCK_TOKENS], blocks[BATCH_MAX];
     for (uint32_t i = 0; i < batch * BLOCK_TOKENS; i++)
-        tokens[i] = batch * PROMPTS_MAX + number;
+        tokens[i] = prompt;
     for (uint32_t i = 0; i < batch; i++)
         blocks[i] = i;
     kvf_prefix *prefix;
@@ -99,9 +98,23 @@ static void call(kvf_node *node, kvf_pages *pages, uint32_t batch, uint32_t numb
     check(kvf_prefix_free(prefix), "free a prefix");
 }
 
-int main(void)
+static void measure(kvf_node *node, kvf_pages *pages, uint32_t batch, uint32_t *prompt)
 {
     static double stores[CALLS], fetches[CALLS];
+    double store_us, fetch_us;
+    for (uint32_t number = 0; number < WARM_UP_CALLS + CALLS; number++) {
+        call(node, pages, batch, (*prompt)++, &store_us, &fetch_us);
+        if (number >= WARM_UP_CALLS) {
+            stores[number - WARM_UP_CALLS] = store_us;
+            fetches[number - WARM_UP_CALLS] = fetch_us;
+        }
+    }
+    tell("store", batch, stores);
+    tell("fetch", batch, fetches);
+}
+
+int main(void)
+{
     static const uint32_t batches[] = {1, BATCH_MAX};
     kvf_node_options options = {.size = sizeof options, .toml = CONFIG};
     kvf_node *node;
@@ -115,17 +128,12 @@ int main(void)
     check(kvf_region_id(region, &segment.region), "name the region");
     check(kvf_pages_create(node, &segment, 1, BATCH_MAX, &pages), "describe the blocks");
 
-    for (size_t at = 0; at < sizeof batches / sizeof *batches; at++) {
-        double store_us, fetch_us;
-        for (uint32_t number = 0; number < WARM_UP_CALLS + CALLS; number++) {
-            call(node, pages, batches[at], number, &store_us, &fetch_us);
-            if (number >= WARM_UP_CALLS) {
-                stores[number - WARM_UP_CALLS] = store_us;
-                fetches[number - WARM_UP_CALLS] = fetch_us;
-            }
-        }
-        tell("store", batches[at], stores);
-        tell("fetch", batches[at], fetches);
+    uint32_t prompt = 0;
+    for (int asked = getchar(); asked != EOF; asked = getchar()) {
+        for (size_t at = 0; at < sizeof batches / sizeof *batches; at++)
+            measure(node, pages, batches[at], &prompt);
+        puts("");
+        fflush(stdout);
     }
 
     check(kvf_node_shutdown(node, PATIENCE_MS), "shut the node down");

@@ -7,8 +7,9 @@ use clap::Args;
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric::{Node, NodeConfig};
 
-/// How long a node may take to withdraw its blocks and flush.
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a node may take to write down what is in DRAM alone and to withdraw its blocks: less than the 30 s after
+/// which orchestrators kill.
+const SHUTDOWN_SECONDS: &str = "25";
 
 /// Keeps DRAM, NVMe and object tiers, serves them to peers, and tells the index.
 #[derive(Args, Clone, Debug)]
@@ -19,6 +20,10 @@ pub(crate) struct NodeArgs {
     /// Override one key, like --set host.bytes=1073741824. Repeatable.
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_override)]
     set: Vec<(String, String)>,
+    /// How long the end may take, once asked for by SIGTERM or Ctrl-C: blocks that are in DRAM alone are written to the
+    /// disk or object tier meanwhile, those used last first.
+    #[arg(long, value_name = "SECONDS", default_value = SHUTDOWN_SECONDS)]
+    shutdown_seconds: u32,
 }
 
 fn parse_override(text: &str) -> Result<(String, String)> {
@@ -33,7 +38,8 @@ pub(crate) async fn run(args: NodeArgs) -> Result<()> {
     let node = Node::open(config).await?;
     announce(&node);
     wait_for_signal().await?;
-    node.shutdown(SHUTDOWN_DEADLINE).await
+    node.shutdown(Duration::from_secs(args.shutdown_seconds.into()))
+        .await
 }
 
 #[expect(

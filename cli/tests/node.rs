@@ -25,7 +25,7 @@ fn a_node_serves_metrics_and_ends_on_sigterm() {
     let folder = tempfile::tempdir().unwrap();
     let file = config(folder.path(), "metrics_listen = \"127.0.0.1:0\"");
     let mut node = Command::new(env!("CARGO_BIN_EXE_kvfabric"))
-        .args(["node", "--config", &file])
+        .args(["node", "--config", &file, "--shutdown-seconds", "20"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

@@ -66,7 +66,7 @@ number!(
     LeaseId, u64
 );
 number!(
-    /// One pin that was asked of a node; unique in that node's lifetime.
+    /// One pin that is asked of a node: chosen by who asks, never used again there.
     PinId, u64
 );
 number!(

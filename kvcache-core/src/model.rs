@@ -10,6 +10,7 @@
     reason = "a model that notices something wrong stops the test"
 )]
 
+mod ending;
 mod executor;
 mod keeping;
 mod outcomes;
@@ -106,7 +107,7 @@ pub struct World {
     now: Time,
     limits: Limits,
     host: BTreeMap<SlotIndex, (Generation, Bytes)>,
-    disk: BTreeMap<DiskSlot, Bytes>,
+    disk: BTreeMap<DiskSlot, ending::Record>,
     objects: BTreeMap<BlockKey, Bytes>,
     /// What each peer holds.
     peers: BTreeMap<PeerId, BTreeSet<BlockKey>>,
@@ -116,6 +117,9 @@ pub struct World {
     unready_leases: BTreeSet<LeaseId>,
     leases: BTreeMap<LeaseId, Granted>,
     unready_pins: BTreeMap<PinId, (Vec<BlockKey>, Duration)>,
+    next_pin: u64,
+    /// Pins that were let go of without being in force, and when; in that order.
+    early_unpins: Vec<(PinId, Time)>,
     /// What each pin keeps in DRAM, and until when.
     pins: BTreeMap<PinId, (Vec<BlockKey>, Time)>,
     /// The copies that each flush waits for, as far as they have been handed out.
@@ -129,6 +133,11 @@ pub struct World {
     pub log: Vec<String>,
     /// Blocks whose bytes were made to rot somewhere.
     rotten: BTreeSet<BlockKey>,
+    /// Blocks of which a write to the disk went wrong.
+    torn: BTreeSet<BlockKey>,
+    /// Whether the end was asked for, and whether it is reached.
+    is_ending: bool,
+    retired: bool,
     /// Blocks of which a slot was said to hold the wrong bytes.
     blamed: BTreeSet<BlockKey>,
 }
@@ -161,6 +170,9 @@ impl World {
             unready_leases: BTreeSet::new(),
             leases: BTreeMap::new(),
             unready_pins: BTreeMap::new(),
+            // Far from the numbers that tests choose.
+            next_pin: 1 << 32,
+            early_unpins: Vec::new(),
             pins: BTreeMap::new(),
             flushes: BTreeMap::new(),
             commands: Vec::new(),
@@ -169,6 +181,9 @@ impl World {
             outcomes: Vec::new(),
             log: Vec::new(),
             rotten: BTreeSet::new(),
+            torn: BTreeSet::new(),
+            is_ending: false,
+            retired: false,
             blamed: BTreeSet::new(),
         })
     }

@@ -24,6 +24,8 @@ pub(crate) struct Block {
     pub(crate) disk: Option<DiskSlot>,
     /// When it became known to be in the object store, as a number that orders such moments.
     pub(crate) object: Option<u64>,
+    /// The number of its last use.
+    pub(crate) used: u64,
     /// Whether it waits for a slot, to be brought up from disk.
     pub(crate) staging: bool,
     /// Who wants to know when it is sealed in DRAM, or that it will not be.
@@ -67,6 +69,7 @@ impl Block {
             host: HostCopy::Absent,
             disk: None,
             object: None,
+            used: 0,
             staging: false,
             waiters: Vec::new(),
         }

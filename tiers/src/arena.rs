@@ -4,9 +4,13 @@
 //! copies the bytes first and finds the leased generation afterwards knows that no other block was
 //! being written there when it began; the checksum covers the rest.
 
+mod ahead;
+
 use kvcache_core::place::HostSlot;
 use kvcache_core::{Checksum, Error, Result};
 use kvfabric_transfer::{Agent, Descriptor, HostMemory, Region, RegionOptions};
+
+use self::ahead::Ahead;
 
 /// Bytes of a generation word.
 pub(crate) const GENERATION_BYTES: u64 = 8;
@@ -15,6 +19,7 @@ pub(crate) const GENERATION_BYTES: u64 = 8;
 #[derive(Debug)]
 pub(crate) struct Arena {
     blocks: Region,
+    pages: Ahead,
     generations: Region,
     block_bytes: u64,
     slots: u32,
@@ -31,8 +36,10 @@ impl Arena {
             Error::invalid("block_bytes", block_bytes, ..=u64::MAX / u64::from(slots))
         })?;
         let region = |bytes| agent.register(HostMemory::shared(bytes)?, options);
+        let blocks = region(bytes).map_err(|error| error.at("host tier"))?;
         Ok(Self {
-            blocks: region(bytes).map_err(|error| error.at("host tier"))?,
+            pages: Ahead::start(&blocks),
+            blocks,
             generations: region(u64::from(slots) * GENERATION_BYTES)
                 .map_err(|error| error.at("generation words of the host tier"))?,
             block_bytes,
@@ -55,6 +62,8 @@ impl Arena {
     /// Tells readers of the slot's earlier blocks that their bytes end here; before the first write.
     pub(crate) fn begin_fill(&self, slot: HostSlot) -> Result<()> {
         let generation = u64::from(slot.generation.0);
+        self.pages
+            .reached((self.index(slot) + 1) * self.block_bytes);
         self.generations
             .store_u64(self.index(slot) * GENERATION_BYTES, generation)
     }
@@ -69,6 +78,7 @@ impl Arena {
 
     /// Refuses every new reader and copy.
     pub(crate) fn close(&self) {
+        self.pages.stop();
         // Nobody waits for readers in flight: the regions keep their memory until the last is done.
         drop(self.blocks.deregister());
         drop(self.generations.deregister());

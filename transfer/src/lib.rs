@@ -32,4 +32,5 @@ pub use request::{
     Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, Request, RequestOptions,
 };
 pub use stats::{AgentStats, BackendStats};
+pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

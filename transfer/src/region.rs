@@ -151,6 +151,18 @@ impl Region {
         self.open_mapping()?.fill(offset, len, value)
     }
 
+    /// Takes the pages of `len` bytes of host memory at `offset` from the kernel now, so that the first copy into them does
+    /// not wait for each; their content stays.
+    ///
+    /// # Errors
+    /// As [`Region::write_at`]; [`ErrorKind::Unsupported`] also for memory made with
+    /// [`HostMemory::from_raw`](crate::HostMemory::from_raw) and on Linux before 5.14, [`ErrorKind::Io`] when there is no
+    /// memory left.
+    pub fn populate(&self, offset: u64, len: u64) -> Result<()> {
+        let _user = RegionUse::begin(self.0.core.clone())?;
+        self.open_mapping()?.populate(offset, len)
+    }
+
     /// The CRC-32C of `len` bytes of host memory.
     ///
     /// # Errors

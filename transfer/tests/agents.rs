@@ -7,6 +7,7 @@
 
 mod support;
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use kvcache_core::ErrorKind;
 use kvfabric_transfer::{
     Agent, HostMemory, MemoryFate, Operation, RegionOptions, RequestOptions, Side, Status,
 };
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use support::{OPEN, Pair, WAIT, WAYS, Way, contents, loopback, pattern};
 
@@ -315,6 +317,54 @@ fn each_region_gets_the_fastest_way_that_reaches_it() {
         let unknown = initiator.path_to_region(&peer, own.id()).unwrap_err();
         assert_eq!(unknown.kind(), ErrorKind::NotFound);
     }
+}
+
+/// Memory that its owner made and maps itself: a peer maps it too, and reads what the owner wrote without asking anybody.
+#[test]
+fn shared_memory_of_another_owner_is_reached_as_shared() {
+    let file = sealed(4096, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL);
+    let build = |name| Agent::builder(name).memcpy(false).build().unwrap();
+    let (initiator, target) = (build("initiator"), build("target"));
+    let memory = HostMemory::of_file(file.try_clone().unwrap()).unwrap();
+    assert!(memory.is_shareable());
+    let region = target.register(memory, OPEN).unwrap();
+    let own = initiator
+        .register(HostMemory::anonymous(4096).unwrap(), options_closed())
+        .unwrap();
+    let peer = initiator.load_peer(&target.metadata()).unwrap();
+    rustix::io::pwrite(&file, b"written by its owner", 64).unwrap();
+    let pair = (own.descriptor(0, 20), region.descriptor(64, 20));
+    let request = initiator
+        .transfer(Operation::Read, &[pair], Side::Peer(&peer), options())
+        .unwrap();
+    assert_eq!(request.wait(WAIT).unwrap().backend, "shm");
+    let mut read = [0; 20];
+    own.read_at(0, &mut read).unwrap();
+    assert_eq!(&read, b"written by its owner");
+}
+
+/// Its owner could cut such memory away under everybody who maps it.
+#[test]
+fn shared_memory_whose_size_may_change_is_refused() {
+    for seals in [
+        SealFlags::GROW | SealFlags::SEAL,
+        SealFlags::SHRINK | SealFlags::SEAL,
+        SealFlags::SHRINK | SealFlags::GROW,
+    ] {
+        let refused = HostMemory::of_file(sealed(4096, seals)).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid, "{seals:?}");
+    }
+    let plain = std::fs::File::open("/proc/self/exe").unwrap();
+    let refused = HostMemory::of_file(plain.into()).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Invalid);
+}
+
+fn sealed(bytes: u64, seals: SealFlags) -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("test", flags).unwrap();
+    ftruncate(&file, bytes).unwrap();
+    fcntl_add_seals(&file, seals).unwrap();
+    file
 }
 
 fn options_closed() -> RegionOptions {

@@ -4,10 +4,10 @@
 //! `samples`. What it has to say to people goes to its standard error.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -48,10 +48,7 @@ impl<'a> External<'a> {
     /// `program`, which must end within `patience`.
     pub(super) fn new(program: &Path, patience: Duration, stop: &'a Stop) -> Self {
         let mut command = Command::new(program);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit());
+        command.stdout(Stdio::piped()).stderr(Stdio::inherit());
         Self {
             command,
             name: program.display().to_string(),
@@ -80,48 +77,145 @@ impl<'a> External<'a> {
     /// `Io` when it cannot be started, `Timeout` when it takes too long (it is killed), `Cancelled` after Ctrl-C, and
     /// `Internal` when it fails or writes a line that is no figure: each with the program's name.
     pub(super) fn run(mut self) -> Result<Vec<Figure>> {
-        let started = self.command.spawn();
-        let mut child = started.map_err(|error| Error::io(self.name.clone(), error))?;
-        let figures = self.listen(&mut child);
-        if figures.is_err() {
-            // It may have ended by itself meanwhile; then there is nothing to kill.
-            let _ = child.kill();
+        self.command.stdin(Stdio::null());
+        let running = self.start()?;
+        let mut figures = Vec::new();
+        while let Some(line) = running.next_line()? {
+            figures.push(running.parse(&line)?);
         }
-        let status = child
-            .wait()
-            .map_err(|error| Error::io(self.name.clone(), error))?;
-        let figures = figures.map_err(|error| error.at(self.name.clone()))?;
-        if !status.success() {
-            let context = format!("{} ended with {status}", self.name);
-            return Err(Error::new(ErrorKind::Internal, context));
-        }
+        running.finish()?;
         Ok(figures)
     }
 
-    fn listen(&self, child: &mut Child) -> Result<Vec<Figure>> {
-        let output = child.stdout.take();
-        let output = output.ok_or_else(|| Error::new(ErrorKind::Internal, "no standard output"))?;
+    /// Starts a program that measures each time it is asked.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be started, with its name.
+    pub(super) fn converse(mut self) -> Result<Conversation<'a>> {
+        self.command.stdin(Stdio::piped());
+        let mut running = self.start()?;
+        let questions = running.child.stdin.take();
+        let questions = questions
+            .ok_or_else(|| running.at(Error::new(ErrorKind::Internal, "no standard input")))?;
+        Ok(Conversation { running, questions })
+    }
+
+    fn start(mut self) -> Result<Running<'a>> {
+        let started = self.command.spawn();
+        let mut child = started.map_err(|error| Error::io(self.name.clone(), error))?;
         let (lines, read) = sync_channel(LINES_MAX);
-        let reader = std::thread::spawn(move || forward(BufReader::new(output), &lines));
-        let until = Instant::now() + self.patience;
+        if let Some(output) = child.stdout.take() {
+            std::thread::spawn(move || forward(BufReader::new(output), &lines));
+        }
+        Ok(Running {
+            child,
+            read,
+            until: Instant::now() + self.patience,
+            name: self.name,
+            stop: self.stop,
+        })
+    }
+}
+
+/// A program that measures when it is asked to: an empty line in, figures and an empty line out. It ends when its input does.
+pub(super) struct Conversation<'a> {
+    running: Running<'a>,
+    questions: ChildStdin,
+}
+
+impl Conversation<'_> {
+    /// Has it measure once.
+    ///
+    /// # Errors
+    /// As [`External::run`]; `Internal` also when it ends.
+    pub(super) fn ask(&mut self) -> Result<Vec<Figure>> {
+        let asked = self.questions.write_all(b"\n");
+        asked.map_err(|error| Error::io(self.running.name.clone(), error))?;
         let mut figures = Vec::new();
         loop {
-            match read.recv_timeout(LOOK_EVERY) {
-                Ok(line) => figures.push(parse(&line.map_err(|e| Error::io("read", e))?)?),
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) if self.stop.is_set() => {
-                    return Err(Error::new(ErrorKind::Cancelled, "interrupted"));
+            match self.running.next_line()? {
+                Some(line) if line.is_empty() => return Ok(figures),
+                Some(line) => figures.push(self.running.parse(&line)?),
+                None => {
+                    let error = Error::new(ErrorKind::Internal, "ended without an answer");
+                    return Err(self.running.at(error));
                 }
-                Err(RecvTimeoutError::Timeout) if Instant::now() >= until => {
-                    let context = format!("not finished after {:?}", self.patience);
-                    return Err(Error::new(ErrorKind::Timeout, context));
+            }
+        }
+    }
+
+    /// Lets it end.
+    ///
+    /// # Errors
+    /// As [`External::run`].
+    pub(super) fn end(self) -> Result<()> {
+        drop(self.questions);
+        let running = self.running;
+        match running.next_line()? {
+            None => running.finish(),
+            Some(line) => {
+                let error = Error::new(ErrorKind::Internal, format!("{line:?} was not asked for"));
+                Err(running.at(error))
+            }
+        }
+    }
+}
+
+/// A program in progress; it is killed if it is let go of before its end.
+struct Running<'a> {
+    child: Child,
+    read: Receiver<std::io::Result<String>>,
+    until: Instant,
+    name: String,
+    stop: &'a Stop,
+}
+
+impl Running<'_> {
+    fn at(&self, error: Error) -> Error {
+        error.at(self.name.clone())
+    }
+
+    fn parse(&self, line: &str) -> Result<Figure> {
+        parse(line).map_err(|error| self.at(error))
+    }
+
+    /// None at the end of its output.
+    fn next_line(&self) -> Result<Option<String>> {
+        let error = loop {
+            match self.read.recv_timeout(LOOK_EVERY) {
+                Ok(Ok(line)) => return Ok(Some(line)),
+                Ok(Err(error)) => break Error::io("read", error),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if self.stop.is_set() => {
+                    break Error::new(ErrorKind::Cancelled, "interrupted");
+                }
+                Err(RecvTimeoutError::Timeout) if Instant::now() >= self.until => {
+                    let context = "not finished in the time that it has";
+                    break Error::new(ErrorKind::Timeout, context);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
+        };
+        Err(self.at(error))
+    }
+
+    /// After the end of its output it is about to end.
+    fn finish(mut self) -> Result<()> {
+        let status = self.child.wait();
+        let status = status.map_err(|error| Error::io(self.name.clone(), error))?;
+        if status.success() {
+            return Ok(());
         }
-        // It has told all it had, so it is about to end.
-        let _ = reader.join();
-        Ok(figures)
+        let context = format!("{} ended with {status}", self.name);
+        Err(Error::new(ErrorKind::Internal, context))
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        // One that has ended is not there to be killed, or to be waited for a second time.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -163,6 +257,35 @@ mod tests {
         assert_eq!(figures.len(), 1);
         assert_eq!(figures[0].subject, "c");
         assert_eq!(figures[0].samples, [2.0, 1.5]);
+    }
+
+    /// A program in shell that counts its questions, and one that ends at the second.
+    #[test]
+    fn a_program_is_asked_as_often_as_one_likes() {
+        let line =
+            r#"{"subject": "c", "case": "x", "metric": "us", "unit": "µs", "samples": [$n]}"#;
+        let line = line.replace('"', "\\\"");
+        let script = format!("n=0; while read -r _; do n=$((n+1)); echo \"{line}\"; echo; done");
+        let converse = |script: &str, stop| {
+            let program = External::new(Path::new("sh"), PATIENCE, stop);
+            program.arg("-c").arg(script).converse().unwrap()
+        };
+        let stop = Stop::default();
+        let mut program = converse(&script, &stop);
+        for count in 1..=3 {
+            let figures = program.ask().unwrap();
+            assert_eq!(figures.len(), 1);
+            assert_eq!(figures[0].samples, [f64::from(count)]);
+        }
+        program.end().unwrap();
+        let mut program = converse("read -r _; echo; read -r _; exit 3", &stop);
+        assert!(program.ask().unwrap().is_empty());
+        let error = program.ask().unwrap_err();
+        assert!(error.to_string().contains("without an answer"), "{error}");
+        let error = converse("exit 3", &stop).end().unwrap_err();
+        assert!(error.to_string().contains("exit status: 3"), "{error}");
+        let error = converse("echo more", &stop).end().unwrap_err();
+        assert!(error.to_string().contains("more"), "{error}");
     }
 
     /// Each way in which a program can fail its caller, told with the program's name.

@@ -16,10 +16,13 @@ use kvcache_core::{Error, ErrorKind, Result};
 use crate::recorder::{OutputArgs, Recorder};
 use crate::report::{Case, OURS, Row};
 use crate::statistics::Samples;
-use external::{External, Figure};
+use external::{Conversation, External, Figure};
+use overhead::Calls;
 
 /// How long one measurement of calls or of an idle process may take.
 const PROBE_PATIENCE: Duration = Duration::from_secs(120);
+/// How often the callers take turns in a round.
+const TURNS: u32 = 40;
 /// How long two engines may take to start, answer and end.
 const ENGINES_PATIENCE: Duration = Duration::from_secs(900);
 
@@ -83,29 +86,46 @@ pub(crate) fn run(args: &EnginesArgs, recorder: &mut Recorder) -> Result<()> {
     Ok(())
 }
 
-/// One round after the other, each with all callers, so that what disturbs the machine disturbs all of them.
+/// In each round all callers are started anew and take many short turns, so that what disturbs the machine disturbs all of them
+/// alike. A round's figure is the median of its turns, and a difference the median of the differences turn by turn.
 fn overhead(args: &EnginesArgs, recorder: &mut Recorder) -> Result<()> {
-    recorder.expect_steps(u64::from(args.rounds) * 3);
-    let mut table = Table::default();
+    recorder.expect_steps(u64::from(args.rounds));
+    let base_of_python = if args.c.is_some() { "c" } else { "rust" };
+    let mut rounds = Table::default();
     for _ in 0..args.rounds {
-        recorder.say("calls from Rust");
-        table.extend(overhead::measure()?);
-        recorder.step();
-        if let Some(program) = &args.c {
-            recorder.say("calls from C");
-            table.extend(External::new(program, PROBE_PATIENCE, recorder.stop()).run()?);
+        recorder.say("calls from Rust, C and Python");
+        let turns = turns(args, recorder)?;
+        rounds.extend(turns.medians());
+        for (subject, base) in [("c", "rust"), ("python", base_of_python)] {
+            rounds.extend(turns.differences(subject, base).medians());
         }
         recorder.step();
-        recorder.say("calls from Python");
-        table.extend(python(args, "overhead.py", PROBE_PATIENCE, recorder).run()?);
-        recorder.step();
     }
-    recorder.extend(table.rows());
-    recorder.extend(table.differences("c", "rust", "over_rust_us"));
-    let below_python = if args.c.is_some() { "c" } else { "rust" };
-    let metric = format!("over_{below_python}_us");
-    recorder.extend(table.differences("python", below_python, &metric));
+    recorder.extend(rounds.rows());
     Ok(())
+}
+
+/// The callers' figures, turn by turn.
+fn turns(args: &EnginesArgs, recorder: &Recorder) -> Result<Table> {
+    let mut rust = Calls::open()?;
+    let c = args.c.as_ref().map(|program| {
+        let program = External::new(program, PROBE_PATIENCE, recorder.stop());
+        program.converse()
+    });
+    let mut others: Vec<Conversation<'_>> = c.into_iter().collect::<Result<_>>()?;
+    others.push(python(args, "overhead.py", PROBE_PATIENCE, recorder).converse()?);
+    let mut table = Table::default();
+    for _ in 0..TURNS {
+        table.extend(rust.measure()?);
+        for program in &mut others {
+            table.extend(program.ask()?);
+        }
+    }
+    for program in others {
+        program.end()?;
+    }
+    rust.end()?;
+    Ok(table)
 }
 
 fn idle(args: &EnginesArgs, recorder: &mut Recorder) -> Result<()> {
@@ -184,16 +204,29 @@ impl Table {
         self.0.iter().filter_map(row).collect()
     }
 
-    /// By how much each round of `subject` took longer than that round of `base`.
-    fn differences(&self, subject: &str, base: &str, metric: &str) -> Vec<Row> {
-        self.beside(subject, base, metric, |own, base| own - base)
+    /// The same figures, each with the median of its samples as the only one.
+    fn medians(&self) -> Vec<Figure> {
+        let median = |figure: &Figure| {
+            let summary = samples(&figure.samples).summary()?;
+            Some(Figure {
+                samples: vec![summary.median],
+                ..figure.clone()
+            })
+        };
+        self.0.iter().filter_map(median).collect()
     }
 
-    /// Each round of `subject` over that round of `base`.
+    /// By how much each sample of `subject` is more than the sample of `base` that was measured beside it.
+    fn differences(&self, subject: &str, base: &str) -> Self {
+        let metric = format!("over_{base}_us");
+        self.beside(subject, base, &metric, "µs", |own, base| own - base)
+    }
+
+    /// Each sample of `subject` over that of `base`.
     fn ratios(&self, subject: &str, base: &str) -> Vec<Row> {
-        self.beside(subject, base, &format!("ratio_to_{base}"), |own, base| {
-            own / base
-        })
+        let metric = format!("ratio_to_{base}");
+        let ratios = self.beside(subject, base, &metric, "", |own, base| own / base);
+        ratios.rows()
     }
 
     fn beside(
@@ -201,8 +234,9 @@ impl Table {
         subject: &str,
         base: &str,
         metric: &str,
+        unit: &str,
         join: impl Fn(f64, f64) -> f64,
-    ) -> Vec<Row> {
+    ) -> Self {
         let of = |subject: &str| -> Vec<&Figure> {
             let own = self.0.iter().filter(|figure| figure.subject == subject);
             own.collect()
@@ -212,18 +246,16 @@ impl Table {
             let base = bases
                 .iter()
                 .find(|base| (&base.case, &base.metric) == (&own.case, &own.metric))?;
-            let mut joined = Samples::default();
-            for (own, base) in own.samples.iter().zip(&base.samples) {
-                joined.push(join(*own, *base));
-            }
-            let case = Case {
-                subject,
-                name: &own.case,
-            };
-            let unit = if metric.ends_with("_us") { "µs" } else { "" };
-            case.row(metric, unit, &joined)
+            let pairs = own.samples.iter().zip(&base.samples);
+            Some(Figure {
+                subject: subject.to_owned(),
+                case: own.case.clone(),
+                metric: metric.to_owned(),
+                unit: unit.to_owned(),
+                samples: pairs.map(|(own, base)| join(*own, *base)).collect(),
+            })
         };
-        of(subject).into_iter().filter_map(pair).collect()
+        Self(of(subject).into_iter().filter_map(pair).collect())
     }
 }
 
@@ -247,9 +279,9 @@ mod tests {
         }
     }
 
-    /// Two callers in three rounds; the differences and ratios are those of rounds, not of medians.
+    /// Two callers in three turns; the differences and ratios are those of turns, not of medians.
     #[test]
-    fn callers_are_compared_round_by_round() {
+    fn callers_are_compared_turn_by_turn() {
         let mut table = Table::default();
         for (rust, c) in [(1.0, 3.0), (10.0, 11.0), (2.0, 8.0)] {
             table.extend(vec![figure("rust", &[rust]), figure("c", &[c])]);
@@ -257,9 +289,15 @@ mod tests {
         let rows = table.rows();
         assert_eq!(rows.len(), 2);
         assert_eq!((rows[1].median, rows[1].n), (8.0, 3));
-        let over = table.differences("c", "rust", "over_rust_us");
-        assert_eq!((over[0].median, over[0].min, over[0].max), (2.0, 1.0, 6.0));
-        assert_eq!(over[0].unit, "µs");
+        let over = table.differences("c", "rust");
+        let row = &over.rows()[0];
+        assert_eq!((row.median, row.min, row.max), (2.0, 1.0, 6.0));
+        assert_eq!(
+            (row.metric.as_str(), row.unit.as_str()),
+            ("over_rust_us", "µs")
+        );
+        let medians = over.medians();
+        assert_eq!((medians.len(), &medians[0].samples[..]), (1, &[2.0][..]));
         assert_eq!(table.ratios("c", "rust")[0].median, 3.0);
         assert!(table.ratios("c", "nobody").is_empty());
     }

@@ -359,12 +359,22 @@ typedef struct kvf_peer kvf_peer;
 typedef struct kvf_prefix kvf_prefix;
 
 /*
+ Publishes an engine's events, and keeps its pod registered with the index.
+ */
+typedef struct kvf_publisher kvf_publisher;
+
+/*
  Memory that transfers may name.
  */
 typedef struct kvf_region kvf_region;
 
 /*
- Work in progress on a node. Giving the handle back stops nothing.
+ A connection to a node's peer service.
+ */
+typedef struct kvf_service kvf_service;
+
+/*
+ Work in progress, on a node or at a peer service. Giving the handle back stops nothing.
  */
 typedef struct kvf_task kvf_task;
 
@@ -846,6 +856,33 @@ typedef struct kvf_held {
 } kvf_held;
 
 /*
+ What is to be kept, and for how long.
+ */
+typedef struct kvf_pin_options {
+    /*
+     sizeof(struct kvf_pin_options).
+     */
+    size_t size;
+    /*
+     The position in the prefix of the first block.
+     */
+    size_t first;
+    /*
+     The pin's number; NULL: the node draws one. Whoever is told it beforehand may let go of the blocks even before they
+     are kept. Draw it at random, and use it once.
+     */
+    const uint64_t *id;
+    /*
+     How long the blocks are kept.
+     */
+    uint32_t ttl_ms;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_pin_options;
+
+/*
  How much of a prefix can be had.
  */
 typedef struct kvf_reach {
@@ -955,7 +992,53 @@ typedef struct kvf_stored_event {
      Zero.
      */
     uint32_t reserved;
+    /*
+     Whose blocks; NULL: the base model's, without a salt.
+     */
+    const struct kvf_namespace *owner;
 } kvf_stored_event;
+
+/*
+ Who publishes, and to whom.
+ */
+typedef struct kvf_publisher_options {
+    /*
+     sizeof(struct kvf_publisher_options).
+     */
+    size_t size;
+    /*
+     Where the index listens, "host:port".
+     */
+    const char *index;
+    /*
+     The name by which routers know the engine.
+     */
+    const char *pod;
+    /*
+     The model's name, as routers ask for it.
+     */
+    const char *model;
+    /*
+     How index keys are made; the index must use the same. NULL: "xxh3:1337".
+     */
+    const char *key_scheme;
+    /*
+     The host of this process as the index reaches it; the ports are the system's choice. NULL: "127.0.0.1".
+     */
+    const char *publish_host;
+    /*
+     Where the pod's peer service listens, "ip:port"; NULL if it has none.
+     */
+    const char *peer_address;
+    /*
+     Tokens of a block.
+     */
+    uint32_t block_tokens;
+    /*
+     How long each call to the index may take; 0: 2 seconds.
+     */
+    uint32_t deadline_ms;
+} kvf_publisher_options;
 
 /*
  Whose blocks a lookup asks for, and how long it may take. NULL strings are empty.
@@ -1556,6 +1639,24 @@ kvf_status kvf_names_pack(const struct kvf_names *names,
                           size_t *len_out);
 
 /*
+ Names blocks of which only the engine's hashes are known, `hash_len` bytes each, every block by itself: for
+ kvf_prefix_create_from_names in any process. The index finds such a block by its hash and by `root`, which stands for
+ whatever else shapes its bytes; routers, which ask by tokens, do not. Buffers as in kvf_agent_metadata.
+
+ # Safety
+ Each pointer is null or valid: `root` for `root_len` reads, `hashes` for `count` * `hash_len` reads, `buffer` for `capacity`
+ writes, `len_out` for a write.
+ */
+kvf_status kvf_names_pack_hashes(const void *root,
+                                 size_t root_len,
+                                 const uint8_t *hashes,
+                                 size_t hash_len,
+                                 size_t count,
+                                 void *buffer,
+                                 size_t capacity,
+                                 size_t *len_out);
+
+/*
  Gives a chain of names back.
 
  # Safety
@@ -1835,16 +1936,17 @@ kvf_status kvf_node_locate(const struct kvf_node *node,
                            struct kvf_task **task_out);
 
 /*
- Begins to keep the blocks of a prefix, from position `first` on, in host memory for `ttl_ms` or until kvf_node_release; see
- kvf_task_pin for how many are kept.
+ Begins to keep the blocks of a prefix in host memory, for a time or until kvf_node_release; see kvf_task_pin for how many are
+ kept.
+
+ KVF_INVALID for a position outside the prefix; by the task, for the number of a pin that is in force.
 
  # Safety
- Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ Each pointer is null or valid: `node` and `prefix` live, `options` with its number for reads, `task_out` for a write.
  */
 kvf_status kvf_node_pin(const struct kvf_node *node,
                         const struct kvf_prefix *prefix,
-                        size_t first,
-                        uint32_t ttl_ms,
+                        const struct kvf_pin_options *options,
                         struct kvf_task **task_out);
 
 /*
@@ -1944,12 +2046,65 @@ kvf_status kvf_task_pin(const struct kvf_task *task, struct kvf_pin *pin_out);
 kvf_status kvf_task_removed(const struct kvf_task *task, struct kvf_removed *removed_out);
 
 /*
- Tells the index that the engine has stored blocks of the base model, without a salt.
+ Takes the way to a node's peer service, "host:port": for a process that has no node, such as a scheduler that asks what a
+ worker's node could get. Nothing is connected before the first question, and a connection that is lost is made again by
+ the next one.
 
- KVF_UNSUPPORTED when the node has no index, or when the engine's own publisher is configured.
+ KVF_INVALID for a malformed address.
 
  # Safety
- Each pointer is null or valid: `node` live, `event` with its arrays for reads.
+ Each pointer is null or valid: `address` a string, `service_out` for a write.
+ */
+kvf_status kvf_service_connect(const char *address,
+                               struct kvf_service **service_out);
+
+/*
+ Begins to find out how much of a run of blocks the node could get, by the names that kvf_names_pack has packed; see
+ kvf_task_reach.
+
+ By the task: KVF_UNSUPPORTED from a node without an engine section, KVF_PEER_LOST when it cannot be reached, KVF_TIMEOUT
+ after `deadline_ms`.
+
+ # Safety
+ Each pointer is null or valid: `service` live, `names` for `len` reads, `task_out` for a write.
+ */
+kvf_status kvf_service_locate(const struct kvf_service *service,
+                              const void *names,
+                              size_t len,
+                              uint32_t deadline_ms,
+                              struct kvf_task **task_out);
+
+/*
+ Begins to let go of what the node has kept by kvf_node_pin. `model_identity` is the node's, 64 hexadecimal digits. A pin that
+ has ended is no failure.
+
+ KVF_INVALID for what is no identity; by the task, KVF_DENIED for another one than the node's, else as kvf_service_locate.
+
+ # Safety
+ Each pointer is null or valid: `service` live, `model_identity` a string, `task_out` for a write.
+ */
+kvf_status kvf_service_unpin(const struct kvf_service *service,
+                             uint64_t pin,
+                             const char *model_identity,
+                             uint32_t deadline_ms,
+                             struct kvf_task **task_out);
+
+/*
+ Closes a connection. Tasks in progress go on.
+
+ # Safety
+ `service` is null or live, and not used again.
+ */
+kvf_status kvf_service_free(struct kvf_service *service);
+
+/*
+ Tells the index that the engine has stored blocks.
+
+ KVF_UNSUPPORTED when the node has no index, or when the engine's own publisher is configured; KVF_INVALID for an owner
+ whose names are too long for the index.
+
+ # Safety
+ Each pointer is null or valid: `node` live, `event` with its arrays and its owner for reads.
  */
 kvf_status kvf_node_publish_stored(const struct kvf_node *node,
                                    const struct kvf_stored_event *event);
@@ -1973,6 +2128,56 @@ kvf_status kvf_node_publish_removed(const struct kvf_node *node,
  `node` is null or live.
  */
 kvf_status kvf_node_publish_cleared(const struct kvf_node *node);
+
+/*
+ Begins to publish for an engine that has no node, and registers its pod with the index. Blocks until the index follows.
+
+ KVF_INVALID for a wrong setting, with its name; KVF_PEER_LOST or KVF_TIMEOUT when no index answers; what the index says when
+ it refuses the pod.
+
+ # Safety
+ Each pointer is null or valid: `options` with its strings for reads, `publisher_out` for a write.
+ */
+kvf_status kvf_publisher_open(const struct kvf_publisher_options *options,
+                              struct kvf_publisher **publisher_out);
+
+/*
+ Tells the index that the engine has stored blocks. Never blocks.
+
+ KVF_INVALID for an owner whose names are too long for the index.
+
+ # Safety
+ Each pointer is null or valid: `publisher` live, `event` with its arrays and its owner for reads.
+ */
+kvf_status kvf_publisher_stored(const struct kvf_publisher *publisher,
+                                const struct kvf_stored_event *event);
+
+/*
+ Tells the index that one copy of each of these blocks has left a tier of the engine's, a kvf_tier. Never blocks.
+
+ # Safety
+ Each pointer is null or valid: `publisher` live, `hashes` for `count` reads.
+ */
+kvf_status kvf_publisher_removed(const struct kvf_publisher *publisher,
+                                 const uint64_t *hashes,
+                                 size_t count,
+                                 uint32_t tier);
+
+/*
+ Tells the index that the engine has dropped everything from the accelerator's memory. Never blocks.
+
+ # Safety
+ `publisher` is null or live.
+ */
+kvf_status kvf_publisher_cleared(const struct kvf_publisher *publisher);
+
+/*
+ Ends the registration and stops publishing: the index forgets the pod.
+
+ # Safety
+ `publisher` is null or live, and not used again.
+ */
+kvf_status kvf_publisher_free(struct kvf_publisher *publisher);
 
 /*
  Connects to the index at `address`, "host:port". `deadline_ms` bounds this call, and each lookup that names no deadline.

@@ -10,7 +10,7 @@ use kvfabric::transfer::{Agent, PeerHandle};
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
 
 use crate::boundary::{
-    Handle, Out, OutArray, boundary, enter, fill, into_raw, milliseconds, optional_text, slice,
+    Handle, Listing, Out, OutArray, boundary, enter, into_raw, milliseconds, optional_text, slice,
     take, text,
 };
 use crate::inbox::Inbox;
@@ -147,11 +147,9 @@ pub unsafe extern "C" fn kvf_agent_metadata(
 ) -> kvf_status {
     boundary(|| {
         let agent = enter(agent, "agent")?;
-        // SAFETY: null or writable for `capacity` bytes, by contract.
-        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
-        // SAFETY: null or writable, by contract.
-        let len_out = unsafe { Out::new(len_out, "len_out") }?;
-        fill(&agent.agent.metadata(), buffer, len_out, "metadata")
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
+        listing.fill(&agent.agent.metadata(), "metadata")
     })
 }
 
@@ -203,10 +201,8 @@ pub unsafe extern "C" fn kvf_agent_receive(
         let agent = enter(agent, "agent")?;
         // SAFETY: null or writable for `peer_capacity` bytes, by contract.
         let name = unsafe { OutArray::new(peer_buffer.cast(), peer_capacity, "peer_buffer") }?;
-        // SAFETY: null or writable for `capacity` bytes, by contract.
-        let buffer = unsafe { OutArray::new(buffer.cast::<u8>(), capacity, "buffer") }?;
-        // SAFETY: null or writable, by contract.
-        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast::<u8>(), capacity, len_out, "buffer") }?;
         let is_query = buffer.is_null();
         let timeout = milliseconds(timeout_ms);
         agent.inbox.receive(&agent.agent, timeout, |notification| {
@@ -216,7 +212,7 @@ pub unsafe extern "C" fn kvf_agent_receive(
                 let text = format!("peer name: {len} bytes do not fit into a buffer of {capacity}");
                 return Err(Error::new(ErrorKind::Invalid, text));
             }
-            fill(&notification.bytes, buffer, len_out, "message")?;
+            listing.fill(&notification.bytes, "message")?;
             if !name.is_null() {
                 name.write(&sender);
             }

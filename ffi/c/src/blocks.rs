@@ -2,9 +2,10 @@
 
 use std::ffi::c_char;
 
-use kvfabric::{AttachedNode, Error, ErrorKind, Holder, Located, Pages, PodName, Prefix, Result};
+use kvfabric::{Error, ErrorKind, Holder, Located, Pages, PodName, Prefix, Result};
 
-use crate::boundary::{Out, boundary, enter, milliseconds, slice, text};
+use crate::begin::{Run, with_prefix, with_run};
+use crate::boundary::{boundary, milliseconds, slice, text};
 use crate::index::KVF_NAME_CAPACITY;
 use crate::node::kvf_node;
 use crate::options::{self, SizePrefixed};
@@ -88,20 +89,19 @@ pub unsafe extern "C" fn kvf_node_store(
     task_out: *mut *mut kvf_task,
 ) -> kvf_status {
     boundary(|| {
-        let node = enter(node, "node")?;
-        let prefix = enter(prefix, "prefix")?;
-        let pages = enter(pages, "pages")?;
-        // SAFETY: null or readable for `count` values, by contract.
-        let blocks = unsafe { slice(blocks, count, "blocks") }?;
-        // SAFETY: null or writable, by contract.
-        let out = unsafe { Out::new(task_out, "task_out") }?;
-        check_node(&node, &prefix)?;
-        let pages = own_pages(&node, &pages)?;
         let deadline = milliseconds(or_default(deadline_ms, STORE_DEADLINE_MS));
-        let prefix = prefix.lock();
-        let operation = node.node.store(&prefix, first, pages, blocks, deadline)?;
-        out.write(kvf_task::begin(&node.node, Work::Store(operation)));
-        Ok(())
+        let run = Run {
+            prefix,
+            pages,
+            blocks,
+            count,
+        };
+        let begin = |node: &kvf_node, prefix: &Prefix, pages: &Pages, blocks: &[u32]| {
+            let operation = node.node.store(prefix, first, pages, blocks, deadline)?;
+            Ok(Work::Store(operation))
+        };
+        // SAFETY: null or valid, by contract.
+        unsafe { with_run(node, run, task_out, begin) }
     })
 }
 
@@ -125,29 +125,27 @@ pub unsafe extern "C" fn kvf_node_fetch(
     task_out: *mut *mut kvf_task,
 ) -> kvf_status {
     boundary(|| {
-        let node = enter(node, "node")?;
-        let prefix = enter(prefix, "prefix")?;
-        let pages = enter(pages, "pages")?;
-        // SAFETY: null or readable for `count` values, by contract.
-        let blocks = unsafe { slice(blocks, count, "blocks") }?;
         // SAFETY: null or readable for its size, by contract.
         let options = unsafe { options::read_optional(options) }?;
-        // SAFETY: null or writable, by contract.
-        let out = unsafe { Out::new(task_out, "task_out") }?;
-        check_node(&node, &prefix)?;
-        let pages = own_pages(&node, &pages)?;
         let (hints, deadline_ms) = match &options {
             None => (Located::default(), 0),
             // SAFETY: its arrays are null or readable, by contract.
             Some(options) => (unsafe { parse_hints(options) }?, options.deadline_ms),
         };
         let deadline = milliseconds(or_default(deadline_ms, FETCH_DEADLINE_MS));
-        let prefix = prefix.lock();
-        let operation = node
-            .node
-            .fetch(&prefix, first, pages, blocks, hints, deadline)?;
-        out.write(kvf_task::begin(&node.node, Work::Fetch(operation)));
-        Ok(())
+        let run = Run {
+            prefix,
+            pages,
+            blocks,
+            count,
+        };
+        let begin = |node: &kvf_node, prefix: &Prefix, pages: &Pages, blocks: &[u32]| {
+            let node = &node.node;
+            let operation = node.fetch(prefix, first, pages, blocks, hints, deadline)?;
+            Ok(Work::Fetch(operation))
+        };
+        // SAFETY: null or valid, by contract.
+        unsafe { with_run(node, run, task_out, begin) }
     })
 }
 
@@ -157,22 +155,6 @@ fn or_default(milliseconds: u32, default: u32) -> u32 {
     } else {
         milliseconds
     }
-}
-
-pub(crate) fn check_node(node: &kvf_node, prefix: &kvf_prefix) -> Result<()> {
-    if prefix.is_of(node) {
-        return Ok(());
-    }
-    let text = "the prefix was made by another node";
-    Err(Error::new(ErrorKind::Invalid, text))
-}
-
-fn own_pages<'a>(node: &kvf_node, pages: &'a kvf_pages) -> Result<&'a Pages> {
-    if pages.is_of(node) {
-        return Ok(&pages.pages);
-    }
-    let text = "the pages were made by another node";
-    Err(Error::new(ErrorKind::Invalid, text))
 }
 
 /// # Safety
@@ -245,28 +227,8 @@ pub unsafe extern "C" fn kvf_node_held(
         // SAFETY: null or valid, by contract.
         unsafe {
             with_prefix(node, prefix, task_out, |node, prefix| {
-                Ok(Work::Held(node.held(prefix)))
+                Ok(Work::Held(node.node.held(prefix)))
             })
         }
     })
-}
-
-/// Begins work on a whole prefix.
-///
-/// # Safety
-/// Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
-pub(crate) unsafe fn with_prefix(
-    node: *const kvf_node,
-    prefix: *const kvf_prefix,
-    task_out: *mut *mut kvf_task,
-    begin: impl FnOnce(&AttachedNode, &Prefix) -> Result<Work>,
-) -> Result<()> {
-    let node = enter(node, "node")?;
-    let prefix = enter(prefix, "prefix")?;
-    // SAFETY: null or writable, by this function's contract.
-    let out = unsafe { Out::new(task_out, "task_out") }?;
-    check_node(&node, &prefix)?;
-    let work = begin(&node.node, &prefix.lock())?;
-    out.write(kvf_task::begin(&node.node, work));
-    Ok(())
 }

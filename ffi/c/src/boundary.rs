@@ -113,7 +113,7 @@ pub(crate) fn take<H: Handle>(
     };
     ready(&entered)?;
     // Whoever else frees it at the same time is told so there; who still uses it keeps it until then.
-    handles::remove(handle, name).map(drop)
+    handles::remove(handle, name)
 }
 
 /// A place for one output.
@@ -218,44 +218,64 @@ pub(crate) unsafe fn optional_text<'a>(text: *const c_char, name: &str) -> Resul
     })
 }
 
-/// Hands values to a caller who may not know how many: without an array the count alone is told; an array that is too small
-/// is refused, and the count is told as well.
-pub(crate) fn fill<T: Copy>(
-    values: &[T],
+/// A caller's array for values of which it may not know how many there are.
+pub(crate) struct Listing<T> {
     array: OutArray<T>,
     count_out: Out<usize>,
-    name: &str,
-) -> Result<()> {
-    if array.is_null() {
-        count_out.write(values.len());
-        return Ok(());
-    }
-    if values.len() > array.capacity() {
-        let (count, capacity) = (values.len(), array.capacity());
-        count_out.write(count);
-        let unit = if size_of::<T>() == 1 {
-            "bytes"
-        } else {
-            "entries"
-        };
-        let text = format!("{name}: {count} {unit} do not fit into a buffer of {capacity}");
-        return Err(Error::new(ErrorKind::Invalid, text));
-    }
-    array.write(values);
-    count_out.write(values.len());
-    Ok(())
 }
 
-/// As [`fill`], for text; the length counts the terminating NUL.
-pub(crate) fn fill_text(
-    text: &str,
-    buffer: OutArray<u8>,
-    len_out: Out<usize>,
-    name: &str,
-) -> Result<()> {
-    let mut bytes: Vec<u8> = text.bytes().filter(|byte| *byte != 0).collect();
-    bytes.push(0);
-    fill(&bytes, buffer, len_out, name)
+impl<T: Copy> Listing<T> {
+    const IS_BYTES: bool = size_of::<T>() == 1;
+    const UNIT: &str = if Self::IS_BYTES { "bytes" } else { "entries" };
+    /// What the header calls the place for the count.
+    const COUNT_NAME: &str = if Self::IS_BYTES {
+        "len_out"
+    } else {
+        "count_out"
+    };
+
+    /// # Safety
+    /// `first` is null, or writable for `capacity` values, and `count_out` is null or writable, for as long as the result is
+    /// used.
+    pub(crate) unsafe fn new(
+        first: *mut T,
+        capacity: usize,
+        count_out: *mut usize,
+        name: &str,
+    ) -> Result<Self> {
+        // SAFETY: null or writable for `capacity` values, by this function's contract.
+        let array = unsafe { OutArray::new(first, capacity, name) }?;
+        // SAFETY: null or writable, by this function's contract.
+        let count_out = unsafe { Out::new(count_out, Self::COUNT_NAME) }?;
+        Ok(Self { array, count_out })
+    }
+
+    /// Without an array the count alone is told; an array that is too small is refused, and the count is told as well.
+    pub(crate) fn fill(self, values: &[T], name: &str) -> Result<()> {
+        if self.array.is_null() {
+            self.count_out.write(values.len());
+            return Ok(());
+        }
+        if values.len() > self.array.capacity() {
+            let (count, capacity) = (values.len(), self.array.capacity());
+            self.count_out.write(count);
+            let unit = Self::UNIT;
+            let text = format!("{name}: {count} {unit} do not fit into a buffer of {capacity}");
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        self.array.write(values);
+        self.count_out.write(values.len());
+        Ok(())
+    }
+}
+
+impl Listing<u8> {
+    /// As [`Listing::fill`], for text; the length counts the terminating NUL.
+    pub(crate) fn fill_text(self, text: &str, name: &str) -> Result<()> {
+        let mut bytes: Vec<u8> = text.bytes().filter(|byte| *byte != 0).collect();
+        bytes.push(0);
+        self.fill(&bytes, name)
+    }
 }
 
 /// The text with its terminating NUL, or nothing if it does not fit: half a name or address is worse than none.

@@ -6,9 +6,11 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use kvfabric::transfer::Process;
 use kvfabric::{Error, ErrorKind, Result};
 
 use crate::boundary::{Handle, null};
@@ -19,7 +21,29 @@ const SHARDS: usize = 64;
 /// Numbers grow in such steps, so that they are aligned as pointers are.
 const STEP: usize = 16;
 
-type Shard = RwLock<HashMap<usize, Entry>>;
+type Shard = RwLock<HashMap<usize, Entry, BuildHasherDefault<Spread>>>;
+
+/// Spreads handles of one shard, which are `STEP * SHARDS` apart, over a table. They are our own numbers, so nobody can make
+/// many collide; a stranger's number is only looked for.
+#[derive(Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_usize(usize::from(*byte));
+        }
+    }
+
+    fn write_usize(&mut self, number: usize) {
+        const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+        self.0 = (self.0 ^ (number / (STEP * SHARDS)) as u64).wrapping_mul(ODD);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 struct Entry {
     handle: Arc<dyn Any + Send + Sync>,
@@ -29,7 +53,7 @@ struct Entry {
 
 /// The handles of one process. A forked child gets its own: a lock of the parent's may have been held when it was forked.
 struct Registry {
-    process: u32,
+    process: Process,
     /// Smaller numbers were given out by the parent.
     first: usize,
     shards: [Shard; SHARDS],
@@ -51,14 +75,13 @@ impl Registry {
     /// The registry of this process, made if it has none.
     fn own() -> &'static Self {
         loop {
-            let process = std::process::id();
             let latest = Self::latest();
-            if let Some(registry) = latest.filter(|latest| latest.process == process) {
+            if let Some(registry) = latest.filter(|latest| latest.process.is_current()) {
                 return registry;
             }
             let latest = latest.map_or(std::ptr::null(), std::ptr::from_ref);
             let new = Box::into_raw(Box::new(Self {
-                process,
+                process: Process::current(),
                 first: NEXT.load(Ordering::Relaxed),
                 shards: std::array::from_fn(|_| Shard::default()),
             }));
@@ -78,7 +101,7 @@ impl Registry {
     /// Where to look for a handle.
     fn of(number: usize) -> Result<&'static Shard> {
         let registry = Self::latest();
-        let own = registry.filter(|registry| registry.process == std::process::id());
+        let own = registry.filter(|registry| registry.process.is_current());
         match (registry, own) {
             (None, _) => Err(Error::new(
                 ErrorKind::Invalid,
@@ -126,16 +149,15 @@ pub(crate) fn find<H: Handle>(handle: *const H, name: &str) -> Result<Arc<H>> {
     })
 }
 
-/// Forgets a handle, which then stands for nothing.
-pub(crate) fn remove<H: Handle>(handle: *const H, name: &str) -> Result<Arc<H>> {
-    let found = find(handle, name)?;
+/// Forgets a handle that was found, which then stands for nothing.
+pub(crate) fn remove<H: Handle>(handle: *const H, name: &str) -> Result<()> {
     let number = handle.addr();
     let shard = Registry::of(number)?;
     let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
-    match shard.remove(&number) {
-        Some(_) => Ok(found),
-        None => Err(gone::<H>(name)),
-    }
+    let removed = shard.remove(&number);
+    // What it stands for is dropped without the lock.
+    drop(shard);
+    removed.map(drop).ok_or_else(|| gone::<H>(name))
 }
 
 fn gone<H: Handle>(name: &str) -> Error {

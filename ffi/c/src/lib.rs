@@ -10,6 +10,7 @@
 #![allow(non_camel_case_types, reason = "the names of the C header")]
 
 pub mod agent;
+mod begin;
 pub mod blocks;
 mod boundary;
 pub mod events;
@@ -24,8 +25,10 @@ pub mod pages;
 pub mod peer;
 pub mod prefix;
 pub mod progress;
+pub mod publisher;
 pub mod region;
 pub mod reports;
+pub mod service;
 pub mod status;
 pub mod task;
 pub mod transfer;

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvfabric::identity::{self, Model};
 use kvfabric::life::Life;
-use kvfabric::names::NameChain;
+use kvfabric::names::{NameChain, pack_hashes};
 use kvfabric::{Error, ErrorKind, IndexScheme, Result, TokensPerBlock};
 
 use crate::boundary::{
-    Handle, Out, OutArray, boundary, enter, fill, into_raw, optional_text, slice, take, text,
+    Handle, Listing, Out, boundary, enter, into_raw, optional_text, slice, take, text,
 };
 use crate::options::{self, SizePrefixed};
 use crate::prefix::optional_key;
@@ -130,14 +130,8 @@ pub unsafe extern "C" fn kvf_names_extend(
         let names = enter(names, "names")?;
         // SAFETY: null or readable for `token_count` values, by contract.
         let tokens = unsafe { slice(tokens, token_count, "tokens") }?;
-        let bytes = hash_len.checked_mul(count).filter(|_| hash_len > 0);
-        let Some(bytes) = bytes else {
-            let text = format!("{count} hashes of {hash_len} bytes");
-            return Err(Error::new(ErrorKind::Invalid, text));
-        };
         // SAFETY: null or readable for `count` hashes, by contract.
-        let hashes = unsafe { slice(hashes, bytes, "hashes") }?;
-        let hashes: Vec<&[u8]> = hashes.chunks_exact(hash_len).collect();
+        let hashes = unsafe { read_hashes(hashes, hash_len, count) }?;
         let mut chain = names.chain.lock().unwrap_or_else(PoisonError::into_inner);
         chain.extend(tokens, &hashes)
     })
@@ -159,14 +153,58 @@ pub unsafe extern "C" fn kvf_names_pack(
 ) -> kvf_status {
     boundary(|| {
         let names = enter(names, "names")?;
-        // SAFETY: null or writable for `capacity` bytes, by contract.
-        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
-        // SAFETY: null or writable, by contract.
-        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
         let chain = names.chain.lock().unwrap_or_else(PoisonError::into_inner);
         let packed = chain.pack(first..first.saturating_add(count))?;
-        fill(&packed, buffer, len_out, "names")
+        listing.fill(&packed, "names")
     })
+}
+
+/// Names blocks of which only the engine's hashes are known, `hash_len` bytes each, every block by itself: for
+/// kvf_prefix_create_from_names in any process. The index finds such a block by its hash and by `root`, which stands for
+/// whatever else shapes its bytes; routers, which ask by tokens, do not. Buffers as in kvf_agent_metadata.
+///
+/// # Safety
+/// Each pointer is null or valid: `root` for `root_len` reads, `hashes` for `count` * `hash_len` reads, `buffer` for `capacity`
+/// writes, `len_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_names_pack_hashes(
+    root: *const c_void,
+    root_len: usize,
+    hashes: *const u8,
+    hash_len: usize,
+    count: usize,
+    buffer: *mut c_void,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or readable for `root_len` bytes, by contract.
+        let root = unsafe { slice(root.cast::<u8>(), root_len, "root") }?;
+        // SAFETY: null or readable for `count` hashes, by contract.
+        let hashes = unsafe { read_hashes(hashes, hash_len, count) }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
+        listing.fill(&pack_hashes(root, &hashes)?, "names")
+    })
+}
+
+/// # Safety
+/// `hashes` is null, or readable for `count` * `hash_len` bytes for as long as the result is used.
+unsafe fn read_hashes<'a>(
+    hashes: *const u8,
+    hash_len: usize,
+    count: usize,
+) -> Result<Vec<&'a [u8]>> {
+    let bytes = hash_len.checked_mul(count).filter(|_| hash_len > 0);
+    let Some(bytes) = bytes else {
+        let text = format!("{count} hashes of {hash_len} bytes");
+        return Err(Error::new(ErrorKind::Invalid, text));
+    };
+    // SAFETY: null or readable for as many bytes, by this function's contract.
+    let hashes = unsafe { slice(hashes, bytes, "hashes") }?;
+    Ok(hashes.chunks_exact(hash_len).collect())
 }
 
 /// Gives a chain of names back.

@@ -10,8 +10,8 @@ use kvfabric::{AttachedNode, Error, ErrorKind, NodeConfig, Result};
 
 use crate::agent::kvf_agent;
 use crate::boundary::{
-    Handle, Out, OutArray, boundary, enter, fill, fill_text, fixed, into_raw, milliseconds,
-    optional_text, slice, take, text,
+    Handle, Listing, Out, boundary, enter, fixed, into_raw, milliseconds, optional_text, slice,
+    take, text,
 };
 use crate::options::{self, SizePrefixed};
 use crate::status::kvf_status;
@@ -187,13 +187,11 @@ pub unsafe extern "C" fn kvf_node_peer_address(
 ) -> kvf_status {
     boundary(|| {
         let node = enter(node, "node")?;
-        // SAFETY: null or writable for `capacity` bytes, by contract.
-        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
-        // SAFETY: null or writable, by contract.
-        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
         let address = node.node.node().peer_address();
         let address = address.map_or_else(String::new, |address| address.to_string());
-        fill_text(&address, buffer, len_out, "peer address")
+        listing.fill_text(&address, "peer address")
     })
 }
 
@@ -223,10 +221,8 @@ pub unsafe extern "C" fn kvf_node_stats(
 ) -> kvf_status {
     boundary(|| {
         let node = enter(node, "node")?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let stats = unsafe { OutArray::new(stats, capacity, "stats") }?;
-        // SAFETY: null or writable, by contract.
-        let count_out = unsafe { Out::new(count_out, "count_out") }?;
+        // SAFETY: null or writable, `stats` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(stats, capacity, count_out, "stats") }?;
         let operation = node.node.stats();
         let entries = operation.wait(milliseconds(timeout_ms)).ok_or_else(|| {
             let text = format!("the node did not tell its counters within {timeout_ms} ms");
@@ -236,6 +232,6 @@ pub unsafe extern "C" fn kvf_node_stats(
             name: fixed(name),
             value: *value,
         });
-        fill(&entries.collect::<Vec<_>>(), stats, count_out, "counters")
+        listing.fill(&entries.collect::<Vec<_>>(), "counters")
     })
 }

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use kvfabric::transfer::{Agent, PathReport, PeerHandle, RegionId};
 
 use crate::agent::kvf_agent;
-use crate::boundary::{
-    Handle, Out, OutArray, boundary, enter, fill, fill_text, into_raw, slice, take,
-};
+use crate::boundary::{Handle, Listing, Out, boundary, enter, into_raw, slice, take};
 use crate::status::kvf_status;
 use kvfabric::life::Life;
 
@@ -69,12 +67,10 @@ pub unsafe extern "C" fn kvf_peer_path(
 ) -> kvf_status {
     boundary(|| {
         let peer = enter(peer, "peer")?;
-        // SAFETY: null or writable for `capacity` bytes, by contract.
-        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
-        // SAFETY: null or writable, by contract.
-        let len_out = unsafe { Out::new(len_out, "len_out") }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
         let report = peer.agent.path_to(&peer.peer);
-        fill_text(&describe(&report), buffer, len_out, "path")
+        listing.fill_text(&describe(&report), "path")
     })
 }
 
@@ -102,11 +98,9 @@ pub unsafe extern "C" fn kvf_peer_name(
 ) -> kvf_status {
     boundary(|| {
         let peer = enter(peer, "peer")?;
-        // SAFETY: null or writable for `capacity` bytes, by contract.
-        let buffer = unsafe { OutArray::new(buffer.cast(), capacity, "buffer") }?;
-        // SAFETY: null or writable, by contract.
-        let len_out = unsafe { Out::new(len_out, "len_out") }?;
-        fill_text(peer.peer.name(), buffer, len_out, "name")
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
+        listing.fill_text(peer.peer.name(), "name")
     })
 }
 
@@ -135,15 +129,13 @@ pub unsafe extern "C" fn kvf_peer_regions(
 ) -> kvf_status {
     boundary(|| {
         let peer = enter(peer, "peer")?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let array = unsafe { OutArray::new(regions, capacity, "regions") }?;
-        // SAFETY: null or writable, by contract.
-        let count_out = unsafe { Out::new(count_out, "count_out") }?;
+        // SAFETY: null or writable, `regions` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(regions, capacity, count_out, "regions") }?;
         let mut regions = peer.peer.regions();
         regions.sort_unstable();
         let region = |(id, len): (RegionId, u64)| kvf_remote_region { id: id.0, len };
         let regions: Vec<_> = regions.into_iter().map(region).collect();
-        fill(&regions, array, count_out, "regions")
+        listing.fill(&regions, "regions")
     })
 }
 

@@ -71,15 +71,10 @@ pub unsafe extern "C" fn kvf_prefix_create(
 ) -> kvf_status {
     boundary(|| {
         let node = enter(node, "node")?;
-        // SAFETY: null or readable for its size, by contract.
-        let namespace = unsafe { options::read_optional(owner) }?;
+        // SAFETY: null or readable with its strings, by contract.
+        let namespace = unsafe { read_namespace(owner) }?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(prefix_out, "prefix_out") }?;
-        let namespace = match &namespace {
-            None => Namespace::default(),
-            // SAFETY: its strings are null or valid, by contract.
-            Some(namespace) => unsafe { parse(namespace) }?,
-        };
         let prefix = node.node.node().prefix(&namespace)?;
         out.write(handle(&node, prefix));
         Ok(())
@@ -87,8 +82,12 @@ pub unsafe extern "C" fn kvf_prefix_create(
 }
 
 /// # Safety
-/// The strings of `namespace` are null or valid for as long as the result is used.
-unsafe fn parse<'a>(namespace: &kvf_namespace) -> Result<Namespace<'a>> {
+/// `namespace` is null, or readable for its size, and its strings are null or valid for as long as the result is used.
+pub(crate) unsafe fn read_namespace<'a>(namespace: *const kvf_namespace) -> Result<Namespace<'a>> {
+    // SAFETY: null or readable for its size, by this function's contract.
+    let Some(namespace) = unsafe { options::read_optional(namespace) }? else {
+        return Ok(Namespace::default());
+    };
     // SAFETY: null or a string, by this function's contract.
     let lora = unsafe { optional_text(namespace.lora, "kvf_namespace.lora") }?;
     let place = "kvf_namespace.cache_salt";

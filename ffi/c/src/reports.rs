@@ -2,7 +2,7 @@
 
 use kvfabric::{Error, ErrorKind, Fetched, Result, Source};
 
-use crate::boundary::{Out, OutArray, boundary, enter, fill, milliseconds};
+use crate::boundary::{Listing, boundary, enter, milliseconds};
 use crate::options::{OutSized, SizePrefixed};
 use crate::status::kvf_status;
 use crate::task::{Work, kvf_task, outcome};
@@ -165,12 +165,10 @@ pub unsafe extern "C" fn kvf_task_sources(
 ) -> kvf_status {
     boundary(|| {
         let task = enter(task, "task")?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let array = unsafe { OutArray::new(sources, capacity, "sources") }?;
-        // SAFETY: null or writable, by contract.
-        let count_out = unsafe { Out::new(count_out, "count_out") }?;
+        // SAFETY: null or writable, `sources` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(sources, capacity, count_out, "sources") }?;
         let sources: Vec<u32> = fetched(&task)?.sources.iter().map(source).collect();
-        fill(&sources, array, count_out, "sources")
+        listing.fill(&sources, "sources")
     })
 }
 
@@ -199,11 +197,9 @@ pub unsafe extern "C" fn kvf_task_unsettled(
 ) -> kvf_status {
     boundary(|| {
         let task = enter(task, "task")?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let array = unsafe { OutArray::new(positions, capacity, "positions") }?;
-        // SAFETY: null or writable, by contract.
-        let count_out = unsafe { Out::new(count_out, "count_out") }?;
-        fill(&fetched(&task)?.unsettled, array, count_out, "positions")
+        // SAFETY: null or writable, `positions` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(positions, capacity, count_out, "positions") }?;
+        listing.fill(&fetched(&task)?.unsettled, "positions")
     })
 }
 

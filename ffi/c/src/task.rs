@@ -1,13 +1,13 @@
 //! Tasks: what was begun on a node, and how to wait for it.
 
+use std::any::Any;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvfabric::life::Life;
 use kvfabric::{
-    AttachedNode, Error, ErrorKind, Fetched, HeldDepth, Operation, Pinned, Reach, Removed, Result,
-    StoreReport,
+    Error, ErrorKind, Fetched, HeldDepth, Operation, Pinned, Reach, Removed, Result, StoreReport,
 };
 
 use crate::boundary::{Handle, Out, boundary, enter, into_raw, milliseconds, take};
@@ -25,10 +25,11 @@ pub enum kvf_task_state {
     KVF_TASK_FAILED = 2,
 }
 
-/// Work in progress on a node. Giving the handle back stops nothing.
+/// Work in progress, on a node or at a peer service. Giving the handle back stops nothing.
 pub struct kvf_task {
-    /// A task keeps its node alive.
-    node: Arc<AttachedNode>,
+    life: Arc<Life>,
+    /// A task keeps alive what works on it.
+    _owner: Arc<dyn Any + Send + Sync>,
     pub(crate) work: Work,
 }
 
@@ -36,7 +37,7 @@ impl Handle for kvf_task {
     const NAME: &'static str = "task";
 
     fn life(&self) -> &Arc<Life> {
-        self.node.life()
+        &self.life
     }
 }
 
@@ -103,9 +104,17 @@ impl<T> Ending for Operation<T> {
 }
 
 impl kvf_task {
-    pub(crate) fn begin(node: &Arc<AttachedNode>, work: Work) -> *mut Self {
-        let node = node.clone();
-        into_raw(Self { node, work })
+    /// Work in progress on `owner`, which lives and fails with its handles' `life`.
+    pub(crate) fn begin(
+        life: &Arc<Life>,
+        owner: Arc<dyn Any + Send + Sync>,
+        work: Work,
+    ) -> *mut Self {
+        into_raw(Self {
+            life: life.clone(),
+            _owner: owner,
+            work,
+        })
     }
 
     /// For a report that this task does not have.

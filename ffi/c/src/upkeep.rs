@@ -2,12 +2,13 @@
 
 use std::ffi::c_char;
 
-use kvfabric::{AttachedNode, PinId, Reach, Result};
+use kvfabric::{PinId, Reach, Result};
 
-use crate::blocks::{kvf_block_range, kvf_holder, with_prefix};
-use crate::boundary::{Out, OutArray, boundary, enter, fill, fixed, milliseconds, text};
+use crate::begin::{with_node, with_prefix};
+use crate::blocks::{kvf_block_range, kvf_holder};
+use crate::boundary::{Listing, boundary, enter, fixed, milliseconds, slice, text};
 use crate::node::kvf_node;
-use crate::options::{OutSized, SizePrefixed};
+use crate::options::{self, OutSized, SizePrefixed};
 use crate::prefix::kvf_prefix;
 use crate::status::kvf_status;
 use crate::task::{Work, kvf_task, outcome};
@@ -93,31 +94,62 @@ pub unsafe extern "C" fn kvf_node_locate(
         // SAFETY: null or valid, by contract.
         unsafe {
             with_prefix(node, prefix, task_out, |node, prefix| {
-                Ok(Work::Locate(node.locate(prefix, deadline)))
+                Ok(Work::Locate(node.node.locate(prefix, deadline)))
             })
         }
     })
 }
 
-/// Begins to keep the blocks of a prefix, from position `first` on, in host memory for `ttl_ms` or until kvf_node_release; see
-/// kvf_task_pin for how many are kept.
+/// What is to be kept, and for how long.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvf_pin_options {
+    /// sizeof(struct kvf_pin_options).
+    pub size: usize,
+    /// The position in the prefix of the first block.
+    pub first: usize,
+    /// The pin's number; NULL: the node draws one. Whoever is told it beforehand may let go of the blocks even before they
+    /// are kept. Draw it at random, and use it once.
+    pub id: *const u64,
+    /// How long the blocks are kept.
+    pub ttl_ms: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+// SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
+unsafe impl SizePrefixed for kvf_pin_options {
+    const SIZE_MIN: usize = size_of::<Self>();
+    const NAME: &'static str = "kvf_pin_options";
+}
+
+/// Begins to keep the blocks of a prefix in host memory, for a time or until kvf_node_release; see kvf_task_pin for how many are
+/// kept.
+///
+/// KVF_INVALID for a position outside the prefix; by the task, for the number of a pin that is in force.
 ///
 /// # Safety
-/// Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+/// Each pointer is null or valid: `node` and `prefix` live, `options` with its number for reads, `task_out` for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_node_pin(
     node: *const kvf_node,
     prefix: *const kvf_prefix,
-    first: usize,
-    ttl_ms: u32,
+    options: *const kvf_pin_options,
     task_out: *mut *mut kvf_task,
 ) -> kvf_status {
     boundary(|| {
-        let ttl = milliseconds(ttl_ms);
+        // SAFETY: null or readable for its size, by contract.
+        let options = unsafe { options::read(options) }?;
+        options::check_reserved(options.reserved, kvf_pin_options::NAME)?;
+        let ids = usize::from(!options.id.is_null());
+        // SAFETY: null or readable, by contract.
+        let id = unsafe { slice(options.id, ids, "kvf_pin_options.id") }?;
+        let id = id.first().copied().map(PinId);
+        let (first, ttl) = (options.first, milliseconds(options.ttl_ms));
         // SAFETY: null or valid, by contract.
         unsafe {
             with_prefix(node, prefix, task_out, |node, prefix| {
-                Ok(Work::Pin(node.pin(prefix, first, ttl)?))
+                Ok(Work::Pin(node.node.pin(prefix, first, ttl, id)?))
             })
         }
     })
@@ -137,26 +169,10 @@ pub unsafe extern "C" fn kvf_node_remove(
         // SAFETY: null or valid, by contract.
         unsafe {
             with_prefix(node, prefix, task_out, |node, prefix| {
-                Ok(Work::Remove(node.remove(prefix)))
+                Ok(Work::Remove(node.node.remove(prefix)))
             })
         }
     })
-}
-
-/// Begins work on a node.
-///
-/// # Safety
-/// Each pointer is null or valid: `node` live, `task_out` for a write.
-unsafe fn with_node(
-    node: *const kvf_node,
-    task_out: *mut *mut kvf_task,
-    begin: impl FnOnce(&AttachedNode) -> Work,
-) -> Result<()> {
-    let node = enter(node, "node")?;
-    // SAFETY: null or writable, by this function's contract.
-    let out = unsafe { Out::new(task_out, "task_out") }?;
-    out.write(kvf_task::begin(&node.node, begin(&node.node)));
-    Ok(())
 }
 
 /// Begins to let go of what kvf_node_pin has kept. A pin that has ended is no failure.
@@ -171,7 +187,11 @@ pub unsafe extern "C" fn kvf_node_release(
 ) -> kvf_status {
     boundary(|| {
         // SAFETY: null or valid, by contract.
-        unsafe { with_node(node, task_out, |node| Work::End(node.release(PinId(pin)))) }
+        unsafe {
+            with_node(node, task_out, |node| {
+                Ok(Work::End(node.node.release(PinId(pin))))
+            })
+        }
     })
 }
 
@@ -191,7 +211,7 @@ pub unsafe extern "C" fn kvf_node_unpin(
         // SAFETY: null or a string, by contract.
         let address = unsafe { text(peer_address, "peer_address") }?;
         let (pin, deadline) = (PinId(pin), milliseconds(deadline_ms));
-        let begin = |node: &AttachedNode| Work::End(node.unpin(address, pin, deadline));
+        let begin = |node: &kvf_node| Ok(Work::End(node.node.unpin(address, pin, deadline)));
         // SAFETY: null or valid, by contract.
         unsafe { with_node(node, task_out, begin) }
     })
@@ -208,7 +228,7 @@ pub unsafe extern "C" fn kvf_node_clear(
 ) -> kvf_status {
     boundary(|| {
         // SAFETY: null or valid, by contract.
-        unsafe { with_node(node, task_out, |node| Work::Remove(node.clear())) }
+        unsafe { with_node(node, task_out, |node| Ok(Work::Remove(node.node.clear()))) }
     })
 }
 
@@ -226,7 +246,11 @@ pub unsafe extern "C" fn kvf_node_flush(
     boundary(|| {
         let deadline = milliseconds(deadline_ms);
         // SAFETY: null or valid, by contract.
-        unsafe { with_node(node, task_out, |node| Work::End(node.flush(deadline))) }
+        unsafe {
+            with_node(node, task_out, |node| {
+                Ok(Work::End(node.node.flush(deadline)))
+            })
+        }
     })
 }
 
@@ -278,10 +302,8 @@ pub unsafe extern "C" fn kvf_task_holders(
 ) -> kvf_status {
     boundary(|| {
         let task = enter(task, "task")?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let array = unsafe { OutArray::new(holders, capacity, "holders") }?;
-        // SAFETY: null or writable, by contract.
-        let count_out = unsafe { Out::new(count_out, "count_out") }?;
+        // SAFETY: null or writable, `holders` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(holders, capacity, count_out, "holders") }?;
         let holders = reach(&task)?
             .located
             .holders
@@ -292,7 +314,7 @@ pub unsafe extern "C" fn kvf_task_holders(
                 depth: holder.depth,
                 reserved: 0,
             });
-        fill(&holders.collect::<Vec<_>>(), array, count_out, "holders")
+        listing.fill(&holders.collect::<Vec<_>>(), "holders")
     })
 }
 
@@ -309,16 +331,14 @@ pub unsafe extern "C" fn kvf_task_shared(
 ) -> kvf_status {
     boundary(|| {
         let task = enter(task, "task")?;
-        // SAFETY: null or writable for `capacity` values, by contract.
-        let array = unsafe { OutArray::new(ranges, capacity, "ranges") }?;
-        // SAFETY: null or writable, by contract.
-        let count_out = unsafe { Out::new(count_out, "count_out") }?;
+        // SAFETY: null or writable, `ranges` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(ranges, capacity, count_out, "ranges") }?;
         let shared = reach(&task)?.located.shared.iter();
         let ranges = shared.map(|range| kvf_block_range {
             start: range.start,
             end: range.end,
         });
-        fill(&ranges.collect::<Vec<_>>(), array, count_out, "ranges")
+        listing.fill(&ranges.collect::<Vec<_>>(), "ranges")
     })
 }
 

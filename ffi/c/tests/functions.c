@@ -1,12 +1,14 @@
 /*
- * What the library does when it is used as meant, beyond what the examples show: `functions [INDEX]`, where INDEX is the
- * "HOST:PORT" of an index without pods.
+ * What the library does when it is used as meant, beyond what the examples show: `functions [INDEX | FOLDER]`, where INDEX is
+ * the "HOST:PORT" of an index without pods, and FOLDER an empty folder for a disk.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <poll.h>
 #include <stdlib.h>
 
 #include "expect.h"
+
+#define IDENTITY "abababababababababababababababababababababababababababababababab"
 
 enum {
     WAIT_MS = 20000,
@@ -127,22 +129,31 @@ struct engine {
     unsigned char *pool;
 };
 
-static void open_engine(struct engine *engine, const char *pod, const char *index)
+/* With a disk in `folder`, or an index, or neither. */
+static void open_engine_on(struct engine *engine, const char *pod, const char *index, const char *folder)
 {
     char address[128] = "";
     snprintf(address, sizeof address, "http://%s", index == NULL ? "" : index);
+    const struct kvf_setting disk[] = {{"disk.path", folder}, {"disk.bytes", "1048576"}, {"disk.segment_bytes", "131072"}};
     struct kvf_setting settings[] = {
         {"pod", pod},
         {"model", "m"},
-        {"model_identity", "abababababababababababababababababababababababababababababababab"},
+        {"model_identity", IDENTITY},
         {"block_bytes", "4096"},
         {"block_tokens", "4"},
         {"host.bytes", "65536"},
         {"engine.name", "test/1"},
         {"engine.hash", "sha256"},
-        {"index.address", address},
+        {"", ""}, {"", ""}, {"", ""},
     };
-    size_t count = sizeof settings / sizeof *settings - (index == NULL);
+    size_t count = sizeof settings / sizeof *settings - 3;
+    if (index != NULL) {
+        settings[count++] = (struct kvf_setting){"index.address", address};
+    }
+    if (folder != NULL) {
+        memcpy(settings + count, disk, sizeof disk);
+        count += 3;
+    }
     struct kvf_node_options options = {.size = sizeof options, .settings = settings, .setting_count = count};
     EXPECT_STATUS(KVF_OK, kvf_node_open(&options, &engine->node));
     EXPECT_STATUS(KVF_OK, kvf_node_agent(engine->node, &engine->agent));
@@ -151,6 +162,11 @@ static void open_engine(struct engine *engine, const char *pod, const char *inde
     struct kvf_segment segment = {.stride = BLOCK_BYTES, .len = BLOCK_BYTES};
     EXPECT_STATUS(KVF_OK, kvf_region_id(engine->region, &segment.region));
     EXPECT_STATUS(KVF_OK, kvf_pages_create(engine->node, &segment, 1, BLOCKS, &engine->pages));
+}
+
+static void open_engine(struct engine *engine, const char *pod, const char *index)
+{
+    open_engine_on(engine, pod, index, NULL);
 }
 
 static void close_engine(struct engine *engine)
@@ -231,7 +247,8 @@ static void blocks_are_kept_dropped_and_found(void)
 
     /* What is pinned stays when everything else goes. */
     struct kvf_pin pin = {.size = sizeof pin};
-    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, 0, 60000, &task));
+    struct kvf_pin_options keep = {.size = sizeof keep, .ttl_ms = 60000};
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
     EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
     EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &pin));
     EXPECT_STATUS(KVF_OK, kvf_task_free(task));
@@ -242,6 +259,31 @@ static void blocks_are_kept_dropped_and_found(void)
     EXPECT(held(&engine, prefix).depth == pin.depth);
     EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, pin.id, &task));
     finish(task);
+    /* A number that others know beforehand; who lets go of it before it comes has let go of it. */
+    const uint64_t number = UINT64_MAX;
+    keep.id = &number;
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &pin));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT(pin.id == number && pin.depth > 0);
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    EXPECT_STATUS(KVF_INVALID, kvf_task_wait(task, WAIT_MS));
+    EXPECT_TEXT("18446744073709551615");
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    const uint64_t early = 0;
+    keep.id = &early;
+    EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, early, &task));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    struct kvf_pin none = {.size = sizeof none};
+    EXPECT_STATUS(KVF_OK, kvf_task_pin(task, &none));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT(none.id == early && none.depth == 0);
+    EXPECT_STATUS(KVF_OK, kvf_node_release(engine.node, number, &task));
+    finish(task);
+
     EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
     EXPECT(removed(task).removed == pin.depth);
     EXPECT(held(&engine, prefix).depth == 0);
@@ -261,6 +303,36 @@ static void blocks_are_kept_dropped_and_found(void)
     EXPECT(stored == 4);
     EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
     close_engine(&engine);
+}
+
+/* Host memory has room to spare, so that only the shutdown writes to the disk. */
+static void a_restart_finds_what_only_host_memory_had(const char *folder)
+{
+    struct engine engine = {0};
+    const uint32_t tokens[4 * BLOCK_TOKENS] = {7, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10};
+    const uint32_t numbers[4] = {0, 1, 2, 3};
+    for (int run = 0; run < 2; run++) {
+        open_engine_on(&engine, "again", NULL, folder);
+        kvf_prefix *prefix = NULL;
+        EXPECT_STATUS(KVF_OK, kvf_prefix_create(engine.node, NULL, &prefix));
+        EXPECT_STATUS(KVF_OK, kvf_prefix_extend(prefix, tokens, 4 * BLOCK_TOKENS, NULL));
+        struct kvf_held there = held(&engine, prefix);
+        EXPECT(there.host == 0 && there.disk == (run == 0 ? 0u : 4u));
+        if (run == 0) {
+            memset(engine.pool, 'k', 4 * BLOCK_BYTES);
+            store(&engine, prefix, numbers, 4);
+        } else {
+            kvf_task *task = NULL;
+            struct kvf_fetch_report report = {.size = sizeof report};
+            EXPECT_STATUS(KVF_OK, kvf_node_fetch(engine.node, prefix, 0, engine.pages, numbers, 4, NULL, &task));
+            EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+            EXPECT_STATUS(KVF_OK, kvf_task_fetch_report(task, &report));
+            EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+            EXPECT(report.depth == 4 && engine.pool[0] == 'k' && engine.pool[4 * BLOCK_BYTES - 1] == 'k');
+        }
+        EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
+        close_engine(&engine);
+    }
 }
 
 /* What an engine's scheduler packs, a worker's node stores and fetches under. */
@@ -302,6 +374,68 @@ static void names_of_an_engine_name_blocks(void)
     EXPECT_STATUS(KVF_OK, kvf_prefix_free(whole));
     EXPECT_STATUS(KVF_OK, kvf_prefix_free(second));
     EXPECT_STATUS(KVF_OK, kvf_prefix_free(adapted));
+    close_engine(&engine);
+}
+
+/* What a scheduler without a node asks its worker's: where blocks are, and to let go of what was kept for it. */
+static void a_scheduler_asks_a_nodes_peer_service(void)
+{
+    struct engine engine = {0};
+    open_engine(&engine, "served", NULL);
+    char address[64] = "";
+    size_t len = 0;
+    EXPECT_STATUS(KVF_OK, kvf_node_peer_address(engine.node, address, sizeof address, &len));
+    unsigned char hashes[3 * 32], packed[256];
+    for (int i = 0; i < 3; i++) {
+        memset(hashes + 32 * i, i + 1, 32);
+    }
+    EXPECT_STATUS(KVF_OK, kvf_names_pack_hashes("root", 4, hashes, 32, 2, packed, sizeof packed, &len));
+    kvf_prefix *prefix = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_prefix_create_from_names(engine.node, packed, len, NULL, &prefix));
+    const uint32_t numbers[2] = {0, 1};
+    store(&engine, prefix, numbers, 2);
+
+    kvf_service *service = NULL;
+    kvf_task *task = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_service_connect(address, &service));
+    EXPECT_STATUS(KVF_OK, kvf_names_pack_hashes("root", 4, hashes, 32, 3, packed, sizeof packed, &len));
+    EXPECT_STATUS(KVF_OK, kvf_service_locate(service, packed, len, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
+    struct kvf_reach reach = {.size = sizeof reach};
+    EXPECT_STATUS(KVF_OK, kvf_task_reach(task, &reach));
+    EXPECT(reach.depth == 2 && reach.own == 2 && reach.host == 2);
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT_STATUS(KVF_OK, kvf_service_locate(service, packed, len - 1, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_INVALID, kvf_task_wait(task, WAIT_MS));
+    EXPECT_TEXT("names of blocks");
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+
+    const uint64_t number = 4711;
+    struct kvf_pin_options keep = {.size = sizeof keep, .id = &number, .ttl_ms = 60000};
+    EXPECT_STATUS(KVF_OK, kvf_node_pin(engine.node, prefix, &keep, &task));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
+    EXPECT(removed(task).kept == 2);
+    static const char stranger[] = "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd";
+    EXPECT_STATUS(KVF_OK, kvf_service_unpin(service, number, stranger, WAIT_MS, &task));
+    EXPECT_STATUS(KVF_DENIED, kvf_task_wait(task, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_task_free(task));
+    EXPECT_STATUS(KVF_OK, kvf_service_unpin(service, number, IDENTITY, WAIT_MS, &task));
+    /* The task keeps its connection. */
+    EXPECT_STATUS(KVF_OK, kvf_service_free(service));
+    finish(task);
+    EXPECT_STATUS(KVF_OK, kvf_node_remove(engine.node, prefix, &task));
+    EXPECT(removed(task).removed == 2);
+
+    task = UNTOUCHED(kvf_task);
+    service = UNTOUCHED(kvf_service);
+    EXPECT_STATUS(KVF_INVALID, kvf_service_connect("two words", &service));
+    EXPECT_STATUS(KVF_INVALID, kvf_service_connect(NULL, &service));
+    EXPECT_STATUS(KVF_INVALID, kvf_service_unpin(NULL, number, IDENTITY, 0, &task));
+    EXPECT(service == UNTOUCHED(kvf_service) && task == UNTOUCHED(kvf_task));
+    EXPECT_STATUS(KVF_OK, kvf_service_free(NULL));
+    EXPECT_STATUS(KVF_INVALID, kvf_names_pack_hashes("root", 4, hashes, 0, 2, packed, sizeof packed, &len));
+    EXPECT_STATUS(KVF_OK, kvf_prefix_free(prefix));
     close_engine(&engine);
 }
 
@@ -363,13 +497,99 @@ static void an_index_hears_of_the_node_and_of_its_engine(const char *address)
     close_engine(&engine);
 }
 
+/* How many blocks of a prompt the index knows of for one owner; it follows at its own pace, so this asks until it is `wanted`. */
+static uint32_t depth_of(kvf_index *index, const uint32_t *tokens, const char *lora, const char *salt, uint32_t wanted)
+{
+    struct kvf_lookup_options options = {.size = sizeof options, .lora = lora, .cache_salt = salt};
+    uint32_t depth = UINT32_MAX;
+    for (int i = 0; i < LOOKUPS_MAX && depth != wanted; i++) {
+        struct kvf_pod_depth pod = {0};
+        struct kvf_lookup_summary summary = {0};
+        if (kvf_index_lookup(index, tokens, 2 * BLOCK_TOKENS, &options, &pod, 1, &summary) != KVF_OK) {
+            return UINT32_MAX;
+        }
+        depth = pod.depth;
+    }
+    return depth;
+}
+
+/* An engine that has no node: its blocks are found for their owner, and for nobody else. */
+static void an_engine_publishes_without_a_node(const char *address)
+{
+    struct kvf_publisher_options options = {
+        .size = sizeof options, .index = address, .pod = "bare", .model = "m", .block_tokens = BLOCK_TOKENS};
+    kvf_publisher *publisher = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_publisher_open(&options, &publisher));
+    kvf_index *index = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_index_connect(address, WAIT_MS, &index));
+    const uint32_t tokens[2 * BLOCK_TOKENS] = {9, 8, 7, 6, 5, 4, 3, 2};
+    const uint64_t hashes[2] = {21, 22};
+    struct kvf_namespace owner = {.size = sizeof owner, .lora = "adapter", .cache_salt = "tenant"};
+    struct kvf_stored_event first = {
+        .size = sizeof first, .hashes = hashes, .count = 1, .tokens = tokens, .token_count = BLOCK_TOKENS, .owner = &owner};
+    struct kvf_stored_event second = first;
+    second.hashes = &hashes[1];
+    second.parent = &hashes[0];
+    second.tokens = tokens + BLOCK_TOKENS;
+    EXPECT_STATUS(KVF_OK, kvf_publisher_stored(publisher, &first));
+    EXPECT_STATUS(KVF_OK, kvf_publisher_stored(publisher, &second));
+    EXPECT(depth_of(index, tokens, "adapter", "tenant", 2) == 2);
+    EXPECT(depth_of(index, tokens, "adapter", NULL, 0) == 0);
+    EXPECT(depth_of(index, tokens, NULL, "tenant", 0) == 0);
+    EXPECT(depth_of(index, tokens, NULL, NULL, 0) == 0);
+    EXPECT_STATUS(KVF_OK, kvf_publisher_removed(publisher, &hashes[1], 1, KVF_TIER_DEVICE));
+    EXPECT(depth_of(index, tokens, "adapter", "tenant", 1) == 1);
+
+    /* A program that was built before owners were known sends a smaller structure, of the base model. */
+    const uint64_t plain[1] = {31};
+    struct kvf_stored_event old = {
+        .size = offsetof(struct kvf_stored_event, owner), .hashes = plain, .count = 1, .tokens = tokens,
+        .token_count = BLOCK_TOKENS, .owner = &owner};
+    EXPECT_STATUS(KVF_OK, kvf_publisher_stored(publisher, &old));
+    EXPECT(depth_of(index, tokens, NULL, NULL, 1) == 1);
+    EXPECT_STATUS(KVF_OK, kvf_publisher_cleared(publisher));
+    EXPECT(depth_of(index, tokens, "adapter", "tenant", 0) == 0);
+    EXPECT(depth_of(index, tokens, NULL, NULL, 0) == 0);
+
+    char endless[2000];
+    memset(endless, 'x', sizeof endless - 1);
+    endless[sizeof endless - 1] = '\0';
+    owner.cache_salt = endless;
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_stored(publisher, &first));
+    EXPECT_TEXT("cache_salt is 1999 bytes");
+    first.token_count = 1;
+    owner.cache_salt = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_stored(publisher, &first));
+    EXPECT_TEXT("kvf_stored_event.token_count");
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_removed(publisher, hashes, 1, 7));
+    EXPECT_STATUS(KVF_OK, kvf_publisher_free(publisher));
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_cleared(publisher));
+    EXPECT_STATUS(KVF_OK, kvf_publisher_free(NULL));
+
+    publisher = UNTOUCHED(kvf_publisher);
+    options.index = "127.0.0.1:1";
+    EXPECT_STATUS(KVF_PEER_LOST, kvf_publisher_open(&options, &publisher));
+    options.key_scheme = "md5";
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_open(&options, &publisher));
+    EXPECT_TEXT("md5");
+    options.pod = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_publisher_open(&options, &publisher));
+    EXPECT_TEXT("kvf_publisher_options.pod is null");
+    EXPECT(publisher == UNTOUCHED(kvf_publisher));
+    EXPECT_STATUS(KVF_OK, kvf_index_free(index));
+}
+
 int main(int argc, char **argv)
 {
     transfers_from_prepared_lists();
     blocks_are_kept_dropped_and_found();
     names_of_an_engine_name_blocks();
-    if (argc > 1) {
+    a_scheduler_asks_a_nodes_peer_service();
+    if (argc > 1 && strchr(argv[1], '/') != NULL) {
+        a_restart_finds_what_only_host_memory_had(argv[1]);
+    } else if (argc > 1) {
         an_index_hears_of_the_node_and_of_its_engine(argv[1]);
+        an_engine_publishes_without_a_node(argv[1]);
     }
     printf("functions: %d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;

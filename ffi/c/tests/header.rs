@@ -10,8 +10,25 @@ fn the_committed_header_matches_the_sources() {
     let builder = cbindgen::Builder::new().with_config(config);
     // In the order in which a reader wants them.
     let sources = [
-        "status", "agent", "region", "peer", "list", "transfer", "progress", "node", "names",
-        "prefix", "pages", "blocks", "task", "reports", "upkeep", "events", "index",
+        "status",
+        "agent",
+        "region",
+        "peer",
+        "list",
+        "transfer",
+        "progress",
+        "node",
+        "names",
+        "prefix",
+        "pages",
+        "blocks",
+        "task",
+        "reports",
+        "upkeep",
+        "service",
+        "events",
+        "publisher",
+        "index",
     ];
     let builder = sources.iter().fold(builder, |builder, source| {
         builder.with_src(root.join("src").join(source).with_extension("rs"))

@@ -478,7 +478,12 @@ static void blocks_are_checked(kvf_node *node, kvf_node *other)
     EXPECT_TEXT("block number is 2");
     EXPECT_STATUS(KVF_INVALID, kvf_node_store(other, prefix, 0, pages, numbers, 2, 0, &task));
     EXPECT_TEXT("another node");
-    EXPECT_STATUS(KVF_INVALID, kvf_node_pin(node, prefix, 3, 1000, &task));
+    struct kvf_pin_options beyond = {.size = sizeof beyond, .first = 3, .ttl_ms = 1000};
+    EXPECT_STATUS(KVF_INVALID, kvf_node_pin(node, prefix, &beyond, &task));
+    beyond.size = 4;
+    EXPECT_STATUS(KVF_INVALID, kvf_node_pin(node, prefix, &beyond, &task));
+    EXPECT_TEXT("kvf_pin_options.size");
+    EXPECT_STATUS(KVF_INVALID, kvf_node_pin(node, prefix, NULL, &task));
     static struct kvf_holder holder;
     memset(holder.pod, 'p', sizeof holder.pod);
     struct kvf_block_range ranges[2] = {{0, 2}, {1, 3}};

@@ -166,17 +166,26 @@ impl AttachedNode {
             .spawn(async move { node.locate(&blocks, deadline).await })
     }
 
-    /// As [`Node::pin`], for the blocks of a prefix from position `first` on.
+    /// As [`Node::pin`], for the blocks of a prefix from position `first` on; with an `id`, as [`Node::pin_as`].
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Invalid`] for a position outside the prefix; the rest by the operation.
-    pub fn pin(&self, prefix: &Prefix, first: usize, ttl: Duration) -> Result<Operation<Pinned>> {
+    pub fn pin(
+        &self,
+        prefix: &Prefix,
+        first: usize,
+        ttl: Duration,
+        id: Option<PinId>,
+    ) -> Result<Operation<Pinned>> {
         let run = prefix.run(first, prefix.len().saturating_sub(first))?;
         let keys: Vec<BlockKey> = run.iter().map(|info| info.key).collect();
         let node = self.node.clone();
-        Ok(self
-            .runtime
-            .spawn(async move { node.pin(&keys, ttl).await }))
+        Ok(self.runtime.spawn(async move {
+            match id {
+                Some(id) => node.pin_as(id, &keys, ttl).await,
+                None => node.pin(&keys, ttl).await,
+            }
+        }))
     }
 
     /// As [`Node::release`].

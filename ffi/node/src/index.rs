@@ -1,15 +1,17 @@
-//! The node's connection to the global index: questions, events, and the stream by which the pod lives in it.
+//! A pod's connection to the global index: questions, events, and the stream by which the pod lives in it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use kvcache_core::{Epoch, PodName, Result};
+use kvcache_core::{Epoch, Error, PodName, Result};
+use kvfabric_indexer::adapter::{BatchOwner, OWNER_BYTES_MAX};
 use kvfabric_indexer::client::{
     ClientConfig, IndexClient, Registered, Registration, SourceKind, SourceSpec,
 };
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 
+use crate::blocks::Namespace;
 use crate::config::{IndexSection, NodeConfig};
 
 /// The names of a pod's two sources of events, as they are registered.
@@ -20,7 +22,7 @@ pub(crate) const NODE_SOURCE: &str = "node";
 const REGISTER_DEADLINE: Duration = Duration::from_secs(20);
 
 /// How long connecting to the index may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The connection to the global index: questions, events, and the stream by which the pod lives in it.
 pub(crate) struct Index {
@@ -48,15 +50,7 @@ impl Publishers {
             deadline: config.lookup_deadline(),
             connect_timeout: CONNECT_TIMEOUT,
         })?;
-        let bind = |stream| {
-            let any_port = format!("tcp://{}:0", index.publish_host);
-            Publisher::bind(PublisherConfig {
-                endpoint: any_port.clone(),
-                replay_endpoint: any_port,
-                ..PublisherConfig::new(pod.clone(), config.model.clone(), stream)
-            })
-            .map(Arc::new)
-        };
+        let bind = |stream| bind(&pod, &config.model, &index.publish_host, stream);
         let engine = match engine_events(config)? {
             Some(_) => None,
             None => Some(bind(Stream::Engine)?),
@@ -89,10 +83,7 @@ impl Publishers {
             sources,
             peer_address: peers.map(|address| address.to_string()),
         });
-        registered
-            .ready(REGISTER_DEADLINE)
-            .await
-            .map_err(|e| e.at("register with the index"))?;
+        ready(&registered).await?;
         let Self {
             client,
             engine,
@@ -105,6 +96,45 @@ impl Publishers {
             _registered: registered,
         })
     }
+}
+
+/// Publishes on any port of `host`.
+pub(crate) fn bind(
+    pod: &PodName,
+    model: &str,
+    host: &str,
+    stream: Stream,
+) -> Result<Arc<Publisher>> {
+    let any_port = format!("tcp://{host}:0");
+    let publisher = Publisher::bind(PublisherConfig {
+        endpoint: any_port.clone(),
+        replay_endpoint: any_port,
+        ..PublisherConfig::new(pod.clone(), model, stream)
+    })?;
+    Ok(Arc::new(publisher))
+}
+
+/// Waits until the index follows the sources that were registered.
+pub(crate) async fn ready(registered: &Registered) -> Result<()> {
+    let ready = registered.ready(REGISTER_DEADLINE).await;
+    ready.map_err(|error| error.at("register with the index"))
+}
+
+/// Whose the blocks of a batch of events are, as the index reads it.
+pub(crate) fn batch_owner<'a>(namespace: &Namespace<'a>) -> Result<BatchOwner<'a>> {
+    for (name, text) in [
+        ("lora", namespace.lora),
+        ("cache_salt", namespace.cache_salt),
+    ] {
+        if text.len() > OWNER_BYTES_MAX {
+            let found = format!("{} bytes", text.len());
+            return Err(Error::invalid(name, found, 0..=OWNER_BYTES_MAX));
+        }
+    }
+    Ok(BatchOwner {
+        lora: Some(namespace.lora).filter(|lora| !lora.is_empty()),
+        cache_salt: Some(namespace.cache_salt).filter(|salt| !salt.is_empty()),
+    })
 }
 
 /// The engine's own publisher, if the configuration names one.

@@ -23,6 +23,7 @@ mod node;
 mod operation;
 mod parts;
 mod ports;
+mod publisher;
 mod runtime;
 
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use config::NodeConfig;
 pub use connection::{IndexConnection, PeerConnection};
 pub use node::{Lookup, Node};
 pub use operation::Operation;
+pub use publisher::{EnginePublisher, EnginePublisherConfig};
 pub use runtime::Runtime;
 
 // What a caller needs to use a node, so that an engine depends on one crate.

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric_transfer::Process;
 
 /// Shared by all handles that live and fail together.
 #[derive(Debug)]
 pub struct Life {
-    /// The process in which the handles were made. Asking for it is a system call, which is small beside any
-    /// call that uses it, and unlike a fork handler it also sees a bare `clone`.
-    process: u32,
+    /// The process in which the handles were made. Not its number: each call asks several times, and that would be as many
+    /// system calls.
+    process: Process,
     poisoned: AtomicBool,
 }
 
@@ -22,7 +23,7 @@ impl Life {
     #[must_use]
     pub fn begin() -> Arc<Self> {
         Arc::new(Self {
-            process: std::process::id(),
+            process: Process::current(),
             poisoned: AtomicBool::new(false),
         })
     }
@@ -73,7 +74,7 @@ impl Life {
     /// Whether this is not the process in which the handles were made: its threads do not exist here.
     #[must_use]
     pub fn is_forked(&self) -> bool {
-        self.process != std::process::id()
+        !self.process.is_current()
     }
 }
 

@@ -14,6 +14,15 @@
 //! ```
 //!
 //! Nothing may follow. Other flags are another version's.
+//!
+//! # Index keys without tokens
+//!
+//! Who only has hashes, such as a tier below an engine's own offloading, has no tokens to make index keys of
+//! ([`pack_hashes`]). There a block's index key is made of its hash, and `root` stands for whatever else shapes its bytes:
+//!
+//! ```text
+//! index key = the first 8 bytes, little-endian, of BLAKE3("kvfabric/hash-key/v1" NUL u64(bytes of root) root hash)
+//! ```
 
 use std::ops::Range;
 
@@ -32,6 +41,40 @@ const HAS_ADAPTER: u8 = 2;
 const HEADER_BYTES: usize = 8;
 const ADAPTER_BYTES: usize = 32;
 const INDEX_KEY_BYTES: usize = 8;
+
+/// Domain of the digest that makes index keys of hashes.
+const HASH_KEY_DOMAIN: &[u8] = b"kvfabric/hash-key/v1\0";
+
+/// Packs blocks of which only the engine's hashes are known, each of them by itself: no block is another one's parent. Those
+/// that share a hash but not `root` have different index keys.
+///
+/// Routers ask by tokens, and so do not find such blocks: give them a model name of their own.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] for hashes of different or impossible lengths, and for more than [`NAMES_MAX`].
+pub fn pack_hashes(root: &[u8], hashes: &[&[u8]]) -> Result<Vec<u8>> {
+    if hashes.len() > NAMES_MAX {
+        return Err(Error::invalid("blocks", hashes.len(), 0..=NAMES_MAX));
+    }
+    let hash_bytes = hashes.first().map_or(0, |hash| hash.len());
+    if !hashes.is_empty() {
+        check_hashes(hashes, hash_bytes)?;
+    }
+    let mut seeded = blake3::Hasher::new();
+    seeded
+        .update(HASH_KEY_DOMAIN)
+        .update(&(root.len() as u64).to_le_bytes())
+        .update(root);
+    let mut packed =
+        Vec::with_capacity(HEADER_BYTES + hashes.len() * (hash_bytes + INDEX_KEY_BYTES));
+    write_header(&mut packed, 0, hash_bytes, hashes.len());
+    for hash in hashes {
+        let digest = seeded.clone().update(hash).finalize();
+        packed.extend_from_slice(hash);
+        packed.extend_from_slice(&digest.as_bytes()[..INDEX_KEY_BYTES]);
+    }
+    Ok(packed)
+}
 
 /// The names of a growing sequence's blocks, from its first.
 #[derive(Clone, Debug)]
@@ -109,16 +152,7 @@ impl NameChain {
         } else {
             self.hash_bytes
         };
-        if !(1..=HASH_BYTES_MAX).contains(&expected) {
-            return Err(Error::invalid(
-                "bytes of a hash",
-                expected,
-                1..=HASH_BYTES_MAX,
-            ));
-        }
-        if let Some(other) = hashes.iter().find(|hash| hash.len() != expected) {
-            return Err(Error::invalid("bytes of a hash", other.len(), [expected]));
-        }
+        check_hashes(hashes, expected)?;
         self.hash_bytes = expected;
         for (hash, tokens) in hashes.iter().zip(tokens.chunks_exact(block)) {
             self.hashes.extend_from_slice(hash);
@@ -158,9 +192,7 @@ impl NameChain {
         let entry = self.hash_bytes + INDEX_KEY_BYTES;
         let mut packed =
             Vec::with_capacity(HEADER_BYTES + ADAPTER_BYTES + (blocks.len() + 1) * entry);
-        packed.extend_from_slice(&[VERSION, flags]);
-        packed.extend_from_slice(&(self.hash_bytes as u16).to_le_bytes());
-        packed.extend_from_slice(&(blocks.len() as u32).to_le_bytes());
+        write_header(&mut packed, flags, self.hash_bytes, blocks.len());
         packed.extend_from_slice(self.adapter.as_ref().map_or(&[], |adapter| &adapter[..]));
         for position in parent.unwrap_or(blocks.start)..blocks.end {
             let hash = &self.hashes[position * self.hash_bytes..][..self.hash_bytes];
@@ -250,6 +282,24 @@ impl Names {
             index_key: IndexKey(index_key),
         }
     }
+}
+
+/// All hashes must have `expected` bytes.
+fn check_hashes(hashes: &[&[u8]], expected: usize) -> Result<()> {
+    let name = "bytes of a hash";
+    if !(1..=HASH_BYTES_MAX).contains(&expected) {
+        return Err(Error::invalid(name, expected, 1..=HASH_BYTES_MAX));
+    }
+    match hashes.iter().find(|hash| hash.len() != expected) {
+        Some(other) => Err(Error::invalid(name, other.len(), [expected])),
+        None => Ok(()),
+    }
+}
+
+fn write_header(packed: &mut Vec<u8>, flags: u8, hash_bytes: usize, count: usize) {
+    packed.extend_from_slice(&[VERSION, flags]);
+    packed.extend_from_slice(&(hash_bytes as u16).to_le_bytes());
+    packed.extend_from_slice(&(count as u32).to_le_bytes());
 }
 
 fn parse(packed: &[u8]) -> Result<Names> {

@@ -4,11 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvcache_core::event::EngineEvent;
 use kvcache_core::ports::{Directory, EventSink, Located};
 use kvcache_core::shape::TokensPerBlock;
-use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, PinId, PodName, Result};
-use kvfabric_indexer::client::{LookupAnswer, LookupRequest, Prompt, SourcePosition};
+use kvcache_core::{BlockInfo, BlockKey, Error, PinId, PodName, Result};
 use kvfabric_tiers::{
     Cache, FetchBlock, FetchReport, HeldDepth, Pages, PeerService, Pinned, Reach, Removed, Segment,
     StoreBlock, StoreReport,
@@ -17,11 +15,15 @@ use kvfabric_transfer::Agent;
 
 use crate::blocks::{Describer, Namespace, Prefix};
 use crate::config::NodeConfig;
-use crate::index::{ENGINE_SOURCE, Index, NODE_SOURCE, Publishers};
+use crate::index::{Index, Publishers};
 use crate::metrics::MetricsServer;
 use crate::names::Names;
 use crate::parts;
 use crate::ports::Alone;
+
+mod index;
+
+pub use index::Lookup;
 
 /// One pod's tiers, fabric and connection to the index. A clone is another handle on the same node.
 #[derive(Clone)]
@@ -39,19 +41,6 @@ struct Inner {
     cache: Cache,
     index: Option<Index>,
     metrics: Option<MetricsServer>,
-}
-
-/// What a lookup asks: a prompt, whose it is, and how fresh the answer must be.
-#[derive(Clone, Debug, Default)]
-pub struct Lookup<'a> {
-    /// The prompt.
-    pub tokens: &'a [u32],
-    /// Whose blocks count.
-    pub namespace: Namespace<'a>,
-    /// At most so many pods, deepest first; 0 for all.
-    pub pods_max: u32,
-    /// Wait until these are applied.
-    pub min_position: Vec<SourcePosition>,
 }
 
 impl Node {
@@ -146,7 +135,7 @@ impl Node {
     /// Describes each full block of `tokens`, in order: what [`Node::store`] and [`Node::fetch`] take.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a namespace that cannot be told apart.
+    /// [`kvcache_core::ErrorKind::Invalid`] for a namespace that cannot be told apart.
     pub fn describe(&self, namespace: &Namespace<'_>, tokens: &[u32]) -> Result<Vec<BlockInfo>> {
         let mut prefix = self.prefix(namespace)?;
         prefix.extend(tokens)?;
@@ -165,8 +154,8 @@ impl Node {
     /// adapter's weights, if the names do not carry it.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] without `[engine]` in the configuration, and for hashes too weak to name bytes that
-    /// outlive the engine; [`ErrorKind::Invalid`] for another adapter than that of the names.
+    /// [`kvcache_core::ErrorKind::Unsupported`] without `[engine]` in the configuration, and for hashes too weak to name
+    /// bytes that outlive the engine; [`kvcache_core::ErrorKind::Invalid`] for another adapter than that of the names.
     pub fn prefix_of(&self, names: &Names, adapter: Option<[u8; 32]>) -> Result<Prefix> {
         self.inner.describer.prefix_of(names, adapter)
     }
@@ -174,7 +163,8 @@ impl Node {
     /// How the engine's memory holds its blocks: `blocks` of them, each made of these segments in order.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for segments outside their regions, or that do not add up to the configured block.
+    /// [`kvcache_core::ErrorKind::Invalid`] for segments outside their regions, or that do not add up to the configured
+    /// block.
     pub fn pages(&self, segments: Vec<Segment>, blocks: u32) -> Result<Pages> {
         let pages = Pages::new(&self.inner.agent, segments, blocks)?;
         let expected = self.inner.block_bytes;
@@ -192,8 +182,9 @@ impl Node {
     /// Copies blocks out of the engine's memory into the tiers. When it returns, that memory may be reused.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] when too many operations are in progress, [`ErrorKind::Invalid`] for memory that is not
-    /// registered with [`Node::agent`]. Blocks that found no room are counted in the report.
+    /// [`kvcache_core::ErrorKind::Busy`] when too many operations are in progress,
+    /// [`kvcache_core::ErrorKind::Invalid`] for memory that is not registered with [`Node::agent`]. Blocks that found no
+    /// room are counted in the report.
     pub async fn store(&self, blocks: Vec<StoreBlock>, deadline: Duration) -> Result<StoreReport> {
         self.inner.cache.store(blocks, after(deadline)).await
     }
@@ -216,7 +207,7 @@ impl Node {
     /// How many blocks of a chain this node's own tiers hold.
     ///
     /// # Errors
-    /// [`ErrorKind::Cancelled`] after the node was shut down.
+    /// [`kvcache_core::ErrorKind::Cancelled`] after the node was shut down.
     pub async fn held(&self, keys: Vec<BlockKey>) -> Result<HeldDepth> {
         self.inner.cache.lookup(&keys).await
     }
@@ -234,9 +225,19 @@ impl Node {
     /// what is pinned; the depth tells how many are.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] when too much is pinned or in progress.
+    /// [`kvcache_core::ErrorKind::Busy`] when too much is pinned or in progress.
     pub async fn pin(&self, keys: &[BlockKey], ttl: Duration) -> Result<Pinned> {
         self.inner.cache.pin(keys, ttl.min(DEADLINE_MAX)).await
+    }
+
+    /// As [`Node::pin`], under a number that the caller has drawn at random, for this once: whoever was told it beforehand
+    /// may let go of the blocks, even before they are pinned, and the depth is 0 then.
+    ///
+    /// # Errors
+    /// As [`Node::pin`]; [`kvcache_core::ErrorKind::Invalid`] for the number of a pin that is in force.
+    pub async fn pin_as(&self, id: PinId, keys: &[BlockKey], ttl: Duration) -> Result<Pinned> {
+        let ttl = ttl.min(DEADLINE_MAX);
+        self.inner.cache.pin_as(id, keys, ttl).await
     }
 
     /// Lets go of what was pinned; one that has ended is no error.
@@ -250,8 +251,9 @@ impl Node {
     /// Lets go of what another node has pinned for this one.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] after `deadline`, [`ErrorKind::PeerLost`] when the peer cannot be reached,
-    /// [`ErrorKind::Denied`] when it serves another model: the pin then ends by its time.
+    /// [`kvcache_core::ErrorKind::Timeout`] after `deadline`,
+    /// [`kvcache_core::ErrorKind::PeerLost`] when the peer cannot be reached,
+    /// [`kvcache_core::ErrorKind::Denied`] when it serves another model: the pin then ends by its time.
     pub async fn unpin(&self, peer_address: &str, pin: PinId, deadline: Duration) -> Result<()> {
         let service = PeerService::connect(peer_address)?;
         let identity = self.inner.describer.identity.0;
@@ -279,86 +281,24 @@ impl Node {
     /// Waits until all blocks that were on their way to the disk or to the shared store are there.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when that takes longer.
+    /// [`kvcache_core::ErrorKind::Timeout`] when that takes longer.
     pub async fn flush(&self, deadline: Duration) -> Result<()> {
         self.inner.cache.flush(after(deadline)).await
-    }
-
-    /// Asks the global index who holds a prompt's blocks.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] without an index, [`ErrorKind::Timeout`] when it does not answer in time.
-    pub async fn lookup(&self, lookup: Lookup<'_>) -> Result<LookupAnswer> {
-        self.ask_index(LookupRequest {
-            model: self.inner.model.clone(),
-            lora: lookup.namespace.lora.to_owned(),
-            cache_salt: lookup.namespace.cache_salt.to_owned(),
-            prompt: Prompt::Tokens(lookup.tokens.to_vec()),
-            pods_max: lookup.pods_max,
-            pods: Vec::new(),
-            min_position: lookup.min_position,
-            deadline: None,
-        })
-        .await
-    }
-
-    /// As [`Node::lookup`], with everything that the index can be asked. An empty model is this node's; without a
-    /// deadline the configured one holds.
-    ///
-    /// # Errors
-    /// As [`Node::lookup`].
-    pub async fn ask_index(&self, mut request: LookupRequest) -> Result<LookupAnswer> {
-        let index = self.index()?;
-        if request.model.is_empty() {
-            request.model.clone_from(&self.inner.model);
-        }
-        request.deadline = request.deadline.or(Some(self.inner.lookup_deadline));
-        index.client.lookup(request).await
-    }
-
-    /// Publishes changes of the engine's own cache, for engines that do not publish by themselves: blocks of the base
-    /// model without a salt only, since these events name neither adapter nor salt.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`] without an index, and when the engine's own publisher is configured.
-    pub fn publish_engine(&self, events: Vec<EngineEvent>) -> Result<()> {
-        let Some(engine) = &self.index()?.engine else {
-            let text = "the engine's own events are configured ([engine] events)";
-            return Err(Error::new(ErrorKind::Unsupported, text));
-        };
-        if !events.is_empty() {
-            engine.publish_engine(events);
-        }
-        Ok(())
-    }
-
-    /// Up to where this node's sources have published: what a lookup must wait for to see everything that is here.
-    #[must_use]
-    pub fn positions(&self) -> Vec<SourcePosition> {
-        let Some(index) = &self.inner.index else {
-            return Vec::new();
-        };
-        let engine = index.engine.iter().map(|engine| (ENGINE_SOURCE, engine));
-        engine
-            .chain([(NODE_SOURCE, &index.node)])
-            .map(|(name, publisher)| {
-                SourcePosition::new(&self.inner.pod, name, publisher.position())
-            })
-            .collect()
     }
 
     /// The tiers' counters and levels, by name, in a fixed order; `docs/metrics.md` explains each.
     ///
     /// # Errors
-    /// [`ErrorKind::Cancelled`] after the shutdown.
+    /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown.
     pub async fn tier_stats(&self) -> Result<Vec<(&'static str, u64)>> {
         Ok(self.inner.cache.stats().await?.entries())
     }
 
-    /// Stops leasing, withdraws what was announced, writes out what is on its way to the disk.
+    /// Stops leasing, withdraws what was announced, and writes down to the disk what only host memory has, the most recently
+    /// used first, as far as there is room: what a restart finds again. A longer deadline saves more.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when that takes longer than the deadline; what was not written is lost, nothing is wrong.
+    /// [`kvcache_core::ErrorKind::Timeout`] when that takes longer than the deadline; what was not written is lost, nothing is wrong.
     pub async fn shutdown(&self, deadline: Duration) -> Result<()> {
         let result = self.inner.cache.shutdown(after(deadline)).await;
         if let Some(index) = &self.inner.index {
@@ -367,16 +307,6 @@ impl Node {
             tracing::debug!(flushed, "events flushed");
         }
         result
-    }
-
-    fn index(&self) -> Result<&Index> {
-        let none = || {
-            Error::new(
-                ErrorKind::Unsupported,
-                "this node has no [index] configured",
-            )
-        };
-        self.inner.index.as_ref().ok_or_else(none)
     }
 }
 

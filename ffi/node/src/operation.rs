@@ -91,6 +91,9 @@ impl<T> Operation<T> {
     /// Waits for the outcome, at most so long; none when it has not come. Blocks the thread: not for asynchronous code.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<Result<&T>> {
+        if let Some(outcome) = self.poll() {
+            return Some(outcome);
+        }
         // What a clock cannot hold is as good as for ever.
         let until = Instant::now().checked_add(timeout);
         let mut gate = self.shared.gate();

@@ -392,7 +392,7 @@ fn a_scheduler_finds_by_names_what_a_worker_has_stored() {
     let garbage = scheduler.locate(b"not names", SECONDS);
     assert!(garbage.wait(SECONDS).unwrap().is_err());
 
-    let pinned = worker.pin(&prefix, 1, SECONDS).unwrap();
+    let pinned = worker.pin(&prefix, 1, SECONDS, None).unwrap();
     let pinned = *pinned.wait(SECONDS).unwrap().unwrap();
     assert_eq!(pinned.depth, 1);
     assert_eq!(worker.clear().wait(SECONDS).unwrap().unwrap().kept, 1);

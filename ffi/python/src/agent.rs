@@ -1,7 +1,7 @@
 //! Agents.
 
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -213,6 +213,22 @@ impl Agent {
         let _call = enter(&self.fabric.life)?;
         let options = options(readable, writable);
         py.detach(|| Region::shared(&self.fabric, len, options))
+            .map_err(to_python)
+    }
+
+    /// Registers shared memory that someone else made: all of a memfd whose size is sealed. It is mapped anew; the descriptor
+    /// may be closed afterwards.
+    #[pyo3(signature = (fd, *, readable = true, writable = false))]
+    fn register_file(
+        &self,
+        py: Python<'_>,
+        fd: RawFd,
+        readable: bool,
+        writable: bool,
+    ) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let options = options(readable, writable);
+        py.detach(|| Region::of_file(&self.fabric, fd, options))
             .map_err(to_python)
     }
 

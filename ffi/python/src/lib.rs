@@ -44,6 +44,7 @@ fn _kvfabric(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<reports::FetchReport>()?;
     module.add_class::<names::NameChain>()?;
     module.add_class::<peer_service::PeerService>()?;
+    module.add_function(wrap_pyfunction!(names::pack_hashes, module)?)?;
     module.add_function(wrap_pyfunction!(names::model_identity, module)?)?;
     module.add_class::<index::Index>()?;
     module.add_class::<index::PodDepth>()?;

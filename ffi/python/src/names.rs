@@ -83,6 +83,18 @@ impl NameChain {
     }
 }
 
+/// Names blocks of which only the engine's hashes are known, each by itself.
+#[pyfunction]
+pub(crate) fn pack_hashes<'py>(
+    py: Python<'py>,
+    root: &[u8],
+    hashes: Vec<Bound<'py, PyBytes>>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let hashes: Vec<&[u8]> = hashes.iter().map(|hash| hash.as_bytes()).collect();
+    let packed = names::pack_hashes(root, &hashes).map_err(to_python)?;
+    Ok(PyBytes::new(py, &packed))
+}
+
 /// What stands for all that shapes the bytes of a model's blocks, as 64 hexadecimal digits: a node's `model_identity`.
 #[pyfunction]
 #[pyo3(signature = (path, *, element, layout, quantisation = "", attributes = None, name = None))]

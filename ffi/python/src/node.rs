@@ -272,18 +272,24 @@ impl Node {
         Ok(Operation::plain(life, operation, reports::reach))
     }
 
-    /// Keeps blocks of this node, from position `first` of `prefix` on, in host memory until `unpin`, at most `ttl` seconds.
-    #[pyo3(signature = (prefix, *, first = 0, ttl = 30.0))]
+    /// Keeps blocks of this node, from position `first` of `prefix` on, in host memory until `unpin`, at most `ttl` seconds. `id`
+    /// is the pin's number, below 2^64, for whoever must know it beforehand; else the node draws one.
+    #[pyo3(signature = (prefix, *, first = 0, ttl = 30.0, id = None))]
     fn pin(
         &self,
         py: Python<'_>,
         prefix: &Bound<'_, Prefix>,
         first: usize,
         ttl: f64,
+        id: Option<u64>,
     ) -> PyResult<Operation> {
         let _call = enter(self.core.life())?;
         let (prefix, ttl) = (self.own(prefix)?, parse_timeout(ttl)?);
-        let operation = py.detach(|| self.core.node.pin(&prefix.lock(), first, ttl));
+        let operation = py.detach(|| {
+            self.core
+                .node
+                .pin(&prefix.lock(), first, ttl, id.map(PinId))
+        });
         let operation = operation.map_err(to_python)?;
         Ok(Operation::plain(self.core.life(), operation, reports::pin))
     }
@@ -343,8 +349,8 @@ impl Node {
         }
     }
 
-    /// Stops leasing, withdraws what was announced, writes out what is on its way to the disk. Everything asked afterwards
-    /// fails with `CancelledError`; doing it twice is fine.
+    /// Stops leasing, withdraws what was announced, and writes down to the disk what only host memory has, as far as there is
+    /// room and time. Everything asked afterwards fails with `CancelledError`; doing it twice is fine.
     #[pyo3(signature = (deadline = 10.0))]
     fn shutdown(&self, py: Python<'_>, deadline: f64) -> PyResult<()> {
         let _call = enter(self.core.life())?;

@@ -1,5 +1,6 @@
 //! Regions: registered memory.
 
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ pub(crate) struct Held {
 }
 
 enum Memory {
-    /// Allocated here.
+    /// Mapped here.
     Own,
     /// A buffer's; none once it is let go.
     Lent {
@@ -106,6 +107,23 @@ impl Region {
     /// Allocates memory that peers on this host can map.
     pub(crate) fn shared(fabric: &Arc<Fabric>, len: u64, options: RegionOptions) -> Result<Self> {
         let memory = HostMemory::shared(len)?;
+        let base = memory.base().as_ptr() as usize;
+        let region = fabric.agent.register(memory, options)?;
+        Ok(Self::hold(fabric, region, base, Memory::Own))
+    }
+
+    /// Registers shared memory that someone else made.
+    pub(crate) fn of_file(fabric: &Arc<Fabric>, fd: RawFd, options: RegionOptions) -> Result<Self> {
+        if fd < 0 {
+            return Err(Error::invalid("fd", fd, 0..));
+        }
+        // SAFETY: borrowed for the duplication only, during which the caller, who has the number, keeps it open. If it does
+        // not, the kernel says so, or another file of this process is looked at and refused.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        let file = borrowed
+            .try_clone_to_owned()
+            .map_err(|e| Error::io(format!("duplicate file descriptor {fd}"), e))?;
+        let memory = HostMemory::of_file(file)?;
         let base = memory.base().as_ptr() as usize;
         let region = fabric.agent.register(memory, options)?;
         Ok(Self::hold(fabric, region, base, Memory::Own))
@@ -254,7 +272,7 @@ impl Region {
         self.held.len()
     }
 
-    /// The memory as a writable memoryview; only of a region of `Agent.shared_memory`, which the view keeps alive.
+    /// The memory as a writable memoryview, which keeps it mapped; only of `Agent.shared_memory` and `Agent.register_file`.
     fn view<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let held = &slf.get().held;
         if !matches!(held.memory, Memory::Own) {

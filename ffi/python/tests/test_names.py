@@ -112,6 +112,19 @@ def test_what_does_not_fit_a_chain_is_refused():
         chain(adapter_identity=b"short")
 
 
+def test_golden_hashes_without_tokens_are_packed_to_the_byte():
+    golden = json.loads(GOLDEN.read_text())
+    names = [bytes.fromhex(name) for name in golden["hashes"]]
+    assert golden["without_tokens"]
+    for case in golden["without_tokens"]:
+        packed = kvfabric.pack_hashes(bytes.fromhex(case["root"]), names[: case["count"]])
+        assert packed == bytes.fromhex(case["packed"])
+    with pytest.raises(kvfabric.InvalidError, match="31"):
+        kvfabric.pack_hashes(b"root", [names[0], names[0][:31]])
+    with pytest.raises(TypeError):
+        kvfabric.pack_hashes("root", names)
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """Digests of weights are remembered here, not in the user's cache."""

@@ -169,6 +169,17 @@ def test_an_engines_names_store_and_fetch(node, pool):
         node.prefix_of(b"\x02" + chain.pack(0, 4)[1:])
 
 
+def test_hashes_without_tokens_store_and_fetch(node, pool):
+    pool.fill(range(3))
+    hashes = [hashlib.sha256(b"%d" % position).digest() for position in range(3)]
+    pages = node.prefix_of(kvfabric.pack_hashes(b"root", hashes))
+    assert node.store(pages, pool.pages, range(3)).wait(TIMEOUT).stored == 3
+    # What came before a block is no part of its name.
+    backwards = node.prefix_of(kvfabric.pack_hashes(b"root", hashes[::-1]))
+    assert node.fetch(backwards, pool.pages, [20, 21, 22]).wait(TIMEOUT).depth == 3
+    assert all(pool.holds(20 + position, 2 - position) for position in range(3))
+
+
 def test_names_mean_nothing_to_a_node_without_an_engine():
     config = configuration()
     del config["engine"]
@@ -329,6 +340,25 @@ def test_blocks_on_disk_survive_the_node(tmp_path):
     second.shutdown(TIMEOUT)
 
 
+def test_a_restart_finds_what_only_host_memory_had(tmp_path):
+    """Host memory has room to spare, so nothing is on disk before the shutdown."""
+    disk = {"path": tmp_path / "disk", "bytes": 1 << 20, "segment_bytes": 1 << 18, "direct": "off"}
+    config = configuration(disk=disk)
+    first = kvfabric.Node(config)
+    one = stored(first, Pool(first))
+    first.flush(TIMEOUT).wait(TIMEOUT)
+    assert first.held(one).wait(TIMEOUT) == (8, 8, 0)
+    first.shutdown(TIMEOUT)
+    del first, one
+    second = kvfabric.Node(config)
+    pool = Pool(second)
+    one = prefix(second)
+    assert second.held(one).wait(TIMEOUT) == (8, 0, 8)
+    report = second.fetch(one, pool.pages, range(20, 28)).wait(TIMEOUT)
+    assert report.sources == ["nvme"] * 8 and all(pool.holds(20 + b, b) for b in range(8))
+    second.shutdown(TIMEOUT)
+
+
 def test_blocks_come_from_the_holder_that_a_hint_names(node, pool):
     holder = kvfabric.Node(configuration("holder"))
     stored(holder, Pool(holder))
@@ -384,6 +414,23 @@ def test_pinned_blocks_stay_until_they_are_let_go(node, pool):
     assert node.pin(one).wait(TIMEOUT).depth == 0
     with pytest.raises(kvfabric.InvalidError, match="blocks"):
         node.pin(one, first=9)
+
+
+def test_a_pin_has_the_number_that_it_is_given(node, pool):
+    one = stored(node, pool)
+    number = (1 << 64) - 17
+    pin = node.pin(one, id=number, ttl=TIMEOUT).wait(TIMEOUT)
+    assert pin == (number, 8)
+    with pytest.raises(kvfabric.InvalidError, match=str(number)):
+        node.pin(one, id=number).wait(TIMEOUT)
+    assert node.clear().wait(TIMEOUT) == (0, 8)
+    node.unpin(number).wait(TIMEOUT)
+    # Let go of before it comes.
+    node.unpin(0).wait(TIMEOUT)
+    assert node.pin(one, id=0).wait(TIMEOUT) == (0, 0)
+    assert node.clear().wait(TIMEOUT) == (8, 0)
+    with pytest.raises(OverflowError):
+        node.pin(one, id=1 << 64)
 
 
 def test_another_node_lets_go_of_a_pin(node, pool):

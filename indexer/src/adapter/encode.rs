@@ -3,13 +3,39 @@
 use kvcache_core::event::{EngineEvent, NodeEvent};
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
+use super::event::IDENTIFIER_BYTES_MAX;
 use super::msgpack::Writer;
+
+/// Whose the blocks of a batch of an engine's events are. The default is the base model's, without a salt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchOwner<'a> {
+    /// The adapter.
+    pub lora: Option<&'a str>,
+    /// The tenant's salt.
+    pub cache_salt: Option<&'a str>,
+}
+
+/// The longest adapter's name or salt of a [`BatchOwner`], in bytes: what is read back as an extra key.
+pub const OWNER_BYTES_MAX: usize = IDENTIFIER_BYTES_MAX;
 
 /// The payload of a batch of an engine's events, published at `timestamp` (seconds since 1970).
 ///
 /// It reads as one group of full attention, without adapters or salts.
 #[must_use]
 pub fn encode_engine_batch(timestamp: f64, events: &[EngineEvent]) -> Vec<u8> {
+    encode_engine_batch_of(timestamp, &BatchOwner::default(), events)
+}
+
+/// As [`encode_engine_batch`], for blocks of one adapter and tenant, whose names have at most [`OWNER_BYTES_MAX`] bytes.
+///
+/// As in vLLM's own events, the salt is told with the first block of a sequence only: whoever reads them knows it of the
+/// others by their parent.
+#[must_use]
+pub fn encode_engine_batch_of(
+    timestamp: f64,
+    owner: &BatchOwner<'_>,
+    events: &[EngineEvent],
+) -> Vec<u8> {
     let bytes: usize = events.iter().map(engine_event_bytes).sum();
     let mut writer = open_batch(timestamp, events.len(), bytes);
     for event in events {
@@ -21,24 +47,27 @@ pub fn encode_engine_batch(timestamp: f64, events: &[EngineEvent]) -> Vec<u8> {
                 block_size,
                 tier,
             } => {
+                let count = hashes.len();
                 let hashes = hashes.iter().map(|hash| hash.0);
-                let parent = parent.map(|hash: EngineHash| hash.0);
-                // Only blocks that the engine computed carry extra keys, here none for each.
-                let extra_keys = (*tier == Tier::Device).then_some(hashes.len());
-                let optional = 2 + usize::from(extra_keys.is_some());
+                let start = Start {
+                    parent: parent.map(|hash: EngineHash| hash.0),
+                    lora: owner.lora,
+                };
+                // Only blocks that the engine computed carry extra keys, and those that something shaped.
+                let extra = *tier == Tier::Device || *owner != BatchOwner::default();
+                let optional = 2 + usize::from(extra);
                 stored(
                     &mut writer,
                     hashes,
-                    parent,
+                    &start,
                     tokens,
                     *block_size,
                     *tier,
                     optional,
                 );
-                if let Some(blocks) = extra_keys {
-                    writer.text("extra_keys");
-                    writer.array(blocks);
-                    (0..blocks).for_each(|_| writer.nil());
+                if extra {
+                    let salt = owner.cache_salt.filter(|_| parent.is_none());
+                    extra_keys(&mut writer, count, owner.lora, salt);
                 }
                 writer.text("group_idx");
                 writer.unsigned(0);
@@ -54,6 +83,23 @@ pub fn encode_engine_batch(timestamp: f64, events: &[EngineEvent]) -> Vec<u8> {
         }
     }
     close_batch(writer)
+}
+
+/// What shaped each block beside its tokens, and the first one also if that begins a sequence of a tenant's.
+fn extra_keys(writer: &mut Writer, blocks: usize, lora: Option<&str>, salt: Option<&str>) {
+    writer.text("extra_keys");
+    writer.array(blocks);
+    for block in 0..blocks {
+        let salt = salt.filter(|_| block == 0);
+        if lora.is_none() && salt.is_none() {
+            writer.nil();
+            continue;
+        }
+        writer.array(usize::from(lora.is_some()) + usize::from(salt.is_some()));
+        lora.into_iter()
+            .chain(salt)
+            .for_each(|key| writer.text(key));
+    }
 }
 
 fn engine_event_bytes(event: &EngineEvent) -> usize {
@@ -75,8 +121,11 @@ pub fn encode_node_batch(timestamp: f64, events: &[NodeEvent]) -> Vec<u8> {
     for run in runs() {
         match &run[0] {
             NodeEvent::Stored { parent, tier, .. } => {
-                let parent = parent.map(|key: IndexKey| key.0);
-                stored(&mut writer, keys(run), parent, &[], 0, *tier, 0);
+                let start = Start {
+                    parent: parent.map(|key: IndexKey| key.0),
+                    lora: None,
+                };
+                stored(&mut writer, keys(run), &start, &[], 0, *tier, 0);
             }
             NodeEvent::Removed { tier, .. } => removed(&mut writer, keys(run), *tier, 0),
             NodeEvent::Cleared => cleared(&mut writer),
@@ -127,11 +176,17 @@ fn close_batch(mut writer: Writer) -> Vec<u8> {
     writer.finish()
 }
 
+/// What a run of stored blocks goes on from, and which adapter's it is.
+struct Start<'a> {
+    parent: Option<u64>,
+    lora: Option<&'a str>,
+}
+
 /// The fields that vLLM always writes; `optional` more must follow.
 fn stored(
     writer: &mut Writer,
     hashes: impl ExactSizeIterator<Item = u64>,
-    parent: Option<u64>,
+    start: &Start<'_>,
     tokens: &[u32],
     block_size: u32,
     tier: Tier,
@@ -142,7 +197,7 @@ fn stored(
     writer.text("BlockStored");
     block_hashes(writer, hashes);
     writer.text("parent_block_hash");
-    match parent {
+    match start.parent {
         Some(parent) => writer.unsigned(parent),
         None => writer.nil(),
     }
@@ -158,7 +213,10 @@ fn stored(
     writer.text("medium");
     writer.text(tier.medium());
     writer.text("lora_name");
-    writer.nil();
+    match start.lora {
+        Some(lora) => writer.text(lora),
+        None => writer.nil(),
+    }
 }
 
 fn removed(

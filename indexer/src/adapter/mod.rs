@@ -19,7 +19,9 @@ mod tests;
 use kvcache_core::{EngineHash, Result, Tier};
 
 pub use decode::{BATCH_BYTES_MAX, EVENTS_MAX, decode_batch};
-pub use encode::{encode_engine_batch, encode_node_batch};
+pub use encode::{
+    BatchOwner, OWNER_BYTES_MAX, encode_engine_batch, encode_engine_batch_of, encode_node_batch,
+};
 pub use event::{HASHES_MAX, IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX, NAME_BYTES_MAX, TOKENS_MAX};
 pub use medium::tier_of_medium;
 pub use topic::{TOPIC_BYTES_MAX, TOPIC_PREFIX, Topic};

@@ -470,6 +470,38 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
     ]
 }
 
+/// A run from the start of a tenant's sequence and the one after it, for each owner; the salt is the first one's to tell.
+#[test]
+fn the_owner_of_a_batch_is_read_back() {
+    let stored = |hashes: [u64; 2], parent| EngineEvent::Stored {
+        hashes: hashes.map(EngineHash).into(),
+        parent,
+        tokens: vec![1, 2],
+        block_size: 1,
+        tier: Tier::Host,
+    };
+    let events = [stored([1, 2], None), stored([3, 4], Some(EngineHash(2)))];
+    for lora in [None, Some("adapter")] {
+        for cache_salt in [None, Some("tenant"), Some("adapter")] {
+            let owner = BatchOwner { lora, cache_salt };
+            let payload = encode_engine_batch_of(1.0, &owner, &events);
+            let read: Vec<StoredBlocks> = decode(&payload, SourceKind::Vllm)
+                .into_iter()
+                .map(|event| match event.unwrap() {
+                    SourceEvent::Stored(blocks) => blocks,
+                    other => panic!("{other:?} was not published"),
+                })
+                .collect();
+            for blocks in &read {
+                assert_eq!(blocks.lora.as_deref(), lora);
+                assert!(blocks.identifiers.is_empty(), "{blocks:?}");
+            }
+            assert_eq!(read[0].cache_salt.as_deref(), cache_salt);
+            assert_eq!(read[1].cache_salt, None);
+        }
+    }
+}
+
 /// Node events block by block, however they were grouped on the wire.
 fn flat(events: Vec<Result<SourceEvent>>) -> Vec<NodeEvent> {
     let mut flat = Vec::new();

@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{EngineHash, Error, IndexKey, Result, Tier};
 
-use super::config::{Applied, SourceSpec};
+use super::config::{Applied, SourceId, SourceSpec};
 use super::orphans::Content;
 use super::sets::Holder;
 use super::source::{Source, Writer};
 use super::tree::Shared;
+use super::{KvIndex, State, gone, lock, read};
 use crate::score::TIERS;
 
 /// The most blocks, placed or waiting, in one [`ImagePiece`].
@@ -285,5 +286,76 @@ impl Pieces {
 
     fn push_orphan(&mut self, orphan: ImageOrphan) {
         self.last().orphans.push(orphan);
+    }
+}
+
+impl KvIndex {
+    /// The source as of one moment between two events.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when the source is gone.
+    pub fn export(&self, id: SourceId) -> Result<SourceImage> {
+        let state = lock(&self.state);
+        let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
+        Ok(source.image(&state.writer, &read(&self.view).tree))
+    }
+
+    /// Takes a piece of an image up, beside what the source holds already.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
+    /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
+    pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
+        piece.check(self.config.block_size)?;
+        let mut state = lock(&self.state);
+        let State {
+            writer, sources, ..
+        } = &mut *state;
+        let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        let most = piece.blocks.len() + piece.orphans.len() + source.orphans.len();
+        let view = self.make_room(writer, read(&self.view), most)?;
+        // A piece does not say what its first block follows, which may be in the index already.
+        writer.tree.index_keys(&view.tree);
+        let applied = source.take_up(writer, &view.tree, piece);
+        Self::finish(writer, &view);
+        Ok(applied)
+    }
+
+    /// The blocks in shared tiers, in pieces of at most [`IMAGE_BLOCKS_MAX`]; who stored them may be gone.
+    #[must_use]
+    pub fn export_shared(&self) -> Vec<Vec<(IndexKey, Tier)>> {
+        let state = lock(&self.state);
+        let view = read(&self.view);
+        let keys = state.writer.tree.keys_held(&view.tree, Holder::SHARED);
+        let blocks: Vec<_> = keys.into_iter().map(|key| (key, Tier::Object)).collect();
+        blocks.chunks(IMAGE_BLOCKS_MAX).map(<[_]>::to_vec).collect()
+    }
+
+    /// Takes blocks in shared tiers up; those of other tiers, which belong to sources, are passed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when the index is full.
+    pub fn import_shared(&self, blocks: &[(IndexKey, Tier)]) -> Result<Applied> {
+        let mut state = lock(&self.state);
+        let State { writer, .. } = &mut *state;
+        let view = self.make_room(writer, read(&self.view), blocks.len())?;
+        writer.tree.index_keys(&view.tree);
+        let shared = blocks
+            .iter()
+            .filter(|(_, tier)| tier.is_shared())
+            .map(|(key, _)| *key);
+        let applied = writer.share_keys(&view.tree, shared);
+        Self::finish(writer, &view);
+        Ok(applied)
+    }
+
+    /// Sets the cache group that a source is followed in, as its image says.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when the source is gone.
+    pub fn follow_group(&self, id: SourceId, group: Option<u32>) -> Result<()> {
+        let mut state = lock(&self.state);
+        state.sources.get_mut(&id).ok_or_else(|| gone(id))?.group = group;
+        Ok(())
     }
 }

@@ -35,12 +35,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kvcache_core::prefix::Namespace;
-use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
+use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
-use self::sets::Holder;
 use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
@@ -306,75 +305,6 @@ impl KvIndex {
             Self::finish(writer, &view);
         }
         write(&self.view).pods.leaving.remove(&source.number);
-    }
-
-    /// The source as of one moment between two events.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] when the source is gone.
-    pub fn export(&self, id: SourceId) -> Result<SourceImage> {
-        let state = lock(&self.state);
-        let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
-        Ok(source.image(&state.writer, &read(&self.view).tree))
-    }
-
-    /// Takes a piece of an image up, beside what the source holds already.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
-    /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
-    pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
-        piece.check(self.config.block_size)?;
-        let mut state = lock(&self.state);
-        let State {
-            writer, sources, ..
-        } = &mut *state;
-        let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
-        let most = piece.blocks.len() + piece.orphans.len() + source.orphans.len();
-        let view = self.make_room(writer, read(&self.view), most)?;
-        // A piece does not say what its first block follows, which may be in the index already.
-        writer.tree.index_keys(&view.tree);
-        let applied = source.take_up(writer, &view.tree, piece);
-        Self::finish(writer, &view);
-        Ok(applied)
-    }
-
-    /// The blocks in shared tiers, in pieces of at most [`IMAGE_BLOCKS_MAX`]; who stored them may be gone.
-    #[must_use]
-    pub fn export_shared(&self) -> Vec<Vec<(IndexKey, Tier)>> {
-        let state = lock(&self.state);
-        let view = read(&self.view);
-        let keys = state.writer.tree.keys_held(&view.tree, Holder::SHARED);
-        let blocks: Vec<_> = keys.into_iter().map(|key| (key, Tier::Object)).collect();
-        blocks.chunks(IMAGE_BLOCKS_MAX).map(<[_]>::to_vec).collect()
-    }
-
-    /// Takes blocks in shared tiers up; those of other tiers, which belong to sources, are passed over.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Busy`] when the index is full.
-    pub fn import_shared(&self, blocks: &[(IndexKey, Tier)]) -> Result<Applied> {
-        let mut state = lock(&self.state);
-        let State { writer, .. } = &mut *state;
-        let view = self.make_room(writer, read(&self.view), blocks.len())?;
-        writer.tree.index_keys(&view.tree);
-        let shared = blocks
-            .iter()
-            .filter(|(_, tier)| tier.is_shared())
-            .map(|(key, _)| *key);
-        let applied = writer.share_keys(&view.tree, shared);
-        Self::finish(writer, &view);
-        Ok(applied)
-    }
-
-    /// Sets the cache group that a source is followed in, as its image says.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`] when the source is gone.
-    pub fn follow_group(&self, id: SourceId, group: Option<u32>) -> Result<()> {
-        let mut state = lock(&self.state);
-        state.sources.get_mut(&id).ok_or_else(|| gone(id))?.group = group;
-        Ok(())
     }
 
     /// Gives back what imports needed, and any memory that nothing is in; to be called when all imports are done.

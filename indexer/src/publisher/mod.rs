@@ -18,7 +18,7 @@ use kvcache_core::ports::{EventSink, Position};
 use kvcache_core::{Epoch, Error, PodName, Result, Sequence};
 use tokio::sync::watch;
 
-use crate::adapter::{self, Topic};
+use crate::adapter::{self, BatchOwner, Topic};
 use crate::wire::{SourceKind, SourceSpec};
 
 mod budget;
@@ -227,6 +227,14 @@ impl Publisher {
             return self.position();
         }
         self.publish_payload(adapter::encode_engine_batch(timestamp(), &events))
+    }
+
+    /// As [`Publisher::publish_engine`], for blocks of one adapter and tenant.
+    pub fn publish_engine_of(&self, owner: &BatchOwner<'_>, events: &[EngineEvent]) -> Position {
+        if events.is_empty() {
+            return self.position();
+        }
+        self.publish_payload(adapter::encode_engine_batch_of(timestamp(), owner, events))
     }
 
     /// Publishes one batch that is encoded already, as it is; never blocks. Returns the position after it.

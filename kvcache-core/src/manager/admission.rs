@@ -11,6 +11,7 @@ impl Manager {
         &mut self,
         blocks: impl ExactSizeIterator<Item = &'a BlockInfo>,
     ) -> Result<()> {
+        self.check_not_retired()?;
         self.check_blocks(blocks.len())?;
         for (position, block) in blocks.enumerate() {
             if block.parent == Some(block.key) {

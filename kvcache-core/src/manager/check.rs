@@ -57,6 +57,12 @@ impl Manager {
             let is_leaving = |id| self.pending.get(id).is_some_and(|p| p.work.is_background());
             assert!(leaving.iter().all(is_leaving), "{operation} waits in vain");
         }
+        if let Some(retirement) = &self.retirement {
+            let copies = self.background_open() > 0;
+            let waits = copies || !self.stores.is_empty() || self.disk_takes();
+            assert!(retirement.is_over || waits, "the end waits in vain");
+            assert!(retirement.queue.is_empty() || !retirement.is_over);
+        }
         assert!(self.objects.len() <= self.limits.object_known_max as usize);
         for (since, key) in &self.objects {
             let known = self.table.get(key).and_then(|block| block.object);
@@ -81,6 +87,7 @@ impl Manager {
             + self.slots.filling() as usize
             + self.slots.quarantined() as usize
             + self.leaving as usize
+            + usize::from(self.retirement.as_ref().is_some_and(|end| !end.is_over))
     }
 
     fn count_kept(&self) -> Kept {
@@ -182,11 +189,16 @@ impl Manager {
     fn check_pins_in_force(&self) {
         let of = |wanted: bool| {
             let leases = self.leases.values();
-            leases.filter(move |lease| (lease.holder == Holder::Pin) == wanted)
+            leases.filter(move |lease| lease.holder.is_pin() == wanted)
         };
         assert!(of(false).count() <= self.limits.leases_max as usize);
-        assert_eq!(of(true).count(), self.pins as usize, "pins in force");
-        assert!(self.pins <= self.limits.pins_max);
+        assert_eq!(of(true).count(), self.pins.len(), "pins in force");
+        assert!(self.pins.len() <= self.limits.pins_max as usize);
+        for (pin, lease) in &self.pins {
+            let holder = self.leases.get(lease).map(|lease| lease.holder);
+            assert_eq!(holder, Some(Holder::Pin(*pin)), "the lease of pin {pin}");
+        }
+        assert!(self.early_unpins.len() <= self.limits.early_unpins_max as usize);
         let mut counted: BTreeMap<BlockKey, u32> = BTreeMap::new();
         for step in of(true).flat_map(|lease| &lease.steps) {
             *counted.entry(*step.key()).or_default() += 1;

@@ -64,7 +64,8 @@ impl Manager {
         self.lose_disk(key, Some(slot));
     }
 
-    /// Keeps room ahead of need: saves and drops the least recently used segment while the last ones fill.
+    /// Keeps room ahead of need: saves and drops the least recently used segment while the last ones fill. There is no
+    /// such need at the end.
     pub(super) fn maintain_segments(&mut self, now: Time) {
         if self.segments.is_empty() {
             return;
@@ -76,7 +77,11 @@ impl Manager {
             self.forget_segment(doomed);
         }
         let low = u64::from((self.limits.disk_segment_slots / ROOM_LOW_DIVISOR).max(1));
-        if self.segments.leaving.is_none()
+        // While DRAM has much room, as after a start, a segment that goes is lost for nothing.
+        let is_near = self.slots.vacant() <= self.slots.capacity() / 2;
+        if is_near
+            && self.retirement.is_none()
+            && self.segments.leaving.is_none()
             && self.segments.room() < low
             && let Some(victim) = self.segments.victim()
         {
@@ -97,7 +102,7 @@ impl Manager {
     }
 
     /// Copies blocks that are nowhere else to the object store; a bounded number, the rest is lost.
-    fn start_rescue(&mut self, now: Time, id: SegmentId) {
+    pub(super) fn start_rescue(&mut self, now: Time, id: SegmentId) {
         self.segments.leaving = Some(id);
         let mut jobs = Vec::new();
         if self.object_usable() {
@@ -118,12 +123,14 @@ impl Manager {
                 }
             }
         }
+        let used = self.tick();
         for _ in &jobs {
-            self.segments.pin(id);
+            self.segments.pin(id, used);
         }
         self.segments
             .set_state(id, SegmentState::Rescuing(jobs.len() as u32));
-        self.submit(None, jobs, now + self.limits.background_wait);
+        let deadline = self.background_deadline(now);
+        self.submit(None, jobs, deadline);
     }
 
     pub(super) fn rescue_ended(&mut self, id: SegmentId) {
@@ -173,10 +180,12 @@ impl Manager {
             checksum,
         } in blocks
         {
-            let is_known = self.table.get(&info.key).is_some();
-            if is_known || !self.segments.recover(slot, info.key) {
+            // A second record of a block is left where it is until its segment goes.
+            if !self.segments.recover(slot) || self.table.get(&info.key).is_some() {
                 continue;
             }
+            let used = self.tick();
+            self.segments.occupy_found(slot, info.key, used);
             let block = self.table.admit(info);
             block.disk = Some(slot);
             block.checksum = Some(checksum);

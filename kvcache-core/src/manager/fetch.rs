@@ -18,7 +18,7 @@ impl Manager {
         copy_deadline: Time,
     ) {
         let keys: Vec<BlockKey> = request.blocks.iter().map(|block| block.key).collect();
-        self.evictor.touch(&keys);
+        self.touch(&keys);
         self.fetches
             .insert(operation, FetchOperation::new(request, copy_deadline));
         self.to_plan.insert(operation);
@@ -78,7 +78,8 @@ impl Manager {
                             from_host.push(job);
                         }
                         Source::Disk(slot) => {
-                            self.segments.pin(slot.segment);
+                            let used = self.tick();
+                            self.segments.pin(slot.segment, used);
                             from_disk.push(job);
                         }
                         Source::Object | Source::Peer { .. } => from_object.push(job),

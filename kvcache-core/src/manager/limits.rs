@@ -44,6 +44,11 @@ pub struct Limits {
     pub pinned_per_mille_max: u32,
     /// How long a pin may last at most.
     pub pin_ttl_max: Duration,
+    /// Pins let go of while they are not in force that are remembered, in case they are asked for yet; beyond that the
+    /// oldest are forgotten.
+    pub early_unpins_max: u32,
+    /// How long each of them is remembered.
+    pub early_unpin_wait: Duration,
     /// How long leases last: asked of peers, and at most granted to them.
     pub lease_ttl: Duration,
     /// How much of a lease must be left when a copy from it has ended; else the bytes count as doubtful.
@@ -82,6 +87,8 @@ impl Default for Limits {
             pins_max: 4096,
             pinned_per_mille_max: 500,
             pin_ttl_max: Duration::from_secs(600),
+            early_unpins_max: 4096,
+            early_unpin_wait: Duration::from_secs(60),
             lease_ttl: Duration::from_secs(10),
             lease_margin: Duration::from_millis(50),
             lease_wait: Duration::from_secs(1),

@@ -45,9 +45,15 @@
 //! # Pins, and what is forgotten on demand
 //!
 //! A pin ([`Manager::handle_pin`]) is a lease to nobody in particular, bounded apart from those of peers: it ends by
-//! [`Manager::handle_unpin`] or by its time. [`Manager::handle_remove`] and [`Manager::handle_clear`] forget blocks, but
+//! [`Manager::handle_unpin`] or by its time. Its number is the caller's choice, so that somebody else can know it before
+//! the pin is asked for; an unpin that comes first is remembered for a while. [`Manager::handle_remove`] and [`Manager::handle_clear`] forget blocks, but
 //! none that is pinned, leased, read or on its way somewhere: those are kept, and counted, so that whoever relies on a
 //! lease or a pin need not fear them.
+//!
+//! # The end
+//!
+//! [`Manager::handle_retire`]: nothing new is taken on, and what is in DRAM alone goes down, the blocks used last first.
+//! [`Outcome::Retired`] says how much stayed behind for want of room or time.
 //!
 //! # Transfers own what they were lent
 //!
@@ -72,6 +78,7 @@ mod pin;
 mod plan;
 mod policy;
 mod request;
+mod retire;
 mod segment;
 mod serve;
 mod space;
@@ -79,6 +86,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
+mod uses;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -95,6 +103,7 @@ pub use stats::Stats;
 use self::admission::copy_deadline;
 use self::job::{Grant, Holding, Pending};
 use self::plan::FetchOperation;
+use self::retire::Retirement;
 use self::segment::Segments;
 use self::serve::{Holder, Lease};
 use self::space::SlotRequest;
@@ -102,7 +111,7 @@ use self::store::StoreOperation;
 use crate::error::{ErrorKind, Result};
 use crate::event::NodeEvent;
 use crate::evict::{EvictionPolicy, LeafLru};
-use crate::id::{LeaseId, OperationId, PeerId, SlotIndex, Time};
+use crate::id::{LeaseId, OperationId, PeerId, PinId, SlotIndex, Time};
 use crate::key::{BlockInfo, BlockKey, Checksum};
 use crate::place::Tier;
 use crate::pool::{Expiries, Sealed, Slot, Slots};
@@ -114,6 +123,8 @@ pub struct Manager {
     limits: Limits,
     policy: Box<dyn OffloadPolicy>,
     table: Table,
+    /// Orders the uses of blocks and segments.
+    uses: u64,
 
     slots: Slots,
     evictor: Box<dyn EvictionPolicy<BlockKey>>,
@@ -142,11 +153,15 @@ pub struct Manager {
     /// Flushes, each with the commands that it waits for.
     flushes: BTreeMap<OperationId, BTreeSet<CommandId>>,
     next_operation: u64,
+    /// The end of the node, once it was asked for.
+    retirement: Option<Retirement>,
 
     /// What peers lease from us and what is pinned: both keep blocks in DRAM for a while.
     leases: BTreeMap<LeaseId, Lease>,
-    /// How many of them are pins.
-    pins: u32,
+    /// Those of them that are pins.
+    pins: BTreeMap<PinId, LeaseId>,
+    /// Pins that were let go of without being in force, and until when that is remembered; oldest first.
+    early_unpins: VecDeque<(Time, PinId)>,
     /// How many pins each pinned block has.
     pinned: KeyMap<BlockKey, u32>,
     next_lease: u64,
@@ -183,6 +198,8 @@ enum Timer {
     Disk,
     /// The object store may be tried again.
     Object,
+    /// The deadline of the end.
+    Retirement,
 }
 
 impl Manager {
@@ -229,8 +246,11 @@ impl Manager {
             drains: BTreeMap::new(),
             flushes: BTreeMap::new(),
             next_operation: 0,
+            retirement: None,
+            uses: 0,
             leases: BTreeMap::new(),
-            pins: 0,
+            pins: BTreeMap::new(),
+            early_unpins: VecDeque::new(),
             pinned: KeyMap::default(),
             next_lease: 0,
             grants: BTreeMap::new(),
@@ -364,8 +384,9 @@ impl Manager {
         self.settle(now);
     }
 
-    /// What was found on disk at the start, before anything else is asked. Records that do not fit (out of range, or a
-    /// block or place that was named before) are left out; returns how many were taken.
+    /// What was found on disk at the start, before anything else is asked; what was used last comes last, so that it goes
+    /// last. Records that do not fit (out of range, or a block or place that was named before) are left out; returns how
+    /// many were taken.
     pub fn handle_recovered(&mut self, now: Time, blocks: Vec<RecoveredBlock>) -> u32 {
         let taken = self.recover(blocks);
         self.settle(now);
@@ -387,6 +408,7 @@ impl Manager {
                 Timer::Answer(command) => self.give_up_ask(command),
                 Timer::Disk => self.disk_stopped = false,
                 Timer::Object => self.object_stopped = false,
+                Timer::Retirement => self.end_retirement(),
             }
         }
         self.settle(now);
@@ -431,8 +453,12 @@ impl Manager {
             }
             self.plan_fetches(now);
             self.serve_slots(now);
+            match &self.retirement {
+                None => self.demote(now),
+                Some(retirement) if !retirement.is_over => self.retire(now),
+                Some(_) => {}
+            }
             self.maintain_segments(now);
-            self.demote(now);
             let waits_in_vain = self.wanted.is_empty() || self.slots.vacant() == 0;
             if self.work.is_empty() && self.to_plan.is_empty() && waits_in_vain {
                 return;

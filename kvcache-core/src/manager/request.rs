@@ -110,6 +110,13 @@ pub enum Outcome {
         /// How many blocks, from the first, it keeps in DRAM; with none it has ended already.
         depth: u32,
     },
+    /// The end that was asked for is reached: nothing more goes down.
+    Retired {
+        /// Blocks written from DRAM to the disk or the object store on the way.
+        written: u64,
+        /// Blocks that are in DRAM alone, for which there was no room or no time.
+        left: u32,
+    },
     /// A flush ended.
     Flushed {
         /// Which.
@@ -148,6 +155,9 @@ pub struct Held {
     pub host: u32,
     /// For how many of them disk is the fastest tier.
     pub disk: u32,
+    /// How many blocks, from the first, are here or on their way into DRAM: being copied, or waiting for a slot. Never
+    /// less than `depth`.
+    pub expected: u32,
     /// How many further blocks, or so many of these, this node knows to be in the object store, from the first.
     pub shared_depth: u32,
 }

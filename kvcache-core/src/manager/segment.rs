@@ -9,7 +9,6 @@ use crate::place::{DiskSlot, SegmentId};
 pub(super) struct Segments {
     segments: Vec<Segment>,
     slots: u32,
-    clock: u64,
     /// The one that is being filled; may have become full.
     open: usize,
     /// How many records could be reserved now.
@@ -27,6 +26,7 @@ pub(super) struct Segment {
     live: u32,
     /// Copies at work in it.
     pins: u32,
+    /// The number of the last use of anything in it.
     used: u64,
 }
 
@@ -60,7 +60,6 @@ impl Segments {
         Self {
             segments: (0..count).map(|_| segment()).collect(),
             slots,
-            clock: 0,
             open: 0,
             room: u64::from(count) * u64::from(slots),
             leaving: None,
@@ -79,8 +78,8 @@ impl Segments {
         self.segments[id.0 as usize].state = state;
     }
 
-    /// A record to write, from the fullest segment that takes any. The segment is pinned for the writer.
-    pub(super) fn reserve(&mut self) -> Option<DiskSlot> {
+    /// A record to write, from the fullest segment that takes any. The segment is pinned for the writer, and `used` then.
+    pub(super) fn reserve(&mut self, used: u64) -> Option<DiskSlot> {
         if self.segments.get(self.open)?.state != SegmentState::Writable {
             let segments = self.segments.iter().enumerate();
             let (index, _) = segments
@@ -88,7 +87,6 @@ impl Segments {
                 .min_by_key(|(index, segment)| (segment.next == 0, *index))?;
             self.open = index;
         }
-        self.clock += 1;
         self.room -= 1;
         let segment = &mut self.segments[self.open];
         let slot = DiskSlot {
@@ -97,7 +95,7 @@ impl Segments {
         };
         segment.next += 1;
         segment.pins += 1;
-        segment.used = self.clock;
+        segment.used = used;
         if segment.next == self.slots {
             segment.state = SegmentState::Full;
         }
@@ -126,20 +124,21 @@ impl Segments {
         segment.live += 1;
     }
 
-    /// Takes over a record that was found at the start. Whether it fits and was free.
-    pub(super) fn recover(&mut self, slot: DiskSlot, key: BlockKey) -> bool {
+    /// As [`Segments::occupy`], for a record that was found at the start and `used` before it.
+    pub(super) fn occupy_found(&mut self, slot: DiskSlot, key: BlockKey, used: u64) {
+        self.segments[slot.segment.0 as usize].used = used;
+        self.occupy(slot, key);
+    }
+
+    /// Takes over a record that was found at the start: it will not be written to. Whether it fits and holds nothing yet.
+    pub(super) fn recover(&mut self, slot: DiskSlot) -> bool {
         let slots = self.slots;
         let Some(segment) = self.segments.get_mut(slot.segment.0 as usize) else {
             return false;
         };
-        let Some(record) = segment.records.get_mut(slot.position as usize) else {
-            return false;
-        };
-        if record.is_some() {
+        if !matches!(segment.records.get(slot.position as usize), Some(None)) {
             return false;
         }
-        *record = Some(key);
-        segment.live += 1;
         let next = segment.next.max(slot.position + 1);
         self.room -= u64::from(next - segment.next);
         segment.next = next;
@@ -157,12 +156,11 @@ impl Segments {
         segment.live -= 1;
     }
 
-    /// A copy starts to read from the segment.
-    pub(super) fn pin(&mut self, id: SegmentId) {
-        self.clock += 1;
+    /// A copy starts to read from the segment, which is `used` then.
+    pub(super) fn pin(&mut self, id: SegmentId, used: u64) {
         let segment = &mut self.segments[id.0 as usize];
         segment.pins += 1;
-        segment.used = self.clock;
+        segment.used = used;
     }
 
     /// A copy in the segment has ended.
@@ -259,6 +257,10 @@ impl Segments {
 impl Segment {
     pub(super) fn pins(&self) -> u32 {
         self.pins
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.used
     }
 
     pub(super) fn live(&self) -> u32 {

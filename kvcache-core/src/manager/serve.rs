@@ -28,8 +28,14 @@ pub(super) struct Lease {
 pub(super) enum Holder {
     /// A peer, which reads them.
     Peer(PeerId),
-    /// Whoever pinned them.
-    Pin,
+    /// Whoever pinned them, under this number.
+    Pin(PinId),
+}
+
+impl Holder {
+    pub(super) fn is_pin(self) -> bool {
+        matches!(self, Self::Pin(_))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +63,8 @@ impl Manager {
         keys: &[BlockKey],
         ttl: Duration,
     ) -> Result<LeaseId> {
-        let leases = self.leases.len() - self.pins as usize;
+        self.check_not_retired()?;
+        let leases = self.leases.len() - self.pins.len();
         if leases >= self.limits.leases_max as usize {
             self.stats.busy += 1;
             let context = format!("{leases} leases granted, the most allowed");
@@ -78,7 +85,7 @@ impl Manager {
     ) -> LeaseId {
         let id = LeaseId(self.next_lease);
         self.next_lease += 1;
-        self.evictor.touch(keys);
+        self.touch(keys);
         let mut steps = Vec::with_capacity(keys.len());
         for key in keys {
             let Some(step) = self.first_lease_step(id, key) else {
@@ -86,7 +93,8 @@ impl Manager {
             };
             steps.push(step);
         }
-        if holder == Holder::Pin {
+        if let Holder::Pin(pin) = holder {
+            self.pins.insert(pin, id);
             self.count_pinned(&steps);
         }
         self.leases.insert(
@@ -163,13 +171,14 @@ impl Manager {
     /// The copy that fills the slot with this block.
     pub(super) fn stage_job(&mut self, key: &BlockKey, slot: Slot<Filling>) -> Option<Job> {
         let source = self.table.get(key).and_then(|block| block.disk);
+        let used = self.tick();
         let (Some(from), Some(block)) = (source, self.table.get_mut(key)) else {
             self.slots.abandon(slot);
             return None;
         };
         block.host = HostCopy::Filling;
         block.staging = false;
-        self.segments.pin(from.segment);
+        self.segments.pin(from.segment, used);
         let (info, expected) = (block.info, block.checksum);
         Some(Job {
             info,
@@ -225,7 +234,7 @@ impl Manager {
             return;
         };
         let cut = lease.steps.split_off(position.min(lease.steps.len()));
-        if lease.holder == Holder::Pin {
+        if lease.holder.is_pin() {
             self.uncount_pinned(&cut);
         }
         for step in cut {
@@ -271,8 +280,8 @@ impl Manager {
                     ttl,
                 }
             }
-            Holder::Pin => Outcome::Pinned {
-                pin: PinId(id.0),
+            Holder::Pin(pin) => Outcome::Pinned {
+                pin,
                 depth: blocks.len() as u32,
             },
         });
@@ -284,7 +293,7 @@ impl Manager {
             Some(lease) if lease.is_ready => {
                 match lease.holder {
                     Holder::Peer(_) => self.stats.leases_expired += 1,
-                    Holder::Pin => self.stats.pins_expired += 1,
+                    Holder::Pin(_) => self.stats.pins_expired += 1,
                 }
                 self.end_lease(id);
             }
@@ -296,8 +305,9 @@ impl Manager {
     fn end_lease(&mut self, id: LeaseId) {
         self.timers.clear(Timer::Lease(id));
         self.cut_lease(id, 0);
-        let ended = self.leases.remove(&id);
-        self.pins -= u32::from(ended.is_some_and(|lease| lease.holder == Holder::Pin));
+        if let Some(Holder::Pin(pin)) = self.leases.remove(&id).map(|lease| lease.holder) {
+            self.pins.remove(&pin);
+        }
     }
 
     /// What a lost peer had leased is free.

@@ -137,12 +137,12 @@ impl Manager {
         self.disk_takes() || self.object_usable()
     }
 
-    fn disk_takes(&self) -> bool {
+    pub(super) fn disk_takes(&self) -> bool {
         self.disk_usable() && (self.segments.room() > 0 || self.segments.is_room_coming())
     }
 
     /// Whether the block stays in this node's reach when it leaves DRAM.
-    fn is_held_below(&self, key: &BlockKey) -> bool {
+    pub(super) fn is_held_below(&self, key: &BlockKey) -> bool {
         self.table.get(key).is_some_and(|block| {
             block.object.is_some()
                 || block
@@ -200,17 +200,18 @@ impl Manager {
         let (to_disk, to_object) = jobs
             .into_iter()
             .partition(|job| matches!(job.task, Task::DemoteDisk { .. }));
-        let deadline = now + self.limits.background_wait;
+        let deadline = self.background_deadline(now);
         self.submit(None, to_disk, deadline);
         self.submit(None, to_object, deadline);
     }
 
     /// The copy that takes the block down; none when no lower tier takes it now.
-    fn start_leaving(&mut self, key: &BlockKey) -> Option<Job> {
+    pub(super) fn start_leaving(&mut self, key: &BlockKey) -> Option<Job> {
         let from = self.table.get(key).and_then(Block::host_place)?;
+        let used = self.tick();
         let record = self
             .disk_usable()
-            .then(|| self.segments.reserve())
+            .then(|| self.segments.reserve(used))
             .flatten();
         let task = match record {
             Some(to) => Task::DemoteDisk { from, to },
@@ -256,6 +257,9 @@ impl Manager {
         let is_there = self.stop_leaving(key, from);
         if is_there && is_source_bad(failure.kind) {
             self.lose_host(key, from);
+        } else if is_there {
+            // At the end there may be another place for it.
+            self.retire_again(key);
         }
         self.let_go_host(key, from, failure.settled, holdings);
     }

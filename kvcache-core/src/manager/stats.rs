@@ -71,6 +71,8 @@ stats! {
     leases_expired,
     /// Pins that ended by their time.
     pins_expired,
+    /// Pins that ended as they were asked for, because they had been let go of before.
+    pins_unpinned_early,
     /// Blocks forgotten on demand.
     removed,
     /// Blocks brought up from disk for a lease or a pin.

@@ -54,7 +54,7 @@ impl Manager {
         copy_deadline: Time,
     ) {
         let keys: Vec<BlockKey> = blocks.iter().map(|block| block.key).collect();
-        self.evictor.touch(&keys);
+        self.touch(&keys);
         let count = blocks.len() as u32;
         let store = StoreOperation {
             steps: vec![StoreStep::WaitsForSeal; blocks.len()],
@@ -231,7 +231,7 @@ impl Manager {
         }
         let keys: Vec<BlockKey> = store.blocks.iter().map(|block| block.key).collect();
         // Only now, with all of them there, can the tail be made the first to go.
-        self.evictor.touch(&keys);
+        self.touch(&keys);
         for (step, key) in store.steps.iter_mut().zip(&keys) {
             match step {
                 StoreStep::Stored | StoreStep::AlreadyHeld => self.unprotect(key),
@@ -292,6 +292,7 @@ impl Manager {
     /// The slot's bytes are complete: the block can be had from DRAM.
     pub(super) fn seal(&mut self, info: &BlockInfo, slot: Slot<Filling>, checksum: Checksum) {
         let slot = self.slots.seal(slot);
+        let used = self.tick();
         let block = self.table.admit(*info);
         assert!(
             block.is_filling(),
@@ -303,10 +304,12 @@ impl Manager {
             leaving: false,
         };
         block.checksum = Some(checksum);
+        block.used = used;
         let info = block.info;
         self.stop_staging(&info.key);
         self.evictor.insert(info.key, info.parent);
         self.announce_stored(&info, Tier::Host);
+        self.retire_again(&info.key);
         self.wake(&info.key);
     }
 

@@ -8,6 +8,7 @@ use crate::key::IndexKey;
 use crate::model::{Fault, World, genuine};
 use crate::place::Place;
 
+mod ending;
 mod keeping;
 
 use keeping::{Keep, keeps};
@@ -508,9 +509,40 @@ fn blocks_recovered_from_disk_are_announced_and_served() {
         Held {
             depth: 2,
             disk: 2,
+            expected: 2,
             ..Held::default()
         }
     );
+}
+
+/// Six blocks are being copied; then others wait for slots behind them. A copy that failed brings nothing.
+#[test]
+fn what_stores_are_bringing_is_expected() {
+    let limits = Limits {
+        disk_segments: 3,
+        disk_segment_slots: 8,
+        ..small()
+    };
+    let mut world = world(limits);
+    let (first, second) = (chain(0, 6), chain(4, 7));
+    let depths = |world: &World, blocks: &[BlockInfo]| {
+        let held = world.manager.lookup(&keys(blocks));
+        (held.depth, held.expected)
+    };
+    world.store(&first, SECOND).expect("admitted");
+    assert_eq!(depths(&world, &chain(0, 7)), (0, 6));
+    world.store(&second, SECOND).expect("admitted");
+    assert_eq!(depths(&world, &second), (0, 7), "some wait for slots");
+    assert_eq!(depths(&world, &second[..2]), (0, 2));
+    run(&mut world);
+    assert_eq!(depths(&world, &second), (7, 7));
+    world.finish();
+
+    let mut world = self::world(small());
+    world.store(&first[..2], SECOND).expect("admitted");
+    world.execute(0, &[Fault::None, Fault::Fails(ErrorKind::Io)]);
+    assert_eq!(depths(&world, &first[..2]), (1, 1));
+    world.finish();
 }
 
 /// A block is found corrupt while it is being written to disk, and stored anew with other bytes before that ends.
@@ -751,6 +783,8 @@ enum Action {
     },
     LosePeer(u32),
     Keep(Keep),
+    Retire(u16),
+    Restart,
     Execute {
         pick: usize,
         faults: Vec<Fault>,
@@ -796,6 +830,8 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
             .prop_map(|(chain, position)| Action::PutObject { chain, position }),
         1 => (0..60u32).prop_map(Action::LosePeer),
         7 => keeps().prop_map(Action::Keep),
+        1 => (0..2000u16).prop_map(Action::Retire),
+        1 => Just(Action::Restart),
         30 => (any::<prop::sample::Index>(), faults())
             .prop_map(|(i, faults)| Action::Execute { pick: i.index(64), faults }),
         3 => any::<prop::sample::Index>().prop_map(|i| Action::Drain(i.index(64))),
@@ -887,6 +923,8 @@ fn play(limits: &Limits, actions: &[Action]) -> World {
             Action::PutObject { chain, position } => world.put_object(block(chain, position).key),
             Action::LosePeer(peer) => world.lose_peer(PeerId(peer)),
             Action::Keep(keep) => keep.play(&mut world),
+            Action::Retire(within) => world.retire(MS * u32::from(within)),
+            Action::Restart => world.restart(),
             Action::Execute { pick, faults } => world.execute(pick, &faults),
             Action::Drain(pick) => world.drain(pick),
             Action::Advance(ms) => world.advance(MS * u32::from(ms)),

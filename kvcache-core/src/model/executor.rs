@@ -155,7 +155,9 @@ impl World {
                 self.host.insert(slot.index, (slot.generation, GARBAGE));
             }
             Place::Disk(slot) => {
-                self.disk.insert(slot, GARBAGE);
+                if let Some(record) = self.disk.get_mut(&slot) {
+                    record.bytes = GARBAGE;
+                }
             }
             Place::Object(key) => {
                 self.objects.insert(key, GARBAGE);
@@ -180,7 +182,7 @@ impl World {
                 .get(&operation)
                 .map(|engine| engine.memory[position as usize]),
             Place::Host(slot) => self.host.get(&slot.index).map(|(_, bytes)| *bytes),
-            Place::Disk(slot) => self.disk.get(&slot).copied(),
+            Place::Disk(slot) => self.disk.get(&slot).map(|record| record.bytes),
             Place::Object(key) => self.objects.get(&key).copied(),
             Place::Peer {
                 peer,
@@ -213,9 +215,7 @@ impl World {
             Place::Host(HostSlot { index, generation }) => {
                 self.host.insert(index, (generation, bytes));
             }
-            Place::Disk(slot) => {
-                self.disk.insert(slot, bytes);
-            }
+            Place::Disk(_) => self.write_record(a_move, bytes),
             Place::Object(key) => {
                 // Whole objects appear at once or not at all.
                 if bytes != GARBAGE {

@@ -11,23 +11,60 @@ use crate::manager::{Command, CommandId, Removed};
 use crate::place::{Place, Tier};
 
 impl World {
-    /// Somebody pins blocks.
+    /// Somebody pins blocks, under a number that was not used before.
     ///
     /// # Errors
     /// As [`Manager::handle_pin`](crate::manager::Manager::handle_pin).
     pub fn pin(&mut self, keys: &[BlockKey], ttl: Duration) -> Result<PinId> {
-        let pin = self.manager.handle_pin(self.now, keys, ttl);
-        if let Ok(pin) = &pin {
-            let ttl = ttl.min(self.limits.pin_ttl_max);
-            self.unready_pins.insert(*pin, (keys.to_vec(), ttl));
-        }
-        self.after();
-        pin
+        let pin = PinId(self.next_pin);
+        self.next_pin += 1;
+        self.pin_as(pin, keys, ttl).map(|()| pin)
     }
 
-    /// Whoever pinned blocks lets go of them.
+    /// Somebody pins blocks under this number, as long as no pin in force has it.
+    ///
+    /// # Errors
+    /// As [`Manager::handle_pin`](crate::manager::Manager::handle_pin).
+    ///
+    /// # Panics
+    /// If a number in use was taken again.
+    pub fn pin_as(&mut self, pin: PinId, keys: &[BlockKey], ttl: Duration) -> Result<()> {
+        let is_used = self.unready_pins.contains_key(&pin) || self.pins.contains_key(&pin);
+        let pinned = self.manager.handle_pin(self.now, pin, keys, ttl);
+        if pinned.is_ok() {
+            assert!(!is_used, "pin {pin} was taken twice");
+            let ttl = ttl.min(self.limits.pin_ttl_max);
+            let keys = self.pin_allowed(pin, keys);
+            self.unready_pins.insert(pin, (keys, ttl));
+        }
+        self.after();
+        pinned
+    }
+
+    /// What the pin may keep: nothing if it was let go of a short while ago, without being in force.
+    fn pin_allowed(&mut self, pin: PinId, keys: &[BlockKey]) -> Vec<BlockKey> {
+        let (now, wait) = (self.now, self.limits.early_unpin_wait);
+        self.early_unpins.retain(|(_, at)| now < *at + wait);
+        // Only the latest are remembered.
+        let count = self.early_unpins.len();
+        let forgotten = count.saturating_sub(self.limits.early_unpins_max as usize);
+        self.early_unpins.drain(..forgotten);
+        match self.early_unpins.iter().position(|(id, _)| *id == pin) {
+            Some(at) => {
+                self.early_unpins.remove(at);
+                Vec::new()
+            }
+            None => keys.to_vec(),
+        }
+    }
+
+    /// Whoever knows the number lets go of what it pins, or will pin.
     pub fn unpin(&mut self, pin: PinId) {
-        self.pins.remove(&pin);
+        let was_in_force = self.pins.remove(&pin).is_some() || self.unready_pins.contains_key(&pin);
+        let is_known = self.early_unpins.iter().any(|(id, _)| *id == pin);
+        if !was_in_force && !is_known {
+            self.early_unpins.push((pin, self.now));
+        }
         self.manager.handle_unpin(self.now, pin);
         self.after();
     }

@@ -24,6 +24,7 @@ impl World {
             } => self.end_fetch(*operation, sources, unsettled),
             Outcome::Drained { operation } => self.end_drain(*operation),
             Outcome::Pinned { pin, depth } => self.begin_pin(*pin, *depth),
+            Outcome::Retired { left, .. } => self.end_retirement(*left),
             Outcome::Flushed {
                 operation,
                 complete,

@@ -1344,6 +1344,9 @@ pub struct LocateResponse {
     /// Which blocks, by position, tiers hold that every pod can reach: ascending, apart from each other.
     #[prost(message, repeated, tag = "6")]
     pub shared: ::prost::alloc::vec::Vec<LocatedRange>,
+    /// How many blocks, from the first, are in this node's own tiers or being stored there now.
+    #[prost(uint32, tag = "7")]
+    pub own_expected: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LocatedHolder {
@@ -1366,6 +1369,7 @@ pub struct LocatedRange {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UnpinRequest {
+    /// As whoever pinned chose it.
     #[prost(uint64, tag = "1")]
     pub pin: u64,
     /// Of the node that pinned: another one refuses.
@@ -1545,7 +1549,8 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("kvfabric.v1.Peer", "Locate"));
             self.inner.unary(req, path, codec).await
         }
-        /// Lets go of what was pinned here for the caller. Unknown pins are ignored: they have expired.
+        /// Lets go of what was pinned here for the caller. Unknown pins have expired, or are not asked for yet: the node
+        /// remembers some for a while, and ends them as soon as they are.
         pub async fn unpin(
             &mut self,
             request: impl tonic::IntoRequest<super::UnpinRequest>,
@@ -1599,7 +1604,8 @@ pub mod peer_server {
             &self,
             request: tonic::Request<super::LocateRequest>,
         ) -> std::result::Result<tonic::Response<super::LocateResponse>, tonic::Status>;
-        /// Lets go of what was pinned here for the caller. Unknown pins are ignored: they have expired.
+        /// Lets go of what was pinned here for the caller. Unknown pins have expired, or are not asked for yet: the node
+        /// remembers some for a while, and ends them as soon as they are.
         async fn unpin(
             &self,
             request: tonic::Request<super::UnpinRequest>,

@@ -33,6 +33,8 @@ impl Cluster {
             let levels = [
                 (stats.operations, "operations"),
                 (stats.leases, "leases"),
+                (stats.pins, "pins"),
+                (u64::from(pod.ending), "ends before it"),
                 (stats.commands_in_flight, "commands"),
                 (stats.host_quarantined, "quarantined arena slots"),
                 (
@@ -68,7 +70,28 @@ impl Cluster {
                 })?;
         }
         (0..self.pods.len()).for_each(|position| self.add_counters(position));
+        self.audit_sources()?;
         self.read_back()
+    }
+
+    /// Every block of every fetch that ended came from somewhere, or is a miss.
+    fn audit_sources(&self) -> Check {
+        let sources = [
+            "fetched_host",
+            "fetched_disk",
+            "fetched_peer",
+            "fetched_object",
+            "missed",
+        ];
+        let of = |name| self.summary.counters.get(name).copied().unwrap_or(0);
+        let told: u64 = sources.into_iter().map(of).sum();
+        let ended = self.summary.fetched_blocks;
+        if told != ended {
+            return Err(format!(
+                "fetches of {ended} blocks ended, the pods count {told} by source"
+            ));
+        }
+        Ok(())
     }
 
     fn audit_pod(&self, pod: &Pod) -> Check {
@@ -123,7 +146,8 @@ impl Cluster {
 
     /// Fetches every block that a pod says it has, with nothing going wrong any more.
     fn read_back(&mut self) -> Check {
-        let may_be_spoilt = self.config.faults.disk_flip > 0 || self.summary.kills > 0;
+        let may_be_spoilt =
+            self.config.faults.disk_flip > 0 || self.summary.kills + self.summary.retirements > 0;
         self.config.faults = Faults::default();
         for position in 0..self.pods.len() {
             let manager = &self.pods[position].manager;

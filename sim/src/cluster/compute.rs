@@ -6,6 +6,7 @@ use kvcache_core::manager::BlockSource;
 use kvcache_core::{ErrorKind, OperationId};
 
 use super::pod::{Operation, Phase, Purpose};
+use super::serve::may_refuse;
 use super::{Check, Cluster, Due, Sabotage};
 use crate::report::Source;
 
@@ -156,7 +157,7 @@ impl Cluster {
                 pod.operations.insert(operation, entry);
                 Ok(())
             }
-            Err(error) if error.kind() == ErrorKind::Busy => self.stored(id, position),
+            Err(error) if may_refuse(pod, &error) => self.stored(id, position),
             Err(error) => Err(format!(
                 "store of {} blocks is refused: {error}",
                 blocks.len()

@@ -46,6 +46,9 @@ pub struct Config {
     pub fabric: ExchangeConfig,
     /// What goes wrong.
     pub faults: Faults,
+    /// The mean time between two other things that somebody wants of a pod: that it keeps blocks, forgets them, waits for
+    /// its disk, or ends. None: never.
+    pub upkeep_gap: Option<Duration>,
     /// Every block that was ever computed must be found again: checked request by request.
     pub exact: bool,
     /// What is broken on purpose, so that a test can see it being found.
@@ -114,6 +117,7 @@ impl Config {
                 ..ExchangeConfig::over(LinkProfile::perfect())
             },
             faults: Faults::default(),
+            upkeep_gap: None,
             exact: true,
             sabotage: Sabotage::Nothing,
         }
@@ -153,6 +157,9 @@ impl Config {
             object_loss: some(20_000),
             stall: some(100_000),
         };
+        let mut upkeep = Random::stream(seed, 0x0b5e);
+        let gap = Duration::from_millis(1 + upkeep.below(20));
+        let upkeep_gap = (upkeep.below(4) > 0).then_some(gap);
         Self {
             prefill_pods: 2 + random.position(3),
             decode_pods: random.position(3),
@@ -163,6 +170,7 @@ impl Config {
             operation_wait: Duration::from_millis(4 + random.below(60)),
             fabric,
             faults,
+            upkeep_gap,
             exact: false,
             ..Self::calm(seed, kind, policy)
         }
@@ -233,6 +241,9 @@ fn small_limits(random: &mut Random) -> Limits {
         batch_blocks_max: up_to(1, 16),
         leases_max: up_to(1, 32),
         lease_blocks_max: up_to(4, 64),
+        pins_max: up_to(1, 6),
+        early_unpins_max: up_to(1, 8),
+        early_unpin_wait: millis(up_to(1, 50)),
         lease_ttl: millis(up_to(3, 40)),
         lease_margin: Duration::from_micros(up_to(1, 1_000).into()),
         lease_wait: millis(up_to(1, 10)),

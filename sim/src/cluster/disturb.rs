@@ -1,8 +1,9 @@
 //! Pods die and come back, and are cut off from each other.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use kvcache_core::PeerId;
+use kvcache_core::{BlockKey, PeerId, Tier};
 
 use super::memory::Memory;
 use super::pod::Phase;
@@ -51,15 +52,25 @@ impl Cluster {
         }
     }
 
-    /// Ends a pod in the middle of whatever it does; only its disk is left.
+    /// Kills a pod in the middle of whatever it does.
     pub(super) fn kill(&mut self, position: usize) {
+        self.summary.kills += 1;
+        self.end(position);
+    }
+
+    /// Ends a pod; only its disk is left.
+    pub(super) fn end(&mut self, position: usize) {
         self.add_counters(position);
         let pod = &mut self.pods[position];
         pod.alive = false;
+        pod.left = pod
+            .manager
+            .contents(Tier::Disk)
+            .map(|info| info.key)
+            .collect();
         pod.tear_writes(&self.objects);
         let (peer, node) = (pod.peer, pod.node);
         self.exchange.kill(node);
-        self.summary.kills += 1;
         let (notice, restart) = (self.some_time(NOTICE), self.some_time(RESTART));
         self.schedule(notice, Due::Gone(peer));
         self.schedule(restart, Due::Restart(position));
@@ -93,9 +104,21 @@ impl Cluster {
     pub(super) fn restart(&mut self, position: usize) -> Check {
         let empty = Memory::new(self.config.block_bytes, 0, 0);
         let memory = std::mem::replace(&mut self.pods[position].memory, empty);
-        self.pods[position] = self
+        let left = std::mem::take(&mut self.pods[position].left);
+        let pod = self
             .start_pod(position, Some(memory))
             .map_err(|error| format!("pod {position} does not start again: {error}"))?;
+        let found: BTreeSet<BlockKey> = pod
+            .manager
+            .contents(Tier::Disk)
+            .map(|info| info.key)
+            .collect();
+        self.summary.found_on_disk += found.len() as u64;
+        if let Some(lost) = left.iter().find(|key| !found.contains(key)) {
+            let name = &pod.name;
+            return Err(format!("{name} had {lost:?} on disk, and finds it no more"));
+        }
+        self.pods[position] = pod;
         Ok(())
     }
 }

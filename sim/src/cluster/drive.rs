@@ -43,6 +43,7 @@ impl Cluster {
                 .iter()
                 .filter(|pod| pod.alive)
                 .for_each(|pod| pod.manager.check_invariants());
+            self.check_pins()?;
         }
         Ok(())
     }
@@ -163,6 +164,13 @@ impl Cluster {
             }
             Due::Disturb => {
                 self.disturb();
+                Ok(())
+            }
+            Due::Upkeep => self.upkeep(),
+            Due::Retired(peer) => {
+                if let Some(position) = self.living(peer) {
+                    self.end(position);
+                }
                 Ok(())
             }
         }

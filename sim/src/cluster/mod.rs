@@ -18,6 +18,7 @@ mod memory;
 mod outcome;
 mod pod;
 mod serve;
+mod upkeep;
 
 #[cfg(test)]
 mod tests;
@@ -73,6 +74,20 @@ pub struct Summary {
     pub kills: u64,
     /// Pairs of pods that were cut off from each other.
     pub partitions: u64,
+    /// Pods that were told to end.
+    pub retirements: u64,
+    /// Of these, pods that reached their end and were not killed before.
+    pub retired: u64,
+    /// Blocks written down by pods that ended in order.
+    pub written_at_the_end: u64,
+    /// Blocks found on disk when a pod came back.
+    pub found_on_disk: u64,
+    /// Pins that kept at least one block.
+    pub pinned: u64,
+    /// Flushes that waited for everything in time.
+    pub flushed: u64,
+    /// Blocks of fetches that ended.
+    pub fetched_blocks: u64,
     /// Fetches after which a transfer was still at work.
     pub unsettled: u64,
     /// The managers' counters, added up over all incarnations of all pods, by name.
@@ -139,6 +154,10 @@ enum Due {
     Restart(usize),
     Heal(SimNode, SimNode),
     Disturb,
+    /// Somebody wants something of a pod beside stores and fetches.
+    Upkeep,
+    /// A pod has written down what it could, and ends.
+    Retired(PeerId),
 }
 
 /// A cluster before or while it runs.
@@ -162,6 +181,7 @@ pub struct Cluster {
     ended: BTreeSet<u64>,
     /// Whether the audit's latest read brought the block; none while it is under way.
     audited: Option<bool>,
+    next_pin: u64,
     content: Content,
     sequencer: Sequencer,
     router: Router,
@@ -197,6 +217,7 @@ impl Cluster {
             active: BTreeMap::new(),
             ended: BTreeSet::new(),
             audited: None,
+            next_pin: 0,
             content: Content::new(&identity.0, config.block_bytes, config.layers)?,
             sequencer: Sequencer::new(&identity, &shard, &scheme, &namespace, config.block_tokens)?,
             router: Router::new(config.policy, config.seed),
@@ -233,6 +254,7 @@ impl Cluster {
         if self.config.faults.disturbance_gap.is_some() {
             self.schedule_disturbance();
         }
+        self.schedule_upkeep();
         self.issue()?;
         self.pump()?;
         while self.waiting.is_some() || !self.active.is_empty() {

@@ -47,9 +47,12 @@ impl Cluster {
                 self.lease_ready(position, lease, blocks, ttl);
                 Ok(())
             }
-            Outcome::Pinned { .. } | Outcome::Flushed { .. } => {
-                Err(format!("nobody asked for {outcome:?}"))
-            }
+            Outcome::Pinned { pin, depth } => self.take_pinned(position, pin, depth),
+            Outcome::Flushed {
+                operation,
+                complete,
+            } => self.take_flushed(position, operation, complete),
+            Outcome::Retired { written, left } => self.take_retired(position, written, left),
         }
     }
 
@@ -95,6 +98,7 @@ impl Cluster {
                 "a fetch claims blocks that are still written to: {unsettled:?}"
             ));
         }
+        self.summary.fetched_blocks += sources.len() as u64;
         self.summary.unsettled += u64::from(!unsettled.is_empty());
         for (at, (block, slot)) in ended.blocks.iter().zip(&ended.slots).take(good).enumerate() {
             self.verify(

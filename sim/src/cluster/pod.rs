@@ -1,12 +1,15 @@
 //! One pod: a manager, an engine, their bytes, and what the driver has to remember between calls.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvcache_core::manager::{CommandId, Limits, Manager, Move, RecoveredBlock};
 use kvcache_core::place::{HostSlot, Place, SegmentId};
 use kvcache_core::pool::{Filling, Slot};
-use kvcache_core::{BlockInfo, ErrorKind, LeaseId, OperationId, PeerId, Result, SlotIndex, Time};
+use kvcache_core::{
+    BlockInfo, BlockKey, ErrorKind, LeaseId, OperationId, PeerId, PinId, Result, SlotIndex, Time,
+};
 use kvfabric_transfer::backend::sim::SimNode;
 
 use super::memory::{Memory, Record, Spot};
@@ -59,6 +62,16 @@ pub(super) struct Operation {
     pub(super) slots: Vec<SlotIndex>,
 }
 
+/// A pin that was asked for.
+#[derive(Clone, Debug)]
+pub(super) struct Pin {
+    /// The blocks asked for, then those that it keeps.
+    pub(super) keys: Vec<BlockKey>,
+    pub(super) ttl: Duration,
+    /// When it ends by itself; none before it holds.
+    pub(super) until: Option<Time>,
+}
+
 /// One incarnation of a pod.
 #[derive(Debug)]
 pub(super) struct Pod {
@@ -80,6 +93,14 @@ pub(super) struct Pod {
     pub(super) held: BTreeMap<(PeerId, LeaseId), Vec<HostSlot>>,
     /// Who waits for the answer to which lease of ours.
     pub(super) granting: BTreeMap<LeaseId, (PeerId, CommandId)>,
+    /// The pins that hold, each with its blocks and its end; those that do not hold yet have none.
+    pub(super) pins: BTreeMap<PinId, Pin>,
+    /// Flushes under way, each with its deadline.
+    pub(super) flushes: BTreeMap<OperationId, Time>,
+    /// Whether it was told to end: no new request goes to it.
+    pub(super) ending: bool,
+    /// What was on its disk when it ended.
+    pub(super) left: BTreeSet<BlockKey>,
     /// When the last announcement that is on its way will be there: they keep their order.
     pub(super) announced_until: Time,
 }
@@ -109,6 +130,10 @@ impl Pod {
             asked: BTreeMap::new(),
             held: BTreeMap::new(),
             granting: BTreeMap::new(),
+            pins: BTreeMap::new(),
+            flushes: BTreeMap::new(),
+            ending: false,
+            left: BTreeSet::new(),
             announced_until: Time(0),
         })
     }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache_core::manager::{BlockSource, FetchRequest, PeerHint};
-use kvcache_core::{BlockInfo, ErrorKind, PeerId, SlotIndex};
+use kvcache_core::{BlockInfo, Error, ErrorKind, PeerId, SlotIndex};
 
-use super::pod::{Active, Operation, Phase, Purpose};
+use super::pod::{Active, Operation, Phase, Pod, Purpose};
 use super::{Check, Cluster, Due};
 use crate::router::PodView;
 
@@ -116,7 +116,7 @@ impl Cluster {
         let view = |pod: &super::pod::Pod| PodView {
             depth: self.directory.depth(pod.peer, prompt) as u32,
             in_flight: pod.in_flight,
-            alive: pod.alive,
+            alive: pod.alive && !pod.ending,
         };
         let views: Vec<PodView> = self.pods.iter().map(view).collect();
         let (prefill, decode) = views.split_at(self.config.prefill_pods);
@@ -164,7 +164,7 @@ impl Cluster {
                 pod.operations.insert(operation, entry);
                 Ok(())
             }
-            Err(error) if error.kind() == ErrorKind::Busy => {
+            Err(error) if may_refuse(pod, &error) => {
                 let misses = vec![BlockSource::Miss; blocks.len()];
                 self.fetched(id, position, None, &misses, &[])
             }
@@ -174,4 +174,9 @@ impl Cluster {
             )),
         }
     }
+}
+
+/// Whether a pod may answer so: it has too much to do, or is on its way to its end.
+pub(super) fn may_refuse(pod: &Pod, error: &Error) -> bool {
+    error.kind() == ErrorKind::Busy || pod.ending && error.kind() == ErrorKind::Cancelled
 }

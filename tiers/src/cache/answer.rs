@@ -42,6 +42,7 @@ impl Driver {
                 }
             }
             Outcome::Pinned { pin, depth } => self.answer_pin(pin, depth),
+            Outcome::Retired { written, left } => self.retired(written, left),
             Outcome::Flushed {
                 operation,
                 complete,

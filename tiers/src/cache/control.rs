@@ -30,6 +30,8 @@ impl Cache {
     /// The pin is cut at the first block that this node does not have, cannot bring up within the limits' `stage_wait`,
     /// or for which the limits' `pinned_per_mille_max` leaves no room: see [`Pinned::depth`].
     ///
+    /// Its number is random. See [`Cache::pin_as`] for one that others know beforehand.
+    ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Busy`] when too many pins are in force or too much is under way,
     /// [`kvcache_core::ErrorKind::Invalid`] for more keys than the limits' `operation_blocks_max`,
@@ -38,25 +40,43 @@ impl Cache {
     /// # Cancel safety
     /// A dropped future leaves no pin behind.
     pub async fn pin(&self, keys: &[BlockKey], ttl: Duration) -> Result<Pinned> {
-        let keys = keys.to_vec();
-        let pinned = self
-            .inner
-            .desk
-            .ask(|reply| Request::Pin { keys, ttl, reply })
-            .await?;
-        Ok(Pinned {
-            id: PinId(self.inner.numbers.outside(pinned.id.0)),
-            ..pinned
-        })
+        let random = getrandom::u64()
+            .map_err(|e| Error::new(ErrorKind::Io, format!("draw a pin's number: {e}")))?;
+        self.pin_as(PinId(random), keys, ttl).await
     }
 
-    /// Ends a pin before its time. One that has ended already, or is of an earlier run of this node, is ignored.
+    /// As [`Cache::pin`], under a number of the caller's choice, so that somebody else can be told it before the blocks
+    /// are here. Whoever knows the number can let go of the pin, through the peer service too: draw it at random, and
+    /// use it once.
+    ///
+    /// When the pin is let go of before it is asked for, it ends at once, with a depth of 0; this node remembers the
+    /// last of such early ends for a while, as the limits' `early_unpins_max` and `early_unpin_wait` say.
+    ///
+    /// # Errors
+    /// As [`Cache::pin`]; [`kvcache_core::ErrorKind::Invalid`], naming it, for a number that a pin in force has.
+    ///
+    /// # Cancel safety
+    /// A dropped future leaves no pin behind.
+    pub async fn pin_as(&self, id: PinId, keys: &[BlockKey], ttl: Duration) -> Result<Pinned> {
+        let keys = keys.to_vec();
+        self.inner
+            .desk
+            .ask(|reply| Request::Pin {
+                pin: id,
+                keys,
+                ttl,
+                reply,
+            })
+            .await
+    }
+
+    /// Ends a pin before its time. One that is not in force has ended, or comes yet: then it ends at once; see
+    /// [`Cache::pin_as`].
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Busy`] when too much is under way: the pin then ends by its time;
     /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown.
     pub async fn release(&self, pin: PinId) -> Result<()> {
-        let pin = PinId(self.inner.numbers.inside(pin.0));
         self.inner.desk.tell(Request::Unpin { pin })
     }
 

@@ -58,6 +58,7 @@ pub(super) enum Request {
         peer: PeerId,
     },
     Pin {
+        pin: PinId,
         keys: Vec<BlockKey>,
         ttl: Duration,
         reply: Reply<Pinned>,
@@ -91,14 +92,14 @@ pub(super) struct Fetch {
     pub(super) deadline: Instant,
 }
 
-/// Whether the driver ended as it should.
+/// Whether the driver ended as it should: it has not while it runs, nor after a panic.
 #[derive(Debug, Default)]
 pub(super) struct Health {
     ended_in_order: AtomicBool,
 }
 
 impl Health {
-    /// What comes from here on is the end that was asked for.
+    /// Nothing is left to do but to let go: the end was asked for.
     pub(super) fn ends_in_order(&self) {
         self.ended_in_order.store(true, Ordering::Release);
     }
@@ -132,7 +133,8 @@ impl Desk {
         if self.health.ended_in_order.load(Ordering::Acquire) {
             return closed();
         }
-        Error::new(ErrorKind::Poisoned, "the cache ended by a fault of its own")
+        let context = "the cache ended by a fault of its own, and can only be opened anew";
+        Error::new(ErrorKind::Internal, context)
     }
 
     /// Readies blocks for a peer to read.

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvcache_core::event::NodeEvent;
 use kvcache_core::manager::{FetchRequest, Manager};
 use kvcache_core::ports::{EventSink, Position};
 use kvcache_core::{BlockKey, LeaseId, OperationId, PeerId, PinId, Result, Time};
@@ -15,7 +14,7 @@ use tokio::task::JoinSet;
 use super::desk::{Fetch, Health, ReadyLease, Reply, Request, closed};
 use super::execute::Completion;
 use super::grants::Grants;
-use super::hold::{Flush, sync};
+use super::hold::Flush;
 use super::types::{FetchReport, HeldDepth, Pinned, StoreBlock, StoreReport};
 use crate::mover::Mover;
 use crate::pages::BlockMemory;
@@ -40,8 +39,8 @@ pub(super) struct Driver {
     pub(super) manager: Manager,
     pub(super) mover: Arc<Mover>,
     pub(super) tasks: JoinSet<Completion>,
-    sink: Arc<dyn EventSink>,
-    position: watch::Sender<Position>,
+    pub(super) sink: Arc<dyn EventSink>,
+    pub(super) position: watch::Sender<Position>,
     requests: mpsc::Receiver<Request>,
     /// What [`Time`] counts from.
     start: Instant,
@@ -54,7 +53,16 @@ pub(super) struct Driver {
     pub(super) flushes: HashMap<OperationId, Flush>,
     /// Flushes whose copies have ended, and which wait for the disk.
     pub(super) syncs: usize,
-    closing: Option<(Time, Reply<()>)>,
+    pub(super) closing: Option<Closing>,
+}
+
+/// The end that was asked for.
+pub(super) struct Closing {
+    /// When it must be reached.
+    pub(super) deadline: Time,
+    pub(super) reply: Reply<()>,
+    /// Whether everything has gone down that can.
+    pub(super) retired: bool,
 }
 
 /// What a driver is made of.
@@ -94,8 +102,7 @@ impl Driver {
         loop {
             self.pump();
             if self.is_closed() {
-                health.ends_in_order();
-                return self.close().await;
+                return self.close(&health).await;
             }
             let wake = tokio::time::Instant::from_std(self.wake());
             tokio::select! {
@@ -143,8 +150,8 @@ impl Driver {
 
     fn wake(&self) -> Instant {
         let mut wake = self.manager.poll_timeout().unwrap_or(Time::MAX);
-        if let Some((deadline, _)) = &self.closing {
-            wake = wake.min(*deadline);
+        if let Some(closing) = &self.closing {
+            wake = wake.min(closing.deadline);
         }
         self.instant(wake)
     }
@@ -171,7 +178,7 @@ impl Driver {
 
     /// Hands events to the sink before the answers of what caused them, so that a caller who asks for
     /// the position afterwards finds its own changes in it.
-    fn publish(&mut self) {
+    pub(super) fn publish(&mut self) {
         if let Some(position) = publish(&mut self.manager, &*self.sink) {
             self.position.send_replace(position);
         }
@@ -213,7 +220,12 @@ impl Driver {
                 reply,
             } => self.lease(peer, &keys, ttl, reply),
             Request::Release { peer, lease } => self.release(peer, lease),
-            Request::Pin { keys, ttl, reply } => self.pin(&keys, ttl, reply),
+            Request::Pin {
+                pin,
+                keys,
+                ttl,
+                reply,
+            } => self.pin(pin, &keys, ttl, reply),
             Request::Unpin { pin } => self.manager.handle_unpin(self.now(), pin),
             Request::Remove { keys, reply } => self.remove(&keys, reply),
             Request::Clear { reply } => self.clear(reply),
@@ -228,13 +240,12 @@ impl Driver {
                     depth: held.depth,
                     host: held.host,
                     disk: held.disk,
+                    expected: held.expected,
                 };
                 give(reply, Ok(depth));
             }
             Request::Stats { reply } => give(reply, Ok(self.manager.stats())),
-            Request::Shutdown { deadline, reply } => {
-                self.closing = Some((self.time(deadline), reply));
-            }
+            Request::Shutdown { deadline, reply } => self.begin_close(deadline, reply),
         }
     }
 
@@ -301,40 +312,6 @@ impl Driver {
             (None, None) => return None,
         };
         memory.get(position as usize).cloned()
-    }
-
-    fn is_closed(&self) -> bool {
-        let Some((deadline, _)) = &self.closing else {
-            return false;
-        };
-        let busy = !self.stores.is_empty() || !self.fetches.is_empty() || !self.tasks.is_empty();
-        !busy || self.now() >= *deadline
-    }
-
-    /// Ends what is still under way, tells the world, and syncs the disk.
-    async fn close(mut self) {
-        let now = self.now();
-        let operations: Vec<_> = self
-            .stores
-            .keys()
-            .chain(self.fetches.keys())
-            .chain(self.flushes.keys())
-            .copied()
-            .collect();
-        for operation in operations {
-            self.manager.handle_cancel(now, operation);
-        }
-        self.publish();
-        while let Some(outcome) = self.manager.poll_outcome() {
-            self.answer(outcome);
-        }
-        self.position
-            .send_replace(self.sink.publish(vec![NodeEvent::Cleared]));
-        self.mover.arena.close();
-        let Some((deadline, reply)) = self.closing.take() else {
-            return;
-        };
-        give(reply, sync(&self.mover, self.instant(deadline)).await);
     }
 }
 

@@ -21,9 +21,15 @@ pub(super) struct Flush {
 }
 
 impl Driver {
-    pub(super) fn pin(&mut self, keys: &[BlockKey], ttl: Duration, reply: Reply<Pinned>) {
-        match self.manager.handle_pin(self.now(), keys, ttl) {
-            Ok(pin) => {
+    pub(super) fn pin(
+        &mut self,
+        pin: PinId,
+        keys: &[BlockKey],
+        ttl: Duration,
+        reply: Reply<Pinned>,
+    ) {
+        match self.manager.handle_pin(self.now(), pin, keys, ttl) {
+            Ok(()) => {
                 self.pins.insert(pin, reply);
             }
             Err(error) => give(reply, Err(error)),
@@ -34,7 +40,7 @@ impl Driver {
     pub(super) fn answer_pin(&mut self, pin: PinId, depth: u32) {
         let reply = self.pins.remove(&pin);
         let heard = reply.is_some_and(|reply| reply.send(Ok(Pinned { id: pin, depth })).is_ok());
-        if !heard {
+        if !heard && depth > 0 {
             self.manager.handle_unpin(self.now(), pin);
         }
     }

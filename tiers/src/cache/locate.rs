@@ -57,7 +57,13 @@ impl Locator {
             .saturating_duration_since(Instant::now())
             .min(self.timeout);
         match tokio::time::timeout(left, self.directory.locate(chain)).await {
-            Ok(Ok(located)) => return Ok((held, located)),
+            Ok(Ok(mut located)) => {
+                if self.mover.objects.is_none() {
+                    // Every pod can reach shared objects, except those that know no object store.
+                    located.shared.clear();
+                }
+                return Ok((held, located));
+            }
             Ok(Err(error)) => tracing::debug!(%error, "the directory does not answer"),
             Err(_) => tracing::debug!(?left, "the directory does not answer in time"),
         }

@@ -1,6 +1,7 @@
 //! The cache of one node: an asynchronous face over the manager and the mover.
 
 mod answer;
+mod close;
 mod control;
 mod desk;
 mod driver;
@@ -32,7 +33,6 @@ pub use types::{
 
 use crate::config::CacheConfig;
 use crate::mover::Mover;
-use crate::numbers::Numbers;
 use crate::pages::{self, BlockMemory};
 use crate::peer::PeerServer;
 use desk::{Fetch, Request};
@@ -51,7 +51,6 @@ struct Inner {
     desk: Desk,
     mover: Arc<Mover>,
     locator: Arc<Locator>,
-    numbers: Numbers,
     position: watch::Receiver<Position>,
     pod: PodName,
     /// Pieces that a block's memory may be in, so that a command's fit into one request.
@@ -87,8 +86,9 @@ impl Cache {
     /// [`kvcache_core::ErrorKind::Busy`] when too much is under way,
     /// [`kvcache_core::ErrorKind::Invalid`] for a block that cannot be one and for memory that is not of
     /// a block's size or not registered with the cache's agent,
-    /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown. Blocks that were not kept for want
-    /// of room or time are no error: the report counts them.
+    /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown,
+    /// [`kvcache_core::ErrorKind::Internal`] after a fault of the cache's own, then as of every other
+    /// call. Blocks that were not kept for want of room or time are no error: the report counts them.
     ///
     /// # Cancel safety
     /// Dropping the future stops nothing: the engine's memory must stay as it is until `deadline`.
@@ -207,7 +207,14 @@ impl Cache {
     }
 
     /// Ends the cache in order, by `deadline` at the latest: no more leases, stores or fetches;
-    /// operations in progress end; `Cleared` is published; what was written to disk is synced.
+    /// operations in progress end; blocks that are in host memory alone are written to the disk tier,
+    /// or to the object tier if the disk takes none; `Cleared` is published; what was written to disk
+    /// is synced.
+    ///
+    /// The blocks used last are written first. A segment on disk gives way only to blocks that were used
+    /// after everything in it. What finds no room, or no time, is lost as when a cache is dropped: that
+    /// is no error, and a log line counts it. A quarter of the time, two seconds at most, is kept for
+    /// the sync.
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Cancelled`] when it is shut down already; what the disk said to the

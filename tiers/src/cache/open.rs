@@ -90,7 +90,6 @@ pub(super) async fn open(
         desk,
         mover,
         locator,
-        numbers,
         position: positions,
         pod: config.pod,
         pieces_max,

@@ -134,6 +134,9 @@ pub struct HeldDepth {
     pub host: u32,
     /// How many of those are only on disk.
     pub disk: u32,
+    /// Blocks, from the first, that are here or that stores under way are bringing; never less than `depth`. Whoever
+    /// waits for a store to end has reason to as long as this is more than `depth`.
+    pub expected: u32,
 }
 
 /// How much of a chain can be had, and where.
@@ -150,7 +153,7 @@ pub struct Reach {
 /// Blocks that stay in host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pinned {
-    /// What to let go of; means something in this run of this node only.
+    /// What to let go of, as it was asked for.
     pub id: PinId,
     /// How many blocks, from the first, are kept; with none there is nothing to let go of.
     pub depth: u32,

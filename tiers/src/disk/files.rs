@@ -223,7 +223,8 @@ impl SegmentFiles {
     }
 
     /// Looks through the directory. Files of other segments than the `segments` first ones lie
-    /// outside the budget and are deleted; foreign or damaged records are skipped and told.
+    /// outside the budget and are deleted; foreign or damaged records are skipped and told. What was
+    /// written last comes last.
     pub(crate) async fn recover(&self, segments: u32) -> Result<Recovered> {
         let mut recovered = Recovered::default();
         for (segment, path) in self.list()? {
@@ -259,17 +260,22 @@ impl SegmentFiles {
         Ok(recovered)
     }
 
-    fn list(&self) -> Result<BTreeMap<SegmentId, PathBuf>> {
+    /// The segment files, those written last at the end.
+    fn list(&self) -> Result<Vec<(SegmentId, PathBuf)>> {
         let directory = &self.config.path;
         let failed = |error| Error::io(format!("list directory {}", directory.display()), error);
-        let mut found = BTreeMap::new();
+        let mut found = Vec::new();
         for entry in fs::read_dir(directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             if let Some(segment) = entry.file_name().to_str().and_then(segment_of_file_name) {
-                found.insert(SegmentId(segment), entry.path());
+                // A file system without times, or a file that goes at this moment: as if it were the oldest.
+                let written = entry.metadata().and_then(|metadata| metadata.modified());
+                found.push((written.ok(), SegmentId(segment), entry.path()));
             }
         }
-        Ok(found)
+        found.sort();
+        let found = found.into_iter();
+        Ok(found.map(|(_, segment, path)| (segment, path)).collect())
     }
 
     async fn scan(&self, segment: SegmentId, path: &Path) -> Result<ScanReport> {

@@ -113,14 +113,23 @@ impl Mover {
         let mut checksums = Vec::with_capacity(job.moves.len());
         for (position, one) in job.moves.iter().enumerate() {
             let checksum = one.checksum.map_or_else(|| self.sum(&from[position]), Ok)?;
+            let (header, payload) = match disk.record(to[position]).await {
+                Ok(record) => record,
+                // A new segment that does not fit is no reason to leave room in the last one.
+                Err(error) => {
+                    let place = disk.place(to[position]);
+                    tracing::debug!(%error, place, "no record to write");
+                    checksums.push(Err(MoveFailure::settled(error.kind())));
+                    continue;
+                }
+            };
             headers.write(position, &self.header(one, checksum).encode())?;
-            let (header, payload) = disk.record(to[position]).await?;
             // A crash between the two leaves a header whose bytes do not match it: found on reading.
             let mut part = Vec::new();
             self.pair(&from[position], payload, &mut part);
             part.push((headers.descriptor(position, PAGE_BYTES), header));
             parts.push(part);
-            checksums.push(checksum);
+            checksums.push(Ok(checksum));
         }
         let copied = transfer_each(
             &self.agent,
@@ -131,17 +140,19 @@ impl Mover {
         )
         .await;
         unsettled.hold(headers);
-        let results = copied.into_iter().zip(checksums);
-        Ok(results
-            .map(|(copied, checksum)| match copied {
-                Ok(()) => Ok(checksum),
-                Err((failure, error)) => {
-                    if let Some(error) = error {
-                        tracing::debug!(%error, "block not written to disk");
-                    }
-                    Err(failure)
+        let mut copied = copied.into_iter();
+        let mut written = || match copied.next() {
+            Some(Err((failure, error))) => {
+                if let Some(error) = error {
+                    tracing::debug!(%error, "block not written to disk");
                 }
-            })
+                Err(failure)
+            }
+            _ => Ok(()),
+        };
+        Ok(checksums
+            .into_iter()
+            .map(|checksum| checksum.and_then(|sum| written().map(|()| sum)))
             .collect())
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvcache_core::{Error, ErrorKind, LeaseId, PinId, PodName, Result};
+use kvcache_core::{Error, ErrorKind, LeaseId, PodName, Result};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::peer_server::{Peer, PeerServer as Service};
 use tokio::net::TcpListener;
@@ -96,6 +96,9 @@ impl PeerServer {
             .is_err()
         {
             tracing::debug!("peer service on {} ended by force", self.address);
+            self.task.abort();
+            // It ends where it waits next; an error says that it was ended.
+            let _ = (&mut self.task).await;
         }
     }
 }
@@ -183,7 +186,7 @@ impl Peer for Serving {
         let identity = &self.mover.expected.model_identity;
         let pin = wire::check_unpin(request.get_ref(), identity);
         let pin = pin.map_err(|error| wire::status_of(&error))?;
-        match self.desk.unpin(PinId(self.numbers.inside(pin.0))) {
+        match self.desk.unpin(pin) {
             // A full queue: the pin ends by itself.
             Err(error) if error.kind() != ErrorKind::Busy => Err(wire::status_of(&error)),
             _ => Ok(Response::new(v1::UnpinResponse {})),

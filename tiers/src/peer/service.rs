@@ -82,7 +82,8 @@ impl PeerService {
         wire::check_locate_response(answer).map_err(at)
     }
 
-    /// Lets go of what the node pinned. A pin that has ended is no error.
+    /// Lets go of what the node pinned. A pin that has ended is no error; one that the node is not asked for yet ends as
+    /// soon as it is, if that is soon enough: see [`Cache::pin_as`](crate::Cache::pin_as).
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] after `deadline`, [`ErrorKind::PeerLost`] when the node cannot be reached,

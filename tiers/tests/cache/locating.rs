@@ -57,6 +57,7 @@ fn in_memory(depth: u32) -> HeldDepth {
         depth,
         host: depth,
         disk: 0,
+        expected: depth,
     }
 }
 
@@ -82,7 +83,10 @@ async fn a_chain_that_is_here_is_located_without_the_directory() {
 /// cannot be reached do not count. Then through the peer service.
 #[tokio::test]
 async fn own_blocks_peers_and_objects_reach_together_as_far_as_there_is_no_hole() {
-    let node = node().await;
+    let objects = tempfile::tempdir().unwrap();
+    let mut config = named("pod");
+    config.object = cold();
+    let node = Node::open(config, agent("pod", Way::Memcpy, Some(objects.path()))).await;
     let blocks = chain(1, 12);
     node.store(&blocks[..2]).await;
     *node.guide.located.lock().unwrap() = Located {
@@ -106,6 +110,38 @@ async fn own_blocks_peers_and_objects_reach_together_as_far_as_there_is_no_hole(
     assert_eq!(answer.unwrap(), expected);
     // Holders and objects may know more of the sequence than was asked about.
     assert_eq!(locate(&node, &blocks[..4]).await.depth, 4);
+}
+
+/// The index knows of shared objects, and the node of no object store: it cannot bring them, whoever asks it.
+#[tokio::test]
+async fn shared_objects_do_not_count_on_a_node_without_an_object_store() {
+    let node = node().await;
+    let blocks = chain(1, 8);
+    node.store(&blocks[..2]).await;
+    *node.guide.located.lock().unwrap() = Located {
+        holders: vec![holder("peer", 3, Some("127.0.0.1:9"))],
+        shared: vec![0..8],
+    };
+    let reach = locate(&node, &blocks).await;
+    assert_eq!((reach.own, reach.depth), (in_memory(2), 3));
+    assert_eq!(reach.located.shared, []);
+    let answer = service(&node).locate(names(1, 8), PATIENCE).await.unwrap();
+    assert_eq!(answer, reach);
+}
+
+/// Asked in the same moment in which three of five blocks are given to the node.
+#[tokio::test]
+async fn blocks_that_a_store_is_bringing_are_expected() {
+    let node = node().await;
+    let blocks = chain(1, 5);
+    let deadline = Instant::now() + PATIENCE;
+    let located = node.cache.locate(&blocks, deadline);
+    let (report, reach) = tokio::join!(node.store_at(&blocks[..3], 0), located);
+    assert_eq!(report.stored, 3);
+    let own = reach.unwrap().own;
+    assert_eq!((own.depth, own.expected), (0, 3));
+    let reach = service(&node).locate(names(1, 5), PATIENCE).await.unwrap();
+    assert_eq!(reach.own, in_memory(3));
 }
 
 /// A directory that fails, and one that never answers: what this node has is told, in time.
@@ -210,4 +246,29 @@ async fn a_pin_is_let_go_of_over_the_service() {
         let left = if pin == unknown { 2 } else { 0 };
         assert_eq!(node.stat("pinned_blocks").await, left);
     }
+}
+
+/// The number is told first: let go of over the service before the pin, which then keeps nothing, and after it.
+#[tokio::test]
+async fn a_pin_whose_number_was_told_beforehand_is_let_go_of_before_and_after_it_is_asked_for() {
+    let node = node().await;
+    let blocks = chain(1, 2);
+    node.store(&blocks).await;
+    let keys: Vec<BlockKey> = blocks.iter().map(|info| info.key).collect();
+    let service = service(&node);
+    let (early, late) = (PinId(u64::MAX), PinId(0x1234_5678_9abc_def0));
+    service.unpin(early, &IDENTITY, PATIENCE).await.unwrap();
+    let ended = node.cache.pin_as(early, &keys, PATIENCE).await.unwrap();
+    assert_eq!((ended.id, ended.depth), (early, 0));
+    assert_eq!(node.stat("pinned_blocks").await, 0);
+    assert_eq!(node.stat("pins_unpinned_early").await, 1);
+
+    let held = node.cache.pin_as(late, &keys, PATIENCE).await.unwrap();
+    assert_eq!((held.id, held.depth), (late, 2));
+    let again = node.cache.pin_as(late, &keys, PATIENCE).await.unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::Invalid);
+    assert!(again.context().contains(&late.to_string()), "{again}");
+    assert_eq!(node.stat("pinned_blocks").await, 2);
+    service.unpin(late, &IDENTITY, PATIENCE).await.unwrap();
+    assert_eq!(node.stat("pinned_blocks").await, 0);
 }

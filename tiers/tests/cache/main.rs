@@ -9,6 +9,8 @@
     reason = "everything here is a test or serves one"
 )]
 
+mod broken;
+mod ending;
 mod fabric;
 mod faults;
 mod keeping;

@@ -1,15 +1,13 @@
 //! Blocks come back byte for byte from each tier, and after a restart.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::Located;
-use kvcache_core::ports::{EventSink, Position};
-use kvcache_core::{Epoch, ErrorKind, Sequence, Tier};
-use kvfabric_tiers::{Cache, CacheConfig, FetchBlock, Source, StoreBlock};
+use kvcache_core::{ErrorKind, Tier};
+use kvfabric_tiers::{CacheConfig, FetchBlock, Source, StoreBlock};
 use kvfabric_transfer::{HostMemory, RegionOptions};
 
 use crate::support::*;
@@ -378,46 +376,4 @@ async fn a_fetch_whose_deadline_has_passed_misses() {
         .await;
     assert_eq!(sources, vec![Source::Miss; 2]);
     assert_eq!(node.fetch_own(&blocks).await, vec![Source::Host; 2]);
-}
-
-/// Breaks on the first block that is announced.
-struct BrokenSink;
-
-impl EventSink for BrokenSink {
-    fn publish(&self, events: Vec<NodeEvent>) -> Position {
-        assert_eq!(events, [NodeEvent::Cleared], "an event sink that breaks");
-        Position {
-            epoch: Epoch(1),
-            next: Sequence(1),
-        }
-    }
-}
-
-/// A panic inside the cache, brought about by its sink.
-#[tokio::test]
-async fn after_a_fault_of_its_own_every_call_says_so() {
-    let agent = agent("pod", Way::Memcpy, None);
-    let sink = Arc::new(BrokenSink);
-    let opened = Cache::open(
-        config("pod", 4),
-        agent.clone(),
-        Arc::new(Guide::default()),
-        sink,
-    );
-    let cache = opened.await.unwrap();
-    let memory = HostMemory::anonymous(BLOCK).unwrap();
-    let engine = agent.register(memory, RegionOptions::default()).unwrap();
-    let one = StoreBlock {
-        info: block(1, 0),
-        memory: engine.descriptor(0, BLOCK).into(),
-    };
-    let error = cache
-        .store(vec![one], Instant::now() + PATIENCE)
-        .await
-        .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Poisoned);
-    assert_eq!(
-        cache.lookup(&[]).await.unwrap_err().kind(),
-        ErrorKind::Poisoned
-    );
 }

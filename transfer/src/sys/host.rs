@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
-use kvcache_core::{Error, Result};
+use kvcache_core::{Error, ErrorKind, Result};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::memory::Mapping;
@@ -13,8 +13,8 @@ pub(crate) const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW
 
 /// Memory of this host to register with an agent.
 ///
-/// Only [`HostMemory::shared`] can be mapped by other processes of this host; other kinds are reached over `cma`, where the
-/// kernel allows it, or `tcp`.
+/// Only [`HostMemory::shared`] and [`HostMemory::of_file`] can be mapped by other processes of this host; other kinds are
+/// reached over `cma`, where the kernel allows it, or `tcp`.
 pub struct HostMemory {
     mapping: Mapping,
     shared: Option<OwnedFd>,
@@ -44,6 +44,29 @@ impl HostMemory {
             .map_err(|e| Error::io(format!("size shared memory to {bytes} bytes"), e.into()))?;
         rustix::fs::fcntl_add_seals(&file, SIZE_SEALS | SealFlags::SEAL)
             .map_err(|e| Error::io("seal the size of shared memory", e.into()))?;
+        let mapping = Mapping::of_file(&file, bytes, true)?;
+        Ok(Self {
+            mapping,
+            shared: Some(file),
+        })
+    }
+
+    /// Shared memory that someone else made, such as an engine's cache pool: a memfd whose size is sealed, and whose seals
+    /// are sealed. All of it is mapped anew, so whoever made it may unmap it.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for an empty file, and for one whose size may change;
+    /// [`kvcache_core::ErrorKind::Io`] when it cannot be mapped to be read and written.
+    pub fn of_file(file: OwnedFd) -> Result<Self> {
+        let sealed = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
+        if !sealed.contains(SIZE_SEALS | SealFlags::SEAL) {
+            let text = "the file's size may change: make it with memfd_create, and seal it against shrinking, growing and \
+                        other seals";
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        let found = rustix::fs::fstat(&file)
+            .map_err(|e| Error::io("ask how large shared memory is", e.into()))?;
+        let bytes = u64::try_from(found.st_size).unwrap_or_default();
         let mapping = Mapping::of_file(&file, bytes, true)?;
         Ok(Self {
             mapping,
@@ -103,5 +126,44 @@ impl std::fmt::Debug for HostMemory {
             .field("bytes", &self.bytes())
             .field("shareable", &self.is_shareable())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Pages, as the file under shared memory counts them.
+
+    use super::*;
+
+    fn provided(memory: &HostMemory) -> u64 {
+        let file = memory.shared_file().expect("shared memory");
+        let found = rustix::fs::fstat(file).expect("asked");
+        found.st_blocks as u64 * 512
+    }
+
+    #[test]
+    fn pages_are_provided_where_they_are_asked_for_and_nowhere_else() {
+        let memory = HostMemory::shared(64 << 20).expect("memory");
+        memory.mapping().write(0, b"kept").expect("written");
+        let before = provided(&memory);
+        match memory.mapping().populate(100, 8 << 20) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => return,
+            populated => populated.expect("populated"),
+        }
+        let after = provided(&memory);
+        assert!(after >= 8 << 20, "{before} to {after}");
+        assert!(after < 32 << 20, "{before} to {after}");
+        let mut bytes = [0; 4];
+        memory.mapping().read(0, &mut bytes).expect("read");
+        assert_eq!(&bytes, b"kept");
+    }
+
+    #[test]
+    fn pages_outside_of_the_memory_are_refused() {
+        let memory = HostMemory::shared(1 << 20).expect("memory");
+        for (offset, len) in [(1 << 20, 1), (0, (1 << 20) + 1), (4096, u64::MAX)] {
+            let refused = memory.mapping().populate(offset, len).expect_err("outside");
+            assert_eq!(refused.kind(), ErrorKind::Invalid, "{offset} {len}");
+        }
     }
 }

@@ -193,6 +193,31 @@ impl Mapping {
         Ok(())
     }
 
+    /// Takes the pages of `len` bytes at `offset` from the kernel now, to be written; their content stays.
+    pub(crate) fn populate(&self, offset: u64, len: u64) -> Result<()> {
+        if self.ownership == Ownership::Lent {
+            let text = "memory of someone else's is theirs to populate";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        self.check_writable()?;
+        let into_page = offset % page_bytes()?;
+        let (offset, len) = (offset - into_page, len.saturating_add(into_page));
+        let target = self.at(offset, len)?;
+        // SAFETY: the range lies in this mapping (checked by `at`) and begins at a page, as the mapping does; the call
+        // provides pages and changes no byte.
+        let provided = unsafe {
+            let start = target.as_ptr().cast();
+            rustix::mm::madvise(start, len as usize, Advice::LinuxPopulateWrite)
+        };
+        provided.map_err(|error| match error {
+            // Before Linux 5.14.
+            rustix::io::Errno::INVAL => {
+                Error::new(ErrorKind::Unsupported, "the kernel cannot populate memory")
+            }
+            error => Error::io(format!("populate {len} bytes of memory"), error.into()),
+        })
+    }
+
     /// The CRC-32C of `len` bytes.
     pub(crate) fn crc32c(&self, offset: u64, len: u64) -> Result<u32> {
         self.at(offset, len)?;
@@ -348,4 +373,14 @@ fn out_of_bounds(offset: u64, len: u64, size: u64) -> Error {
         ErrorKind::Invalid,
         format!("bytes {offset}+{len} lie outside the {size} bytes of the region"),
     )
+}
+
+/// Bytes of a page. Of the C library: rustix reads the kernel's own table, which valgrind changes, and dies of it there.
+fn page_bytes() -> Result<u64> {
+    // SAFETY: asks for a number.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    match u64::try_from(bytes) {
+        Ok(bytes) if bytes.is_power_of_two() => Ok(bytes),
+        _ => Err(Error::invalid("bytes of a page", bytes, "a power of two")),
+    }
 }

@@ -76,6 +76,31 @@ fn packed_names_and_the_keys_made_of_them_equal_their_golden_vectors() {
     }
 }
 
+/// Packs hashes alone, and reads them back as a node does: no block has a parent.
+#[test]
+fn packed_hashes_equal_their_golden_vectors_and_are_blocks_by_themselves() {
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let hashes = golden["hashes"].as_array().unwrap();
+    let hashes: Vec<Vec<u8>> = hashes.iter().map(bytes).collect();
+    let hashes: Vec<&[u8]> = hashes.iter().map(Vec::as_slice).collect();
+    let cases = golden["without_tokens"].as_array().unwrap();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let count = case["count"].as_u64().unwrap() as usize;
+        let packed = pack_hashes(&bytes(&case["root"]), &hashes[..count]).unwrap();
+        assert_eq!(packed, bytes(&case["packed"]));
+        let names = Names::parse(&packed).unwrap();
+        let read: Vec<&[u8]> = names.iter().map(|name| name.hash).collect();
+        assert_eq!((read, names.parent()), (hashes[..count].to_vec(), None));
+    }
+    let error = pack_hashes(b"", &[&[1; 32], &[1; 31]]).unwrap_err();
+    assert!(error.to_string().contains("31"), "{error}");
+    for hash in [&[][..], &[1; HASH_BYTES_MAX + 1]] {
+        let error = pack_hashes(b"", &[hash]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    }
+}
+
 /// A run from the middle has the parents that the whole chain has there.
 #[test]
 fn a_run_of_names_goes_on_where_the_chain_before_it_ended() {

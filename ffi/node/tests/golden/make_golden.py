@@ -47,6 +47,18 @@ def string(text):
     return struct.pack("<Q", len(text)) + text
 
 
+def hash_key(root, digest):
+    """The index key of a block without tokens."""
+    return blake3(b"kvfabric/hash-key/v1\0" + string(root) + digest).digest()[:8]
+
+
+def packed_hashes(root, hashes):
+    """Names of blocks without tokens."""
+    size = len(hashes[0]) if hashes else 0
+    out = struct.pack("<BBHI", 1, 0, size, len(hashes))
+    return out + b"".join(digest + hash_key(root, digest) for digest in hashes)
+
+
 def key_root(identity):
     shard = struct.pack("<7I", 0, 1, 0, 1, 0, 1, 0)
     return blake3(b"kvfabric/root/v1\0" + identity + shard + b"\0").digest()
@@ -95,6 +107,10 @@ def make_names():
         "block_tokens": BLOCK_TOKENS,
         "hashes": [digest.hex() for digest in hashes],
         "cases": cases,
+        "without_tokens": [
+            {"root": root.hex(), "count": count, "packed": packed_hashes(root, hashes[:count]).hex()}
+            for root, count in ((b"root", 4), (b"other root", 1), (b"", 2), (b"root", 0))
+        ],
     }
 
 

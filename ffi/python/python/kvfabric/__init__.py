@@ -39,6 +39,7 @@ from ._kvfabric import (
     VersionError,
     __version__,
     model_identity,
+    pack_hashes,
 )
 from ._reports import Held, Pin, Reach, Removed, StoreReport, Telemetry
 
@@ -81,4 +82,5 @@ __all__ = [
     "VersionError",
     "__version__",
     "model_identity",
+    "pack_hashes",
 ]

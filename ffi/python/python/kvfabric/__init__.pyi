@@ -184,6 +184,12 @@ class Agent:
     def shared_memory(self, len: int, *, readable: bool = True, writable: bool = False) -> Region:
         """Allocates zeroed memory that peers on this host can map, and registers it."""
 
+    def register_file(self, fd: int, *, readable: bool = True, writable: bool = False) -> Region:
+        """Registers shared memory that someone else made, so that peers on this host can map it:
+        all of a memfd whose size is sealed (F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_SEAL). It is mapped
+        anew; the descriptor may be closed afterwards. `InvalidError` for any other file.
+        """
+
     def metadata(self) -> bytes:
         """What peers need to reach this agent and the regions that it exports now, keys
         included.
@@ -303,8 +309,8 @@ class Region:
 
     def __len__(self) -> int: ...
     def view(self) -> memoryview:
-        """The memory as a writable memoryview; only of a region of `Agent.shared_memory`, which
-        the view keeps alive.
+        """The memory as a writable memoryview, which keeps it mapped; only of
+        `Agent.shared_memory` and `Agent.register_file`.
         """
 
     def deregister(self, timeout: float = 30.0) -> None:
@@ -422,8 +428,8 @@ class Node:
         """
 
     def prefix_of(self, names: bytes, *, adapter_identity: Optional[bytes] = None) -> Prefix:
-        """The blocks that an engine names by its own hashes: what `NameChain.pack` made.
-        `adapter_identity` is 32 bytes that stand for the adapter's weights. The names must be of
+        """The blocks that an engine names by its own hashes: what `NameChain.pack` or `pack_hashes`
+        made. `adapter_identity` is 32 bytes that stand for the adapter's weights. The names must be of
         the node's `[engine]`, and only hashes that cannot collide or change from run to run are
         taken: else `InvalidError` or `UnsupportedError`.
         """
@@ -468,9 +474,15 @@ class Node:
     def held(self, prefix: Prefix) -> Operation[Held]:
         """How many blocks from the first this node's own tiers hold."""
 
-    def pin(self, prefix: Prefix, *, first: int = 0, ttl: float = 30.0) -> Operation[Pin]:
+    def pin(
+        self, prefix: Prefix, *, first: int = 0, ttl: float = 30.0, id: Optional[int] = None
+    ) -> Operation[Pin]:
         """Keeps blocks of this node, from position `first` of `prefix` on, in host memory until
         `unpin`, at most `ttl` seconds.
+
+        `id` is the pin's number, below 2^64; without it the node draws one. Whoever is told it
+        beforehand may `unpin` the blocks, even before they are pinned: the depth is 0 then. Draw it
+        at random, and use it once; `InvalidError` for the number of a pin that is in force.
         """
 
     def unpin(
@@ -499,8 +511,10 @@ class Node:
         """The tiers' counters and levels, by name; docs/metrics.md explains each."""
 
     def shutdown(self, deadline: float = 10.0) -> None:
-        """Stops leasing, withdraws what was announced, writes out what is on its way to the
-        disk. Everything asked afterwards fails with `CancelledError`; doing it twice is fine.
+        """Stops leasing, withdraws what was announced, and writes down to the disk what only host
+        memory has, the most recently used blocks first, as far as there is room and `deadline`
+        seconds allow: what a restart finds again. `DeadlineError` when not all of it was written.
+        Everything asked afterwards fails with `CancelledError`; doing it twice is fine.
         """
 
 @final
@@ -681,6 +695,14 @@ class PodDepth:
     @property
     def peer_address(self) -> Optional[str]:
         """Where its peer service listens, if it has one."""
+
+def pack_hashes(root: bytes, hashes: Sequence[bytes]) -> bytes:
+    """Names blocks of which only the engine's hashes are known, each of them by itself: what
+    `Node.prefix_of` and `PeerService.locate` take. All hashes are of one length.
+
+    The index finds such a block by its hash and by `root`, which stands for whatever else shapes
+    its bytes. Routers ask by tokens and do not find it: give such nodes a model name of their own.
+    """
 
 def model_identity(
     path: Union[str, os.PathLike[str], None],

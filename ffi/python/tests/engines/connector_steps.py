@@ -9,10 +9,14 @@ each a list with a name and arguments. Every step says what it found.
 import json
 import shutil
 import sys
+import time
 from typing import Any, Dict, List, Optional
 
 from bed import single
 from bed.model import prompt
+
+
+PATIENCE = 60.0
 
 
 class Steps:
@@ -70,6 +74,33 @@ class Steps:
         ]
         return {"answers": answers}
 
+    def abort(self, prompts: List[List[Any]], steps: int) -> Dict[str, Any]:
+        """Aborts several requests after some steps of the engine. Says what is left of them once it
+        is idle: blocks in use, requests that are tracked, and blocks held for stores.
+        """
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        sampling = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, detokenize=False)
+        names = [f"abort-{steps}-{number}" for number in range(len(prompts))]
+        for name, (seed, tokens) in zip(names, prompts):
+            engine.add_request(name, {"prompt_token_ids": prompt(seed, tokens)}, sampling)
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(names)
+        core = engine.engine_core.engine_core
+        ends = time.monotonic() + PATIENCE
+        while core.scheduler.has_requests():
+            assert time.monotonic() < ends, "aborted requests do not end"
+            core.step_fn()
+        side, pool = core.scheduler.connector._scheduler, core.scheduler.kv_cache_manager.block_pool
+        return {
+            # One block is nobody's.
+            "used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "tracked": len(side._tracked),
+            "held": len(side._holds._readers),
+        }
+
     def reset(self) -> Dict[str, Any]:
         """Empties the engine's own prefix cache."""
         assert self.llm.reset_prefix_cache()
@@ -90,6 +121,26 @@ class Steps:
         self._node().flush().wait()
         return {}
 
+    def forget(self, seed: int, tokens: int, group: int, position: int) -> Dict[str, Any]:
+        """Takes one block of a prompt, of one of the other cache groups, out of the tiers."""
+        from kvfabric.vllm.names import RequestNames
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        core = self.llm.llm_engine.engine_core.engine_core
+        side = core.scheduler.connector._scheduler
+        request = Request(
+            "forget",
+            prompt(seed, tokens),
+            SamplingParams(),
+            None,
+            block_hasher=core.request_block_hasher,
+        )
+        named = RequestNames(side._config, side._facts, request, None, side._model_identity)
+        node = self._node()
+        names = named.pack_others([(position, group)])
+        return {"removed": node.remove(node.prefix_of(names)).wait().removed}
+
     def counters(self) -> Dict[str, float]:
         """By how much counters grew since this was asked last: the connector's, and preemptions."""
         now: Dict[str, float] = {}
@@ -103,6 +154,21 @@ class Steps:
         grown = {name: value - self.counted.get(name, 0) for name, value in now.items()}
         self.counted = now
         return {name: value for name, value in grown.items() if value}
+
+    def pool(self) -> Dict[str, Any]:
+        """How the memory of the engine's blocks is mapped: permissions, and the file if there is
+        one.
+        """
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        tensor = next(iter(get_kv_transfer_group()._worker._tensors.values()))
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            for line in maps:
+                span, permissions, _, _, _, *path = line.split()
+                start, stop = (int(one, 16) for one in span.split("-"))
+                if start <= tensor.data_ptr() < stop:
+                    return {"permissions": permissions, "file": " ".join(path)}
+        raise AssertionError("the pool is not mapped")
 
     def tiers(self) -> Dict[str, int]:
         """The node's own counters."""

@@ -13,12 +13,15 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import psutil
 import pytest
 from bed import indexer as indexes
+from bed.metrics import Metrics
 from bed.model import prompt
+from bed.process import free_port
 from bed.server import BLOCK_TOKENS, MODEL_NAME, Answer, Counted, Engine, EventPorts
 
 import kvfabric
@@ -35,7 +38,10 @@ PREFILL = {
 # Prompts of this module: each test has its own seeds, so that none finds another's blocks.
 TOKENS = 150
 DEPTH = TOKENS // BLOCK_TOKENS
+# A hand-off brings the partial last block too.
+HANDED = DEPTH + 1
 FETCH_DEADLINE_SECONDS = 2
+PREFILL_METRICS = free_port()
 
 
 def kv_transfer(
@@ -52,6 +58,7 @@ def kv_transfer(
             "min_fetch_tokens": BLOCK_TOKENS,
             # A busy machine must not turn hits into misses; a peer that is gone is given up sooner.
             "lookup_deadline_ms": 10_000,
+            "handoff_deadline_ms": 3_000,
             "fetch_deadline_ms": FETCH_DEADLINE_SECONDS * 1000,
             **settings,
         },
@@ -85,6 +92,12 @@ class Pair:
         assert answer.kv_transfer_params is not None
         return answer.kv_transfer_params
 
+    def pinned(self) -> float:
+        """Blocks that the prefill engine's node keeps for decode engines."""
+        url = f"http://127.0.0.1:{PREFILL_METRICS}/metrics"
+        with urllib.request.urlopen(url, timeout=PATIENCE) as reply:
+            return Metrics(reply.read().decode()).sum("kvfabric_node_pinned_blocks")
+
 
 @pytest.fixture(scope="module")
 def pair(tiny_model, logs, index) -> Iterator[Pair]:
@@ -94,7 +107,10 @@ def pair(tiny_model, logs, index) -> Iterator[Pair]:
         def start(name: str) -> Engine:
             more: Dict[str, Any] = {}
             if name != "plain":
-                more.update(kv_transfer=kv_transfer(pod=name, index=there), events=EventPorts())
+                settings: Dict[str, Any] = {"pod": name, "index": there}
+                if name == "prefill":
+                    settings.update(metrics_listen=f"127.0.0.1:{PREFILL_METRICS}", pin_ttl_s=600)
+                more.update(kv_transfer=kv_transfer(**settings), events=EventPorts())
             engine = Engine(tiny_model, logs, name, **more)
             stack.callback(engine.stop)
             return engine
@@ -131,20 +147,49 @@ def stopped(engine: Engine) -> Iterator[None]:
 
 
 def test_a_handed_off_prefill_is_fetched_and_answers_as_without_a_connector(pair):
-    """Prefill at one engine, its reply's parameters to the other: all full blocks are fetched."""
+    """Prefill at one engine, its reply's parameters to the other: every token is fetched, those in
+    the partial last block too.
+    """
     params = pair.hand_off(101)
     assert params["do_remote_prefill"] is True
     assert params["do_remote_decode"] is False
-    assert params["kvfabric"]["depth"] == DEPTH
+    assert (params["kvfabric"]["depth"], params["kvfabric"]["tokens"]) == (HANDED, TOKENS)
     with Counted(pair.decode) as counted:
         answer = pair.decode.complete(prompt(101, TOKENS), kv_transfer_params=params)
     assert answer.tokens == pair.expected(101)
     assert answer.kv_transfer_params is None
-    assert counted.external_hits == DEPTH * BLOCK_TOKENS
-    assert counted.grew("vllm:kvfabric_fetched_blocks", source="peer") == DEPTH
+    assert counted.external_hits == TOKENS
+    assert counted.grew("vllm:kvfabric_fetched_blocks", source="peer") == HANDED
     assert counted.grew("vllm:kvfabric_fetches_failed") == 0
     by_source = "vllm:prompt_tokens_by_source"
-    assert counted.grew(by_source, source="external_kv_transfer") == DEPTH * BLOCK_TOKENS
+    assert counted.grew(by_source, source="external_kv_transfer") == TOKENS
+
+
+def test_a_prefill_engine_keeps_blocks_until_they_were_fetched(pair):
+    """Long before the time to live is over, its node has let go of a prompt that was fetched, and
+    of one that turned out to be of no use.
+    """
+    before = pair.pinned()
+    for seed, asked in ((103, 103), (104, 105)):
+        params = pair.hand_off(seed)
+        pair.prefill.wait_until(lambda: pair.pinned() == before + HANDED, "keeping the blocks")
+        answer = pair.decode.complete(prompt(asked, TOKENS), kv_transfer_params=params)
+        assert answer.tokens == pair.expected(asked)
+        pair.prefill.wait_until(lambda: pair.pinned() == before, "letting go of the blocks")
+
+
+def test_a_partial_block_is_no_prefix_of_anything_else(pair):
+    """A prompt that ends within the other's partial block, and one that goes on behind it: each
+    gets the full blocks, and computes the rest.
+    """
+    for seed, tokens in ((106, TOKENS - 3), (107, TOKENS + 3)):
+        params = pair.hand_off(seed)
+        params["kvfabric"]["tokens"] = tokens
+        with Counted(pair.decode) as counted:
+            answer = pair.decode.complete(prompt(seed, tokens), kv_transfer_params=params)
+        assert answer.tokens == pair.expected(seed, tokens)
+        assert counted.external_hits == DEPTH * BLOCK_TOKENS
+        assert counted.grew("vllm:kvfabric_fetched_blocks", source="peer") == DEPTH
 
 
 def test_a_hand_off_of_whole_blocks_only_leaves_one_token_to_compute(pair):
@@ -188,6 +233,20 @@ def test_parameters_that_are_not_ours_are_computed_and_counted(pair):
         assert answer.tokens == pair.expected(seed)
         assert counted.external_hits == 0
         assert counted.grew("vllm:kvfabric_handoffs_refused") == 1
+
+
+def test_a_peer_that_the_operator_does_not_trust_is_not_asked(pair):
+    """A client names an address on the internet; the blocks are computed."""
+    params = pair.hand_off(125)
+    params["kvfabric"]["peer_addresses"] = ["203.0.113.7:80"]
+    with Counted(pair.decode) as counted:
+        for seed in (126, 127):
+            answer = pair.decode.complete(prompt(seed, TOKENS), kv_transfer_params=params)
+            assert answer.tokens == pair.expected(seed)
+    assert counted.external_hits == 0
+    assert counted.grew("vllm:kvfabric_peers_refused") == 2
+    log = pair.decode.child.log.read_text(encoding="utf-8", errors="replace")
+    assert log.count("'203.0.113.7' is not in peers_allow") == 1
 
 
 def test_the_index_follows_the_engine_and_its_tiers(pair):
@@ -246,7 +305,7 @@ def test_a_peer_that_stops_answering_costs_a_deadline_and_no_wrong_token(pair):
     with Counted(pair.decode) as counted:
         answer = pair.decode.complete(prompt(161, TOKENS), kv_transfer_params=params)
     assert answer.tokens == pair.expected(161)
-    assert counted.grew("vllm:kvfabric_fetched_blocks", source="peer") == DEPTH
+    assert counted.grew("vllm:kvfabric_fetched_blocks", source="peer") == HANDED
 
 
 class Gate:
@@ -330,7 +389,7 @@ def test_a_peer_killed_during_a_fetch_costs_a_deadline_and_no_wrong_token(pair):
         pair.prefill.kill()
         assert answer().tokens == pair.expected(170)
     assert counted.grew("vllm:kvfabric_fetches_failed") == 1
-    assert counted.grew("vllm:kvfabric_fetched_blocks", source="miss") == DEPTH
+    assert counted.grew("vllm:kvfabric_fetched_blocks", source="miss") == HANDED
     # The decode engine goes on, and the index forgets who is gone.
     assert pair.decode.complete(prompt(171, TOKENS)).tokens == pair.expected(171)
     found(pair, prompt(170, TOKENS), "prefill", (0, 0, 0, 0))

@@ -1,5 +1,8 @@
-"""Where blocks are: the scheduler's questions, asked of real nodes without an engine."""
+"""Where blocks are, and that they are not needed any more: what the scheduler tells nodes, without an
+engine.
+"""
 
+import dataclasses
 import socket
 import time
 from typing import Any, Callable, Iterator, List
@@ -7,7 +10,10 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 import kvfabric
-from kvfabric.vllm.lookup import PEERS_MAX, Answer, Handoff, Lookup, Peers
+from kvfabric.vllm.handoff import Handoff, new_pin
+from kvfabric.vllm.lookup import PEERS_MAX, Answer, Lookup, Peers
+from kvfabric.vllm.releases import Releases
+from kvfabric.vllm.stats import ConnectorStats
 
 TOKENS, BLOCK_BYTES, BLOCKS = 4, 4096, 6
 IDENTITY = "ab" * 32
@@ -73,6 +79,16 @@ def answers(lookup: Lookup) -> List[Answer]:
         assert time.monotonic() < deadline, "the lookup does not end"
 
 
+def promise(address: str, depth: int = BLOCKS) -> Handoff:
+    """What a prefill engine at this address says of the sequence."""
+    return Handoff("prefill", (address,), IDENTITY, depth, depth * TOKENS, 1)
+
+
+def asked(decode: Rank, handoff: Handoff, wait: float = PATIENCE) -> Lookup:
+    """A decode engine's question; its own node may take as long as it likes."""
+    return Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, PATIENCE, wait)
+
+
 def nobody() -> str:
     """An address at which nobody listens."""
     with socket.socket() as probe:
@@ -86,7 +102,7 @@ def test_each_rank_is_asked_and_answers_for_itself(rank):
     ranks[0].store(names(), BLOCKS)
     ranks[1].store(names(0, 2), 2)
     lookup = Lookup(
-        Peers(PATIENCE), [one.address for one in ranks], names(), BLOCKS, None, PATIENCE
+        Peers(PATIENCE), [one.address for one in ranks], names(), BLOCKS, None, PATIENCE, PATIENCE
     )
     found = answers(lookup)
     assert [(one.depth, one.own, one.host, one.disk) for one in found] == [
@@ -99,8 +115,8 @@ def test_each_rank_is_asked_and_answers_for_itself(rank):
 def test_a_handoff_is_waited_for_until_the_prefill_engine_holds_it(rank):
     """The prefill engine stores after the question was asked; until then there is no answer."""
     prefill, decode = rank("prefill"), rank("decode")
-    handoff = Handoff("prefill", (prefill.address,), IDENTITY, BLOCKS)
-    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, PATIENCE)
+    handoff = promise(prefill.address)
+    lookup = asked(decode, handoff)
     # It was asked at least once before there is anything.
     assert prefill.node.held(prefill.node.prefix_of(names())).wait().depth == 0
     assert lookup.poll() is None
@@ -111,12 +127,31 @@ def test_a_handoff_is_waited_for_until_the_prefill_engine_holds_it(rank):
     assert found.sources.holders[0] == ("prefill", BLOCKS, prefill.address)
 
 
+def test_a_handoff_is_waited_for_longer_than_an_answer(rank):
+    """The time that nodes have to answer is over before the prefill engine has stored anything."""
+    prefill, decode = rank("prefill"), rank("decode")
+    lookup = Lookup(
+        Peers(PATIENCE),
+        [decode.address],
+        names(),
+        BLOCKS,
+        promise(prefill.address),
+        0.05,
+        PATIENCE,
+    )
+    while time.monotonic() <= lookup.ends:
+        assert lookup.poll() is None
+    assert lookup.poll() is None
+    prefill.store(names(), BLOCKS)
+    assert answers(lookup)[0].depth == BLOCKS
+
+
 def test_a_promise_past_the_prompt_is_not_waited_for(rank):
     """The client's parameters promise more blocks than the prompt has."""
     prefill, decode = rank("prefill"), rank("decode")
     prefill.store(names(), BLOCKS)
-    handoff = Handoff("prefill", (prefill.address,), IDENTITY, 1000)
-    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 1000.0)
+    handoff = promise(prefill.address, 1000)
+    lookup = asked(decode, handoff, 1000.0)
     (found,) = answers(lookup)
     assert found.depth == BLOCKS
 
@@ -125,8 +160,8 @@ def test_what_a_prefill_engine_lacks_at_the_deadline_is_done_without(rank):
     """It promised more than it ever holds."""
     prefill, decode = rank("prefill"), rank("decode")
     prefill.store(names(0, 2), 2)
-    handoff = Handoff("prefill", (prefill.address,), IDENTITY, BLOCKS)
-    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 1.0)
+    handoff = promise(prefill.address)
+    lookup = asked(decode, handoff, 1.0)
     (found,) = answers(lookup)
     assert found.depth == 2
 
@@ -135,8 +170,8 @@ def test_a_prefill_engine_that_is_gone_is_a_miss_and_counted(rank):
     """Nobody listens at the address that the client brought."""
     decode = rank("decode")
     decode.store(names(0, 1), 1)
-    handoff = Handoff("prefill", (nobody(),), IDENTITY, BLOCKS)
-    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 2.0)
+    handoff = promise(nobody())
+    lookup = asked(decode, handoff, 2.0)
     (found,) = answers(lookup)
     assert (found.depth, found.own, found.sources.holders) == (1, 1, ())
     assert lookup.failures > 0
@@ -145,8 +180,8 @@ def test_a_prefill_engine_that_is_gone_is_a_miss_and_counted(rank):
 def test_addresses_that_are_none_are_a_miss_and_counted(rank):
     """The client's parameters are text from outside."""
     decode = rank("decode")
-    handoff = Handoff("prefill", ("no address at all",), IDENTITY, BLOCKS)
-    lookup = Lookup(Peers(PATIENCE), [decode.address], names(), BLOCKS, handoff, 2.0)
+    handoff = promise("no address at all")
+    lookup = asked(decode, handoff, 2.0)
     assert answers(lookup)[0].depth == 0
     assert lookup.failures > 0
 
@@ -155,7 +190,7 @@ def test_a_node_that_does_not_answer_costs_the_deadline(rank):
     """A listener that accepts and says nothing stands for a rank that hangs."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = "127.0.0.1:%d" % listener.getsockname()[1]
-        lookup = Lookup(Peers(PATIENCE), [address], names(), BLOCKS, None, 0.5)
+        lookup = Lookup(Peers(PATIENCE), [address], names(), BLOCKS, None, 0.5, PATIENCE)
         assert answers(lookup) == [Answer()]
     assert lookup.failures == 1
 
@@ -172,3 +207,34 @@ def test_connections_to_peers_are_bounded():
     peers.at(f"127.0.0.1:{PEERS_MAX + 1}")
     assert peers.at("127.0.0.1:1") is first
     assert peers.at("127.0.0.1:2") is second
+
+
+def test_every_rank_is_told_that_its_blocks_were_fetched(rank):
+    """Two ranks that keep blocks under the number that their scheduler chose, and one between them
+    that is gone: that one is counted.
+    """
+    ranks, pin = [rank("p"), rank("p/rank2")], new_pin()
+    for one in ranks:
+        one.store(names(), BLOCKS)
+        one.node.pin(one.node.prefix_of(names()), ttl=600.0, id=pin).wait()
+        assert one.node.stats()["pinned_blocks"] == BLOCKS
+    stats = ConnectorStats()
+    releases = Releases(Peers(PATIENCE), PATIENCE, stats)
+    addresses = (ranks[0].address, nobody(), ranks[1].address)
+    releases.send(dataclasses.replace(promise(nobody()), addresses=addresses, pin=pin))
+    deadline = time.monotonic() + PATIENCE
+    while any(one.node.stats()["pinned_blocks"] for one in ranks) or stats.is_empty():
+        assert time.monotonic() < deadline, "blocks are still kept, or a rank was not counted"
+        releases.poll()
+    assert stats.data == {"releases_failed": 1}
+
+
+def test_blocks_that_were_fetched_before_they_were_kept_are_not_kept(rank):
+    """The decode engine is done before the prefill engine's worker has asked for the pin."""
+    prefill, pin = rank("prefill"), new_pin()
+    prefill.store(names(), BLOCKS)
+    service = kvfabric.PeerService(prefill.address, deadline=PATIENCE)
+    service.unpin(pin, IDENTITY).wait()
+    pinned = prefill.node.pin(prefill.node.prefix_of(names()), ttl=600.0, id=pin).wait()
+    assert pinned.depth == 0
+    assert prefill.node.stats()["pinned_blocks"] == 0

@@ -6,6 +6,7 @@ Configurations and pools are vLLM's own, made by its own code for a real model.
 
 import dataclasses
 import functools
+import json
 from typing import Any, Dict, List
 
 import pytest
@@ -21,12 +22,11 @@ from connector_pool import (
     pool,
     tensors,
 )
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvfabric.vllm.config import ConfigError, ConnectorConfig
 from kvfabric.vllm.engine import EngineFacts, node_config
+from kvfabric.vllm.handoff import AllowList, Handoff, NotAllowedError, new_pin
 from kvfabric.vllm.layout import PageLayout, Span
-from kvfabric.vllm.lookup import Handoff
 from kvfabric.vllm.metadata import WorkerMetadata
 from kvfabric.vllm.names import AdapterDigests
 from kvfabric.vllm.stats import COUNTERS, ConnectorPromMetrics, ConnectorStats
@@ -63,6 +63,11 @@ def bytes_at(layout: PageLayout, views: Dict[str, torch.Tensor], block: int) -> 
         ({**HOST, "store_inflight_max": 0}, "store_inflight_max: 0 is not within"),
         ({**HOST, "offload": "everything"}, "offload: 'everything' is none of"),
         ({**HOST, "peer_listen": "off"}, "peer_listen: cannot be off"),
+        ({**HOST, "handoff_deadline_ms": 0}, "handoff_deadline_ms: 0 is not within"),
+        ({**HOST, "peers_allow": "10.0.0.1"}, "peers_allow: '10.0.0.1' is no list"),
+        ({**HOST, "peers_allow": ["10.0.0.1/8"]}, "peers_allow: '10.0.0.1/8' is neither"),
+        ({**HOST, "peers_allow": ["10.0.0"]}, "peers_allow: '10.0.0' is neither"),
+        ({**HOST, "peers_allow": ["host:80"]}, "peers_allow: 'host:80' is neither"),
         ({**HOST, "disk": "/tmp"}, "disk: '/tmp' is no table"),
         ({"host": {}}, "host.bytes: missing"),
         ({}, "host.bytes: missing"),
@@ -152,27 +157,6 @@ def test_ranks_that_hold_parts_of_blocks_are_refused(engine, monkeypatch, name):
     changed(engine.parallel_config, monkeypatch, **{name: 2})
     with pytest.raises(ConfigError, match=f"{name}: 2"):
         facts_of(engine)
-
-
-def test_sliding_windows_are_refused(engine):
-    """Their blocks do not stand for a whole prefix."""
-    spec = SlidingWindowSpec(
-        block_size=TOKENS,
-        num_kv_heads=HEADS,
-        head_size=HEAD,
-        dtype=torch.bfloat16,
-        sliding_window=64,
-    )
-    with pytest.raises(ConfigError, match="sliding_window is not supported"):
-        facts_of(engine, pool(engine, spec=spec))
-
-
-def test_several_cache_groups_are_refused(engine):
-    """A failed block could not be told to the engine."""
-    cache = pool(engine)
-    cache.kv_cache_groups.append(cache.kv_cache_groups[0])
-    with pytest.raises(ConfigError, match="cache groups: .* are not supported"):
-        facts_of(engine, cache)
 
 
 def test_hashes_finer_than_pages_are_refused(engine):
@@ -314,18 +298,25 @@ def test_a_configuration_with_other_strides_than_the_pool_is_refused(engine):
 # Hand-offs.
 
 IDENTITY = "ab" * 32
-HANDOFF = Handoff("pod", ("127.0.0.1:1", "127.0.0.1:2"), IDENTITY, 4)
+HERE = AllowList(["127.0.0.0/8"])
+# Three full blocks, and one token in a fourth.
+HANDOFF = Handoff("pod", ("127.0.0.1:1", "127.0.0.1:2"), IDENTITY, 4, 3 * TOKENS + 1, (1 << 64) - 2)
+
+
+def parsed(params: Any, ranks: int = 2, allowed: AllowList = HERE) -> Handoff:
+    return Handoff.parse(params, ranks, IDENTITY, TOKENS, allowed)
 
 
 def test_a_handoff_survives_the_trip_through_the_client():
     """What one engine says is what the other reads."""
-    assert Handoff.parse(HANDOFF.to_params(), 2, IDENTITY) == HANDOFF
+    assert parsed(json.loads(json.dumps(HANDOFF.to_params()))) == HANDOFF
+    assert parsed(dataclasses.replace(HANDOFF, pin=5).to_params()).pin == 5
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"version": 2}, "version: 2"),
+        ({"version": 1}, "version: 1 is not 2"),
         ({"pod": ""}, "pod: ''"),
         ({"peer_addresses": "127.0.0.1:1"}, "peer_addresses: '127.0.0.1:1'"),
         ({"peer_addresses": ["127.0.0.1:1"]}, "1 ranks cannot hand off to 2"),
@@ -333,6 +324,12 @@ def test_a_handoff_survives_the_trip_through_the_client():
         ({"depth": -1}, "depth: -1"),
         ({"depth": True}, "depth: True"),
         ({"depth": 1 << 40}, "depth: "),
+        ({"tokens": 3 * TOKENS}, f"tokens: {3 * TOKENS} do not fill 4 blocks of {TOKENS}"),
+        ({"tokens": 4 * TOKENS + 1}, "tokens: .* do not fill 4 blocks"),
+        ({"tokens": None}, "tokens: None"),
+        ({"pin": 5}, "pin: 5"),
+        ({"pin": "5"}, "pin: '5' is not of 16 hexadecimal digits"),
+        ({"pin": "-" + "0" * 15}, "pin: '-0"),
         ({"model_identity": "cd" * 32}, "model_identity: 'cdcd.*' is not 'abab"),
         ({"model_identity": None}, "model_identity: None"),
     ],
@@ -340,13 +337,73 @@ def test_a_handoff_survives_the_trip_through_the_client():
 def test_handoffs_that_were_tampered_with_are_refused(change, named):
     """Clients and routers send anything."""
     with pytest.raises(ValueError, match=named):
-        Handoff.parse({**HANDOFF.to_params(), **change}, 2, IDENTITY)
+        parsed({**HANDOFF.to_params(), **change})
 
 
 def test_params_of_another_connector_are_no_handoff():
     """As NixlConnector's, which have no table of ours."""
     with pytest.raises(ValueError, match="kvfabric: None"):
-        Handoff.parse({"remote_host": "h"}.get("kvfabric"), 1, IDENTITY)
+        parsed({"remote_host": "h"}.get("kvfabric"), ranks=1)
+
+
+def test_pins_are_not_guessed():
+    """A number of 64 bits each time, the high ones used."""
+    pins = {new_pin() for _ in range(64)}
+    assert len(pins) == 64
+    assert max(pins).bit_length() > 48
+
+
+@pytest.mark.parametrize(
+    "entries, address, allowed",
+    [
+        (["10.0.0.0/8"], "10.1.2.3:80", True),
+        (["10.0.0.0/8"], "11.1.2.3:80", False),
+        (["10.1.2.3"], "10.1.2.3:80", True),
+        (["10.1.2.3"], "10.1.2.4:80", False),
+        (["fc00::/7"], "[fd00::1]:80", True),
+        (["fc00::/7"], "[2001:db8::1]:80", False),
+        # One address in two notations.
+        (["10.0.0.0/8"], "[::ffff:10.1.2.3]:80", True),
+        (["prefill.example", "10.0.0.0/8"], "Prefill.Example:80", True),
+        (["prefill.example"], "evil.example:80", False),
+        (["prefill.example"], "prefill.example.evil.example:80", False),
+        # What a URL would read in another way.
+        (["10.0.0.0/8"], "10.1.2.3#@evil.example:80", False),
+        (["10.0.0.0/8"], "10.1.2.3", False),
+        ([], "127.0.0.1:80", False),
+    ],
+)
+def test_addresses_are_believed_from_listed_hosts_only(entries, address, allowed):
+    """Networks, addresses and names; the port does not matter."""
+    if allowed:
+        AllowList(entries).check(address)
+    else:
+        with pytest.raises(NotAllowedError, match="is not in peers_allow"):
+            AllowList(entries).check(address)
+
+
+@pytest.mark.parametrize(
+    "address, allowed",
+    [
+        ("127.0.0.1:80", True),
+        ("192.168.1.1:80", True),
+        ("100.64.1.1:80", True),
+        ("[::1]:80", True),
+        ("8.8.8.8:80", False),
+        ("169.254.169.254:80", False),
+        ("0.0.0.0:80", False),
+        ("localhost:80", False),
+    ],
+)
+def test_only_private_networks_are_believed_unless_told_otherwise(address, allowed):
+    """The default list, with a hand-off from there."""
+    params = dataclasses.replace(HANDOFF, addresses=(address,)).to_params()
+    default = AllowList(ConnectorConfig.parse(HOST).peers_allow)
+    if allowed:
+        assert parsed(params, 1, default).addresses == (address,)
+    else:
+        with pytest.raises(NotAllowedError):
+            parsed(params, 1, default)
 
 
 # Adapters.

@@ -176,7 +176,7 @@ def test_the_scheduler_is_told_how_many_stores_of_a_request_are_over(worker):
 def test_a_clear_forgets_what_came_before_it_and_not_what_comes_after(worker):
     """A store under way, a pinned prefix and a load in the same step; then a store again."""
     one = worker()
-    one.step(stores=[store("a", [1, 2])], pins=[Pin("a", names(2))])
+    one.step(stores=[store("a", [1, 2])], pins=[Pin("a", names(2), 1)])
     one.step(clear=True, loads=[load("b", [3, 4])])
     one.until(lambda: "b" in one.received)
     assert one.side.take_failed_blocks() == {3, 4}
@@ -205,7 +205,7 @@ def test_after_a_shutdown_everything_is_a_miss_and_is_reported(worker):
     """Late steps of an engine that is ending."""
     one = worker()
     one.side.shutdown()
-    one.step(pins=[Pin("b", names(1))])
+    one.step(pins=[Pin("b", names(1), 2)])
     one.store(store("b", [3]))
     assert one.load(load("a", [1, 2])) == {1, 2}
     assert one.side.stats.data["store_failed_blocks"] == 1
@@ -218,7 +218,7 @@ def test_a_pinned_prefix_stays_when_others_need_the_room(worker):
     for request, prompt in (("pinned", 200), ("plain", 201)):
         one.fill(1, prompt - 195)
         one.store(store(request, [1], prompt))
-    one.step(pins=[Pin("pinned", names(1, prompt=200))])
+    one.step(pins=[Pin("pinned", names(1, prompt=200), 3)])
     # In force once the worker heard of it.
     one.until(lambda: bool(one.side._pins._held))
     for turn in range(4):

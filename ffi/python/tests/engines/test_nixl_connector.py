@@ -1,7 +1,8 @@
 """vLLM's own NixlConnector, unmodified, on the drop-in for NIXL: prefill in one engine, decode in another.
 
-Three engines are shared by all cases: a decoding one, a prefilling one that it reaches by the best way on this host, and one
-that it can only reach by TCP, whose transfers can be held up and cut off by stopping and killing it.
+Four engines are shared by all cases: a decoding one, a prefilling one that it reaches by the best way on this host, one whose
+pool is shared memory, and one that it can only reach by TCP, whose transfers can be held up and cut off by stopping and killing
+it.
 """
 
 import concurrent.futures
@@ -25,8 +26,8 @@ SECONDS = 120.0
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 # One prompt for each case, so that none finds another one's blocks in the engine's own cache.
-PROMPTS = [prompt(seed, PROMPT_TOKENS) for seed in range(31, 37)]
-NEAR, LOCAL, BY_TCP, CUT, AFTER, LATER = PROMPTS
+PROMPTS = [prompt(seed, PROMPT_TOKENS) for seed in range(31, 38)]
+NEAR, LOCAL, BY_TCP, CUT, AFTER, LATER, SHARED = PROMPTS
 
 
 class Prefiller(NamedTuple):
@@ -41,20 +42,23 @@ class Fleet(NamedTuple):
 
     decoder: Engine
     near: Prefiller
+    shared: Prefiller
     by_tcp: Prefiller
 
 
 def nixl_engine(
-    model: pathlib.Path, logs: pathlib.Path, name: str, role: str, **env: str
+    model: pathlib.Path, logs: pathlib.Path, name: str, role: str, module: str = "", **env: str
 ) -> Prefiller:
-    """An engine with NixlConnector; it is starting."""
+    """An engine with NixlConnector, vLLM's or that of a module; it is starting."""
     handshake = free_port()
-    config = {
+    config: Dict[str, Any] = {
         "kv_connector": "NixlConnector",
         "kv_role": role,
         "kv_buffer_device": "cpu",
         "kv_load_failure_policy": "recompute",
     }
+    if module:
+        config["kv_connector_module_path"] = module
     env = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(handshake),
@@ -82,6 +86,15 @@ def fleet(
         started = [
             nixl_engine(tiny_model, logs, "decoder", "kv_consumer"),
             nixl_engine(tiny_model, logs, "near", "kv_producer"),
+            # Nothing may be copied from process to process.
+            nixl_engine(
+                tiny_model,
+                logs,
+                "shared",
+                "kv_producer",
+                "kvfabric.vllm.nixl",
+                KVFABRIC_NIXL_CMA="false",
+            ),
             nixl_engine(
                 tiny_model,
                 logs,
@@ -95,7 +108,7 @@ def fleet(
             stack.callback(each.engine.stop)
         for each in started:
             each.engine.ready()
-        yield Fleet(started[0].engine, started[1], started[2])
+        yield Fleet(started[0].engine, *started[1:])
 
 
 def prefill(prefiller: Prefiller, tokens: List[int]) -> Dict[str, Any]:
@@ -122,7 +135,10 @@ def test_the_connector_speaks_to_the_drop_in_and_not_to_nixl(fleet):
     assert agent["agent_metadata"].startswith(b"KVFNIXL\0")
 
 
-@pytest.mark.parametrize("which, case", [("near", 0), ("by_tcp", 2)])
+WAYS = ("near", "shared", "by_tcp")
+
+
+@pytest.mark.parametrize("which, case", [("near", 0), ("shared", 6), ("by_tcp", 2)])
 def test_every_token_comes_from_the_prefiller_and_the_answer_is_the_same(
     fleet, computed, which, case
 ):
@@ -137,8 +153,9 @@ def test_every_token_comes_from_the_prefiller_and_the_answer_is_the_same(
     assert counted.grew("vllm:nixl_num_failed_notifications") == 0
     reached = [line for line in log_of(fleet.decoder) if " is reached by " in line]
     # One line for each engine so far.
-    assert len(reached) == ("near", "by_tcp").index(which) + 1
-    assert which == "near" or " is reached by tcp: " in reached[-1]
+    assert len(reached) == WAYS.index(which) + 1
+    way = {"near": "", "shared": "shm: ", "by_tcp": "tcp: "}[which]
+    assert f" is reached by {way}" in reached[-1]
     print(reached[-1])
     print(f"{which}: {how_long(counted)}")
 

@@ -6,18 +6,40 @@ use crate::id::PinId;
 /// What a random history has of this.
 #[derive(Clone, Debug)]
 pub(super) enum Keep {
-    Pin { chain: u64, blocks: u64, ttl: u16 },
+    Pin {
+        chain: u64,
+        blocks: u64,
+        ttl: u16,
+    },
+    /// Under one of a few numbers, which come again and may be let go of first.
+    PinAs {
+        number: u64,
+        chain: u64,
+        blocks: u64,
+        ttl: u16,
+    },
+    UnpinNumber(u64),
     Unpin(usize),
-    Remove { chain: u64, blocks: u64 },
+    Remove {
+        chain: u64,
+        blocks: u64,
+    },
     Clear,
     Flush(u16),
 }
+
+/// Numbers that histories choose for pins.
+const NUMBERS: u64 = 6;
 
 pub(super) fn keeps() -> impl Strategy<Value = Keep> {
     let wanted = (0..CHAINS, 0..=DEPTH_MAX);
     prop_oneof![
         24 => (wanted.clone(), 1..2000u16)
             .prop_map(|((chain, blocks), ttl)| Keep::Pin { chain, blocks, ttl }),
+        12 => (0..NUMBERS, wanted.clone(), 1..2000u16).prop_map(
+            |(number, (chain, blocks), ttl)| Keep::PinAs { number, chain, blocks, ttl }
+        ),
+        8 => (0..NUMBERS).prop_map(Keep::UnpinNumber),
         8 => any::<prop::sample::Index>().prop_map(|i| Keep::Unpin(i.index(64))),
         16 => wanted.prop_map(|(chain, blocks)| Keep::Remove { chain, blocks }),
         1 => Just(Keep::Clear),
@@ -36,6 +58,16 @@ impl Keep {
             } => {
                 let _ = world.pin(&keys(&chain(c, blocks)), MS * u32::from(ttl));
             }
+            Self::PinAs {
+                number,
+                chain: c,
+                blocks,
+                ttl,
+            } => {
+                let wanted = keys(&chain(c, blocks));
+                let _ = world.pin_as(PinId(number), &wanted, MS * u32::from(ttl));
+            }
+            Self::UnpinNumber(number) => world.unpin(PinId(number)),
             Self::Unpin(pick) => {
                 if let Some(pin) = nth(&world.open_pins(), pick) {
                     world.unpin(pin);
@@ -321,6 +353,77 @@ fn world_with_a_block_leaving() -> World {
     world.store(&chain(4, 1), SECOND).expect("admitted");
     assert_eq!(world.commands(), 1, "one is leaving");
     world
+}
+
+/// In force, being readied, and ended: the number can be taken when no pin has it.
+#[test]
+fn a_number_names_one_pin_at_a_time() {
+    let mut world = world(small());
+    let blocks = chain(0, 4);
+    store(&mut world, &blocks);
+    let wanted = keys(&blocks);
+    let pin = PinId(7);
+    world.pin_as(pin, &wanted, SECOND).expect("a free number");
+    assert_eq!(pinned(&world), 4);
+    let refused = world.pin_as(pin, &wanted, SECOND);
+    let refused = refused.expect_err("a number in use");
+    assert_eq!(refused.kind(), ErrorKind::Invalid);
+    assert!(refused.context().contains("number 7"), "{refused}");
+    world.unpin(pin);
+    world.pin_as(pin, &wanted[..2], SECOND).expect("free again");
+    assert_eq!(pinned(&world), 2);
+    world.advance(SECOND);
+    world.pin_as(pin, &wanted[..1], SECOND).expect("free again");
+    assert_eq!(pinned(&world), 1);
+    world.unpin(pin);
+    world.finish();
+}
+
+/// Let go of first, twice; asked for then, and once more: the first keeps nothing, the second does.
+#[test]
+fn a_pin_that_was_let_go_of_before_it_came_ends_at_once() {
+    let mut world = world(small());
+    let blocks = chain(0, 4);
+    store(&mut world, &blocks);
+    let pin = PinId(7);
+    world.unpin(pin);
+    world.unpin(pin);
+    world.pin_as(pin, &keys(&blocks), SECOND).expect("taken");
+    assert_eq!(pinned(&world), 0);
+    let stats = world.manager.stats();
+    assert_eq!((stats.pins, stats.pinned_blocks), (0, 0));
+    assert_eq!(stats.pins_unpinned_early, 1);
+    world.pin_as(pin, &keys(&blocks), SECOND).expect("taken");
+    assert_eq!(pinned(&world), 4);
+    world.unpin(pin);
+    world.finish();
+}
+
+/// Three numbers let go of where two are remembered; then one of them, too long ago.
+#[test]
+fn early_ends_are_remembered_in_a_bounded_number_for_a_bounded_time() {
+    let limits = Limits {
+        early_unpins_max: 2,
+        early_unpin_wait: SECOND,
+        ..small()
+    };
+    let mut world = world(limits);
+    let blocks = chain(0, 1);
+    store(&mut world, &blocks);
+    for number in 1..=3 {
+        world.unpin(PinId(number));
+    }
+    let depth = |world: &mut World, number| {
+        let pin = PinId(number);
+        world.pin_as(pin, &keys(&blocks), SECOND).expect("taken");
+        pinned(world)
+    };
+    assert_eq!(depth(&mut world, 1), 1, "the oldest is forgotten");
+    assert_eq!(depth(&mut world, 2), 0);
+    world.advance(SECOND);
+    assert_eq!(depth(&mut world, 3), 1, "it was too long ago");
+    world.advance(SECOND);
+    world.finish();
 }
 
 /// Nothing on its way; then something, which arrives; then something, which fails.

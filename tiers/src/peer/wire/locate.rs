@@ -63,6 +63,7 @@ pub(crate) fn locate_response(reach: &Reach) -> v1::LocateResponse {
         own_depth: reach.own.depth,
         own_host: reach.own.host,
         own_disk: reach.own.disk,
+        own_expected: reach.own.expected,
         holders: holders
             .map(|holder| v1::LocatedHolder {
                 pod: holder.pod.as_str().to_owned(),
@@ -85,6 +86,8 @@ pub(crate) fn check_locate_response(message: v1::LocateResponse) -> Result<Reach
         depth: message.own_depth,
         host: message.own_host,
         disk: message.own_disk,
+        // A node that does not tell expects nothing.
+        expected: message.own_expected.max(message.own_depth),
     };
     if own.host.checked_add(own.disk) != Some(own.depth) {
         let accepted = format!("{} in DRAM and {} on disk together", own.host, own.disk);

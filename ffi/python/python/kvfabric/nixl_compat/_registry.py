@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 
 import kvfabric
+from kvfabric import _pools
 
 from ._constants import nixl_mem_t
 from ._errors import nixlInvalidParamError, nixlNotFoundError, nixlNotSupportedError, translating
@@ -40,8 +41,14 @@ class Registry:
                     raise nixlInvalidParamError(
                         f"{length} bytes at {address:#x} cannot be registered"
                     )
+                fd = _pools.file_of(address, length)
                 with translating():
-                    region = core.register_address(address, length, readable=True, writable=True)
+                    if fd is not None:
+                        region = core.register_file(fd, readable=True, writable=True)
+                    else:
+                        region = core.register_address(
+                            address, length, readable=True, writable=True
+                        )
                 made.append((tuple(row), region))
         except BaseException:
             for _, region in made:

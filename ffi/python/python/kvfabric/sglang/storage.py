@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
 import threading
 import time
 from collections import deque
@@ -33,9 +32,6 @@ PATIENCE_SECONDS = 10.0
 STAGING_PAGES = 8
 # Batches whose figures are kept until SGLang asks for them.
 FIGURES_MAX = 1024
-# Version 1 of packed names without a parent: number of bytes of a hash, number of blocks.
-_NAMES = struct.Struct("<BBHI")
-_INDEX_KEY_BYTES = 8
 
 
 class KvFabricStorage(HiCacheStorage):
@@ -231,12 +227,9 @@ class KvFabricStorage(HiCacheStorage):
 
     def _prefix(self, keys: Sequence[str], in_place: bool) -> kvfabric.Prefix:
         """The blocks of these keys, each by itself: a page's hash covers all pages before it."""
-        names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
         form = b"sglang page in place " if in_place else b"sglang page as tensor "
-        for key in keys:
-            name = hashlib.sha256(form + key.encode()).digest()
-            names += name + hashlib.sha256(self._root + name).digest()[:_INDEX_KEY_BYTES]
-        return self._node.prefix_of(bytes(names))
+        hashes = [hashlib.sha256(form + key.encode()).digest() for key in keys]
+        return self._node.prefix_of(kvfabric.pack_hashes(self._root, hashes))
 
     def _numbers(self, keys: List[str], host_indices: torch.Tensor) -> List[int]:
         """The numbers of the pages that begin at every page's first token."""

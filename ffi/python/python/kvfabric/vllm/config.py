@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .handoff import AllowList
+
 # Tables and keys of docs/configuration.md that are handed to the node as they are.
 NODE_KEYS = frozenset(
     {"host", "disk", "object", "index", "fabric", "peer_listen", "pod", "metrics_listen"}
@@ -22,6 +24,17 @@ DERIVED_KEYS = frozenset(
 )
 OFFLOAD_CHOICES = ("prompt", "all", "none")
 DEADLINE_MS_MAX = 600_000
+# This host and networks that are not routed on the internet, as a fleet's pods have them. Link-local
+# addresses are left out: clouds answer there with secrets.
+PRIVATE_NETWORKS = (
+    "127.0.0.0/8",
+    "::1/128",
+    "10.0.0.0/8",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "100.64.0.0/10",
+    "fc00::/7",
+)
 
 
 class ConfigError(ValueError):
@@ -50,9 +63,13 @@ class ConnectorConfig:
     fetch_deadline_ms: int = 2_000
     # Fewer tokens than this are computed, not fetched.
     min_fetch_tokens: int = 128
-    # How long a request may wait for the answer where its blocks are, and a decode engine for the
-    # blocks of its prefill engine.
+    # How long a request may wait for the answer where its blocks are.
     lookup_deadline_ms: int = 200
+    # How long a decode engine waits for the blocks that its prefill engine is still storing.
+    handoff_deadline_ms: int = 1_000
+    # From where a decode engine takes blocks on the word of a request's kv_transfer_params: hosts,
+    # addresses and networks. Requests that name others are computed.
+    peers_allow: tuple[str, ...] = PRIVATE_NETWORKS
     # A store that takes longer is given up.
     store_deadline_ms: int = 30_000
     # Bytes on their way from the engine's memory to the tiers, per rank. What would exceed it is
@@ -61,6 +78,8 @@ class ConnectorConfig:
     # How long a prefill engine keeps blocks for a decode engine that does not fetch them, in
     # seconds.
     pin_ttl_s: float = 30.0
+    # The engine's pool is shared memory, which the node maps by itself.
+    shared_pool: bool = False
     # How long shutting down may take.
     shutdown_deadline_ms: int = 3_000
 
@@ -94,6 +113,7 @@ class ConnectorConfig:
         for key in (
             "fetch_deadline_ms",
             "lookup_deadline_ms",
+            "handoff_deadline_ms",
             "store_deadline_ms",
             "shutdown_deadline_ms",
         ):
@@ -103,6 +123,10 @@ class ConnectorConfig:
         _in_range("pin_ttl_s", self.pin_ttl_s, 0.001, DEADLINE_MS_MAX / 1000)
         if self.offload not in ("", *OFFLOAD_CHOICES):
             raise ConfigError(f"offload: {self.offload!r} is none of {', '.join(OFFLOAD_CHOICES)}")
+        try:
+            AllowList(self.peers_allow)
+        except ValueError as error:
+            raise ConfigError(f"peers_allow: {error}") from error
         host = self.node.get("host")
         if not isinstance(host, Mapping) or "bytes" not in host:
             raise ConfigError(
@@ -122,6 +146,10 @@ class ConnectorConfig:
 
 
 def _typed(key: str, value: Any, default: Any) -> Any:
+    if isinstance(default, tuple):
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ConfigError(f"{key}: {value!r} is no list of texts")
+        return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -10,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -70,6 +73,10 @@ class KvFabricConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Worker.
 
+    def get_mem_pool_context(self) -> AbstractContextManager | None:
+        """Where the engine allocates its pool; None for wherever it likes."""
+        return self._at_worker.pool_context()
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learns where the engine's memory is, and refuses what cannot be shared."""
         self._at_worker.register(self._kv_cache_config, kv_caches)
@@ -104,10 +111,13 @@ class KvFabricConnector(KVConnectorBase_V1, SupportsHMA):
         """Starts the stores of what this step completed."""
         self._at_worker.store(_step(self._get_connector_metadata()))
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose blocks are no longer read, and requests whose fetch is over."""
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Requests whose blocks are no longer read, requests whose fetch is over, and those of
+        them that must be computed from the beginning.
+        """
         sent, received = self._at_worker.poll()
-        return sent or None, received or None
+        failed = self._at_worker.take_failed_requests(received)
+        return KVConnectorTransferResults(sent, received, failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that must be computed because they were not, or not surely, fetched."""
@@ -127,6 +137,10 @@ class KvFabricConnector(KVConnectorBase_V1, SupportsHMA):
             rank: told for rank, told in metadata.items() if isinstance(told, Handshake)
         }
         self._at_scheduler.connect(handshakes)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """Learns of the engine's blocks."""
+        self._at_scheduler.bind(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
         """Begins to keep track of a request."""

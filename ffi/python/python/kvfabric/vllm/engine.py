@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import KVCacheSpecKind, get_kv_cache_spec_kind
 
 import kvfabric
 
 from .config import ConfigError, ConnectorConfig
+from .groups import Groups, groups_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 SAFE_HASHES = ("sha256", "sha256_cbor")
 # From this version on, a block's hash says of each extra key what it is.
 TAGGED_KEYS_SINCE = (0, 31)
-WHOLE_PREFIX_KINDS = (KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.MLA_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ class EngineFacts:
     replicas: int
     # Whether it computes prefixes for others; a pure consumer does not.
     produces: bool
+    # The kinds of layers that have blocks of their own.
+    groups: Groups
 
     @classmethod
     def of(cls, config: ConnectorConfig, engine: VllmConfig, cache: KVCacheConfig) -> EngineFacts:
@@ -72,8 +73,10 @@ class EngineFacts:
         _check_parallel(engine)
         hash_name, seed = hashing(engine)
         replica, replicas = replica_of(engine)
+        groups = groups_of(cache)
+        _check_blocks(engine, cache, groups.block_tokens)
         return cls(
-            block_tokens=_block_tokens(engine, cache),
+            block_tokens=groups.block_tokens,
             hash_format=hash_format(),
             hash_name=hash_name,
             hash_seed=seed,
@@ -83,6 +86,7 @@ class EngineFacts:
             replica=replica,
             replicas=replicas,
             produces=transfer.is_kv_producer,
+            groups=groups,
         )
 
     def rank_name(self, name: str, rank: int) -> str:
@@ -187,22 +191,13 @@ def _check_parallel(engine: VllmConfig) -> None:
             )
 
 
-def _block_tokens(engine: VllmConfig, cache: KVCacheConfig) -> int:
-    groups = cache.kv_cache_groups
-    if len(groups) != 1:
-        kinds = [get_kv_cache_spec_kind(group.kv_cache_spec).value for group in groups]
-        raise ConfigError(f"cache groups: {kinds} are not supported, only one of full attention is")
-    spec = groups[0].kv_cache_spec
-    kind = get_kv_cache_spec_kind(spec)
-    if kind not in WHOLE_PREFIX_KINDS or not spec.prefix_cacheable:
-        raise ConfigError(f"cache group: {kind.value} is not supported, only full attention is")
-    hashed = cache.hash_block_size or spec.block_size
-    if not spec.block_size == hashed == engine.cache_config.block_size:
+def _check_blocks(engine: VllmConfig, cache: KVCacheConfig, tokens: int) -> None:
+    hashed = cache.hash_block_size or tokens
+    if not tokens == hashed == engine.cache_config.block_size:
         raise ConfigError(
-            f"block size: pages of {spec.block_size} tokens, hashes of {hashed} and blocks of"
+            f"block size: pages of {tokens} tokens, hashes of {hashed} and blocks of"
             f" {engine.cache_config.block_size} do not match; leave prefix_match_unit unset"
         )
-    return int(spec.block_size)
 
 
 def hashing(engine: VllmConfig) -> tuple[str, str]:

@@ -4,67 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import kvfabric
 
+from .handoff import Handoff
 from .metadata import Sources
 
 # Nodes of other engines to which connections are kept.
 PEERS_MAX = 1024
-# A prefill engine whose blocks are not all there yet is asked again after so long, in seconds.
-RETRY_SECONDS = 0.01
-BLOCKS_MAX = 1 << 20
-
-
-@dataclass(frozen=True)
-class Handoff:
-    """What a prefill engine said to its client for the decode engine: whom to ask for what."""
-
-    pod: str
-    # Peer services of its ranks, in order.
-    addresses: tuple[str, ...]
-    # Stands for everything that shapes the bytes of its blocks.
-    model_identity: str
-    # Blocks of the prompt that it computed.
-    depth: int
-
-    def to_params(self) -> dict[str, Any]:
-        """What is put into ``kv_transfer_params``."""
-        return {
-            "version": 1,
-            "pod": self.pod,
-            "peer_addresses": list(self.addresses),
-            "model_identity": self.model_identity,
-            "depth": self.depth,
-        }
-
-    @classmethod
-    def parse(cls, params: object, ranks: int, model_identity: str) -> Handoff:
-        """Reads what a client sent along; raises `ValueError` that names what is wrong with it, as
-        when the blocks are of another model than `model_identity`.
-        """
-        if not isinstance(params, Mapping):
-            raise ValueError(f"kvfabric: {params!r} is no table of keys")
-        if params.get("version") != 1:
-            raise ValueError(f"kvfabric.version: {params.get('version')!r} is not 1")
-        pod, addresses = params.get("pod"), params.get("peer_addresses")
-        if not isinstance(pod, str) or not pod:
-            raise ValueError(f"kvfabric.pod: {pod!r} is no name")
-        if not isinstance(addresses, list) or not all(isinstance(one, str) for one in addresses):
-            raise ValueError(f"kvfabric.peer_addresses: {addresses!r} is no list of addresses")
-        if len(addresses) != ranks:
-            raise ValueError(
-                f"kvfabric.peer_addresses: {len(addresses)} ranks cannot hand off to {ranks}"
-            )
-        identity, depth = params.get("model_identity"), params.get("depth")
-        if identity != model_identity:
-            raise ValueError(f"kvfabric.model_identity: {identity!r} is not {model_identity!r}")
-        if type(depth) is not int or not 0 <= depth <= BLOCKS_MAX:
-            raise ValueError(f"kvfabric.depth: {depth!r} is not within 0..={BLOCKS_MAX}")
-        return cls(pod, tuple(addresses), model_identity, depth)
+# A prefill engine whose blocks are not all there yet is asked again after so long, in seconds: soon,
+# because stores mostly take a few milliseconds, and then less and less often.
+RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.002, 0.032
 
 
 @dataclass(frozen=True)
@@ -111,17 +64,18 @@ class Lookup:
         blocks: int,
         handoff: Handoff | None,
         deadline: float,
+        handoff_deadline: float,
     ) -> None:
-        self._ends = time.monotonic() + deadline
+        """Nodes may take `deadline` to answer; the prefill engine, `handoff_deadline` to have
+        stored what it promised.
+        """
+        now = time.monotonic()
+        self.ends, self.handoff_ends = now + deadline, now + handoff_deadline
         self.failures = 0
         self._ranks = [
             _RankLookup(self, peers, address, names, blocks, handoff, rank)
             for rank, address in enumerate(nodes)
         ]
-
-    def left(self) -> float:
-        """Seconds until the answers that are there must do."""
-        return self._ends - time.monotonic()
 
     def poll(self) -> list[Answer] | None:
         """Each rank's answer, or None while some are awaited."""
@@ -149,12 +103,13 @@ class _RankLookup:
         self._names = names
         self._handoff = handoff
         self._rank = rank
-        self._own = _Question(lookup, peers, address, names)
+        self._own = _Question(lookup, peers, address, names, lookup.ends)
         self._remote: _Question | None = None
         # What the prefill engine promised of these blocks, and what it holds so far.
         self._promised = min(handoff.depth, blocks) if handoff else 0
         self._held = 0
         self._ask_at = 0.0
+        self._pause = RETRY_SECONDS_MIN
 
     def poll(self) -> Answer | None:
         own = self._own.poll()
@@ -179,31 +134,37 @@ class _RankLookup:
         """
         if self._handoff is None or self._held >= self._promised:
             return True
+        ends = self._lookup.handoff_ends
         if self._remote is None:
-            if time.monotonic() < self._ask_at:
-                return self._lookup.left() <= 0
+            now = time.monotonic()
+            if now >= ends or now < self._ask_at:
+                return now >= ends
             address = self._handoff.addresses[self._rank]
-            self._remote = _Question(self._lookup, self._peers, address, self._names)
+            self._remote = _Question(self._lookup, self._peers, address, self._names, ends)
         reach = self._remote.poll()
         if self._remote.pending:
             return False
         self._remote = None
-        self._ask_at = time.monotonic() + RETRY_SECONDS
+        self._ask_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, RETRY_SECONDS_MAX)
         if reach is None:
             return True
         self._held = reach.own
-        return self._held >= self._promised or self._lookup.left() <= 0
+        return self._held >= self._promised or time.monotonic() >= ends
 
 
 class _Question:
-    """One call of a peer service, given up when the lookup's time is over."""
+    """One call of a peer service, given up when its time is over."""
 
-    def __init__(self, lookup: Lookup, peers: Peers, address: str, names: bytes) -> None:
+    def __init__(
+        self, lookup: Lookup, peers: Peers, address: str, names: bytes, ends: float
+    ) -> None:
         self._lookup = lookup
+        self._ends = ends
         self._operation: Any = None
         self._reach: kvfabric.Reach | None = None
         try:
-            deadline = max(lookup.left(), 0.001)
+            deadline = max(ends - time.monotonic(), 0.001)
             self._operation = peers.at(address).locate(names, deadline=deadline)
         except kvfabric.KvfabricError:
             lookup.failures += 1
@@ -222,7 +183,7 @@ class _Question:
             except kvfabric.KvfabricError:
                 self._lookup.failures += 1
             self._operation = None
-        elif self._lookup.left() <= 0:
+        elif time.monotonic() >= self._ends:
             self._lookup.failures += 1
             self._operation = None
         return self._reach

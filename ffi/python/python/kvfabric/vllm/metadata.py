@@ -69,6 +69,8 @@ class Pin:
 
     request_id: str
     names: bytes
+    # The number by which whoever knows it lets go of them.
+    pin: int
 
 
 @dataclass

@@ -1,13 +1,16 @@
 """What the blocks of a request are called.
 
 A block goes by the engine's own hash, which covers everything before it, the salt and the adapter's
-name. An adapter can be replaced under its name, so the digest of its files goes along.
+name. An adapter can be replaced under its name, so the digest of its files goes along. The engine's
+cache groups share its hashes, so the blocks of all but the first go by digests of hash and group;
+routers ask by tokens, and see nothing of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -29,10 +32,17 @@ class RequestNames:
     """Names the full blocks of one request, as far as the engine has hashed them."""
 
     def __init__(
-        self, config: ConnectorConfig, facts: EngineFacts, request: Request, adapter: bytes | None
+        self,
+        config: ConnectorConfig,
+        facts: EngineFacts,
+        request: Request,
+        adapter: bytes | None,
+        model_identity: str = "",
     ) -> None:
         lora = request.lora_request
         self._request = request
+        self._adapter = adapter or b""
+        self._model_identity = model_identity.encode()
         self._block_tokens = facts.block_tokens
         self._chain = kvfabric.NameChain(
             config.key_scheme,
@@ -52,6 +62,19 @@ class RequestNames:
             ]
             self._chain.extend(tokens, self._request.block_hashes[known:stop])
         return self._chain.pack(start, stop)
+
+    def pack_others(self, blocks: Sequence[tuple[int, int]]) -> bytes:
+        """The names of blocks of other cache groups than the first: (position, group) each."""
+        hashes = self._request.block_hashes
+        return kvfabric.pack_hashes(
+            self._model_identity,
+            [_group_name(group, self._adapter, hashes[position]) for position, group in blocks],
+        )
+
+
+def _group_name(group: int, adapter: bytes, block_hash: bytes) -> bytes:
+    domain = b"kvfabric/vllm cache group\0" + group.to_bytes(4, "little")
+    return hashlib.sha256(domain + bytes([len(adapter)]) + adapter + block_hash).digest()
 
 
 class AdapterDigests:

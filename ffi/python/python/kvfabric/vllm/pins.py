@@ -1,7 +1,7 @@
 """Prefixes that a prefill engine keeps for a decode engine, from the end of their request on.
 
-A decode engine fetches soon, or never: so each pin has a time to live, and nobody has to let go of
-it.
+A decode engine fetches soon, and lets go of the pin then; or never, so each has a time to live. Its
+number is chosen before it is asked for, by the scheduler that tells the client of it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Pins:
                 self._waiting.append(pin)
                 continue
             try:
-                self._asked.append(node.pin(node.prefix_of(pin.names), ttl=self._ttl))
+                prefix = node.prefix_of(pin.names)
+                self._asked.append(node.pin(prefix, ttl=self._ttl, id=pin.pin))
             except kvfabric.KvfabricError as error:
                 self._failed(error)
         while self._asked and self._asked[0].done():

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
+from . import plans
 from .config import ConnectorConfig
 from .engine import EngineFacts
-from .lookup import Answer, Handoff, Lookup, Peers
+from .handoff import AllowList, Handoff, NotAllowedError, new_pin, others_pin
+from .hits import Hit, PrefixLookup
+from .holds import Holds
+from .lookup import Lookup, Peers
 from .metadata import Handshake, Load, Pin, StepMetadata, Store, WorkerMetadata
 from .names import AdapterDigests, RequestNames
+from .partial import PromptNames, partial_tokens
+from .releases import Releases
 from .stats import ConnectorStats
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -32,6 +40,8 @@ logger = init_logger("vllm.kvfabric.scheduler")
 
 PARAMS_KEY = "kvfabric"
 DELIVERED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+# Refused hosts that are remembered, so that each is logged once.
+REFUSED_MAX = 1024
 
 
 class _Tracked:
@@ -40,13 +50,15 @@ class _Tracked:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.names: RequestNames | None = None
+        # The names of its prompt with the partial last block, which only a hand-off has.
+        self.prompt_names: PromptNames | None = None
         self.adapter: Future[bytes] | None = None
         # Its blocks cannot be named, so it is left to the engine alone.
         self.unnamed = request.prompt_embeds is not None or request.resumable
         # A fetch that went wrong is not tried again: what is missing is computed.
         self.fetchable = True
-        self.lookup: Lookup | None = None
-        self.answers: list[Answer] | None = None
+        self.lookup: PrefixLookup | None = None
+        self.hit: Hit | None = None
         # Blocks that the engine had itself when it was asked last.
         self.local = 0
         # Engine blocks that a load writes to; empty when none is in flight.
@@ -55,9 +67,12 @@ class _Tracked:
         self.stored = 0
         # Stores, counted per rank, that still read the engine's memory.
         self.unsettled = 0
-        # Another engine will ask for the blocks.
+        # Another engine will ask for the blocks, the partial last one too, once it is stored.
         self.awaited = False
+        self.stored_partial = False
         self.handoff: Handoff | None = None
+        # The prefill engine still keeps the blocks for this request.
+        self.kept = False
 
 
 class SchedulerSide:
@@ -68,6 +83,8 @@ class SchedulerSide:
         self._facts = facts
         self._offload = config.offload_for(facts.produces)
         self._peers = Peers(config.lookup_deadline_ms / 1000)
+        self._allowed = AllowList(config.peers_allow)
+        self._refused: set[str] = set()
         self._adapters = AdapterDigests()
         self._nodes: tuple[str, ...] = ()
         self._model_identity = ""
@@ -75,10 +92,12 @@ class SchedulerSide:
         self._loads: list[Load] = []
         self._pins: list[Pin] = []
         self._releases: list[str] = []
+        self._holds = Holds()
         self._clear = False
         # Ranks that have still to confirm that they cleared their tiers.
         self._clearing = 0
         self.stats = ConnectorStats()
+        self._prefill_releases = Releases(self._peers, config.lookup_deadline_ms / 1000, self.stats)
 
     def connect(self, handshakes: Mapping[int, Handshake]) -> None:
         """Learns where each rank's node answers."""
@@ -93,6 +112,10 @@ class SchedulerSide:
             raise RuntimeError(f"kvfabric: ranks of one model have identities {sorted(identities)}")
         (self._model_identity,) = identities
 
+    def bind(self, pool: BlockPool) -> None:
+        """Learns of the engine's blocks."""
+        self._holds.bind(pool)
+
     # Requests come in.
 
     def track(self, request: Request) -> None:
@@ -102,15 +125,31 @@ class SchedulerSide:
         params = request.kv_transfer_params or {}
         tracked.awaited = bool(params.get("do_remote_decode"))
         if params.get("do_remote_prefill"):
-            try:
-                tracked.handoff = Handoff.parse(
-                    params.get(PARAMS_KEY), len(self._nodes), self._model_identity
-                )
-            except ValueError as error:
-                logger.warning("request %s is prefilled here: %s", request.request_id, error)
-                self.stats.add("handoffs_refused")
+            tracked.handoff = self._handed_off(request)
+            tracked.kept = tracked.handoff is not None
         if request.lora_request is not None and not tracked.unnamed:
             tracked.adapter = self._adapters.digest(request.lora_request)
+
+    def _handed_off(self, request: Request) -> Handoff | None:
+        """What the request brings along from its prefill engine; None if it cannot be used."""
+        params = request.kv_transfer_params or {}
+        try:
+            return Handoff.parse(
+                params.get(PARAMS_KEY),
+                len(self._nodes),
+                self._model_identity,
+                self._facts.block_tokens,
+                self._allowed,
+            )
+        except NotAllowedError as error:
+            self.stats.add("peers_refused")
+            if error.host not in self._refused and len(self._refused) < REFUSED_MAX:
+                self._refused.add(error.host)
+                logger.warning("requests prefilled there are prefilled here again: %s", error)
+        except ValueError as error:
+            self.stats.add("handoffs_refused")
+            logger.warning("request %s is prefilled here: %s", request.request_id, error)
+        return None
 
     def matched(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens past the engine's own can be fetched; None while that is being asked."""
@@ -120,41 +159,86 @@ class SchedulerSide:
         named = self._named(tracked)
         if named is None:
             return (0, False) if tracked.unnamed else (None, False)
-        tokens = self._facts.block_tokens
-        tracked.local = local_tokens // tokens
-        total = min(len(request.block_hashes), request.num_tokens // tokens)
-        if not self._worth_it(total - tracked.local):
+        size = self._facts.block_tokens
+        tracked.local = local_tokens // size
+        names, total = self._wanted(tracked, named)
+        most = min(total * size, request.num_tokens) - tracked.local * size
+        if not self._worth_it(most):
             return 0, False
-        if tracked.answers is None:
-            tracked.answers = self._ask(tracked, named, total)
-            if tracked.answers is None:
+        if tracked.hit is None:
+            tracked.hit = self._ask(tracked, names, named, total)
+            if tracked.hit is None:
                 return None, False
-        found = min(min(answer.depth for answer in tracked.answers), total) - tracked.local
+        found = min(tracked.hit.depth * size, request.num_tokens) - tracked.local * size
         if not self._worth_it(found):
             return 0, False
-        return found * tokens, True
+        return found, True
 
-    def _worth_it(self, blocks: int) -> bool:
-        return blocks > 0 and blocks * self._facts.block_tokens >= self._config.min_fetch_tokens
+    def _worth_it(self, tokens: int) -> bool:
+        return tokens > 0 and tokens >= self._config.min_fetch_tokens
 
-    def _ask(self, tracked: _Tracked, named: RequestNames, total: int) -> list[Answer] | None:
+    def _wanted(
+        self, tracked: _Tracked, named: RequestNames
+    ) -> tuple[RequestNames | PromptNames, int]:
+        """Whose names of how many blocks are asked for: full ones, and of a hand-off the prompt's
+        partial last one.
+        """
+        request, size = tracked.request, self._facts.block_tokens
+        handoff = tracked.handoff
+        if (
+            handoff is not None
+            and self._facts.groups.is_plain
+            and request.num_tokens == request.num_prompt_tokens == handoff.tokens
+            and partial_tokens(request, size)
+        ):
+            prompt = self._prompt_names(tracked)
+            return prompt, len(prompt)
+        most = self._facts.groups.claimable(request.num_tokens)
+        return named, min(len(request.block_hashes), most)
+
+    def _prompt_names(self, tracked: _Tracked) -> PromptNames:
+        if tracked.prompt_names is None:
+            digest = tracked.adapter.result() if tracked.adapter is not None else None
+            tracked.prompt_names = PromptNames(self._config, self._facts, tracked.request, digest)
+        return tracked.prompt_names
+
+    def _ask(
+        self,
+        tracked: _Tracked,
+        names: RequestNames | PromptNames,
+        named: RequestNames,
+        total: int,
+    ) -> Hit | None:
         if tracked.lookup is None:
-            tracked.lookup = Lookup(
-                self._peers,
-                self._nodes,
-                named.pack(0, total),
+            tracked.lookup = PrefixLookup(
+                self._lookup,
+                self._facts.groups,
+                names.pack(0, total),
                 total,
+                named.pack_others,
                 tracked.handoff,
-                self._config.lookup_deadline_ms / 1000,
             )
             self.stats.add("lookups")
-        answers = tracked.lookup.poll()
-        if answers is not None:
+        hit = tracked.lookup.poll()
+        if hit is not None:
             self.stats.add("lookups_failed", tracked.lookup.failures)
             tracked.lookup = None
             # What its own tiers hold needs no second store.
-            tracked.stored = min(_kept(answer) for answer in answers)
-        return answers
+            full = tracked.request.num_tokens // self._facts.block_tokens
+            tracked.stored = min(full, hit.kept)
+        return hit
+
+    def _lookup(self, names: bytes, blocks: int, handoff: Handoff | None, spent: float) -> Lookup:
+        config = self._config
+        return Lookup(
+            self._peers,
+            self._nodes,
+            names,
+            blocks,
+            handoff,
+            config.lookup_deadline_ms / 1000 - spent,
+            config.handoff_deadline_ms / 1000 - spent,
+        )
 
     def _named(self, tracked: _Tracked) -> RequestNames | None:
         """The request's names; None while its adapter is being read, and if it has none."""
@@ -171,7 +255,9 @@ class SchedulerSide:
                 tracked.unnamed = True
                 return None
             digest = tracked.adapter.result()
-        tracked.names = RequestNames(self._config, self._facts, tracked.request, digest)
+        tracked.names = RequestNames(
+            self._config, self._facts, tracked.request, digest, self._model_identity
+        )
         return tracked.names
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -179,39 +265,28 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if external_tokens == 0 or tracked is None:
             return
-        assert tracked.names is not None and tracked.answers is not None
-        (block_ids,) = blocks.get_block_ids()
-        stop = tracked.local + external_tokens // self._facts.block_tokens
-        tracked.loading = list(block_ids[tracked.local : stop])
-        self._loads.append(
-            Load(
-                request_id=request.request_id,
-                names=tracked.names.pack(0, stop),
-                first=tracked.local,
-                block_ids=tracked.loading,
-                sources=tuple(answer.sources for answer in tracked.answers),
-            )
+        assert tracked.names is not None and tracked.hit is not None
+        names, _ = self._wanted(tracked, tracked.names)
+        stop = tracked.local - (-external_tokens // self._facts.block_tokens)
+        planned = plans.loads(
+            request.request_id,
+            tracked.hit,
+            self._facts.groups,
+            names,
+            tracked.names,
+            blocks.get_block_ids(),
+            tracked.local,
+            stop,
         )
+        tracked.loading = [number for load in planned for number in load.block_ids]
+        self._loads += planned
 
     def hit_sources(self, request: Request, external_tokens: int) -> dict[CacheHitSource, int]:
         """From where a load's tokens are expected, by what the lookup said of the first rank."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or not tracked.answers or external_tokens == 0:
+        if tracked is None or tracked.hit is None or external_tokens == 0:
             return {CacheHitSource.EXTERNAL_UNSPECIFIED: external_tokens} if external_tokens else {}
-        answer = tracked.answers[0]
-        tokens = self._facts.block_tokens
-        wanted = external_tokens // tokens
-        own = max(0, min(wanted, answer.own - tracked.local))
-        disk = min(own, answer.disk)
-        other = (
-            CacheHitSource.P2P if answer.sources.holders else CacheHitSource.EXTERNAL_UNSPECIFIED
-        )
-        counts = {
-            CacheHitSource.HOST: own - disk,
-            CacheHitSource.DISK: disk,
-            other: wanted - own,
-        }
-        return {source: count * tokens for source, count in counts.items() if count}
+        return tracked.hit.expected(tracked.local, external_tokens, self._facts.block_tokens)
 
     # Steps go out.
 
@@ -222,7 +297,11 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 # The workers wait for its stores before the step, and it starts over later.
-                tracked.lookup = tracked.answers = None
+                tracked.lookup = tracked.hit = None
+        for request_id in output.num_scheduled_tokens:
+            # It computes what is left, so its fetch is over.
+            self._let_go(self._tracked.get(request_id))
+        self._prefill_releases.poll()
         metadata = StepMetadata(
             preempted=preempted,
             clear=self._clear,
@@ -243,18 +322,37 @@ class SchedulerSide:
             if tracked is None:
                 continue
             stop = self._storable(tracked, scheduled)
-            named = self._named(tracked) if stop > tracked.stored else None
+            partial = self._completes_partial(tracked, scheduled)
+            named = self._named(tracked) if stop > tracked.stored or partial else None
             if named is None:
                 continue
             assert output.kv_connector_block_state is not None
-            (block_ids,) = output.kv_connector_block_state.get_block_ids(request_id) or ([],)
-            stop = min(stop, len(block_ids))
-            if stop <= tracked.stored:
+            tables = output.kv_connector_block_state.get_block_ids(request_id) or ()
+            length = min((len(table) for table in tables), default=0)
+            stop = min(stop, length)
+            partial = partial and stop < length
+            start, tracked.stored = tracked.stored, max(tracked.stored, stop)
+            stop = tracked.stored + partial
+            if stop <= start:
                 continue
-            start, tracked.stored = tracked.stored, stop
-            tracked.unsettled += self._facts.tensor_size
-            names, ids = named.pack(start, stop), list(block_ids[start:stop])
-            stores.append(Store(request_id, names, ids, tracked.awaited))
+            tracked.stored_partial = tracked.stored_partial or partial
+            names = self._prompt_names(tracked) if partial else named
+            planned = plans.stores(
+                request_id,
+                self._facts.groups,
+                names,
+                named,
+                tables,
+                start,
+                stop,
+                tracked.awaited,
+            )
+            readers = self._facts.tensor_size * len(planned)
+            tracked.unsettled += readers
+            if self._facts.groups.has_windows:
+                read = [number for store in planned for number in store.block_ids]
+                self._holds.hold(request_id, read, readers)
+            stores += planned
         return stores
 
     def _storable(self, tracked: _Tracked, scheduled: int) -> int:
@@ -267,6 +365,20 @@ class SchedulerSide:
             tokens = min(tokens, request.num_prompt_tokens)
         return min(tokens // self._facts.block_tokens, len(request.block_hashes))
 
+    def _completes_partial(self, tracked: _Tracked, scheduled: int) -> bool:
+        """Whether the step computes the end of a prompt that another engine waits for, and that
+        ends within a block. Nothing is written there afterwards but what comes after the prompt.
+        """
+        request = tracked.request
+        return (
+            tracked.awaited
+            and self._facts.groups.is_plain
+            and not tracked.stored_partial
+            and request.num_computed_tokens + scheduled >= request.num_prompt_tokens
+            and request.num_computed_tokens < request.num_prompt_tokens
+            and partial_tokens(request, self._facts.block_tokens) > 0
+        )
+
     # Reports come back.
 
     def reported(self, output: KVConnectorOutput) -> None:
@@ -275,6 +387,10 @@ class SchedulerSide:
         for loading in self._tracked.values() if failed else ():
             if failed.intersection(loading.loading):
                 loading.fetchable = False
+        for request_id in output.failed_recving:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                tracked.fetchable = False
         for request_id in output.finished_recving or ():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
@@ -282,6 +398,7 @@ class SchedulerSide:
         told = output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             for request_id, count in told.settled.items():
+                self._holds.settle(request_id, count)
                 tracked = self._tracked.get(request_id)
                 if tracked is not None:
                     tracked.unsettled -= count
@@ -292,6 +409,7 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
+        self._let_go(tracked)
         params = self._hand_off(tracked)
         # A request that waits for a load has no store in flight: they were waited for when it was
         # preempted, and the engine itself keeps its blocks until the load is over.
@@ -300,16 +418,37 @@ class SchedulerSide:
             self._releases.append(request.request_id)
         return keep, params
 
+    def _let_go(self, tracked: _Tracked | None) -> None:
+        """Tells the prefill engine that its blocks are not needed any more."""
+        if tracked is not None and tracked.kept and tracked.handoff is not None:
+            tracked.kept = False
+            self._prefill_releases.send(tracked.handoff)
+            if self._facts.groups.others:
+                pin = others_pin(tracked.handoff.pin)
+                self._prefill_releases.send(replace(tracked.handoff, pin=pin))
+
     def _hand_off(self, tracked: _Tracked) -> dict[str, Any] | None:
         request = tracked.request
         if not tracked.awaited or request.status not in DELIVERED or tracked.names is None:
             return None
-        depth = min(tracked.stored, request.num_prompt_tokens // self._facts.block_tokens)
+        size = self._facts.block_tokens
+        full = request.num_prompt_tokens // size
+        depth, tokens = min(tracked.stored, full), min(tracked.stored, full) * size
+        names: RequestNames | PromptNames = tracked.names
+        if tracked.stored_partial and depth == full:
+            names, depth, tokens = self._prompt_names(tracked), full + 1, request.num_prompt_tokens
         if depth == 0:
             return None
-        self._pins.append(Pin(request.request_id, tracked.names.pack(0, depth)))
+        handoff = Handoff(
+            self._facts.pod, self._nodes, self._model_identity, depth, tokens, new_pin()
+        )
+        self._pins.append(Pin(request.request_id, names.pack(0, depth), handoff.pin))
+        # A decode engine may claim a block less than that.
+        others = self._facts.groups.needed(depth, slack=1)
+        if others:
+            packed = tracked.names.pack_others(others)
+            self._pins.append(Pin(request.request_id, packed, others_pin(handoff.pin)))
         self.stats.add("handoffs")
-        handoff = Handoff(self._facts.pod, self._nodes, self._model_identity, depth)
         host, _, port = self._nodes[0].rpartition(":")
         return {
             "do_remote_prefill": True,
@@ -333,7 +472,7 @@ class SchedulerSide:
         self._clear = True
         self._clearing = self._facts.tensor_size
         for tracked in self._tracked.values():
-            tracked.lookup = tracked.answers = None
+            tracked.lookup = tracked.hit = None
         return True
 
     def has_work(self) -> bool:
@@ -343,10 +482,3 @@ class SchedulerSide:
     def shutdown(self) -> None:
         """Ends its thread. Stores and fetches are the workers' to finish."""
         self._adapters.shutdown()
-
-
-def _kept(answer: Answer) -> int:
-    """Blocks from the first that a node's own memory and disk hold: the shared store may lose what
-    it has.
-    """
-    return answer.own if answer.own == answer.host + answer.disk else 0

@@ -26,11 +26,13 @@ COUNTERS = {
     "fetches": "Fetches, one per request and rank.",
     "fetches_failed": "Fetches that did not bring every block; the engine computes the rest.",
     "fetches_unsettled": "Fetches whose blocks were withheld until nothing wrote to them.",
-    "pins_failed": "Handed-off prefixes that could not be kept for the decode engine.",
+    "pins_failed": "Handed-off prefixes that were not kept: no room, or fetched before.",
     "lookups": "Questions where the blocks of a request are.",
     "lookups_failed": "Nodes that did not answer such a question, or not in time.",
     "handoffs": "Prefixes offered to a decode engine.",
     "handoffs_refused": "Requests whose kv_transfer_params came from no matching prefill engine.",
+    "peers_refused": "Requests whose kv_transfer_params named an address outside of peers_allow.",
+    "releases_failed": "Prefill engines that were not told that their blocks were fetched.",
     "adapters_unreadable": "Requests of adapters with unreadable files: not stored, not fetched.",
 }
 FETCHED = "fetched_blocks"

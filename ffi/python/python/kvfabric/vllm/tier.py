@@ -41,6 +41,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from . import engine as engines
 from .config import ConfigError, ConnectorConfig
+from .groups import Groups
 from .tier_blocks import Lookups, Namer
 
 if TYPE_CHECKING:
@@ -288,9 +289,9 @@ def _node_config(
     hash_name, seed = engines.hashing(engine)
     replica, replicas = engines.replica_of(engine)
     pod = engines.pod_name(config, offloading.engine_id, replica, replicas)
-    first = offloading.groups[0]
+    tokens = offloading.groups[0].tokens_per_block * offloading.cache.blocks_per_chunk
     facts = engines.EngineFacts(
-        block_tokens=first.tokens_per_block * offloading.cache.blocks_per_chunk,
+        block_tokens=tokens,
         hash_format=engines.hash_format(),
         hash_name=hash_name,
         hash_seed=seed,
@@ -300,6 +301,8 @@ def _node_config(
         replica=replica,
         replicas=replicas,
         produces=True,
+        # vLLM's keys tell groups apart, and vLLM knows what each of them needs.
+        groups=Groups(tokens),
     )
     # The engine's own events speak of tokens: they are none of this model's.
     others = {key: value for key, value in config.node.items() if key != "index"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,9 +18,6 @@ logger = init_logger("vllm.kvfabric.tier")
 # Of one lookup, as many holes are looked behind; what is behind further ones counts as missing.
 # Prefixes end at the first hole, only sliding windows look further.
 HOLES_MAX = 8
-# Version 1 of packed names without a parent: number of bytes of a hash, number of blocks.
-_NAMES = struct.Struct("<BBHI")
-_INDEX_KEY_BYTES = 8
 
 
 class Namer:
@@ -38,11 +34,8 @@ class Namer:
 
     def prefix(self, keys: Collection[OffloadKey]) -> kvfabric.Prefix:
         """The blocks of these keys, in order."""
-        names = bytearray(_NAMES.pack(1, 0, hashlib.sha256().digest_size, len(keys)))
-        for key in keys:
-            name = hashlib.sha256(b"vllm offload key " + key).digest()
-            names += name + hashlib.sha256(self._identity + name).digest()[:_INDEX_KEY_BYTES]
-        return self._node.prefix_of(bytes(names))
+        hashes = [hashlib.sha256(b"vllm offload key " + key).digest() for key in keys]
+        return self._node.prefix_of(kvfabric.pack_hashes(self._identity, hashes))
 
 
 @dataclass

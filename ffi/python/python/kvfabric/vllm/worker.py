@@ -9,7 +9,7 @@ also after a failure.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import kvfabric
@@ -21,6 +21,7 @@ from .engine import EngineFacts, model_identity, node_config
 from .layout import PageLayout
 from .metadata import Handshake, Load, StepMetadata, Store, WorkerMetadata
 from .pins import Pins
+from .shared_pool import SharedPool, file_of
 from .stats import ConnectorStats
 
 if TYPE_CHECKING:
@@ -70,20 +71,28 @@ class WorkerSide:
         self._pages: kvfabric.Pages | None = None
         self._region: kvfabric.Region | None = None
         self._layout: PageLayout | None = None
+        self._pool_file: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._identity = ""
         self._block_bytes = 0
         self._storing: deque[_Storing] = deque()
         self._storing_bytes = 0
         self._fetching: list[_Fetching] = []
+        # Loads of a request that are not over.
+        self._loading: Counter[str] = Counter()
         # Finished requests whose blocks the engine keeps until their stores are done.
         self._releasing: set[str] = set()
         self._settled: dict[str, int] = {}
         self._cleared = 0
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._received: set[str] = set()
         self.stats = ConnectorStats()
         self._pins = Pins(config.pin_ttl_s, self.stats)
+
+    def pool_context(self) -> SharedPool | None:
+        """Where the engine allocates its pool; None for wherever it likes."""
+        return SharedPool() if self._config.shared_pool else None
 
     def register(self, cache: KVCacheConfig, tensors: dict[str, torch.Tensor]) -> None:
         """Reads where the engine's blocks are, and what identifies them.
@@ -94,6 +103,8 @@ class WorkerSide:
         self._layout = PageLayout.of(cache, tensors)
         # They keep the allocation alive for as long as the node may move its bytes.
         self._tensors = dict(tensors)
+        if self._config.shared_pool:
+            self._pool_file = file_of(self._layout.address, self._layout.length)
         layers = [name for group in cache.kv_cache_groups for name in group.layer_names]
         backends = [
             backend.full_cls_name() for backend in get_current_attn_backends(self._engine, layers)
@@ -131,9 +142,12 @@ class WorkerSide:
                 layers=layout.layers,
             )
         )
-        region = node.agent.register_address(
-            layout.address, layout.length, readable=False, writable=False, keep=self._tensors
-        )
+        if self._pool_file is not None:
+            region = node.agent.register_file(self._pool_file, readable=False)
+        else:
+            region = node.agent.register_address(
+                layout.address, layout.length, readable=False, writable=False, keep=self._tensors
+            )
         self._region = region
         self._pages = node.pages(
             [(region, span.offset, span.stride, span.length) for span in layout.spans],
@@ -163,7 +177,11 @@ class WorkerSide:
 
     def load(self, step: StepMetadata) -> None:
         """Starts the fetches of this step."""
+        self._loading.update(load.request_id for load in step.loads)
         for load in step.loads:
+            if not load.block_ids:
+                self._loaded(load.request_id)
+                continue
             try:
                 sources = load.sources[self._rank]
                 node, pages = self._opened()
@@ -226,6 +244,14 @@ class WorkerSide:
     def take_failed_blocks(self) -> set[int]:
         """Engine blocks of this step's finished fetches that hold nothing of use."""
         failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_failed_requests(self, received: set[str]) -> set[str]:
+        """Which of these fetches did not bring every block. Where the engine has several cache
+        groups, its block numbers do not say of which one a block is.
+        """
+        failed = self._failed_requests & received
+        self._failed_requests -= failed
         return failed
 
     def take_metadata(self) -> WorkerMetadata | None:
@@ -323,8 +349,17 @@ class WorkerSide:
         self.stats.add("fetched_bytes", depth * self._block_bytes)
         if depth < len(load.block_ids):
             self.stats.add("fetches_failed")
-            self._failed_blocks.update(load.block_ids[depth:])
-        self._received.add(load.request_id)
+            if len(self._facts.groups.groups) == 1:
+                self._failed_blocks.update(load.block_ids[depth:])
+            else:
+                self._failed_requests.add(load.request_id)
+        self._loaded(load.request_id)
+
+    def _loaded(self, request_id: str) -> None:
+        self._loading[request_id] -= 1
+        if self._loading[request_id] == 0:
+            del self._loading[request_id]
+            self._received.add(request_id)
 
     # Forgetting.
 

@@ -9,6 +9,8 @@ import uuid
 from typing import Callable, Dict
 
 HEAD_DIM = 32
+# Elements of a latent, and of its part for the position: the CPU's kernels have these only.
+LATENT, LATENT_POSITION = 512, 64
 VOCABULARY = 512
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 # The first token that is neither special nor past the vocabulary, and how many there are.
@@ -27,21 +29,33 @@ class Shape:
     dtype: str = "bfloat16"
     # Other weights of the same shape.
     seed: int = 0
+    # Two layers of three look back on so many tokens only; 0: all look back on everything.
+    window: int = 0
+    # Attention over a latent of each token instead of keys and values of heads, as DeepSeek's.
+    latent: bool = False
 
     @property
     def name(self) -> str:
-        return (
+        plain = (
             f"llama-{self.layers}x{self.hidden}-{self.heads}-{self.kv_heads}"
             f"-{self.positions}-{self.dtype}-{self.seed}"
         )
+        if self.latent:
+            plain = plain.replace("llama", "deepseek", 1)
+        return f"{plain}-w{self.window}" if self.window else plain
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of keys and values of this many tokens, all layers."""
         element = 4 if self.dtype == "float32" else 2
+        if self.latent:
+            return self.layers * (LATENT + LATENT_POSITION) * element * tokens
         return self.layers * 2 * self.kv_heads * HEAD_DIM * element * tokens
 
 
 TINY = Shape()
+# Two layers of full attention and three of windows: three cache groups, one with a layer less.
+HYBRID = Shape(layers=5, window=64)
+DEEPSEEK = Shape(latent=True)
 
 
 def model(models: pathlib.Path, shape: Shape = TINY) -> pathlib.Path:
@@ -99,11 +113,22 @@ def _write_model(folder: pathlib.Path, shape: Shape) -> None:
         at = f"model.layers.{layer}"
         weights[f"{at}.input_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
         weights[f"{at}.post_attention_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
-        for name, rows, columns in (
+        attention = [
             ("self_attn.q_proj", query, hidden),
             ("self_attn.k_proj", keys, hidden),
             ("self_attn.v_proj", keys, hidden),
             ("self_attn.o_proj", hidden, query),
+        ]
+        if shape.latent:
+            attention = [
+                ("self_attn.q_proj", shape.heads * (HEAD_DIM + LATENT_POSITION), hidden),
+                ("self_attn.kv_a_proj_with_mqa", LATENT + LATENT_POSITION, hidden),
+                ("self_attn.kv_b_proj", 2 * query, LATENT),
+                ("self_attn.o_proj", hidden, query),
+            ]
+            weights[f"{at}.self_attn.kv_a_layernorm.weight"] = torch.ones(LATENT, dtype=dtype)
+        for name, rows, columns in (
+            *attention,
             ("mlp.gate_proj", inner, hidden),
             ("mlp.up_proj", inner, hidden),
             ("mlp.down_proj", hidden, inner),
@@ -116,7 +141,7 @@ def _write_model(folder: pathlib.Path, shape: Shape) -> None:
 
 
 def _config(shape: Shape) -> Dict[str, object]:
-    return {
+    config: Dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.hidden,
@@ -137,6 +162,30 @@ def _config(shape: Shape) -> Dict[str, object]:
         "eos_token_id": 2,
         "torch_dtype": shape.dtype,
     }
+    if shape.latent:
+        config.update(
+            architectures=["DeepseekV2ForCausalLM"],
+            model_type="deepseek_v2",
+            num_key_value_heads=shape.heads,
+            q_lora_rank=None,
+            kv_lora_rank=LATENT,
+            qk_nope_head_dim=HEAD_DIM,
+            qk_rope_head_dim=LATENT_POSITION,
+            v_head_dim=HEAD_DIM,
+            # No layer has experts.
+            first_k_dense_replace=shape.layers,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=shape.hidden,
+            moe_layer_freq=1,
+        )
+        del config["head_dim"]
+    if shape.window:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        config["sliding_window"] = shape.window
+        config["layer_types"] = [kinds[layer % 3] for layer in range(shape.layers)]
+    return config
 
 
 def _write_tokenizer(folder: pathlib.Path, shape: Shape) -> None:

@@ -13,6 +13,7 @@ fn reach() -> Reach {
             depth: 5,
             host: 2,
             disk: 3,
+            expected: 7,
         },
         depth: 9,
         located: Located {
@@ -29,6 +30,14 @@ fn an_answer_of_our_own_is_accepted() {
         let message = locate_response(&reach);
         assert_eq!(check_locate_response(message).unwrap(), reach);
     }
+}
+
+/// A node that does not say what is on its way there.
+#[test]
+fn what_is_not_told_is_not_expected() {
+    let mut message = locate_response(&reach());
+    message.own_expected = 0;
+    assert_eq!(check_locate_response(message).unwrap().own.expected, 5);
 }
 
 /// More than a message may carry: the first of them are sent, and accepted.
