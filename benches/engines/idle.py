@@ -12,9 +12,12 @@ import time
 from figures import tell
 
 QUIET_SECONDS = 10.0
+SETTLE_SECONDS = 2.0
 
 
 def cpu_percent(subject: str, case: str) -> None:
+    # Idle is what comes after the start: threads that begin, and a node's first pages.
+    time.sleep(SETTLE_SECONDS)
     before = time.process_time()
     begin = time.monotonic()
     time.sleep(QUIET_SECONDS)
