@@ -43,8 +43,9 @@ test-engines: setup ## A real vLLM on the Python package; the first run makes an
 	$(STEP) "engines" env CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/engines
 	$(STEP) "tests with engines" env CACHE='$(CACHE)' ffi/python/tests/engines/run
 
-test-long: ## The simulation over many seeds, and property tests with many cases
+test-long: ## The simulation over many seeds, property tests with many cases, an hour of churn for the indexer
 	$(STEP) "simulation, many seeds" env KVFABRIC_SEEDS=2000 $(CARGO) test --release -p kvfabric-sim
+	$(STEP) "an hour of churn" env KVFABRIC_SOAK_SECONDS=3600 $(CARGO) test --release -p kvfabric-indexer --test soak
 	$(STEP) "properties, many cases" env PROPTEST_CASES=20000 $(CARGO) test --release -p kvcache-core -p kvfabric-indexer
 
 demo: ## A small cluster on this machine
@@ -63,7 +64,8 @@ bench-fabric: bench-build ## Transfers beside memcpy, raw TCP and plain disk cal
 bench-engines: setup ## Calls from C and Python, idle processes, a prompt from one real vLLM to another, beside NIXL
 	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/bench-engines
 
-bench-index: bench-build ## Ingestion, lookups and memory of the index
+bench-index: bench-build ## Ingestion, lookups and memory of the index, beside other indexes
+	-$(CARGO) build --release --manifest-path benches/compare/Cargo.toml --target-dir target/compare
 	target/release/kv-bench index --grpc --json target/bench/index.json
 
 install: ## Put the C library into PREFIX (/usr/local), below DESTDIR if that is set
