@@ -293,7 +293,7 @@ impl KvIndex {
     /// The source as of one moment between two events.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] when the source is gone.
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone.
     pub fn export(&self, id: SourceId) -> Result<SourceImage> {
         let state = lock(&self.state);
         let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
@@ -303,8 +303,8 @@ impl KvIndex {
     /// Takes a piece of an image up, beside what the source holds already.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
-    /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
+    /// [`kvcache_core::ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Busy`] when the index is full.
     pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
         piece.check(self.config.block_size)?;
         let mut state = lock(&self.state);
@@ -334,7 +334,7 @@ impl KvIndex {
     /// Takes blocks in shared tiers up; those of other tiers, which belong to sources, are passed over.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] when the index is full.
+    /// [`kvcache_core::ErrorKind::Busy`] when the index is full.
     pub fn import_shared(&self, blocks: &[(IndexKey, Tier)]) -> Result<Applied> {
         let mut state = lock(&self.state);
         let State { writer, .. } = &mut *state;
@@ -352,7 +352,7 @@ impl KvIndex {
     /// Sets the cache group that a source is followed in, as its image says.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] when the source is gone.
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone.
     pub fn follow_group(&self, id: SourceId, group: Option<u32>) -> Result<()> {
         let mut state = lock(&self.state);
         state.sources.get_mut(&id).ok_or_else(|| gone(id))?.group = group;
