@@ -18,8 +18,8 @@ PROMPT_TOKENS = 150
 OUTPUT_TOKENS = 8
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 # The engines introduce themselves with the first request. vLLM gives that five seconds and does not try again, and its
-# worker and its engine were seen to wait for each other in this mode (in vLLM's shm_broadcast, with nothing of kvfabric's
-# waiting for anything): the request then never ends.
+# worker and its engine were seen to wait for each other in this mode, for a reason that is not known yet: the request then
+# never ends.
 INTRODUCTIONS, INTRODUCTION_SECONDS = 2, 30.0
 
 
