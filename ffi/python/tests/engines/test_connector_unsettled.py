@@ -30,6 +30,13 @@ FETCH_DEADLINE_MS = 1_000
 ONLY_TCP = {"shm": False, "cma": False}
 
 
+def stop(process: subprocess.Popen) -> None:
+    """Returns once all of its threads stand still."""
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_model):
     return engine_config(tiny_model)
@@ -104,7 +111,7 @@ def test_what_a_halted_peer_sends_late_never_lands(worker, holder):
     with closed(gate):
         worker.step(loads=[from_holder("late", 1, [2, 3], gate.address)])
         assert gate.answered.wait(PATIENCE), "no lease was asked for"
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process)
         gate.opened.set()
         worker.until(lambda: "late" in worker.received)
         assert worker.side.take_failed_blocks() == {2, 3}
@@ -161,7 +168,7 @@ def test_a_clear_waits_for_nothing_that_hangs(worker, holder):
     with closed(gate):
         worker.step(loads=[from_holder("late", 1, [2, 3], gate.address)])
         assert gate.answered.wait(PATIENCE), "no lease was asked for"
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process)
         gate.opened.set()
         worker.side.before_step(StepMetadata(clear=True))
         told = worker.side.take_metadata()

@@ -8,7 +8,6 @@ it.
 import concurrent.futures
 import contextlib
 import pathlib
-import signal
 from typing import Any, Dict, Iterator, List, NamedTuple
 
 import msgspec
@@ -174,8 +173,7 @@ def test_a_prefiller_killed_during_a_transfer_costs_time_but_no_token(fleet, com
     """The prefiller is stopped, so that the transfer hangs, and then killed; after that it cannot even be reached."""
     params = prefill(fleet.by_tcp, CUT)
     after = prefill(fleet.by_tcp, AFTER)
-    for member in fleet.by_tcp.engine.child.family():
-        member.send_signal(signal.SIGSTOP)
+    fleet.by_tcp.engine.child.freeze()
     with Counted(fleet.decoder) as counted:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             answer = pool.submit(decode, fleet, CUT, params)

@@ -101,6 +101,16 @@ class OtherProcess:
             if line.startswith("{"):
                 return json.loads(line)
 
+    def stop(self):
+        """Lets it do nothing any more, until `go`: returns once all of its threads stand still."""
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+    def go(self):
+        """Lets it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
     def kill(self):
         """Ends it at once."""
         self.process.kill()
@@ -108,7 +118,7 @@ class OtherProcess:
 
     def end(self):
         """Ends it, also if it was stopped."""
-        self.process.send_signal(signal.SIGCONT)
+        self.go()
         self.process.stdin.close()
         try:
             self.process.wait(SECONDS)

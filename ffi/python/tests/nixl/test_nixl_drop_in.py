@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 
@@ -32,10 +31,10 @@ def stopped(one, new_other):
     handle = one.initialize_xfer("READ", local, remote, "other", b"read")
     run(one, handle)
     target.array[:] = 7
-    process.process.send_signal(signal.SIGSTOP)
+    process.stop()
     assert one.transfer(handle) == "PROC"
     yield process, handle, target
-    process.process.send_signal(signal.SIGCONT)
+    process.go()
 
 
 def test_the_wheel_offers_what_the_package_has():
@@ -299,10 +298,10 @@ def test_no_byte_lands_once_a_transfer_in_flight_could_be_released(one, stopped)
         except bindings.nixlRepostActiveError:
             deadline.check("never settled")
             if is_stopped:
-                process.process.send_signal(signal.SIGCONT)
+                process.go()
                 is_stopped = False
     target.array[:] = 99
-    process.process.send_signal(signal.SIGCONT)
+    process.go()
     # It has read everything that was sent to it before it answers this.
     assert process.ask("notifs", count=1)["notifs"]["one"][0] == "read"
     assert (target.array == 99).all()
@@ -321,11 +320,11 @@ def test_a_transfer_ends_by_its_deadline(new_agent, new_other):
     remote = agent.get_xfer_descs([(process.address, target.length, 0)], "DRAM")
     handle = agent.initialize_xfer("READ", local, remote, "other")
     run(agent, handle)
-    process.process.send_signal(signal.SIGSTOP)
+    process.stop()
     with pytest.raises(bindings.nixlBackendError) as caught:
         finished(agent, handle, agent.transfer(handle))
     assert isinstance(caught.value.__cause__, kvfabric.DeadlineError)
-    process.process.send_signal(signal.SIGCONT)
+    process.go()
     deadline = Deadline()
     while True:
         try:
@@ -341,7 +340,7 @@ def test_messages_to_a_peer_that_is_stopped_do_not_stop_the_sender(one, stopped)
     process, handle, _ = stopped
     for number in range(3):
         one.send_notif("other", f"beat {number}".encode())
-    process.process.send_signal(signal.SIGCONT)
+    process.go()
     assert finished(one, handle, "PROC") == "DONE"
     taken = process.ask("notifs", count=5)["notifs"]["one"]
     # The message of the transfer, which was posted first, has to wait for its bytes.

@@ -3,6 +3,7 @@ ends.
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 import signal
@@ -15,6 +16,7 @@ import psutil
 
 LOG_LINES_SHOWN = 60
 STOP_SECONDS = 40.0
+FREEZE_SECONDS = 20.0
 
 
 def free_port() -> int:
@@ -60,6 +62,17 @@ class Child:
             return [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+    def freeze(self) -> None:
+        """Stops it and its children, and returns once all of their threads stand still: a signal
+        is only on its way when it has been sent."""
+        family = self.family()
+        for member in family:
+            member.send_signal(signal.SIGSTOP)
+        deadline = Deadline(FREEZE_SECONDS)
+        while not all(state == "T" for member in family for state in thread_states(member.pid)):
+            assert not deadline.passed(), self.explain("it does not stand still")
+            time.sleep(0.01)
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         """Asks it to end, waits, then ends what is left of it and its children; returns the exit
@@ -115,6 +128,15 @@ def _shared_memory(family: List[psutil.Process]) -> Set[pathlib.Path]:
 def _remove(files: Set[pathlib.Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def thread_states(pid: int) -> List[str]:
+    """The state of each thread of a process, as `proc_pid_stat(5)` names them; none once it is gone."""
+    states = []
+    for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            states.append(stat.read_text().rpartition(")")[2].split()[0])
+    return states
 
 
 class Deadline:
