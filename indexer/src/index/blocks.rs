@@ -5,14 +5,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvcache_core::{EngineHash, IndexKey};
 
 use super::arena::Chunks;
+use super::huge::{HUGE_BYTES, Huge};
 
 /// Positions in a segment.
 pub(super) const SEGMENT_BLOCKS: u32 = 16;
-const SEGMENTS_PER_CHUNK: u32 = 1 << 13;
-const CHUNKS_MAX: u32 = 1 << 11;
+const SEGMENTS_PER_CHUNK: u32 = CHUNK_BLOCKS / SEGMENT_BLOCKS;
+const CHUNKS_MAX: u32 = 1 << 10;
 /// The most segments; positions have 28 bits.
 const SEGMENTS_MAX: u32 = SEGMENTS_PER_CHUNK * CHUNKS_MAX;
-const CHUNK_BLOCKS: u32 = SEGMENTS_PER_CHUNK * SEGMENT_BLOCKS;
+/// So that a chunk's names fill a huge page.
+const CHUNK_BLOCKS: u32 = (HUGE_BYTES / size_of::<u64>()) as u32;
 
 /// The keys of all blocks, by position; readers see them.
 pub(super) struct KeyColumn(Chunks<AtomicU64>);
@@ -41,7 +43,7 @@ impl KeyColumn {
         )
     }
 
-    fn set(&self, position: u32, key: IndexKey) {
+    pub(super) fn set(&self, position: u32, key: IndexKey) {
         if let Some(chunk) = self.0.chunk((position / CHUNK_BLOCKS) as usize) {
             chunk[(position % CHUNK_BLOCKS) as usize].store(key.0, Ordering::Relaxed);
         }
@@ -63,7 +65,7 @@ struct Owner {
 }
 
 struct WriterChunk {
-    names: Box<[u64]>,
+    names: Huge,
     owners: Box<[Owner]>,
     /// Segments in use.
     used: u32,
@@ -97,7 +99,7 @@ impl Segments {
         }
         keys.0.ensure(number, CHUNK_BLOCKS as usize);
         let chunk = self.chunks[number].get_or_insert_with(|| WriterChunk {
-            names: vec![0; CHUNK_BLOCKS as usize].into(),
+            names: Huge::new(),
             owners: vec![Owner::default(); SEGMENTS_PER_CHUNK as usize].into(),
             used: 0,
         });
@@ -135,8 +137,18 @@ impl Segments {
         (owner.run, offset)
     }
 
-    pub(super) fn put(&mut self, keys: &KeyColumn, position: u32, key: IndexKey) {
-        keys.set(position, key);
+    /// The names of a segment's positions, and which of them have one, a bit each.
+    #[inline]
+    pub(super) fn names(&self, segment: u32) -> (&[u64], u16) {
+        let Some(Some(chunk)) = self.chunks.get((segment / SEGMENTS_PER_CHUNK) as usize) else {
+            return (&[], 0);
+        };
+        let of_chunk = (segment % SEGMENTS_PER_CHUNK) as usize;
+        let start = of_chunk * SEGMENT_BLOCKS as usize;
+        (
+            &chunk.names.elements()[start..start + SEGMENT_BLOCKS as usize],
+            chunk.owners[of_chunk].named,
+        )
     }
 
     /// A position's name; what it is when the position has none is unknown.
@@ -145,7 +157,7 @@ impl Segments {
         let chunk = self.chunks.get((position / CHUNK_BLOCKS) as usize);
         chunk
             .and_then(Option::as_ref)
-            .map_or(0, |chunk| chunk.names[(position % CHUNK_BLOCKS) as usize])
+            .map_or(0, |chunk| *chunk.names.element(position as usize))
     }
 
     #[inline]
@@ -164,7 +176,7 @@ impl Segments {
         match name {
             Some(name) => {
                 *named |= bit(position);
-                chunk.names[(position % CHUNK_BLOCKS) as usize] = name.0;
+                *chunk.names.element_mut(position as usize) = name.0;
             }
             None => *named &= !bit(position),
         }

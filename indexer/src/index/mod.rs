@@ -16,6 +16,7 @@ mod blocks;
 mod config;
 mod doors;
 mod hash;
+mod huge;
 mod image;
 mod lookup;
 mod names;
@@ -37,6 +38,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
+use self::hash::KeyState;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
@@ -68,7 +70,7 @@ struct View {
 /// What only the one writer reads.
 struct State {
     writer: Writer,
-    sources: HashMap<SourceId, Source>,
+    sources: HashMap<SourceId, Source, KeyState>,
     by_pod: BTreeMap<PodName, Vec<SourceId>>,
     last: u64,
 }
@@ -112,7 +114,7 @@ impl KvIndex {
             config,
             state: Mutex::new(State {
                 writer: Writer::new(keys),
-                sources: HashMap::new(),
+                sources: HashMap::default(),
                 by_pod: BTreeMap::new(),
                 last: 0,
             }),

@@ -6,52 +6,83 @@
 //! holes in memory.
 
 use super::hash::KeyState;
+use super::huge::{HUGE_BYTES, Huge};
 
 const BUCKET_ENTRIES: usize = 10;
 const PAGE_BUCKETS: u32 = 32;
-const CHUNK_PAGES: u32 = 512;
+const CHUNK_PAGES: u32 = HUGE_BYTES as u32 / (PAGE_BUCKETS * size_of::<Bucket>() as u32);
 const TABLE_BITS: u32 = 8;
 const TAG_BITS: u32 = 20;
 const POSITION_BITS: u32 = 28;
 const POSITION_MASK: u32 = (1 << POSITION_BITS) - 1;
-const LOW_TAG_BITS: u32 = 32 - POSITION_BITS;
+/// The bits of a tag that tell entries of one bucket apart come first to be compared: the lower ones.
+const LOW_TAG_BITS: u32 = 16;
 
-/// Entries of full, growing and shrinking tables, in tenths of what fits.
-const FULL_TENTHS: u32 = 9;
-const SPARSE_TENTHS: u32 = 4;
+/// How many of a hundred entries are in use where a table grows, and where it shrinks.
+const FULL_PERCENT: u32 = 95;
+const SPARSE_PERCENT: u32 = 40;
+/// A full table grows by one page in so many.
+const GROWTH_PART: usize = 3;
+/// A table is made anew when one in so many entries has left bits behind.
+const STALE_PART: u32 = 4;
 
-#[derive(Clone)]
-#[repr(align(64))]
-struct Bucket {
-    /// The upper 16 bits of the tags.
-    tags: [u16; BUCKET_ENTRIES],
-    /// The lower 4 bits of the tags, then the positions.
-    rest: [u32; BUCKET_ENTRIES],
-    used: u16,
-    /// How many entries went past this bucket because it was full.
-    passed: u16,
+/// A cache line of entries: the lower 16 bits of their tags, two a word; then the upper 4 bits of their tags with their
+/// positions; then how many there are, and which went past this bucket because it was full, by their
+/// lowest tag bits: so a search for what is not there ends here, but for few.
+type Bucket = [u32; BUCKET_WORDS];
+
+const BUCKET_WORDS: usize = 16;
+const REST: usize = BUCKET_ENTRIES / 2;
+const COUNTS: usize = BUCKET_WORDS - 1;
+/// Where the bits of entries that went past begin, and how many there are. They stay until the table is rebuilt.
+const PASSED_SHIFT: u32 = 16;
+const PASSED_BITS: u32 = 16;
+const EMPTY: Bucket = [0; BUCKET_WORDS];
+
+const _: () = assert!(REST + BUCKET_ENTRIES == COUNTS);
+
+fn used(bucket: &Bucket) -> usize {
+    // Never more, but so the compiler knows it.
+    (bucket[COUNTS] as u16 as usize).min(BUCKET_ENTRIES)
 }
 
-const _: () = assert!(size_of::<Bucket>() == 64);
+/// Whether an entry with this tag may have gone past.
+const fn was_passed(bucket: &Bucket, tag: Tag) -> bool {
+    bucket[COUNTS] & tag.passing() != 0
+}
 
-impl Bucket {
-    const EMPTY: Self = Self {
-        tags: [0; BUCKET_ENTRIES],
-        rest: [0; BUCKET_ENTRIES],
-        used: 0,
-        passed: 0,
-    };
+fn tags(bucket: &Bucket) -> &[u16] {
+    bytemuck::cast_slice(&bucket[..REST])
+}
 
-    /// The entries with these upper tag bits, one bit each.
-    #[inline]
-    fn alike(&self, high: u16) -> u16 {
-        // Without branches, so that it is a few vector instructions.
-        let mut alike = 0;
-        for (entry, tag) in self.tags.iter().enumerate() {
-            alike |= u16::from(*tag == high) << entry;
-        }
-        alike & ((1 << self.used) - 1)
+fn tags_mut(bucket: &mut Bucket) -> &mut [u16] {
+    bytemuck::cast_slice_mut(&mut bucket[..REST])
+}
+
+/// The entries with these lower tag bits, one bit each.
+#[inline]
+fn alike(bucket: &Bucket, low: u16) -> u16 {
+    // Without branches and with as many lanes as vectors have, so that it is a few instructions.
+    let mut alike = 0;
+    let lanes: &[u16; BUCKET_WORDS * 2] = bytemuck::cast_ref(bucket);
+    for (entry, tag) in lanes.iter().take(16).enumerate() {
+        alike |= u16::from(*tag == low) << entry;
     }
+    alike & ((1 << used(bucket)) - 1)
+}
+
+/// Adds an entry to a bucket if it has room, else notes that it went past.
+#[inline]
+fn try_push(bucket: &mut Bucket, tag: Tag, position: u32) -> bool {
+    let entry = used(bucket);
+    if entry == BUCKET_ENTRIES {
+        bucket[COUNTS] |= tag.passing();
+        return false;
+    }
+    tags_mut(bucket)[entry] = tag.low();
+    bucket[REST + entry] = tag.rest(position);
+    bucket[COUNTS] += 1;
+    true
 }
 
 /// What a table keeps of a hash.
@@ -70,37 +101,62 @@ impl Tag {
         }
     }
 
-    const fn high(self) -> u16 {
-        (self.bits >> LOW_TAG_BITS) as u16
+    const fn low(self) -> u16 {
+        self.bits as u16
+    }
+
+    /// Its bit among those that went past.
+    const fn passing(self) -> u32 {
+        1 << (PASSED_SHIFT + self.bits % PASSED_BITS)
     }
 
     const fn rest(self, position: u32) -> u32 {
-        self.bits << POSITION_BITS | position
+        self.bits >> LOW_TAG_BITS << POSITION_BITS | position
     }
 }
+
+/// Where a hash goes that is not there yet.
+pub(super) struct Vacancy(Tag);
 
 /// One of the tables that share the hashes.
 #[derive(Clone, Default)]
 struct Table {
     pages: Vec<u32>,
     entries: u32,
+    /// With more entries than this the table grows.
+    entries_max: u32,
+    buckets: u32,
+    /// Entries that went past a bucket and are gone.
+    stale: u32,
 }
 
 impl Table {
-    fn buckets(&self) -> u32 {
-        self.pages.len() as u32 * PAGE_BUCKETS
-    }
-
+    #[inline]
     fn home(&self, tag: Tag) -> u32 {
-        ((u64::from(tag.bits) * u64::from(self.buckets())) >> TAG_BITS) as u32
+        ((u64::from(tag.bits) * u64::from(self.buckets)) >> TAG_BITS) as u32
     }
 
+    #[inline]
     fn after(&self, bucket: u32) -> u32 {
-        if bucket + 1 == self.buckets() {
+        if bucket + 1 == self.buckets {
             0
         } else {
             bucket + 1
         }
+    }
+
+    fn resize(&mut self, pages: &mut Pages, count: usize) {
+        while self.pages.len() > count
+            && let Some(page) = self.pages.pop()
+        {
+            pages.release(page);
+        }
+        self.pages.reserve_exact(count - self.pages.len());
+        while self.pages.len() < count {
+            self.pages.push(pages.allocate());
+        }
+        self.buckets = count as u32 * PAGE_BUCKETS;
+        self.entries_max = self.buckets * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100;
     }
 }
 
@@ -109,14 +165,14 @@ pub(super) struct Names {
     hash: KeyState,
     tables: Vec<Table>,
     pages: Pages,
-    /// Entries of a table that is being rebuilt.
-    scratch: Vec<(u32, u32)>,
+    /// A table that is being rebuilt.
+    scratch: Vec<Bucket>,
 }
 
 /// All pages of all tables.
 #[derive(Default)]
 struct Pages {
-    chunks: Vec<Option<Box<[Bucket]>>>,
+    chunks: Vec<Option<Huge>>,
     free: Vec<u32>,
     used: Vec<u32>,
 }
@@ -133,8 +189,7 @@ impl Pages {
                 self.chunks.push(None);
                 self.used.push(0);
             }
-            let buckets = (CHUNK_PAGES * PAGE_BUCKETS) as usize;
-            self.chunks[chunk] = Some(vec![Bucket::EMPTY; buckets].into());
+            self.chunks[chunk] = Some(Huge::new());
             let first = chunk as u32 * CHUNK_PAGES;
             self.free.extend((first..first + CHUNK_PAGES).rev());
         }
@@ -148,10 +203,75 @@ impl Pages {
         self.free.push(page);
     }
 
+    fn page(&self, page: u32) -> &[Bucket] {
+        let (chunk, first) = Self::place(page, 0);
+        let chunk = self.chunks[chunk].as_ref().map(Huge::elements);
+        chunk.map_or(&[], |buckets| {
+            &buckets[first..first + PAGE_BUCKETS as usize]
+        })
+    }
+
+    fn page_mut(&mut self, page: u32) -> &mut [Bucket] {
+        let (chunk, first) = Self::place(page, 0);
+        let chunk = self.chunks[chunk].as_mut().map(Huge::elements_mut);
+        chunk.map_or(&mut [], |buckets| {
+            &mut buckets[first..first + PAGE_BUCKETS as usize]
+        })
+    }
+
     #[inline]
     fn place(page: u32, bucket: u32) -> (usize, usize) {
         let at = (page % CHUNK_PAGES) * PAGE_BUCKETS + bucket % PAGE_BUCKETS;
         ((page / CHUNK_PAGES) as usize, at as usize)
+    }
+
+    #[inline]
+    fn bucket(&self, table: &Table, bucket: u32) -> &Bucket {
+        let (chunk, at) = Self::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
+        match &self.chunks[chunk] {
+            Some(chunk) => chunk.element(at),
+            None => &EMPTY,
+        }
+    }
+
+    #[inline]
+    fn bucket_mut(&mut self, table: &Table, bucket: u32) -> Option<&mut Bucket> {
+        let (chunk, at) = Self::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
+        Some(self.chunks[chunk].as_mut()?.element_mut(at))
+    }
+
+    /// The position with this tag for which `is_it` holds, and the bucket it is in.
+    #[inline]
+    fn find(&self, table: &Table, tag: Tag, is_it: impl Fn(u32) -> bool) -> Option<(u32, u32)> {
+        let high = tag.rest(0);
+        let mut at = table.home(tag);
+        loop {
+            let bucket = self.bucket(table, at);
+            let mut alike = alike(bucket, tag.low());
+            while alike != 0 {
+                let rest = bucket[REST + alike.trailing_zeros() as usize % BUCKET_ENTRIES];
+                if rest & !POSITION_MASK == high && is_it(rest & POSITION_MASK) {
+                    return Some((rest & POSITION_MASK, at));
+                }
+                alike &= alike - 1;
+            }
+            if !was_passed(bucket, tag) {
+                return None;
+            }
+            at = table.after(at);
+        }
+    }
+
+    /// Puts an entry into the first bucket from its home on that has room.
+    #[inline]
+    fn put(&mut self, table: &Table, tag: Tag, position: u32) {
+        let mut at = table.home(tag);
+        while let Some(bucket) = self.bucket_mut(table, at) {
+            if try_push(bucket, tag, position) {
+                return;
+            }
+            at = table.after(at);
+        }
     }
 }
 
@@ -165,29 +285,15 @@ impl Names {
         }
     }
 
-    #[inline]
-    fn bucket(&self, table: &Table, bucket: u32) -> &Bucket {
-        let (chunk, at) = Pages::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
-        match &self.pages.chunks[chunk] {
-            Some(buckets) => &buckets[at],
-            None => &Bucket::EMPTY,
-        }
-    }
-
-    fn bucket_mut<'a>(pages: &'a mut Pages, table: &Table, bucket: u32) -> Option<&'a mut Bucket> {
-        let (chunk, at) = Pages::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
-        pages.chunks[chunk].as_mut()?.get_mut(at)
-    }
-
     /// Reads where a hash would be, so that a later search finds it in the cache; several in a row overlap.
     #[inline]
-    pub(super) fn touch(&self, hash: u64) -> u16 {
+    pub(super) fn touch(&self, hash: u64) -> u32 {
         let tag = Tag::of(self.hash.mix(hash));
         let table = &self.tables[tag.table];
-        if table.pages.is_empty() {
+        if table.buckets == 0 {
             return 0;
         }
-        self.bucket(table, table.home(tag)).used
+        self.pages.bucket(table, table.home(tag))[COUNTS]
     }
 
     /// The position with this hash for which `is_it` holds.
@@ -198,119 +304,117 @@ impl Names {
         if table.entries == 0 {
             return None;
         }
-        let (high, low) = (tag.high(), tag.rest(0));
-        let mut at = table.home(tag);
-        loop {
-            let bucket = self.bucket(table, at);
-            let mut alike = bucket.alike(high);
-            while alike != 0 {
-                let rest = bucket.rest[alike.trailing_zeros() as usize % BUCKET_ENTRIES];
-                if rest & !POSITION_MASK == low && is_it(rest & POSITION_MASK) {
-                    return Some(rest & POSITION_MASK);
-                }
-                alike &= alike - 1;
-            }
-            if bucket.passed == 0 {
-                return None;
-            }
-            at = table.after(at);
+        let found = self.pages.find(table, tag, is_it)?;
+        Some(found.0)
+    }
+
+    /// Where a hash goes that has no position for which `is_it` holds; that position where there is one.
+    ///
+    /// # Errors
+    /// The position.
+    #[inline]
+    pub(super) fn vacancy(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Result<Vacancy, u32> {
+        let tag = Tag::of(self.hash.mix(hash));
+        let table = &self.tables[tag.table];
+        if table.entries > 0
+            && let Some((position, _)) = self.pages.find(table, tag, is_it)
+        {
+            return Err(position);
         }
+        Ok(Vacancy(tag))
+    }
+
+    /// Adds a position where its hash goes.
+    #[inline]
+    pub(super) fn fill(&mut self, Vacancy(tag): Vacancy, position: u32) {
+        assert!(position <= POSITION_MASK, "position {position}");
+        let table = &self.tables[tag.table];
+        if table.entries >= table.entries_max {
+            let pages = table.pages.len();
+            self.rebuild(tag.table, pages + (pages / GROWTH_PART).max(1));
+        }
+        let table = &mut self.tables[tag.table];
+        table.entries += 1;
+        self.pages.put(table, tag, position);
     }
 
     /// Adds a position; it must not be there with this hash.
     pub(super) fn insert(&mut self, hash: u64, position: u32) {
-        assert!(position <= POSITION_MASK, "position {position}");
-        let tag = Tag::of(self.hash.mix(hash));
-        let table = &self.tables[tag.table];
-        if table.entries >= table.buckets() * FULL_TENTHS * BUCKET_ENTRIES as u32 / 10 {
-            let pages = table.pages.len();
-            self.rebuild(tag.table, pages + (pages / 5).max(1));
-        }
-        let table = &mut self.tables[tag.table];
-        table.entries += 1;
-        put(&mut self.pages, table, tag, position);
+        self.fill(Vacancy(Tag::of(self.hash.mix(hash))), position);
     }
 
     /// Removes a position that was added with this hash; without effect when it was not.
     pub(super) fn remove(&mut self, hash: u64, position: u32) {
         let tag = Tag::of(self.hash.mix(hash));
-        let table = &self.tables[tag.table];
+        let table = &mut self.tables[tag.table];
         if table.entries == 0 {
             return;
         }
-        let home = table.home(tag);
-        let mut at = home;
-        let entry = loop {
-            let bucket = self.bucket(table, at);
-            let used = usize::from(bucket.used).min(BUCKET_ENTRIES);
-            let rest = tag.rest(position);
-            let found = (0..used)
-                .find(|entry| bucket.rest[*entry] == rest && bucket.tags[*entry] == tag.high());
-            match found {
-                Some(entry) => break entry,
-                None if bucket.passed == 0 => return,
-                None => at = table.after(at),
-            }
+        let Some((_, at)) = self.pages.find(table, tag, |other| other == position) else {
+            return;
         };
-        if let Some(bucket) = Self::bucket_mut(&mut self.pages, table, at) {
-            bucket.used -= 1;
-            let last = usize::from(bucket.used);
-            (bucket.tags[entry], bucket.rest[entry]) = (bucket.tags[last], bucket.rest[last]);
+        if let Some(bucket) = self.pages.bucket_mut(table, at) {
+            let rest = tag.rest(position);
+            let last = used(bucket) - 1;
+            let is_it = |entry: &usize| {
+                bucket[REST + entry] == rest && tags(bucket)[*entry] == tag.low()
+            };
+            let entry = (0..last).find(is_it).unwrap_or(last);
+            bucket[REST + entry] = bucket[REST + last];
+            let tags = tags_mut(bucket);
+            tags[entry] = tags[last];
+            bucket[COUNTS] -= 1;
         }
-        let mut passed = home;
-        while passed != at {
-            if let Some(bucket) = Self::bucket_mut(&mut self.pages, table, passed) {
-                bucket.passed -= 1;
-            }
-            passed = table.after(passed);
-        }
-        let table = &mut self.tables[tag.table];
+        // Its bits where it went past stay; when too many do, the table is made anew.
+        table.stale += u32::from(at != table.home(tag));
         table.entries -= 1;
-        let sparse = table.buckets() * SPARSE_TENTHS * BUCKET_ENTRIES as u32 / 10;
+        let sparse = table.entries_max / FULL_PERCENT * SPARSE_PERCENT;
         if table.entries == 0 || table.entries < sparse && table.pages.len() > 1 {
-            let full = PAGE_BUCKETS * FULL_TENTHS * BUCKET_ENTRIES as u32 / 10;
+            let full = PAGE_BUCKETS * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100;
             let pages = (table.entries * 5 / 4).div_ceil(full) as usize;
+            self.rebuild(tag.table, pages);
+        } else if table.stale > table.entries / STALE_PART {
+            let pages = table.pages.len();
             self.rebuild(tag.table, pages);
         }
     }
 
+    /// Gives a table so many pages. It is made anew in one piece, which is written from its start to its end, as entries
+    /// keep their order.
     fn rebuild(&mut self, number: usize, pages: usize) {
-        let table = &mut self.tables[number];
-        let scratch = &mut self.scratch;
+        let Self {
+            tables,
+            pages: memory,
+            scratch,
+            ..
+        } = self;
+        let table = &mut tables[number];
         scratch.clear();
+        scratch.resize(pages * PAGE_BUCKETS as usize, EMPTY);
+        let resized = Table {
+            buckets: scratch.len() as u32,
+            ..Table::default()
+        };
         for &page in &table.pages {
-            let (chunk, first) = Pages::place(page, 0);
-            let Some(buckets) = &mut self.pages.chunks[chunk] else {
-                continue;
-            };
-            for bucket in &mut buckets[first..first + PAGE_BUCKETS as usize] {
-                for entry in 0..usize::from(bucket.used).min(BUCKET_ENTRIES) {
-                    let (high, rest) = (bucket.tags[entry], bucket.rest[entry]);
-                    let bits = u32::from(high) << LOW_TAG_BITS | rest >> POSITION_BITS;
-                    scratch.push((bits, rest & POSITION_MASK));
+            for bucket in memory.page(page) {
+                let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
+                for (low, rest) in entries.take(used(bucket)) {
+                    let tag = Tag {
+                        table: number,
+                        bits: rest >> POSITION_BITS << LOW_TAG_BITS | u32::from(*low),
+                    };
+                    let mut at = resized.home(tag);
+                    while !try_push(&mut scratch[at as usize], tag, rest & POSITION_MASK) {
+                        at = resized.after(at);
+                    }
                 }
-                (bucket.used, bucket.passed) = (0, 0);
             }
         }
-        while table.pages.len() > pages {
-            if let Some(page) = table.pages.pop() {
-                self.pages.release(page);
-            }
-        }
-        table.pages.reserve_exact(pages - table.pages.len());
-        while table.pages.len() < pages {
-            table.pages.push(self.pages.allocate());
-        }
-        for &(bits, position) in scratch.iter() {
-            put(
-                &mut self.pages,
-                table,
-                Tag {
-                    table: number,
-                    bits,
-                },
-                position,
-            );
+        table.resize(memory, pages);
+        table.stale = 0;
+        let made = scratch.chunks_exact(PAGE_BUCKETS as usize);
+        for (&page, made) in table.pages.iter().zip(made) {
+            memory.page_mut(page).copy_from_slice(made);
         }
     }
 
@@ -336,31 +440,10 @@ impl Names {
     pub(super) fn bytes(&self) -> usize {
         let chunks = self.pages.chunks.iter().flatten().count();
         let pages: usize = self.tables.iter().map(|table| table.pages.capacity()).sum();
-        chunks * (CHUNK_PAGES * PAGE_BUCKETS) as usize * size_of::<Bucket>()
+        chunks * HUGE_BYTES
             + (pages + self.pages.free.capacity()) * size_of::<u32>()
             + self.tables.capacity() * size_of::<Table>()
-            + self.scratch.capacity() * size_of::<(u32, u32)>()
-    }
-}
-
-/// Puts an entry into the first bucket from its home on that has room.
-#[inline]
-fn put(pages: &mut Pages, table: &Table, tag: Tag, position: u32) {
-    let mut at = table.home(tag);
-    while let Some(bucket) = Names::bucket_mut(pages, table, at) {
-        let used = usize::from(bucket.used);
-        if used < BUCKET_ENTRIES {
-            bucket.tags[used] = tag.high();
-            bucket.rest[used] = tag.rest(position);
-            bucket.used += 1;
-            return;
-        }
-        assert!(
-            bucket.passed < u16::MAX,
-            "a table of names is out of balance"
-        );
-        bucket.passed += 1;
-        at = table.after(at);
+            + self.scratch.capacity() * size_of::<Bucket>()
     }
 }
 
@@ -416,8 +499,8 @@ mod tests {
         for number in 0..1_000_000 {
             names.insert(u64::from(number) << 20, number);
         }
-        let bytes = names.bytes() - names.scratch.capacity() * 8;
-        assert!(bytes < 8_400_000, "{bytes}");
+        let bytes = names.bytes() - names.scratch.capacity() * size_of::<Bucket>();
+        assert!(bytes < 10_400_000, "{bytes}");
     }
 
     /// Two positions under one hash, as a collision of keys would make them.

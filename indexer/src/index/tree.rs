@@ -1,5 +1,6 @@
 //! The writer's side of the runs: where a block goes.
 
+mod along;
 mod holders;
 
 use kvcache_core::{EngineHash, IndexKey};
@@ -180,7 +181,7 @@ impl Tree {
     }
 
     #[inline]
-    pub(super) fn touch_name(&self, name: EngineHash) -> u16 {
+    pub(super) fn touch_name(&self, name: EngineHash) -> u32 {
         self.names.touch(name.0)
     }
 
@@ -344,7 +345,7 @@ impl Tree {
     }
 
     #[inline]
-    pub(super) fn touch_key(&self, key: IndexKey) -> u16 {
+    pub(super) fn touch_key(&self, key: IndexKey) -> u32 {
         self.by_key.as_ref().map_or(0, |by_key| by_key.touch(key.0))
     }
 
@@ -404,7 +405,7 @@ impl Tree {
         }
         header.set_blocks(block + 1);
         let position = shared.position(run, block);
-        self.segments.put(&shared.keys, position, key);
+        shared.keys.set(position, key);
         if let Some(by_key) = &mut self.by_key {
             by_key.insert(key.0, position);
         }
@@ -416,16 +417,21 @@ impl Tree {
     }
 
     fn begin(&mut self, shared: &Shared, key: IndexKey, is_told: bool) -> Place {
+        let run = self.begin_run(shared, key, is_told);
+        self.append(shared, run, key)
+    }
+
+    /// A run without blocks yet, with a way in to its first.
+    fn begin_run(&mut self, shared: &Shared, key: IndexKey, is_told: bool) -> u32 {
         let run = self.slots.allocate(&shared.runs);
         self.runs += 1;
         self.close(shared, run);
         if is_told {
             shared.run(run).set_told();
         }
-        let place = self.append(shared, run, key);
         self.doors
             .insert(&shared.doors, key, Door { run, block: 0 });
-        place
+        run
     }
 
     /// Whether there is memory that [`Self::trim`] would give back.

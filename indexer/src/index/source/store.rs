@@ -122,16 +122,27 @@ impl Source {
         keys.clear();
         stretches.clear();
         hash_blocks(&mut open.chain, blocks, 0, size, &mut keys);
+        // The usual cases, of a source whose names mean the same everywhere: known blocks, then new ones.
+        let mut begun = 0;
+        if self.names.is_empty() {
+            let told = (&blocks.hashes[..], &keys[..]);
+            begun = writer
+                .tree
+                .follow(shared, &mut open.last, told, &mut stretches);
+        }
         // Each search below would wait for memory on its own; asked for together they wait once.
-        let seen = blocks
-            .hashes
-            .iter()
-            .zip(&keys)
-            .fold(0, |seen, (hash, key)| {
-                seen ^ writer.tree.touch(shared, *hash, *key)
-            });
+        let unknown = blocks.hashes[begun..].iter().zip(&keys[begun..]);
+        let seen = unknown.fold(0, |seen, (hash, key)| {
+            seen ^ writer.tree.touch(shared, *hash, *key)
+        });
         std::hint::black_box(seen);
-        for (position, &hash) in blocks.hashes.iter().enumerate() {
+        if self.names.is_empty() && begun < keys.len() {
+            let told = (&blocks.hashes[begun..], &keys[begun..]);
+            begun += writer
+                .tree
+                .grow(shared, &mut open.last, told, &mut stretches);
+        }
+        for (position, &hash) in blocks.hashes.iter().enumerate().skip(begun) {
             let settled = self.seat(writer, shared, hash, open.last, keys[position]);
             let known = writer.tree.key(shared, settled.position);
             if known != keys[position] {
@@ -457,8 +468,8 @@ fn hash_blocks(
 }
 
 fn push(chain: &mut IndexChain, tokens: &[u32], identifiers: &[String]) -> IndexKey {
-    if identifiers.is_empty() {
-        return chain.push(tokens);
+    if identifiers.is_empty() && cfg!(target_endian = "little") {
+        return chain.push_le(bytemuck::cast_slice(tokens), &[]);
     }
     let identifiers: Vec<&str> = identifiers.iter().map(String::as_str).collect();
     chain.push_with(tokens, &identifiers)
