@@ -11,10 +11,14 @@ use super::huge::{HUGE_BYTES, Huge};
 pub(super) const SEGMENT_BLOCKS: u32 = 16;
 const SEGMENTS_PER_CHUNK: u32 = CHUNK_BLOCKS / SEGMENT_BLOCKS;
 const CHUNKS_MAX: u32 = 1 << 10;
+/// A segment's number has so many bits.
+pub(super) const SEGMENT_BITS: u32 = 24;
 /// The most segments; positions have 28 bits.
 const SEGMENTS_MAX: u32 = SEGMENTS_PER_CHUNK * CHUNKS_MAX;
 /// So that a chunk's names fill a huge page.
 const CHUNK_BLOCKS: u32 = (HUGE_BYTES / size_of::<u64>()) as u32;
+
+const _: () = assert!(SEGMENTS_MAX == 1 << SEGMENT_BITS);
 
 /// The keys of all blocks, by position; readers see them.
 pub(super) struct KeyColumn(Chunks<AtomicU64>);

@@ -6,8 +6,10 @@
 
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use kvcache_core::IndexKey;
+
 use super::arena::{Chunks, WordLists, Words, get, room, set};
-use super::blocks::SEGMENT_BLOCKS;
+use super::blocks::{SEGMENT_BITS, SEGMENT_BLOCKS};
 use super::sets::SetId;
 
 /// The most blocks of a run; a longer chain goes on in another one.
@@ -55,6 +57,15 @@ pub(super) struct Header([AtomicU32; HEADER_WORDS]);
 pub(super) struct Span {
     pub(super) end: u32,
     pub(super) set: SetId,
+}
+
+/// The bits of a word that are the segment; the others are its [`digest`].
+const SEGMENT_MASK: u32 = (1 << SEGMENT_BITS) - 1;
+
+/// What is kept of a segment's last key beside the segment.
+#[inline]
+pub(super) const fn digest(key: IndexKey) -> u32 {
+    (key.0 >> 32) as u32 & !SEGMENT_MASK
 }
 
 impl Header {
@@ -127,12 +138,30 @@ impl Header {
     /// The segment of some blocks; none when torn.
     #[inline]
     pub(super) fn segment(&self, words: &Words, ordinal: u32) -> Option<u32> {
+        Some(get(self.segment_word(words, ordinal)?) & SEGMENT_MASK)
+    }
+
+    /// What a full segment's last key says of itself; none when torn.
+    #[inline]
+    pub(super) fn digest(&self, words: &Words, ordinal: u32) -> Option<u32> {
+        Some(get(self.segment_word(words, ordinal)?) & !SEGMENT_MASK)
+    }
+
+    #[inline]
+    fn segment_word<'a>(&'a self, words: &'a Words, ordinal: u32) -> Option<&'a AtomicU32> {
         if ordinal < SEGMENTS_INLINE {
-            return Some(get(&self.0[SEGMENTS_START + ordinal as usize]));
+            return self.0.get(SEGMENTS_START + ordinal as usize);
         }
         let list = get(&self.0[SEGMENTS_AT]);
         let place = (ordinal - SEGMENTS_INLINE) as usize;
-        words.list(list, place + 1)?.get(place).map(get)
+        words.list(list, place + 1)?.get(place)
+    }
+
+    /// Notes the last key of a segment that has become full, so that lookups skip it without reading it.
+    pub(super) fn set_digest(&self, words: &Words, ordinal: u32, key: IndexKey) {
+        if let Some(word) = self.segment_word(words, ordinal) {
+            set(word, get(word) & SEGMENT_MASK | digest(key));
+        }
     }
 
     #[inline]

@@ -406,6 +406,9 @@ impl Tree {
         header.set_blocks(block + 1);
         let position = shared.position(run, block);
         shared.keys.set(position, key);
+        if (block + 1).is_multiple_of(SEGMENT_BLOCKS) {
+            header.set_digest(&shared.words, ordinal(block), key);
+        }
         if let Some(by_key) = &mut self.by_key {
             by_key.insert(key.0, position);
         }

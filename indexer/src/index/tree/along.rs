@@ -164,6 +164,9 @@ impl Tree {
             segment = Some(of);
             let position = of * SEGMENT_BLOCKS + block % SEGMENT_BLOCKS;
             shared.keys.set(position, keys[more as usize]);
+            if (block + 1).is_multiple_of(SEGMENT_BLOCKS) {
+                header.set_digest(&shared.words, ordinal(block), keys[more as usize]);
+            }
             self.segments
                 .set_name(position, Some(names[more as usize]));
             self.names.fill(free, position);
