@@ -43,7 +43,8 @@ use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
 use crate::sync::{
-    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, spin_loop,
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, TRIES,
+    spin_loop,
 };
 
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
@@ -54,8 +55,6 @@ pub use image::{
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
 pub use pods::PodNumber;
 
-/// How often a lookup tries to read between events before it makes the writer wait.
-const TRIES: u32 = 64;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -303,7 +302,7 @@ impl KvIndex {
         write(&self.view).pods.leaving.insert(source.number);
         {
             let view = read(&self.view);
-            source.forget(writer, &view.tree);
+            source.forget(writer, &view.tree, true);
             Self::finish(writer, &view);
         }
         write(&self.view).pods.leaving.remove(&source.number);
