@@ -1,24 +1,23 @@
 //! Where keys and names of blocks are: segments of sixteen positions, which never move.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use kvcache_core::{EngineHash, IndexKey};
 
 use super::arena::Chunks;
-use super::huge::{HUGE_BYTES, Huge};
+use super::huge::Huge;
+use crate::sync::{AtomicU64, CHUNK_BITS, CHUNKS_BITS, Ordering};
 
 /// Positions in a segment.
 pub(super) const SEGMENT_BLOCKS: u32 = 16;
-const SEGMENTS_PER_CHUNK: u32 = CHUNK_BLOCKS / SEGMENT_BLOCKS;
-const CHUNKS_MAX: u32 = 1 << 10;
+/// As many as have names for a huge page.
+const SEGMENTS_PER_CHUNK: u32 = 1 << (CHUNK_BITS + 1);
+const CHUNKS_MAX: u32 = 1 << (CHUNKS_BITS - 3);
 /// A segment's number has so many bits.
 pub(super) const SEGMENT_BITS: u32 = 24;
 /// The most segments; positions have 28 bits.
 const SEGMENTS_MAX: u32 = SEGMENTS_PER_CHUNK * CHUNKS_MAX;
-/// So that a chunk's names fill a huge page.
-const CHUNK_BLOCKS: u32 = (HUGE_BYTES / size_of::<u64>()) as u32;
+const CHUNK_BLOCKS: u32 = SEGMENTS_PER_CHUNK * SEGMENT_BLOCKS;
 
-const _: () = assert!(SEGMENTS_MAX == 1 << SEGMENT_BITS);
+const _: () = assert!(SEGMENTS_MAX <= 1 << SEGMENT_BITS);
 
 /// The keys of all blocks, by position; readers see them.
 pub(super) struct KeyColumn(Chunks<AtomicU64>);
@@ -159,9 +158,9 @@ impl Segments {
     #[inline]
     pub(super) fn raw_name(&self, position: u32) -> u64 {
         let chunk = self.chunks.get((position / CHUNK_BLOCKS) as usize);
-        chunk
-            .and_then(Option::as_ref)
-            .map_or(0, |chunk| *chunk.names.element(position as usize))
+        chunk.and_then(Option::as_ref).map_or(0, |chunk| {
+            *chunk.names.element((position % CHUNK_BLOCKS) as usize)
+        })
     }
 
     #[inline]
@@ -180,7 +179,7 @@ impl Segments {
         match name {
             Some(name) => {
                 *named |= bit(position);
-                *chunk.names.element_mut(position as usize) = name.0;
+                *chunk.names.element_mut((position % CHUNK_BLOCKS) as usize) = name.0;
             }
             None => *named &= !bit(position),
         }

@@ -1,7 +1,6 @@
 //! The question the index is for: who holds this prefix, how deep, in which tier?
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use kvcache_core::{IndexKey, PodName};
 
@@ -12,6 +11,7 @@ use super::pods::PodNumber;
 use super::runs::{Header, digest, partition, read_span};
 use super::sets::{Holder, SetId, members};
 use crate::score::{TIERS, TierWeights};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// What to leave out of an answer.
 #[derive(Clone, Copy, Debug, Default)]
@@ -212,7 +212,8 @@ impl Walk<'_> {
         let words = &view.tree.words;
         let mut segment = start / SEGMENT_BLOCKS;
         let asked = |block: u32| keys[(block - start) as usize];
-        while let Some(end) = Some((segment + 1) * SEGMENT_BLOCKS).filter(|end| *end <= start + most)
+        while let Some(end) =
+            Some((segment + 1) * SEGMENT_BLOCKS).filter(|end| *end <= start + most)
             && header.digest(words, segment).ok_or(Torn)? == digest(asked(end - 1))
         {
             segment += 1;

@@ -18,6 +18,7 @@ mod doors;
 mod hash;
 mod huge;
 mod image;
+mod leaving;
 mod lookup;
 mod names;
 mod orphans;
@@ -31,20 +32,24 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::PoisonError;
 
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
 use self::hash::KeyState;
+use self::leaving::Leaving;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
 use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
+use crate::sync::{
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, TRIES,
+    spin_loop,
+};
 
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
 pub use image::{
@@ -54,8 +59,6 @@ pub use image::{
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
 pub use pods::PodNumber;
 
-/// How often a lookup tries to read between events before it makes the writer wait.
-const TRIES: u32 = 64;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -72,6 +75,8 @@ struct State {
     writer: Writer,
     sources: HashMap<SourceId, Source, KeyState>,
     by_pod: BTreeMap<PodName, Vec<SourceId>>,
+    /// Sources that are gone for everybody outside, but whose entries are still to be taken out.
+    leaving: VecDeque<Leaving>,
     last: u64,
 }
 
@@ -116,6 +121,7 @@ impl KvIndex {
                 writer: Writer::new(keys),
                 sources: HashMap::default(),
                 by_pod: BTreeMap::new(),
+                leaving: VecDeque::new(),
                 last: 0,
             }),
             view: RwLock::new(View {
@@ -153,11 +159,8 @@ impl KvIndex {
         }
         let mut state = lock(&self.state);
         let State {
-            writer,
-            sources,
-            by_pod,
-            last,
-        } = &mut *state;
+            sources, by_pod, ..
+        } = &*state;
         if sources.len() >= SOURCES_MAX {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -175,7 +178,22 @@ impl KvIndex {
                 format!("{} exists already", place()),
             ));
         }
-        let number = write(&self.view).pods.add(&spec.pod)?;
+        let added = write(&self.view).pods.add(&spec.pod);
+        let number = match added {
+            // Those that leave still have their numbers.
+            Err(_) if !state.leaving.is_empty() => {
+                self.take_out_all(&mut state);
+                write(&self.view).pods.add(&spec.pod)?
+            }
+            added => added?,
+        };
+        let State {
+            writer,
+            sources,
+            by_pod,
+            last,
+            ..
+        } = &mut *state;
         if spec.kind == SourceKind::Node {
             writer.tree.index_keys(&read(&self.view).tree);
         }
@@ -217,6 +235,7 @@ impl KvIndex {
         if *event == SourceEvent::Cleared {
             self.trim(writer);
         }
+        self.take_out_some(&mut state);
         Ok(applied)
     }
 
@@ -266,70 +285,15 @@ impl KvIndex {
         }
     }
 
-    /// Removes a source with its entries; lookups stop seeing them at once.
-    ///
-    /// What it put in shared tiers stays. Costs time by what the source held.
-    pub fn remove_source(&self, id: SourceId) {
-        let mut state = lock(&self.state);
-        let State {
-            writer,
-            sources,
-            by_pod,
-            ..
-        } = &mut *state;
-        let Some(mut source) = sources.remove(&id) else {
-            return;
-        };
-        if let Some(of_pod) = by_pod.get_mut(&source.spec.pod) {
-            of_pod.retain(|other| *other != id);
-            if of_pod.is_empty() {
-                by_pod.remove(&source.spec.pod);
-            }
-        }
-        self.forget(writer, &mut source);
-        write(&self.view).pods.remove(source.number);
-        if source.spec.kind == SourceKind::Node
-            && !sources
-                .values()
-                .any(|other| other.spec.kind == SourceKind::Node)
-        {
-            writer.tree.forget_keys();
-        }
-        self.trim(writer);
-    }
-
     fn forget(&self, writer: &mut Writer, source: &mut Source) {
         // From here on lookups skip the source, however long the rest takes.
         write(&self.view).pods.leaving.insert(source.number);
         {
             let view = read(&self.view);
-            source.forget(writer, &view.tree);
+            source.forget(writer, &view.tree, true);
             Self::finish(writer, &view);
         }
         write(&self.view).pods.leaving.remove(&source.number);
-    }
-
-    /// Gives back what imports needed, and any memory that nothing is in; to be called when all imports are done.
-    pub fn tidy(&self) {
-        let mut state = lock(&self.state);
-        let State {
-            writer, sources, ..
-        } = &mut *state;
-        if !sources
-            .values()
-            .any(|source| source.spec.kind == SourceKind::Node)
-        {
-            writer.tree.forget_keys();
-        }
-        self.trim(writer);
-    }
-
-    /// Removes all sources of a pod.
-    pub fn remove_pod(&self, pod: &PodName) {
-        let of_pod = lock(&self.state).by_pod.get(pod).cloned();
-        for id in of_pod.unwrap_or_default() {
-            self.remove_source(id);
-        }
     }
 
     /// The keys of all full blocks of a prompt, appended to `keys`.
@@ -357,7 +321,7 @@ impl KvIndex {
                 if let Ok(found) = attempt(&view) {
                     return found;
                 }
-                (0..TURNS).for_each(|_| std::hint::spin_loop());
+                (0..TURNS).for_each(|_| spin_loop());
             }
             drop(view);
             let _still = lock(&self.state);
@@ -393,25 +357,33 @@ impl KvIndex {
     /// The number of a pod; none when it has no source.
     #[must_use]
     pub fn pod_number(&self, pod: &PodName) -> Option<PodNumber> {
-        read(&self.view).pods.number(pod).map(PodNumber)
+        let view = read(&self.view);
+        let number = view.pods.number(pod).map(PodNumber);
+        number.filter(|number| view.pods.is_there(number.0))
     }
 
     /// The pod with a number; none when no pod has it now.
     #[must_use]
     pub fn pod_name(&self, number: PodNumber) -> Option<PodName> {
-        read(&self.view).pods.name(number.0).cloned()
+        let view = read(&self.view);
+        let name = view.pods.name(number.0).cloned();
+        name.filter(|_| view.pods.is_there(number.0))
     }
 
     /// Entries: blocks by source and tier, and those in shared tiers.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        lock(&self.state).writer.entries
+        let state = lock(&self.state);
+        let leaving: u64 = state.leaving.iter().map(Leaving::entries).sum();
+        state.writer.entries - leaving
     }
 
-    /// Distinct blocks that somebody holds.
+    /// Distinct blocks that somebody holds. What sources that are gone held is taken out first, however much it is.
     #[must_use]
     pub fn blocks(&self) -> u64 {
-        lock(&self.state).writer.tree.blocks
+        let mut state = lock(&self.state);
+        self.take_out_all(&mut state);
+        state.writer.tree.blocks
     }
 
     /// Entries of a pod's sources; 0 for a pod that has none.
@@ -441,7 +413,13 @@ impl KvIndex {
     pub fn bytes(&self) -> u64 {
         let state = lock(&self.state);
         let view = read(&self.view);
-        let sources: usize = state.sources.values().map(Source::bytes).sum();
+        let leaving = state.leaving.iter().map(Leaving::bytes);
+        let sources: usize = state
+            .sources
+            .values()
+            .map(Source::bytes)
+            .chain(leaving)
+            .sum();
         (sources + state.writer.bytes() + view.tree.bytes() + view.pods.bytes()) as u64
     }
 }

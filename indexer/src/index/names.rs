@@ -22,7 +22,7 @@ const LOW_TAG_BITS: u32 = 16;
 const FULL_PERCENT: u32 = 95;
 const SPARSE_PERCENT: u32 = 40;
 /// A full table grows by one page in so many.
-const GROWTH_PART: usize = 3;
+const GROWTH_PART: usize = 5;
 /// A table is made anew when one in so many entries has left bits behind.
 const STALE_PART: u32 = 4;
 
@@ -356,9 +356,8 @@ impl Names {
         if let Some(bucket) = self.pages.bucket_mut(table, at) {
             let rest = tag.rest(position);
             let last = used(bucket) - 1;
-            let is_it = |entry: &usize| {
-                bucket[REST + entry] == rest && tags(bucket)[*entry] == tag.low()
-            };
+            let is_it =
+                |entry: &usize| bucket[REST + entry] == rest && tags(bucket)[*entry] == tag.low();
             let entry = (0..last).find(is_it).unwrap_or(last);
             bucket[REST + entry] = bucket[REST + last];
             let tags = tags_mut(bucket);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 
+use super::hash::KeyState;
 use super::sets::{POD_SOURCES_MAX, PODS_MAX, SourceNumber};
 
 /// A pod by number: good while the pod has sources, afterwards another pod may have it.
@@ -27,7 +28,7 @@ pub(super) struct Pods {
     free: Vec<u32>,
     by_name: BTreeMap<PodName, u32>,
     /// Sources that are being emptied: lookups skip them.
-    pub(super) leaving: HashSet<SourceNumber>,
+    pub(super) leaving: HashSet<SourceNumber, KeyState>,
 }
 
 impl Pods {
@@ -36,7 +37,7 @@ impl Pods {
             pods: vec![Pod::default()],
             free: Vec::new(),
             by_name: BTreeMap::new(),
-            leaving: HashSet::new(),
+            leaving: HashSet::default(),
         }
     }
 
@@ -46,6 +47,15 @@ impl Pods {
 
     pub(super) fn name(&self, number: u32) -> Option<&PodName> {
         self.pods.get(number as usize)?.name.as_ref()
+    }
+
+    /// Whether a pod has a source that is not being emptied.
+    pub(super) fn is_there(&self, number: u32) -> bool {
+        let Some(pod) = self.pods.get(number as usize) else {
+            return false;
+        };
+        let mut taken = (0..pod.sources.len()).filter(|place| pod.sources[*place]);
+        taken.any(|place| !self.leaving.contains(&SourceNumber::new(number, place)))
     }
 
     /// A number that is less than another pod's if the name is.

@@ -250,17 +250,23 @@ impl Source {
     pub(in crate::index) fn clear(&mut self, writer: &mut Writer, shared: &Shared) {
         // vLLM resets its accelerator's cache only; SGLang its host's cache with it.
         let tiers: &[Tier] = match self.spec.kind {
-            SourceKind::Node => return self.forget(writer, shared),
+            SourceKind::Node => return self.forget(writer, shared, false),
             SourceKind::Sglang => &[Tier::Device, Tier::Host, Tier::Disk],
             _ => &[Tier::Device],
         };
-        self.empty(writer, shared, tiers);
+        self.empty(writer, shared, tiers, false);
         self.orphans.clear(tiers);
     }
 
-    /// Forgets everything; what the source put in shared tiers stays.
-    pub(in crate::index) fn forget(&mut self, writer: &mut Writer, shared: &Shared) {
-        self.empty(writer, shared, &Tier::ALL);
+    /// Forgets everything; what the source put in shared tiers stays. With `is_hidden` lookups skip the source already, so
+    /// that they need not wait until all is done.
+    pub(in crate::index) fn forget(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        is_hidden: bool,
+    ) {
+        self.empty(writer, shared, &Tier::ALL, is_hidden);
         assert!(
             self.runs.is_empty() && self.entries == 0,
             "a source that is gone holds blocks"
@@ -274,24 +280,46 @@ impl Source {
         (self.group, self.newest) = (None, None);
     }
 
-    fn empty(&mut self, writer: &mut Writer, shared: &Shared, tiers: &[Tier]) {
+    /// Takes a run's blocks from a source that lookups skip; how many entries those were.
+    pub(in crate::index) fn leave_run(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        run: u32,
+    ) -> u32 {
+        let entries = self.empty_run(writer, shared, run, &Tier::ALL);
+        writer.finish(shared);
+        entries
+    }
+
+    fn empty_run(&mut self, writer: &mut Writer, shared: &Shared, run: u32, tiers: &[Tier]) -> u32 {
+        let mut entries = 0;
+        for &tier in tiers {
+            let holder = Holder::new(self.number, tier);
+            let Some(blocks) = writer.tree.held_stretch(shared, run, holder) else {
+                continue;
+            };
+            self.leave_roots(writer, shared, blocks, holder);
+            writer.unchanged.clear();
+            let removed = writer
+                .tree
+                .remove(shared, blocks, holder, &mut writer.unchanged);
+            self.count_out(run, removed);
+            entries += removed;
+            if !tier.is_shared() {
+                self.entries -= u64::from(removed);
+                writer.entries -= u64::from(removed);
+            }
+        }
+        entries
+    }
+
+    fn empty(&mut self, writer: &mut Writer, shared: &Shared, tiers: &[Tier], is_hidden: bool) {
         let runs: Vec<u32> = self.runs.keys().copied().collect();
         for run in runs {
-            for &tier in tiers {
-                let holder = Holder::new(self.number, tier);
-                let Some(blocks) = writer.tree.held_stretch(shared, run, holder) else {
-                    continue;
-                };
-                self.leave_roots(writer, shared, blocks, holder);
-                writer.unchanged.clear();
-                let removed = writer
-                    .tree
-                    .remove(shared, blocks, holder, &mut writer.unchanged);
-                self.count_out(run, removed);
-                if !tier.is_shared() {
-                    self.entries -= u64::from(removed);
-                    writer.entries -= u64::from(removed);
-                }
+            self.empty_run(writer, shared, run, tiers);
+            if is_hidden {
+                writer.finish(shared);
             }
         }
         self.more

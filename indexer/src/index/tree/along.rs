@@ -167,8 +167,7 @@ impl Tree {
             if (block + 1).is_multiple_of(SEGMENT_BLOCKS) {
                 header.set_digest(&shared.words, ordinal(block), keys[more as usize]);
             }
-            self.segments
-                .set_name(position, Some(names[more as usize]));
+            self.segments.set_name(position, Some(names[more as usize]));
             self.names.fill(free, position);
             more += 1;
             vacancy = match keys.get(more as usize) {

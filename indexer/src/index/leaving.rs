@@ -1,0 +1,140 @@
+//! Sources that go: lookups skip them at once, what they held is taken out little by little.
+//!
+//! A removal must not keep events waiting for as long as a pod's hundreds of thousands of blocks take. So it only marks
+//! the source, and every event that comes later takes some of its runs out. Until then they cost memory, and nothing else:
+//! holders that lookups skip.
+
+use kvcache_core::PodName;
+
+use super::source::{Source, Writer};
+use super::tree::Shared;
+use super::{KvIndex, SourceId, State, lock, read, write};
+use crate::adapter::SourceKind;
+
+/// After so many blocks the next event has its turn.
+const TURN_BLOCKS: u32 = 1024;
+/// The most sources that leave at a time; with one more the oldest is taken out in one go.
+const LEAVING_MAX: usize = 64;
+
+/// A source that is gone for everybody outside.
+pub(super) struct Leaving {
+    source: Source,
+    /// Runs that it still has entries in.
+    runs: Vec<u32>,
+}
+
+impl Leaving {
+    fn new(source: Source) -> Self {
+        let runs = source.runs().collect();
+        Self { source, runs }
+    }
+
+    pub(super) fn entries(&self) -> u64 {
+        self.source.entries
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.source.bytes() + self.runs.capacity() * size_of::<u32>()
+    }
+
+    /// Takes out runs with about so many blocks; false when none is left.
+    fn take_out(&mut self, writer: &mut Writer, shared: &Shared, blocks: u32) -> bool {
+        let mut taken = 0;
+        while taken < blocks {
+            let Some(run) = self.runs.pop() else {
+                return false;
+            };
+            taken += self.source.leave_run(writer, shared, run);
+        }
+        true
+    }
+}
+
+impl KvIndex {
+    /// Removes a source with its entries; lookups stop seeing them at once.
+    ///
+    /// What it put in shared tiers stays. The memory comes back with later events, or with [`Self::tidy`].
+    pub fn remove_source(&self, id: SourceId) {
+        let mut state = lock(&self.state);
+        let Some(source) = state.sources.remove(&id) else {
+            return;
+        };
+        if let Some(of_pod) = state.by_pod.get_mut(&source.spec.pod) {
+            of_pod.retain(|other| *other != id);
+            if of_pod.is_empty() {
+                state.by_pod.remove(&source.spec.pod);
+            }
+        }
+        write(&self.view).pods.leaving.insert(source.number);
+        state.leaving.push_back(Leaving::new(source));
+        if state.leaving.len() > LEAVING_MAX {
+            self.take_out(&mut state, u32::MAX);
+        }
+    }
+
+    /// Removes all sources of a pod.
+    pub fn remove_pod(&self, pod: &PodName) {
+        let of_pod = lock(&self.state).by_pod.get(pod).cloned();
+        for id in of_pod.unwrap_or_default() {
+            self.remove_source(id);
+        }
+    }
+
+    /// Takes out what sources that are gone held, and gives back what imports needed and any memory that nothing is in; to
+    /// be called when all imports are done, and when no events come.
+    pub fn tidy(&self) {
+        let mut state = lock(&self.state);
+        self.take_out_all(&mut state);
+        self.forget_keys(&mut state);
+        self.trim(&mut state.writer);
+    }
+
+    /// Takes out some of what sources that are gone held.
+    pub(super) fn take_out_some(&self, state: &mut State) {
+        if !state.leaving.is_empty() {
+            self.take_out(state, TURN_BLOCKS);
+        }
+    }
+
+    pub(super) fn take_out_all(&self, state: &mut State) {
+        while !state.leaving.is_empty() {
+            self.take_out(state, u32::MAX);
+        }
+    }
+
+    /// Takes out blocks of the source that left first, which is forgotten when it has no more.
+    fn take_out(&self, state: &mut State, blocks: u32) {
+        let State {
+            writer, leaving, ..
+        } = &mut *state;
+        let Some(first) = leaving.front_mut() else {
+            return;
+        };
+        let view = read(&self.view);
+        let is_more = first.take_out(writer, &view.tree, blocks);
+        if !is_more {
+            first.source.forget(writer, &view.tree, true);
+        }
+        Self::finish(writer, &view);
+        drop(view);
+        if is_more {
+            return;
+        }
+        if let Some(gone) = leaving.pop_front() {
+            let number = gone.source.number;
+            let mut view = write(&self.view);
+            view.pods.leaving.remove(&number);
+            view.pods.remove(number);
+        }
+        self.forget_keys(state);
+        self.trim(&mut state.writer);
+    }
+
+    /// Forgets where keys are when nobody speaks keys any more.
+    fn forget_keys(&self, state: &mut State) {
+        let mut sources = state.sources.values();
+        if !sources.any(|source| source.spec.kind == SourceKind::Node) {
+            state.writer.tree.forget_keys();
+        }
+    }
+}
