@@ -16,3 +16,5 @@ pub(crate) const CHUNKS_BITS: u32 = 13;
 pub(crate) const DOORS_MIN: usize = 64;
 /// How often a lookup tries to read between events before it makes the writer wait.
 pub(crate) const TRIES: u32 = 64;
+/// After taking out so many blocks of a source that is gone, the next event has its turn.
+pub(crate) const TURN_BLOCKS: u32 = if cfg!(test) { 2 } else { 1024 };

@@ -35,7 +35,7 @@ pub(crate) struct IndexArgs {
     #[arg(long, conflicts_with = "sequences")]
     full: bool,
     /// What the events are like.
-    #[arg(long, value_enum, default_value_t = Origin::Node)]
+    #[arg(long, value_enum, default_value_t = Origin::Engine)]
     origin: Origin,
     /// How often the index is filled anew for the ingest figures.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]

@@ -18,6 +18,8 @@ pub const CHUNKS_BITS: u32 = 7;
 pub const DOORS_MIN: usize = 4;
 /// A lookup soon makes the writer wait.
 pub const TRIES: u32 = 3;
+/// A source that is gone is taken out run by run.
+pub const TURN_BLOCKS: u32 = 1;
 
 // All tasks of a schedule are on the thread of their test.
 thread_local! {

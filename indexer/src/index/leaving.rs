@@ -10,9 +10,8 @@ use super::source::{Source, Writer};
 use super::tree::Shared;
 use super::{KvIndex, SourceId, State, lock, read, write};
 use crate::adapter::SourceKind;
+use crate::sync::TURN_BLOCKS;
 
-/// After so many blocks the next event has its turn.
-const TURN_BLOCKS: u32 = 1024;
 /// The most sources that leave at a time; with one more the oldest is taken out in one go.
 const LEAVING_MAX: usize = 64;
 

@@ -5,18 +5,17 @@
 //! a table grows by a fifth without looking at a single position, and its pages are all alike, so that growing leaves no
 //! holes in memory.
 
+mod bucket;
+
+use self::bucket::{
+    BUCKET_ENTRIES, Bucket, COUNTS, EMPTY, LOW_TAG_BITS, POSITION_BITS, POSITION_MASK, REST,
+    TABLE_BITS, TAG_BITS, Tag, alike, tags, tags_mut, try_push, used, was_passed,
+};
 use super::hash::KeyState;
 use super::huge::{HUGE_BYTES, Huge};
 
-const BUCKET_ENTRIES: usize = 10;
 const PAGE_BUCKETS: u32 = 32;
 const CHUNK_PAGES: u32 = HUGE_BYTES as u32 / (PAGE_BUCKETS * size_of::<Bucket>() as u32);
-const TABLE_BITS: u32 = 8;
-const TAG_BITS: u32 = 20;
-const POSITION_BITS: u32 = 28;
-const POSITION_MASK: u32 = (1 << POSITION_BITS) - 1;
-/// The bits of a tag that tell entries of one bucket apart come first to be compared: the lower ones.
-const LOW_TAG_BITS: u32 = 16;
 
 /// How many of a hundred entries are in use where a table grows, and where it shrinks.
 const FULL_PERCENT: u32 = 95;
@@ -25,95 +24,6 @@ const SPARSE_PERCENT: u32 = 40;
 const GROWTH_PART: usize = 5;
 /// A table is made anew when one in so many entries has left bits behind.
 const STALE_PART: u32 = 4;
-
-/// A cache line of entries: the lower 16 bits of their tags, two a word; then the upper 4 bits of their tags with their
-/// positions; then how many there are, and which went past this bucket because it was full, by their
-/// lowest tag bits: so a search for what is not there ends here, but for few.
-type Bucket = [u32; BUCKET_WORDS];
-
-const BUCKET_WORDS: usize = 16;
-const REST: usize = BUCKET_ENTRIES / 2;
-const COUNTS: usize = BUCKET_WORDS - 1;
-/// Where the bits of entries that went past begin, and how many there are. They stay until the table is rebuilt.
-const PASSED_SHIFT: u32 = 16;
-const PASSED_BITS: u32 = 16;
-const EMPTY: Bucket = [0; BUCKET_WORDS];
-
-const _: () = assert!(REST + BUCKET_ENTRIES == COUNTS);
-
-fn used(bucket: &Bucket) -> usize {
-    // Never more, but so the compiler knows it.
-    (bucket[COUNTS] as u16 as usize).min(BUCKET_ENTRIES)
-}
-
-/// Whether an entry with this tag may have gone past.
-const fn was_passed(bucket: &Bucket, tag: Tag) -> bool {
-    bucket[COUNTS] & tag.passing() != 0
-}
-
-fn tags(bucket: &Bucket) -> &[u16] {
-    bytemuck::cast_slice(&bucket[..REST])
-}
-
-fn tags_mut(bucket: &mut Bucket) -> &mut [u16] {
-    bytemuck::cast_slice_mut(&mut bucket[..REST])
-}
-
-/// The entries with these lower tag bits, one bit each.
-#[inline]
-fn alike(bucket: &Bucket, low: u16) -> u16 {
-    // Without branches and with as many lanes as vectors have, so that it is a few instructions.
-    let mut alike = 0;
-    let lanes: &[u16; BUCKET_WORDS * 2] = bytemuck::cast_ref(bucket);
-    for (entry, tag) in lanes.iter().take(16).enumerate() {
-        alike |= u16::from(*tag == low) << entry;
-    }
-    alike & ((1 << used(bucket)) - 1)
-}
-
-/// Adds an entry to a bucket if it has room, else notes that it went past.
-#[inline]
-fn try_push(bucket: &mut Bucket, tag: Tag, position: u32) -> bool {
-    let entry = used(bucket);
-    if entry == BUCKET_ENTRIES {
-        bucket[COUNTS] |= tag.passing();
-        return false;
-    }
-    tags_mut(bucket)[entry] = tag.low();
-    bucket[REST + entry] = tag.rest(position);
-    bucket[COUNTS] += 1;
-    true
-}
-
-/// What a table keeps of a hash.
-#[derive(Clone, Copy)]
-struct Tag {
-    table: usize,
-    bits: u32,
-}
-
-impl Tag {
-    #[inline]
-    const fn of(hash: u64) -> Self {
-        Self {
-            table: (hash >> (64 - TABLE_BITS)) as usize,
-            bits: (hash >> (64 - TABLE_BITS - TAG_BITS)) as u32 & ((1 << TAG_BITS) - 1),
-        }
-    }
-
-    const fn low(self) -> u16 {
-        self.bits as u16
-    }
-
-    /// Its bit among those that went past.
-    const fn passing(self) -> u32 {
-        1 << (PASSED_SHIFT + self.bits % PASSED_BITS)
-    }
-
-    const fn rest(self, position: u32) -> u32 {
-        self.bits >> LOW_TAG_BITS << POSITION_BITS | position
-    }
-}
 
 /// Where a hash goes that is not there yet.
 pub(super) struct Vacancy(Tag);

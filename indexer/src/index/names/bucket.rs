@@ -1,0 +1,98 @@
+//! A cache line of entries, and what they keep of a hash.
+
+pub(super) const BUCKET_ENTRIES: usize = 10;
+pub(super) const TABLE_BITS: u32 = 8;
+pub(super) const TAG_BITS: u32 = 20;
+pub(super) const POSITION_BITS: u32 = 28;
+pub(super) const POSITION_MASK: u32 = (1 << POSITION_BITS) - 1;
+/// The bits of a tag that tell entries of one bucket apart come first to be compared: the lower ones.
+pub(super) const LOW_TAG_BITS: u32 = 16;
+
+/// A cache line of entries: the lower 16 bits of their tags, two a word; then the upper 4 bits of their tags with their
+/// positions; then how many there are, and which went past this bucket because it was full, by their
+/// lowest tag bits: so a search for what is not there ends here, but for few.
+pub(super) type Bucket = [u32; BUCKET_WORDS];
+
+pub(super) const BUCKET_WORDS: usize = 16;
+pub(super) const REST: usize = BUCKET_ENTRIES / 2;
+pub(super) const COUNTS: usize = BUCKET_WORDS - 1;
+/// Where the bits of entries that went past begin, and how many there are. They stay until the table is rebuilt.
+pub(super) const PASSED_SHIFT: u32 = 16;
+pub(super) const PASSED_BITS: u32 = 16;
+pub(super) const EMPTY: Bucket = [0; BUCKET_WORDS];
+
+const _: () = assert!(REST + BUCKET_ENTRIES == COUNTS);
+
+pub(super) fn used(bucket: &Bucket) -> usize {
+    // Never more, but so the compiler knows it.
+    (bucket[COUNTS] as u16 as usize).min(BUCKET_ENTRIES)
+}
+
+/// Whether an entry with this tag may have gone past.
+pub(super) const fn was_passed(bucket: &Bucket, tag: Tag) -> bool {
+    bucket[COUNTS] & tag.passing() != 0
+}
+
+pub(super) fn tags(bucket: &Bucket) -> &[u16] {
+    bytemuck::cast_slice(&bucket[..REST])
+}
+
+pub(super) fn tags_mut(bucket: &mut Bucket) -> &mut [u16] {
+    bytemuck::cast_slice_mut(&mut bucket[..REST])
+}
+
+/// The entries with these lower tag bits, one bit each.
+#[inline]
+pub(super) fn alike(bucket: &Bucket, low: u16) -> u16 {
+    // Without branches and with as many lanes as vectors have, so that it is a few instructions.
+    let mut alike = 0;
+    let lanes: &[u16; BUCKET_WORDS * 2] = bytemuck::cast_ref(bucket);
+    for (entry, tag) in lanes.iter().take(16).enumerate() {
+        alike |= u16::from(*tag == low) << entry;
+    }
+    alike & ((1 << used(bucket)) - 1)
+}
+
+/// Adds an entry to a bucket if it has room, else notes that it went past.
+#[inline]
+pub(super) fn try_push(bucket: &mut Bucket, tag: Tag, position: u32) -> bool {
+    let entry = used(bucket);
+    if entry == BUCKET_ENTRIES {
+        bucket[COUNTS] |= tag.passing();
+        return false;
+    }
+    tags_mut(bucket)[entry] = tag.low();
+    bucket[REST + entry] = tag.rest(position);
+    bucket[COUNTS] += 1;
+    true
+}
+
+/// What a table keeps of a hash.
+#[derive(Clone, Copy)]
+pub(super) struct Tag {
+    pub(super) table: usize,
+    pub(super) bits: u32,
+}
+
+impl Tag {
+    #[inline]
+    pub(super) const fn of(hash: u64) -> Self {
+        Self {
+            table: (hash >> (64 - TABLE_BITS)) as usize,
+            bits: (hash >> (64 - TABLE_BITS - TAG_BITS)) as u32 & ((1 << TAG_BITS) - 1),
+        }
+    }
+
+    pub(super) const fn low(self) -> u16 {
+        self.bits as u16
+    }
+
+    /// Its bit among those that went past.
+    pub(super) const fn passing(self) -> u32 {
+        1 << (PASSED_SHIFT + self.bits % PASSED_BITS)
+    }
+
+    pub(super) const fn rest(self, position: u32) -> u32 {
+        self.bits >> LOW_TAG_BITS << POSITION_BITS | position
+    }
+}
