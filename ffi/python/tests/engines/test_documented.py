@@ -99,7 +99,7 @@ def promised() -> List[str]:
 
 
 def deepest(index: str, tokens: List[int]) -> int:
-    """How many blocks the pod has that `kv-indexer query` shows first; its tiers add up to that."""
+    """How many blocks the first pod has that `kv-indexer query` shows."""
     asked = ",".join(map(str, tokens))
     said = subprocess.run(
         [os.environ["KVFABRIC_INDEXER"], "query", "--address", index, "--json", "--tokens", asked],

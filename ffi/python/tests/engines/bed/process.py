@@ -22,7 +22,8 @@ STOP_SECONDS = 40.0
 FREEZE_SECONDS = 60.0
 # States of a thread that does nothing any more: stopped, or dead.
 STILL = frozenset("TtZX")
-# Not of those that the system gives to whoever wants any: it could give them away before they are listened on.
+# Not of those that the system gives to whoever wants any: it could give them away before they are
+# listened on.
 PORTS = range(20_000, 32_000)
 _ports = itertools.chain.from_iterable(
     itertools.repeat([*PORTS[os.getpid() * 64 % len(PORTS) :], *PORTS])

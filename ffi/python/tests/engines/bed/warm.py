@@ -1,8 +1,8 @@
 """An interpreter that has vLLM imported already, and forks a process for each engine.
 
 Importing vLLM takes ten seconds of a core, in each of the three processes of a server: four fifths
-of a start. Forked processes have the environment, the arguments and the output of a fresh one. Their
-own processes are forked as well, as vLLM does by itself except on CPUs.
+of a start. Forked processes have the environment, the arguments and the output of a fresh one.
+Their own processes are forked as well, as vLLM does by itself except on CPUs.
 
 The side of the tests is here; what forks is :mod:`bed.forking`.
 """
@@ -77,7 +77,7 @@ class Interpreter:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def fork(self, command: List[str], env: Dict[str, str], log: pathlib.Path) -> Forked:
-        """A process that runs ``-m module …`` or ``script …`` and appends what it says to a file."""
+        """A process that runs ``-m module …`` or ``script …``; what it says goes to a file."""
         asked = json.dumps({"command": command, "env": env, "log": str(log)})
         with self._asking, self._changed:
             self._started = None
@@ -123,7 +123,7 @@ _interpreter: Optional[Interpreter] = None
 
 @contextlib.contextmanager
 def forking(logs: pathlib.Path) -> Iterator[None]:
-    """Meanwhile processes of engines are forked, from an interpreter that is started on first use."""
+    """Meanwhile processes of engines are forked; what forks is started on first use."""
     global _logs, _interpreter
     _logs = logs
     try:
