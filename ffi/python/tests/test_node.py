@@ -3,7 +3,6 @@
 import array
 import asyncio
 import hashlib
-import os
 import pathlib
 import threading
 import time
@@ -104,7 +103,7 @@ def test_blocks_come_back_as_they_were(node, pool):
     assert report.depth == 8 and report.sources == ["dram"] * 8
     assert report.unsettled == [] and report.drained()
     assert all(pool.holds(target, block) for block, target in enumerate(targets))
-    assert node.held(one).wait(TIMEOUT) == kvfabric.Held(depth=8, host=8, disk=0)
+    assert node.held(one).wait(TIMEOUT) == kvfabric.Held(depth=8, host=8, disk=0, expected=8)
     assert node.stats()["stored"] == 8
 
 
@@ -334,7 +333,7 @@ def test_blocks_on_disk_survive_the_node(tmp_path):
     second = kvfabric.Node(config)
     pool = Pool(second)
     one = prefix(second)
-    assert second.held(one).wait(TIMEOUT) == (8, 0, 8)
+    assert second.held(one).wait(TIMEOUT) == (8, 0, 8, 8)
     report = second.fetch(one, pool.pages, range(20, 28)).wait(TIMEOUT)
     assert report.sources == ["nvme"] * 8 and all(pool.holds(20 + b, b) for b in range(8))
     second.shutdown(TIMEOUT)
@@ -347,13 +346,13 @@ def test_a_restart_finds_what_only_host_memory_had(tmp_path):
     first = kvfabric.Node(config)
     one = stored(first, Pool(first))
     first.flush(TIMEOUT).wait(TIMEOUT)
-    assert first.held(one).wait(TIMEOUT) == (8, 8, 0)
+    assert first.held(one).wait(TIMEOUT) == (8, 8, 0, 8)
     first.shutdown(TIMEOUT)
     del first, one
     second = kvfabric.Node(config)
     pool = Pool(second)
     one = prefix(second)
-    assert second.held(one).wait(TIMEOUT) == (8, 0, 8)
+    assert second.held(one).wait(TIMEOUT) == (8, 0, 8, 8)
     report = second.fetch(one, pool.pages, range(20, 28)).wait(TIMEOUT)
     assert report.sources == ["nvme"] * 8 and all(pool.holds(20 + b, b) for b in range(8))
     second.shutdown(TIMEOUT)
@@ -381,7 +380,8 @@ def test_a_scheduler_locates_by_names_without_a_node(node, pool):
         return await service.locate(chain.pack(0, 6))
 
     reach = asyncio.run(ask())
-    assert reach == kvfabric.Reach(depth=4, own=4, host=4, disk=0, holders=[], shared=[])
+    found = {"depth": 4, "own": 4, "host": 4, "disk": 0, "expected": 4}
+    assert reach == kvfabric.Reach(**found, holders=[], shared=[])
     assert node.locate(node.prefix_of(chain.pack(0, 6))).wait(TIMEOUT) == reach
     assert service.locate(chain.pack(4, 6)).wait(TIMEOUT).depth == 0
     with pytest.raises(kvfabric.InvalidError, match="names"):
@@ -389,6 +389,29 @@ def test_a_scheduler_locates_by_names_without_a_node(node, pool):
     node.shutdown(TIMEOUT)
     with pytest.raises((kvfabric.PeerLostError, kvfabric.DeadlineError, kvfabric.CancelledError)):
         service.locate(chain.pack(0, 6), deadline=2.0).wait(TIMEOUT)
+
+
+def test_what_a_store_is_bringing_is_expected():
+    """A store waits for room that pinned blocks take, and says meanwhile what it will bring."""
+    node = kvfabric.Node(configuration(host={"bytes": 4 * BLOCK_BYTES}))
+    pool = Pool(node)
+    pin = node.pin(stored(node, pool, 4)).wait(TIMEOUT)
+    assert pin.depth == 4
+    chain = names(3)
+    named = node.prefix_of(chain.pack(0, 3))
+    service = kvfabric.PeerService(node.peer_address, deadline=TIMEOUT)
+    store = node.store(named, pool.pages, range(3), deadline=2 * PATIENCE)
+    until = time.monotonic() + PATIENCE
+    while node.held(named).wait(TIMEOUT).expected == 0:
+        assert time.monotonic() < until and not store.done()
+    assert node.held(named).wait(TIMEOUT) == kvfabric.Held(depth=0, host=0, disk=0, expected=3)
+    reach = service.locate(chain.pack(0, 3)).wait(TIMEOUT)
+    assert (reach.own, reach.expected) == (0, 3)
+    assert node.locate(named).wait(TIMEOUT) == reach
+    node.unpin(pin.id).wait(TIMEOUT)
+    assert store.wait(2 * PATIENCE).stored == 3
+    assert node.held(named).wait(TIMEOUT) == kvfabric.Held(depth=3, host=3, disk=0, expected=3)
+    node.shutdown(TIMEOUT)
 
 
 def test_a_node_without_an_engine_cannot_locate_by_names():
@@ -505,7 +528,7 @@ def test_an_object_of_a_dropped_node_still_answers():
     pool.region.deregister(TIMEOUT)
 
 
-def test_a_forked_child_is_told_by_nodes(node, pool):
+def test_a_forked_child_is_told_by_nodes(node, pool, refused_in_a_fork):
     one = prefix(node)
     operation = node.held(one)
     operation.wait(TIMEOUT)
@@ -530,25 +553,3 @@ def test_a_forked_child_is_told_by_nodes(node, pool):
         "wait": operation.wait,
     }
     assert refused_in_a_fork(calls) == sorted(calls)
-
-
-def refused_in_a_fork(calls):
-    """The names of the calls that raise `ForkedError` in a forked child, which also drops what it was forked with."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        refused = []
-        try:
-            for name, call in calls.items():
-                try:
-                    call()
-                except kvfabric.ForkedError:
-                    refused.append(name)
-        finally:
-            os.write(write_end, " ".join(sorted(refused)).encode())
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        refused = pipe.read().decode().split()
-    os.waitpid(child, 0)
-    return refused
