@@ -91,12 +91,14 @@ def main():
     contents = numpy.arange(BLOCKS * BLOCK_BYTES) % 251
     try:
         node, memory, pages, prefix = opened(engine, folder)
-    except kvfabric.Error as error:
+    except kvfabric.KvfabricError as error:
         print(json.dumps({"error": type(error).__name__, "said": str(error)}))
         return
     memory[:] = contents
     stored = node.store(prefix, pages, range(BLOCKS)).wait(TIMEOUT).stored
     node.shutdown(TIMEOUT)
+    # The folder belongs to the first node as long as there is anything of it.
+    del node, memory, pages, prefix
     node, memory, pages, prefix = opened(engine, folder)
     sources = node.fetch(prefix, pages, range(BLOCKS), deadline=TIMEOUT).wait(TIMEOUT).sources
     same = bool((memory == contents).all())

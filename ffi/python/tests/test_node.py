@@ -3,6 +3,7 @@
 import array
 import asyncio
 import hashlib
+import itertools
 import pathlib
 import threading
 import time
@@ -391,26 +392,28 @@ def test_a_scheduler_locates_by_names_without_a_node(node, pool):
         service.locate(chain.pack(0, 6), deadline=2.0).wait(TIMEOUT)
 
 
-def test_what_a_store_is_bringing_is_expected():
-    """A store waits for room that pinned blocks take, and says meanwhile what it will bring."""
-    node = kvfabric.Node(configuration(host={"bytes": 4 * BLOCK_BYTES}))
+def test_what_a_store_is_bringing_is_expected(tmp_path):
+    """Stores of more than host memory has room for wait for the disk; one is met on its way."""
+    disk = {"path": tmp_path / "disk", "bytes": 1 << 24, "segment_bytes": 1 << 20, "direct": "off"}
+    node = kvfabric.Node(configuration(host={"bytes": 8 * BLOCK_BYTES}, disk=disk))
     pool = Pool(node)
-    pin = node.pin(stored(node, pool, 4)).wait(TIMEOUT)
-    assert pin.depth == 4
-    chain = names(3)
-    named = node.prefix_of(chain.pack(0, 3))
-    service = kvfabric.PeerService(node.peer_address, deadline=TIMEOUT)
-    store = node.store(named, pool.pages, range(3), deadline=2 * PATIENCE)
     until = time.monotonic() + PATIENCE
-    while node.held(named).wait(TIMEOUT).expected == 0:
-        assert time.monotonic() < until and not store.done()
-    assert node.held(named).wait(TIMEOUT) == kvfabric.Held(depth=0, host=0, disk=0, expected=3)
-    reach = service.locate(chain.pack(0, 3)).wait(TIMEOUT)
-    assert (reach.own, reach.expected) == (0, 3)
-    assert node.locate(named).wait(TIMEOUT) == reach
-    node.unpin(pin.id).wait(TIMEOUT)
-    assert store.wait(2 * PATIENCE).stored == 3
-    assert node.held(named).wait(TIMEOUT) == kvfabric.Held(depth=3, host=3, disk=0, expected=3)
+    seeds = itertools.count()
+
+    def met(ask, own):
+        while time.monotonic() < until:
+            tokens = [next(seeds)] * (POOL_BLOCKS * BLOCK_TOKENS)
+            one = prefix(node, tokens)
+            store = node.store(one, pool.pages, range(POOL_BLOCKS), deadline=PATIENCE)
+            answer = ask(one).wait(TIMEOUT)
+            assert store.wait(2 * PATIENCE).stored == POOL_BLOCKS
+            assert own(answer) <= answer.expected <= POOL_BLOCKS
+            if own(answer) < answer.expected:
+                return answer.expected
+        raise AssertionError("no store was met on its way")
+
+    assert met(node.held, lambda held: held.depth) == POOL_BLOCKS
+    assert met(node.locate, lambda reach: reach.own) == POOL_BLOCKS
     node.shutdown(TIMEOUT)
 
 
