@@ -31,8 +31,7 @@ mod tree;
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::PoisonError;
 
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
@@ -43,6 +42,10 @@ use self::roots::Keys;
 use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
+use crate::sync::{
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, TRIES,
+    spin_loop,
+};
 
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
 pub use image::{
@@ -52,8 +55,6 @@ pub use image::{
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
 pub use pods::PodNumber;
 
-/// How often a lookup tries to read between events before it makes the writer wait.
-const TRIES: u32 = 64;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -301,7 +302,7 @@ impl KvIndex {
         write(&self.view).pods.leaving.insert(source.number);
         {
             let view = read(&self.view);
-            source.forget(writer, &view.tree);
+            source.forget(writer, &view.tree, true);
             Self::finish(writer, &view);
         }
         write(&self.view).pods.leaving.remove(&source.number);
@@ -355,7 +356,7 @@ impl KvIndex {
                 if let Ok(found) = attempt(&view) {
                     return found;
                 }
-                (0..TURNS).for_each(|_| std::hint::spin_loop());
+                (0..TURNS).for_each(|_| spin_loop());
             }
             drop(view);
             let _still = lock(&self.state);

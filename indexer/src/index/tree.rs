@@ -171,6 +171,7 @@ impl Tree {
         for run in self.closed.drain(..) {
             shared.run(run).open();
         }
+        self.doors.finish(&shared.doors);
     }
 
     /// Reads what a search for a name and a key would, so that it finds it in the cache.
@@ -380,7 +381,17 @@ impl Tree {
         }
         match previous {
             Some(previous) if self.can_append(shared, previous, is_told) => {
-                self.append(shared, previous.run, key)
+                let place = self.append(shared, previous.run, key);
+                if is_told {
+                    // Nobody said that whoever asks for it asks for those before it, as hashes of whole prefixes show.
+                    shared.run(place.run).set_doors();
+                    let door = Door {
+                        run: place.run,
+                        block: place.block,
+                    };
+                    self.doors.insert(&shared.doors, key, door);
+                }
+                place
             }
             _ => self.begin(shared, key, is_told),
         }
