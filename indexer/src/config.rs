@@ -9,6 +9,7 @@ use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
+use crate::adapter::BATCH_BYTES_MAX;
 use crate::score::TierWeights;
 use crate::wire::{SourceSpec, parse_source_kind};
 
@@ -22,6 +23,8 @@ pub const ENVIRONMENT_PREFIX: &str = "KVFABRIC_INDEXER";
 const BLOCK_SIZE_MAX: u32 = 1 << 16;
 /// The longest any configured duration may be: a day, in milliseconds.
 const DURATION_MS_MAX: u64 = 86_400_000;
+/// The least that publishers must be allowed to send at once: below it, ordinary batches would be refused.
+const EVENT_BYTES_MIN: u64 = 64 << 10;
 /// The most lookups at once that may be configured.
 const LOOKUPS_MAX: usize = 1 << 20;
 
@@ -41,6 +44,8 @@ pub struct ServerConfig {
     pub tier_weights: TierWeightsConfig,
     /// How long a source may stay disconnected before its entries are dropped.
     pub source_ttl_ms: u64,
+    /// The longest message of a publisher that is taken, in bytes; one that announces more is disconnected.
+    pub event_bytes_max: usize,
     /// How long a call may take whose client names no deadline.
     pub lookup_deadline_ms: u64,
     /// Lookups at once; further ones are refused as busy.
@@ -161,6 +166,7 @@ impl Default for ServerConfig {
             block_size: 16,
             tier_weights: TierWeightsConfig::default(),
             source_ttl_ms: 30_000,
+            event_bytes_max: 16 << 20,
             lookup_deadline_ms: 1_000,
             lookups_in_flight_max: 4_096,
             pods_max: 8_192,
@@ -234,6 +240,8 @@ impl ServerConfig {
             1..=BLOCK_SIZE_MAX.into(),
         )?;
         within("source_ttl_ms", self.source_ttl_ms, 1..=DURATION_MS_MAX)?;
+        let event_bytes = EVENT_BYTES_MIN..=BATCH_BYTES_MAX as u64;
+        within("event_bytes_max", self.event_bytes_max as u64, event_bytes)?;
         within(
             "lookup_deadline_ms",
             self.lookup_deadline_ms,

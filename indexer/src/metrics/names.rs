@@ -154,6 +154,12 @@ impl Metrics {
         );
         add(
             to,
+            "publishers_refused",
+            "Connections ended because of what came over them",
+            &self.publishers_refused,
+        );
+        add(
+            to,
             "removals_unknown",
             "Removals of blocks not held",
             &self.removals_unknown,

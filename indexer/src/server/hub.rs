@@ -15,7 +15,7 @@ use crate::index::{self, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
 use crate::metrics::{Holdings, Metrics};
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Follower, SourceState};
+use crate::source::{Follower, Limits, SourceState};
 use crate::wire::{Registration, SourceSpec, source_name};
 
 /// The most models one server takes, each having an index of its own.
@@ -335,7 +335,10 @@ impl Hub {
             (index.clone(), restored.id),
             state.clone(),
             self.metrics.clone(),
-            self.config.source_ttl(),
+            Limits {
+                ttl: self.config.source_ttl(),
+                message_bytes_max: self.config.event_bytes_max,
+            },
         );
         if let Some(mark) = restored.mark {
             follower.resume(mark, restored.verify_by);
