@@ -63,7 +63,11 @@ fn resident_bytes() -> u64 {
 
 async fn depth_at(client: &IndexClient, engine: &Publisher) -> u32 {
     let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
-    asked.min_position = vec![SourcePosition::new(&pod("pod-0"), "engine", engine.position())];
+    asked.min_position = vec![SourcePosition::new(
+        &pod("pod-0"),
+        "engine",
+        engine.position(),
+    )];
     asked.deadline = Some(PATIENCE);
     let answer = client.lookup(asked).await.unwrap();
     answer.pods.first().map_or(0, |pod| pod.depth)
@@ -79,7 +83,9 @@ async fn strangers_are_refused_again_and_again_and_cost_nobody_else_anything() {
         bytes
     };
     let crowd = [handshake(), [1, 0].repeat(1_000_000)].concat();
-    let garbage: Vec<u8> = (0..100_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let garbage: Vec<u8> = (0..100_000_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
     let behaviours = [
         announced(2, 1 << 40),
         announced(3, u64::MAX),
@@ -93,12 +99,18 @@ async fn strangers_are_refused_again_and_again_and_cost_nobody_else_anything() {
     let mut strangers = Vec::new();
     for (number, sent) in behaviours.into_iter().enumerate() {
         let (address, connections) = stranger(TcpListener::bind("127.0.0.1:0").unwrap(), sent);
-        config.sources.push(configured(&format!("stranger-{number}"), format!("tcp://{address}"), None));
+        config.sources.push(configured(
+            &format!("stranger-{number}"),
+            format!("tcp://{address}"),
+            None,
+        ));
         strangers.push(connections);
     }
     let engine = engine("pod-0");
     let replay = Some(engine.replay_endpoint().to_owned());
-    config.sources.push(configured("pod-0", engine.endpoint().to_owned(), replay));
+    config
+        .sources
+        .push(configured("pod-0", engine.endpoint().to_owned(), replay));
     let before = resident_bytes();
     let server = start(config).await;
     let client = client(&server);
@@ -151,9 +163,16 @@ async fn a_source_whose_place_a_stranger_took_is_forgotten_after_its_ttl() {
     };
     tokio::time::timeout(PATIENCE, publishing).await.unwrap();
     drop(engine);
-    let sent = [handshake(), [[2_u8].as_slice(), &(1_u64 << 40).to_be_bytes()].concat()].concat();
+    let sent = [
+        handshake(),
+        [[2_u8].as_slice(), &(1_u64 << 40).to_be_bytes()].concat(),
+    ]
+    .concat();
     let (_, connections) = stranger(TcpListener::bind(address).unwrap(), sent);
-    wait_until(&client, |status| status.entries == 0 && status.pods[0].sources[0].resyncs > 0).await;
+    wait_until(&client, |status| {
+        status.entries == 0 && status.pods[0].sources[0].resyncs > 0
+    })
+    .await;
     drop(connections);
 }
 

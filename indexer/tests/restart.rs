@@ -191,7 +191,10 @@ async fn a_node_whose_replay_is_too_old_tells_what_it_holds() {
         tokio::spawn(async move {
             let mut looked = 0_u64;
             while stopped.try_recv().is_err() {
-                assert!(depth(&client, Vec::new()).await >= 1, "a half state was seen");
+                assert!(
+                    depth(&client, Vec::new()).await >= 1,
+                    "a half state was seen"
+                );
                 looked += 1;
             }
             looked

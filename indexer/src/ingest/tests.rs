@@ -718,7 +718,11 @@ fn an_image_takes_the_place_of_batches_that_are_gone() {
     let mut world = come_back_too_late();
     let image = [piece(8, 0, 2), piece(8, 1, 2)];
     world.deliver_image(&image);
-    assert_eq!(world.images, [] as [Vec<Bytes>; 0], "not before its batch has come");
+    assert_eq!(
+        world.images,
+        [] as [Vec<Bytes>; 0],
+        "not before its batch has come"
+    );
     world.settle();
     assert_eq!(world.images, [image.map(|piece| piece.payload).to_vec()]);
     assert_eq!((world.clears.len(), world.ingest.stats().images), (0, 1));
@@ -779,12 +783,19 @@ fn an_image_whose_batch_never_came_changes_nothing() {
     let mut world = come_back_too_late();
     world.deliver_image(&[piece(8, 0, 1)]);
     world.disconnect();
-    assert_eq!((world.images.len(), world.clears.len(), world.applied.len()), (0, 0, 5));
+    assert_eq!(
+        (world.images.len(), world.clears.len(), world.applied.len()),
+        (0, 0, 5)
+    );
     world.connect();
     assert_eq!(world.request, Some(4));
     world.serve_replay();
     world.settle();
-    assert_eq!(world.clears, [ClearReason::HistoryLost], "the old image is not kept");
+    assert_eq!(
+        world.clears,
+        [ClearReason::HistoryLost],
+        "the old image is not kept"
+    );
 }
 
 /// A node that began anew tells what it holds now, under its new epoch.

@@ -89,7 +89,9 @@ impl Held {
         blocks.sort_unstable_by_key(|(_, block)| block.order);
         let mut events = Vec::with_capacity(blocks.len());
         for tier in Tier::ALL {
-            let held = blocks.iter().filter(|(_, block)| block.tiers & bit(tier) != 0);
+            let held = blocks
+                .iter()
+                .filter(|(_, block)| block.tiers & bit(tier) != 0);
             events.extend(held.map(|(key, block)| NodeEvent::Stored {
                 key: IndexKey(**key),
                 parent: block.parent.map(IndexKey),

@@ -349,10 +349,16 @@ async fn a_replay_that_begins_too_early_starts_with_an_image() {
             keys.extend(stored.hashes.iter().map(|hash| hash.0));
         }
     }
-    assert_eq!(keys, (0..blocks).filter(|key| *key != 3).collect::<Vec<_>>());
+    assert_eq!(
+        keys,
+        (0..blocks).filter(|key| *key != 3).collect::<Vec<_>>()
+    );
     assert_eq!((last.len(), *last[1] == cut.to_be_bytes()), (3, true));
     // From the oldest batch on nothing is missing.
-    assert_eq!(replay_frames(publisher.replay_endpoint(), cut).await.len(), 1);
+    assert_eq!(
+        replay_frames(publisher.replay_endpoint(), cut).await.len(),
+        1
+    );
     assert_eq!(publisher.stats().images, 1);
 }
 

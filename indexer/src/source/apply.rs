@@ -172,7 +172,9 @@ impl Follower {
             for piece in &image.pieces {
                 let blocks = piece.blocks.iter();
                 let gone = blocks.filter(|block| {
-                    let is_wanted = wanted.get(&block.hash.0).is_some_and(|tiers| tiers[tier as usize]);
+                    let is_wanted = wanted
+                        .get(&block.hash.0)
+                        .is_some_and(|tiers| tiers[tier as usize]);
                     block.copies[tier as usize] > 0 && !is_wanted
                 });
                 let hashes: Vec<EngineHash> = gone.map(|block| block.hash).collect();

@@ -35,8 +35,18 @@ fn follower() -> Follower {
         ttl: Duration::from_secs(30),
         message_bytes_max: 1 << 20,
     };
-    let (state, metrics) = (Arc::new(SourceState::new(None)), Arc::new(Metrics::new(&[])));
-    Follower::new(spec, "pod-0/node".to_owned(), (index, id), state, metrics, limits)
+    let (state, metrics) = (
+        Arc::new(SourceState::new(None)),
+        Arc::new(Metrics::new(&[])),
+    );
+    Follower::new(
+        spec,
+        "pod-0/node".to_owned(),
+        (index, id),
+        state,
+        metrics,
+        limits,
+    )
 }
 
 fn stored(keys: std::ops::Range<u64>, tier: Tier) -> Vec<NodeEvent> {
@@ -92,7 +102,10 @@ async fn a_long_batch_gives_others_their_turn() {
     let events = stored(0..60_000, Tier::Host);
     let turns = turns_of_others(follower.take(0, &events)).await;
     assert_eq!(follower.index.entries(), 60_000);
-    assert!(turns >= 10, "{turns} turns while 60,000 events were applied");
+    assert!(
+        turns >= 10,
+        "{turns} turns while 60,000 events were applied"
+    );
 }
 
 /// The source has 0 to 20,000 and its image 10,000 to 30,000 in DRAM: whoever looks in between finds what both have, and
@@ -130,12 +143,17 @@ async fn an_image_replaces_what_was_there_without_a_half_state() {
             }
         }
     });
-    follower.reply(50, &stored(30_000..30_001, Tier::Host)).await;
+    follower
+        .reply(50, &stored(30_000..30_001, Tier::Host))
+        .await;
     looking.abort();
     let seen = seen.lock().unwrap().clone();
     assert!(seen.len() > 5, "looked {} times", seen.len());
     let fewest = seen.iter().min().unwrap();
-    assert!(*fewest >= BOTH.end - BOTH.start, "{fewest} entries at some moment");
+    assert!(
+        *fewest >= BOTH.end - BOTH.start,
+        "{fewest} entries at some moment"
+    );
     assert_eq!(index.entries(), 20_001);
     assert_eq!(follower.ingest.stats().resyncs, 0);
     // What is in a shared tier is not this source's to take away.

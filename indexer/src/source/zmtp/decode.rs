@@ -133,7 +133,10 @@ impl Decoder {
         let is_signed = arrived.first().is_none_or(|byte| *byte == 0xff)
             && arrived.get(9).is_none_or(|byte| *byte == 0x7f);
         if !is_signed {
-            return Err(corrupt(format!("it begins with {:02x?}", &arrived[..arrived.len().min(10)])));
+            return Err(corrupt(format!(
+                "it begins with {:02x?}",
+                &arrived[..arrived.len().min(10)]
+            )));
         }
         if let Some(&major) = arrived.get(VERSION_AT)
             && major < 3
@@ -145,7 +148,10 @@ impl Decoder {
             return Ok(None);
         }
         let mechanism = arrived[MECHANISM_AT..MECHANISM_END].trim_ascii_end();
-        let mechanism = mechanism.split(|byte| *byte == 0).next().unwrap_or_default();
+        let mechanism = mechanism
+            .split(|byte| *byte == 0)
+            .next()
+            .unwrap_or_default();
         if mechanism != b"NULL" {
             let name = String::from_utf8_lossy(mechanism);
             let context = format!("the peer wants mechanism {name:?}, only \"NULL\" is supported");
@@ -182,7 +188,11 @@ impl Decoder {
                 return Err(corrupt("a command in the middle of a message"));
             }
         } else {
-            within("frames of a message", self.frames.len() as u64 + 1, FRAMES_MAX)?;
+            within(
+                "frames of a message",
+                self.frames.len() as u64 + 1,
+                FRAMES_MAX,
+            )?;
             let total = length.saturating_add(self.message_bytes as u64);
             within("bytes of a message", total, self.message_bytes_max)?;
         }
@@ -197,7 +207,10 @@ impl Decoder {
 fn command(body: Bytes) -> Result<Received> {
     let length = body.first().map_or(0, |length| usize::from(*length));
     if length == 0 || body.len() <= length {
-        return Err(corrupt(format!("a command of {} bytes without a name", body.len())));
+        return Err(corrupt(format!(
+            "a command of {} bytes without a name",
+            body.len()
+        )));
     }
     Ok(Received::Command {
         name: body.slice(1..=length),

@@ -43,13 +43,19 @@ impl FromStr for Endpoint {
         };
         if let Some(path) = text.strip_prefix("ipc://") {
             let is_path = !path.is_empty() && path.len() <= PATH_BYTES_MAX;
-            return is_path.then(|| Self::Ipc(path.into())).ok_or_else(malformed);
+            return is_path
+                .then(|| Self::Ipc(path.into()))
+                .ok_or_else(malformed);
         }
         let address = text.strip_prefix("tcp://").ok_or_else(malformed)?;
         let (host, port) = address.rsplit_once(':').ok_or_else(malformed)?;
-        let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'));
         let host = bare.unwrap_or(host);
-        let is_host = !host.is_empty() && !host.contains(['/', '[', ']']) && (bare.is_some() || !host.contains(':'));
+        let is_host = !host.is_empty()
+            && !host.contains(['/', '[', ']'])
+            && (bare.is_some() || !host.contains(':'));
         match port.parse() {
             Ok(port) if is_host => Ok(Self::Tcp {
                 host: host.to_owned(),
@@ -81,7 +87,10 @@ impl Endpoint {
                 Ok(halves(stream.map_err(refused)?))
             }
             Self::Ipc(path) => {
-                let (reader, writer) = UnixStream::connect(path).await.map_err(refused)?.into_split();
+                let (reader, writer) = UnixStream::connect(path)
+                    .await
+                    .map_err(refused)?
+                    .into_split();
                 Ok((Box::new(reader), Box::new(writer)))
             }
         }

@@ -75,16 +75,52 @@ async fn what_no_publisher_sends_is_refused_with_value_and_place() {
         crowd.extend([1, 0]);
     }
     let cases: [(Vec<u8>, ErrorKind, &str); 12] = [
-        ([shaken(), long_header(0, 1 << 40)].concat(), ErrorKind::Invalid, "1099511627776"),
-        ([shaken(), long_header(1, u64::MAX)].concat(), ErrorKind::Invalid, "18446744073709551615"),
-        ([shaken(), long_header(4, 1 << 20)].concat(), ErrorKind::Invalid, "bytes of a command"),
+        (
+            [shaken(), long_header(0, 1 << 40)].concat(),
+            ErrorKind::Invalid,
+            "1099511627776",
+        ),
+        (
+            [shaken(), long_header(1, u64::MAX)].concat(),
+            ErrorKind::Invalid,
+            "18446744073709551615",
+        ),
+        (
+            [shaken(), long_header(4, 1 << 20)].concat(),
+            ErrorKind::Invalid,
+            "bytes of a command",
+        ),
         (crowd, ErrorKind::Invalid, "frames of a message"),
-        ([shaken(), vec![0x40, 0]].concat(), ErrorKind::Corrupt, "0x40"),
-        ([shaken(), vec![1, 0, 4, 5]].concat(), ErrorKind::Corrupt, "middle of a message"),
-        ([greeting(), vec![0, 1, 7]].concat(), ErrorKind::Corrupt, "before READY"),
-        ([greeting(), ready("PULL")].concat(), ErrorKind::Invalid, "PULL"),
-        ([greeting(), b"\x04\x08\x05ERROR\x01x".to_vec()].concat(), ErrorKind::Denied, "\"x\""),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), ErrorKind::Corrupt, "48, 54, 54, 50"),
+        (
+            [shaken(), vec![0x40, 0]].concat(),
+            ErrorKind::Corrupt,
+            "0x40",
+        ),
+        (
+            [shaken(), vec![1, 0, 4, 5]].concat(),
+            ErrorKind::Corrupt,
+            "middle of a message",
+        ),
+        (
+            [greeting(), vec![0, 1, 7]].concat(),
+            ErrorKind::Corrupt,
+            "before READY",
+        ),
+        (
+            [greeting(), ready("PULL")].concat(),
+            ErrorKind::Invalid,
+            "PULL",
+        ),
+        (
+            [greeting(), b"\x04\x08\x05ERROR\x01x".to_vec()].concat(),
+            ErrorKind::Denied,
+            "\"x\"",
+        ),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(),
+            ErrorKind::Corrupt,
+            "48, 54, 54, 50",
+        ),
         (old, ErrorKind::Version, "ZMTP 1"),
         (secret, ErrorKind::Unsupported, "CURVE"),
     ];
@@ -111,7 +147,10 @@ fn room_is_made_for_what_has_arrived_and_not_for_what_is_announced() {
     let mut decoder = Decoder::new(1 << 40);
     decoder.space().extend_from_slice(&greeting());
     decoder.space().extend_from_slice(&long_header(0, 1 << 39));
-    assert!(matches!(decoder.next(), Ok(Some(Received::Greeting { minor: 0 }))));
+    assert!(matches!(
+        decoder.next(),
+        Ok(Some(Received::Greeting { minor: 0 }))
+    ));
     assert_eq!(decoder.next().unwrap(), None);
     decoder.space();
     assert!(decoder.held() <= 2 * READ_BYTES, "{} bytes", decoder.held());
@@ -136,7 +175,9 @@ fn the_frames_of_a_message_share_one_bound() {
 #[tokio::test]
 async fn a_subscriber_greets_subscribes_and_answers_pings() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint: Endpoint = format!("tcp://{}", listener.local_addr().unwrap()).parse().unwrap();
+    let endpoint: Endpoint = format!("tcp://{}", listener.local_addr().unwrap())
+        .parse()
+        .unwrap();
     let publisher = async {
         let (mut stream, _) = listener.accept().await.unwrap();
         // Byte by byte, as a slow publisher's.
@@ -169,11 +210,27 @@ async fn a_subscriber_greets_subscribes_and_answers_pings() {
 /// Endpoints as configurations have them, and what is none.
 #[test]
 fn endpoints_are_read_or_refused_by_value() {
-    for good in ["tcp://127.0.0.1:5557", "tcp://[::1]:1", "tcp://pod-0.svc:65535", "tcp://*:0", "ipc:///run/x"] {
+    for good in [
+        "tcp://127.0.0.1:5557",
+        "tcp://[::1]:1",
+        "tcp://pod-0.svc:65535",
+        "tcp://*:0",
+        "ipc:///run/x",
+    ] {
         assert_eq!(good.parse::<Endpoint>().unwrap().to_string(), good);
     }
     let long = format!("ipc:///{}", "x".repeat(200));
-    for bad in ["", "udp://h:1", "tcp://h", "tcp://:1", "tcp://h:65536", "tcp://a:b:1", "tcp://a/b:1", "ipc://", &long] {
+    for bad in [
+        "",
+        "udp://h:1",
+        "tcp://h",
+        "tcp://:1",
+        "tcp://h:65536",
+        "tcp://a:b:1",
+        "tcp://a/b:1",
+        "ipc://",
+        &long,
+    ] {
         let error = bad.parse::<Endpoint>().unwrap_err();
         assert!(error.to_string().contains(&format!("{bad:?}")), "{error}");
     }
@@ -241,13 +298,18 @@ proptest! {
 /// Opens a connection and says nothing more: what a listener's deadline is for.
 #[tokio::test]
 async fn a_publisher_that_connects_and_says_nothing_is_left() {
-    let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap())
+        .await
+        .unwrap();
     let Endpoint::Tcp { host, port } = listener.endpoint().unwrap() else {
         panic!("not tcp");
     };
     let _silent = TcpStream::connect((host.as_str(), port)).await.unwrap();
     let accepted = listener.accept().await.unwrap();
     let within = Duration::from_millis(20);
-    let error = Connection::accepted(accepted, "kv@", MESSAGE_MAX, within).await.err().unwrap();
+    let error = Connection::accepted(accepted, "kv@", MESSAGE_MAX, within)
+        .await
+        .err()
+        .unwrap();
     assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
 }
