@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use kvcache_core::ports::Position;
 use kvcache_core::{Epoch, Sequence, Time};
 use kvfabric_proto::v1;
@@ -15,10 +16,13 @@ use crate::snapshot::Mark;
 use crate::wire::{SourceKind, SourceSpec};
 
 mod apply;
+mod bound;
 #[cfg(test)]
 mod tests;
 mod zmq;
 pub(crate) mod zmtp;
+
+pub(crate) use bound::{FED_QUEUED_MAX, Fed};
 
 /// A replay has failed when nothing of it came for so long: an engine serves replays between its steps.
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(10);
