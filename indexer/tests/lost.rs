@@ -13,11 +13,13 @@ use kvfabric_indexer::index::ORPHAN_BLOCKS_MAX;
 use kvfabric_indexer::publisher::Publisher;
 use kvfabric_indexer::server::{Running, ServerConfig};
 use kvfabric_proto::v1;
+use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use kvfabric_proto::v1::snapshot_piece::Piece;
 use prost::Message;
 use rig::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
 use tokio::net::{TcpListener, TcpStream};
+use tonic::transport::Endpoint;
 
 /// Blocks of a large index, as events of some thousand blocks each.
 const MANY: u64 = 100_000;
@@ -192,7 +194,10 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
     let request = v1::SnapshotRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,
     };
-    let mut raw = raw(&server).await;
+    // Small windows, so that the pieces wait at the server.
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc_address())).unwrap();
+    let channel = endpoint.initial_stream_window_size(1 << 16);
+    let mut raw = Grpc::new(channel.connect().await.unwrap());
     let mut stopped = Vec::new();
     for _ in 0..2 {
         stopped.push(raw.snapshot(request).await.unwrap().into_inner());
@@ -295,10 +300,9 @@ fn each(pieces: &mut [v1::SnapshotPiece], change: impl Fn(&mut Piece)) {
     }
 }
 
-/// Each file is whole by its checksums and says something that is not so; what is answered then is what the publisher says.
-#[tokio::test]
-async fn a_snapshot_that_lies_is_found_out_before_anything_is_answered() {
-    let lies: [(&str, Change); 9] = [
+/// Snapshots that say something that is not so, by what that is.
+fn lies() -> [(&'static str, Change); 9] {
+    [
         ("another last batch", |pieces| {
             each(pieces, |piece| {
                 if let Piece::Source(source) = piece {
@@ -357,7 +361,12 @@ async fn a_snapshot_that_lies_is_found_out_before_anything_is_answered() {
                 }
             });
         }),
-    ];
+    ]
+}
+
+/// Each file is whole by its checksums and says something that is not so; what is answered then is what the publisher says.
+#[tokio::test]
+async fn a_snapshot_that_lies_is_found_out_before_anything_is_answered() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index.snapshot");
     let engine = engine("pod-0");
@@ -375,7 +384,7 @@ async fn a_snapshot_that_lies_is_found_out_before_anything_is_answered() {
     // What the publisher says meanwhile: the second block is gone.
     engine.publish_engine(vec![removed(&[2], Tier::Device)]);
     let truth = read_pieces(&path);
-    for (name, lie) in lies {
+    for (name, lie) in lies() {
         let mut pieces = truth.clone();
         lie(&mut pieces);
         let path = folder.path().join("lie.snapshot");

@@ -154,12 +154,6 @@ impl Metrics {
         );
         add(
             to,
-            "publishers_refused",
-            "Connections ended because of what came over them",
-            &self.publishers_refused,
-        );
-        add(
-            to,
             "removals_unknown",
             "Removals of blocks not held",
             &self.removals_unknown,
@@ -199,6 +193,12 @@ impl Metrics {
 
     pub(super) fn register_snapshots(&mut self) {
         let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(
+            to,
+            "publishers_refused",
+            "Connections ended because of what came over them",
+            &self.publishers_refused,
+        );
         add(
             to,
             "sources_resumed",
