@@ -1,8 +1,8 @@
 """Runs as ``python -m bed.forking FD``: imports vLLM, and then forks a process for each line that
 comes from the socket FD. See :mod:`bed.warm`.
 
-A line is a JSON object with `command` (``["-m", module, …]`` or ``[script, …]``), `env` and `log`.
-The replies are lines too: `pid` and `command` once it runs, `pid` and `status` once it is over.
+A line is a JSON object with `command` (``["-m", module, …]`` or ``[script, …]``), `env`, `log`. The
+replies are lines too: `pid` and `command` once it runs, `pid` and `status` once it is over.
 """
 
 import gc
@@ -17,7 +17,7 @@ from typing import Dict, List, Optional
 
 
 def import_engine() -> None:
-    """What a server's three processes import; none of it starts a thread, or could not be forked."""
+    """What a server's three processes import; none of it starts a thread."""
     import vllm.entrypoints.openai.api_server
     import vllm.v1.engine.async_llm
     import vllm.v1.engine.core
