@@ -688,7 +688,7 @@ fn a_pod_that_leaves_little_by_little_is_gone_at_once() {
             .wrapping_add(1_442_695_040_888_963_407);
         let choice = (state >> 33) as u32;
         let (number, prompt) = (choice as usize % PODS, choice / 7 % PROMPTS);
-        if choice / 64 % 8 == 0 {
+        if (choice / 64).is_multiple_of(8) {
             index.remove_pod(&pod(&names[number]));
             (ids[number], held[number]) = (None, [0; PROMPTS as usize]);
             assert_eq!(index.pod_number(&pod(&names[number])), None);
