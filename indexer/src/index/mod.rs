@@ -13,14 +13,17 @@
 
 mod arena;
 mod blocks;
+mod budget;
 mod config;
 mod doors;
 mod hash;
 mod image;
+mod leaves;
 mod lookup;
 mod names;
 mod orphans;
 mod pods;
+mod recency;
 mod roots;
 mod runs;
 mod sets;
@@ -37,6 +40,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
+use self::budget::Budget;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
@@ -44,6 +48,7 @@ use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
 
+pub use budget::{BYTES_MIN, Usage};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
 pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
@@ -71,6 +76,8 @@ struct State {
     sources: HashMap<SourceId, Source>,
     by_pod: BTreeMap<PodName, Vec<SourceId>>,
     last: u64,
+    /// None when the index may grow as it likes.
+    budget: Option<Budget>,
 }
 
 /// Which pods hold a prefix, how deep, in which tier; shared by all threads.
@@ -100,9 +107,14 @@ fn gone(id: SourceId) -> Error {
 }
 
 impl KvIndex {
-    /// An index without sources.
+    /// An index without sources that takes as much memory as what it is told needs.
     #[must_use]
     pub fn new(config: IndexConfig) -> Self {
+        Self::with_budget(config, None)
+    }
+
+    fn with_budget(config: IndexConfig, budget: Option<Budget>) -> Self {
+        let is_bounded = budget.is_some();
         let keys = Keys {
             scheme: config.scheme.clone(),
             model: config.model.clone(),
@@ -111,13 +123,14 @@ impl KvIndex {
         Self {
             config,
             state: Mutex::new(State {
-                writer: Writer::new(keys),
+                writer: Writer::new(keys, is_bounded),
                 sources: HashMap::new(),
                 by_pod: BTreeMap::new(),
                 last: 0,
+                budget,
             }),
             view: RwLock::new(View {
-                tree: Shared::new(),
+                tree: Shared::new(is_bounded),
                 pods: Pods::new(),
                 shared_blocks: AtomicU64::new(0),
             }),
@@ -150,11 +163,13 @@ impl KvIndex {
             ));
         }
         let mut state = lock(&self.state);
+        self.admit_source(&mut state, &spec)?;
         let State {
             writer,
             sources,
             by_pod,
             last,
+            budget,
         } = &mut *state;
         if sources.len() >= SOURCES_MAX {
             return Err(Error::new(
@@ -181,6 +196,10 @@ impl KvIndex {
         let id = SourceId(*last);
         by_pod.entry(spec.pod.clone()).or_default().push(id);
         sources.insert(id, Source::new(spec, number, self.config.orphan_blocks_max));
+        if let Some(budget) = budget {
+            budget.by_number.insert(number, id);
+        }
+        self.settle(&mut state, Some(id));
         Ok(id)
     }
 
@@ -191,12 +210,19 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let mut state = lock(&self.state);
+        self.admit_event(&mut state, id, event)?;
+        let applied = self.apply_to(&mut state, id, event);
+        self.settle(&mut state, Some(id));
+        applied
+    }
+
+    fn apply_to(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let State {
             writer, sources, ..
-        } = &mut *state;
+        } = state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
         let mut view = read(&self.view);
-        let applied = match event {
+        let mut applied = match event {
             SourceEvent::Stored(blocks) => {
                 let most = blocks.hashes.len() + source.orphans.len();
                 view = self.make_room(writer, view, most)?;
@@ -210,6 +236,8 @@ impl KvIndex {
                 Applied::default()
             }
         };
+        applied.evicted_before = source.withdraw_evicted(applied.unknown);
+        applied.unknown -= applied.evicted_before;
         Self::finish(writer, &view);
         drop(view);
         if *event == SourceEvent::Cleared {
@@ -262,6 +290,7 @@ impl KvIndex {
             self.forget(writer, source);
             self.trim(writer);
         }
+        self.settle(&mut state, Some(id));
     }
 
     /// Removes a source with its entries; lookups stop seeing them at once.
@@ -273,6 +302,7 @@ impl KvIndex {
             writer,
             sources,
             by_pod,
+            budget,
             ..
         } = &mut *state;
         let Some(mut source) = sources.remove(&id) else {
@@ -286,6 +316,9 @@ impl KvIndex {
         }
         self.forget(writer, &mut source);
         write(&self.view).pods.remove(source.number);
+        if let Some(budget) = budget {
+            budget.remove_source(&source);
+        }
         if source.spec.kind == SourceKind::Node
             && !sources
                 .values()
@@ -294,6 +327,7 @@ impl KvIndex {
             writer.tree.forget_keys();
         }
         self.trim(writer);
+        self.settle(&mut state, None);
     }
 
     fn forget(&self, writer: &mut Writer, source: &mut Source) {
@@ -320,6 +354,7 @@ impl KvIndex {
             writer.tree.forget_keys();
         }
         self.trim(writer);
+        self.settle(&mut state, None);
     }
 
     /// Removes all sources of a pod.
@@ -403,7 +438,7 @@ impl KvIndex {
     /// Entries: blocks by source and tier, and those in shared tiers.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        lock(&self.state).writer.entries
+        lock(&self.state).writer.entries.iter().sum()
     }
 
     /// Distinct blocks that somebody holds.
@@ -438,8 +473,7 @@ impl KvIndex {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let state = lock(&self.state);
-        let view = read(&self.view);
         let sources: usize = state.sources.values().map(Source::bytes).sum();
-        (sources + state.writer.bytes() + view.tree.bytes() + view.pods.bytes()) as u64
+        (sources + self.bytes_beside_sources(&state)) as u64
     }
 }

@@ -292,7 +292,7 @@ impl Source {
             *self.runs.entry(blocks.run).or_default() += added;
             if !tier.is_shared() {
                 self.entries += u64::from(added);
-                writer.entries += u64::from(added);
+                writer.entries[tier as usize] += u64::from(added);
                 applied.stored += added;
             }
         }
