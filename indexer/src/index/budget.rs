@@ -248,7 +248,7 @@ impl KvIndex {
             self.admit_keys(state)?;
         }
         // The tables of sources and pods may double.
-        let more = size_of::<Source>() * 2 * (state.sources.len() + 1) / 4;
+        let more = (state.sources.capacity() * 2 + 8) * (size_of::<(SourceId, Source)>() + 2);
         let is_full = state.sources.len() == state.sources.capacity();
         if is_full && !self.give_back(state, more) {
             return self.refuse(

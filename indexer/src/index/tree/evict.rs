@@ -5,6 +5,9 @@ use super::super::sets::{Holder, Sets, members};
 use super::{Place, Shared, Stretch, Tree};
 use crate::index::arena::get;
 
+/// Where a block is that is not there.
+const UNKNOWN_RUN: u32 = u32::MAX;
+
 impl Tree {
     /// Notes where a run begins, so that what it goes on from stays as long as it does.
     pub(super) fn begin_leaf(&mut self, shared: &Shared, run: u32, previous: Option<Place>) {
@@ -12,6 +15,15 @@ impl Tree {
         let parent = previous.map(|previous| (self.key(shared, previous.position).0, previous.run));
         if let Some(leaves) = &mut self.leaves {
             leaves.begin(run, parent);
+        }
+    }
+
+    /// A block follows one that is not there yet: once it is, it stays as long as this one does.
+    pub(in crate::index) fn follow_absent(&mut self, place: Place, parent: u64) {
+        if let Some(leaves) = &mut self.leaves
+            && place.block == 0
+        {
+            leaves.adopt(place.run, (parent, UNKNOWN_RUN));
         }
     }
 
