@@ -4,11 +4,10 @@
 //! search while the writer writes: what they find they check against the run; that they found nothing holds as long as
 //! no entry has moved meanwhile, which the version tells.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-
 use kvcache_core::IndexKey;
 
 use super::hash::KeyState;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 const SLOTS_MIN: usize = 64;
 /// A block of a run has less than so many bits.

@@ -1,7 +1,6 @@
 //! The question the index is for: who holds this prefix, how deep, in which tier?
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use kvcache_core::{IndexKey, PodName};
 
@@ -12,6 +11,7 @@ use super::pods::PodNumber;
 use super::runs::{Header, partition, read_span};
 use super::sets::{Holder, SetId, members};
 use crate::score::{TIERS, TierWeights};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// What to leave out of an answer.
 #[derive(Clone, Copy, Debug, Default)]

@@ -34,8 +34,7 @@ mod tree;
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::PoisonError;
 
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
@@ -47,6 +46,9 @@ use self::roots::Keys;
 use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
+use crate::sync::{
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, spin_loop,
+};
 
 pub use budget::{BYTES_MIN, Usage};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
@@ -390,7 +392,7 @@ impl KvIndex {
                 if let Ok(found) = attempt(&view) {
                     return found;
                 }
-                (0..TURNS).for_each(|_| std::hint::spin_loop());
+                (0..TURNS).for_each(|_| spin_loop());
             }
             drop(view);
             let _still = lock(&self.state);

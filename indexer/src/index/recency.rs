@@ -3,12 +3,11 @@
 //! Time is counted in events of the writer and coarse, so that a lookup writes only when the clock has moved since the
 //! last one that came by; it takes no lock and never waits.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use super::arena::Chunks;
 use super::runs::RUNS_MAX;
+use crate::sync::{AtomicU32, CHUNK_BITS, Ordering};
 
-const RUNS_PER_CHUNK: u32 = 1 << 13;
+const RUNS_PER_CHUNK: u32 = 1 << CHUNK_BITS;
 
 /// A stamp a run; without a budget there are none.
 pub(super) struct Recency {
