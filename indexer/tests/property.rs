@@ -539,8 +539,8 @@ impl Both {
                     .lookup(&keys, &Query::default(), &mut self.answer);
                 assert_eq!(self.found(), wanted, "{prompt:?}");
                 assert_eq!(self.answer.shared_depth, shared);
-                let (complete, complete_shared) = self.complete.depths(&prompt);
-                assert!(shared <= complete_shared);
+                // Of shared tiers nothing is compared: who has lost its name for a block cannot delete it for others.
+                let (complete, _) = self.complete.depths(&prompt);
                 for (pod, depth, _) in &wanted {
                     let is_in = |(other, most, _): &(String, u32, _)| other == pod && depth <= most;
                     assert!(complete.iter().any(is_in), "{pod} does not hold {depth}");

@@ -20,6 +20,9 @@ use super::{KvIndex, State, lock, read, write};
 use crate::adapter::{SourceEvent, SourceKind};
 use crate::score::TIERS;
 
+#[cfg(test)]
+mod tests;
+
 /// The least bound: below it the first chunk of each table would leave little for blocks.
 pub const BYTES_MIN: u64 = 16 << 20;
 
@@ -36,6 +39,8 @@ const SPARE_BLOCKS: usize = 512;
 const STEP_BLOCKS: usize = 1024;
 /// While the runs last, the clock moves about so often.
 const TICKS: u64 = 256;
+/// What a block takes at least that is a run of its own: its header, its segment's columns, its entry.
+const RUN_BYTES: usize = 128 + 264 + 16;
 /// What a block takes in the table of keys, when that is made for blocks that are there already.
 const KEY_BYTES: usize = 12;
 
@@ -210,6 +215,7 @@ impl KvIndex {
         id: SourceId,
         event: &SourceEvent,
     ) -> Result<()> {
+        self.tick(state);
         let Some(budget) = &mut state.budget else {
             return Ok(());
         };
@@ -232,8 +238,27 @@ impl KvIndex {
         if state.budget.is_none() {
             return Ok(());
         }
+        self.tick(state);
         self.admit_keys(state)?;
         self.admit(state, blocks, blocks)
+    }
+
+    /// Lets time pass, before an event and after it: so what lookups use in between was used after the one event and before
+    /// the other.
+    fn tick(&self, state: &mut State) {
+        let State {
+            writer,
+            budget: Some(budget),
+            ..
+        } = state
+        else {
+            return;
+        };
+        budget.events += 1;
+        if budget.events > writer.tree.runs() / TICKS {
+            budget.events = 0;
+            writer.tree.tick(&read(&self.view).tree);
+        }
     }
 
     /// Makes room for a source.
@@ -276,17 +301,22 @@ impl KvIndex {
     }
 
     fn bytes_fit(&self, state: &State, more: usize) -> bool {
-        let bytes_max = state
-            .budget
-            .as_ref()
-            .map_or(usize::MAX, |budget| budget.bytes_max);
-        self.bytes_counted(state) + more <= bytes_max
+        self.bytes_counted(state) + more <= Self::bytes_max_of(state)
+    }
+
+    fn bytes_max_of(state: &State) -> usize {
+        let budget = state.budget.as_ref();
+        budget.map_or(usize::MAX, |budget| budget.bytes_max)
     }
 
     fn admit(&self, state: &mut State, blocks: usize, doors: usize) -> Result<()> {
         let Some(reserve) = state.budget.as_ref().map(Budget::reserve) else {
             return Ok(());
         };
+        // What does not fit beside nothing need not cost what is there.
+        if blocks.saturating_mul(RUN_BYTES) > Self::bytes_max_of(state) {
+            return self.refuse(state, &format!("an event of {blocks} blocks"));
+        }
         let blocks_at_first = state.writer.tree.blocks as usize;
         let (mut evicted, mut spare) = (0, 0);
         loop {
@@ -334,10 +364,9 @@ impl KvIndex {
         }
     }
 
-    /// Ends a change: counts the source in, lets time pass, and keeps the promise.
+    /// Ends a change: counts the source in, and keeps the promise.
     pub(super) fn settle(&self, state: &mut State, id: Option<SourceId>) {
         let State {
-            writer,
             sources,
             budget: Some(budget),
             ..
@@ -348,11 +377,7 @@ impl KvIndex {
         if let Some(source) = id.and_then(|id| sources.get_mut(&id)) {
             budget.count(source);
         }
-        budget.events += 1;
-        if budget.events > writer.tree.runs() / TICKS {
-            budget.events = 0;
-            writer.tree.tick(&read(&self.view).tree);
-        }
+        self.tick(state);
         if !self.bytes_fit(state, 0) {
             self.give_back(state, 0);
         }

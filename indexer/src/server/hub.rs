@@ -10,16 +10,19 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::config::{ServerConfig, StaticSource};
-use crate::index::{self, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
-use crate::metrics::{Holdings, Metrics};
+use crate::config::{ServerConfig, StaticSource, Tenants};
+use crate::index::{self, BYTES_MIN, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
+use crate::metrics::{Holdings, Metrics, TenantHoldings};
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
 use crate::source::{Follower, SourceState};
 use crate::wire::{Registration, SourceSpec, source_name};
 
-/// The most models one server takes, each having an index of its own.
+/// The most models one server takes, each tenant's having an index of its own.
 pub(super) const MODELS_MAX: usize = 256;
+
+/// The indexes of one tenant, by model: what is in another tenant's is not even looked at.
+pub(super) type Models = BTreeMap<String, Arc<KvIndex>>;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -83,7 +86,9 @@ pub(super) struct Hub {
     scheme: IndexScheme,
     block_size: TokensPerBlock,
     pub(super) weights: TierWeights,
-    models: RwLock<BTreeMap<String, Arc<KvIndex>>>,
+    pub(super) tenants: Tenants,
+    /// One a tenant, in their order.
+    models: RwLock<Vec<Models>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
     /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
     /// lookup.
@@ -94,7 +99,10 @@ pub(super) struct Hub {
 
 impl Hub {
     pub(super) fn new(config: ServerConfig) -> Result<Self> {
+        let tenants = Tenants::new(&config)?;
         Ok(Self {
+            models: RwLock::new(vec![Models::new(); tenants.all().len()]),
+            tenants,
             scheme: config.scheme()?,
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
@@ -102,7 +110,6 @@ impl Hub {
             metrics: Arc::new(Metrics::new(&config.tokenizers)),
             config,
             membership: watch::Sender::new(0),
-            models: RwLock::default(),
             pods: RwLock::default(),
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
@@ -114,7 +121,7 @@ impl Hub {
         self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn models(&self) -> RwLockReadGuard<'_, BTreeMap<String, Arc<KvIndex>>> {
+    pub(super) fn models(&self) -> RwLockReadGuard<'_, Vec<Models>> {
         self.models.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -122,12 +129,16 @@ impl Hub {
         self.scheme.name()
     }
 
-    /// The index that a question about `model` goes to; none when nobody has told anything of that model.
+    /// The index that a tenant's question about `model` goes to; none when nobody has told anything of that model.
     ///
     /// # Errors
-    /// `Invalid` when the question names no model and several are served.
-    pub(super) fn index_for(&self, model: &str) -> Result<Option<Arc<KvIndex>>> {
+    /// `Invalid` when the tenant is not configured, or when the question names no model and several are served.
+    pub(super) fn index_for(&self, tenant: &str, model: &str) -> Result<Option<Arc<KvIndex>>> {
+        let tenant = self.tenants.of_question(tenant, model)?;
         let models = self.models();
+        let Some(models) = models.get(tenant) else {
+            return Ok(None);
+        };
         if let Some(index) = models.get(model) {
             return Ok(Some(index.clone()));
         }
@@ -247,7 +258,7 @@ impl Hub {
 
     fn add(&self, registration: &Registration, origin: Origin) -> Result<Arc<Pod>> {
         self.check_room()?;
-        let index = self.index_of(&registration.model)?;
+        let index = self.index_for_pod(registration)?;
         let mut sources = Vec::with_capacity(registration.sources.len());
         for spec in &registration.sources {
             match self.follow_new(registration, spec, &index) {
@@ -349,28 +360,66 @@ impl Hub {
         }
     }
 
-    /// The index of a model, made when it is the first time.
+    /// The index that a pod's events go to, made when it is the first time.
     ///
     /// # Errors
-    /// `Busy` when there are too many models.
-    pub(super) fn index_of(&self, model: &str) -> Result<Arc<KvIndex>> {
+    /// As [`Self::index_of`].
+    pub(super) fn index_for_pod(&self, registration: &Registration) -> Result<Arc<KvIndex>> {
+        let Registration { pod, model, .. } = registration;
+        self.index_of(self.tenants.of_pod(pod, model), model)
+    }
+
+    /// The index of a tenant's model, made when it is the first time; a tenant's models have equal parts of its bytes.
+    ///
+    /// # Errors
+    /// `Busy` when there are too many models, of all tenants or for the bytes of this one.
+    pub(super) fn index_of(&self, tenant: usize, model: &str) -> Result<Arc<KvIndex>> {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = models.get(model) {
+        if let Some(index) = models[tenant].get(model) {
             return Ok(index.clone());
         }
-        if models.len() >= MODELS_MAX {
+        if models.iter().map(BTreeMap::len).sum::<usize>() >= MODELS_MAX {
             let context = format!("{MODELS_MAX} models are served, no more are taken");
             return Err(Error::new(ErrorKind::Busy, context));
         }
-        let index = Arc::new(KvIndex::new(index::IndexConfig {
+        let config = index::IndexConfig {
             scheme: self.scheme.clone(),
             model: model.to_owned(),
             block_size: self.block_size,
             weights: self.weights,
             orphan_blocks_max: ORPHAN_BLOCKS_MAX,
-        }));
+        };
+        let models = &mut models[tenant];
+        let index = match self.tenants.all()[tenant].bytes_max {
+            None => KvIndex::new(config),
+            Some(bytes_max) => {
+                let share = bytes_max / (models.len() as u64 + 1);
+                if share < BYTES_MIN {
+                    let name = &self.tenants.all()[tenant].name;
+                    let context = format!(
+                        "model {model:?}: the {bytes_max} bytes of tenant {name:?} are for {} models",
+                        models.len()
+                    );
+                    return Err(Error::new(ErrorKind::Busy, context));
+                }
+                // The others first, so that all together never have more than the tenant has.
+                for other in models.values() {
+                    other.set_bytes_max(share)?;
+                }
+                KvIndex::bounded(config, share)?
+            }
+        };
+        let index = Arc::new(index);
         models.insert(model.to_owned(), index.clone());
         Ok(index)
+    }
+
+    /// The index that a known pod's entries are in.
+    pub(super) fn index_of_pod(&self, registration: &Registration) -> Option<Arc<KvIndex>> {
+        let tenant = self
+            .tenants
+            .of_pod(&registration.pod, &registration.model);
+        self.models().get(tenant)?.get(&registration.model).cloned()
     }
 
     /// Forgets the pod: first its entries, so that whoever sees it gone finds nothing of it any more.
@@ -378,8 +427,7 @@ impl Hub {
         for source in &pod.sources {
             source.task.abort();
         }
-        let index = self.models().get(&pod.registration.model).cloned();
-        if let Some(index) = index {
+        if let Some(index) = self.index_of_pod(&pod.registration) {
             let ids: Vec<_> = pod.sources.iter().map(|source| source.id).collect();
             let removal = tokio::task::spawn_blocking(move || {
                 ids.into_iter().for_each(|id| index.remove_source(id));
@@ -399,8 +447,7 @@ impl Hub {
 
     /// Entries of a pod.
     pub(super) fn entries_of(&self, pod: &Pod) -> u64 {
-        self.models()
-            .get(&pod.registration.model)
+        self.index_of_pod(&pod.registration)
             .map_or(0, |index| index.pod_entries(&pod.name))
     }
 
@@ -410,10 +457,15 @@ impl Hub {
             is_serving: self.not_serving.borrow().is_none(),
             ..Holdings::default()
         };
-        for index in self.models().values() {
-            holdings.blocks += index.blocks();
-            holdings.entries += index.entries();
-            holdings.bytes += index.bytes();
+        for (tenant, models) in self.tenants.all().iter().zip(&*self.models()) {
+            let mut held = TenantHoldings::new(&tenant.name, tenant.bytes_max);
+            for index in models.values() {
+                holdings.blocks += index.blocks();
+                held.add(&index.usage());
+            }
+            holdings.entries += held.usage.entries.iter().sum::<u64>();
+            holdings.bytes += held.usage.bytes;
+            holdings.tenants.push(held);
         }
         let pods: Vec<_> = self.pods().values().cloned().collect();
         holdings.pods = pods.len() as u64;
@@ -435,8 +487,7 @@ impl Hub {
 
     /// Blocks of a source that wait for the block before them.
     pub(super) fn orphans_of(&self, pod: &Pod, source: &PodSource) -> u64 {
-        self.models()
-            .get(&pod.registration.model)
+        self.index_of_pod(&pod.registration)
             .map_or(0, |index| index.orphans(source.id))
     }
 }
