@@ -149,7 +149,8 @@ fn check_claims(all: &BTreeMap<&str, TenantConfig>) -> Result<()> {
         for (key, value) in pods.chain(models) {
             let place = format!("tenants.{name}.{key}");
             if value.is_empty() || *name == DEFAULT_TENANT {
-                let accepted = "a beginning of names or a model, of another tenant than the default";
+                let accepted =
+                    "a beginning of names or a model, of another tenant than the default";
                 return Err(Error::invalid(&place, format!("{value:?}"), accepted));
             }
             if !claimed.insert((key, value.clone())) {
@@ -172,7 +173,10 @@ fn shares(all: &BTreeMap<&str, TenantConfig>, total: Option<u64>) -> Result<Vec<
     let Some(total) = total else {
         return Ok(own);
     };
-    let given = own.iter().flatten().fold(0_u64, |sum, share| sum.saturating_add(*share));
+    let given = own
+        .iter()
+        .flatten()
+        .fold(0_u64, |sum, share| sum.saturating_add(*share));
     let others = own.iter().filter(|share| share.is_none()).count() as u64;
     let left = total.checked_sub(given).ok_or_else(|| {
         let context = format!("tenants: their max_bytes add up to {given}, max_bytes is {total}");
@@ -194,7 +198,10 @@ fn shares(all: &BTreeMap<&str, TenantConfig>, total: Option<u64>) -> Result<Vec<
 /// [`ErrorKind::Invalid`] naming the key and the text.
 fn parse_bytes(key: &str, text: &str) -> Result<u64> {
     let text = text.trim();
-    let digits = text.len() - text.trim_start_matches(|byte: char| byte.is_ascii_digit()).len();
+    let digits = text.len()
+        - text
+            .trim_start_matches(|byte: char| byte.is_ascii_digit())
+            .len();
     let (number, unit) = text.split_at(digits);
     let shift = match unit.trim_start() {
         "" | "B" => Some(0),
@@ -221,7 +228,10 @@ fn parse_bytes(key: &str, text: &str) -> Result<u64> {
 
 /// The memory that this process may use: the machine's, or less when its control group says so.
 fn available_bytes() -> Option<u64> {
-    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limits = [
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ];
     let limits = limits.into_iter().filter_map(|path| {
         let text = std::fs::read_to_string(path).ok()?;
         text.trim().parse::<u64>().ok()
@@ -231,7 +241,9 @@ fn available_bytes() -> Option<u64> {
 
 fn machine_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let total = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kibibytes: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kibibytes.checked_mul(1024)
 }

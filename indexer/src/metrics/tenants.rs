@@ -7,8 +7,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-use super::names::add;
 use super::Number;
+use super::names::add;
 use crate::index::Usage;
 use crate::wire::tier_to_wire;
 
@@ -86,7 +86,12 @@ pub(super) struct TenantMetrics {
 impl TenantMetrics {
     pub(super) fn register(&self, registry: &mut Registry) {
         let to = registry.sub_registry_with_prefix("kvfabric_indexer_tenant");
-        add(to, "bytes", "Bytes that the tenant's entries take", &self.bytes);
+        add(
+            to,
+            "bytes",
+            "Bytes that the tenant's entries take",
+            &self.bytes,
+        );
         add(to, "bytes_max", "Bytes that they may take", &self.bytes_max);
         add(to, "entries", "Entries by tenant and tier", &self.entries);
         let help = "Entries given up for lack of room";
@@ -110,8 +115,14 @@ impl TenantMetrics {
         if let Some(bytes_max) = usage.bytes_max {
             self.bytes_max.get_or_create(&label).set(bytes_max);
         }
-        raise(&self.blocks_evicted.get_or_create(&label), usage.evicted_blocks);
-        raise(&self.orphans_evicted.get_or_create(&label), usage.evicted_waiting);
+        raise(
+            &self.blocks_evicted.get_or_create(&label),
+            usage.evicted_blocks,
+        );
+        raise(
+            &self.orphans_evicted.get_or_create(&label),
+            usage.evicted_waiting,
+        );
         raise(&self.refused.get_or_create(&label), usage.refused);
         let by_tier = Tier::ALL.into_iter().map(|tier| {
             let label = TenantTierLabel {

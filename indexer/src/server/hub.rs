@@ -416,9 +416,7 @@ impl Hub {
 
     /// The index that a known pod's entries are in.
     pub(super) fn index_of_pod(&self, registration: &Registration) -> Option<Arc<KvIndex>> {
-        let tenant = self
-            .tenants
-            .of_pod(&registration.pod, &registration.model);
+        let tenant = self.tenants.of_pod(&registration.pod, &registration.model);
         self.models().get(tenant)?.get(&registration.model).cloned()
     }
 

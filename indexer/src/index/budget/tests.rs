@@ -198,7 +198,11 @@ fn removals_of_evicted_blocks_are_no_fault_and_storing_brings_them_back() {
     let applied = remove(&index, id, last.clone());
     assert_eq!((applied.evicted_before, applied.unknown), (1, 0));
     let applied = remove(&index, id, last.clone());
-    assert_eq!((applied.evicted_before, applied.unknown), (0, 1), "one entry was evicted");
+    assert_eq!(
+        (applied.evicted_before, applied.unknown),
+        (0, 1),
+        "one entry was evicted"
+    );
     // One copy, so one removal takes it.
     store(&index, id, blocks(0, 2, 1));
     assert_eq!(depths(&index, 0, 3), [3]);
@@ -246,9 +250,15 @@ fn an_image_larger_than_the_bound_is_taken_up_within_it() {
 #[test]
 fn bounds_are_checked_and_may_change() {
     let refusal = KvIndex::bounded(config(), 4096).err().unwrap().to_string();
-    assert!(refusal.contains("4096") && refusal.contains(&BYTES_MIN.to_string()), "{refusal}");
+    assert!(
+        refusal.contains("4096") && refusal.contains(&BYTES_MIN.to_string()),
+        "{refusal}"
+    );
     let index = KvIndex::bounded(config(), 2 * BYTES_MIN).unwrap();
-    assert_eq!(index.set_bytes_max(0).unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(
+        index.set_bytes_max(0).unwrap_err().kind(),
+        ErrorKind::Invalid
+    );
     let id = add(&index, "pod", SourceKind::Vllm);
     for prompt in 0..45_000 {
         store(&index, id, blocks(prompt, 0, 2));
