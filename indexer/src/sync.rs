@@ -12,3 +12,7 @@ pub(crate) use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWri
 pub(crate) const CHUNK_BITS: u32 = 13;
 /// There are at most 2 to this power chunks of runs and of words, and a quarter of that of segments.
 pub(crate) const CHUNKS_BITS: u32 = 13;
+/// Entries of runs that there is room for at least.
+pub(crate) const DOORS_MIN: usize = 64;
+/// How often a lookup tries to read between events before it makes the writer wait.
+pub(crate) const TRIES: u32 = 64;

@@ -47,7 +47,8 @@ use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
 use crate::sync::{
-    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, spin_loop,
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, TRIES,
+    spin_loop,
 };
 
 pub use budget::{BYTES_MIN, Usage};
@@ -59,8 +60,6 @@ pub use image::{
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
 pub use pods::PodNumber;
 
-/// How often a lookup tries to read between events before it makes the writer wait.
-const TRIES: u32 = 64;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -337,7 +336,7 @@ impl KvIndex {
         write(&self.view).pods.leaving.insert(source.number);
         {
             let view = read(&self.view);
-            source.forget(writer, &view.tree);
+            source.forget(writer, &view.tree, true);
             Self::finish(writer, &view);
         }
         write(&self.view).pods.leaving.remove(&source.number);
