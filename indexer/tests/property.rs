@@ -481,7 +481,10 @@ impl Both {
 
     /// Lets the index choose what to give up; no block must go before one that comes after it.
     fn evict(&mut self, blocks: usize) {
-        let before = self.literal.placed();
+        // What a node has put in a shared tier and another one deleted there is in no tier, though nobody told the node.
+        let there = self.keys_there();
+        let mut before = self.literal.placed();
+        before.retain(|block| there.contains(&block.index_key()));
         let evicted = self.index.evict(blocks);
         let left = self.keys_there();
         let (left, gone): (BTreeSet<Block>, BTreeSet<Block>) = before
