@@ -390,23 +390,13 @@ impl Both {
                 tier,
             } => {
                 let blocks = &last.prompt()[last.depth - count..];
-                self.apply(
-                    source,
-                    SourceEvent::Stored(stored(source, blocks, tier, true)),
-                );
-                self.read(|literal| literal.store(source, blocks, tier, true));
+                self.store(source, blocks, tier, true);
             }
             Step::Mention {
                 source,
                 block,
                 tier,
-            } => {
-                self.apply(
-                    source,
-                    SourceEvent::Stored(stored(source, &[block], tier, false)),
-                );
-                self.read(|literal| literal.store(source, &[block], tier, false));
-            }
+            } => self.store(source, &[block], tier, false),
             Step::Remove {
                 source,
                 block,
@@ -453,6 +443,12 @@ impl Both {
             }
             Step::OtherGroup { .. } => {}
         }
+    }
+
+    fn store(&mut self, source: usize, blocks: &[Block], tier: Tier, with_tokens: bool) {
+        let event = stored(source, blocks, tier, with_tokens);
+        self.apply(source, SourceEvent::Stored(event));
+        self.read(|literal| literal.store(source, blocks, tier, with_tokens));
     }
 
     /// Reads an event, with and without evictions.

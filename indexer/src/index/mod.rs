@@ -22,6 +22,7 @@ mod leaves;
 mod lookup;
 mod names;
 mod orphans;
+mod parts;
 mod pods;
 mod recency;
 mod roots;
@@ -58,6 +59,7 @@ pub use image::{
     SourceImage,
 };
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
+pub use parts::Parts;
 pub use pods::PodNumber;
 
 /// How long it waits for an event to end before it tries again, in turns of a loop.

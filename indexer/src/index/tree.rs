@@ -110,10 +110,10 @@ impl Stretch {
 
 /// What only the writer knows of the tree.
 pub(super) struct Tree {
-    segments: Segments,
-    slots: RunSlots,
-    lists: WordLists,
-    sets: Sets,
+    pub(super) segments: Segments,
+    pub(super) slots: RunSlots,
+    pub(super) lists: WordLists,
+    pub(super) sets: Sets,
     doors: DoorCount,
     /// From engines' hashes to positions.
     names: Names,
@@ -497,8 +497,15 @@ impl Tree {
             + self.slots.bytes()
             + self.lists.bytes()
             + self.sets.bytes()
-            + self.names.bytes()
-            + self.by_key.as_ref().map_or(0, Names::bytes)
-            + self.leaves.as_ref().map_or(0, |leaves| leaves.bytes())
+            + self.names_bytes()
+            + self.leaves_bytes()
+    }
+
+    pub(super) fn names_bytes(&self) -> usize {
+        self.names.bytes() + self.by_key.as_ref().map_or(0, Names::bytes)
+    }
+
+    pub(super) fn leaves_bytes(&self) -> usize {
+        self.leaves.as_ref().map_or(0, |leaves| leaves.bytes())
     }
 }

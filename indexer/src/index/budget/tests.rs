@@ -86,6 +86,8 @@ fn assert_bound(index: &KvIndex, what: &str) {
         bytes, bytes_max, ..
     } = index.usage();
     assert!(bytes <= bytes_max.unwrap(), "{bytes} after {what}");
+    let parts: usize = index.parts().named().iter().map(|(_, bytes)| bytes).sum();
+    assert_eq!(parts as u64, bytes, "after {what}");
     let state = lock(&index.state);
     assert_eq!(index.bytes_counted(&state) as u64, bytes, "after {what}");
 }
