@@ -4,9 +4,10 @@
 mod rig;
 
 use kvcache_core::Tier;
-use kvfabric_indexer::client::{Prompt, SourceKind, SourcePosition};
+use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::config::TenantConfig;
 use kvfabric_indexer::index::BYTES_MIN;
+use kvfabric_indexer::publisher::Publisher;
 use kvfabric_indexer::server::{Running, ServerConfig};
 use kvfabric_proto::v1;
 use rig::*;
@@ -75,6 +76,24 @@ fn depths(answer: &v1::LookupResponse) -> Vec<(&str, u32)> {
     pods.map(|pod| (pod.pod.as_str(), pod.depth)).collect()
 }
 
+/// Stores all prompts, and looks at the bounds after each batch.
+async fn overflow(client: &IndexClient, big: &Publisher) {
+    let mut question = question(Prompt::Tokens(tokens(7)));
+    for first in (0..PROMPTS).step_by(BATCH as usize) {
+        let events = (first..first + BATCH).map(|prompt| {
+            let name = u64::from(prompt) * 2;
+            stored(&[name, name + 1], None, &tokens(prompt), Tier::Device)
+        });
+        let position = big.publish_engine(events.collect());
+        question.min_position = vec![SourcePosition::new(&pod("big-0"), "engine", position)];
+        client.lookup(question.clone()).await.unwrap();
+        let tenants = client.status().await.unwrap().tenants;
+        for tenant in &tenants {
+            assert!(tenant.bytes <= tenant.bytes_max.unwrap(), "{tenant:?}");
+        }
+    }
+}
+
 /// One pod of each tenant; that of the default tenant stores far more than its tenant may have.
 #[tokio::test]
 async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
@@ -104,19 +123,7 @@ async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
             .pods
             .is_empty()
     );
-    for first in (0..PROMPTS).step_by(BATCH as usize) {
-        let events = (first..first + BATCH).map(|prompt| {
-            let name = u64::from(prompt) * 2;
-            stored(&[name, name + 1], None, &tokens(prompt), Tier::Device)
-        });
-        let position = big.publish_engine(events.collect());
-        question.min_position = vec![SourcePosition::new(&pod("big-0"), "engine", position)];
-        client.lookup(question.clone()).await.unwrap();
-        let tenants = client.status().await.unwrap().tenants;
-        for tenant in &tenants {
-            assert!(tenant.bytes <= tenant.bytes_max.unwrap(), "{tenant:?}");
-        }
-    }
+    overflow(&client, &big).await;
 
     // The oldest are gone, the newest are there, and none has a pod that does not hold it.
     assert_eq!(depths(&ask(&mut raw, "", 0).await.unwrap()), []);
