@@ -41,6 +41,7 @@ use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
 use self::budget::Budget;
+use self::hash::KeyState;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
@@ -76,7 +77,7 @@ struct View {
 /// What only the one writer reads.
 struct State {
     writer: Writer,
-    sources: HashMap<SourceId, Source>,
+    sources: HashMap<SourceId, Source, KeyState>,
     by_pod: BTreeMap<PodName, Vec<SourceId>>,
     last: u64,
     /// None when the index may grow as it likes.
@@ -127,7 +128,7 @@ impl KvIndex {
             config,
             state: Mutex::new(State {
                 writer: Writer::new(keys, is_bounded),
-                sources: HashMap::new(),
+                sources: HashMap::default(),
                 by_pod: BTreeMap::new(),
                 last: 0,
                 budget,

@@ -6,23 +6,18 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use super::models::Models;
 use crate::config::{ServerConfig, StaticSource, Tenants};
-use crate::index::{self, BYTES_MIN, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
-use crate::metrics::{Holdings, Metrics, TenantHoldings};
+use crate::index::{self, KvIndex, SourceId};
+use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Follower, SourceState};
+use crate::source::{Fed, Follower, Limits, SourceState};
 use crate::wire::{Registration, SourceSpec, source_name};
-
-/// The most models one server takes, each tenant's having an index of its own.
-pub(super) const MODELS_MAX: usize = 256;
-
-/// The indexes of one tenant, by model: what is in another tenant's is not even looked at.
-pub(super) type Models = BTreeMap<String, Arc<KvIndex>>;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -43,6 +38,8 @@ pub(super) enum Origin {
     Configured,
     /// By its registration: it lives as long as that stream.
     Registered,
+    /// By its engine's connection to one of our endpoints: it lives until all its sources are given up.
+    Bound,
     /// From a snapshot: it lives until all its sources are given up, or until it registers.
     Adopted,
 }
@@ -69,6 +66,26 @@ pub(super) struct PodSource {
     pub(super) state: Arc<SourceState>,
     pub(super) id: SourceId,
     task: AbortHandle,
+    /// Where messages are put in of a publisher that connects by itself.
+    pub(super) feed: Option<mpsc::Sender<Fed>>,
+}
+
+impl PodSource {
+    pub(super) fn new(
+        name: String,
+        state: Arc<SourceState>,
+        id: SourceId,
+        task: AbortHandle,
+        feed: Option<mpsc::Sender<Fed>>,
+    ) -> Self {
+        Self {
+            name,
+            state,
+            id,
+            task,
+            feed,
+        }
+    }
 }
 
 impl Drop for PodSource {
@@ -83,12 +100,12 @@ pub(super) struct Hub {
     pub(super) metrics: Arc<Metrics>,
     /// Counts up when pods come or go.
     pub(super) membership: watch::Sender<u64>,
-    scheme: IndexScheme,
-    block_size: TokensPerBlock,
+    pub(super) scheme: IndexScheme,
+    pub(super) block_size: TokensPerBlock,
     pub(super) weights: TierWeights,
     pub(super) tenants: Tenants,
     /// One a tenant, in their order.
-    models: RwLock<Vec<Models>>,
+    pub(super) models: RwLock<Vec<Models>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
     /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
     /// lookup.
@@ -129,29 +146,6 @@ impl Hub {
         self.scheme.name()
     }
 
-    /// The index that a tenant's question about `model` goes to; none when nobody has told anything of that model.
-    ///
-    /// # Errors
-    /// `Invalid` when the tenant is not configured, or when the question names no model and several are served.
-    pub(super) fn index_for(&self, tenant: &str, model: &str) -> Result<Option<Arc<KvIndex>>> {
-        let tenant = self.tenants.of_question(tenant, model)?;
-        let models = self.models();
-        let Some(models) = models.get(tenant) else {
-            return Ok(None);
-        };
-        if let Some(index) = models.get(model) {
-            return Ok(Some(index.clone()));
-        }
-        match (model, models.len()) {
-            ("", 0 | 1) => Ok(models.values().next().cloned()),
-            ("", count) => {
-                let context = format!("model is empty, but {count} models are served here");
-                Err(Error::new(ErrorKind::Invalid, context))
-            }
-            _ => Ok(None),
-        }
-    }
-
     /// The state of the source with this full name, if it is known.
     pub(super) fn source(&self, full_name: &str) -> Option<Arc<SourceState>> {
         let pods = self.pods();
@@ -183,7 +177,7 @@ impl Hub {
                         Origin::Registered;
                     return Ok(known);
                 }
-                Origin::Adopted | Origin::Registered => {
+                Origin::Adopted | Origin::Bound | Origin::Registered => {
                     tracing::info!(pod = %known.name, "pod registers anew");
                     self.remove(&known).await;
                 }
@@ -340,84 +334,28 @@ impl Hub {
     ) -> PodSource {
         let name = source_name(&registration.pod, &spec.name);
         let state = Arc::new(SourceState::new(restored.mark));
-        let mut follower = Follower::new(
-            spec.clone(),
-            name.clone(),
-            (index.clone(), restored.id),
-            state.clone(),
-            self.metrics.clone(),
-            self.config.source_ttl(),
-        );
+        let mut follower = self.follower(spec, &name, (index.clone(), restored.id), state.clone());
         if let Some(mark) = restored.mark {
             follower.resume(mark, restored.verify_by);
         }
         let task = tokio::spawn(follower.run()).abort_handle();
-        PodSource {
-            name,
-            state,
-            id: restored.id,
-            task,
-        }
+        PodSource::new(name, state, restored.id, task, None)
     }
 
-    /// The index that a pod's events go to, made when it is the first time.
-    ///
-    /// # Errors
-    /// As [`Self::index_of`].
-    pub(super) fn index_for_pod(&self, registration: &Registration) -> Result<Arc<KvIndex>> {
-        let Registration { pod, model, .. } = registration;
-        self.index_of(self.tenants.of_pod(pod, model), model)
-    }
-
-    /// The index of a tenant's model, made when it is the first time; a tenant's models have equal parts of its bytes.
-    ///
-    /// # Errors
-    /// `Busy` when there are too many models, of all tenants or for the bytes of this one.
-    pub(super) fn index_of(&self, tenant: usize, model: &str) -> Result<Arc<KvIndex>> {
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = models[tenant].get(model) {
-            return Ok(index.clone());
-        }
-        if models.iter().map(BTreeMap::len).sum::<usize>() >= MODELS_MAX {
-            let context = format!("{MODELS_MAX} models are served, no more are taken");
-            return Err(Error::new(ErrorKind::Busy, context));
-        }
-        let config = index::IndexConfig {
-            scheme: self.scheme.clone(),
-            model: model.to_owned(),
-            block_size: self.block_size,
-            weights: self.weights,
-            orphan_blocks_max: ORPHAN_BLOCKS_MAX,
+    /// What a source's task works on.
+    pub(super) fn follower(
+        &self,
+        spec: &SourceSpec,
+        name: &str,
+        place: (Arc<KvIndex>, SourceId),
+        state: Arc<SourceState>,
+    ) -> Follower {
+        let limits = Limits {
+            ttl: self.config.source_ttl(),
+            message_bytes_max: self.config.event_bytes_max,
         };
-        let models = &mut models[tenant];
-        let index = match self.tenants.all()[tenant].bytes_max {
-            None => KvIndex::new(config),
-            Some(bytes_max) => {
-                let share = bytes_max / (models.len() as u64 + 1);
-                if share < BYTES_MIN {
-                    let name = &self.tenants.all()[tenant].name;
-                    let context = format!(
-                        "model {model:?}: the {bytes_max} bytes of tenant {name:?} are for {} models",
-                        models.len()
-                    );
-                    return Err(Error::new(ErrorKind::Busy, context));
-                }
-                // The others first, so that all together never have more than the tenant has.
-                for other in models.values() {
-                    other.set_bytes_max(share)?;
-                }
-                KvIndex::bounded(config, share)?
-            }
-        };
-        let index = Arc::new(index);
-        models.insert(model.to_owned(), index.clone());
-        Ok(index)
-    }
-
-    /// The index that a known pod's entries are in.
-    pub(super) fn index_of_pod(&self, registration: &Registration) -> Option<Arc<KvIndex>> {
-        let tenant = self.tenants.of_pod(&registration.pod, &registration.model);
-        self.models().get(tenant)?.get(&registration.model).cloned()
+        let metrics = self.metrics.clone();
+        Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)
     }
 
     /// Forgets the pod: first its entries, so that whoever sees it gone finds nothing of it any more.
@@ -447,45 +385,5 @@ impl Hub {
     pub(super) fn entries_of(&self, pod: &Pod) -> u64 {
         self.index_of_pod(&pod.registration)
             .map_or(0, |index| index.pod_entries(&pod.name))
-    }
-
-    /// What all indexes hold now.
-    pub(super) fn holdings(&self) -> Holdings {
-        let mut holdings = Holdings {
-            is_serving: self.not_serving.borrow().is_none(),
-            ..Holdings::default()
-        };
-        for (tenant, models) in self.tenants.all().iter().zip(&*self.models()) {
-            let mut held = TenantHoldings::new(&tenant.name, tenant.bytes_max);
-            for index in models.values() {
-                holdings.blocks += index.blocks();
-                held.add(&index.usage());
-            }
-            holdings.entries += held.usage.entries.iter().sum::<u64>();
-            holdings.bytes += held.usage.bytes;
-            holdings.tenants.push(held);
-        }
-        let pods: Vec<_> = self.pods().values().cloned().collect();
-        holdings.pods = pods.len() as u64;
-        for pod in &pods {
-            holdings.sources += pod.sources.len() as u64;
-            let connected = pod
-                .sources
-                .iter()
-                .filter(|s| s.state.progress.borrow().is_connected);
-            holdings.sources_connected += connected.count() as u64;
-            holdings.orphans += pod
-                .sources
-                .iter()
-                .map(|source| self.orphans_of(pod, source))
-                .sum::<u64>();
-        }
-        holdings
-    }
-
-    /// Blocks of a source that wait for the block before them.
-    pub(super) fn orphans_of(&self, pod: &Pod, source: &PodSource) -> u64 {
-        self.index_of_pod(&pod.registration)
-            .map_or(0, |index| index.orphans(source.id))
     }
 }
