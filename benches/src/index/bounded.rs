@@ -32,10 +32,16 @@ pub(super) fn measure(workload: &Workload, origin: Origin, bytes_max: u64) -> Re
     let mut events = workload.events();
     loop {
         let before = meter.events;
-        filled.ingest(events.by_ref().take(EVENTS_PER_LOOK), &mut meter, &Stop::default())?;
+        filled.ingest(
+            events.by_ref().take(EVENTS_PER_LOOK),
+            &mut meter,
+            &Stop::default(),
+        )?;
         most = filled.index.bytes().max(most);
         if most > bytes_max {
-            return Err(wrong(format!("the index took {most} bytes, its bound is {bytes_max}")));
+            return Err(wrong(format!(
+                "the index took {most} bytes, its bound is {bytes_max}"
+            )));
         }
         if meter.events == before {
             break;
@@ -59,7 +65,11 @@ pub(super) fn measure(workload: &Workload, origin: Origin, bytes_max: u64) -> Re
         case.single("pairs_told", "pairs", told),
         case.single("pairs_held", "pairs", held as f64),
         case.single("blocks_evicted", "blocks", usage.evicted_blocks as f64),
-        case.single("blocks_per_cpu_s", "blocks/s", told / meter.cpu.as_secs_f64()),
+        case.single(
+            "blocks_per_cpu_s",
+            "blocks/s",
+            told / meter.cpu.as_secs_f64(),
+        ),
     ];
     Ok(rows.into_iter().flatten().collect())
 }

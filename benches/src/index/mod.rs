@@ -1,8 +1,8 @@
 //! `kv-bench index`: fills and asks the index with a fixed workload.
 
+mod bounded;
 mod fill;
 mod grpc;
-mod bounded;
 mod lookup;
 mod memory;
 mod rivals;
