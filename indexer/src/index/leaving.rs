@@ -65,10 +65,17 @@ impl KvIndex {
             }
         }
         write(&self.view).pods.leaving.insert(source.number);
+        if let Some(budget) = &mut state.budget {
+            budget.remove_source(&source);
+        }
         state.leaving.push_back(Leaving::new(source));
-        if state.leaving.len() > LEAVING_MAX {
+        if state.budget.is_some() {
+            // Memory that is bounded is not left to what nobody holds, and giving blocks up takes every holder for a source.
+            self.take_out_all(&mut state);
+        } else if state.leaving.len() > LEAVING_MAX {
             self.take_out(&mut state, u32::MAX);
         }
+        self.settle(&mut state, None);
     }
 
     /// Removes all sources of a pod.
@@ -86,6 +93,7 @@ impl KvIndex {
         self.take_out_all(&mut state);
         self.forget_keys(&mut state);
         self.trim(&mut state.writer);
+        self.settle(&mut state, None);
     }
 
     /// Takes out some of what sources that are gone held.

@@ -13,16 +13,20 @@
 
 mod arena;
 mod blocks;
+mod budget;
 mod config;
 mod doors;
 mod hash;
 mod huge;
 mod image;
+mod leaves;
 mod leaving;
 mod lookup;
 mod names;
 mod orphans;
+mod parts;
 mod pods;
+mod recency;
 mod roots;
 mod runs;
 mod sets;
@@ -38,6 +42,7 @@ use std::sync::PoisonError;
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
+use self::budget::Budget;
 use self::hash::KeyState;
 use self::leaving::Leaving;
 use self::lookup::Torn;
@@ -51,12 +56,14 @@ use crate::sync::{
     spin_loop,
 };
 
+pub use budget::{BYTES_MIN, Usage};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
 pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
     SourceImage,
 };
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
+pub use parts::Parts;
 pub use pods::PodNumber;
 
 /// How long it waits for an event to end before it tries again, in turns of a loop.
@@ -78,6 +85,8 @@ struct State {
     /// Sources that are gone for everybody outside, but whose entries are still to be taken out.
     leaving: VecDeque<Leaving>,
     last: u64,
+    /// None when the index may grow as it likes.
+    budget: Option<Budget>,
 }
 
 /// Which pods hold a prefix, how deep, in which tier; shared by all threads.
@@ -107,9 +116,14 @@ fn gone(id: SourceId) -> Error {
 }
 
 impl KvIndex {
-    /// An index without sources.
+    /// An index without sources that takes as much memory as what it is told needs.
     #[must_use]
     pub fn new(config: IndexConfig) -> Self {
+        Self::with_budget(config, None)
+    }
+
+    fn with_budget(config: IndexConfig, budget: Option<Budget>) -> Self {
+        let is_bounded = budget.is_some();
         let keys = Keys {
             scheme: config.scheme.clone(),
             model: config.model.clone(),
@@ -118,14 +132,15 @@ impl KvIndex {
         Self {
             config,
             state: Mutex::new(State {
-                writer: Writer::new(keys),
+                writer: Writer::new(keys, is_bounded),
                 sources: HashMap::default(),
                 by_pod: BTreeMap::new(),
                 leaving: VecDeque::new(),
                 last: 0,
+                budget,
             }),
             view: RwLock::new(View {
-                tree: Shared::new(),
+                tree: Shared::new(is_bounded),
                 pods: Pods::new(),
                 shared_blocks: AtomicU64::new(0),
             }),
@@ -158,6 +173,7 @@ impl KvIndex {
             ));
         }
         let mut state = lock(&self.state);
+        self.admit_source(&mut state, &spec)?;
         let State {
             sources, by_pod, ..
         } = &*state;
@@ -192,6 +208,7 @@ impl KvIndex {
             sources,
             by_pod,
             last,
+            budget,
             ..
         } = &mut *state;
         if spec.kind == SourceKind::Node {
@@ -201,6 +218,10 @@ impl KvIndex {
         let id = SourceId(*last);
         by_pod.entry(spec.pod.clone()).or_default().push(id);
         sources.insert(id, Source::new(spec, number, self.config.orphan_blocks_max));
+        if let Some(budget) = budget {
+            budget.by_number.insert(number, id);
+        }
+        self.settle(&mut state, Some(id));
         Ok(id)
     }
 
@@ -211,12 +232,19 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let mut state = lock(&self.state);
+        self.admit_event(&mut state, id, event)?;
+        let applied = self.apply_to(&mut state, id, event);
+        self.settle(&mut state, Some(id));
+        applied
+    }
+
+    fn apply_to(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let State {
             writer, sources, ..
-        } = &mut *state;
+        } = state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
         let mut view = read(&self.view);
-        let applied = match event {
+        let mut applied = match event {
             SourceEvent::Stored(blocks) => {
                 let most = blocks.hashes.len() + source.orphans.len();
                 view = self.make_room(writer, view, most)?;
@@ -230,12 +258,14 @@ impl KvIndex {
                 Applied::default()
             }
         };
+        applied.evicted_before = source.withdraw_evicted(applied.unknown);
+        applied.unknown -= applied.evicted_before;
         Self::finish(writer, &view);
         drop(view);
         if *event == SourceEvent::Cleared {
             self.trim(writer);
         }
-        self.take_out_some(&mut state);
+        self.take_out_some(state);
         Ok(applied)
     }
 
@@ -283,6 +313,7 @@ impl KvIndex {
             self.forget(writer, source);
             self.trim(writer);
         }
+        self.settle(&mut state, Some(id));
     }
 
     fn forget(&self, writer: &mut Writer, source: &mut Source) {
@@ -375,7 +406,8 @@ impl KvIndex {
     pub fn entries(&self) -> u64 {
         let state = lock(&self.state);
         let leaving: u64 = state.leaving.iter().map(Leaving::entries).sum();
-        state.writer.entries - leaving
+        let all: u64 = state.writer.entries.iter().sum();
+        all - leaving
     }
 
     /// Distinct blocks that somebody holds. What sources that are gone held is taken out first, however much it is.
@@ -412,14 +444,9 @@ impl KvIndex {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let state = lock(&self.state);
-        let view = read(&self.view);
         let leaving = state.leaving.iter().map(Leaving::bytes);
-        let sources: usize = state
-            .sources
-            .values()
-            .map(Source::bytes)
-            .chain(leaving)
-            .sum();
-        (sources + state.writer.bytes() + view.tree.bytes() + view.pods.bytes()) as u64
+        let sources = state.sources.values().map(Source::bytes).chain(leaving);
+        let sources: usize = sources.sum();
+        (sources + self.bytes_beside_sources(&state)) as u64
     }
 }

@@ -77,6 +77,8 @@ pub(super) struct Names {
     pages: Pages,
     /// A table that is being rebuilt.
     scratch: Vec<Bucket>,
+    /// What everything takes, as of the last change of that.
+    bytes: usize,
 }
 
 /// All pages of all tables.
@@ -187,12 +189,15 @@ impl Pages {
 
 impl Names {
     pub(super) fn new() -> Self {
-        Self {
+        let mut names = Self {
             hash: KeyState::random(),
             tables: vec![Table::default(); 1 << TABLE_BITS],
             pages: Pages::default(),
             scratch: Vec::new(),
-        }
+            bytes: 0,
+        };
+        names.bytes = names.count_bytes();
+        names
     }
 
     /// Reads where a hash would be, so that a later search finds it in the cache; several in a row overlap.
@@ -325,6 +330,7 @@ impl Names {
         for (&page, made) in table.pages.iter().zip(made) {
             memory.page_mut(page).copy_from_slice(made);
         }
+        self.bytes = self.count_bytes();
     }
 
     /// Gives memory back in which nothing is kept.
@@ -344,9 +350,14 @@ impl Names {
         for table in &mut self.tables {
             table.pages.shrink_to_fit();
         }
+        self.bytes = self.count_bytes();
     }
 
     pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn count_bytes(&self) -> usize {
         let chunks = self.pages.chunks.iter().flatten().count();
         let pages: usize = self.tables.iter().map(|table| table.pages.capacity()).sum();
         chunks * HUGE_BYTES

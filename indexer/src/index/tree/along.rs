@@ -105,7 +105,7 @@ impl Tree {
         {
             let run = match *last {
                 Some(last) if self.can_append(shared, last, false) => last.run,
-                _ => self.begin_run(shared, keys[done], false),
+                _ => self.begin_run(shared, *last, keys[done], false),
             };
             let start = shared.run(run).blocks();
             let more = self.append_new(shared, run, vacancy, (&names[done..], &keys[done..]));
