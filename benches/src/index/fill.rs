@@ -49,17 +49,22 @@ pub(super) fn pod_name(worker: u32) -> Result<PodName> {
     PodName::new(&format!("worker-{worker}"))
 }
 
+/// An index without sources.
+pub(super) fn empty_index() -> Result<KvIndex> {
+    Ok(KvIndex::new(IndexConfig {
+        scheme: IndexScheme::default(),
+        model: String::new(),
+        block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
+        weights: TierWeights::default(),
+        orphan_blocks_max: ORPHAN_BLOCKS_MAX,
+    }))
+}
+
 impl Filled {
-    /// An empty index.
+    /// An empty index with a source for each worker.
     pub(super) fn new(workload: &Workload, origin: Origin) -> Result<Self> {
         assert!(workload.pairs() > 0, "every workload has blocks");
-        let index = KvIndex::new(IndexConfig {
-            scheme: IndexScheme::default(),
-            model: String::new(),
-            block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
-            weights: TierWeights::default(),
-            orphan_blocks_max: ORPHAN_BLOCKS_MAX,
-        });
+        let index = empty_index()?;
         let kind = match origin {
             Origin::Node => SourceKind::Node,
             Origin::Engine => SourceKind::Vllm,
