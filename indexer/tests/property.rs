@@ -107,6 +107,13 @@ enum Step {
         block: Block,
         tier: Tier,
     },
+    /// Another copy of a block that is held, and one copy less: random blocks are mostly not.
+    StoreHeld {
+        pick: usize,
+    },
+    RemoveHeld {
+        pick: usize,
+    },
     Clear {
         source: usize,
     },
@@ -147,6 +154,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(source, block, tier)| Step::Mention { source, block, tier }),
         25 => (source.clone(), block(), tier())
             .prop_map(|(source, block, tier)| Step::Remove { source, block, tier }),
+        6 => any::<usize>().prop_map(|pick| Step::StoreHeld { pick }),
+        8 => any::<usize>().prop_map(|pick| Step::RemoveHeld { pick }),
         1 => source.clone().prop_map(|source| Step::Clear { source }),
         1 => source.clone().prop_map(|source| Step::Restart { source }),
         1 => source.clone().prop_map(|source| Step::Replace { source }),
@@ -352,8 +361,40 @@ impl Both {
         self.index.apply(self.ids[source], &event).unwrap();
     }
 
+    /// The step with the block that it picks.
+    fn resolve(&self, step: &Step) -> Option<Step> {
+        let picked = |pick: usize| {
+            let all = held(&self.literal);
+            all.iter().nth(pick.checked_rem(all.len())?).copied()
+        };
+        Some(match *step {
+            Step::StoreHeld { pick } => {
+                let (source, last, tier) = picked(pick)?;
+                let count = 1;
+                Step::Store {
+                    source,
+                    last,
+                    count,
+                    tier,
+                }
+            }
+            Step::RemoveHeld { pick } => {
+                let (source, block, tier) = picked(pick)?;
+                Step::Remove {
+                    source,
+                    block,
+                    tier,
+                }
+            }
+            _ => step.clone(),
+        })
+    }
+
     fn step(&mut self, step: &Step) {
-        match *step {
+        let Some(step) = self.resolve(step) else {
+            return;
+        };
+        match step {
             Step::Store {
                 source,
                 last,
@@ -421,7 +462,7 @@ impl Both {
                 });
                 self.apply(source, SourceEvent::Stored(blocks));
             }
-            Step::OtherGroup { .. } => {}
+            Step::OtherGroup { .. } | Step::StoreHeld { .. } | Step::RemoveHeld { .. } => {}
         }
     }
 
@@ -679,7 +720,7 @@ impl Reached {
                 self.count("a known block without tokens", is_known);
                 self.count("an unknown block without tokens", !is_known);
             }
-            Step::Store { .. } | Step::OtherGroup { .. } => {}
+            _ => {}
         }
     }
 }
@@ -709,8 +750,11 @@ fn random_histories_reach_every_state() {
         let (mut both, mut gone) = (Both::new(), BTreeSet::new());
         for step in &steps {
             let before = both.literal.clone();
-            both.step(step);
-            reached.look(step, &before, &both.literal, &gone);
+            let Some(step) = both.resolve(step) else {
+                continue;
+            };
+            both.step(&step);
+            reached.look(&step, &before, &both.literal, &gone);
             gone.extend(held(&before).difference(&held(&both.literal)).copied());
         }
     }
