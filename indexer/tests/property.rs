@@ -390,6 +390,7 @@ impl Both {
         })
     }
 
+    #[expect(clippy::too_many_lines, reason = "a few lines a step")]
     fn step(&mut self, step: &Step) {
         let Some(step) = self.resolve(step) else {
             return;
@@ -624,6 +625,7 @@ impl Reached {
     }
 
     /// The states that a step leads from and to.
+    #[expect(clippy::too_many_lines, reason = "a few lines a state")]
     fn look(&mut self, step: &Step, before: &Literal, after: &Literal, gone: &BTreeSet<Held>) {
         let (old, new) = (held(before), held(after));
         let holds = |all: &BTreeSet<Held>, source, block| {
