@@ -79,7 +79,7 @@ def test_the_documented_flags_start_an_engine_that_shows_what_the_page_says(engi
         assert counted.external_hits == fetched * BLOCK_TOKENS
         return fetched == DEPTH
 
-    # The page leaves the deadlines as they are. A busy machine may miss them: blocks are computed then.
+    # Deadlines are as the page leaves them; what misses one on a busy machine is computed.
     started.wait_until(is_fetched, "fetching its blocks", PATIENCE)
     shown = set(started.metrics().names())
     for name in promised():
