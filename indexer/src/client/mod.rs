@@ -62,6 +62,9 @@ pub enum Prompt {
 /// One question to the index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LookupRequest {
+    /// Whose entries to look at, by the name in the indexer's configuration; empty: the tenant that has the model, or the
+    /// default one.
+    pub tenant: String,
     /// The model as registered; empty when the index serves only one.
     pub model: String,
     /// The adapter; empty for none.
@@ -85,6 +88,7 @@ impl LookupRequest {
     #[must_use]
     pub fn new(model: impl Into<String>, prompt: Prompt) -> Self {
         Self {
+            tenant: String::new(),
             model: model.into(),
             lora: String::new(),
             cache_salt: String::new(),
@@ -109,6 +113,7 @@ impl LookupRequest {
             }),
         };
         v1::LookupRequest {
+            tenant: self.tenant,
             model: self.model,
             lora: self.lora,
             cache_salt: self.cache_salt,

@@ -137,6 +137,9 @@ impl Depths {
                 return Err(Torn);
             }
         }
+        for &(run, _) in &self.read {
+            view.tree.recency.touch(run);
+        }
         Ok(())
     }
 

@@ -13,14 +13,18 @@
 
 mod arena;
 mod blocks;
+mod budget;
 mod config;
 mod doors;
 mod hash;
 mod image;
+mod leaves;
 mod lookup;
 mod names;
 mod orphans;
+mod parts;
 mod pods;
+mod recency;
 mod roots;
 mod runs;
 mod sets;
@@ -36,6 +40,8 @@ use std::sync::PoisonError;
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
+use self::budget::Budget;
+use self::hash::KeyState;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
@@ -47,12 +53,14 @@ use crate::sync::{
     spin_loop,
 };
 
+pub use budget::{BYTES_MIN, Usage};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
 pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
     SourceImage,
 };
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
+pub use parts::Parts;
 pub use pods::PodNumber;
 
 /// How long it waits for an event to end before it tries again, in turns of a loop.
@@ -69,9 +77,11 @@ struct View {
 /// What only the one writer reads.
 struct State {
     writer: Writer,
-    sources: HashMap<SourceId, Source>,
+    sources: HashMap<SourceId, Source, KeyState>,
     by_pod: BTreeMap<PodName, Vec<SourceId>>,
     last: u64,
+    /// None when the index may grow as it likes.
+    budget: Option<Budget>,
 }
 
 /// Which pods hold a prefix, how deep, in which tier; shared by all threads.
@@ -101,9 +111,14 @@ fn gone(id: SourceId) -> Error {
 }
 
 impl KvIndex {
-    /// An index without sources.
+    /// An index without sources that takes as much memory as what it is told needs.
     #[must_use]
     pub fn new(config: IndexConfig) -> Self {
+        Self::with_budget(config, None)
+    }
+
+    fn with_budget(config: IndexConfig, budget: Option<Budget>) -> Self {
+        let is_bounded = budget.is_some();
         let keys = Keys {
             scheme: config.scheme.clone(),
             model: config.model.clone(),
@@ -112,13 +127,14 @@ impl KvIndex {
         Self {
             config,
             state: Mutex::new(State {
-                writer: Writer::new(keys),
-                sources: HashMap::new(),
+                writer: Writer::new(keys, is_bounded),
+                sources: HashMap::default(),
                 by_pod: BTreeMap::new(),
                 last: 0,
+                budget,
             }),
             view: RwLock::new(View {
-                tree: Shared::new(),
+                tree: Shared::new(is_bounded),
                 pods: Pods::new(),
                 shared_blocks: AtomicU64::new(0),
             }),
@@ -151,11 +167,13 @@ impl KvIndex {
             ));
         }
         let mut state = lock(&self.state);
+        self.admit_source(&mut state, &spec)?;
         let State {
             writer,
             sources,
             by_pod,
             last,
+            budget,
         } = &mut *state;
         if sources.len() >= SOURCES_MAX {
             return Err(Error::new(
@@ -182,6 +200,10 @@ impl KvIndex {
         let id = SourceId(*last);
         by_pod.entry(spec.pod.clone()).or_default().push(id);
         sources.insert(id, Source::new(spec, number, self.config.orphan_blocks_max));
+        if let Some(budget) = budget {
+            budget.by_number.insert(number, id);
+        }
+        self.settle(&mut state, Some(id));
         Ok(id)
     }
 
@@ -192,12 +214,19 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let mut state = lock(&self.state);
+        self.admit_event(&mut state, id, event)?;
+        let applied = self.apply_to(&mut state, id, event);
+        self.settle(&mut state, Some(id));
+        applied
+    }
+
+    fn apply_to(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let State {
             writer, sources, ..
-        } = &mut *state;
+        } = state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
         let mut view = read(&self.view);
-        let applied = match event {
+        let mut applied = match event {
             SourceEvent::Stored(blocks) => {
                 let most = blocks.hashes.len() + source.orphans.len();
                 view = self.make_room(writer, view, most)?;
@@ -211,6 +240,8 @@ impl KvIndex {
                 Applied::default()
             }
         };
+        applied.evicted_before = source.withdraw_evicted(applied.unknown);
+        applied.unknown -= applied.evicted_before;
         Self::finish(writer, &view);
         drop(view);
         if *event == SourceEvent::Cleared {
@@ -263,6 +294,7 @@ impl KvIndex {
             self.forget(writer, source);
             self.trim(writer);
         }
+        self.settle(&mut state, Some(id));
     }
 
     /// Removes a source with its entries; lookups stop seeing them at once.
@@ -274,6 +306,7 @@ impl KvIndex {
             writer,
             sources,
             by_pod,
+            budget,
             ..
         } = &mut *state;
         let Some(mut source) = sources.remove(&id) else {
@@ -287,6 +320,9 @@ impl KvIndex {
         }
         self.forget(writer, &mut source);
         write(&self.view).pods.remove(source.number);
+        if let Some(budget) = budget {
+            budget.remove_source(&source);
+        }
         if source.spec.kind == SourceKind::Node
             && !sources
                 .values()
@@ -295,6 +331,7 @@ impl KvIndex {
             writer.tree.forget_keys();
         }
         self.trim(writer);
+        self.settle(&mut state, None);
     }
 
     fn forget(&self, writer: &mut Writer, source: &mut Source) {
@@ -321,6 +358,7 @@ impl KvIndex {
             writer.tree.forget_keys();
         }
         self.trim(writer);
+        self.settle(&mut state, None);
     }
 
     /// Removes all sources of a pod.
@@ -404,7 +442,7 @@ impl KvIndex {
     /// Entries: blocks by source and tier, and those in shared tiers.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        lock(&self.state).writer.entries
+        lock(&self.state).writer.entries.iter().sum()
     }
 
     /// Distinct blocks that somebody holds.
@@ -439,8 +477,7 @@ impl KvIndex {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let state = lock(&self.state);
-        let view = read(&self.view);
         let sources: usize = state.sources.values().map(Source::bytes).sum();
-        (sources + state.writer.bytes() + view.tree.bytes() + view.pods.bytes()) as u64
+        (sources + self.bytes_beside_sources(&state)) as u64
     }
 }
