@@ -235,46 +235,6 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
     }
 }
 
-/// A client that asks and never reads is ended, and so its place is free again. The replies are long enough that the HTTP/2
-/// library takes them for no flood; without an end the client's questions would wait for ever.
-#[tokio::test]
-async fn readers_of_lookups_that_stop_are_cut_off() {
-    let mut config = config();
-    config.reader_timeout_ms = 200;
-    let server = start(config).await;
-    let asking = client(&server);
-    let mut kept = Vec::new();
-    for number in 0..3 {
-        let (name, engine) = (format!("pod-{number}"), engine(&format!("pod-{number}")));
-        engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = asking.register(registration(&name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
-        kept.push((engine, registered));
-    }
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
-    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    let mut raw = raw(&server).await;
-    let replies = raw.lookup_stream(stream).await.unwrap().into_inner();
-    let mut tokens = TOKENS.to_vec();
-    tokens.resize(1024, 7);
-    let bytes: Vec<u8> = tokens
-        .iter()
-        .flat_map(|token| token.to_le_bytes())
-        .collect();
-    let asked = v1::LookupRequest {
-        model: "m".to_owned(),
-        prompt: Some(v1::lookup_request::Prompt::Tokens(bytes.into())),
-        explain: true,
-        ..v1::LookupRequest::default()
-    };
-    let sending = async { while sender.send(asked.clone()).await.is_ok() {} };
-    tokio::time::timeout(PATIENCE, sending)
-        .await
-        .expect("the stream was never ended");
-    drop(replies);
-}
-
 fn with_file(path: &Path) -> ServerConfig {
     ServerConfig {
         snapshot_path: Some(path.to_owned()),
