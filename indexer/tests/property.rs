@@ -421,7 +421,6 @@ impl Both {
         })
     }
 
-    #[expect(clippy::too_many_lines, reason = "a few lines a step")]
     fn step(&mut self, step: &Step) {
         let Some(step) = self.resolve(step) else {
             return;
@@ -861,7 +860,7 @@ fn random_histories_reach_every_state() {
     for _ in 0..40 {
         let histories = proptest::collection::vec(step(), 300..400);
         let steps = histories.new_tree(&mut runner).unwrap().current();
-        let (mut both, mut gone) = (Both::new(), BTreeSet::new());
+        let (mut both, mut gone) = (Both::new(None), BTreeSet::new());
         for step in &steps {
             let before = both.literal.clone();
             let Some(step) = both.resolve(step) else {
