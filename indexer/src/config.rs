@@ -10,7 +10,7 @@ use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
 use crate::score::TierWeights;
-use crate::wire::{SourceSpec, parse_source_kind};
+use crate::wire::{CacheGroup, GroupRule, SourceSpec, parse_source_kind};
 
 #[cfg(test)]
 mod tests;
@@ -57,6 +57,12 @@ pub struct ServerConfig {
     /// What a snapshot says of a source is dropped when its publisher has not confirmed it within so long; until then
     /// lookups are refused.
     pub bootstrap_deadline_ms: u64,
+    /// How long the blocks of a prompt are expected where a router said that it sends it.
+    pub routing_ttl_ms: u64,
+    /// The same for pods that publish no events.
+    pub approximate_ttl_ms: u64,
+    /// How many blocks a pod that publishes no events is thought to keep: the least recently routed are forgotten.
+    pub approximate_blocks_max: usize,
     /// The tokenizers of models whose text prompts `indexer.v1` shall score.
     pub tokenizers: Vec<TokenizerConfig>,
     /// Engines that do not register themselves.
@@ -99,10 +105,11 @@ pub struct StaticSource {
     /// The source's name, unique within the pod.
     #[serde(default = "default_source_name")]
     pub name: String,
-    /// `vllm`, `vllm-full`, `sglang` or `node`.
+    /// `vllm`, `vllm-full`, `sglang`, `node`, or `approximate` for an engine that publishes nothing.
     #[serde(default = "default_source_kind")]
     pub kind: String,
-    /// ZMQ endpoint of the publisher.
+    /// ZMQ endpoint of the publisher; none of an approximate source.
+    #[serde(default)]
     pub endpoint: String,
     /// ZMQ endpoint of its replay socket; without one, every reconnect starts from nothing.
     pub replay_endpoint: Option<String>,
@@ -111,6 +118,27 @@ pub struct StaticSource {
     pub model: String,
     /// Where the pod's peer service listens, if it has one.
     pub peer_address: Option<String>,
+    /// The data-parallel rank that it tells of; absent: as its events say.
+    pub data_parallel_rank: Option<u32>,
+    /// Tokens a block of the pod's engine, a multiple of the index's; absent: the index's.
+    pub engine_block_size: Option<u32>,
+    /// The engine's cache groups as far as they are known; its events tell of the others.
+    #[serde(default)]
+    pub groups: Vec<GroupConfig>,
+}
+
+/// A cache group of an engine.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// Its number among the engine's groups.
+    pub number: u32,
+    /// The kind of cache as vLLM names it: `full_attention`, `sliding_window`, `mamba`, ….
+    pub kind: String,
+    /// The sliding window, in tokens.
+    pub window: Option<u32>,
+    /// Tokens a block of the group; absent: the engine's.
+    pub block_size: Option<u32>,
 }
 
 /// A list, or what an environment variable and a flag can hold: one text with commas.
@@ -168,6 +196,9 @@ impl Default for ServerConfig {
             snapshot_interval_ms: 60_000,
             bootstrap_peers: Vec::new(),
             bootstrap_deadline_ms: 30_000,
+            routing_ttl_ms: 2_000,
+            approximate_ttl_ms: 300_000,
+            approximate_blocks_max: 65_536,
             tokenizers: Vec::new(),
             sources: Vec::new(),
         }
@@ -249,6 +280,14 @@ impl ServerConfig {
             self.bootstrap_deadline_ms,
             1..=DURATION_MS_MAX,
         )?;
+        within("routing_ttl_ms", self.routing_ttl_ms, 1..=DURATION_MS_MAX)?;
+        within(
+            "approximate_ttl_ms",
+            self.approximate_ttl_ms,
+            1..=DURATION_MS_MAX,
+        )?;
+        let blocks = self.approximate_blocks_max as u64;
+        within("approximate_blocks_max", blocks, 1..=1 << 24)?;
         for peer in &self.bootstrap_peers {
             let is_address = peer.rsplit_once(':').is_some_and(|(host, port)| {
                 !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
@@ -335,6 +374,14 @@ impl StaticSource {
         PodName::new(&self.pod)
     }
 
+    fn group(&self, group: &GroupConfig) -> CacheGroup {
+        CacheGroup {
+            number: group.number,
+            rule: GroupRule::of_kind(Some(&group.kind), group.window),
+            block_size: group.block_size.or(self.engine_block_size).unwrap_or(0),
+        }
+    }
+
     /// The source as a registration would name it.
     ///
     /// # Errors
@@ -345,6 +392,8 @@ impl StaticSource {
             kind: parse_source_kind(&self.kind)?,
             endpoint: self.endpoint.clone(),
             replay_endpoint: self.replay_endpoint.clone(),
+            data_parallel_rank: self.data_parallel_rank,
+            groups: self.groups.iter().map(|group| self.group(group)).collect(),
         })
     }
 }

@@ -384,6 +384,8 @@ async fn a_replica_that_is_not_verified_says_so_and_answers_nothing() {
         kind: SourceKind::Vllm,
         endpoint,
         replay_endpoint: Some(replay_endpoint),
+        data_parallel_rank: None,
+        groups: Vec::new(),
     };
     let end = || Bytes::from_static(&[0xff; 8]);
     let number = || Bytes::copy_from_slice(&0_u64.to_be_bytes());

@@ -168,6 +168,8 @@ async fn a_gap_is_filled_from_the_replay_socket() {
         kind: SourceKind::Vllm,
         endpoint,
         replay_endpoint: Some(replay_endpoint),
+        data_parallel_rank: None,
+        groups: Vec::new(),
     };
     let registered = client.register(registration("pod-0", [source]));
 

@@ -13,11 +13,15 @@
 
 mod arena;
 mod blocks;
+mod compose;
 mod config;
 mod doors;
+mod expected;
+mod groups;
 mod hash;
 mod image;
 mod lookup;
+mod meaning;
 mod names;
 mod orphans;
 mod pods;
@@ -37,6 +41,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
+use self::expected::Expected;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
@@ -44,7 +49,9 @@ use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
 
+pub use compose::{GroupDepth, PartDepth};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
+pub use expected::{EXPECTED_BLOCKS_MAX, Expectation, Recorded};
 pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
     SourceImage,
@@ -78,6 +85,8 @@ pub struct KvIndex {
     config: IndexConfig,
     // The state is locked before the view, and never by someone who has the view.
     state: Mutex<State>,
+    /// Locked after neither, or with the state.
+    expected: Expected,
     /// Locked for oneself only to take memory away or exchange it; whoever changes what is in it has the state.
     view: RwLock<View>,
 }
@@ -116,6 +125,7 @@ impl KvIndex {
                 by_pod: BTreeMap::new(),
                 last: 0,
             }),
+            expected: Expected::new(),
             view: RwLock::new(View {
                 tree: Shared::new(),
                 pods: Pods::new(),
@@ -133,16 +143,20 @@ impl KvIndex {
     /// Lets a source in.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] when its blocks have another size than the index's (both are named) or the pod has a
-    /// source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources, or too many of the pod.
+    /// [`ErrorKind::Invalid`] when its blocks are no whole number of the index's (both sizes are named; a node's must be
+    /// equal) or the pod has a source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources, or too many of the pod.
     pub fn add_source(&self, spec: SourceSpec) -> Result<SourceId> {
         let place = || format!("source {:?} of pod {}", spec.name, spec.pod);
-        if spec.block_size != self.config.block_size.get() {
+        let stride = spec.block_size / self.config.block_size.get();
+        if spec.block_size != stride * self.config.block_size.get()
+            || stride == 0
+            || stride > 1 && spec.kind == SourceKind::Node
+        {
             let sizes = (spec.block_size, self.config.block_size.get());
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!(
-                    "{} has blocks of {} tokens, the index of {}",
+                    "{} has blocks of {} tokens, the index of {}; only multiples of that fit",
                     place(),
                     sizes.0,
                     sizes.1
@@ -180,7 +194,10 @@ impl KvIndex {
         *last += 1;
         let id = SourceId(*last);
         by_pod.entry(spec.pod.clone()).or_default().push(id);
-        sources.insert(id, Source::new(spec, number, self.config.orphan_blocks_max));
+        let pod = spec.pod.clone();
+        let orphans_max = self.config.orphan_blocks_max;
+        sources.insert(id, Source::new(spec, number, stride, orphans_max));
+        self.compose_pod(&state, &pod);
         Ok(id)
     }
 
@@ -191,14 +208,20 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let mut state = lock(&self.state);
+        if let SourceEvent::Stored(blocks) = event {
+            self.learn(&mut state, id, blocks)?;
+        }
         let State {
             writer, sources, ..
         } = &mut *state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        let is_awaited = self.expected.of_pod(&source.spec.pod);
+        writer.noted = is_awaited.then(Vec::new);
         let mut view = read(&self.view);
         let applied = match event {
             SourceEvent::Stored(blocks) => {
-                let most = blocks.hashes.len() + source.orphans.len();
+                let parts = source.stride as usize;
+                let most = blocks.hashes.len() * parts + source.orphans.len();
                 view = self.make_room(writer, view, most)?;
                 source
                     .store(writer, &view.tree, blocks)
@@ -212,6 +235,9 @@ impl KvIndex {
         };
         Self::finish(writer, &view);
         drop(view);
+        if let Some(noted) = writer.noted.take() {
+            self.expected.confirm(&source.spec.pod, &noted);
+        }
         if *event == SourceEvent::Cleared {
             self.trim(writer);
         }
@@ -258,10 +284,14 @@ impl KvIndex {
         let State {
             writer, sources, ..
         } = &mut *state;
-        if let Some(source) = sources.get_mut(&id) {
-            self.forget(writer, source);
-            self.trim(writer);
-        }
+        let Some(source) = sources.get_mut(&id) else {
+            return;
+        };
+        self.forget(writer, source);
+        self.trim(writer);
+        let pod = source.spec.pod.clone();
+        self.expected.forget(&pod);
+        self.compose_pod(&state, &pod);
     }
 
     /// Removes a source with its entries; lookups stop seeing them at once.
@@ -294,6 +324,8 @@ impl KvIndex {
             writer.tree.forget_keys();
         }
         self.trim(writer);
+        self.expected.forget(&source.spec.pod);
+        self.compose_pod(&state, &source.spec.pod);
     }
 
     fn forget(&self, writer: &mut Writer, source: &mut Source) {
@@ -369,7 +401,7 @@ impl KvIndex {
     ///
     /// The walk ends with the last pod, so its cost is that of the depth found, not of the prompt.
     pub fn lookup(&self, keys: &[IndexKey], query: &Query<'_>, answer: &mut Answer) {
-        self.look(|view| answer.fill(view, keys, query, &self.config.weights));
+        self.look(|view| answer.fill(view, keys, query, &self.config));
     }
 
     /// The same with pods by number, which costs a fraction: at most `pods_max` of them (0 means all), and only those
@@ -384,7 +416,15 @@ impl KvIndex {
         depths: &mut Depths,
     ) {
         depths.allow(pods.iter().copied());
-        self.look(|view| depths.fill(view, keys, !pods.is_empty()));
+        let block_size = self.config.block_size.get();
+        self.look(|view| {
+            depths.fill(view, keys, !pods.is_empty())?;
+            if view.pods.composed.is_empty() {
+                return Ok(());
+            }
+            let mut parts = HashMap::new();
+            depths.compose(view, keys, block_size, !pods.is_empty(), &mut parts)
+        });
         depths.deepest_first(pods_max);
     }
 

@@ -32,6 +32,7 @@ mod hub;
 mod lookup;
 mod many;
 mod native;
+mod routing;
 mod scores;
 
 use bootstrap::bootstrap;

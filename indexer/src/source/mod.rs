@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kvcache_core::ports::Position;
-use kvcache_core::{Epoch, Sequence, Time};
+use kvcache_core::{Epoch, Error, Result, Sequence, Time};
 use kvfabric_proto::v1;
 use tokio::sync::{Mutex, Notify, watch};
 
@@ -107,6 +107,8 @@ pub(crate) struct Follower {
     pub(crate) ttl: Duration,
     /// What a snapshot said of the source is dropped if it is not verified until then.
     unverified_until: Option<tokio::time::Instant>,
+    /// The data-parallel rank, once told.
+    rank: Option<u32>,
     ingest: Ingest,
     reported: IngestStats,
     lag: Duration,
@@ -147,6 +149,7 @@ impl Follower {
             metrics,
             ttl,
             unverified_until: None,
+            rank: None,
             ingest,
             reported,
             lag: Duration::ZERO,
@@ -209,6 +212,7 @@ impl Follower {
     async fn clear(&mut self) {
         let mut cursor = self.state.cursor.lock().await;
         self.index.clear_source(self.id);
+        self.rank = None;
         *cursor = Cursor::default();
         // Nothing is left that nobody vouches for.
         self.unverified_until = None;
@@ -223,6 +227,11 @@ impl Follower {
                 return;
             }
         };
+        if let Err(error) = self.learn_rank(batch.rank) {
+            tracing::warn!(source = %self.name, %error, "batch not applied");
+            self.metrics.events_rejected(batch.events.len() as u64);
+            return;
+        }
         for event in &batch.events {
             let applied = match event {
                 Ok(event) => self.index.apply(self.id, event),
@@ -245,6 +254,22 @@ impl Follower {
             self.lag = age(batch.timestamp);
             self.metrics.lag.record(self.lag);
         }
+    }
+
+    /// Takes the data-parallel rank that a batch is of: one source tells of one.
+    fn learn_rank(&mut self, told: Option<u32>) -> Result<()> {
+        let (Some(told), true) = (told, self.spec.kind != SourceKind::Node) else {
+            return Ok(());
+        };
+        let known = self.spec.data_parallel_rank.or(self.rank);
+        if let Some(known) = known.filter(|known| *known != told) {
+            return Err(Error::invalid("data-parallel rank", told, known));
+        }
+        if known.is_none() {
+            self.index.set_rank(self.id, Some(told))?;
+            self.rank = Some(told);
+        }
+        Ok(())
     }
 
     /// Tells the others how the source stands now.

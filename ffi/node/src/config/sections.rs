@@ -203,6 +203,8 @@ impl EngineSection {
             kind,
             endpoint: endpoint.clone(),
             replay_endpoint: self.events_replay.clone(),
+            data_parallel_rank: None,
+            groups: Vec::new(),
         }))
     }
 }
