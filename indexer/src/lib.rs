@@ -27,6 +27,7 @@ pub mod server;
 mod snapshot;
 #[cfg(feature = "server")]
 mod source;
+mod sync;
 #[cfg(feature = "server")]
 mod tokenize;
 pub mod wire;

@@ -1,10 +1,13 @@
 //! Pods come, flood, restart and go, over and over: nothing that they leave behind may add up.
 //!
-//! A few rounds by default; `KVFABRIC_SOAK_SECONDS=3600` makes it an hour.
+//! A few rounds by default; `KVFABRIC_SOAK_SECONDS=3600` makes it an hour. `KVFABRIC_SOAK_REST_MS` rests so long after
+//! each round, and `KVFABRIC_SOAK_RECORD` names a file that gets a line a round: what was held then.
 #![cfg(test)]
 
 mod rig;
 
+use std::fs::File;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use kvcache_core::Tier;
@@ -34,6 +37,41 @@ fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
+fn from_environment(name: &str, unit: Duration) -> Option<Duration> {
+    let text = std::env::var(name).ok()?;
+    Some(unit * text.parse::<u32>().unwrap())
+}
+
+/// Lines of seconds, round, resident bytes, what the index says it takes, open files, and CPU seconds so far.
+struct Record(Option<File>);
+
+impl Record {
+    fn begin() -> Self {
+        let path = std::env::var_os("KVFABRIC_SOAK_RECORD");
+        let file = path.map(|path| {
+            let mut file = File::create(path).unwrap();
+            writeln!(file, "seconds\tround\tresident\tindex\tfiles\tcpu_seconds").unwrap();
+            file
+        });
+        Self(file)
+    }
+
+    fn line(&mut self, seconds: u64, round: u64, index: u64) {
+        let Some(file) = &mut self.0 else { return };
+        let (resident, files) = (resident_bytes(), open_files());
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let behind_name = stat.rsplit(") ").next().unwrap();
+        let ticks = behind_name.split(' ').skip(11).take(2);
+        let ticks: u64 = ticks.map(|text| text.parse::<u64>().unwrap()).sum();
+        let cpu = ticks as f64 / 100.0;
+        writeln!(
+            file,
+            "{seconds}\t{round}\t{resident}\t{index}\t{files}\t{cpu}"
+        )
+        .unwrap();
+    }
+}
+
 fn flood(engine: &Publisher, round: u64, pod: u64) {
     for batch in 0..BATCHES {
         let first = ((round * PODS + pod) * BATCHES + batch) * BLOCKS;
@@ -59,8 +97,9 @@ fn flood(engine: &Publisher, round: u64, pod: u64) {
 /// The same load each round; what is held after the warm-up is what is held at the end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_stays_flat_while_pods_come_flood_restart_and_go() {
-    let seconds = std::env::var("KVFABRIC_SOAK_SECONDS").ok();
-    let seconds = seconds.map(|text| Duration::from_secs(text.parse().unwrap()));
+    let seconds = from_environment("KVFABRIC_SOAK_SECONDS", Duration::from_secs(1));
+    let rest = from_environment("KVFABRIC_SOAK_REST_MS", Duration::from_millis(1));
+    let mut record = Record::begin();
     let server = start(config()).await;
     let client = client(&server);
     let begun = Instant::now();
@@ -109,6 +148,10 @@ async fn memory_stays_flat_while_pods_come_flood_restart_and_go() {
             status.pods.is_empty() && status.entries == 0
         })
         .await;
+        let index = client.status().await.unwrap().bytes;
+        record.line(begun.elapsed().as_secs(), round, index);
+        // An hour at a low rate shows what a pile of rounds does not: what comes with time.
+        tokio::time::sleep(rest.unwrap_or_default()).await;
         let now = (resident_bytes(), open_files());
         let Some((bytes, files)) = settled else {
             if round == ROUNDS_TO_WARM_UP {

@@ -4,7 +4,8 @@
 //! needs the arena for itself.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::sync::{AtomicU32, CHUNK_BITS, CHUNKS_BITS, Ordering};
 
 /// A growing row of elements in chunks that never move.
 pub(super) struct Chunks<T> {
@@ -51,9 +52,9 @@ impl<T: Default> Chunks<T> {
 
 /// Words in a chunk of [`Words`], unless one list alone is longer.
 const CHUNK_WORDS: usize = 1 << OFFSET_BITS;
-const OFFSET_BITS: u32 = 18;
+const OFFSET_BITS: u32 = CHUNK_BITS + 5;
 /// An address has 31 bits, so that sets can mark what is none.
-const CHUNKS_MAX: usize = 1 << (31 - OFFSET_BITS);
+const CHUNKS_MAX: usize = 1 << CHUNKS_BITS;
 /// Longer lists have a chunk of their own.
 const SHARED_WORDS_MAX: usize = CHUNK_WORDS / 2;
 

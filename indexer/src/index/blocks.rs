@@ -1,15 +1,14 @@
 //! Where keys and names of blocks are: segments of sixteen positions, which never move.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use kvcache_core::{EngineHash, IndexKey};
 
 use super::arena::Chunks;
+use crate::sync::{AtomicU64, CHUNK_BITS, CHUNKS_BITS, Ordering};
 
 /// Positions in a segment.
 pub(super) const SEGMENT_BLOCKS: u32 = 16;
-const SEGMENTS_PER_CHUNK: u32 = 1 << 13;
-const CHUNKS_MAX: u32 = 1 << 11;
+const SEGMENTS_PER_CHUNK: u32 = 1 << CHUNK_BITS;
+const CHUNKS_MAX: u32 = 1 << (CHUNKS_BITS - 2);
 /// The most segments; positions have 28 bits.
 const SEGMENTS_MAX: u32 = SEGMENTS_PER_CHUNK * CHUNKS_MAX;
 const CHUNK_BLOCKS: u32 = SEGMENTS_PER_CHUNK * SEGMENT_BLOCKS;

@@ -4,13 +4,11 @@
 //! search while the writer writes: what they find they check against the run; that they found nothing holds as long as
 //! no entry has moved meanwhile, which the version tells.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-
 use kvcache_core::IndexKey;
 
 use super::hash::KeyState;
+use crate::sync::{AtomicU32, AtomicU64, DOORS_MIN as SLOTS_MIN, Ordering, fence};
 
-const SLOTS_MIN: usize = 64;
 /// A block of a run has less than so many bits.
 const BLOCK_BITS: u32 = 13;
 
@@ -62,7 +60,7 @@ impl Doors {
         }
     }
 
-    /// What must be unchanged at the end of a search; none while entries move.
+    /// What must be unchanged at the end of a search; none while an event is on in which entries go.
     #[inline]
     pub(super) fn version(&self) -> Option<u32> {
         let version = self.version.load(Ordering::Acquire);
@@ -141,6 +139,9 @@ impl Doors {
 #[derive(Default)]
 pub(super) struct DoorCount {
     used: usize,
+    /// An entry has gone in this event, so readers keep out until the event is through: that nothing is found would be the
+    /// state after it, beside runs that the event has yet to change.
+    is_closed: bool,
 }
 
 impl DoorCount {
@@ -181,11 +182,7 @@ impl DoorCount {
             hole = (hole + 1) & mask;
         }
         self.used -= 1;
-        let version = doors.version.load(Ordering::Relaxed);
-        doors
-            .version
-            .store(version.wrapping_add(1), Ordering::Relaxed);
-        fence(Ordering::Release);
+        self.close(doors);
         let mut at = hole;
         loop {
             at = (at + 1) & mask;
@@ -202,9 +199,26 @@ impl DoorCount {
             }
         }
         slots[hole].door.store(0, Ordering::Relaxed);
-        doors
-            .version
-            .store(version.wrapping_add(2), Ordering::Release);
+    }
+
+    fn close(&mut self, doors: &Doors) {
+        if !std::mem::replace(&mut self.is_closed, true) {
+            let version = doors.version.load(Ordering::Relaxed);
+            doors
+                .version
+                .store(version.wrapping_add(1), Ordering::Relaxed);
+            fence(Ordering::Release);
+        }
+    }
+
+    /// Lets readers in again.
+    pub(super) fn finish(&mut self, doors: &Doors) {
+        if std::mem::take(&mut self.is_closed) {
+            let version = doors.version.load(Ordering::Relaxed);
+            doors
+                .version
+                .store(version.wrapping_add(1), Ordering::Release);
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! Hashing of numbers that are hashes already.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, Hasher};
+
+use crate::sync::RandomState;
 
 /// Hashes 64-bit keys with one multiplication.
 ///

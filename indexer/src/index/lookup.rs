@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use kvcache_core::{IndexKey, PodName};
 
@@ -15,6 +14,7 @@ use super::pods::PodNumber;
 use super::runs::{Header, partition, read_span};
 use super::sets::{Holder, SetId, members};
 use crate::score::TIERS;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// What to leave out of an answer.
 #[derive(Clone, Copy, Debug, Default)]

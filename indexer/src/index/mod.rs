@@ -35,8 +35,7 @@ mod tree;
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::PoisonError;
 
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
@@ -48,6 +47,10 @@ use self::roots::Keys;
 use self::source::{Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
+use crate::sync::{
+    AtomicU64, Mutex, MutexGuard, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard, TRIES,
+    spin_loop,
+};
 
 pub use compose::{GroupDepth, PartDepth};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
@@ -59,8 +62,6 @@ pub use image::{
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
 pub use pods::PodNumber;
 
-/// How often a lookup tries to read between events before it makes the writer wait.
-const TRIES: u32 = 64;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -208,7 +209,10 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let mut state = lock(&self.state);
-        if let SourceEvent::Stored(blocks) = event {
+        let known = state.sources.get(&id).ok_or_else(|| gone(id))?;
+        if let SourceEvent::Stored(blocks) = event
+            && known.has_news(blocks)
+        {
             self.learn(&mut state, id, blocks)?;
         }
         let State {
@@ -333,7 +337,7 @@ impl KvIndex {
         write(&self.view).pods.leaving.insert(source.number);
         {
             let view = read(&self.view);
-            source.forget(writer, &view.tree);
+            source.forget(writer, &view.tree, true);
             Self::finish(writer, &view);
         }
         write(&self.view).pods.leaving.remove(&source.number);
@@ -387,7 +391,7 @@ impl KvIndex {
                 if let Ok(found) = attempt(&view) {
                     return found;
                 }
-                (0..TURNS).for_each(|_| std::hint::spin_loop());
+                (0..TURNS).for_each(|_| spin_loop());
             }
             drop(view);
             let _still = lock(&self.state);

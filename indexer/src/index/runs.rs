@@ -4,17 +4,16 @@
 //! event and even after the last one; a reader that has seen the same even version before and after knows that what it
 //! read in between was there at one moment. Everything in here must therefore bear garbage.
 
-use std::sync::atomic::{AtomicU32, Ordering, fence};
-
 use super::arena::{Chunks, WordLists, Words, get, room, set};
 use super::blocks::SEGMENT_BLOCKS;
 use super::sets::SetId;
+use crate::sync::{AtomicU32, CHUNK_BITS, CHUNKS_BITS, Ordering, fence};
 
 /// The most blocks of a run; a longer chain goes on in another one.
 pub(super) const RUN_BLOCKS_MAX: u32 = 4096;
 
-const RUNS_PER_CHUNK: u32 = 1 << 13;
-const CHUNKS_MAX: u32 = 1 << 13;
+const RUNS_PER_CHUNK: u32 = 1 << CHUNK_BITS;
+const CHUNKS_MAX: u32 = 1 << CHUNKS_BITS;
 /// The most runs.
 const RUNS_MAX: u32 = RUNS_PER_CHUNK * CHUNKS_MAX;
 

@@ -4,12 +4,12 @@
 //! as long as a span refers to it. Readers may meet a list that is gone already; what they read then is thrown away.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU32;
 
 use kvcache_core::Tier;
 
 use super::arena::{WordLists, Words, get, set};
 use super::hash::KeyState;
+use crate::sync::AtomicU32;
 
 /// One source's cache in one tier: the pod, the source among the pod's, the tier; or, as [`Holder::SHARED`], what every
 /// pod reaches. Holders of one pod are next to each other.

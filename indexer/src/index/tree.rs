@@ -171,6 +171,7 @@ impl Tree {
         for run in self.closed.drain(..) {
             shared.run(run).open();
         }
+        self.doors.finish(&shared.doors);
     }
 
     /// Reads what a search for a name and a key would, so that it finds it in the cache.

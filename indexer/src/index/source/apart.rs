@@ -11,6 +11,12 @@ use super::{Source, Writer};
 use crate::adapter::{BlockIdentifiers, StoredBlocks};
 
 impl Source {
+    /// Whether an event may say something of the source that is not known yet.
+    #[inline]
+    pub(in crate::index) fn has_news(&self, blocks: &StoredBlocks) -> bool {
+        !self.is_sized || self.groups.is_new(blocks.group.as_ref())
+    }
+
     /// Takes the size of the source's blocks from its first event about them; whether it was another one before.
     pub(in crate::index) fn learn_size(&mut self, blocks: &StoredBlocks, own: u32) -> bool {
         let group = blocks.group.map(|group| group.number);

@@ -274,17 +274,23 @@ impl Source {
     pub(in crate::index) fn clear(&mut self, writer: &mut Writer, shared: &Shared) {
         // vLLM resets its accelerator's cache only; SGLang its host's cache with it.
         let tiers: &[Tier] = match self.spec.kind {
-            SourceKind::Node => return self.forget(writer, shared),
+            SourceKind::Node => return self.forget(writer, shared, false),
             SourceKind::Sglang => &[Tier::Device, Tier::Host, Tier::Disk],
             _ => &[Tier::Device],
         };
-        self.empty(writer, shared, tiers);
+        self.empty(writer, shared, tiers, false);
         self.orphans.clear(tiers);
     }
 
-    /// Forgets everything; what the source put in shared tiers stays.
-    pub(in crate::index) fn forget(&mut self, writer: &mut Writer, shared: &Shared) {
-        self.empty(writer, shared, &Tier::ALL);
+    /// Forgets everything; what the source put in shared tiers stays. With `is_hidden` lookups skip the source already, so
+    /// that they need not wait until all is done.
+    pub(in crate::index) fn forget(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        is_hidden: bool,
+    ) {
+        self.empty(writer, shared, &Tier::ALL, is_hidden);
         assert!(
             self.runs.is_empty() && self.entries == 0,
             "a source that is gone holds blocks"
@@ -299,7 +305,7 @@ impl Source {
         (self.newest, self.is_sized) = (None, false);
     }
 
-    fn empty(&mut self, writer: &mut Writer, shared: &Shared, tiers: &[Tier]) {
+    fn empty(&mut self, writer: &mut Writer, shared: &Shared, tiers: &[Tier], is_hidden: bool) {
         let runs: Vec<u32> = self.runs.keys().copied().collect();
         for run in runs {
             for &tier in tiers {
@@ -317,6 +323,9 @@ impl Source {
                     self.entries -= u64::from(removed);
                     writer.entries -= u64::from(removed);
                 }
+            }
+            if is_hidden {
+                writer.finish(shared);
             }
         }
         self.more
