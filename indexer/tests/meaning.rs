@@ -26,7 +26,12 @@ enum Told<'a> {
 fn payload(rank: u32, events: &[Told<'_>]) -> Vec<u8> {
     let hashes = |hashes: &[u64]| Value::Array(hashes.iter().map(|hash| (*hash).into()).collect());
     let map = |fields: Vec<(&str, Value)>| {
-        Value::Map(fields.into_iter().map(|(name, value)| (name.into(), value)).collect())
+        Value::Map(
+            fields
+                .into_iter()
+                .map(|(name, value)| (name.into(), value))
+                .collect(),
+        )
     };
     let number = |number: Option<u32>| number.map_or(Value::Nil, Value::from);
     let events = events.iter().map(|event| match event {
@@ -36,15 +41,26 @@ fn payload(rank: u32, events: &[Told<'_>]) -> Vec<u8> {
             ("parent_block_hash", Value::Nil),
             (
                 "token_ids",
-                Value::Array(TOKENS[..*tokens].iter().map(|token| (*token).into()).collect()),
+                Value::Array(
+                    TOKENS[..*tokens]
+                        .iter()
+                        .map(|token| (*token).into())
+                        .collect(),
+                ),
             ),
             ("block_size", (*block_size).into()),
             ("lora_id", Value::Nil),
             ("medium", "GPU".into()),
             ("lora_name", Value::Nil),
             ("group_idx", number(group.map(|(group, ..)| group))),
-            ("kv_cache_spec_kind", group.map_or(Value::Nil, |(_, kind, _)| kind.into())),
-            ("kv_cache_spec_sliding_window", number(group.and_then(|(.., window)| window))),
+            (
+                "kv_cache_spec_kind",
+                group.map_or(Value::Nil, |(_, kind, _)| kind.into()),
+            ),
+            (
+                "kv_cache_spec_sliding_window",
+                number(group.and_then(|(.., window)| window)),
+            ),
         ]),
         Told::Removed(blocks, group) => map(vec![
             ("type", "BlockRemoved".into()),
@@ -53,7 +69,11 @@ fn payload(rank: u32, events: &[Told<'_>]) -> Vec<u8> {
             ("group_idx", number(*group)),
         ]),
     });
-    let batch = Value::Array(vec![1.0.into(), Value::Array(events.collect()), rank.into()]);
+    let batch = Value::Array(vec![
+        1.0.into(),
+        Value::Array(events.collect()),
+        rank.into(),
+    ]);
     let mut bytes = Vec::new();
     rmpv::encode::write_value(&mut bytes, &batch).unwrap();
     bytes
@@ -94,13 +114,24 @@ async fn a_pod_is_as_deep_as_its_deepest_rank_and_the_answer_names_the_ranks() {
     let at = [("pod-0/dp0", at_first), ("pod-0/dp1", at_second)];
     let answer = ask(&client, &at).await;
     assert_eq!((answer.pods.len(), answer.pods[0].depth), (1, 1));
-    let parts: Vec<_> = answer.pods[0].parts.iter().map(|part| (part.rank, part.depth)).collect();
+    let parts: Vec<_> = answer.pods[0]
+        .parts
+        .iter()
+        .map(|part| (part.rank, part.depth))
+        .collect();
     assert_eq!(parts, [(Some(0), 1)]);
 
     let whole = second.publish_payload(payload(1, &[Told::Stored(&[1, 2], 8, 4, None)]));
     let answer = ask(&client, &[("pod-0/dp1", whole)]).await;
-    let parts: Vec<_> = answer.pods[0].parts.iter().map(|part| (part.rank, part.depth)).collect();
-    assert_eq!((answer.pods[0].depth, parts), (2, vec![(Some(0), 1), (Some(1), 2)]));
+    let parts: Vec<_> = answer.pods[0]
+        .parts
+        .iter()
+        .map(|part| (part.rank, part.depth))
+        .collect();
+    assert_eq!(
+        (answer.pods[0].depth, parts),
+        (2, vec![(Some(0), 1), (Some(1), 2)])
+    );
 
     // Another rank's events on this rank's socket.
     let rejected = client.status().await.unwrap().events_rejected;
@@ -137,11 +168,24 @@ async fn a_hybrid_models_prefix_counts_as_far_as_each_group_allows() {
     let state = |hashes| Told::Stored(hashes, 8, 4, Some((2, "mamba", None)));
     let at = engine.publish_payload(payload(0, &[state(&[2])]));
     let answer = ask(&client, &[("pod-0/engine", at)]).await;
-    assert_eq!((answer.pods[0].depth, answer.pods[0].by_tier), (2, [2, 0, 0, 0]));
+    assert_eq!(
+        (answer.pods[0].depth, answer.pods[0].by_tier),
+        (2, [2, 0, 0, 0])
+    );
     let groups = &answer.pods[0].parts[0].groups;
-    let groups: Vec<_> = groups.iter().map(|(group, depth)| (group.number, group.rule, *depth)).collect();
-    let rules = [GroupRule::Window { tokens: 5 }, GroupRule::Full, GroupRule::State];
-    assert_eq!(groups, [(0, rules[0], 2), (1, rules[1], 2), (2, rules[2], 2)]);
+    let groups: Vec<_> = groups
+        .iter()
+        .map(|(group, depth)| (group.number, group.rule, *depth))
+        .collect();
+    let rules = [
+        GroupRule::Window { tokens: 5 },
+        GroupRule::Full,
+        GroupRule::State,
+    ];
+    assert_eq!(
+        groups,
+        [(0, rules[0], 2), (1, rules[1], 2), (2, rules[2], 2)]
+    );
 
     // The same hash leaves one group, and stays in the others.
     let at = engine.publish_payload(payload(0, &[Told::Removed(&[2], Some(0)), state(&[1])]));
@@ -157,7 +201,10 @@ async fn engines_with_larger_blocks_are_answered_in_whole_blocks_of_their_own() 
     let server = start(config()).await;
     let client = client(&server);
     let (small, large) = (engine("small"), engine("large"));
-    let one = client.register(registration("small", [small.source("engine", SourceKind::Vllm)]));
+    let one = client.register(registration(
+        "small",
+        [small.source("engine", SourceKind::Vllm)],
+    ));
     let mut registration_large = registration("large", [large.source("engine", SourceKind::Vllm)]);
     registration_large.block_size = 8;
     let other = client.register(registration_large.clone());
@@ -171,18 +218,30 @@ async fn engines_with_larger_blocks_are_answered_in_whole_blocks_of_their_own() 
         let pods = answer.pods.iter();
         pods.map(|pod| (pod.pod.to_string(), pod.depth)).collect()
     };
-    assert_eq!(depths(&answer), [("large".to_owned(), 2), ("small".to_owned(), 2)]);
+    assert_eq!(
+        depths(&answer),
+        [("large".to_owned(), 2), ("small".to_owned(), 2)]
+    );
     // Of half a block nothing can be had.
-    let half = client.lookup(question(Prompt::Tokens(TOKENS[..4].to_vec()))).await.unwrap();
+    let half = client
+        .lookup(question(Prompt::Tokens(TOKENS[..4].to_vec())))
+        .await
+        .unwrap();
     assert_eq!(depths(&half), [("small".to_owned(), 1)]);
     let at = large.publish_payload(payload(0, &[Told::Removed(&[7], None)]));
-    assert_eq!(depths(&ask(&client, &[("large/engine", at)]).await), [("small".to_owned(), 2)]);
+    assert_eq!(
+        depths(&ask(&client, &[("large/engine", at)]).await),
+        [("small".to_owned(), 2)]
+    );
 
     let mut raw = raw(&server).await;
     let mut odd = wire_registration("odd", &small);
     odd.block_size = 6;
     let refusal = register_raw(&mut raw, odd).await.unwrap_err();
-    assert!(refusal.message().contains('6') && refusal.message().contains("odd"), "{refusal}");
+    assert!(
+        refusal.message().contains('6') && refusal.message().contains("odd"),
+        "{refusal}"
+    );
     server.shutdown(PATIENCE).await.unwrap();
 }
 
@@ -197,29 +256,59 @@ async fn what_a_router_decided_is_expected_until_it_is_confirmed_or_over() {
     registered.ready(PATIENCE).await.unwrap();
     let prompt = || question(Prompt::Tokens(TOKENS.to_vec()));
     let long = Some(PATIENCE);
-    let refusal = client.record_routing(&pod("nobody"), prompt(), long).await.unwrap_err();
+    let refusal = client
+        .record_routing(&pod("nobody"), prompt(), long)
+        .await
+        .unwrap_err();
     assert_eq!(refusal.kind(), ErrorKind::NotFound);
 
-    let recorded = client.record_routing(&pod("pod-0"), prompt(), long).await.unwrap();
-    assert_eq!((recorded.blocks, recorded.depth, recorded.expected), (2, 0, 2));
+    let recorded = client
+        .record_routing(&pod("pod-0"), prompt(), long)
+        .await
+        .unwrap();
+    assert_eq!(
+        (recorded.blocks, recorded.depth, recorded.expected),
+        (2, 0, 2)
+    );
     let answer = ask(&client, &[]).await;
     let found = &answer.pods[0];
-    assert_eq!((found.depth, found.expected_depth, found.score), (0, 2, 0.0));
-    assert!(client.locate(keys_of(&TOKENS)).await.unwrap().holders.is_empty());
+    assert_eq!(
+        (found.depth, found.expected_depth, found.score),
+        (0, 2, 0.0)
+    );
+    assert!(
+        client
+            .locate(keys_of(&TOKENS))
+            .await
+            .unwrap()
+            .holders
+            .is_empty()
+    );
 
     let at = engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
     let answer = ask(&client, &[("pod-0/engine", at)]).await;
-    assert_eq!((answer.pods[0].depth, answer.pods[0].expected_depth), (1, 2));
+    assert_eq!(
+        (answer.pods[0].depth, answer.pods[0].expected_depth),
+        (1, 2)
+    );
     // What was confirmed is not expected any more, however soon it is gone.
     let at = engine.publish_engine(vec![removed(&[1], Tier::Device)]);
     assert_eq!(ask(&client, &[("pod-0/engine", at)]).await.pods, []);
 
     let short = Some(Duration::from_millis(1));
-    client.record_routing(&pod("pod-0"), prompt(), short).await.unwrap();
+    client
+        .record_routing(&pod("pod-0"), prompt(), short)
+        .await
+        .unwrap();
     let over = async { while !ask(&client, &[]).await.pods.is_empty() {} };
-    tokio::time::timeout(PATIENCE, over).await.expect("expected for ever");
+    tokio::time::timeout(PATIENCE, over)
+        .await
+        .expect("expected for ever");
 
-    client.record_routing(&pod("pod-0"), prompt(), long).await.unwrap();
+    client
+        .record_routing(&pod("pod-0"), prompt(), long)
+        .await
+        .unwrap();
     assert_eq!(ask(&client, &[]).await.pods[0].expected_depth, 2);
     drop(registered);
     wait_until(&client, |status| status.pods.is_empty()).await;
@@ -246,14 +335,30 @@ async fn a_pod_that_publishes_nothing_is_answered_by_where_prompts_went() {
     registered.ready(PATIENCE).await.unwrap();
     let pod_0 = pod("pod-0");
     let prompt = |tokens: &[u32]| question(Prompt::Tokens(tokens.to_vec()));
-    client.record_routing(&pod_0, prompt(&TOKENS), None).await.unwrap();
+    client
+        .record_routing(&pod_0, prompt(&TOKENS), None)
+        .await
+        .unwrap();
     let answer = ask(&client, &[]).await;
     let found = &answer.pods[0];
     assert!(found.is_approximate);
-    assert_eq!((found.depth, found.expected_depth, found.score), (2, 0, 2.0));
-    assert!(client.locate(keys_of(&TOKENS)).await.unwrap().holders.is_empty());
+    assert_eq!(
+        (found.depth, found.expected_depth, found.score),
+        (2, 0, 2.0)
+    );
+    assert!(
+        client
+            .locate(keys_of(&TOKENS))
+            .await
+            .unwrap()
+            .holders
+            .is_empty()
+    );
 
-    client.record_routing(&pod_0, prompt(&[9; 4]), None).await.unwrap();
+    client
+        .record_routing(&pod_0, prompt(&[9; 4]), None)
+        .await
+        .unwrap();
     assert_eq!(ask(&client, &[]).await.pods[0].depth, 1);
     let other = client.lookup(prompt(&[9; 4])).await.unwrap();
     assert_eq!(other.pods[0].depth, 1);

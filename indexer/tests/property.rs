@@ -437,7 +437,7 @@ impl Both {
                 self.literal
                     .clear(source, &[Tier::Device, Tier::Host, Tier::Disk]);
             }
-            SourceKind::Node => self.literal.clear(source, &Tier::ALL),
+            SourceKind::Node | SourceKind::Approximate => self.literal.clear(source, &Tier::ALL),
         }
     }
 

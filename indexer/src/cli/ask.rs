@@ -9,7 +9,10 @@ use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
 use serde_json::json;
 
 use super::print_line;
-use crate::client::{ClientConfig, Freshness, GroupRule, IndexClient, LookupAnswer, LookupOptions, LookupRequest, PartDepth, PodDepth, Prompt, Ranking, ScoreTerm};
+use crate::client::{
+    ClientConfig, Freshness, GroupRule, IndexClient, LookupAnswer, LookupOptions, LookupRequest,
+    PartDepth, PodDepth, Prompt, Ranking, ScoreTerm,
+};
 
 /// The most tokens a file may hold.
 const TOKENS_MAX: usize = 4 << 20;
@@ -176,14 +179,22 @@ fn expected(pod: &PodDepth) -> String {
 }
 
 fn print_part(part: &PartDepth) -> Result<()> {
-    let rank = part.rank.map_or_else(|| "all".to_owned(), |rank| rank.to_string());
-    print_line(&format!("  rank {rank:<4} depth {:>6}  score {:>10.2}", part.depth, part.score))?;
+    let rank = part
+        .rank
+        .map_or_else(|| "all".to_owned(), |rank| rank.to_string());
+    print_line(&format!(
+        "  rank {rank:<4} depth {:>6}  score {:>10.2}",
+        part.depth, part.score
+    ))?;
     for (group, depth) in &part.groups {
         let rule = match group.rule {
             GroupRule::Window { tokens } => format!("window of {tokens} tokens"),
             rule => rule.name().to_owned(),
         };
-        print_line(&format!("    group {:<4} allows {depth:>6}  {rule}", group.number))?;
+        print_line(&format!(
+            "    group {:<4} allows {depth:>6}  {rule}",
+            group.number
+        ))?;
     }
     Ok(())
 }

@@ -14,7 +14,9 @@ use crate::wire;
 mod answer;
 mod register;
 
-pub use crate::wire::{CacheGroup, GroupRule, Registration, SourceKind, SourcePosition, SourceSpec};
+pub use crate::wire::{
+    CacheGroup, GroupRule, Registration, SourceKind, SourcePosition, SourceSpec,
+};
 pub use answer::{Freshness, LookupAnswer, PartDepth, PodDepth, ScoreTerm};
 pub use register::Registered;
 
@@ -270,8 +272,12 @@ impl IndexClient {
             ttl_ms: ttl,
         };
         let decision = self.request(decision, deadline);
-        self.within(deadline, "record a routing", self.grpc().record_routing(decision))
-            .await
+        self.within(
+            deadline,
+            "record a routing",
+            self.grpc().record_routing(decision),
+        )
+        .await
     }
 
     /// The pods and sources the index knows, with positions and lag.

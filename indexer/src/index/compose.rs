@@ -12,7 +12,7 @@ use kvcache_core::{IndexKey, Tier};
 use super::View;
 use super::arena::get;
 use super::blocks::SEGMENT_BLOCKS;
-use super::groups::{Group, key_apart};
+use super::groups::{Apart, Group};
 use super::lookup::{Depth, Depths, Torn};
 use super::pods::PodNumber;
 use super::runs::{partition, read_span};
@@ -66,20 +66,29 @@ struct Held {
     blocks: Range<u32>,
 }
 
-/// Which keys a group's blocks have: those of the main group where there is no number; every so many blocks.
+/// Which keys a group's blocks have, and at every how many of the index's they end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Lane {
-    apart: Option<u32>,
+    apart: Option<Apart>,
     step: u32,
 }
 
+/// The blocks that have the index's own keys.
+const OWN: Lane = Lane {
+    apart: None,
+    step: 1,
+};
+
 fn lane_of(part: &Part, group: &Group) -> Lane {
-    let apart = (part.main != Some(group.number)).then_some(group.number);
-    let is_stepped = apart.is_some() && group.rule != GroupRule::State;
-    Lane {
-        apart,
-        step: if is_stepped { group.stride } else { 1 },
-    }
+    let is_main = part.main == Some(group.number);
+    let (apart, step) = match (is_main, group.stride, group.rule) {
+        (true, 1, _) => (None, 1),
+        (true, stride, _) => (Some(Apart::Large(stride)), stride),
+        // A state may be at the end of any block.
+        (false, _, GroupRule::State) => (Some(Apart::Group(group.number)), 1),
+        (false, stride, _) => (Some(Apart::Group(group.number)), stride),
+    };
+    Lane { apart, step }
 }
 
 /// One group of a part, as far as it is held.
@@ -197,8 +206,12 @@ impl Depths {
         let mut walks: HashMap<Lane, Vec<SourceNumber>> = HashMap::new();
         for part in asked.iter().flat_map(|(_, parts)| *parts) {
             for group in &part.groups {
-                let wanted = walks.entry(lane_of(part, group)).or_default();
-                wanted.extend_from_slice(&part.sources);
+                for lane in [Some(lane_of(part, group)), nodes_lane(part, group)] {
+                    let wanted = lane.map(|lane| walks.entry(lane).or_default());
+                    wanted
+                        .into_iter()
+                        .for_each(|wanted| wanted.extend_from_slice(&part.sources));
+                }
             }
         }
         let held = read_lanes(view, keys, walks)?;
@@ -224,6 +237,24 @@ impl Depths {
     }
 }
 
+/// Where nodes have the blocks of a main group whose own are larger.
+fn nodes_lane(part: &Part, group: &Group) -> Option<Lane> {
+    (part.main == Some(group.number) && group.stride > 1).then_some(OWN)
+}
+
+/// The fastest tier of each block in which any source of the part has it.
+fn tiers_in(part: &Part, lane: Lane, held: &HashMap<Lane, Vec<Held>>, blocks: u32) -> Vec<u8> {
+    let mut tiers = vec![NOWHERE; (blocks / lane.step) as usize];
+    for held in held.get(&lane).into_iter().flatten() {
+        if part.sources.contains(&held.source) {
+            for tier in &mut tiers[held.blocks.start as usize..held.blocks.end as usize] {
+                *tier = held.tier.min(*tier);
+            }
+        }
+    }
+    tiers
+}
+
 fn part_depth(
     part: &Part,
     held: &HashMap<Lane, Vec<Held>>,
@@ -235,12 +266,12 @@ fn part_depth(
         .iter()
         .map(|group| {
             let lane = lane_of(part, group);
-            let mut tiers = vec![NOWHERE; (blocks / lane.step) as usize];
-            for held in held.get(&lane).into_iter().flatten() {
-                if part.sources.contains(&held.source) {
-                    for tier in &mut tiers[held.blocks.start as usize..held.blocks.end as usize] {
-                        *tier = held.tier.min(*tier);
-                    }
+            let mut tiers = tiers_in(part, lane, held, blocks);
+            if let Some(own) = nodes_lane(part, group) {
+                let own = tiers_in(part, own, held, blocks);
+                // All of a large block, at the slowest of its parts.
+                for (tier, parts) in tiers.iter_mut().zip(own.chunks_exact(lane.step as usize)) {
+                    *tier = parts.iter().copied().max().unwrap_or(NOWHERE).min(*tier);
                 }
             }
             Track::new(*group, lane.step, block_size, tiers)
@@ -282,7 +313,7 @@ fn read_lanes(
         let steps = keys.chunks_exact(lane.step as usize);
         let own = steps.filter_map(|step| step.last().copied());
         let of_lane: Vec<IndexKey> = match lane.apart {
-            Some(group) => own.map(|key| key_apart(key, group)).collect(),
+            Some(apart) => own.map(|key| apart.key(key)).collect(),
             None => own.collect(),
         };
         let mut found = Vec::new();

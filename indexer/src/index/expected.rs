@@ -74,7 +74,11 @@ impl OfPod {
     }
 
     fn expire(&mut self, now: Time) {
-        while self.turns.first().is_some_and(|(turn, _)| turn.until <= now) {
+        while self
+            .turns
+            .first()
+            .is_some_and(|(turn, _)| turn.until <= now)
+        {
             self.pop();
         }
     }
@@ -165,7 +169,14 @@ impl KvIndex {
         })?;
         let mut answer = Answer::default();
         let only = std::slice::from_ref(pod);
-        self.lookup(keys, &Query { pods_max: 0, pods: only }, &mut answer);
+        self.lookup(
+            keys,
+            &Query {
+                pods_max: 0,
+                pods: only,
+            },
+            &mut answer,
+        );
         let depth = answer.pods.first().map_or(0, |found| found.depth);
         let rest = (0..).zip(keys.iter().copied()).skip(depth as usize);
         let rest: Vec<(u32, IndexKey)> = rest.collect();
@@ -197,9 +208,18 @@ impl KvIndex {
             return;
         }
         // The best may be among those that only expectations know.
-        self.lookup(keys, &Query { pods_max: 0, ..*query }, answer);
-        let places: HashMap<PodName, usize> =
-            (0..).zip(&answer.pods).map(|(at, found)| (found.pod.clone(), at)).collect();
+        self.lookup(
+            keys,
+            &Query {
+                pods_max: 0,
+                ..*query
+            },
+            answer,
+        );
+        let places: HashMap<PodName, usize> = (0..)
+            .zip(&answer.pods)
+            .map(|(at, found)| (found.pod.clone(), at))
+            .collect();
         let pods = self.expected.read();
         for (pod, of_pod) in pods.iter() {
             if !query.pods.is_empty() && !query.pods.contains(pod) {
@@ -208,7 +228,9 @@ impl KvIndex {
             let place = places.get(pod).copied();
             let held = place.map_or(0, |place| answer.pods[place].depth);
             let more = keys[held as usize..].iter();
-            let more = more.take_while(|key| of_pod.is_expected(**key, now)).count() as u32;
+            let more = more
+                .take_while(|key| of_pod.is_expected(**key, now))
+                .count() as u32;
             if more == 0 {
                 continue;
             }
@@ -220,7 +242,9 @@ impl KvIndex {
         drop(pods);
         answer.pods.sort_by(|one, other| {
             let of = |found: &PodDepth| std::cmp::Reverse((found.depth, found.expected_depth));
-            of(one).cmp(&of(other)).then_with(|| one.pod.cmp(&other.pod))
+            of(one)
+                .cmp(&of(other))
+                .then_with(|| one.pod.cmp(&other.pod))
         });
         if query.pods_max != 0 {
             answer.pods.truncate(query.pods_max);

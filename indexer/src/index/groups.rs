@@ -3,8 +3,8 @@
 //! All groups of an engine name the same block by the same hash. The first group that keeps every block is the *main*
 //! one: its blocks are where every other pod's are. A block of another group has a key and a name of its own, each made
 //! by turning fixed bits of the main one's, so that it is one more block to the index and is found from a prompt's keys.
-//! Of a block that is larger than the index's, the main group has an entry for each part, every other group one, at the
-//! last part.
+//! A block that is larger than the index's has one entry, where the index's block with the same end would be; of main
+//! groups these are kept apart, too, since two of them may differ behind a common beginning.
 
 use kvcache_core::{EngineHash, IndexKey};
 
@@ -145,22 +145,30 @@ const fn bits(seed: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// The key of a block in a group that is apart, from the key in the main one, and back.
-pub(super) const fn key_apart(key: IndexKey, group: u32) -> IndexKey {
-    IndexKey(key.0 ^ bits(2 * group as u64 + 1))
+/// Which blocks are kept apart from the index's own, and from each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Apart {
+    /// Those of a group beside the main one.
+    Group(u32),
+    /// Those of main groups, each as large as so many of the index's.
+    Large(u32),
 }
 
-/// The name of a block in a group that is apart, from the engine's.
-pub(super) const fn name_apart(name: EngineHash, group: u32) -> EngineHash {
-    EngineHash(name.0 ^ bits(2 * group as u64 + 2))
-}
-
-/// The name of the `part`th of the `parts` parts of a block: the last has the block's own.
-pub(super) const fn name_of_part(name: EngineHash, part: u32, parts: u32) -> EngineHash {
-    if part + 1 == parts {
-        return name;
+impl Apart {
+    const fn seed(self) -> u64 {
+        match self {
+            Self::Group(number) => number as u64,
+            Self::Large(stride) => 1 << 40 | stride as u64,
+        }
     }
-    EngineHash(bits(
-        name.0 ^ (1 << 63 | (part as u64) << 32 | parts as u64),
-    ))
+
+    /// The key of a block that is apart, from the index's own, and back.
+    pub(super) const fn key(self, key: IndexKey) -> IndexKey {
+        IndexKey(key.0 ^ bits(2 * self.seed() + 1))
+    }
+
+    /// The name of a block that is apart, from the engine's.
+    pub(super) const fn name(self, name: EngineHash) -> EngineHash {
+        EngineHash(name.0 ^ bits(2 * self.seed() + 2))
+    }
 }

@@ -224,8 +224,7 @@ impl KvIndex {
         let mut view = read(&self.view);
         let applied = match event {
             SourceEvent::Stored(blocks) => {
-                let parts = source.stride as usize;
-                let most = blocks.hashes.len() * parts + source.orphans.len();
+                let most = blocks.hashes.len() + source.orphans.len();
                 view = self.make_room(writer, view, most)?;
                 source
                     .store(writer, &view.tree, blocks)

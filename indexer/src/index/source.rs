@@ -14,7 +14,7 @@ use std::mem::size_of;
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
 use super::config::SourceSpec;
-use super::groups::{Groups, name_of_part};
+use super::groups::{Apart, Groups};
 use super::hash::KeyState;
 use super::image::ImageBlock;
 use super::orphans::Orphans;
@@ -115,13 +115,9 @@ impl Source {
             .filter(|place| writer.tree.holds(shared, *place, self.number))
     }
 
-    /// The names of all parts of the source's blocks.
-    fn names_of_parts(&self, hashes: &[EngineHash]) -> Vec<EngineHash> {
-        let parts = self.stride;
-        let names = hashes.iter();
-        names
-            .flat_map(|hash| (0..parts).map(move |part| name_of_part(*hash, part, parts)))
-            .collect()
+    /// Whether the main group's blocks are kept apart.
+    pub(super) fn main_apart(&self) -> Option<Apart> {
+        (self.stride > 1).then_some(Apart::Large(self.stride))
     }
 
     pub(super) fn root_of(&self, writer: &Writer, shared: &Shared, place: Place) -> Option<u32> {

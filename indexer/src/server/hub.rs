@@ -359,7 +359,9 @@ impl Hub {
         }
         let task = if spec.kind == SourceKind::Approximate {
             // Nothing is published that could be waited for.
-            state.progress.send_modify(|progress| progress.is_synced = true);
+            state
+                .progress
+                .send_modify(|progress| progress.is_synced = true);
             tokio::spawn(std::future::ready(())).abort_handle()
         } else {
             tokio::spawn(follower.run()).abort_handle()

@@ -4,11 +4,11 @@ use kvcache_core::prefix::IndexChain;
 use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result};
 
 use super::super::config::Applied;
-use super::super::groups::{Seat, key_apart, name_apart};
+use super::super::groups::{Apart, Seat};
 use super::super::tree::{Place, Shared, Stretch};
 use super::store::push;
 use super::{Source, Writer};
-use crate::adapter::{BlockIdentifiers, StoredBlocks};
+use crate::adapter::StoredBlocks;
 
 impl Source {
     /// Whether an event may say something of the source that is not known yet.
@@ -48,29 +48,26 @@ impl Source {
         check_tokens(blocks)
     }
 
-    /// The same blocks in parts of the index's size.
-    pub(super) fn in_parts(&self, writer: &Writer, blocks: &StoredBlocks) -> StoredBlocks {
-        let parts = self.stride as usize;
-        // What shaped a block shaped all its parts; which of them is not told, so only engines with blocks of the same
-        // size share them.
-        let identifiers = blocks.identifiers.iter();
-        let identifiers: Vec<BlockIdentifiers> = identifiers
-            .flat_map(|of_block| std::iter::repeat_n(of_block.clone(), parts))
-            .collect();
-        StoredBlocks {
-            hashes: self.names_of_parts(&blocks.hashes),
-            block_size: if blocks.tokens.is_empty() {
-                0
-            } else {
-                writer.keys.block_size.get()
-            },
-            tokens: blocks.tokens.clone(),
-            identifiers,
-            parent: blocks.parent,
-            lora: blocks.lora.clone(),
-            cache_salt: blocks.cache_salt.clone(),
-            ..*blocks
+    /// Takes blocks of the main group in that are larger than the index's.
+    ///
+    /// # Errors
+    /// As [`Self::store_alone`].
+    pub(super) fn store_large(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        apart: Apart,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        if !blocks.tokens.is_empty() {
+            return self.store_alone(writer, shared, blocks, apart, applied);
         }
+        for &hash in &blocks.hashes {
+            let name = apart.name(hash);
+            self.mention(writer, shared, name, blocks.tier, None, applied);
+        }
+        Ok(())
     }
 
     /// Takes blocks of a group in that is apart from the main one.
@@ -87,7 +84,7 @@ impl Source {
     ) -> Result<()> {
         if self.groups.main().is_some() || blocks.tokens.is_empty() {
             for &hash in &blocks.hashes {
-                let name = name_apart(hash, group);
+                let name = Apart::Group(group).name(hash);
                 let at = self.find_held(writer, shared, name);
                 match at.or_else(|| self.beside_main(writer, shared, hash, group)) {
                     Some(place) => {
@@ -99,7 +96,7 @@ impl Source {
             }
             return Ok(());
         }
-        self.store_alone(writer, shared, blocks, group, applied)
+        self.store_alone(writer, shared, blocks, Apart::Group(group), applied)
     }
 
     /// The seat of a group's block, which is known by the main group's block of the same hash.
@@ -110,9 +107,11 @@ impl Source {
         hash: EngineHash,
         group: u32,
     ) -> Option<Place> {
-        let main = self.find_held(writer, shared, hash)?;
-        let key = key_apart(writer.tree.key(shared, main.position), group);
-        Some(self.seat_apart(writer, shared, name_apart(hash, group), key))
+        let (name, main) = (Apart::Group(group), self.main_apart());
+        let of_main = self.find_held(writer, shared, main.map_or(hash, |main| main.name(hash)))?;
+        let key = writer.tree.key(shared, of_main.position);
+        let key = name.key(main.map_or(key, |main| main.key(key)));
+        Some(self.seat_apart(writer, shared, name.name(hash), key))
     }
 
     fn seat_apart(
@@ -126,51 +125,63 @@ impl Source {
         self.seat(writer, shared, name, None, key)
     }
 
-    /// Takes blocks in where no group keeps every block: only their tokens tell where they belong.
+    /// Takes blocks in that only their tokens can place.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when they are no whole number of the index's.
     fn store_alone(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
         blocks: &StoredBlocks,
-        group: u32,
+        apart: Apart,
         applied: &mut Applied,
     ) -> Result<()> {
         let size = writer.keys.block_size.get();
         if blocks.block_size == 0 || !blocks.block_size.is_multiple_of(size) {
             let context = format!(
-                "blocks of group {group} have {} tokens, the index's {size}",
+                "blocks of {} tokens, the index has {size}",
                 blocks.block_size
             );
             return Err(Error::new(ErrorKind::Invalid, context));
         }
         check_tokens(blocks)?;
-        let parent = blocks.parent.map(|parent| name_apart(parent, group));
+        let parent = blocks.parent.map(|parent| apart.name(parent));
         let Some(open) = self.open_chain(writer, shared, parent, blocks) else {
             for &hash in &blocks.hashes {
-                let name = name_apart(hash, group);
-                self.mention(writer, shared, name, blocks.tier, None, applied);
+                self.mention(writer, shared, apart.name(hash), blocks.tier, None, applied);
             }
             return Ok(());
         };
         let mut chain = open.chain;
         if let Some(last) = open.last {
-            let key = key_apart(writer.tree.key(shared, last.position), group);
+            let key = apart.key(writer.tree.key(shared, last.position));
             chain = IndexChain::after(writer.roots.get(open.root), key);
         }
         let tokens = blocks.tokens.chunks_exact(blocks.block_size as usize);
         for (position, (&hash, tokens)) in blocks.hashes.iter().zip(tokens).enumerate() {
+            // What shaped a block shaped all its parts, as far as is told.
             let identifiers = blocks.identifiers.get(position);
             let identifiers = identifiers.map_or(&[][..], Vec::as_slice);
             let keys = tokens.chunks_exact(size as usize);
-            let Some(key) = keys.map(|part| push(&mut chain, part, identifiers)).last() else {
+            let keys: Vec<IndexKey> = keys
+                .map(|part| push(&mut chain, part, identifiers))
+                .collect();
+            let Some(&key) = keys.last() else {
                 continue;
             };
-            let name = name_apart(hash, group);
-            let place = self.seat_apart(writer, shared, name, key_apart(key, group));
+            if let (Apart::Large(_), Some(noted)) = (apart, &mut writer.noted) {
+                noted.extend(keys);
+            }
+            let name = apart.name(hash);
+            let place = self.seat_apart(writer, shared, name, apart.key(key));
             self.keep_root(writer, shared, Stretch::of(place), open.root);
             self.add(writer, shared, Stretch::of(place), blocks.tier, applied);
             if let Some(copies) = self.orphans.forget(name) {
                 self.add_copies(writer, shared, place, &copies, applied);
+            }
+            if !self.orphans.is_empty() {
+                self.settle_apart(writer, shared, hash, key, applied);
             }
         }
         writer.roots.release(open.root);
@@ -182,15 +193,15 @@ impl Source {
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
-        (hash, place): (EngineHash, Place),
+        hash: EngineHash,
+        key: IndexKey,
         applied: &mut Applied,
     ) {
         let groups: Vec<u32> = self.groups.apart().collect();
         for group in groups {
-            let name = name_apart(hash, group);
-            if let Some(copies) = self.orphans.forget(name) {
-                let key = key_apart(writer.tree.key(shared, place.position), group);
-                let at = self.seat_apart(writer, shared, name, key);
+            let apart = Apart::Group(group);
+            if let Some(copies) = self.orphans.forget(apart.name(hash)) {
+                let at = self.seat_apart(writer, shared, apart.name(hash), apart.key(key));
                 self.add_copies(writer, shared, at, &copies, applied);
             }
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
 use super::super::config::Applied;
-use super::super::groups::{Seat, name_apart};
+use super::super::groups::{Apart, Seat};
 use super::super::hash::KeyState;
 use super::super::orphans::{Copies, Orphans};
 use super::super::sets::Holder;
@@ -30,18 +30,27 @@ impl Source {
                 ignored: blocks.hashes.len() as u32,
                 ..Applied::default()
             },
-            Seat::Apart(group) => {
-                let names = blocks.hashes.iter();
-                let names: Vec<_> = names.map(|hash| name_apart(*hash, group)).collect();
-                self.remove_named(writer, shared, &names, blocks.tier)
-            }
+            Seat::Apart(group) => self.remove_apart(writer, shared, blocks, Apart::Group(group)),
             Seat::Main if self.stride > 1 => {
-                let names = self.names_of_parts(&blocks.hashes);
-                self.remove_named(writer, shared, &names, blocks.tier)
+                self.remove_apart(writer, shared, blocks, Apart::Large(self.stride))
             }
             // Of a source whose stored blocks name no group, a removal's means nothing.
-            Seat::Main | Seat::Nowhere => self.remove_named(writer, shared, &blocks.hashes, blocks.tier),
+            Seat::Main | Seat::Nowhere => {
+                self.remove_named(writer, shared, &blocks.hashes, blocks.tier)
+            }
         }
+    }
+
+    fn remove_apart(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &RemovedBlocks,
+        apart: Apart,
+    ) -> Applied {
+        let names = blocks.hashes.iter().map(|hash| apart.name(*hash));
+        let names: Vec<EngineHash> = names.collect();
+        self.remove_named(writer, shared, &names, blocks.tier)
     }
 
     fn remove_named(

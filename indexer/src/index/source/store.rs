@@ -52,13 +52,13 @@ impl Source {
         if !blocks.tokens.is_empty() {
             self.check_size(writer, blocks)?;
         }
-        if self.stride > 1 {
-            let parts = self.in_parts(writer, blocks);
-            self.store_placed(writer, shared, &parts, applied);
-        } else {
-            self.store_placed(writer, shared, blocks, applied);
+        match self.main_apart() {
+            Some(apart) => self.store_large(writer, shared, blocks, apart, applied),
+            None => {
+                self.store_placed(writer, shared, blocks, applied);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     fn store_placed(
@@ -331,7 +331,8 @@ impl Source {
         }
         let mut settled = vec![placed];
         while let Some((hash, place)) = settled.pop() {
-            self.settle_apart(writer, shared, (hash, place), applied);
+            let key = writer.tree.key(shared, place.position);
+            self.settle_apart(writer, shared, hash, key, applied);
             // Counted while it waited itself.
             if let Some(copies) = self.orphans.forget(hash) {
                 self.add_copies(writer, shared, place, &copies, applied);
