@@ -265,6 +265,9 @@ async fn a_configured_source_is_followed_without_registration() {
         replay_endpoint: Some(engine.replay_endpoint().to_owned()),
         model: "m".to_owned(),
         peer_address: None,
+        data_parallel_rank: None,
+        engine_block_size: None,
+        groups: Vec::new(),
     });
     let server = start(config).await;
     let client = client(&server);

@@ -200,7 +200,7 @@ impl Depths {
             .retain(|depth| !composed.contains_key(&depth.pod.0));
         let asked: Vec<(u32, &Vec<Part>)> = composed
             .iter()
-            .filter(|(pod, _)| !is_limited || self.is_allowed(**pod))
+            .filter(|(pod, _)| !is_limited || self.allowed.binary_search(pod).is_ok())
             .map(|(pod, parts)| (*pod, parts))
             .collect();
         let mut walks: HashMap<Lane, Vec<SourceNumber>> = HashMap::new();

@@ -81,7 +81,7 @@ pub struct Depths {
     /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
     pub shared: Vec<Range<u32>>,
     /// The pods that may be answered, ascending; only looked at when there are any named.
-    allowed: Vec<u32>,
+    pub(super) allowed: Vec<u32>,
     /// Runs that were read, and as of which version.
     read: Vec<(u32, u32)>,
 }
@@ -420,10 +420,6 @@ impl Depths {
         self.allowed.clear();
         self.allowed.extend(pods.map(|pod| pod.0));
         self.allowed.sort_unstable();
-    }
-
-    pub(super) fn is_allowed(&self, pod: u32) -> bool {
-        self.allowed.binary_search(&pod).is_ok()
     }
 }
 
