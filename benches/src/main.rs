@@ -45,6 +45,9 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Measure what an engine pays for kvfabric in calls, idle CPU and handing a prompt over, beside NIXL.
     Engines(engines::EnginesArgs),
+    /// A process that calls a node from Rust, started by `engines`.
+    #[command(hide = true)]
+    EngineCalls,
     /// The other process of a transfer, started by it.
     #[command(hide = true)]
     TransferTarget,
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Engines(args) => execute("engines", &args.output, |recorder| {
             engines::run(&args, recorder)
         }),
+        Command::EngineCalls => status(engines::answer_questions()),
         Command::TransferTarget => status(transfer::serve_target()),
         Command::IndexMemory(args) => status(index::measure_memory(&args)),
     }

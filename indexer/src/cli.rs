@@ -186,6 +186,7 @@ async fn serve_until_signal(serve: &Serve) -> Result<()> {
     let listening = json!({
         "event": "listening",
         "grpc": running.grpc_address().to_string(),
+        "events": running.event_endpoints(),
         "metrics": running.metrics_address().map(|address| address.to_string()),
     });
     print_line(&listening.to_string())?;

@@ -9,8 +9,12 @@ use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
+use crate::adapter::BATCH_BYTES_MAX;
 use crate::score::TierWeights;
-use crate::wire::{CacheGroup, GroupRule, SourceSpec, parse_source_kind};
+use crate::source::zmtp::Endpoint;
+use crate::wire::{
+    CacheGroup, GroupRule, SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind,
+};
 
 #[cfg(test)]
 mod tests;
@@ -22,6 +26,8 @@ pub const ENVIRONMENT_PREFIX: &str = "KVFABRIC_INDEXER";
 const BLOCK_SIZE_MAX: u32 = 1 << 16;
 /// The longest any configured duration may be: a day, in milliseconds.
 const DURATION_MS_MAX: u64 = 86_400_000;
+/// The least that publishers must be allowed to send at once: below it, ordinary batches would be refused.
+const EVENT_BYTES_MIN: u64 = 64 << 10;
 /// The most lookups at once that may be configured.
 const LOOKUPS_MAX: usize = 1 << 20;
 
@@ -41,8 +47,12 @@ pub struct ServerConfig {
     pub tier_weights: TierWeightsConfig,
     /// How long a source may stay disconnected before its entries are dropped.
     pub source_ttl_ms: u64,
+    /// The longest message of a publisher that is taken, in bytes; one that announces more is disconnected.
+    pub event_bytes_max: usize,
     /// How long a call may take whose client names no deadline.
     pub lookup_deadline_ms: u64,
+    /// A reader of a snapshot or of a stream of lookups that takes nothing for so long is cut off.
+    pub reader_timeout_ms: u64,
     /// Lookups at once; further ones are refused as busy.
     pub lookups_in_flight_max: usize,
     /// Pods that may be registered at once; further ones are refused as busy.
@@ -67,6 +77,8 @@ pub struct ServerConfig {
     pub tokenizers: Vec<TokenizerConfig>,
     /// Engines that do not register themselves.
     pub sources: Vec<StaticSource>,
+    /// Endpoints that engines connect to by themselves, as with llm-d: their topics say who they are.
+    pub listeners: Vec<ListenerConfig>,
 }
 
 /// What a block is worth in each tier, one in the accelerator's memory being 1 by default.
@@ -141,6 +153,20 @@ pub struct GroupConfig {
     pub block_size: Option<u32>,
 }
 
+/// An endpoint that engines connect to; there is nobody to ask for what was missed.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListenerConfig {
+    /// `tcp://HOST:PORT`; host `*`: every interface, port 0: any free one.
+    pub endpoint: String,
+    /// The source's name in the pods that connect here, unique among listeners.
+    #[serde(default = "default_source_name")]
+    pub name: String,
+    /// `vllm`, `vllm-full` or `sglang`.
+    #[serde(default = "default_source_kind")]
+    pub kind: String,
+}
+
 /// A list, or what an environment variable and a flag can hold: one text with commas.
 fn list_or_commas<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
@@ -189,7 +215,9 @@ impl Default for ServerConfig {
             block_size: 16,
             tier_weights: TierWeightsConfig::default(),
             source_ttl_ms: 30_000,
+            event_bytes_max: 16 << 20,
             lookup_deadline_ms: 1_000,
+            reader_timeout_ms: 30_000,
             lookups_in_flight_max: 4_096,
             pods_max: 8_192,
             snapshot_path: None,
@@ -201,6 +229,7 @@ impl Default for ServerConfig {
             approximate_blocks_max: 65_536,
             tokenizers: Vec::new(),
             sources: Vec::new(),
+            listeners: Vec::new(),
         }
     }
 }
@@ -265,9 +294,16 @@ impl ServerConfig {
             1..=BLOCK_SIZE_MAX.into(),
         )?;
         within("source_ttl_ms", self.source_ttl_ms, 1..=DURATION_MS_MAX)?;
+        let event_bytes = EVENT_BYTES_MIN..=BATCH_BYTES_MAX as u64;
+        within("event_bytes_max", self.event_bytes_max as u64, event_bytes)?;
         within(
             "lookup_deadline_ms",
             self.lookup_deadline_ms,
+            1..=DURATION_MS_MAX,
+        )?;
+        within(
+            "reader_timeout_ms",
+            self.reader_timeout_ms,
             1..=DURATION_MS_MAX,
         )?;
         within(
@@ -305,6 +341,7 @@ impl ServerConfig {
         within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
         self.scheme()?;
         self.weights()?;
+        self.check_listeners()?;
         let mut names = std::collections::BTreeSet::new();
         for (position, source) in self.sources.iter().enumerate() {
             let place = format!("sources[{position}]");
@@ -313,6 +350,42 @@ impl ServerConfig {
             if !names.insert(crate::wire::source_name(&pod, &source.name)) {
                 let context = format!("{place}: {pod}/{} is there twice", source.name);
                 return Err(Error::new(ErrorKind::Invalid, context));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_listeners(&self) -> Result<()> {
+        let mut names = std::collections::BTreeSet::new();
+        if self.listeners.len() > SOURCES_PER_POD_MAX {
+            let count = self.listeners.len();
+            return Err(Error::invalid("listeners", count, 0..=SOURCES_PER_POD_MAX));
+        }
+        for (position, listener) in self.listeners.iter().enumerate() {
+            let place = format!("listeners[{position}]");
+            let at = |error: Error| error.at(&place);
+            if !matches!(listener.endpoint.parse().map_err(at)?, Endpoint::Tcp { .. }) {
+                let endpoint = format!("{:?}", listener.endpoint);
+                return Err(at(Error::invalid("endpoint", endpoint, "tcp://HOST:PORT")));
+            }
+            let kind = parse_source_kind(&listener.kind).map_err(at)?;
+            if matches!(kind, SourceKind::Node | SourceKind::Approximate) {
+                // A node's epochs would be of no use without its replay socket; approximate ones connect nowhere.
+                return Err(at(Error::invalid(
+                    "kind",
+                    format!("{:?}", listener.kind),
+                    "vllm, vllm-full or sglang",
+                )));
+            }
+            if listener.name.is_empty()
+                || listener.name.contains('/')
+                || !names.insert(&listener.name)
+            {
+                let context = format!(
+                    "name {:?} is empty, has a '/' or is there twice",
+                    listener.name
+                );
+                return Err(at(Error::new(ErrorKind::Invalid, context)));
             }
         }
         Ok(())
@@ -344,6 +417,12 @@ impl ServerConfig {
     #[must_use]
     pub const fn source_ttl(&self) -> Duration {
         Duration::from_millis(self.source_ttl_ms)
+    }
+
+    /// How long a reader may take nothing.
+    #[must_use]
+    pub const fn reader_timeout(&self) -> Duration {
+        Duration::from_millis(self.reader_timeout_ms)
     }
 
     /// How often the snapshot is written.

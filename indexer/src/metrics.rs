@@ -69,6 +69,7 @@ pub(crate) struct Metrics {
     batches: Counter,
     events_applied: Counter,
     events_rejected: Counter,
+    publishers_refused: Counter,
     removals_unknown: Counter,
     orphans_refused: Counter,
     gaps: Counter,
@@ -119,6 +120,7 @@ impl Metrics {
             batches: Counter::default(),
             events_applied: Counter::default(),
             events_rejected: Counter::default(),
+            publishers_refused: Counter::default(),
             removals_unknown: Counter::default(),
             orphans_refused: Counter::default(),
             gaps: Counter::default(),
@@ -160,6 +162,11 @@ impl Metrics {
         self.orphans_refused.inc_by(applied.refused.into());
     }
 
+    /// A publisher sent what nobody may send, and was disconnected.
+    pub(crate) fn publisher_refused(&self) {
+        self.publishers_refused.inc();
+    }
+
     pub(crate) fn events_rejected(&self, count: u64) {
         self.events_rejected.inc_by(count);
     }
@@ -176,6 +183,12 @@ impl Metrics {
             .inc_by(now.replay_failures - before.replay_failures);
         self.duplicates.inc_by(now.duplicates - before.duplicates);
         self.dropped.inc_by(now.dropped - before.dropped);
+    }
+
+    /// A source went on from its publisher's image.
+    pub(crate) fn replaced(&self) {
+        let reason = "image";
+        self.clears.get_or_create(&Reason { reason }).inc();
     }
 
     pub(crate) fn cleared(&self, reason: ClearReason) {

@@ -413,12 +413,13 @@ async fn a_replica_that_is_not_verified_says_so_and_answers_nothing() {
         }
     };
     assert_eq!(health(&second).await, ServingStatus::NotServing);
+    // The source's task may ask before the snapshot is read to its end.
+    wait_until(&replica, |status| {
+        status.not_serving_reason.contains("0 of 1 sources")
+    })
+    .await;
     let status = replica.status().await.unwrap();
     assert!(!status.serving);
-    assert!(
-        status.not_serving_reason.contains("0 of 1 sources"),
-        "{status:?}"
-    );
     assert_eq!(
         status.entries, 1,
         "what the snapshot says is there, but not answered"

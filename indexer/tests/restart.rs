@@ -7,7 +7,7 @@ use bytes::Bytes;
 use kvcache_core::Tier;
 use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::EventSink;
-use kvfabric_indexer::adapter::encode_engine_batch;
+use kvfabric_indexer::adapter::{encode_engine_batch, encode_node_batch};
 use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition, SourceSpec};
 use kvfabric_indexer::config::StaticSource;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
@@ -146,6 +146,95 @@ async fn a_replay_that_is_too_old_clears_the_source() {
     assert_eq!(depth(&client, at(&engine)).await, 0, "the removal was lost");
     let status = client.status().await.unwrap();
     assert_eq!((status.entries, status.pods[0].sources[0].resyncs), (1, 1));
+}
+
+/// A node's publisher in the place of another, with the same epoch: the same incarnation as far as anybody can tell.
+fn node_again(old: Option<Publisher>, replay_bytes_max: usize) -> Publisher {
+    let epoch = kvcache_core::Epoch(7);
+    let mut config = PublisherConfig::new(pod("pod-0"), "m", Stream::Node { epoch });
+    config.replay_bytes_max = replay_bytes_max;
+    if let Some(old) = &old {
+        config.endpoint = old.endpoint().to_owned();
+        config.replay_endpoint = old.replay_endpoint().to_owned();
+    }
+    drop(old);
+    Publisher::bind(config).unwrap()
+}
+
+fn node_batch(events: &[NodeEvent]) -> Vec<u8> {
+    encode_node_batch(1.5, events)
+}
+
+/// While the index was away the node published more than it keeps, removals among it: its own image tells what it holds,
+/// and what it held all along is answered throughout.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_replay_is_too_old_tells_what_it_holds() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let keys = keys_of(&TOKENS);
+    let held = |key, tier| NodeEvent::Stored {
+        key,
+        parent: None,
+        tier,
+    };
+    let first = node_batch(&[held(keys[0], Tier::Host), held(keys[1], Tier::Host)]);
+    let node = node_again(None, 1 << 20);
+    node.publish_payload(first.clone());
+    let source = node.source("node", SourceKind::Node);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    assert_eq!(depth(&client, Vec::new()).await, 2);
+
+    let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+    let watching = {
+        let client = rig::client(&server);
+        tokio::spawn(async move {
+            let mut looked = 0_u64;
+            while stopped.try_recv().is_err() {
+                assert!(
+                    depth(&client, Vec::new()).await >= 1,
+                    "a half state was seen"
+                );
+                looked += 1;
+            }
+            looked
+        })
+    };
+    let node = node_again(Some(node), 1);
+    node.publish_payload(first);
+    let gone = NodeEvent::Removed {
+        key: keys[1],
+        tier: Tier::Host,
+    };
+    node.publish_payload(node_batch(&[gone]));
+    node.publish_payload(node_batch(&[held(kvcache_core::IndexKey(5), Tier::Disk)]));
+    let position = node.publish(vec![held(kvcache_core::IndexKey(6), Tier::Disk)]);
+    let position = SourcePosition::new(&pod("pod-0"), "node", position);
+    assert_eq!(depth(&client, vec![position]).await, 1);
+    stop.send(()).unwrap();
+    assert!(watching.await.unwrap() > 0);
+    let status = client.status().await.unwrap();
+    assert_eq!((status.entries, status.pods[0].sources[0].resyncs), (3, 0));
+}
+
+/// The index comes when the node keeps its last batch only.
+#[tokio::test]
+async fn a_newcomer_learns_all_that_a_node_holds() {
+    let keys = keys_of(&TOKENS);
+    let node = node_again(None, 1);
+    for key in &keys {
+        node.publish(vec![NodeEvent::Stored {
+            key: *key,
+            parent: None,
+            tier: Tier::Host,
+        }]);
+    }
+    let server = start(config()).await;
+    let client = client(&server);
+    let source = node.source("node", SourceKind::Node);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    assert_eq!(depth(&client, Vec::new()).await, 2);
 }
 
 /// A publisher made by hand that leaves a batch out, as a full queue does, and answers as engines before 0.26 do.

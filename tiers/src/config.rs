@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kvcache_core::manager::Limits;
 use kvcache_core::{BlockInfo, Error, PodName, Result};
-use kvfabric_transfer::DirectMode;
+use kvfabric_transfer::{DirectMode, FileEngineMode};
 
 use crate::disk::{BLOCK_BYTES_MAX, SegmentLayout};
 
@@ -85,6 +85,9 @@ pub struct DiskConfig {
     pub segment_bytes: u64,
     /// Whether files are read and written past the page cache.
     pub direct: DirectMode,
+    /// Who makes the calls to the kernel. An agent has one engine for all its files, so this counts only if no file was
+    /// opened with it before.
+    pub engine: FileEngineMode,
 }
 
 /// The shared object tier: a prefix in a store that the agent knows.

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::stop::Stop;
 
@@ -21,7 +21,7 @@ const LINES_MAX: usize = 64;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// One figure of another program.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Figure {
     /// Who.

@@ -17,7 +17,7 @@ use crate::recorder::{OutputArgs, Recorder};
 use crate::report::{Case, OURS, Row};
 use crate::statistics::Samples;
 use external::{Conversation, External, Figure};
-use overhead::Calls;
+pub(crate) use overhead::answer_questions;
 
 /// How long one measurement of calls or of an idle process may take.
 const PROBE_PATIENCE: Duration = Duration::from_secs(120);
@@ -86,8 +86,9 @@ pub(crate) fn run(args: &EnginesArgs, recorder: &mut Recorder) -> Result<()> {
     Ok(())
 }
 
-/// In each round all callers are started anew and take many short turns, so that what disturbs the machine disturbs all of them
-/// alike. A round's figure is the median of its turns, and a difference the median of the differences turn by turn.
+/// In each round all callers are started anew, each as a process, and take many short turns, so that what disturbs the machine
+/// disturbs all of them alike. A round's figure is the median of its turns, and a difference the median of the differences turn
+/// by turn.
 fn overhead(args: &EnginesArgs, recorder: &mut Recorder) -> Result<()> {
     recorder.expect_steps(u64::from(args.rounds));
     let base_of_python = if args.c.is_some() { "c" } else { "rust" };
@@ -107,24 +108,26 @@ fn overhead(args: &EnginesArgs, recorder: &mut Recorder) -> Result<()> {
 
 /// The callers' figures, turn by turn.
 fn turns(args: &EnginesArgs, recorder: &Recorder) -> Result<Table> {
-    let mut rust = Calls::open()?;
-    let c = args.c.as_ref().map(|program| {
-        let program = External::new(program, PROBE_PATIENCE, recorder.stop());
-        program.converse()
-    });
-    let mut others: Vec<Conversation<'_>> = c.into_iter().collect::<Result<_>>()?;
-    others.push(python(args, "overhead.py", PROBE_PATIENCE, recorder).converse()?);
+    let own = std::env::current_exe().map_err(|error| Error::io("find this program", error))?;
+    let mut programs =
+        vec![External::new(&own, PROBE_PATIENCE, recorder.stop()).arg("engine-calls")];
+    if let Some(c) = &args.c {
+        programs.push(External::new(c, PROBE_PATIENCE, recorder.stop()));
+    }
+    programs.push(python(args, "overhead.py", PROBE_PATIENCE, recorder));
+    let callers = programs.into_iter().map(External::converse);
+    let mut callers: Vec<Conversation<'_>> = callers.collect::<Result<_>>()?;
     let mut table = Table::default();
     for _ in 0..TURNS {
-        table.extend(rust.measure()?);
-        for program in &mut others {
-            table.extend(program.ask()?);
+        for caller in &mut callers {
+            table.extend(caller.ask()?);
         }
+        // Whoever comes first finds the caches of the one that came last: each in its turn.
+        callers.rotate_left(1);
     }
-    for program in others {
-        program.end()?;
+    for caller in callers {
+        caller.end()?;
     }
-    rust.end()?;
     Ok(table)
 }
 
@@ -218,14 +221,14 @@ impl Table {
 
     /// By how much each sample of `subject` is more than the sample of `base` that was measured beside it.
     fn differences(&self, subject: &str, base: &str) -> Self {
-        let metric = format!("over_{base}_us");
-        self.beside(subject, base, &metric, "µs", |own, base| own - base)
+        let metric = |metric: &str| format!("{metric}_over_{base}");
+        self.beside(subject, base, metric, "µs", |own, base| own - base)
     }
 
     /// Each sample of `subject` over that of `base`.
     fn ratios(&self, subject: &str, base: &str) -> Vec<Row> {
-        let metric = format!("ratio_to_{base}");
-        let ratios = self.beside(subject, base, &metric, "", |own, base| own / base);
+        let metric = |_: &str| format!("ratio_to_{base}");
+        let ratios = self.beside(subject, base, metric, "", |own, base| own / base);
         ratios.rows()
     }
 
@@ -233,7 +236,7 @@ impl Table {
         &self,
         subject: &str,
         base: &str,
-        metric: &str,
+        metric: impl Fn(&str) -> String,
         unit: &str,
         join: impl Fn(f64, f64) -> f64,
     ) -> Self {
@@ -250,7 +253,7 @@ impl Table {
             Some(Figure {
                 subject: subject.to_owned(),
                 case: own.case.clone(),
-                metric: metric.to_owned(),
+                metric: metric(&own.metric),
                 unit: unit.to_owned(),
                 samples: pairs.map(|(own, base)| join(*own, *base)).collect(),
             })
@@ -294,7 +297,7 @@ mod tests {
         assert_eq!((row.median, row.min, row.max), (2.0, 1.0, 6.0));
         assert_eq!(
             (row.metric.as_str(), row.unit.as_str()),
-            ("over_rust_us", "µs")
+            ("us_per_call_over_rust", "µs")
         );
         let medians = over.medians();
         assert_eq!((medians.len(), &medians[0].samples[..]), (1, &[2.0][..]));

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric::config::{
-    DirectSetting, DiskSection, FabricSection, HostSection, IndexSection, NodeConfig,
-    ObjectSection, ShardSection,
+    DirectSetting, DiskEngineSetting, DiskSection, FabricSection, HostSection, IndexSection,
+    NodeConfig, ObjectSection, ShardSection,
 };
 use kvfabric_indexer::client::{ClientConfig, IndexClient};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -214,6 +214,7 @@ fn pod_setup(
                 bytes: nvme.bytes,
                 segment_bytes: nvme.segment_bytes,
                 direct: DirectSetting::Auto,
+                engine: DiskEngineSetting::Auto,
             }),
             object: object_url.map(|url| ObjectSection {
                 url,

@@ -850,9 +850,10 @@ typedef struct kvf_held {
      */
     uint32_t disk;
     /*
-     Zero.
+     Blocks from the first that are here or that stores under way are bringing; never less than `depth`. While it is more, a
+     store is worth waiting for.
      */
-    uint32_t reserved;
+    uint32_t expected;
 } kvf_held;
 
 /*
@@ -914,6 +915,14 @@ typedef struct kvf_reach {
      Ranges of blocks in the shared object store: see kvf_task_shared.
      */
     uint32_t shared;
+    /*
+     Blocks from the first that the node itself has or that stores under way are bringing; never less than `own`.
+     */
+    uint32_t expected;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
 } kvf_reach;
 
 /*

@@ -13,7 +13,7 @@ use kvfabric::{Error, ErrorKind, Result};
 
 use crate::handles;
 use crate::status::kvf_status;
-use kvfabric::life::{Life, OwnedCall};
+use kvfabric::life::{Began, Life};
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
@@ -65,7 +65,13 @@ pub(crate) trait Handle: Any + Send + Sync {
 /// A handle in use by a call. Freeing it meanwhile lets the call come to its end.
 pub(crate) struct Entered<H: Handle> {
     handle: Arc<H>,
-    _call: OwnedCall,
+    began: Began,
+}
+
+impl<H: Handle> Drop for Entered<H> {
+    fn drop(&mut self) {
+        self.handle.life().end_call(self.began);
+    }
 }
 
 impl<H: Handle> Deref for Entered<H> {
@@ -79,11 +85,8 @@ impl<H: Handle> Deref for Entered<H> {
 /// Begins to use a handle.
 pub(crate) fn enter<H: Handle>(handle: *const H, name: &str) -> Result<Entered<H>> {
     let handle = handles::find(handle, name)?;
-    let call = handle.life().enter_owned()?;
-    Ok(Entered {
-        handle,
-        _call: call,
-    })
+    let began = handle.life().begin_call()?;
+    Ok(Entered { handle, began })
 }
 
 /// As [`enter`], for handles that a call can do without.

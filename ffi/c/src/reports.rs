@@ -79,8 +79,9 @@ pub struct kvf_held {
     pub host: u32,
     /// How many of those are only on disk.
     pub disk: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Blocks from the first that are here or that stores under way are bringing; never less than `depth`. While it is more, a
+    /// store is worth waiting for.
+    pub expected: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and numbers take any bit pattern.
@@ -251,7 +252,7 @@ pub unsafe extern "C" fn kvf_task_held(
             depth: held.depth,
             host: held.host,
             disk: held.disk,
-            reserved: 0,
+            expected: held.expected,
         });
         Ok(())
     })

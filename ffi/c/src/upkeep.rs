@@ -1,6 +1,7 @@
 //! The rest of what a node can be asked: where blocks are, and to keep, drop or write them out.
 
 use std::ffi::c_char;
+use std::mem::offset_of;
 
 use kvfabric::{PinId, Reach, Result};
 
@@ -31,11 +32,15 @@ pub struct kvf_reach {
     pub holders: u32,
     /// Ranges of blocks in the shared object store: see kvf_task_shared.
     pub shared: u32,
+    /// Blocks from the first that the node itself has or that stores under way are bringing; never less than `own`.
+    pub expected: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and numbers take any bit pattern.
 unsafe impl SizePrefixed for kvf_reach {
-    const SIZE_MIN: usize = size_of::<Self>();
+    const SIZE_MIN: usize = offset_of!(Self, expected);
     const NAME: &'static str = "kvf_reach";
 }
 
@@ -283,6 +288,8 @@ pub unsafe extern "C" fn kvf_task_reach(
             disk: reach.own.disk,
             holders: reach.located.holders.len() as u32,
             shared: reach.located.shared.len() as u32,
+            expected: reach.own.expected,
+            reserved: 0,
         });
         Ok(())
     })

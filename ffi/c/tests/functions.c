@@ -4,6 +4,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 #include <poll.h>
+#include <stddef.h>
 #include <stdlib.h>
 
 #include "expect.h"
@@ -228,7 +229,7 @@ static void blocks_are_kept_dropped_and_found(void)
     EXPECT(blocks == 4);
     const uint32_t numbers[4] = {3, 2, 1, 0};
     store(&engine, prefix, numbers, 4);
-    EXPECT(held(&engine, prefix).host == 4);
+    EXPECT(held(&engine, prefix).host == 4 && held(&engine, prefix).expected == 4);
 
     kvf_task *task = NULL;
     struct kvf_reach reach = {.size = sizeof reach};
@@ -403,7 +404,11 @@ static void a_scheduler_asks_a_nodes_peer_service(void)
     EXPECT_STATUS(KVF_OK, kvf_task_wait(task, WAIT_MS));
     struct kvf_reach reach = {.size = sizeof reach};
     EXPECT_STATUS(KVF_OK, kvf_task_reach(task, &reach));
-    EXPECT(reach.depth == 2 && reach.own == 2 && reach.host == 2);
+    EXPECT(reach.depth == 2 && reach.own == 2 && reach.host == 2 && reach.expected == 2);
+    /* What a program built against the first version has room for ends before the newer fields. */
+    struct kvf_reach older = {.size = offsetof(struct kvf_reach, expected), .expected = 77};
+    EXPECT_STATUS(KVF_OK, kvf_task_reach(task, &older));
+    EXPECT(older.own == 2 && older.expected == 77);
     EXPECT_STATUS(KVF_OK, kvf_task_free(task));
     EXPECT_STATUS(KVF_OK, kvf_service_locate(service, packed, len - 1, WAIT_MS, &task));
     EXPECT_STATUS(KVF_INVALID, kvf_task_wait(task, WAIT_MS));

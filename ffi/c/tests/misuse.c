@@ -536,7 +536,8 @@ static void nodes_are_checked(const char *folder)
     kvf_node *node = NULL, *other = NULL;
     EXPECT_STATUS(KVF_OK, kvf_node_open(&options, &other));
     char toml[4096];
-    snprintf(toml, sizeof toml, "[disk]\npath = \"%s\"\nbytes = 1048576\nsegment_bytes = 131072\n", folder);
+    snprintf(toml, sizeof toml, "[disk]\npath = \"%s\"\nbytes = 1048576\nsegment_bytes = 131072\n"
+             "engine = 'threads'\n", folder);
     options.toml = toml;
     EXPECT_STATUS(KVF_OK, kvf_node_open(&options, &node));
     kvf_node *second = UNTOUCHED(kvf_node);

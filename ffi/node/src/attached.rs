@@ -93,14 +93,10 @@ impl AttachedNode {
         blocks: &[u32],
         deadline: Duration,
     ) -> Result<Operation<StoreReport>> {
-        let stores = paired(prefix, first, pages, blocks)?
-            .map(|(info, memory)| {
-                Ok(StoreBlock {
-                    info,
-                    memory: memory?,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let stores = paired(prefix, first, pages, blocks, |info, memory| StoreBlock {
+            info,
+            memory,
+        })?;
         let node = self.node.clone();
         Ok(self
             .runtime
@@ -123,14 +119,10 @@ impl AttachedNode {
         hints: Located,
         deadline: Duration,
     ) -> Result<Operation<Fetched>> {
-        let fetches = paired(prefix, first, pages, blocks)?
-            .map(|(info, memory)| {
-                Ok(FetchBlock {
-                    info,
-                    memory: memory?,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let fetches = paired(prefix, first, pages, blocks, |info, memory| FetchBlock {
+            info,
+            memory,
+        })?;
         let hints = seen_from(hints, first);
         let (node, life) = (self.node.clone(), self.life().clone());
         Ok(self.runtime.spawn(async move {
@@ -252,18 +244,20 @@ impl AttachedNode {
     }
 }
 
-/// Each block of the run with its place.
-fn paired<'a>(
-    prefix: &'a Prefix,
+/// Each block of the run with its place, `joined`. Takes memory once, however many they are.
+fn paired<T>(
+    prefix: &Prefix,
     first: usize,
-    pages: &'a Pages,
-    blocks: &'a [u32],
-) -> Result<impl Iterator<Item = (BlockInfo, Result<BlockMemory>)> + 'a> {
+    pages: &Pages,
+    blocks: &[u32],
+    joined: impl Fn(BlockInfo, BlockMemory) -> T,
+) -> Result<Vec<T>> {
     let run = prefix.run(first, blocks.len())?;
-    Ok(run
-        .iter()
-        .copied()
-        .zip(blocks.iter().map(|number| pages.block(*number))))
+    let mut pairs = Vec::with_capacity(blocks.len());
+    for (info, number) in run.iter().zip(blocks) {
+        pairs.push(joined(*info, pages.block(*number)?));
+    }
+    Ok(pairs)
 }
 
 /// Hints about a prefix, as hints about its blocks from position `first` on.

@@ -47,28 +47,26 @@ impl Life {
         })
     }
 
-    /// As [`Life::enter`], for a call that must not borrow.
+    /// As [`Life::enter`], for a call that must not borrow: its end is told by [`Life::end_call`].
     ///
     /// # Errors
     /// As [`Life::enter`].
-    pub fn enter_owned(self: &Arc<Self>) -> Result<OwnedCall> {
-        // Ends here; what it has checked still holds, and the owned one stands for the call from now on.
-        drop(self.enter()?);
-        Ok(OwnedCall {
-            life: self.clone(),
-            unwinding: std::thread::panicking(),
-        })
+    pub fn begin_call(&self) -> Result<Began> {
+        // Ends here; what it has checked still holds.
+        let unwinding = self.enter()?.unwinding;
+        Ok(Began { unwinding })
+    }
+
+    /// The end of a call: after a panic since its beginning, all handles are poisoned.
+    pub fn end_call(&self, began: Began) {
+        if std::thread::panicking() && !began.unwinding {
+            self.poison();
+        }
     }
 
     /// Makes every later call answer [`ErrorKind::Internal`].
     pub fn poison(&self) {
         self.poisoned.store(true, Ordering::Release);
-    }
-
-    fn end_call(&self, unwinding: bool) {
-        if std::thread::panicking() && !unwinding {
-            self.poison();
-        }
     }
 
     /// Whether this is not the process in which the handles were made: its threads do not exist here.
@@ -89,20 +87,14 @@ pub struct Call<'a> {
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
-        self.life.end_call(self.unwinding);
+        let unwinding = self.unwinding;
+        self.life.end_call(Began { unwinding });
     }
 }
 
-/// A call in progress, as [`Call`].
-#[derive(Debug)]
-#[must_use = "it stands for the call: a panic after it is dropped poisons nothing"]
-pub struct OwnedCall {
-    life: Arc<Life>,
+/// The beginning of a call whose end is told by [`Life::end_call`].
+#[derive(Clone, Copy, Debug)]
+#[must_use = "the call's end must be told, or a panic poisons nothing"]
+pub struct Began {
     unwinding: bool,
-}
-
-impl Drop for OwnedCall {
-    fn drop(&mut self) {
-        self.life.end_call(self.unwinding);
-    }
 }

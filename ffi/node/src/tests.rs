@@ -63,7 +63,8 @@ fn flags_override_the_file() {
     write!(
         file,
         "pod = \"pod-7\"\nmodel = \"m\"\nmodel_identity = \"{}\"\nblock_bytes = 4096\nblock_tokens = 16\n\
-         [host]\nbytes = 1048576\n[disk]\npath = \"nvme\"\nbytes = 2097152\nsegment_bytes = 65536\ndirect = \"off\"\n",
+         [host]\nbytes = 1048576\n[disk]\npath = \"nvme\"\nbytes = 2097152\nsegment_bytes = 65536\ndirect = \"off\"\n\
+         engine = \"threads\"\n",
         "cd".repeat(32)
     )
     .unwrap();
@@ -73,7 +74,9 @@ fn flags_override_the_file() {
         (config.pod.as_str(), config.host.bytes),
         ("pod-7", 2_097_152)
     );
-    assert_eq!(config.disk.unwrap().direct, config::DirectSetting::Off);
+    let disk = config.disk.unwrap();
+    assert_eq!(disk.direct, config::DirectSetting::Off);
+    assert_eq!(disk.engine, config::DiskEngineSetting::Threads);
 }
 
 /// Both listeners switched off by their word, and a name of digits that stays a name.

@@ -66,7 +66,7 @@ pub(crate) fn store<'py>(
 
 /// `kvfabric.Held`.
 pub(crate) fn held<'py>(py: Python<'py>, held: &HeldDepth) -> PyResult<Bound<'py, PyAny>> {
-    let fields = (held.depth, held.host, held.disk);
+    let fields = (held.depth, held.host, held.disk, held.expected);
     HELD.import(py, REPORTS, "Held")?.call1(fields)
 }
 
@@ -97,7 +97,15 @@ pub(crate) fn reach<'py>(py: Python<'py>, reach: &Reach) -> PyResult<Bound<'py, 
     let shared = reach.located.shared.iter();
     let shared: Vec<(u32, u32)> = shared.map(|range| (range.start, range.end)).collect();
     let own = &reach.own;
-    let fields = (reach.depth, own.depth, own.host, own.disk, holders, shared);
+    let fields = (
+        reach.depth,
+        own.depth,
+        own.host,
+        own.disk,
+        holders,
+        shared,
+        own.expected,
+    );
     REACH.import(py, REPORTS, "Reach")?.call1(fields)
 }
 

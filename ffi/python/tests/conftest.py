@@ -88,6 +88,35 @@ def agent(transport):
 
 
 @pytest.fixture
+def refused_in_a_fork():
+    """Makes calls in a forked child, which also drops what it was forked with, and names those
+    that raise `ForkedError`.
+    """
+
+    def refused(calls):
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            names = []
+            try:
+                for name, call in calls.items():
+                    try:
+                        call()
+                    except kvfabric.ForkedError:
+                        names.append(name)
+            finally:
+                os.write(write_end, " ".join(sorted(names)).encode())
+                os._exit(0)
+        os.close(write_end)
+        with os.fdopen(read_end, "rb") as pipe:
+            names = pipe.read().decode().split()
+        os.waitpid(child, 0)
+        return names
+
+    return refused
+
+
+@pytest.fixture
 def indexer():
     """The address of a fresh, empty index."""
     with running_indexer() as address:

@@ -177,7 +177,7 @@ def test_weights_that_nothing_names_are_refused(home):
 
 
 def test_reports_travel_between_processes():
-    reach = kvfabric.Reach(3, 1, 1, 0, [("pod", 3, None)], [(1, 3)])
+    reach = kvfabric.Reach(3, 1, 1, 0, [("pod", 3, None)], [(1, 3)], 2)
     assert pickle.loads(pickle.dumps(reach)) == reach
     assert pickle.loads(pickle.dumps(kvfabric.Pin(7, 3))).id == 7
     error = pickle.loads(pickle.dumps(kvfabric.BusyError("full")))

@@ -3,7 +3,7 @@
 import array
 import asyncio
 import hashlib
-import os
+import itertools
 import pathlib
 import threading
 import time
@@ -104,7 +104,7 @@ def test_blocks_come_back_as_they_were(node, pool):
     assert report.depth == 8 and report.sources == ["dram"] * 8
     assert report.unsettled == [] and report.drained()
     assert all(pool.holds(target, block) for block, target in enumerate(targets))
-    assert node.held(one).wait(TIMEOUT) == kvfabric.Held(depth=8, host=8, disk=0)
+    assert node.held(one).wait(TIMEOUT) == kvfabric.Held(depth=8, host=8, disk=0, expected=8)
     assert node.stats()["stored"] == 8
 
 
@@ -334,7 +334,7 @@ def test_blocks_on_disk_survive_the_node(tmp_path):
     second = kvfabric.Node(config)
     pool = Pool(second)
     one = prefix(second)
-    assert second.held(one).wait(TIMEOUT) == (8, 0, 8)
+    assert second.held(one).wait(TIMEOUT) == (8, 0, 8, 8)
     report = second.fetch(one, pool.pages, range(20, 28)).wait(TIMEOUT)
     assert report.sources == ["nvme"] * 8 and all(pool.holds(20 + b, b) for b in range(8))
     second.shutdown(TIMEOUT)
@@ -347,13 +347,13 @@ def test_a_restart_finds_what_only_host_memory_had(tmp_path):
     first = kvfabric.Node(config)
     one = stored(first, Pool(first))
     first.flush(TIMEOUT).wait(TIMEOUT)
-    assert first.held(one).wait(TIMEOUT) == (8, 8, 0)
+    assert first.held(one).wait(TIMEOUT) == (8, 8, 0, 8)
     first.shutdown(TIMEOUT)
     del first, one
     second = kvfabric.Node(config)
     pool = Pool(second)
     one = prefix(second)
-    assert second.held(one).wait(TIMEOUT) == (8, 0, 8)
+    assert second.held(one).wait(TIMEOUT) == (8, 0, 8, 8)
     report = second.fetch(one, pool.pages, range(20, 28)).wait(TIMEOUT)
     assert report.sources == ["nvme"] * 8 and all(pool.holds(20 + b, b) for b in range(8))
     second.shutdown(TIMEOUT)
@@ -381,7 +381,8 @@ def test_a_scheduler_locates_by_names_without_a_node(node, pool):
         return await service.locate(chain.pack(0, 6))
 
     reach = asyncio.run(ask())
-    assert reach == kvfabric.Reach(depth=4, own=4, host=4, disk=0, holders=[], shared=[])
+    found = {"depth": 4, "own": 4, "host": 4, "disk": 0, "expected": 4}
+    assert reach == kvfabric.Reach(**found, holders=[], shared=[])
     assert node.locate(node.prefix_of(chain.pack(0, 6))).wait(TIMEOUT) == reach
     assert service.locate(chain.pack(4, 6)).wait(TIMEOUT).depth == 0
     with pytest.raises(kvfabric.InvalidError, match="names"):
@@ -389,6 +390,31 @@ def test_a_scheduler_locates_by_names_without_a_node(node, pool):
     node.shutdown(TIMEOUT)
     with pytest.raises((kvfabric.PeerLostError, kvfabric.DeadlineError, kvfabric.CancelledError)):
         service.locate(chain.pack(0, 6), deadline=2.0).wait(TIMEOUT)
+
+
+def test_what_a_store_is_bringing_is_expected(tmp_path):
+    """Stores of more than host memory has room for wait for the disk; one is met on its way."""
+    disk = {"path": tmp_path / "disk", "bytes": 1 << 24, "segment_bytes": 1 << 20, "direct": "off"}
+    node = kvfabric.Node(configuration(host={"bytes": 8 * BLOCK_BYTES}, disk=disk))
+    pool = Pool(node)
+    until = time.monotonic() + PATIENCE
+    seeds = itertools.count()
+
+    def met(ask, own):
+        while time.monotonic() < until:
+            tokens = [next(seeds)] * (POOL_BLOCKS * BLOCK_TOKENS)
+            one = prefix(node, tokens)
+            store = node.store(one, pool.pages, range(POOL_BLOCKS), deadline=PATIENCE)
+            answer = ask(one).wait(TIMEOUT)
+            assert store.wait(2 * PATIENCE).stored == POOL_BLOCKS
+            assert own(answer) <= answer.expected <= POOL_BLOCKS
+            if own(answer) < answer.expected:
+                return answer.expected
+        raise AssertionError("no store was met on its way")
+
+    assert met(node.held, lambda held: held.depth) == POOL_BLOCKS
+    assert met(node.locate, lambda reach: reach.own) == POOL_BLOCKS
+    node.shutdown(TIMEOUT)
 
 
 def test_a_node_without_an_engine_cannot_locate_by_names():
@@ -505,7 +531,7 @@ def test_an_object_of_a_dropped_node_still_answers():
     pool.region.deregister(TIMEOUT)
 
 
-def test_a_forked_child_is_told_by_nodes(node, pool):
+def test_a_forked_child_is_told_by_nodes(node, pool, refused_in_a_fork):
     one = prefix(node)
     operation = node.held(one)
     operation.wait(TIMEOUT)
@@ -530,25 +556,3 @@ def test_a_forked_child_is_told_by_nodes(node, pool):
         "wait": operation.wait,
     }
     assert refused_in_a_fork(calls) == sorted(calls)
-
-
-def refused_in_a_fork(calls):
-    """The names of the calls that raise `ForkedError` in a forked child, which also drops what it was forked with."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        refused = []
-        try:
-            for name, call in calls.items():
-                try:
-                    call()
-                except kvfabric.ForkedError:
-                    refused.append(name)
-        finally:
-            os.write(write_end, " ".join(sorted(refused)).encode())
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        refused = pipe.read().decode().split()
-    os.waitpid(child, 0)
-    return refused

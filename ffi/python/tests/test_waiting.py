@@ -177,7 +177,7 @@ def test_a_descriptor_is_readable_while_a_message_waits(agent, other):
     assert not is_readable(descriptor)
 
 
-def test_a_forked_child_is_told_by_lists_and_transfers(agent, stopped):
+def test_a_forked_child_is_told_by_lists_and_transfers(agent, stopped, refused_in_a_fork):
     region = agent.shared_memory(8)
     prepared = agent.prepare([(region, 0, 8)])
     calls = {
@@ -192,28 +192,6 @@ def test_a_forked_child_is_told_by_lists_and_transfers(agent, stopped):
         "notification_fileno": agent.notification_fileno,
     }
     assert refused_in_a_fork(calls) == sorted(calls)
-
-
-def refused_in_a_fork(calls):
-    """The names of the calls that raise `ForkedError` in a forked child."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        refused = []
-        try:
-            for name, call in calls.items():
-                try:
-                    call()
-                except kvfabric.ForkedError:
-                    refused.append(name)
-        finally:
-            os.write(write_end, " ".join(sorted(refused)).encode())
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        refused = pipe.read().decode().split()
-    os.waitpid(child, 0)
-    return refused
 
 
 def encode(raw):

@@ -599,6 +599,36 @@ fn a_told_order_that_is_wrong_hides_nothing() {
     assert_eq!((index.blocks(), index.entries()), (0, 0));
 }
 
+/// A node that knows no tokens names blocks by hashes of whole prefixes, and is asked for any of them.
+#[test]
+fn a_block_that_a_node_tells_is_found_by_itself() {
+    let index = index();
+    let node = add(&index, "node", SourceKind::Node);
+    let keys: Vec<_> = (1..=600).map(|key| IndexKey(key << 32)).collect();
+    let hashes: Vec<_> = keys.iter().map(|key| EngineHash(key.0)).collect();
+    let told = StoredBlocks {
+        hashes: hashes.clone(),
+        tokens: vec![],
+        block_size: 0,
+        tier: Tier::Host,
+        ..chain(1, 1)
+    };
+    store(&index, node, told);
+    let depth_from = |first: usize| {
+        let mut answer = Answer::default();
+        index.lookup(&keys[first..], &Query::default(), &mut answer);
+        answer.pods.first().map_or(0, |pod| pod.depth as usize)
+    };
+    for first in 0..keys.len() {
+        assert_eq!(depth_from(first), keys.len() - first);
+    }
+    remove(&index, node, &hashes[3..4], Tier::Host);
+    remove(&index, node, &hashes[590..], Tier::Host);
+    assert_eq!([2, 3, 4, 589, 590].map(depth_from), [1, 0, 586, 1, 0]);
+    index.remove_pod(&pod("node"));
+    assert_eq!((index.blocks(), index.entries(), depth_from(4)), (0, 0, 0));
+}
+
 /// Two engines mean different blocks by the same hash, and the same block by different ones.
 #[test]
 fn a_hash_means_what_its_own_source_says() {

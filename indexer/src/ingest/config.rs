@@ -19,10 +19,12 @@ pub struct IngestConfig {
     pub pending_batches_max: usize,
     /// How many bytes of payload may wait so.
     pub pending_bytes_max: usize,
+    /// How many bytes an image of the publisher's may have; a longer one is not taken up.
+    pub image_bytes_max: usize,
 }
 
 impl Default for IngestConfig {
-    /// With replay, 5 s without an answer, another try after 30 s, 65,536 batches, 64 MiB.
+    /// With replay, 5 s without an answer, another try after 30 s, 65,536 batches, 64 MiB, images of up to 256 MiB.
     fn default() -> Self {
         Self {
             has_replay: true,
@@ -30,6 +32,7 @@ impl Default for IngestConfig {
             replay_retry: Duration::from_secs(30),
             pending_batches_max: 65_536,
             pending_bytes_max: 64 << 20,
+            image_bytes_max: 256 << 20,
         }
     }
 }
@@ -70,6 +73,12 @@ pub enum Action {
         position: Position,
         /// What the publisher will be recognised by from here on.
         digest: BatchDigest,
+    },
+    /// What the source said so far is to be what these batches together store, and nothing else; no reader may see less
+    /// than what both have. The batch that follows them comes next.
+    Replace {
+        /// The pieces of the publisher's image, in order.
+        pieces: Vec<Bytes>,
     },
     /// Forget all that the source said.
     Clear {
@@ -126,6 +135,8 @@ pub struct IngestStats {
     pub replay_failures: u64,
     /// Times that the source was cleared.
     pub resyncs: u64,
+    /// Times that it was replaced by its publisher's image.
+    pub images: u64,
     /// Batches that were applied already.
     pub duplicates: u64,
     /// Batches that were dropped: no room, not this publisher's, or no valid number.

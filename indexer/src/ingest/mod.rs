@@ -1,16 +1,20 @@
 //! Puts a source's batches in order, and finds out when what it said before is worth nothing any more.
 //!
 //! [`Ingest`] is a state machine without I/O or clock. The driver tells it what arrives and asks for [`Action`]s after
-//! each input until there is none. It promises that whatever was applied since the last [`Action::Clear`] is a
-//! contiguous part of what one incarnation of the publisher sent, in order and without repetition.
+//! each input until there is none. It promises that whatever was applied since the last [`Action::Clear`] or
+//! [`Action::Replace`] is a contiguous part of what one incarnation of the publisher sent, in order and without repetition.
 //!
 //! Engines' messages carry a sequence number but no incarnation, and an idle publisher shows no gap. So on every
 //! connect the last applied batch is asked for again: only if those bytes are the ones that were applied is this still
 //! the same publisher, and what was missed follows right behind. Otherwise the source is cleared and replayed from its
 //! start.
+//!
+//! A publisher that no longer has what was missed may tell instead what it held then: its image replaces what was
+//! applied. Without one the source is cleared.
 
 mod config;
 mod history;
+mod image;
 mod order;
 mod pending;
 
@@ -24,9 +28,11 @@ use kvcache_core::ports::Position;
 use kvcache_core::{Epoch, Sequence, Time};
 
 use self::history::{History, Known};
+use self::image::Image;
 use self::pending::{Frame, Pending};
 
 pub use config::{Action, BatchDigest, ClearReason, IngestConfig, IngestStats, Resume};
+pub use image::ImagePiece;
 
 /// What the replay that is under way is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +66,8 @@ pub struct Ingest {
     /// Whether something was known to be missing when the replay was asked for.
     is_gap_known: bool,
     fruitless: u32,
+    /// What the publisher held before the next batch of the replay, as far as it has come.
+    image: Option<Image>,
     pending: Pending,
     /// One past the highest live batch seen: the publisher has come that far.
     live_end: u64,
@@ -83,6 +91,7 @@ impl Ingest {
             has_progressed: false,
             is_gap_known: false,
             fruitless: 0,
+            image: None,
             pending: Pending::default(),
             live_end: 0,
             deadline: None,
@@ -170,6 +179,7 @@ impl Ingest {
     pub fn handle_disconnected(&mut self) {
         self.is_connected = false;
         self.replay = Replay::Idle;
+        self.image = None;
         self.deadline = None;
         self.drop_pending();
     }
@@ -245,7 +255,7 @@ impl Ingest {
                 Known::Older => self.stats.duplicates += 1,
                 Known::Newer => {
                     // The publisher no longer has the batch, so it begins with the oldest that it has.
-                    self.reset(ClearReason::HistoryLost);
+                    self.begin_at(sequence.0);
                     self.replay = Replay::Follow;
                     self.take_replayed(sequence.0, payload);
                 }
@@ -257,6 +267,7 @@ impl Ingest {
 
     /// The replay has told all it has.
     pub fn handle_replay_end(&mut self, now: Time) {
+        self.image = None;
         match self.replay {
             Replay::Idle => {}
             Replay::Discard => self.start_replay(now),
@@ -286,6 +297,7 @@ impl Ingest {
     /// publisher's start is asked for again.
     pub fn handle_replay_failed(&mut self, now: Time) {
         let replay = std::mem::replace(&mut self.replay, Replay::Idle);
+        self.image = None;
         if replay == Replay::Idle {
             return;
         }
@@ -344,7 +356,12 @@ impl Ingest {
             self.stats.resyncs += 1;
             self.actions.push_back(Action::Clear { reason });
         }
+        self.reset_silently();
+    }
+
+    fn reset_silently(&mut self) {
         self.history = History::default();
+        self.image = None;
         self.next = None;
         self.is_partial = false;
     }
@@ -369,6 +386,7 @@ impl Ingest {
 
     fn start_replay(&mut self, now: Time) {
         let last = self.history.last();
+        self.image = None;
         self.replay = if last.is_some() {
             Replay::Verify
         } else {

@@ -53,8 +53,8 @@ impl Ingest {
                 }
                 return;
             }
-            Some(next) if sequence > next => self.reset(ClearReason::HistoryLost),
-            _ => {}
+            Some(next) if sequence == next => {}
+            _ => self.begin_at(sequence),
         }
         self.has_progressed = true;
         self.apply(sequence, payload);

@@ -195,6 +195,12 @@ impl Metrics {
         let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
         add(
             to,
+            "publishers_refused",
+            "Connections ended because of what came over them",
+            &self.publishers_refused,
+        );
+        add(
+            to,
             "sources_resumed",
             "Sources that went on from a snapshot",
             &self.sources_resumed,

@@ -1,10 +1,16 @@
 //! The past batches of a stream, for replay and for the publisher's own thread; bounded in bytes.
+//!
+//! Of a node's stream what the dropped batches left is kept too, so that a replay that begins before the oldest batch
+//! still tells everything.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 
+use kvcache_core::event::NodeEvent;
+
 use super::budget::MESSAGE_OVERHEAD_BYTES;
+use super::held::Held;
 
 /// Batches in sequence; the oldest leave when the bytes exceed their bound. The newest always stays.
 pub(super) struct History {
@@ -15,6 +21,8 @@ pub(super) struct History {
     /// Bytes ever pushed.
     pushed: u64,
     bytes_max: usize,
+    /// What the batches before the first one left; none when that is not known.
+    held: Option<Held>,
 }
 
 struct Entry {
@@ -31,6 +39,15 @@ impl History {
             bytes: 0,
             pushed: 0,
             bytes_max,
+            held: None,
+        }
+    }
+
+    /// As [`History::new`], of a stream whose events say by themselves what is held after them.
+    pub(super) fn of_node(bytes_max: usize) -> Self {
+        Self {
+            held: Some(Held::default()),
+            ..Self::new(bytes_max)
         }
     }
 
@@ -63,9 +80,21 @@ impl History {
             if let Some(oldest) = self.batches.pop_front() {
                 self.bytes -= self::cost(&oldest.payload);
                 self.first += 1;
+                // What cannot be read leaves nothing to build on: whoever asks is told less, never something wrong.
+                self.held = self
+                    .held
+                    .take()
+                    .and_then(|mut held| held.fold(&oldest.payload).then_some(held));
             }
         }
         self.next()
+    }
+
+    /// What the batches before the oldest one left, and that one's number; none when nothing from `sequence` on is
+    /// missing, or it is not known.
+    pub(super) fn image_for(&self, sequence: u64) -> Option<(u64, Vec<NodeEvent>)> {
+        let held = self.held.as_ref().filter(|_| sequence < self.first)?;
+        Some((self.first, held.events()))
     }
 
     /// The first batch at or after `sequence` that is still here.

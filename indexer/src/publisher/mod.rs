@@ -4,6 +4,11 @@
 //! `[empty, first sequence]` and answers `[empty, topic, sequence, batch]` for each batch it still has, then
 //! `[empty, empty, ff×8, empty]`: both as vLLM's own publisher does, so that its subscribers work unchanged.
 //!
+//! A node's replay that begins before the oldest batch kept starts with an image: pieces
+//! `[empty, topic, sequence, batch, place]`, whose batches store all that the node held just before the batch with that
+//! sequence number, which follows. The place is the piece's number from 0 and their count, u32 big-endian each. Readers
+//! that know nothing of images pass over messages of five frames.
+//!
 //! Publishing encodes the batch and puts it into the history; the thread sends from there. A subscriber that stops
 //! reading costs at most [`PublisherConfig::queue_bytes_max`].
 
@@ -22,6 +27,7 @@ use crate::adapter::{self, BatchOwner, Topic};
 use crate::wire::{SourceKind, SourceSpec};
 
 mod budget;
+mod held;
 mod history;
 mod listen;
 mod session;
@@ -40,6 +46,8 @@ pub const QUEUE_BYTES_MAX_DEFAULT: usize = 16 << 20;
 const REPLAY_QUEUE_BYTES_MAX: usize = 8 << 20;
 /// Node events in one batch; longer publications are split, so that one batch never dominates the history.
 const NODE_EVENTS_PER_BATCH_MAX: usize = 4096;
+/// Events in one piece of an image.
+const IMAGE_EVENTS_PER_PIECE_MAX: usize = 16_384;
 
 /// Whose events these are; it decides the topic and what the hashes mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +74,8 @@ pub struct PublisherConfig {
     pub endpoint: String,
     /// Where replays are asked for; same forms.
     pub replay_endpoint: String,
-    /// Bytes of past batches kept for replay; the oldest go first, the newest always stays.
+    /// Bytes of past batches kept for replay; the oldest go first, the newest always stays. A node's publisher keeps
+    /// some 40 bytes a block beside them, for images.
     pub replay_bytes_max: usize,
     /// Bytes waiting in send queues beside those; when full and not moving, every subscriber is disconnected.
     pub queue_bytes_max: usize,
@@ -106,6 +115,8 @@ pub struct PublisherStats {
     pub queue_bytes: usize,
     /// Replays that were asked for.
     pub replays: u64,
+    /// Replays that had to begin with an image of what the node held.
+    pub images: u64,
     /// Batches that left the history before they could be sent: subscribers see a gap.
     pub skipped: u64,
     /// How often a stopped subscriber made the publisher disconnect all.
@@ -115,6 +126,7 @@ pub struct PublisherStats {
 #[derive(Default)]
 struct Counters {
     replays: AtomicU64,
+    images: AtomicU64,
     skipped: AtomicU64,
 }
 
@@ -165,13 +177,13 @@ impl Publisher {
         let events = Listening::bind(&config.endpoint)?;
         let replay = Listening::bind(&config.replay_endpoint)?;
         let (endpoint, replay_endpoint) = (events.endpoint()?, replay.endpoint()?);
-        let epoch = match config.stream {
-            Stream::Engine => Epoch(0),
-            Stream::Node { epoch } => epoch,
+        let (epoch, history) = match config.stream {
+            Stream::Engine => (Epoch(0), History::new(config.replay_bytes_max)),
+            Stream::Node { epoch } => (epoch, History::of_node(config.replay_bytes_max)),
         };
         let shared = Arc::new(Shared {
             topic,
-            history: Mutex::new(History::new(config.replay_bytes_max)),
+            history: Mutex::new(history),
             replay_bytes_max: config.replay_bytes_max,
             queue: Budget::new(config.queue_bytes_max),
             replay_queue: Budget::new(REPLAY_QUEUE_BYTES_MAX),
@@ -276,6 +288,7 @@ impl Publisher {
             replay_bytes,
             queue_bytes: self.shared.queue.held() + self.shared.replay_queue.held(),
             replays: counters.replays.load(Ordering::Relaxed),
+            images: counters.images.load(Ordering::Relaxed),
             skipped: counters.skipped.load(Ordering::Relaxed),
             disconnects: *self.shared.disconnected.borrow(),
         }

@@ -5,15 +5,17 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use kvcache_core::event::NodeEvent;
 use tokio::time::timeout;
 use zeromq::{
     PubSocket, RouterRecvHalf, RouterSendHalf, RouterSocket, Socket, SocketRecv, SocketSend,
     ZmqMessage,
 };
 
-use super::Shared;
 use super::budget::Budget;
 use super::listen::Listening;
+use super::{IMAGE_EVENTS_PER_PIECE_MAX, Shared};
+use crate::adapter;
 
 /// A full send queue that gives nothing back for so long belongs to a subscriber that has stopped.
 const STALL_MAX: Duration = Duration::from_secs(1);
@@ -214,29 +216,69 @@ struct Replay<'a> {
 }
 
 impl Replay<'_> {
-    /// Sends every batch from `start` to the newest at the time of asking, then the end marker.
+    /// Sends every batch from `start` to the newest at the time of asking, then the end marker; in the place of batches
+    /// that are gone, what they left, if that is known.
     async fn answer(&self, start: u64, replies: &mut RouterSendHalf) -> Result<(), Stalled> {
         let end = self.shared.history().next();
         let mut next = start;
         while next < end {
+            let image = self.shared.history().image_for(next);
+            if let Some((cut, events)) = image {
+                self.shared.counters.images.fetch_add(1, Ordering::Relaxed);
+                if self.send_image(cut, &events, replies).await?.is_err() {
+                    return Ok(());
+                }
+                next = cut;
+            }
             let Some((sequence, payload)) = self.shared.history().at_or_after(next) else {
                 break;
             };
+            if sequence > next && self.shared.history().image_for(next).is_some() {
+                // It went while the image was sent: what it left is in the next image.
+                continue;
+            }
             let payload = self.room_for(&payload).await?;
             let number = Bytes::copy_from_slice(&sequence.to_be_bytes());
-            if self
-                .send(replies, [self.shared.topic.clone(), number, payload])
-                .await
-                .is_err()
-            {
+            let batch = [self.shared.topic.clone(), number, payload];
+            if self.send(replies, message(batch)).await.is_err() {
                 return Ok(());
             }
             next = sequence + 1;
         }
         // A peer that left does not need its end marker.
         let end = [Bytes::new(), Bytes::from_static(&REPLAY_END), Bytes::new()];
-        let _ = self.send(replies, end).await;
+        let _ = self.send(replies, message(end)).await;
         Ok(())
+    }
+
+    /// The inner result is that of the last piece: an error when the peer has left.
+    async fn send_image(
+        &self,
+        cut: u64,
+        events: &[NodeEvent],
+        replies: &mut RouterSendHalf,
+    ) -> Result<zeromq::ZmqResult<()>, Stalled> {
+        // An empty image has one piece too, which says so.
+        let count = events.len().div_ceil(IMAGE_EVENTS_PER_PIECE_MAX).max(1);
+        for piece in 0..count {
+            let start = piece * IMAGE_EVENTS_PER_PIECE_MAX;
+            let end = events.len().min(start + IMAGE_EVENTS_PER_PIECE_MAX);
+            // The cut in the place of a time: pieces of different images are never the same bytes.
+            let payload = adapter::encode_node_batch(cut as f64, &events[start..end]);
+            let payload = self.room_for(&Bytes::from(payload)).await?;
+            let number = Bytes::copy_from_slice(&cut.to_be_bytes());
+            let mut reply = message([self.shared.topic.clone(), number, payload]);
+            let mut place = Vec::with_capacity(8);
+            for number in [piece, count] {
+                place.extend((number as u32).to_be_bytes());
+            }
+            reply.push_back(Bytes::from(place));
+            let sent = self.send(replies, reply).await;
+            if sent.is_err() {
+                return Ok(sent);
+            }
+        }
+        Ok(Ok(()))
     }
 
     async fn room_for(&self, payload: &Bytes) -> Result<Bytes, Stalled> {
@@ -252,8 +294,11 @@ impl Replay<'_> {
         }
     }
 
-    async fn send(&self, replies: &mut RouterSendHalf, body: [Bytes; 3]) -> zeromq::ZmqResult<()> {
-        let mut reply = message(body);
+    async fn send(
+        &self,
+        replies: &mut RouterSendHalf,
+        mut reply: ZmqMessage,
+    ) -> zeromq::ZmqResult<()> {
         reply.push_front(Bytes::new());
         reply.push_front(self.peer.clone());
         replies.send(reply).await

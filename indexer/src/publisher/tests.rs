@@ -291,3 +291,86 @@ fn dropping_a_publisher_frees_its_ports() {
         }
     );
 }
+
+/// Every message of a replay as it comes, without the empty first frame.
+async fn replay_frames(endpoint: &str, start: u64) -> Vec<Vec<Bytes>> {
+    let mut dealer = DealerSocket::new();
+    dealer.connect(endpoint).await.unwrap();
+    let mut request = ZmqMessage::from(Bytes::new());
+    request.push_back(Bytes::copy_from_slice(&start.to_be_bytes()));
+    dealer.send(request).await.unwrap();
+    let mut replies = Vec::new();
+    loop {
+        let reply = timeout(PATIENCE, dealer.recv()).await.unwrap().unwrap();
+        let frames = reply.into_vec()[1..].to_vec();
+        if frames[0].is_empty() {
+            return replies;
+        }
+        replies.push(frames);
+    }
+}
+
+fn held(key: u64, tier: Tier) -> NodeEvent {
+    NodeEvent::Stored {
+        key: IndexKey(key),
+        parent: None,
+        tier,
+    }
+}
+
+/// A node's publisher that keeps one batch, and more blocks than one piece of an image has.
+#[tokio::test]
+async fn a_replay_that_begins_too_early_starts_with_an_image() {
+    let mut config = config(Stream::Node { epoch: Epoch(7) });
+    config.replay_bytes_max = 1;
+    let publisher = Publisher::bind(config).unwrap();
+    let blocks = IMAGE_EVENTS_PER_PIECE_MAX as u64 + 10;
+    publisher.publish((0..blocks).map(|key| held(key, Tier::Host)).collect());
+    publisher.publish(vec![NodeEvent::Removed {
+        key: IndexKey(3),
+        tier: Tier::Host,
+    }]);
+    let cut = publisher.publish(vec![held(1, Tier::Disk)]).next.0 - 1;
+
+    let replies = replay_frames(publisher.replay_endpoint(), 0).await;
+    let [first, second, last] = replies.as_slice() else {
+        panic!("{} messages", replies.len());
+    };
+    let mut keys = Vec::new();
+    for (number, piece) in [first, second].into_iter().enumerate() {
+        assert_eq!(piece[0], "kv@pod-0@m@7");
+        assert_eq!(*piece[1], cut.to_be_bytes());
+        assert_eq!(piece[3], [0, 0, 0, number as u8, 0, 0, 0, 2].as_slice());
+        for event in decode_batch(&piece[2], SourceKind::Node).unwrap().events {
+            let SourceEvent::Stored(stored) = event.unwrap() else {
+                panic!("an image stores");
+            };
+            assert_eq!(stored.tier, Tier::Host);
+            keys.extend(stored.hashes.iter().map(|hash| hash.0));
+        }
+    }
+    assert_eq!(
+        keys,
+        (0..blocks).filter(|key| *key != 3).collect::<Vec<_>>()
+    );
+    assert_eq!((last.len(), *last[1] == cut.to_be_bytes()), (3, true));
+    // From the oldest batch on nothing is missing.
+    assert_eq!(
+        replay_frames(publisher.replay_endpoint(), cut).await.len(),
+        1
+    );
+    assert_eq!(publisher.stats().images, 1);
+}
+
+/// Nobody but the engine knows what it holds.
+#[tokio::test]
+async fn an_engines_replay_has_no_image() {
+    let mut config = config(Stream::Engine);
+    config.replay_bytes_max = 1;
+    let publisher = Publisher::bind(config).unwrap();
+    for byte in 0..3 {
+        publisher.publish_payload(payload(byte, 10));
+    }
+    assert_eq!(replay(publisher.replay_endpoint(), 0).await.len(), 1);
+    assert_eq!(publisher.stats().images, 0);
+}

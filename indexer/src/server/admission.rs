@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::hub::Hub;
+use crate::source::zmtp::Endpoint;
 use crate::wire::{Registration, SOURCES_PER_POD_MAX, SourceKind};
 
 /// The longest model name, source name or endpoint accepted, in bytes.
@@ -58,11 +59,9 @@ impl Hub {
                 continue;
             }
             for endpoint in std::iter::once(&source.endpoint).chain(&source.replay_endpoint) {
-                check_endpoint(endpoint).or_else(|_| {
-                    refuse(format!(
-                        "endpoint {endpoint:?}, expected tcp://HOST:PORT or ipc://PATH"
-                    ))
-                })?;
+                if let Err(error) = endpoint.parse::<Endpoint>() {
+                    return refuse(error.to_string());
+                }
             }
         }
         let texts = registration.sources.iter().map(|source| &source.name);
@@ -76,13 +75,4 @@ impl Hub {
             _ => Ok(()),
         }
     }
-}
-
-/// Refuses what the ZMQ library could not even try.
-fn check_endpoint(endpoint: &str) -> Result<(), ()> {
-    let has_known_transport = endpoint.starts_with("tcp://") || endpoint.starts_with("ipc://");
-    let is_known = endpoint.parse::<zeromq::Endpoint>().is_ok();
-    (has_known_transport && is_known && endpoint.len() <= TEXT_BYTES_MAX)
-        .then_some(())
-        .ok_or(())
 }

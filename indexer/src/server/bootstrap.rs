@@ -42,7 +42,7 @@ pub(super) async fn bootstrap(hub: Arc<Hub>, configured: Vec<Registration>) {
     tracing::info!(pods = pods.len(), "lookups are answered");
     hub.not_serving.send_replace(None);
     let adopted = pods.iter().filter(|pod| pod.origin() == Origin::Adopted);
-    join_all(adopted.map(|pod| watch_adopted(&hub, pod))).await;
+    join_all(adopted.map(|pod| watch_given_up(&hub, pod, Origin::Adopted))).await;
 }
 
 /// The first peer that has a snapshot, else the own disk, else nothing.
@@ -415,18 +415,18 @@ async fn reach(pod: &Pod, source: &PodSource, is_so: impl FnMut(&Progress) -> bo
     }
 }
 
-/// Lets an adopted pod go when all its sources are given up: no registration's end will tell.
-async fn watch_adopted(hub: &Hub, pod: &Arc<Pod>) {
+/// Lets a pod go when all its sources are given up, as long as it is of this origin: no registration's end will tell.
+pub(super) async fn watch_given_up(hub: &Hub, pod: &Arc<Pod>, origin: Origin) {
     loop {
         for source in &pod.sources {
             reach(pod, source, |progress| progress.is_given_up).await;
         }
-        if *pod.ended.borrow() || pod.origin() != Origin::Adopted {
+        if *pod.ended.borrow() || pod.origin() != origin {
             return;
         }
         let is_gone = |source: &PodSource| source.state.progress.borrow().is_given_up;
         if pod.sources.iter().all(is_gone) {
-            tracing::info!(pod = %pod.name, "pod of the snapshot is gone");
+            tracing::info!(pod = %pod.name, "all sources of the pod are gone");
             hub.leave(pod).await;
             return;
         }

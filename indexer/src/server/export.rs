@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_proto::v1::snapshot_piece::Piece;
@@ -22,8 +21,6 @@ use crate::wire::{SourceSpec, registration_to_wire, status_from_error};
 pub(super) const SNAPSHOTS_MAX: usize = 2;
 /// Pieces that wait for the reader; each holds at most 4,096 blocks.
 const PIECES_QUEUED_MAX: usize = 4;
-/// A reader that takes no piece for so long has stopped.
-const READER_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Emit<'a> = &'a mut dyn FnMut(v1::SnapshotPiece) -> Result<()>;
 
@@ -47,7 +44,8 @@ impl Hub {
         };
         emit(out, Piece::Start(start))?;
         let pods: Vec<_> = self.pods().values().cloned().collect();
-        for pod in &pods {
+        // Who takes the snapshot up could not ask a publisher that connects by itself; that will connect there, too.
+        for pod in pods.iter().filter(|pod| pod.origin() != Origin::Bound) {
             let registration = registration_to_wire(&pod.registration);
             let opened = v1::SnapshotPod {
                 registration: Some(registration),
@@ -163,10 +161,11 @@ impl Shared {
         let (pieces, stream) = mpsc::channel(PIECES_QUEUED_MAX);
         let hub = self.hub.clone();
         let runtime = Handle::current();
+        let patience = hub.config.reader_timeout();
         tokio::task::spawn_blocking(move || {
             let _room = room;
             let sent = hub.export(&mut |piece| {
-                let sent = runtime.block_on(timeout(READER_TIMEOUT, pieces.send(Ok(piece))));
+                let sent = runtime.block_on(timeout(patience, pieces.send(Ok(piece))));
                 match sent {
                     Ok(Ok(())) => Ok(()),
                     Ok(Err(_)) => Err(Error::new(ErrorKind::Cancelled, "the reader is gone")),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result, Time};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::index::{self, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
 use crate::metrics::{Holdings, Metrics};
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Follower, SourceState};
+use crate::source::{Fed, Follower, Limits, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
 
 /// The most models one server takes, each having an index of its own.
@@ -40,6 +40,8 @@ pub(super) enum Origin {
     Configured,
     /// By its registration: it lives as long as that stream.
     Registered,
+    /// By its engine's connection to one of our endpoints: it lives until all its sources are given up.
+    Bound,
     /// From a snapshot: it lives until all its sources are given up, or until it registers.
     Adopted,
 }
@@ -66,6 +68,26 @@ pub(super) struct PodSource {
     pub(super) state: Arc<SourceState>,
     pub(super) id: SourceId,
     task: AbortHandle,
+    /// Where messages are put in of a publisher that connects by itself.
+    pub(super) feed: Option<mpsc::Sender<Fed>>,
+}
+
+impl PodSource {
+    pub(super) fn new(
+        name: String,
+        state: Arc<SourceState>,
+        id: SourceId,
+        task: AbortHandle,
+        feed: Option<mpsc::Sender<Fed>>,
+    ) -> Self {
+        Self {
+            name,
+            state,
+            id,
+            task,
+            feed,
+        }
+    }
 }
 
 impl Drop for PodSource {
@@ -179,7 +201,7 @@ impl Hub {
                         Origin::Registered;
                     return Ok(known);
                 }
-                Origin::Adopted | Origin::Registered => {
+                Origin::Adopted | Origin::Bound | Origin::Registered => {
                     tracing::info!(pod = %known.name, "pod registers anew");
                     self.remove(&known).await;
                 }
@@ -346,14 +368,7 @@ impl Hub {
     ) -> PodSource {
         let name = source_name(&registration.pod, &spec.name);
         let state = Arc::new(SourceState::new(restored.mark));
-        let mut follower = Follower::new(
-            spec.clone(),
-            name.clone(),
-            (index.clone(), restored.id),
-            state.clone(),
-            self.metrics.clone(),
-            self.config.source_ttl(),
-        );
+        let mut follower = self.follower(spec, &name, (index.clone(), restored.id), state.clone());
         if let Some(mark) = restored.mark {
             follower.resume(mark, restored.verify_by);
         }
@@ -366,12 +381,23 @@ impl Hub {
         } else {
             tokio::spawn(follower.run()).abort_handle()
         };
-        PodSource {
-            name,
-            state,
-            id: restored.id,
-            task,
-        }
+        PodSource::new(name, state, restored.id, task, None)
+    }
+
+    /// What a source's task works on.
+    pub(super) fn follower(
+        &self,
+        spec: &SourceSpec,
+        name: &str,
+        place: (Arc<KvIndex>, SourceId),
+        state: Arc<SourceState>,
+    ) -> Follower {
+        let limits = Limits {
+            ttl: self.config.source_ttl(),
+            message_bytes_max: self.config.event_bytes_max,
+        };
+        let metrics = self.metrics.clone();
+        Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)
     }
 
     /// The index of a model, made when it is the first time.

@@ -1,7 +1,6 @@
 //! Many questions in one call: batches, and streams whose reader decides how fast it is answered.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_proto::v1;
@@ -18,8 +17,6 @@ use crate::wire::{MESSAGE_BYTES_MAX, kind_of_status};
 pub(super) const QUESTIONS_MAX: usize = 1024;
 /// Streams of lookups at once; further ones are refused as busy.
 pub(super) const STREAMS_MAX: usize = 4096;
-/// A client that takes no reply for so long has stopped: its stream is ended.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a reply that says "no room" needs.
 const FAILURE_BYTES: usize = 256;
 
@@ -89,6 +86,7 @@ pub(super) async fn answer_stream(
     _room: OwnedSemaphorePermit,
 ) {
     let mut stopping = shared.stopping.subscribe();
+    let patience = shared.hub.config.reader_timeout();
     let last_word = loop {
         let question = tokio::select! {
             question = questions.message() => question,
@@ -104,7 +102,7 @@ pub(super) async fn answer_stream(
         };
         let deadline = Instant::now() + shared.hub.config.lookup_deadline();
         let reply = shared.reply(question, deadline).await;
-        match timeout(REPLY_TIMEOUT, replies.send(Ok(reply))).await {
+        match timeout(patience, replies.send(Ok(reply))).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) | Err(_) => return,
         }

@@ -22,11 +22,13 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 pub use crate::config::ServerConfig;
+use crate::source::zmtp::{Endpoint, Listener};
 use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
 
 mod admission;
 mod bootstrap;
+mod bound;
 mod export;
 mod hub;
 mod lookup;
@@ -36,6 +38,7 @@ mod routing;
 mod scores;
 
 use bootstrap::bootstrap;
+use bound::{Door, listen};
 use export::{SNAPSHOTS_MAX, keep_saved};
 use hub::Hub;
 use many::STREAMS_MAX;
@@ -52,6 +55,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Running {
     grpc_address: SocketAddr,
     metrics_address: Option<SocketAddr>,
+    event_endpoints: Vec<String>,
     stopping: watch::Sender<bool>,
     tasks: JoinSet<()>,
 }
@@ -67,6 +71,12 @@ impl Running {
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
+    }
+
+    /// Where engines connect by themselves, in the order of the configuration, with the ports that were really bound.
+    #[must_use]
+    pub fn event_endpoints(&self) -> &[String] {
+        &self.event_endpoints
     }
 
     /// Stops taking calls, ends the registrations, and waits for running calls at most for `patience`.
@@ -104,6 +114,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
         Some(address) => Some(bind("metrics_listen", address).await?),
         None => None,
     };
+    let (doors, event_endpoints) = open_doors(&config).await?;
     let lookups = Semaphore::new(config.lookups_in_flight_max);
     let hub = Arc::new(Hub::new(config)?);
     let configured = hub.configured()?;
@@ -136,6 +147,15 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
         });
         tasks.spawn(keep_saved(hub.clone(), stopping.subscribe()));
     }
+    for door in doors {
+        let (hub, mut stopped) = (hub.clone(), stopping.subscribe());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = listen(hub, door) => {}
+                _ = stopped.wait_for(|stopping| *stopping) => {}
+            }
+        });
+    }
     tasks.spawn(serve_grpc(shared, tokenizers, grpc, stopping.subscribe()));
     if let Some((listener, _)) = metrics {
         tasks.spawn(serve_metrics(hub, listener, stopping.subscribe()));
@@ -143,9 +163,23 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
     Ok(Running {
         grpc_address,
         metrics_address,
+        event_endpoints,
         stopping,
         tasks,
     })
+}
+
+/// Binds the endpoints that engines connect to.
+async fn open_doors(config: &ServerConfig) -> Result<(Vec<Door>, Vec<String>)> {
+    let (mut doors, mut endpoints) = (Vec::new(), Vec::new());
+    for (place, configured) in config.listeners.iter().enumerate() {
+        let endpoint: Endpoint = configured.endpoint.parse()?;
+        let bound = Listener::bind(&endpoint).await;
+        let listener = bound.map_err(|error| error.at(format_args!("listeners[{place}]")))?;
+        endpoints.push(listener.endpoint()?.to_string());
+        doors.push(Door { listener, place });
+    }
+    Ok((doors, endpoints))
 }
 
 async fn bind(key: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {

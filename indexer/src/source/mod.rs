@@ -3,19 +3,26 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use kvcache_core::ports::Position;
 use kvcache_core::{Epoch, Error, Result, Sequence, Time};
 use kvfabric_proto::v1;
 use tokio::sync::{Mutex, Notify, watch};
 
-use crate::adapter::decode_batch;
 use crate::index::{KvIndex, SourceId};
-use crate::ingest::{Action, Ingest, IngestConfig, IngestStats, Resume};
+use crate::ingest::{Ingest, IngestConfig, IngestStats, Resume};
 use crate::metrics::Metrics;
 use crate::snapshot::Mark;
 use crate::wire::{SourceKind, SourceSpec};
 
-pub(crate) mod zmq;
+mod apply;
+mod bound;
+#[cfg(test)]
+mod tests;
+mod zmq;
+pub(crate) mod zmtp;
+
+pub(crate) use bound::{FED_QUEUED_MAX, Fed};
 
 /// A replay has failed when nothing of it came for so long: an engine serves replays between its steps.
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -94,6 +101,15 @@ pub(crate) struct SourceState {
     pub(crate) poke: Notify,
 }
 
+/// What the configuration allows a source.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// How long it may stay disconnected before its entries are dropped.
+    pub(crate) ttl: Duration,
+    /// The longest message that is taken, in bytes.
+    pub(crate) message_bytes_max: usize,
+}
+
 /// Everything one source's task works on.
 pub(crate) struct Follower {
     pub(crate) spec: SourceSpec,
@@ -105,6 +121,8 @@ pub(crate) struct Follower {
     pub(crate) metrics: Arc<Metrics>,
     /// How long the source may stay disconnected before its entries are dropped.
     pub(crate) ttl: Duration,
+    /// The longest message that is taken, in bytes.
+    pub(crate) message_bytes_max: usize,
     /// What a snapshot said of the source is dropped if it is not verified until then.
     unverified_until: Option<tokio::time::Instant>,
     /// The data-parallel rank, once told.
@@ -136,7 +154,7 @@ impl Follower {
         (index, id): (Arc<KvIndex>, SourceId),
         state: Arc<SourceState>,
         metrics: Arc<Metrics>,
-        ttl: Duration,
+        limits: Limits,
     ) -> Self {
         let ingest = Ingest::new(ingest_config(&spec));
         let (reported, start) = (IngestStats::default(), Instant::now());
@@ -147,7 +165,8 @@ impl Follower {
             index,
             state,
             metrics,
-            ttl,
+            ttl: limits.ttl,
+            message_bytes_max: limits.message_bytes_max,
             unverified_until: None,
             rank: None,
             ingest,
@@ -174,86 +193,6 @@ impl Follower {
 
     fn now(&self) -> Time {
         Time(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
-    }
-
-    /// Does what the state machine wants; returns where to replay from, if it wants that.
-    async fn act(&mut self, is_live: bool) -> Option<u64> {
-        let mut replay_from = None;
-        let state = self.state.clone();
-        let is_whole = !self.ingest.is_partial();
-        while let Some(action) = self.ingest.poll_action() {
-            match action {
-                Action::Apply {
-                    payload,
-                    position,
-                    digest,
-                    ..
-                } => {
-                    let mut cursor = state.cursor.lock().await;
-                    self.apply(&payload, is_live);
-                    let mark = Some(Mark { position, digest });
-                    *cursor = Cursor { mark, is_whole };
-                }
-                Action::Clear { reason } => {
-                    tracing::info!(source = %self.name, reason = reason.name(), "source begins anew");
-                    self.metrics.cleared(reason);
-                    self.clear().await;
-                }
-                Action::RequestReplay { from } => replay_from = Some(from.0),
-            }
-        }
-        if self.ingest.is_current() {
-            self.unverified_until = None;
-        }
-        self.report();
-        replay_from
-    }
-
-    async fn clear(&mut self) {
-        let mut cursor = self.state.cursor.lock().await;
-        self.index.clear_source(self.id);
-        self.rank = None;
-        *cursor = Cursor::default();
-        // Nothing is left that nobody vouches for.
-        self.unverified_until = None;
-    }
-
-    fn apply(&mut self, payload: &[u8], is_live: bool) {
-        let batch = match decode_batch(payload, self.spec.kind) {
-            Ok(batch) => batch,
-            Err(error) => {
-                tracing::debug!(source = %self.name, %error, "undecodable batch");
-                self.metrics.events_rejected(1);
-                return;
-            }
-        };
-        if let Err(error) = self.learn_rank(batch.rank) {
-            tracing::warn!(source = %self.name, %error, "batch not applied");
-            self.metrics.events_rejected(batch.events.len() as u64);
-            return;
-        }
-        for event in &batch.events {
-            let applied = match event {
-                Ok(event) => self.index.apply(self.id, event),
-                Err(error) => {
-                    tracing::debug!(source = %self.name, %error, "undecodable event");
-                    self.metrics.events_rejected(1);
-                    continue;
-                }
-            };
-            match applied {
-                Ok(applied) => self.metrics.event_applied(&applied),
-                Err(error) => {
-                    tracing::debug!(source = %self.name, %error, "event not applied");
-                    self.metrics.events_rejected(1);
-                }
-            }
-        }
-        self.metrics.batch_applied();
-        if is_live {
-            self.lag = age(batch.timestamp);
-            self.metrics.lag.record(self.lag);
-        }
     }
 
     /// Takes the data-parallel rank that a batch is of: one source tells of one.
@@ -306,6 +245,19 @@ impl Follower {
         });
     }
 
+    /// Notes that the publisher said something that makes sense.
+    fn heard(&mut self) {
+        self.heard_at = Some(Instant::now());
+    }
+
+    fn set_given_up(&self, is_given_up: bool) {
+        self.state.progress.send_if_modified(|progress| {
+            let is_modified = progress.is_given_up != is_given_up;
+            progress.is_given_up = is_given_up;
+            is_modified
+        });
+    }
+
     /// Drops everything the source said; it may come back and is then replayed from its start.
     async fn give_up(&mut self) {
         tracing::info!(source = %self.name, "source is gone; its entries are dropped");
@@ -314,9 +266,7 @@ impl Follower {
         self.metrics.ingested(&self.reported, &before);
         self.ingest = Ingest::new(ingest_config(&self.spec));
         self.reported = IngestStats::default();
-        self.state
-            .progress
-            .send_modify(|progress| progress.is_given_up = true);
+        self.set_given_up(true);
         self.report();
     }
 }

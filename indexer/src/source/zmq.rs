@@ -1,23 +1,21 @@
-//! One task per publisher: a SUB socket for what happens and a DEALER socket for what was missed.
+//! One task per publisher that the index connects to: a SUB socket for what happens and a DEALER socket for what was
+//! missed.
 //!
-//! A `connect` of the ZMQ library must not be cancelled from outside (the endpoint would be lost for ever), so each
-//! attempt is bounded by the library's own timeout and begins with fresh sockets. Those reach their peers at different
-//! moments, and a subscription is only in force once the publisher has read it: what falls between is found by asking
-//! for the tail again shortly after connecting, and whenever a lookup waits for something that has not arrived.
+//! The two reach their peers at different moments, and a subscription is only in force once the publisher has read it:
+//! what falls between is found by asking for the tail again shortly after connecting, and whenever a lookup waits for
+//! something that has not arrived.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
 use futures_util::future::{OptionFuture, pending};
-use kvcache_core::{Epoch, Sequence};
+use kvcache_core::{Epoch, Error, ErrorKind, Result, Sequence};
 use tokio::time::{Instant, sleep_until};
-use zeromq::{
-    DealerSocket, Socket, SocketEvent, SocketOptions, SocketRecv, SocketSend, SubSocket, ZmqMessage,
-};
 
 use super::Follower;
+use super::zmtp::{Connection, Endpoint};
 use crate::adapter::{SourceKind, Topic};
+use crate::ingest::ImagePiece;
 
 /// How long one attempt to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -31,21 +29,18 @@ const PROBE_IDLE: Duration = Duration::from_secs(15);
 /// Two lookups that wait make the tail be asked for at most so often.
 const PROBE_PAUSE: Duration = Duration::from_millis(20);
 
-type Monitor = futures_util::stream::BoxStream<'static, SocketEvent>;
-
 /// The two sockets of one connection.
 struct Link {
-    events: SubSocket,
-    events_monitor: Monitor,
-    replay: Option<(DealerSocket, Monitor)>,
+    events: Connection,
+    replay: Option<Connection>,
 }
 
 /// What came over a link.
 enum Input {
-    Live(ZmqMessage),
-    Reply(ZmqMessage),
-    /// A socket failed or its peer went away.
-    Lost,
+    Live(Vec<Bytes>),
+    Reply(Vec<Bytes>),
+    /// A socket failed, its peer went away, or it sent what nobody may send.
+    Lost(Error),
     /// Ask whether something was missed.
     Probe,
     /// The state machine wanted to be called now.
@@ -54,87 +49,92 @@ enum Input {
     Unverified,
 }
 
+/// Whether the peer is there but is no publisher of events, or one that sends more than is taken.
+fn is_refusal(error: &Error) -> bool {
+    !matches!(
+        error.kind(),
+        ErrorKind::PeerLost | ErrorKind::Timeout | ErrorKind::Io
+    )
+}
+
 impl Follower {
     /// Follows the source until the task is aborted.
     pub(crate) async fn run(mut self) {
         let mut backoff = BACKOFF_MIN;
         let mut lost_at = Some(Instant::now());
         loop {
-            let gone_at = [lost_at.map(|at| at + self.ttl), self.unverified_until];
-            let gone_at = gone_at.into_iter().flatten().min();
-            match self.connect(gone_at).await {
-                Some(link) => {
-                    backoff = BACKOFF_MIN;
-                    self.follow(link).await;
-                    lost_at = Some(Instant::now());
-                }
-                None => {
-                    if gone_at.is_some_and(|at| at <= Instant::now()) {
+            let ended = match self.connect(self.gone_at(lost_at)).await {
+                Ok(link) => {
+                    let before = self.ingest.position();
+                    let error = self.follow(link).await;
+                    let has_advanced = self.ingest.position() != before;
+                    // Who goes no further because what comes next is refused is as good as not there: neither the pause
+                    // between attempts nor the time until the source is given up begins anew, and what a source that
+                    // is given up says before that is worth nothing.
+                    if !is_refusal(&error) || (has_advanced && lost_at.is_some()) {
+                        backoff = BACKOFF_MIN;
+                        lost_at = Some(Instant::now());
+                    } else if lost_at.is_none() {
                         self.give_up().await;
-                        lost_at = None;
                     }
-                    // Not longer than until the source is given up.
-                    let retry_at = Instant::now() + backoff;
-                    sleep_until(gone_at.map_or(retry_at, |at| at.min(retry_at))).await;
-                    backoff = (backoff * 2).min(BACKOFF_MAX);
+                    error
                 }
+                Err(error) => error,
+            };
+            if is_refusal(&ended) {
+                tracing::warn!(source = %self.name, error = %ended, "publisher refused");
+                self.metrics.publisher_refused();
+            } else {
+                tracing::debug!(source = %self.name, error = %ended, "publisher not connected");
             }
+            if self.gone_at(lost_at).is_some_and(|at| at <= Instant::now()) {
+                self.give_up().await;
+                lost_at = None;
+            }
+            self.set_given_up(lost_at.is_none());
+            // Not longer than until the source is given up.
+            let retry_at = Instant::now() + backoff;
+            let gone_at = self.gone_at(lost_at);
+            sleep_until(gone_at.map_or(retry_at, |at| at.min(retry_at))).await;
+            backoff = (backoff * 2).min(BACKOFF_MAX);
         }
     }
 
-    /// One attempt; none when the publisher is not there.
-    async fn connect(&self, gone_at: Option<Instant>) -> Option<Link> {
+    /// When the source is given up if it is not connected until then; never when it is given up already.
+    fn gone_at(&self, lost_at: Option<Instant>) -> Option<Instant> {
+        let ends = [lost_at.map(|at| at + self.ttl), self.unverified_until];
+        ends.into_iter().flatten().min()
+    }
+
+    /// One attempt.
+    ///
+    /// # Errors
+    /// Why the publisher cannot be followed.
+    async fn connect(&self, gone_at: Option<Instant>) -> Result<Link> {
         let left = gone_at.map_or(CONNECT_TIMEOUT, |at| at - Instant::now());
         let timeout = left.clamp(BACKOFF_MIN, CONNECT_TIMEOUT);
-        match self.open(timeout).await {
-            Ok(link) => Some(link),
-            Err(error) => {
-                tracing::debug!(source = %self.name, %error, "connect to publisher");
-                None
-            }
-        }
-    }
-
-    async fn open(&self, timeout: Duration) -> zeromq::ZmqResult<Link> {
-        let options = || {
-            let mut options = SocketOptions::default();
-            options.connect_timeout(timeout);
-            options
-        };
-        let mut events = SubSocket::with_options(options());
+        let most = self.message_bytes_max;
+        let endpoint: Endpoint = self.spec.endpoint.parse()?;
         // Every topic: an endpoint belongs to one source, whatever its publisher calls itself.
-        events.subscribe("").await?;
-        let events_monitor = events.monitor().boxed();
-        events.connect(&self.spec.endpoint).await?;
+        let events = Connection::subscribe(&endpoint, "", most, timeout).await?;
         let replay = match &self.spec.replay_endpoint {
             None => None,
-            Some(endpoint) => {
-                let mut dealer = DealerSocket::with_options(options());
-                let monitor = dealer.monitor().boxed();
-                dealer.connect(endpoint).await?;
-                Some((dealer, monitor))
-            }
+            Some(endpoint) => Some(Connection::dealer(&endpoint.parse()?, most, timeout).await?),
         };
-        Ok(Link {
-            events,
-            events_monitor,
-            replay,
-        })
+        Ok(Link { events, replay })
     }
 
-    /// Ingests what comes over the link until it is lost.
-    async fn follow(&mut self, mut link: Link) {
+    /// Ingests what comes over the link until it is lost; returns why it is.
+    async fn follow(&mut self, mut link: Link) -> Error {
         self.set_connected(true);
         let now = self.now();
         self.ingest.handle_connected(now);
         let mut is_probing = false;
         let mut probe_at = Instant::now() + PROBE_AFTER_CONNECT;
         let mut replay_from = self.act(false).await;
-        loop {
-            if let Some(from) = replay_from.take()
-                && link.request_replay(from).await.is_err()
-            {
-                break;
+        let ended = loop {
+            if let Some(from) = replay_from.take() {
+                link.request_replay(from);
             }
             let is_current = self.ingest.is_current();
             is_probing &= !is_current;
@@ -142,23 +142,22 @@ impl Follower {
                 .next_input(&mut link, is_current.then_some(probe_at))
                 .await;
             let now = self.now();
-            if let Input::Live(_) | Input::Reply(_) = input {
-                self.heard_at = Some(std::time::Instant::now());
-            }
             match input {
-                Input::Live(message) => {
+                Input::Live(frames) => {
                     probe_at = probe_at.max(Instant::now() + PROBE_IDLE);
-                    self.take_live(message);
+                    self.take_live(&frames);
                 }
-                Input::Reply(message) => self.take_reply(message),
-                Input::Lost => break,
+                Input::Reply(frames) => self.take_reply(&frames),
+                Input::Lost(error) => break error,
                 // An idle publisher that does not answer is not there: reconnecting decides, and the TTL.
-                Input::Timeout if is_probing => break,
+                Input::Timeout if is_probing => {
+                    break Error::new(ErrorKind::Timeout, "no answer of the replay socket");
+                }
                 Input::Timeout => self.ingest.handle_timeout(now),
                 // The publisher may be slow or mute: what it says from now on counts from its start.
                 Input::Unverified => {
                     self.give_up().await;
-                    break;
+                    break Error::new(ErrorKind::Timeout, "not verified in time");
                 }
                 Input::Probe => {
                     is_probing = true;
@@ -168,10 +167,11 @@ impl Follower {
             }
             replay_from = self.act(is_current).await;
             tokio::task::consume_budget().await;
-        }
+        };
         self.ingest.handle_disconnected();
         self.set_connected(false);
         self.act(false).await;
+        ended
     }
 
     /// Waits for what happens first. `probe_at` is none while a replay is under way.
@@ -193,15 +193,12 @@ impl Follower {
             self.state.poke.notified().await;
             tokio::time::sleep(PROBE_PAUSE).await;
         };
-        let (dealer, dealer_monitor) = match &mut link.replay {
-            Some((dealer, monitor)) => (Some(dealer.recv()), Some(lost(monitor))),
-            None => (None, None),
-        };
+        let dealer = link.replay.as_mut().map(Connection::recv);
         tokio::select! {
-            message = link.events.recv() => message.map_or(Input::Lost, Input::Live),
-            Some(message) = OptionFuture::from(dealer) => message.map_or(Input::Lost, Input::Reply),
-            () = lost(&mut link.events_monitor) => Input::Lost,
-            Some(()) = OptionFuture::from(dealer_monitor) => Input::Lost,
+            frames = link.events.recv() => frames.map_or_else(Input::Lost, Input::Live),
+            Some(frames) = OptionFuture::from(dealer) => {
+                frames.map_or_else(Input::Lost, Input::Reply)
+            }
             () = wait(deadline) => Input::Timeout,
             () = wait(probe_at) => Input::Probe,
             () = wait(self.unverified_until) => Input::Unverified,
@@ -209,9 +206,8 @@ impl Follower {
         }
     }
 
-    fn take_live(&mut self, message: ZmqMessage) {
-        let frames = message.into_vec();
-        let parsed = match frames.as_slice() {
+    pub(super) fn take_live(&mut self, frames: &[Bytes]) {
+        let parsed = match frames {
             [topic, number, payload] => sequence(number).map(|number| (topic, number, payload)),
             _ => None,
         };
@@ -220,24 +216,44 @@ impl Follower {
             self.metrics.events_rejected(1);
             return;
         };
+        self.heard();
         let now = self.now();
         let epoch = self.epoch(topic);
         self.ingest
             .handle_frame(now, epoch, sequence, payload.clone());
     }
 
-    /// `[empty, topic, sequence, batch]`, or without the topic from engines before 0.26; a sequence of ones ends it.
-    fn take_reply(&mut self, message: ZmqMessage) {
-        let frames = message.into_vec();
-        let parsed = match frames.as_slice() {
+    /// `[empty, topic, sequence, batch]`, or without the topic from engines before 0.26; a sequence of ones ends it. Nodes
+    /// may begin with `[empty, topic, sequence, batch, place]`, the pieces of an image.
+    fn take_reply(&mut self, frames: &[Bytes]) {
+        if let [_, topic, number, payload, place] = frames
+            && self.spec.kind == SourceKind::Node
+            && let (Some(cut), Some(place)) = (sequence(number), sequence(place))
+        {
+            self.heard();
+            let (now, epoch) = (self.now(), self.epoch(topic));
+            let piece = ImagePiece {
+                cut,
+                number: (place.0 >> 32) as u32,
+                count: place.0 as u32,
+                payload: payload.clone(),
+            };
+            self.ingest.handle_image(now, epoch, piece);
+            return;
+        }
+        let parsed = match frames {
             [_, topic, number, payload] => Some((Some(topic), sequence(number), payload)),
             [_, number, payload] => Some((None, sequence(number), payload)),
             _ => None,
         };
         let now = self.now();
         match parsed {
-            Some((_, Some(Sequence(u64::MAX)), _)) => self.ingest.handle_replay_end(now),
+            Some((_, Some(Sequence(u64::MAX)), _)) => {
+                self.heard();
+                self.ingest.handle_replay_end(now);
+            }
             Some((topic, Some(sequence), payload)) => {
+                self.heard();
                 let epoch = topic.and_then(|topic| self.epoch(topic));
                 self.ingest
                     .handle_replayed(now, epoch, sequence, payload.clone());
@@ -262,26 +278,14 @@ impl Follower {
 }
 
 impl Link {
-    async fn request_replay(&mut self, from: u64) -> zeromq::ZmqResult<()> {
-        let Some((dealer, _)) = &mut self.replay else {
-            return Ok(());
-        };
-        let mut request = ZmqMessage::from(Bytes::new());
-        request.push_back(Bytes::copy_from_slice(&from.to_be_bytes()));
-        dealer.send(request).await
+    fn request_replay(&mut self, from: u64) {
+        if let Some(dealer) = &mut self.replay {
+            dealer.send(&[b"", &from.to_be_bytes()]);
+        }
     }
 }
 
 fn sequence(frame: &Bytes) -> Option<Sequence> {
     let bytes: [u8; 8] = frame.as_ref().try_into().ok()?;
     Some(Sequence(u64::from_be_bytes(bytes)))
-}
-
-/// Completes when the socket's peer is gone.
-async fn lost(monitor: &mut Monitor) {
-    while let Some(event) = monitor.next().await {
-        if matches!(event, SocketEvent::Disconnected(_)) {
-            return;
-        }
-    }
 }

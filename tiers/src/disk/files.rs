@@ -63,7 +63,8 @@ impl SegmentFiles {
     /// Takes the directory into use.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] when another process uses it; otherwise what the system says of the path.
+    /// [`ErrorKind::Busy`] when another process uses it, [`ErrorKind::Unsupported`] when io_uring is demanded and refused;
+    /// otherwise what the system says of the path.
     pub(crate) fn open(
         agent: &Agent,
         config: &DiskConfig,
@@ -74,6 +75,9 @@ impl SegmentFiles {
         let directory = &config.path;
         fs::create_dir_all(directory)
             .map_err(|error| Error::io(format!("make directory {}", directory.display()), error))?;
+        let lock = lock(&directory.join(LOCK_FILE))?;
+        let engine = agent.start_file_engine(config.engine)?;
+        tracing::info!(directory = %directory.display(), engine, "the disk tier is open");
         Ok(Self {
             agent: agent.clone(),
             config: config.clone(),
@@ -81,7 +85,7 @@ impl SegmentFiles {
             model_identity,
             pages,
             open: Mutex::default(),
-            _lock: lock(&directory.join(LOCK_FILE))?,
+            _lock: lock,
         })
     }
 

@@ -9,6 +9,11 @@
     reason = "everything here is a test or serves one"
 )]
 
+use kvfabric_transfer::FileEngineMode;
+
+/// How the disk tier reads and writes here; `on_threads` runs the same tests with the other engine.
+const ENGINE: FileEngineMode = FileEngineMode::Auto;
+
 mod broken;
 mod ending;
 mod fabric;

@@ -196,6 +196,7 @@ pub(crate) fn disk(path: &Path, segments: u64) -> Option<DiskConfig> {
         bytes,
         segment_bytes,
         direct: DirectMode::Auto,
+        engine: crate::ENGINE,
     })
 }
 

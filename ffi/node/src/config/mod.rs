@@ -13,15 +13,15 @@ use kvcache_core::prefix::data::Shard;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use kvfabric_tiers::{CacheConfig, DiskConfig, ObjectConfig};
-use kvfabric_transfer::DirectMode;
+use kvfabric_transfer::{DirectMode, FileEngineMode};
 use serde::{Deserialize, Serialize};
 
 pub use identity::parse_identity;
 pub use load::Overrides;
 use sections::default_lookup_deadline_ms;
 pub use sections::{
-    DirectSetting, DiskSection, EngineSection, FabricSection, HostSection, IndexSection,
-    ObjectSection, ShardSection,
+    DirectSetting, DiskEngineSetting, DiskSection, EngineSection, FabricSection, HostSection,
+    IndexSection, ObjectSection, ShardSection,
 };
 
 /// Environment variables that override the file begin so; `__` stands between a table and its key, as in
@@ -155,6 +155,11 @@ impl NodeConfig {
                 DirectSetting::Auto => DirectMode::Auto,
                 DirectSetting::On => DirectMode::On,
                 DirectSetting::Off => DirectMode::Off,
+            },
+            engine: match disk.engine {
+                DiskEngineSetting::Auto => FileEngineMode::Auto,
+                DiskEngineSetting::IoUring => FileEngineMode::Uring,
+                DiskEngineSetting::Threads => FileEngineMode::Blocking,
             },
         });
         cache.object = self.object.as_ref().map(|object| ObjectConfig {

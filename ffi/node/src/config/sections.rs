@@ -83,6 +83,9 @@ pub struct DiskSection {
     /// Past the page cache: "auto", "on" or "off".
     #[serde(default)]
     pub direct: DirectSetting,
+    /// Who reads and writes: "auto", "io_uring" or "threads".
+    #[serde(default)]
+    pub engine: DiskEngineSetting,
 }
 
 /// Whether files are read and written past the page cache.
@@ -96,6 +99,19 @@ pub enum DirectSetting {
     On,
     /// Never.
     Off,
+}
+
+/// Who reads and writes files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskEngineSetting {
+    /// io_uring, or threads where the kernel or the container refuses it.
+    #[default]
+    Auto,
+    /// io_uring; an error where it is refused.
+    IoUring,
+    /// Threads that block in system calls.
+    Threads,
 }
 
 /// The shared object tier.

@@ -42,6 +42,10 @@ class Held(NamedTuple):
     """How many of those are in host memory."""
     disk: int
     """How many of those are only on disk."""
+    expected: int
+    """Blocks from the first that are there or that stores under way are bringing: not less than
+    `depth`. While it is more, a store is worth waiting for.
+    """
 
 
 class Removed(NamedTuple):
@@ -78,4 +82,8 @@ class Reach(NamedTuple):
     shared: List[Tuple[int, int]]
     """Positions (start, stop) of blocks that are in a shared tier: ascending, apart from each
     other.
+    """
+    expected: int
+    """Blocks from the first that this node's own tiers have or that stores under way are bringing:
+    not less than `own`.
     """

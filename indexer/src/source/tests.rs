@@ -1,0 +1,192 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvcache_core::event::NodeEvent;
+use kvcache_core::prefix::IndexScheme;
+use kvcache_core::{IndexKey, PodName, Tier};
+
+use super::*;
+use crate::adapter::encode_node_batch;
+use crate::index::{IndexConfig, ORPHAN_BLOCKS_MAX};
+use crate::score::TierWeights;
+
+fn follower() -> Follower {
+    let index = Arc::new(KvIndex::new(IndexConfig {
+        scheme: IndexScheme::default(),
+        model: "m".to_owned(),
+        block_size: 16.try_into().unwrap(),
+        weights: TierWeights::default(),
+        orphan_blocks_max: ORPHAN_BLOCKS_MAX,
+    }));
+    let id = index
+        .add_source(crate::index::SourceSpec {
+            pod: PodName::new("pod-0").unwrap(),
+            name: "node".to_owned(),
+            kind: SourceKind::Node,
+            block_size: 16,
+        })
+        .unwrap();
+    let spec = SourceSpec {
+        name: "node".to_owned(),
+        kind: SourceKind::Node,
+        endpoint: "tcp://127.0.0.1:1".to_owned(),
+        replay_endpoint: Some("tcp://127.0.0.1:1".to_owned()),
+        data_parallel_rank: None,
+        groups: Vec::new(),
+    };
+    let limits = Limits {
+        ttl: Duration::from_secs(30),
+        message_bytes_max: 1 << 20,
+    };
+    let (state, metrics) = (
+        Arc::new(SourceState::new(None)),
+        Arc::new(Metrics::new(&[])),
+    );
+    Follower::new(
+        spec,
+        "pod-0/node".to_owned(),
+        (index, id),
+        state,
+        metrics,
+        limits,
+    )
+}
+
+fn stored(keys: std::ops::Range<u64>, tier: Tier) -> Vec<NodeEvent> {
+    keys.map(|key| NodeEvent::Stored {
+        key: IndexKey(key),
+        parent: None,
+        tier,
+    })
+    .collect()
+}
+
+impl Follower {
+    async fn take(&mut self, sequence: u64, events: &[NodeEvent]) {
+        let payload = encode_node_batch(1.0, events);
+        let now = self.now();
+        self.ingest
+            .handle_frame(now, Some(Epoch(1)), Sequence(sequence), payload.into());
+        self.act(true).await;
+    }
+
+    async fn reply(&mut self, sequence: u64, events: &[NodeEvent]) {
+        let payload = encode_node_batch(1.0, events);
+        let now = self.now();
+        self.ingest
+            .handle_replayed(now, Some(Epoch(1)), Sequence(sequence), payload.into());
+        self.act(false).await;
+    }
+}
+
+/// Counts how often another task of the same single thread has its turn meanwhile.
+async fn turns_of_others(work: impl Future<Output = ()>) -> u64 {
+    let turns = Arc::new(AtomicU64::new(0));
+    let counting = tokio::spawn({
+        let turns = turns.clone();
+        async move {
+            loop {
+                turns.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    work.await;
+    counting.abort();
+    turns.load(Ordering::Relaxed)
+}
+
+/// One batch of as many events as are read, on a runtime of one thread.
+#[tokio::test]
+async fn a_long_batch_gives_others_their_turn() {
+    let mut follower = follower();
+    follower.ingest.handle_connected(Time(0));
+    follower.ingest.handle_replay_end(Time(0));
+    let events = stored(0..60_000, Tier::Host);
+    let turns = turns_of_others(follower.take(0, &events)).await;
+    assert_eq!(follower.index.entries(), 60_000);
+    assert!(
+        turns >= 10,
+        "{turns} turns while 60,000 events were applied"
+    );
+}
+
+/// The source has 0 to 20,000 and its image 10,000 to 30,000 in DRAM: whoever looks in between finds what both have, and
+/// never less or more than the two together.
+#[tokio::test]
+async fn an_image_replaces_what_was_there_without_a_half_state() {
+    const BOTH: std::ops::Range<u64> = 10_000..20_000;
+    let mut follower = follower();
+    follower.ingest.handle_connected(Time(0));
+    follower.act(false).await;
+    follower.reply(0, &stored(0..20_000, Tier::Host)).await;
+    follower.reply(1, &stored(5..6, Tier::Object)).await;
+    assert_eq!(follower.index.entries(), 20_001);
+    follower.ingest.handle_disconnected();
+    follower.ingest.handle_connected(Time(0));
+    follower.act(false).await;
+    let image = stored(10_000..30_000, Tier::Host);
+    for (number, events) in image.chunks(10_000).enumerate() {
+        let piece = crate::ingest::ImagePiece {
+            cut: Sequence(50),
+            number: number as u32,
+            count: 2,
+            payload: encode_node_batch(50.0, events).into(),
+        };
+        follower.ingest.handle_image(Time(0), Some(Epoch(1)), piece);
+    }
+    let index = follower.index.clone();
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let looking = tokio::spawn({
+        let (index, seen) = (index.clone(), seen.clone());
+        async move {
+            loop {
+                seen.lock().unwrap().push(index.entries());
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    follower
+        .reply(50, &stored(30_000..30_001, Tier::Host))
+        .await;
+    looking.abort();
+    let seen = seen.lock().unwrap().clone();
+    assert!(seen.len() > 5, "looked {} times", seen.len());
+    let fewest = seen.iter().min().unwrap();
+    assert!(
+        *fewest >= BOTH.end - BOTH.start,
+        "{fewest} entries at some moment"
+    );
+    assert_eq!(index.entries(), 20_002);
+    assert_eq!(follower.ingest.stats().resyncs, 0);
+    // What is in a shared tier is not this source's to take away.
+    assert_eq!(index.export_shared().iter().map(Vec::len).sum::<usize>(), 1);
+}
+
+/// One piece is not a batch, one removes: nothing stays that nobody vouches for.
+#[tokio::test]
+async fn an_image_that_cannot_be_read_empties_the_source() {
+    let removes = encode_node_batch(
+        1.0,
+        &[NodeEvent::Removed {
+            key: IndexKey(1),
+            tier: Tier::Host,
+        }],
+    );
+    for payload in [b"no batch".to_vec(), removes] {
+        let mut follower = follower();
+        follower.ingest.handle_connected(Time(0));
+        follower.act(false).await;
+        follower.reply(0, &stored(0..10, Tier::Host)).await;
+        follower.ingest.handle_connected(Time(0));
+        follower.act(false).await;
+        let piece = crate::ingest::ImagePiece {
+            cut: Sequence(50),
+            number: 0,
+            count: 1,
+            payload: payload.into(),
+        };
+        follower.ingest.handle_image(Time(0), Some(Epoch(1)), piece);
+        follower.reply(50, &stored(7..8, Tier::Host)).await;
+        assert_eq!(follower.index.entries(), 1);
+    }
+}

@@ -1,0 +1,246 @@
+//! Engines that connect to the index by themselves, as with llm-d: sockets of libzmq, known by their topics.
+#![cfg(test)]
+
+mod rig;
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use kvcache_core::Tier;
+use kvfabric_indexer::adapter::encode_engine_batch;
+use kvfabric_indexer::client::{IndexClient, Prompt};
+use kvfabric_indexer::config::ListenerConfig;
+use kvfabric_indexer::server::ServerConfig;
+use kvfabric_proto::v1;
+use rig::*;
+
+/// Opens publishers, sends and closes as told. XPUB is PUB that shows when a subscription has arrived.
+const ENGINES: &str = r#"
+import sys, zmq
+context = zmq.Context()
+sockets = {}
+for line in sys.stdin:
+    word = line.split()
+    if word[0] == "open":
+        socket = context.socket(zmq.XPUB)
+        socket.setsockopt(zmq.RCVTIMEO, 60000)
+        socket.connect(sys.argv[1])
+        print("open", socket.recv().decode(), flush=True)
+        sockets[word[1]] = socket
+    elif word[0] == "start":
+        sockets[word[1]] = context.socket(zmq.XPUB)
+        sockets[word[1]].connect(sys.argv[1])
+    elif word[0] == "send":
+        sockets[word[1]].send_multipart([word[2].encode(), int(word[3]).to_bytes(8, "big"), bytes.fromhex(word[4])])
+    elif word[0] == "close":
+        sockets.pop(word[1]).close(0)
+"#;
+
+/// A process with libzmq; none where there is no Python with pyzmq.
+struct Engines {
+    process: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Engines {
+    fn new(endpoint: &str) -> Option<Self> {
+        let python = std::env::var("KVFABRIC_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+        let found = Command::new(&python).args(["-c", "import zmq"]).output();
+        if !found.is_ok_and(|output| output.status.success()) {
+            eprintln!("SKIPPED: {python} has no pyzmq, so nothing is tested against libzmq");
+            return None;
+        }
+        let mut process = Command::new(python)
+            .args(["-c", ENGINES, endpoint])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Some(Self {
+            input: process.stdin.take().unwrap(),
+            output: BufReader::new(process.stdout.take().unwrap()),
+            process,
+        })
+    }
+
+    fn tell(&mut self, line: &str) {
+        writeln!(self.input, "{line}").unwrap();
+    }
+
+    /// Completes when the index has subscribed.
+    async fn open(&mut self, name: &str) {
+        self.tell(&format!("open {name}"));
+        let line = tokio::task::block_in_place(|| {
+            let mut line = String::new();
+            self.output.read_line(&mut line).unwrap();
+            line
+        });
+        assert_eq!(line, "open \u{1}kv@\n");
+    }
+
+    fn send(&mut self, name: &str, topic: &str, sequence: u64, payload: &[u8]) {
+        let hex: String = payload.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.tell(&format!("send {name} {topic} {sequence} {hex}"));
+    }
+}
+
+impl Drop for Engines {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn listening() -> ServerConfig {
+    let mut config = config();
+    config.listeners.push(ListenerConfig {
+        endpoint: "tcp://127.0.0.1:0".to_owned(),
+        name: "engine".to_owned(),
+        kind: "vllm".to_owned(),
+    });
+    config
+}
+
+fn batch(hash: u64, parent: Option<u64>, tokens: &[u32]) -> Vec<u8> {
+    encode_engine_batch(1.5, &[stored(&[hash], parent, tokens, Tier::Device)])
+}
+
+async fn depths(client: &IndexClient) -> Vec<(String, u32)> {
+    let answer = client
+        .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
+        .await
+        .unwrap();
+    let pods = answer.pods.into_iter();
+    let mut pods: Vec<_> = pods.map(|pod| (pod.pod.to_string(), pod.depth)).collect();
+    pods.sort();
+    pods
+}
+
+fn source<'a>(status: &'a v1::StatusResponse, name: &str) -> Option<&'a v1::SourceStatus> {
+    let pod = status.pods.iter().find(|pod| pod.pod == name)?;
+    pod.sources.first()
+}
+
+/// How far the pod's source is applied; 0 when it is not known.
+fn next(status: &v1::StatusResponse, name: &str) -> u64 {
+    source(status, name).map_or(0, |source| {
+        source.position.as_ref().map_or(0, |at| at.next_sequence)
+    })
+}
+
+/// Two engines; then the first one's socket is closed for good, and the second one is silent for as long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn engines_are_known_by_their_topics_and_forgotten_when_they_are_gone() {
+    let mut config = listening();
+    config.source_ttl_ms = 300;
+    let server = start(config).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    engines.open("a").await;
+    engines.open("b").await;
+    engines.send("a", "kv@10.0.0.8:8000@m", 0, &batch(1, None, &TOKENS[..4]));
+    engines.send("b", "kv@10.0.0.9:8000@m", 7, &batch(1, None, &TOKENS[..4]));
+    engines.send(
+        "b",
+        "kv@10.0.0.9:8000@m",
+        8,
+        &batch(2, Some(1), &TOKENS[4..]),
+    );
+    wait_until(&client, |status| {
+        next(status, "10.0.0.8:8000") == 1 && next(status, "10.0.0.9:8000") == 9
+    })
+    .await;
+    let both = [
+        ("10.0.0.8:8000".to_owned(), 1),
+        ("10.0.0.9:8000".to_owned(), 2),
+    ];
+    assert_eq!(depths(&client).await, both);
+
+    engines.tell("close a");
+    wait_until(&client, |status| status.pods.len() == 1).await;
+    assert_eq!(depths(&client).await, both[1..], "idle is not gone");
+    assert_eq!(client.status().await.unwrap().entries, 2);
+    // Another engine under the name of the one that is gone.
+    engines.open("c").await;
+    engines.send("c", "kv@10.0.0.8:8000@m", 0, &batch(1, None, &TOKENS[..4]));
+    wait_until(&client, |status| next(status, "10.0.0.8:8000") == 1).await;
+    assert_eq!(depths(&client).await, both);
+}
+
+/// Batch 1 is never sent: what it said of the first block is not known, and there is nobody to ask.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gap_of_an_engine_that_cannot_be_asked_begins_it_anew() {
+    let server = start(listening()).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    engines.open("a").await;
+    let topic = "kv@pod-0@m";
+    engines.send("a", topic, 0, &batch(1, None, &TOKENS[..4]));
+    wait_until(&client, |status| next(status, "pod-0") == 1).await;
+    assert_eq!(depths(&client).await, [("pod-0".to_owned(), 1)]);
+    engines.send("a", topic, 2, &batch(9, None, &[9; 4]));
+    wait_until(&client, |status| next(status, "pod-0") == 3).await;
+    assert_eq!(depths(&client).await, []);
+    let status = client.status().await.unwrap();
+    let source = source(&status, "pod-0").unwrap();
+    assert_eq!((status.entries, source.resyncs), (1, 1));
+}
+
+/// Two connections say to be the same pod: the later one is, and what the earlier one still says is late.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_connection_takes_over_and_the_old_one_is_fenced() {
+    let server = start(listening()).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    let topic = "kv@pod-0@m";
+    engines.open("a").await;
+    engines.send("a", topic, 0, &batch(1, None, &TOKENS[..4]));
+    wait_until(&client, |status| next(status, "pod-0") == 1).await;
+    engines.open("b").await;
+    engines.send("b", topic, 4, &batch(9, None, &[9; 4]));
+    wait_until(&client, |status| next(status, "pod-0") == 5).await;
+    // The next one of the old connection, and one that would follow on from the new one.
+    engines.send("a", topic, 1, &batch(2, Some(1), &TOKENS[4..]));
+    engines.send("a", topic, 5, &batch(1, None, &TOKENS[..4]));
+    let rejected = |status: &v1::StatusResponse| status.events_rejected >= 2;
+    wait_until(&client, rejected).await;
+    let status = client.status().await.unwrap();
+    assert_eq!((status.entries, next(&status, "pod-0")), (1, 5));
+    assert_eq!(depths(&client).await, []);
+}
+
+/// The third pod is turned away, and the two others are followed on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn there_are_never_more_pods_than_configured() {
+    let mut config = listening();
+    config.pods_max = 2;
+    let server = start(config).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    for name in ["a", "b"] {
+        engines.open(name).await;
+        engines.send(
+            name,
+            &format!("kv@{name}@m"),
+            0,
+            &batch(1, None, &TOKENS[..4]),
+        );
+        wait_until(&client, |status| next(status, name) == 1).await;
+    }
+    engines.tell("start c");
+    // One connection may speak for several pods, but not for more than there may be.
+    engines.send("b", "kv@d@m", 0, &batch(1, None, &TOKENS[..4]));
+    engines.send("a", "kv@a@m", 1, &batch(2, Some(1), &TOKENS[4..]));
+    wait_until(&client, |status| next(status, "a") == 2).await;
+    let status = client.status().await.unwrap();
+    assert_eq!(status.pods.len(), 2);
+}
