@@ -188,6 +188,9 @@ def main() -> None:
             prefill = runs.start(f"{subject}-prefill", config("kv_producer"), 0, path)
             decode = runs.start(f"{subject}-decode", config("kv_consumer"), 1, path)
             with prefill, decode:
+                # vLLM's NIXL connectors keep to the last core of a CPU, so that both engines would share it.
+                for engine in (prefill, decode):
+                    engine.child.spread()
                 hand_over(subject, (prefill, decode), prompts, right)
 
 

@@ -60,6 +60,15 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("logs")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked(logs: pathlib.Path) -> Iterator[None]:
+    """Engines are forked from one interpreter, which imports vLLM for all of them."""
+    from bed import warm
+
+    with warm.forking(logs):
+        yield
+
+
 @pytest.fixture
 def indexer(logs: pathlib.Path) -> Iterator[str]:
     """The address of a fresh, empty index with the engines' block size."""

@@ -16,7 +16,7 @@ from bed import single
 from bed.model import prompt
 
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 class Steps:
@@ -101,13 +101,24 @@ class Steps:
             "held": len(side._holds._readers),
         }
 
+    def settle(self) -> Dict[str, Any]:
+        """Runs the engine until it was told of every store, and keeps no blocks for one."""
+        engine = self.llm.llm_engine
+        ends = time.monotonic() + PATIENCE
+        while engine.engine_core.engine_core.scheduler.has_requests():
+            assert time.monotonic() < ends, "stores do not end"
+            engine.step()
+        return {}
+
     def reset(self) -> Dict[str, Any]:
         """Empties the engine's own prefix cache."""
+        self.settle()
         assert self.llm.reset_prefix_cache()
         return {}
 
     def clear(self) -> Dict[str, Any]:
         """Empties the tiers too."""
+        self.settle()
         assert self.llm.reset_prefix_cache(reset_connector=True)
         return {}
 
@@ -118,6 +129,7 @@ class Steps:
 
     def flush(self) -> Dict[str, Any]:
         """Waits until what is on its way to the disk and the object store is there."""
+        self.settle()
         self._node().flush().wait()
         return {}
 
@@ -127,6 +139,7 @@ class Steps:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
+        self.settle()
         core = self.llm.llm_engine.engine_core.engine_core
         side = core.scheduler.connector._scheduler
         request = Request(
@@ -143,6 +156,7 @@ class Steps:
 
     def counters(self) -> Dict[str, float]:
         """By how much counters grew since this was asked last: the connector's, and preemptions."""
+        self.settle()
         now: Dict[str, float] = {}
         for metric in self.llm.get_metrics():
             if metric.name == "vllm:num_preemptions":
@@ -172,6 +186,7 @@ class Steps:
 
     def tiers(self) -> Dict[str, int]:
         """The node's own counters."""
+        self.settle()
         return dict(self._node().stats())
 
     def _node(self) -> Any:

@@ -26,7 +26,7 @@ from bed.server import BLOCK_TOKENS, MODEL_NAME, Answer, Counted, Engine, EventP
 
 import kvfabric
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -121,13 +121,19 @@ def pair(tiny_model, logs, index) -> Iterator[Pair]:
 def found(pair: Pair, asked: Sequence[int], pod: str, by_tier: Sequence[int]) -> None:
     """Asks the index until it credits the pod with these blocks; it follows at its own pace."""
     connection = kvfabric.Index(pair.index)
-    deadline = time.monotonic() + PATIENCE
-    while True:
+    held: Sequence[int] = ()
+
+    def is_so() -> bool:
+        nonlocal held
         pods = {one.pod: one for one in connection.lookup(asked, model=MODEL_NAME)}
         held = pods[pod].by_tier if pod in pods else (0, 0, 0, 0)
-        if tuple(held) == tuple(by_tier):
-            return
-        assert time.monotonic() < deadline, f"the index says {held} of {pod}, not {by_tier}"
+        return tuple(held) == tuple(by_tier)
+
+    try:
+        # An engine that outlives all tests of the pair.
+        pair.plain.wait_until(is_so, "beside an index that says so", PATIENCE)
+    except AssertionError:
+        raise AssertionError(f"the index says {held} of {pod}, not {by_tier}") from None
 
 
 @contextlib.contextmanager
@@ -135,9 +141,7 @@ def stopped(engine: Engine) -> Iterator[None]:
     """The engine's processes are halted, as by a hypervisor, and go on afterwards if they still
     live.
     """
-    family = engine.child.family()
-    for process in family:
-        process.suspend()
+    family = engine.child.freeze()
     try:
         yield
     finally:
@@ -169,13 +173,13 @@ def test_a_prefill_engine_keeps_blocks_until_they_were_fetched(pair):
     """Long before the time to live is over, its node has let go of a prompt that was fetched, and
     of one that turned out to be of no use.
     """
-    before = pair.pinned()
+    pair.prefill.wait_until(lambda: pair.pinned() == 0, "done with earlier hand-offs")
     for seed, asked in ((103, 103), (104, 105)):
         params = pair.hand_off(seed)
-        pair.prefill.wait_until(lambda: pair.pinned() == before + HANDED, "keeping the blocks")
+        pair.prefill.wait_until(lambda: pair.pinned() == HANDED, "keeping the blocks")
         answer = pair.decode.complete(prompt(asked, TOKENS), kv_transfer_params=params)
         assert answer.tokens == pair.expected(asked)
-        pair.prefill.wait_until(lambda: pair.pinned() == before, "letting go of the blocks")
+        pair.prefill.wait_until(lambda: pair.pinned() == 0, "letting go of the blocks")
 
 
 def test_a_partial_block_is_no_prefix_of_anything_else(pair):
@@ -400,11 +404,12 @@ def test_an_engine_that_is_told_to_end_during_a_fetch_ends(pair):
     children.
     """
     pair.restart_prefill()
-    with contextlib.suppress(OSError, AssertionError), fetch_from_halted(pair, 180):
+    # What the client of the fetch is told does not matter here.
+    with fetch_from_halted(pair, 180):
         family = pair.decode.child.family()
         os.kill(pair.decode.child.pid, signal.SIGTERM)
         gone, alive = psutil.wait_procs(family, timeout=PATIENCE)
-        assert not alive, pair.decode.child.explain("still running after SIGTERM")
+    assert not alive, pair.decode.child.explain("still running after SIGTERM")
     assert pair.decode.child.process.wait(PATIENCE) == 0
     assert pair.prefill.complete(prompt(181, TOKENS)).tokens == pair.expected(181)
 

@@ -17,7 +17,7 @@ from kvfabric.vllm.stats import ConnectorStats
 
 TOKENS, BLOCK_BYTES, BLOCKS = 4, 4096, 6
 IDENTITY = "ab" * 32
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Rank:

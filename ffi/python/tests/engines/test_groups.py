@@ -40,7 +40,7 @@ from kvfabric.vllm.lookup import Lookup, Peers
 from kvfabric.vllm.metadata import Sources
 
 SHAPE = {"block_size": TOKENS, "num_kv_heads": HEADS, "head_size": HEAD, "dtype": torch.bfloat16}
-PATIENCE = 20.0
+PATIENCE = 60.0
 IDENTITY = "ab" * 32
 
 

@@ -17,7 +17,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 def said(logs):
     """What the run said, line by line."""
     env = {**nixl_path.environment(), "KVFABRIC_ENGINES": str(folder.engines())}
-    return single.run(HERE / "sglang_pair.py", logs, env=env)
+    return single.run(HERE / "sglang_pair.py", logs, env=env, cold=True)
 
 
 @pytest.mark.parametrize("case, prepared", [(0, True), (1, False)])

@@ -14,7 +14,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 # Where nothing is installed, the sources of the wheel are used.
 SOURCES = HERE.parents[2] / "nixl" / "src"
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 class Memory:

@@ -312,26 +312,31 @@ def test_no_byte_lands_once_a_transfer_in_flight_could_be_released(one, stopped)
 def test_a_transfer_ends_by_its_deadline(new_agent, new_other):
     """The peer never goes on, so nothing but the deadline can end it."""
     agent = new_agent("one", backends=[])
-    agent.create_backend("UCX", {"deadline": "0.5"})
+    agent.create_backend("UCX", {"deadline": "1"})
     process = new_other(**ONLY_TCP)
     agent.add_remote_agent(process.metadata)
     target = Memory(agent, process.length)
     local = agent.get_xfer_descs([(target.address, target.length, 0)], "DRAM")
     remote = agent.get_xfer_descs([(process.address, target.length, 0)], "DRAM")
     handle = agent.initialize_xfer("READ", local, remote, "other")
-    run(agent, handle)
+
+    def run_in_time():
+        deadline = Deadline()
+        while True:
+            try:
+                return run(agent, handle)
+            # A busy machine needs longer now and then; a transfer that failed may take a while to end.
+            except (bindings.nixlRepostActiveError, bindings.nixlBackendError):
+                deadline.check("no transfer is done in time")
+
+    run_in_time()
     process.stop()
     with pytest.raises(bindings.nixlBackendError) as caught:
         finished(agent, handle, agent.transfer(handle))
     assert isinstance(caught.value.__cause__, kvfabric.DeadlineError)
+    target.array[:] = 99
     process.go()
-    deadline = Deadline()
-    while True:
-        try:
-            run(agent, handle)
-            break
-        except (bindings.nixlRepostActiveError, bindings.nixlBackendError):
-            deadline.check("the transfer cannot be posted again")
+    run_in_time()
     assert (target.array == (np.arange(target.length) % 251)).all()
 
 

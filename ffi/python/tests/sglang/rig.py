@@ -98,8 +98,11 @@ def config(extra: dict, **more: object) -> HiCacheStorageConfig:
 
 
 def backend(host_pool: MHATokenToKVPoolHost, table: dict, *, in_place: bool = True, **more: object):
-    """The backend as SGLang makes and attaches one. The table's least is added."""
-    table = {"host": {"bytes": 64 * PAGE_BYTES}, "weights": "random", **table}
+    """The backend as SGLang makes and attaches one. The table's least is added, and deadlines that
+    do not turn hits into misses on a busy machine.
+    """
+    patient = {f"{what}_deadline_ms": 60_000 for what in ("lookup", "fetch", "store")}
+    table = {"host": {"bytes": 64 * PAGE_BYTES}, "weights": "random", **patient, **table}
     told = config({"interface_v1": int(in_place), "kvfabric": table}, **more)
     made = StorageBackendFactory.create_backend("dynamic", told, host_pool)
     made.register_mem_pool_host(host_pool)

@@ -59,14 +59,14 @@ def pushed_out(storage, keys) -> None:
     """Stores other pages until these have left the memory of the node."""
     node, names = storage._node, [storage._prefix([key], True) for key in keys]
     for number in range(1000):
-        if not any(node.held(name).wait(10.0).depth for name in names):
+        if not any(node.held(name).wait(60.0).depth for name in names):
             return
         other = hashlib.sha256(b"other" + bytes([number % 256])).hexdigest()
         assert storage.batch_set_v1([other], indices(11)) == [True]
     raise AssertionError("the pages stay in memory")
 
 
-def comes_true(holds, seconds: float = 20.0) -> bool:
+def comes_true(holds, seconds: float = 60.0) -> bool:
     """Whether it holds in the end: what the index learns of takes a moment."""
     end = time.monotonic() + seconds
     while not holds():

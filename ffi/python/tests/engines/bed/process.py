@@ -4,37 +4,59 @@ ends.
 
 import collections
 import contextlib
+import itertools
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import time
-from typing import List, Set
+from typing import List, Set, Union
 
 import psutil
 
+from . import folder, warm
+
 LOG_LINES_SHOWN = 60
 STOP_SECONDS = 40.0
-FREEZE_SECONDS = 20.0
+FREEZE_SECONDS = 60.0
+# States of a thread that does nothing any more: stopped, or dead.
+STILL = frozenset("TtZX")
+# Not of those that the system gives to whoever wants any: it could give them away before they are
+# listened on.
+PORTS = range(20_000, 32_000)
+_ports = itertools.chain.from_iterable(
+    itertools.repeat([*PORTS[os.getpid() * 64 % len(PORTS) :], *PORTS])
+)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of 127.0.0.1 that nobody listens on, and that was not asked for before."""
+    for port in itertools.islice(_ports, len(PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Child:
-    """A process in a group of its own, whose output goes to a file."""
+    """A process in a group of its own, whose output goes to a file.
 
-    def __init__(self, command: List[str], env: dict, log: pathlib.Path):
+    `command` are the arguments of the engines' Python. With `cold` it is started by itself, also
+    where others are forked (:func:`bed.warm.forking`).
+    """
+
+    process: Union[subprocess.Popen, warm.Forked]
+
+    def __init__(self, command: List[str], env: dict, log: pathlib.Path, cold: bool = False):
         self.log = log
-        self.command = command
+        forks = None if cold else warm.interpreter()
+        if forks is not None:
+            self.process = forks.fork(command, env, log)
+            return
         with open(log, "ab") as output:
             self.process = subprocess.Popen(
-                command,
+                [folder.python(), *command],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -63,16 +85,26 @@ class Child:
         except psutil.NoSuchProcess:
             return []
 
-    def freeze(self) -> None:
-        """Stops it and its children, and returns once all of their threads stand still: a signal
-        is only on its way when it has been sent."""
+    def spread(self) -> None:
+        """Lets all threads of it and its children run on all cores again, whatever they chose."""
+        cores = os.sched_getaffinity(0)
+        for member in self.family():
+            for thread in pathlib.Path(f"/proc/{member.pid}/task").glob("*"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread.name), cores)
+
+    def freeze(self) -> List[psutil.Process]:
+        """Stops it and its children, and returns them once all of their threads stand still: a
+        signal is only on its way when it has been sent.
+        """
         family = self.family()
         for member in family:
             member.send_signal(signal.SIGSTOP)
         deadline = Deadline(FREEZE_SECONDS)
-        while not all(state == "T" for member in family for state in thread_states(member.pid)):
+        while not all(state in STILL for member in family for state in thread_states(member.pid)):
             assert not deadline.passed(), self.explain("it does not stand still")
             time.sleep(0.01)
+        return family
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         """Asks it to end, waits, then ends what is left of it and its children; returns the exit

@@ -63,7 +63,8 @@ class Engine:
     """A running vLLM OpenAI server. Use it in a ``with``, or call :meth:`stop`.
 
     `kv_transfer` is the engine's ``--kv-transfer-config``; `events` makes it publish KV events;
-    `arguments` and `env` come last, so that they win.
+    `arguments` and `env` come last, so that they win. With `cold` all its processes import vLLM
+    themselves, as a user's do.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class Engine:
         dtype: str = "bfloat16",
         arguments: Sequence[str] = (),
         env: Optional[Mapping[str, str]] = None,
+        cold: bool = False,
     ):
         self.name = name
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.model = model
         self.events = events
-        command = [folder.python(), "-m", "vllm.entrypoints.openai.api_server"]
+        command = ["-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(model), "--served-model-name", MODEL_NAME]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype]
         command += ["--max-model-len", str(max_model_len), "--block-size", str(BLOCK_TOKENS)]
@@ -100,9 +102,8 @@ class Engine:
             command += ["--kv-events-config", json.dumps(events.config())]
         command += list(arguments)
         number = sum(1 for _ in logs.glob(f"{name}*.log"))
-        self.child = Child(
-            command, folder.environment(**(env or {})), logs / f"{name}-{number}.log"
-        )
+        log = logs / f"{name}-{number}.log"
+        self.child = Child(command, folder.environment(**(env or {})), log, cold)
 
     def ready(self, seconds: float = READY_SECONDS) -> "Engine":
         """Waits until it serves; fails with the end of its log if it does not get there."""
@@ -194,9 +195,11 @@ class Engine:
                 raise AssertionError(self.child.explain(f"{self.name} ended, not {what}"))
 
     def reset_prefix_cache(self, *, external: bool = False) -> None:
-        """Empties its own prefix cache; with `external`, also what its connector holds."""
-        path = "/reset_prefix_cache"
-        self.post(path + "?reset_external=true" if external else path, {})
+        """Empties its own prefix cache; with `external`, also what its connector holds. The engine
+        does not while blocks are in use, as of a store that is still under way.
+        """
+        path = "/reset_prefix_cache?reset_external=" + str(external).lower()
+        self.wait_until(lambda: self.post(path, {})["success"], "resetting its cache")
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         """Ends it as an operator would, children included."""

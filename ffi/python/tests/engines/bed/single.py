@@ -18,18 +18,19 @@ def run(
     env: Optional[Mapping[str, str]] = None,
     seconds: float = RUN_SECONDS,
     status: int = 0,
+    cold: bool = False,
 ) -> Sequence[dict]:
     """Runs a Python script on the engines' interpreter, with the engine in the script's own
     process.
 
     The script says what it found as lines that begin with ``RESULT`` and go on in JSON; they are
     returned in order. Any other exit status than `status` fails with the end of the log. The script
-    needs its ``if __name__ == "__main__"``.
+    needs its ``if __name__ == "__main__"``. With `cold` it imports vLLM itself, or does not at all.
     """
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})}
     number = sum(1 for _ in logs.glob(f"{script.stem}*.log"))
     log = logs / f"{script.stem}-{number}.log"
-    child = Child([folder.python(), str(script), *arguments], folder.environment(**own), log)
+    child = Child([str(script), *arguments], folder.environment(**own), log, cold)
     try:
         ended = child.process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
