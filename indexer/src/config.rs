@@ -316,26 +316,15 @@ impl ServerConfig {
             self.bootstrap_deadline_ms,
             1..=DURATION_MS_MAX,
         )?;
-        within("routing_ttl_ms", self.routing_ttl_ms, 1..=DURATION_MS_MAX)?;
-        within(
-            "approximate_ttl_ms",
-            self.approximate_ttl_ms,
-            1..=DURATION_MS_MAX,
-        )?;
+        for (key, value) in [
+            ("routing_ttl_ms", self.routing_ttl_ms),
+            ("approximate_ttl_ms", self.approximate_ttl_ms),
+        ] {
+            within(key, value, 1..=DURATION_MS_MAX)?;
+        }
         let blocks = self.approximate_blocks_max as u64;
         within("approximate_blocks_max", blocks, 1..=1 << 24)?;
-        for peer in &self.bootstrap_peers {
-            let is_address = peer.rsplit_once(':').is_some_and(|(host, port)| {
-                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
-            });
-            if !is_address {
-                return Err(Error::invalid(
-                    "bootstrap_peers",
-                    format!("{peer:?}"),
-                    "HOST:PORT",
-                ));
-            }
-        }
+        self.check_peers()?;
         let lookups = self.lookups_in_flight_max as u64;
         within("lookups_in_flight_max", lookups, 1..=LOOKUPS_MAX as u64)?;
         within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
@@ -350,6 +339,22 @@ impl ServerConfig {
             if !names.insert(crate::wire::source_name(&pod, &source.name)) {
                 let context = format!("{place}: {pod}/{} is there twice", source.name);
                 return Err(Error::new(ErrorKind::Invalid, context));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_peers(&self) -> Result<()> {
+        for peer in &self.bootstrap_peers {
+            let is_address = peer.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
+            });
+            if !is_address {
+                return Err(Error::invalid(
+                    "bootstrap_peers",
+                    format!("{peer:?}"),
+                    "HOST:PORT",
+                ));
             }
         }
         Ok(())
