@@ -128,6 +128,7 @@ pub(crate) fn group_from_wire(wire: &v1::CacheGroup) -> Result<CacheGroup> {
 }
 
 /// The most sources a pod may have: an engine per data-parallel rank, and a node.
+#[cfg(feature = "server")]
 pub(crate) const SOURCES_PER_POD_MAX: usize = 64;
 
 pub(crate) fn registration_to_wire(registration: &Registration) -> v1::RegisterRequest {
