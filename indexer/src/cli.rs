@@ -79,6 +79,9 @@ pub struct Serve {
     /// How long a source may stay disconnected before its entries are dropped, in milliseconds.
     #[arg(long, value_name = "MS")]
     pub source_ttl_ms: Option<u64>,
+    /// What the index may take: a number of bytes, or with KiB, MiB or GiB; `unlimited` for no bound.
+    #[arg(long, value_name = "BYTES")]
+    pub max_bytes: Option<String>,
     /// Where the index keeps a snapshot of itself to begin from after a restart.
     #[arg(long, value_name = "FILE")]
     pub snapshot_path: Option<PathBuf>,
@@ -108,6 +111,7 @@ impl Serve {
                 "source_ttl_ms",
                 self.source_ttl_ms.map(|value| value.to_string()),
             ),
+            ("max_bytes", self.max_bytes.clone()),
             (
                 "snapshot_path",
                 self.snapshot_path

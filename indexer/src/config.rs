@@ -1,5 +1,6 @@
 //! The settings of `kv-indexer`: one TOML file, then `KVFABRIC_INDEXER_*`, then flags; unknown keys are errors.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,8 +17,12 @@ use crate::wire::{
     CacheGroup, GroupRule, SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind,
 };
 
+mod tenants;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use tenants::Tenants;
+pub use tenants::{DEFAULT_TENANT, TENANTS_MAX, TenantConfig};
 
 /// What every environment variable of the indexer starts with; `__` stands for the dot of a nested key.
 pub const ENVIRONMENT_PREFIX: &str = "KVFABRIC_INDEXER";
@@ -57,6 +62,11 @@ pub struct ServerConfig {
     pub lookups_in_flight_max: usize,
     /// Pods that may be registered at once; further ones are refused as busy.
     pub pods_max: usize,
+    /// What all indexes may take together, like `2GiB`, or `unlimited`; absent: half of the memory that the process may
+    /// use.
+    pub max_bytes: Option<String>,
+    /// Who shares the indexer, by name, and how much of `max_bytes` each may have.
+    pub tenants: BTreeMap<String, TenantConfig>,
     /// Where the index keeps a snapshot of itself to begin from after a restart; absent: nowhere.
     pub snapshot_path: Option<PathBuf>,
     /// How often the snapshot is written.
@@ -220,6 +230,8 @@ impl Default for ServerConfig {
             reader_timeout_ms: 30_000,
             lookups_in_flight_max: 4_096,
             pods_max: 8_192,
+            max_bytes: None,
+            tenants: BTreeMap::new(),
             snapshot_path: None,
             snapshot_interval_ms: 60_000,
             bootstrap_peers: Vec::new(),
@@ -330,6 +342,7 @@ impl ServerConfig {
         within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
         self.scheme()?;
         self.weights()?;
+        Tenants::new(self)?;
         self.check_listeners()?;
         let mut names = std::collections::BTreeSet::new();
         for (position, source) in self.sources.iter().enumerate() {

@@ -19,8 +19,12 @@ use crate::score::TIERS;
 
 mod lag;
 mod names;
+mod tenants;
+
+use tenants::TenantMetrics;
 
 pub(crate) use lag::Lag;
+pub(crate) use tenants::TenantHoldings;
 
 type Number = Gauge<u64, AtomicU64>;
 
@@ -41,7 +45,7 @@ struct TierLabel {
 }
 
 /// What the index holds at the moment of a scrape.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Holdings {
     pub(crate) blocks: u64,
     pub(crate) entries: u64,
@@ -51,6 +55,7 @@ pub(crate) struct Holdings {
     pub(crate) sources: u64,
     pub(crate) sources_connected: u64,
     pub(crate) is_serving: bool,
+    pub(crate) tenants: Vec<TenantHoldings>,
 }
 
 /// Every counter of one server.
@@ -71,6 +76,7 @@ pub(crate) struct Metrics {
     events_rejected: Counter,
     publishers_refused: Counter,
     removals_unknown: Counter,
+    removals_evicted: Counter,
     orphans_refused: Counter,
     gaps: Counter,
     replays: Counter,
@@ -92,6 +98,7 @@ pub(crate) struct Metrics {
     snapshot_failures: Counter,
     snapshot_bytes: Number,
     sources_resumed: Counter,
+    tenants: TenantMetrics,
     /// Publisher's timestamp to applied, over live batches.
     pub(crate) lag: Lag,
 }
@@ -122,6 +129,7 @@ impl Metrics {
             events_rejected: Counter::default(),
             publishers_refused: Counter::default(),
             removals_unknown: Counter::default(),
+            removals_evicted: Counter::default(),
             orphans_refused: Counter::default(),
             gaps: Counter::default(),
             replays: Counter::default(),
@@ -143,10 +151,12 @@ impl Metrics {
             snapshot_failures: Counter::default(),
             snapshot_bytes: Number::default(),
             sources_resumed: Counter::default(),
+            tenants: TenantMetrics::default(),
             lag: Lag::new(lag_seconds),
         };
         metrics.register_as_llm_d();
         metrics.register_holdings();
+        metrics.tenants.register(&mut metrics.registry);
         metrics.register_events();
         metrics.register_snapshots();
         metrics.register_calls();
@@ -159,6 +169,7 @@ impl Metrics {
         self.admissions.inc_by(applied.stored.into());
         self.evictions.inc_by(applied.removed.into());
         self.removals_unknown.inc_by(applied.unknown.into());
+        self.removals_evicted.inc_by(applied.evicted_before.into());
         self.orphans_refused.inc_by(applied.refused.into());
     }
 
@@ -278,6 +289,9 @@ impl Metrics {
         self.sources.set(holdings.sources);
         self.sources_connected.set(holdings.sources_connected);
         self.serving.set(holdings.is_serving.into());
+        for tenant in &holdings.tenants {
+            self.evictions.inc_by(self.tenants.show(tenant));
+        }
         let mut text = String::new();
         encode(&mut text, &self.registry).map_err(|error| {
             Error::new(ErrorKind::Internal, "write metrics as text").with_source(error)

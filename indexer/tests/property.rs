@@ -9,7 +9,9 @@ use kvcache_core::{EngineHash, IndexKey, PodName, Tier};
 use kvfabric_indexer::adapter::{
     CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks,
 };
-use kvfabric_indexer::index::{Answer, IndexConfig, KvIndex, Query, SourceId, SourceSpec};
+use kvfabric_indexer::index::{
+    Answer, BYTES_MIN, IndexConfig, KvIndex, Query, SourceId, SourceSpec,
+};
 use kvfabric_indexer::score::TierWeights;
 use proptest::prelude::*;
 
@@ -121,6 +123,10 @@ enum Step {
     RemovePod {
         source: usize,
     },
+    /// The index gives up so many of the least recently used leaves; without a bound none.
+    Evict {
+        blocks: usize,
+    },
     /// Another cache group of the model; must not disturb.
     OtherGroup {
         source: usize,
@@ -151,6 +157,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => source.clone().prop_map(|source| Step::Restart { source }),
         1 => source.clone().prop_map(|source| Step::Replace { source }),
         1 => source.clone().prop_map(|source| Step::RemovePod { source }),
+        3 => (1..20_usize).prop_map(|blocks| Step::Evict { blocks }),
         1 => (source, block()).prop_map(|(source, block)| Step::OtherGroup { source, block }),
     ]
 }
@@ -178,7 +185,7 @@ impl LiteralSource {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Literal {
     sources: BTreeMap<usize, LiteralSource>,
     shared: BTreeSet<Block>,
@@ -229,6 +236,23 @@ impl Literal {
         let literal = self.sources.entry(source).or_default();
         literal.copies.retain(|(_, tier), _| !tiers.contains(tier));
         literal.forget_unheld();
+    }
+
+    /// Blocks that somebody holds, or claims to have stored, at their place.
+    fn placed(&self) -> BTreeSet<Block> {
+        let of_sources = self.sources.values().flat_map(|literal| &literal.placed);
+        of_sources.chain(&self.shared).copied().collect()
+    }
+
+    /// Nobody holds the block any more, and nobody is said to have removed it.
+    fn evict(&mut self, block: Block) {
+        self.shared.remove(&block);
+        for literal in self.sources.values_mut() {
+            if literal.placed.remove(&block) {
+                literal.copies.retain(|(other, _), _| *other != block);
+                literal.told.remove(&block);
+            }
+        }
     }
 
     /// The fastest tier in which a pod holds a block by itself.
@@ -290,6 +314,8 @@ struct Both {
     index: KvIndex,
     ids: Vec<SourceId>,
     literal: Literal,
+    /// The same without evictions.
+    complete: Literal,
     answer: Answer,
 }
 
@@ -330,14 +356,18 @@ fn stored(source: usize, blocks: &[Block], tier: Tier, with_tokens: bool) -> Sto
 }
 
 impl Both {
-    fn new() -> Self {
-        let index = KvIndex::new(IndexConfig {
+    fn new(bytes_max: Option<u64>) -> Self {
+        let config = IndexConfig {
             scheme: IndexScheme::default(),
             model: String::new(),
             block_size: BLOCK_SIZE.try_into().unwrap(),
             weights: TierWeights::default(),
             orphan_blocks_max: 10_000,
-        });
+        };
+        let index = match bytes_max {
+            Some(bytes_max) => KvIndex::bounded(config, bytes_max).unwrap(),
+            None => KvIndex::new(config),
+        };
         let ids = (0..SOURCES.len())
             .map(|source| index.add_source(spec(source)).unwrap())
             .collect();
@@ -345,6 +375,7 @@ impl Both {
             index,
             ids,
             literal: Literal::default(),
+            complete: Literal::default(),
             answer: Answer::default(),
         }
     }
@@ -362,23 +393,13 @@ impl Both {
                 tier,
             } => {
                 let blocks = &last.prompt()[last.depth - count..];
-                self.apply(
-                    source,
-                    SourceEvent::Stored(stored(source, blocks, tier, true)),
-                );
-                self.literal.store(source, blocks, tier, true);
+                self.store(source, blocks, tier, true);
             }
             Step::Mention {
                 source,
                 block,
                 tier,
-            } => {
-                self.apply(
-                    source,
-                    SourceEvent::Stored(stored(source, &[block], tier, false)),
-                );
-                self.literal.store(source, &[block], tier, false);
-            }
+            } => self.store(source, &[block], tier, false),
             Step::Remove {
                 source,
                 block,
@@ -393,16 +414,16 @@ impl Both {
                         group: Some(0),
                     }),
                 );
-                self.literal.remove(source, block, tier);
+                self.read(|literal| literal.remove(source, block, tier));
             }
             Step::Clear { source } => self.clear(source),
             Step::Restart { source } => {
                 self.index.clear_source(self.ids[source]);
-                self.literal.sources.remove(&source);
+                self.forget(source);
             }
             Step::Replace { source } => {
                 self.index.remove_source(self.ids[source]);
-                self.literal.sources.remove(&source);
+                self.forget(source);
                 self.ids[source] = self.index.add_source(spec(source)).unwrap();
             }
             Step::RemovePod { source } => {
@@ -410,10 +431,11 @@ impl Both {
                 self.index.remove_pod(&PodName::new(pod).unwrap());
                 assert_eq!(self.index.pod_entries(&PodName::new(pod).unwrap()), 0);
                 for source in (0..SOURCES.len()).filter(|source| SOURCES[*source].0 == pod) {
-                    self.literal.sources.remove(&source);
+                    self.forget(source);
                     self.ids[source] = self.index.add_source(spec(source)).unwrap();
                 }
             }
+            Step::Evict { blocks } => self.evict(blocks),
             Step::OtherGroup { source, block } if SOURCES[source].2 != SourceKind::Node => {
                 let mut blocks = stored(source, &[block], Tier::Device, true);
                 blocks.group = Some(CacheGroup {
@@ -427,17 +449,80 @@ impl Both {
         }
     }
 
+    fn store(&mut self, source: usize, blocks: &[Block], tier: Tier, with_tokens: bool) {
+        let event = stored(source, blocks, tier, with_tokens);
+        self.apply(source, SourceEvent::Stored(event));
+        self.read(|literal| literal.store(source, blocks, tier, with_tokens));
+    }
+
+    /// Reads an event, with and without evictions.
+    fn read(&mut self, event: impl Fn(&mut Literal)) {
+        event(&mut self.literal);
+        event(&mut self.complete);
+    }
+
+    fn forget(&mut self, source: usize) {
+        self.read(|literal| {
+            literal.sources.remove(&source);
+        });
+    }
+
+    /// The keys of all blocks that anybody holds at their place.
+    fn keys_there(&self) -> BTreeSet<IndexKey> {
+        let shared = self.index.export_shared().into_iter().flatten();
+        let mut keys: BTreeSet<IndexKey> = shared.map(|(key, _)| key).collect();
+        for id in &self.ids {
+            let image = self.index.export(*id).unwrap();
+            let blocks = image.pieces.iter().flat_map(|piece| &piece.blocks);
+            keys.extend(blocks.map(|block| block.key));
+        }
+        keys
+    }
+
+    /// Lets the index choose what to give up; no block must go before one that comes after it.
+    fn evict(&mut self, blocks: usize) {
+        // What a node has put in a shared tier and another one deleted there is in no tier, though nobody told the node.
+        let there = self.keys_there();
+        let mut before = self.literal.placed();
+        before.retain(|block| there.contains(&block.index_key()));
+        let evicted = self.index.evict(blocks);
+        let left = self.keys_there();
+        let (left, gone): (BTreeSet<Block>, BTreeSet<Block>) = before
+            .into_iter()
+            .partition(|block| left.contains(&block.index_key()));
+        if self.index.usage().bytes_max.is_none() {
+            assert_eq!((evicted, gone.len()), (0, 0));
+        } else {
+            assert!(
+                left.is_empty() || evicted >= blocks,
+                "{evicted} of {blocks}"
+            );
+        }
+        for block in &left {
+            let parent = block.parent();
+            assert!(
+                parent.is_none_or(|parent| !gone.contains(&parent)),
+                "{parent:?} went before {block:?}"
+            );
+        }
+        for block in gone {
+            self.literal.evict(block);
+        }
+    }
+
     fn clear(&mut self, source: usize) {
         self.apply(source, SourceEvent::Cleared);
         match SOURCES[source].2 {
             SourceKind::Vllm | SourceKind::VllmFull => {
-                self.literal.clear(source, &[Tier::Device]);
+                self.read(|literal| literal.clear(source, &[Tier::Device]));
             }
             SourceKind::Sglang => {
-                self.literal
-                    .clear(source, &[Tier::Device, Tier::Host, Tier::Disk]);
+                let tiers = [Tier::Device, Tier::Host, Tier::Disk];
+                self.read(|literal| literal.clear(source, &tiers));
             }
-            SourceKind::Node | SourceKind::Approximate => self.literal.clear(source, &Tier::ALL),
+            SourceKind::Node | SourceKind::Approximate => {
+                self.read(|literal| literal.clear(source, &Tier::ALL))
+            }
         }
     }
 
@@ -459,6 +544,12 @@ impl Both {
                     .lookup(&keys, &Query::default(), &mut self.answer);
                 assert_eq!(self.found(), wanted, "{prompt:?}");
                 assert_eq!(self.answer.shared_depth, shared);
+                // Of shared tiers nothing is compared: who has lost its name for a block cannot delete it for others.
+                let (complete, _) = self.complete.depths(&prompt);
+                for (pod, depth, _) in &wanted {
+                    let is_in = |(other, most, _): &(String, u32, _)| other == pod && depth <= most;
+                    assert!(complete.iter().any(is_in), "{pod} does not hold {depth}");
+                }
                 for pod in &self.answer.pods {
                     assert_eq!(pod.score, TierWeights::default().score(&pod.by_tier));
                 }
@@ -506,7 +597,7 @@ proptest! {
     fn every_lookup_is_what_a_literal_reading_of_the_events_says(
         steps in proptest::collection::vec(step(), 1..400),
     ) {
-        let mut both = Both::new();
+        let mut both = Both::new(None);
         for (position, step) in steps.iter().enumerate() {
             both.step(step);
             if position % 10 == 9 {
@@ -522,10 +613,33 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// The same histories with evictions in between: each is of leaves, and what is left is answered as before, which is
+    /// never more than the events say.
+    #[test]
+    fn evicted_blocks_are_leaves_and_what_is_left_is_answered_exactly(
+        steps in proptest::collection::vec(step(), 1..400),
+    ) {
+        let mut both = Both::new(Some(BYTES_MIN));
+        for (position, step) in steps.iter().enumerate() {
+            both.step(step);
+            if position % 10 == 9 {
+                both.check();
+            }
+        }
+        both.check();
+        both.evict(usize::MAX);
+        both.check();
+        prop_assert_eq!((both.index.entries(), both.index.blocks()), (0, 0));
+    }
+}
+
 /// A source is registered with the sizes of its blocks, and its events may contradict that.
 #[test]
 fn another_block_size_is_refused_with_both_sizes_named() {
-    let both = Both::new();
+    let both = Both::new(None);
     let mut other = spec(0);
     (other.name, other.block_size) = ("other".to_owned(), 6);
     let refusal = both.index.add_source(other).unwrap_err().to_string();

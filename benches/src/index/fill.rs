@@ -52,14 +52,30 @@ pub(super) fn pod_name(worker: u32) -> Result<PodName> {
 impl Filled {
     /// An empty index.
     pub(super) fn new(workload: &Workload, origin: Origin) -> Result<Self> {
+        Self::bounded(workload, origin, None)
+    }
+
+    /// An empty index that takes at most so many bytes.
+    ///
+    /// # Errors
+    /// `Invalid` when they are too few for any index.
+    pub(super) fn bounded(
+        workload: &Workload,
+        origin: Origin,
+        bytes_max: Option<u64>,
+    ) -> Result<Self> {
         assert!(workload.pairs() > 0, "every workload has blocks");
-        let index = KvIndex::new(IndexConfig {
+        let config = IndexConfig {
             scheme: IndexScheme::default(),
             model: String::new(),
             block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
             weights: TierWeights::default(),
             orphan_blocks_max: ORPHAN_BLOCKS_MAX,
-        });
+        };
+        let index = match bytes_max {
+            Some(bytes_max) => KvIndex::bounded(config, bytes_max)?,
+            None => KvIndex::new(config),
+        };
         let kind = match origin {
             Origin::Node => SourceKind::Node,
             Origin::Engine => SourceKind::Vllm,

@@ -11,6 +11,7 @@ use crate::report::{Case, OURS, Row};
 use crate::statistics::Samples;
 use crate::stop::Stop;
 
+use super::bounded;
 use super::fill::{Filled, Meter};
 use super::workload::{EVENT_BLOCKS, Workload};
 use super::{Origin, wrong};
@@ -31,13 +32,21 @@ pub(crate) struct MemoryArgs {
     replicas: u32,
     #[arg(long, value_enum)]
     origin: Origin,
+    /// Measures eviction instead: the index takes at most so much.
+    #[arg(long)]
+    bytes_max: Option<u64>,
 }
 
 /// Runs the process and takes its rows.
 ///
 /// # Errors
 /// `Io` when it cannot be started, `Internal` with what it said when it failed.
-pub(super) fn run(sequences: u32, replicas: u32, origin: Origin) -> Result<Vec<Row>> {
+pub(super) fn run(
+    sequences: u32,
+    replicas: u32,
+    origin: Origin,
+    bytes_max: Option<u64>,
+) -> Result<Vec<Row>> {
     let failed = |error| Error::io("start the memory process", error);
     let origin = match origin {
         Origin::Node => "node",
@@ -48,6 +57,7 @@ pub(super) fn run(sequences: u32, replicas: u32, origin: Origin) -> Result<Vec<R
         .args(["--sequences", &sequences.to_string()])
         .args(["--replicas", &replicas.to_string()])
         .args(["--origin", origin])
+        .args(bytes_max.map(|bytes| format!("--bytes-max={bytes}")))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -68,6 +78,9 @@ pub(super) fn run(sequences: u32, replicas: u32, origin: Origin) -> Result<Vec<R
 /// `Internal` when the index does not hold what it must, or holds anything at the end.
 pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
     let workload = Workload::new(args.sequences, args.replicas, EVENT_BLOCKS);
+    if let Some(bytes_max) = args.bytes_max {
+        return print_rows(&bounded::measure(&workload, args.origin, bytes_max)?);
+    }
     let pairs = workload.pairs() as f64;
     let base = resident_bytes();
     let filled = Filled::new(&workload, args.origin)?;
@@ -85,6 +98,10 @@ pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
     rows.extend(case.single("bytes_per_pair", "bytes", grown / pairs));
     let own = filled.index.bytes() as f64;
     rows.extend(case.single("index_bytes_per_pair", "bytes", own / pairs));
+    for (part, bytes) in filled.index.parts().named() {
+        let metric = format!("{part}_bytes_per_pair");
+        rows.extend(case.single(&metric, "bytes", bytes as f64 / pairs));
+    }
     rows.extend(case.single("pairs", "pairs", pairs));
     rows.extend(case.single("blocks", "blocks", filled.index.blocks() as f64));
     let mut times = Samples::default();
@@ -116,7 +133,11 @@ pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
         rows.extend(after.single("rss_ratio", "ratio", left / grown));
         rows.extend(after.single("index_bytes", "bytes", filled.index.bytes() as f64));
     }
-    print(&serde_json::to_string(&rows).map_err(|error| wrong(error.to_string()))?);
+    print_rows(&rows)
+}
+
+fn print_rows(rows: &[Row]) -> Result<()> {
+    print(&serde_json::to_string(rows).map_err(|error| wrong(error.to_string()))?);
     Ok(())
 }
 

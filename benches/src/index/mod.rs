@@ -1,5 +1,6 @@
 //! `kv-bench index`: fills and asks the index with a fixed workload.
 
+mod bounded;
 mod fill;
 mod grpc;
 mod lookup;
@@ -46,6 +47,9 @@ pub(crate) struct IndexArgs {
     /// The program of `benches/compare`: the rivals it knows are measured beside ours.
     #[arg(long)]
     rivals: Option<PathBuf>,
+    /// Only measure memory: by part, beside the resident size, and with a bound of a quarter of what all would take.
+    #[arg(long, conflicts_with_all = ["rivals", "grpc"])]
+    memory: bool,
     /// Also ask over gRPC, beside an empty lookup as the floor.
     #[arg(long)]
     grpc: bool,
@@ -78,6 +82,9 @@ impl IndexArgs {
 /// `Internal` when the index does not hold or find what it must; `Io` when the memory process cannot be run.
 pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
     let sequences = args.sequences();
+    if args.memory {
+        return measure_memory_only(sequences, args.origin, recorder);
+    }
     let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
     let repeats = u64::from(args.repeats);
     recorder.expect_steps(2 * repeats + lookup::STEPS + memory::STEPS + u64::from(args.grpc));
@@ -91,13 +98,7 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
     if let Some(filled) = filled {
         lookup::measure(&workload, &filled, args.lookups, recorder)?;
     }
-    for replicas in memory::REPLICAS {
-        if !recorder.stop().is_set() {
-            recorder.say(format!("memory-r{replicas}"));
-            recorder.extend(memory::run(sequences, replicas, args.origin)?);
-        }
-        recorder.step();
-    }
+    measure_memory_of(sequences, args.origin, recorder)?;
     if let Some(program) = rivals {
         rivals::measure(&program, sequences, args.lookups, recorder)?;
     }
@@ -106,6 +107,30 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
         grpc::measure(args.lookups, recorder)?;
         recorder.step();
     }
+    Ok(())
+}
+
+fn measure_memory_of(sequences: u32, origin: Origin, recorder: &mut Recorder) -> Result<()> {
+    for replicas in memory::REPLICAS {
+        if !recorder.stop().is_set() {
+            recorder.say(format!("memory-r{replicas}"));
+            recorder.extend(memory::run(sequences, replicas, origin, None)?);
+        }
+        recorder.step();
+    }
+    Ok(())
+}
+
+/// Memory alone, and then with a bound that has room for a quarter.
+fn measure_memory_only(sequences: u32, origin: Origin, recorder: &mut Recorder) -> Result<()> {
+    recorder.expect_steps(memory::STEPS + 1);
+    measure_memory_of(sequences, origin, recorder)?;
+    if !recorder.stop().is_set() {
+        recorder.say("memory-bounded");
+        let bytes_max = bounded::quarter_of(&Workload::new(sequences, 1, EVENT_BLOCKS));
+        recorder.extend(memory::run(sequences, 1, origin, Some(bytes_max))?);
+    }
+    recorder.step();
     Ok(())
 }
 

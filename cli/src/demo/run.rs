@@ -200,6 +200,7 @@ impl Run {
             let waited_for: Vec<String> = min_position.iter().map(|p| p.source.clone()).collect();
             let start = Instant::now();
             let asked = LookupRequest {
+                tenant: String::new(),
                 model: self.cluster.model().to_owned(),
                 lora: String::new(),
                 cache_salt: String::new(),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use kvcache_core::ports::Position;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
+use kvfabric_proto::v1;
 use serde_json::json;
 
 use super::print_line;
@@ -44,6 +45,9 @@ impl Target {
 pub struct Query {
     #[command(flatten)]
     target: Target,
+    /// Whose entries to look at; not needed for the default tenant, nor where the model says it.
+    #[arg(long, default_value = "")]
+    tenant: String,
     /// The model as the pods registered it; not needed when there is only one.
     #[arg(long, default_value = "")]
     model: String,
@@ -89,6 +93,7 @@ impl Query {
         };
         let mut request = LookupRequest::new(self.model, prompt);
         (request.lora, request.cache_salt) = (self.lora, self.cache_salt);
+        request.tenant = self.tenant;
         (request.pods_max, request.pods) = (self.pods_max, self.pods);
         let options = LookupOptions {
             ranking: if self.by_score {
@@ -305,6 +310,7 @@ impl Pods {
                     "block_size": status.block_size,
                     "blocks": status.blocks,
                     "entries": status.entries,
+                    "tenants": status.tenants.iter().map(tenant_json).collect::<Vec<_>>(),
                     "pods": pods,
                 })
                 .to_string(),
@@ -318,6 +324,9 @@ impl Pods {
             status.key_scheme,
             status.block_size
         ))?;
+        for tenant in &status.tenants {
+            print_line(&tenant_line(tenant))?;
+        }
         for pod in &status.pods {
             print_line(&format!("{:<24} entries {}", pod.pod, pod.entries))?;
             for source in &pod.sources {
@@ -339,4 +348,42 @@ impl Pods {
         }
         Ok(())
     }
+}
+
+fn tiers(tenant: &v1::TenantStatus) -> impl Iterator<Item = (&'static str, &v1::TierUsage)> {
+    // Tiers are numbered from 1 on the wire, in the order of `Tier::ALL`; numbers of a later version are passed over.
+    tenant.tiers.iter().filter_map(|used| {
+        let place = usize::try_from(used.tier).ok()?.checked_sub(1)?;
+        Some((Tier::ALL.get(place)?.name(), used))
+    })
+}
+
+fn tenant_json(tenant: &v1::TenantStatus) -> serde_json::Value {
+    let by_tier = tiers(tenant).map(|(tier, used)| {
+        let counts = json!({ "entries": used.entries, "evicted": used.evicted });
+        (tier.to_owned(), counts)
+    });
+    json!({
+        "tenant": tenant.tenant,
+        "bytes": tenant.bytes,
+        "bytes_max": tenant.bytes_max,
+        "blocks_evicted": tenant.blocks_evicted,
+        "tiers": by_tier.collect::<serde_json::Map<_, _>>(),
+    })
+}
+
+fn tenant_line(tenant: &v1::TenantStatus) -> String {
+    let most = tenant
+        .bytes_max
+        .map_or_else(String::new, |most| format!(" of {most}"));
+    let by_tier: Vec<String> = tiers(tenant)
+        .filter(|(_, used)| used.entries + used.evicted > 0)
+        .map(|(tier, used)| format!("{tier} {} (evicted {})", used.entries, used.evicted))
+        .collect();
+    format!(
+        "tenant {:<17} bytes {}{most}, entries: {}",
+        tenant.tenant,
+        tenant.bytes,
+        by_tier.join(", ")
+    )
 }

@@ -108,8 +108,11 @@ impl Printer {
                 Ok(())
             }
             Step::Image(image) => self.print_image(&image),
-            Step::Shared { model } => {
+            Step::Shared { tenant, mut model } => {
                 self.print_source()?;
+                if !tenant.is_empty() {
+                    model.push_str(&format!(" of tenant {tenant}"));
+                }
                 self.shared = Some((model, 0));
                 Ok(())
             }

@@ -64,6 +64,9 @@ pub enum Prompt {
 /// One question to the index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LookupRequest {
+    /// Whose entries to look at, by the name in the indexer's configuration; empty: the tenant that has the model, or the
+    /// default one.
+    pub tenant: String,
     /// The model as registered; empty when the index serves only one.
     pub model: String,
     /// The adapter; empty for none.
@@ -87,6 +90,7 @@ impl LookupRequest {
     #[must_use]
     pub fn new(model: impl Into<String>, prompt: Prompt) -> Self {
         Self {
+            tenant: String::new(),
             model: model.into(),
             lora: String::new(),
             cache_salt: String::new(),
@@ -111,6 +115,7 @@ impl LookupRequest {
             }),
         };
         v1::LookupRequest {
+            tenant: self.tenant,
             model: self.model,
             lora: self.lora,
             cache_salt: self.cache_salt,
@@ -261,6 +266,7 @@ impl IndexClient {
         let question = request.into_wire(LookupOptions::default());
         let ttl = ttl.map_or(0, |ttl| u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX));
         let decision = v1::RecordRoutingRequest {
+            tenant: question.tenant,
             model: question.model,
             lora: question.lora,
             cache_salt: question.cache_salt,

@@ -103,3 +103,80 @@ fn without_any_setting_the_index_listens_on_loopback() {
     assert_eq!(config, ServerConfig::default());
     assert!(config.grpc_listen.ip().is_loopback());
 }
+
+/// No size, none at all, an unknown unit, shares that exceed the whole, nothing left for the rest, names that are none,
+/// and what two tenants claim.
+#[test]
+fn bytes_and_tenants_that_make_no_sense_are_refused_by_name() {
+    for (text, named) in [
+        ("max_bytes = \"0\"", "max_bytes is \"0\""),
+        ("max_bytes = \"12x\"", "max_bytes is \"12x\""),
+        ("max_bytes = \"much\"", "max_bytes is \"much\""),
+        ("max_bytes = \"99999999TiB\"", "99999999TiB"),
+        (
+            "max_bytes = \"64MiB\"\n[tenants.a]\nmax_bytes = \"1 PiB\"",
+            "tenants.a.max_bytes is \"1 PiB\"",
+        ),
+        (
+            "max_bytes = \"64MiB\"\n[tenants.a]\nmax_bytes = \"65MiB\"",
+            "68157440",
+        ),
+        (
+            "max_bytes = \"64MiB\"\n[tenants.a]\nmax_bytes = \"60MiB\"",
+            "leaves 4194304",
+        ),
+        ("[tenants.\"a b\"]\npods = [\"p\"]", "\"a b\""),
+        ("[tenants.a]\npods = [\"\"]", "tenants.a.pods"),
+        (
+            "[tenants.default]\nmodels = [\"m\"]",
+            "tenants.default.models",
+        ),
+        (
+            "[tenants.a]\nmodels = [\"m\"]\n[tenants.b]\nmodels = [\"m\"]",
+            "tenants.b.models: \"m\"",
+        ),
+        ("[tenants.a]\nbites = 1", "bites"),
+    ] {
+        let file = file(text);
+        let error = ServerConfig::load_with(Some(file.path()), environment(&[]), &[]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.to_string().contains(named), "{text}: {error}");
+    }
+    let many: String = (0..TENANTS_MAX)
+        .map(|tenant| format!("[tenants.t{tenant}]\n"))
+        .collect();
+    let file = file(&many);
+    let error = ServerConfig::load_with(Some(file.path()), environment(&[]), &[]).unwrap_err();
+    assert!(error.to_string().contains("tenants is 65"), "{error}");
+}
+
+/// A whole with one share given by name, in a unit and as a number; pods by the longest beginning, then by model.
+#[test]
+fn tenants_have_the_shares_pods_and_models_that_they_are_given() {
+    let text = "max_bytes = \"1GiB\"\n\
+        [tenants.a]\nmax_bytes = 268435456\npods = [\"a-\"]\nmodels = [\"m\"]\n\
+        [tenants.b]\npods = [\"a-b-\"]";
+    let file = file(text);
+    let config = ServerConfig::load_with(Some(file.path()), environment(&[]), &[]).unwrap();
+    let tenants = Tenants::new(&config).unwrap();
+    let shares: Vec<_> = tenants
+        .all()
+        .iter()
+        .map(|tenant| (tenant.name.as_str(), tenant.bytes_max.unwrap() >> 20))
+        .collect();
+    assert_eq!(shares, [("default", 384), ("a", 256), ("b", 384)]);
+    let of = |pod: &str, model: &str| tenants.of_pod(&PodName::new(pod).unwrap(), model);
+    assert_eq!(
+        (of("x", ""), of("x", "m"), of("a-1", "n"), of("a-b-1", "m")),
+        (0, 1, 1, 2)
+    );
+    assert_eq!(tenants.of_question("", "m").unwrap(), 1);
+    assert_eq!(tenants.of_question("b", "m").unwrap(), 2);
+    assert_eq!(tenants.of_question("default", "m").unwrap(), 0);
+    let unlimited = ServerConfig {
+        max_bytes: Some("unlimited".to_owned()),
+        ..ServerConfig::default()
+    };
+    let unlimited = Tenants::new(&unlimited).unwrap();
+    assert_eq!(unlimited.all()[0].bytes_max, None);
+}

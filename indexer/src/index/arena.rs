@@ -4,12 +4,15 @@
 //! needs the arena for itself.
 
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicUsize;
 
 use crate::sync::{AtomicU32, CHUNK_BITS, CHUNKS_BITS, Ordering};
 
 /// A growing row of elements in chunks that never move.
 pub(super) struct Chunks<T> {
     chunks: Box<[OnceLock<Box<[T]>>]>,
+    /// What the chunks that are there take: only the writer adds, so that it need not count them.
+    bytes: AtomicUsize,
 }
 
 impl<T: Default> Chunks<T> {
@@ -17,6 +20,7 @@ impl<T: Default> Chunks<T> {
     pub(super) fn new(chunks_max: usize) -> Self {
         Self {
             chunks: (0..chunks_max).map(|_| OnceLock::new()).collect(),
+            bytes: AtomicUsize::new(0),
         }
     }
 
@@ -30,23 +34,28 @@ impl<T: Default> Chunks<T> {
 
     /// Makes sure that a chunk is there; returns how many elements it has.
     pub(super) fn ensure(&self, chunk: usize, elements: usize) -> usize {
-        let made = self.chunks[chunk].get_or_init(|| (0..elements).map(|_| T::default()).collect());
+        let made = self.chunks[chunk].get_or_init(|| {
+            let bytes = elements * size_of::<T>();
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            (0..elements).map(|_| T::default()).collect()
+        });
         made.len()
     }
 
     /// Takes a chunk away; what refers to it must be gone.
     pub(super) fn take(&mut self, chunk: usize) {
-        self.chunks[chunk].take();
+        if let Some(taken) = self.chunks[chunk].take() {
+            *self.bytes.get_mut() -= taken.len() * size_of::<T>();
+        }
+    }
+
+    /// How many elements there are.
+    pub(super) fn elements(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed) / size_of::<T>()
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let elements: usize = self
-            .chunks
-            .iter()
-            .filter_map(|chunk| chunk.get())
-            .map(|elements| elements.len())
-            .sum();
-        elements * size_of::<T>() + self.chunks.len() * size_of::<OnceLock<Box<[T]>>>()
+        self.bytes.load(Ordering::Relaxed) + self.chunks.len() * size_of::<OnceLock<Box<[T]>>>()
     }
 }
 

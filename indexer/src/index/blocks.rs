@@ -76,7 +76,15 @@ pub(super) struct Segments {
     /// Segments that were ever given out.
     end: u32,
     used: u32,
+    /// Chunks that are there.
+    there: u32,
+    /// Whether segments are free whose chunk is gone.
+    has_gone: bool,
 }
+
+/// What the columns take a chunk.
+const CHUNK_BYTES: usize =
+    CHUNK_BLOCKS as usize * size_of::<u64>() * 2 + SEGMENTS_PER_CHUNK as usize * size_of::<Owner>();
 
 impl Segments {
     /// Whether so many more segments can be had.
@@ -95,6 +103,7 @@ impl Segments {
             self.chunks.resize_with(number + 1, || None);
         }
         keys.0.ensure(number, CHUNK_BLOCKS as usize);
+        self.there += u32::from(self.chunks[number].is_none());
         let chunk = self.chunks[number].get_or_insert_with(|| WriterChunk {
             names: vec![0; CHUNK_BLOCKS as usize].into(),
             owners: vec![Owner::default(); SEGMENTS_PER_CHUNK as usize].into(),
@@ -171,14 +180,13 @@ impl Segments {
 
     /// Whether giving empty chunks back is worth it.
     pub(super) fn has_empty_chunks(&self) -> bool {
-        let there = self.chunks.iter().flatten().count();
         let in_use = self
             .chunks
             .iter()
             .flatten()
             .filter(|chunk| chunk.used > 0)
             .count();
-        in_use < there
+        in_use < self.there as usize
     }
 
     /// Gives chunks back in which no segment is used.
@@ -187,6 +195,7 @@ impl Segments {
         for (number, chunk) in self.chunks.iter_mut().enumerate() {
             if chunk.as_ref().is_some_and(|chunk| chunk.used == 0) {
                 *chunk = None;
+                self.there -= 1;
                 keys.0.take(number);
                 is_gone[number] = true;
             }
@@ -195,20 +204,33 @@ impl Segments {
         if self.used == 0 {
             self.free = Vec::new();
             self.end = 0;
+            self.has_gone = false;
         } else {
             let (kept, gone): (Vec<u32>, Vec<u32>) = std::mem::take(&mut self.free)
                 .into_iter()
                 .partition(|segment| !is_gone[(segment / SEGMENTS_PER_CHUNK) as usize]);
             // Those that are there are taken first.
+            self.has_gone = !gone.is_empty();
             self.free = gone;
             self.free.extend(kept);
         }
     }
 
+    /// How many bytes more both columns take when so many more segments are given out, at most.
+    pub(super) fn growth(&self, segments: usize) -> usize {
+        let mut left = self.there * SEGMENTS_PER_CHUNK - self.used;
+        if self.has_gone {
+            // Those whose chunk is gone come before those that were never given out.
+            left -= (SEGMENTS_PER_CHUNK - self.end % SEGMENTS_PER_CHUNK).min(left);
+        }
+        let lacking = segments.saturating_sub(left as usize);
+        lacking.div_ceil(SEGMENTS_PER_CHUNK as usize) * CHUNK_BYTES
+    }
+
     pub(super) fn bytes(&self) -> usize {
         let of_chunk = CHUNK_BLOCKS as usize * size_of::<u64>()
             + SEGMENTS_PER_CHUNK as usize * size_of::<Owner>();
-        self.chunks.iter().flatten().count() * of_chunk + self.free.capacity() * size_of::<u32>()
+        self.there as usize * of_chunk + self.free.capacity() * size_of::<u32>()
     }
 }
 

@@ -58,6 +58,8 @@ pub struct Applied {
     pub refused: u32,
     /// Removals of blocks of which the source has no copy.
     pub unknown: u32,
+    /// Removals of blocks that were evicted before: nothing is left to remove, and nothing is wrong.
+    pub evicted_before: u32,
     /// Blocks of cache groups that the index does not follow.
     pub ignored: u32,
 }

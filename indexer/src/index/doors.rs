@@ -103,7 +103,7 @@ impl Doors {
 
     /// The same entries with room for so many.
     fn resized(&self, entries: usize) -> Self {
-        let slots = (entries * 8 / 5 + 1).next_power_of_two().max(SLOTS_MIN);
+        let slots = slots_for(entries);
         let other = Self {
             hash: self.hash,
             slots: (0..slots).map(|_| Slot::default()).collect(),
@@ -133,6 +133,11 @@ impl Doors {
     }
 }
 
+const fn slots_for(entries: usize) -> usize {
+    let slots = (entries * 8 / 5 + 1).next_power_of_two();
+    if slots < SLOTS_MIN { SLOTS_MIN } else { slots }
+}
+
 /// How many entries there are; only the writer has it.
 ///
 /// The count is beside the table, which the writer shares with readers.
@@ -151,6 +156,11 @@ impl DoorCount {
 
     pub(super) fn is_sparse(&self, doors: &Doors) -> bool {
         doors.slots.len() > SLOTS_MIN && self.used * 16 < doors.slots.len()
+    }
+
+    /// What such a table takes.
+    pub(super) const fn bytes_with(&self, more: usize) -> usize {
+        slots_for(self.used + more) * size_of::<Slot>()
     }
 
     /// A table for these entries and so many more.

@@ -86,6 +86,13 @@ pub struct ImageContent {
     pub identifiers: Vec<String>,
 }
 
+impl ImageNamespace {
+    pub(super) fn text_bytes(&self) -> usize {
+        let texts = [&self.lora, &self.cache_salt].into_iter().flatten();
+        texts.map(String::len).sum()
+    }
+}
+
 impl ImagePiece {
     /// # Errors
     /// `Invalid` naming what exceeds a bound or points nowhere.
@@ -308,6 +315,7 @@ impl KvIndex {
     pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
         piece.check(self.config.block_size)?;
         let mut state = lock(&self.state);
+        self.admit_import(&mut state, piece.blocks.len() + piece.orphans.len())?;
         let State {
             writer, sources, ..
         } = &mut *state;
@@ -318,6 +326,8 @@ impl KvIndex {
         writer.tree.index_keys(&view.tree);
         let applied = source.take_up(writer, &view.tree, piece);
         Self::finish(writer, &view);
+        drop(view);
+        self.settle(&mut state, Some(id));
         Ok(applied)
     }
 
@@ -337,6 +347,7 @@ impl KvIndex {
     /// [`kvcache_core::ErrorKind::Busy`] when the index is full.
     pub fn import_shared(&self, blocks: &[(IndexKey, Tier)]) -> Result<Applied> {
         let mut state = lock(&self.state);
+        self.admit_import(&mut state, blocks.len())?;
         let State { writer, .. } = &mut *state;
         let view = self.make_room(writer, read(&self.view), blocks.len())?;
         writer.tree.index_keys(&view.tree);
@@ -346,6 +357,8 @@ impl KvIndex {
             .map(|(key, _)| *key);
         let applied = writer.share_keys(&view.tree, shared);
         Self::finish(writer, &view);
+        drop(view);
+        self.settle(&mut state, None);
         Ok(applied)
     }
 }

@@ -149,6 +149,9 @@ impl Depths {
                 return Err(Torn);
             }
         }
+        for &(run, _) in &self.read {
+            view.tree.recency.touch(run);
+        }
         Ok(())
     }
 

@@ -13,18 +13,23 @@
 
 mod arena;
 mod blocks;
+mod budget;
 mod compose;
 mod config;
+mod counts;
 mod doors;
 mod expected;
 mod groups;
 mod hash;
 mod image;
+mod leaves;
 mod lookup;
 mod meaning;
 mod names;
 mod orphans;
+mod parts;
 mod pods;
+mod recency;
 mod roots;
 mod runs;
 mod sets;
@@ -40,7 +45,9 @@ use std::sync::PoisonError;
 use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
+use self::budget::Budget;
 use self::expected::Expected;
+use self::hash::KeyState;
 use self::lookup::Torn;
 use self::pods::Pods;
 use self::roots::Keys;
@@ -52,6 +59,7 @@ use crate::sync::{
     spin_loop,
 };
 
+pub use budget::{BYTES_MIN, Usage};
 pub use compose::{GroupDepth, PartDepth};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
 pub use expected::{EXPECTED_BLOCKS_MAX, Expectation, Recorded};
@@ -60,6 +68,7 @@ pub use image::{
     SourceImage,
 };
 pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
+pub use parts::Parts;
 pub use pods::PodNumber;
 
 /// How long it waits for an event to end before it tries again, in turns of a loop.
@@ -76,9 +85,11 @@ struct View {
 /// What only the one writer reads.
 struct State {
     writer: Writer,
-    sources: HashMap<SourceId, Source>,
+    sources: HashMap<SourceId, Source, KeyState>,
     by_pod: BTreeMap<PodName, Vec<SourceId>>,
     last: u64,
+    /// None when the index may grow as it likes.
+    budget: Option<Budget>,
 }
 
 /// Which pods hold a prefix, how deep, in which tier; shared by all threads.
@@ -110,9 +121,14 @@ fn gone(id: SourceId) -> Error {
 }
 
 impl KvIndex {
-    /// An index without sources.
+    /// An index without sources that takes as much memory as what it is told needs.
     #[must_use]
     pub fn new(config: IndexConfig) -> Self {
+        Self::with_budget(config, None)
+    }
+
+    fn with_budget(config: IndexConfig, budget: Option<Budget>) -> Self {
+        let is_bounded = budget.is_some();
         let keys = Keys {
             scheme: config.scheme.clone(),
             model: config.model.clone(),
@@ -121,14 +137,15 @@ impl KvIndex {
         Self {
             config,
             state: Mutex::new(State {
-                writer: Writer::new(keys),
-                sources: HashMap::new(),
+                writer: Writer::new(keys, is_bounded),
+                sources: HashMap::default(),
                 by_pod: BTreeMap::new(),
                 last: 0,
+                budget,
             }),
             expected: Expected::new(),
             view: RwLock::new(View {
-                tree: Shared::new(),
+                tree: Shared::new(is_bounded),
                 pods: Pods::new(),
                 shared_blocks: AtomicU64::new(0),
             }),
@@ -165,11 +182,13 @@ impl KvIndex {
             ));
         }
         let mut state = lock(&self.state);
+        self.admit_source(&mut state, &spec)?;
         let State {
             writer,
             sources,
             by_pod,
             last,
+            budget,
         } = &mut *state;
         if sources.len() >= SOURCES_MAX {
             return Err(Error::new(
@@ -198,7 +217,11 @@ impl KvIndex {
         let pod = spec.pod.clone();
         let orphans_max = self.config.orphan_blocks_max;
         sources.insert(id, Source::new(spec, number, stride, orphans_max));
+        if let Some(budget) = budget {
+            budget.by_number.insert(number, id);
+        }
         self.compose_pod(&state, &pod);
+        self.settle(&mut state, Some(id));
         Ok(id)
     }
 
@@ -215,14 +238,21 @@ impl KvIndex {
         {
             self.learn(&mut state, id, blocks)?;
         }
+        self.admit_event(&mut state, id, event)?;
+        let applied = self.apply_to(&mut state, id, event);
+        self.settle(&mut state, Some(id));
+        applied
+    }
+
+    fn apply_to(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let State {
             writer, sources, ..
-        } = &mut *state;
+        } = state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
         let is_awaited = self.expected.of_pod(&source.spec.pod);
         writer.noted = is_awaited.then(Vec::new);
         let mut view = read(&self.view);
-        let applied = match event {
+        let mut applied = match event {
             SourceEvent::Stored(blocks) => {
                 let most = blocks.hashes.len() + source.orphans.len();
                 view = self.make_room(writer, view, most)?;
@@ -236,6 +266,8 @@ impl KvIndex {
                 Applied::default()
             }
         };
+        applied.evicted_before = source.withdraw_evicted(applied.unknown);
+        applied.unknown -= applied.evicted_before;
         Self::finish(writer, &view);
         drop(view);
         if let Some(noted) = writer.noted.take() {
@@ -295,6 +327,7 @@ impl KvIndex {
         let pod = source.spec.pod.clone();
         self.expected.forget(&pod);
         self.compose_pod(&state, &pod);
+        self.settle(&mut state, Some(id));
     }
 
     /// Removes a source with its entries; lookups stop seeing them at once.
@@ -306,6 +339,7 @@ impl KvIndex {
             writer,
             sources,
             by_pod,
+            budget,
             ..
         } = &mut *state;
         let Some(mut source) = sources.remove(&id) else {
@@ -319,6 +353,9 @@ impl KvIndex {
         }
         self.forget(writer, &mut source);
         write(&self.view).pods.remove(source.number);
+        if let Some(budget) = budget {
+            budget.remove_source(&source);
+        }
         if source.spec.kind == SourceKind::Node
             && !sources
                 .values()
@@ -329,6 +366,7 @@ impl KvIndex {
         self.trim(writer);
         self.expected.forget(&source.spec.pod);
         self.compose_pod(&state, &source.spec.pod);
+        self.settle(&mut state, None);
     }
 
     fn forget(&self, writer: &mut Writer, source: &mut Source) {
@@ -355,6 +393,7 @@ impl KvIndex {
             writer.tree.forget_keys();
         }
         self.trim(writer);
+        self.settle(&mut state, None);
     }
 
     /// Removes all sources of a pod.
@@ -441,48 +480,5 @@ impl KvIndex {
     #[must_use]
     pub fn pod_name(&self, number: PodNumber) -> Option<PodName> {
         read(&self.view).pods.name(number.0).cloned()
-    }
-
-    /// Entries: blocks by source and tier, and those in shared tiers.
-    #[must_use]
-    pub fn entries(&self) -> u64 {
-        lock(&self.state).writer.entries
-    }
-
-    /// Distinct blocks that somebody holds.
-    #[must_use]
-    pub fn blocks(&self) -> u64 {
-        lock(&self.state).writer.tree.blocks
-    }
-
-    /// Entries of a pod's sources; 0 for a pod that has none.
-    #[must_use]
-    pub fn pod_entries(&self, pod: &PodName) -> u64 {
-        let state = lock(&self.state);
-        let of_pod = state.by_pod.get(pod).map_or(&[][..], Vec::as_slice);
-        of_pod
-            .iter()
-            .filter_map(|id| state.sources.get(id))
-            .map(|source| source.entries)
-            .sum()
-    }
-
-    /// Blocks of a source that wait for the block before them; 0 when the source is gone.
-    #[must_use]
-    pub fn orphans(&self, id: SourceId) -> u64 {
-        let state = lock(&self.state);
-        state
-            .sources
-            .get(&id)
-            .map_or(0, |source| source.orphans.len() as u64)
-    }
-
-    /// About how many bytes the index takes: tables by their capacity, what waits by its content.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        let state = lock(&self.state);
-        let view = read(&self.view);
-        let sources: usize = state.sources.values().map(Source::bytes).sum();
-        (sources + state.writer.bytes() + view.tree.bytes() + view.pods.bytes()) as u64
     }
 }

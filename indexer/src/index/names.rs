@@ -111,6 +111,8 @@ pub(super) struct Names {
     pages: Pages,
     /// Entries of a table that is being rebuilt.
     scratch: Vec<(u32, u32)>,
+    /// What everything takes, as of the last change of that.
+    bytes: usize,
 }
 
 /// All pages of all tables.
@@ -157,12 +159,15 @@ impl Pages {
 
 impl Names {
     pub(super) fn new() -> Self {
-        Self {
+        let mut names = Self {
             hash: KeyState::random(),
             tables: vec![Table::default(); 1 << TABLE_BITS],
             pages: Pages::default(),
             scratch: Vec::new(),
-        }
+            bytes: 0,
+        };
+        names.bytes = names.count_bytes();
+        names
     }
 
     #[inline]
@@ -312,6 +317,7 @@ impl Names {
                 position,
             );
         }
+        self.bytes = self.count_bytes();
     }
 
     /// Gives memory back in which nothing is kept.
@@ -331,9 +337,14 @@ impl Names {
         for table in &mut self.tables {
             table.pages.shrink_to_fit();
         }
+        self.bytes = self.count_bytes();
     }
 
     pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn count_bytes(&self) -> usize {
         let chunks = self.pages.chunks.iter().flatten().count();
         let pages: usize = self.tables.iter().map(|table| table.pages.capacity()).sum();
         chunks * (CHUNK_PAGES * PAGE_BUCKETS) as usize * size_of::<Bucket>()

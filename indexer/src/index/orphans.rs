@@ -40,6 +40,8 @@ struct Orphan {
 /// The orphans of one source.
 pub(super) struct Orphans {
     blocks_max: usize,
+    /// No more are taken, whatever the count.
+    pub(super) is_closed: bool,
     by_hash: HashMap<EngineHash, Orphan>,
     /// The orphans that wait for a block, by that block.
     waiting: HashMap<EngineHash, Vec<EngineHash>>,
@@ -50,6 +52,7 @@ impl Orphans {
     pub(super) fn new(blocks_max: usize) -> Self {
         Self {
             blocks_max,
+            is_closed: false,
             by_hash: HashMap::new(),
             waiting: HashMap::new(),
             content_bytes: 0,
@@ -74,7 +77,7 @@ impl Orphans {
 
     /// Takes a block in; false when there is no room.
     pub(super) fn insert(&mut self, hash: EngineHash) -> bool {
-        if self.by_hash.len() >= self.blocks_max {
+        if self.is_closed || self.by_hash.len() >= self.blocks_max {
             return false;
         }
         self.by_hash.insert(

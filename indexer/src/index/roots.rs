@@ -22,6 +22,8 @@ pub(super) struct Roots {
     free: Vec<u32>,
     /// The one asked for last: the next is likely the same.
     newest: Option<u32>,
+    /// Of all names.
+    text_bytes: usize,
 }
 
 struct RootSlot {
@@ -79,6 +81,7 @@ impl Roots {
                 self.slots.len() as u32 - 1
             }
         };
+        self.text_bytes += name.text_bytes();
         self.by_name.insert(name, slot);
         self.newest = Some(slot);
         slot
@@ -104,8 +107,17 @@ impl Roots {
         );
         root.references -= 1;
         if root.references == 0 {
+            self.text_bytes -= root.name.text_bytes();
             self.by_name.remove(&root.name);
             self.free.push(slot);
         }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.slots.capacity() * size_of::<RootSlot>()
+            + self.by_name.capacity() * (size_of::<(ImageNamespace, u32)>() + 1) * 8 / 7
+            + self.free.capacity() * size_of::<u32>()
+            // Each name is there twice, as what is found and what finds it.
+            + self.text_bytes * 2
     }
 }

@@ -15,7 +15,7 @@ pub(super) const RUN_BLOCKS_MAX: u32 = 4096;
 const RUNS_PER_CHUNK: u32 = 1 << CHUNK_BITS;
 const CHUNKS_MAX: u32 = 1 << CHUNKS_BITS;
 /// The most runs.
-const RUNS_MAX: u32 = RUNS_PER_CHUNK * CHUNKS_MAX;
+pub(super) const RUNS_MAX: u32 = RUNS_PER_CHUNK * CHUNKS_MAX;
 
 const SPANS_INLINE: u32 = 3;
 const SEGMENTS_INLINE: u32 = 18;
@@ -256,7 +256,18 @@ impl RunSlots {
         }
         if self.used.iter().all(|used| *used == 0) {
             *self = Self::default();
+            return;
         }
+        // Those whose chunk is there are taken first, from the end.
+        let is_there = |run: &u32| runs.0.chunk((*run / RUNS_PER_CHUNK) as usize).is_some();
+        self.free.sort_unstable_by_key(is_there);
+    }
+
+    /// How many bytes more the headers take when so many more runs begin, at most, `used` being there.
+    pub(super) fn growth(&self, runs: &Runs, used: u64, more: usize) -> usize {
+        let there = runs.0.elements() as u64;
+        let lacking = more.saturating_sub(there.saturating_sub(used) as usize);
+        lacking.div_ceil(RUNS_PER_CHUNK as usize) * (RUNS_PER_CHUNK as usize * size_of::<Header>())
     }
 
     pub(super) fn bytes(&self) -> usize {

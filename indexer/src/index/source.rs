@@ -4,6 +4,7 @@
 //! the first, names that are another block's or another source's, and which runs to go through when the source goes.
 
 mod apart;
+mod evict;
 mod remove;
 mod store;
 mod writer;
@@ -46,6 +47,14 @@ pub(super) struct Source {
     pub(super) orphans: Orphans,
     /// Blocks by tier, those in shared ones left out.
     pub(super) entries: u64,
+    /// Entries that the budget took and that the source has not withdrawn since, as far as it is known.
+    pub(super) evicted: u64,
+    /// What [`Self::bytes`] was when it was last added up.
+    pub(super) counted: usize,
+    /// The same of what waits.
+    pub(super) counted_waiting: usize,
+    /// Own names of blocks that the budget took, at most so many.
+    stale_names: usize,
     /// The last block stored, which the next event probably goes on from.
     newest: Option<(EngineHash, u32)>,
 }
@@ -71,6 +80,10 @@ impl Source {
             roots: HashMap::with_hasher(state),
             orphans: Orphans::new(orphans_max),
             entries: 0,
+            evicted: 0,
+            counted: 0,
+            counted_waiting: 0,
+            stale_names: 0,
             newest: None,
         }
     }

@@ -1,13 +1,17 @@
 //! The writer's side of the runs: where a block goes.
 
+mod evict;
 mod holders;
+mod memory;
 
 use kvcache_core::{EngineHash, IndexKey};
 
 use super::arena::{WordLists, Words};
 use super::blocks::{KeyColumn, SEGMENT_BLOCKS, Segments};
 use super::doors::{Door, DoorCount, Doors};
+use super::leaves::Leaves;
 use super::names::Names;
+use super::recency::Recency;
 use super::runs::{Header, RUN_BLOCKS_MAX, RunSlots, Runs, Span, ordinal};
 use super::sets::{Holder, SetId, Sets, SourceNumber};
 
@@ -17,15 +21,18 @@ pub(super) struct Shared {
     pub(super) words: Words,
     pub(super) runs: Runs,
     pub(super) doors: Doors,
+    /// When runs were used last; of an index without a budget nothing.
+    pub(super) recency: Recency,
 }
 
 impl Shared {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(is_bounded: bool) -> Self {
         Self {
             keys: KeyColumn::new(),
             words: Words::new(),
             runs: Runs::new(),
             doors: Doors::new(),
+            recency: Recency::new(is_bounded),
         }
     }
 
@@ -43,7 +50,11 @@ impl Shared {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.keys.bytes() + self.words.bytes() + self.runs.bytes() + self.doors.bytes()
+        self.keys.bytes()
+            + self.words.bytes()
+            + self.runs.bytes()
+            + self.doors.bytes()
+            + self.recency.bytes()
     }
 }
 
@@ -100,15 +111,17 @@ impl Stretch {
 
 /// What only the writer knows of the tree.
 pub(super) struct Tree {
-    segments: Segments,
-    slots: RunSlots,
-    lists: WordLists,
-    sets: Sets,
+    pub(super) segments: Segments,
+    pub(super) slots: RunSlots,
+    pub(super) lists: WordLists,
+    pub(super) sets: Sets,
     doors: DoorCount,
     /// From engines' hashes to positions.
     names: Names,
     /// From keys to positions, all of them, while some source speaks keys without telling where they belong.
     by_key: Option<Names>,
+    /// What may be evicted; none without a budget.
+    leaves: Option<Box<Leaves>>,
     /// The runs that readers must keep out of until the event is through.
     closed: Vec<u32>,
     /// The roots of runs that have ended.
@@ -121,7 +134,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(is_bounded: bool) -> Self {
         Self {
             segments: Segments::default(),
             slots: RunSlots::default(),
@@ -130,6 +143,7 @@ impl Tree {
             doors: DoorCount::default(),
             names: Names::new(),
             by_key: None,
+            leaves: is_bounded.then(Box::default),
             closed: Vec::new(),
             ended_roots: Vec::new(),
             spans: Vec::new(),
@@ -153,6 +167,16 @@ impl Tree {
     /// Entries with room for so many more.
     pub(super) fn more_doors(&self, shared: &Shared, blocks: usize) -> Doors {
         self.doors.resized(&shared.doors, blocks)
+    }
+
+    /// What a table of entries with room for so many more takes.
+    pub(super) fn doors_bytes(&self, more: usize) -> usize {
+        self.doors.bytes_with(more)
+    }
+
+    /// Whether any key is found, wherever it is.
+    pub(super) const fn has_keys(&self) -> bool {
+        self.by_key.is_some()
     }
 
     /// Whether so many blocks, each a run of its own if need be, can be taken in at all.
@@ -366,6 +390,10 @@ impl Tree {
             return next;
         }
         if let Some(Door { run, block }) = shared.doors.find(key) {
+            if let (Some(leaves), Some(previous), 0) = (&mut self.leaves, previous, block) {
+                let parent = shared.keys.get(previous.position).unwrap_or_default();
+                leaves.adopt(run, (parent, previous.run));
+            }
             return self.block(shared, run, block);
         }
         if let Some(found) = self.find_key(shared, key) {
@@ -393,7 +421,7 @@ impl Tree {
                 }
                 place
             }
-            _ => self.begin(shared, key, is_told),
+            _ => self.begin(shared, previous, key, is_told),
         }
     }
 
@@ -426,9 +454,18 @@ impl Tree {
         }
     }
 
-    fn begin(&mut self, shared: &Shared, key: IndexKey, is_told: bool) -> Place {
+    fn begin(
+        &mut self,
+        shared: &Shared,
+        previous: Option<Place>,
+        key: IndexKey,
+        is_told: bool,
+    ) -> Place {
         let run = self.slots.allocate(&shared.runs);
         self.runs += 1;
+        if self.leaves.is_some() {
+            self.begin_leaf(shared, run, previous);
+        }
         self.close(shared, run);
         if is_told {
             shared.run(run).set_told();
@@ -437,37 +474,5 @@ impl Tree {
         self.doors
             .insert(&shared.doors, key, Door { run, block: 0 });
         place
-    }
-
-    /// Whether there is memory that [`Self::trim`] would give back.
-    pub(super) fn is_loose(&self, shared: &Shared) -> bool {
-        self.segments.has_empty_chunks()
-            || self.lists.has_empty_chunks()
-            || self.slots.has_empty_chunks(&shared.runs)
-            || self.doors.is_sparse(&shared.doors)
-    }
-
-    /// Gives memory back that nothing is in any more.
-    pub(super) fn trim(&mut self, shared: &mut Shared) {
-        self.segments.trim(&mut shared.keys);
-        self.lists.trim(&mut shared.words);
-        self.slots.trim(&mut shared.runs);
-        self.sets.trim();
-        self.names.trim();
-        if let Some(by_key) = &mut self.by_key {
-            by_key.trim();
-        }
-        if self.doors.is_sparse(&shared.doors) {
-            shared.doors = self.doors.resized(&shared.doors, 0);
-        }
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.segments.bytes()
-            + self.slots.bytes()
-            + self.lists.bytes()
-            + self.sets.bytes()
-            + self.names.bytes()
-            + self.by_key.as_ref().map_or(0, Names::bytes)
     }
 }

@@ -160,6 +160,12 @@ impl Metrics {
         );
         add(
             to,
+            "removals_evicted",
+            "Removals of blocks that were given up before for lack of room",
+            &self.removals_evicted,
+        );
+        add(
+            to,
             "orphans_refused",
             "Blocks without known parent, dropped",
             &self.orphans_refused,
@@ -242,6 +248,6 @@ impl Metrics {
     }
 }
 
-fn add(to: &mut Registry, name: &str, help: &str, metric: &(impl Metric + Clone)) {
+pub(super) fn add(to: &mut Registry, name: &str, help: &str, metric: &(impl Metric + Clone)) {
     to.register(name, help, metric.clone());
 }

@@ -226,9 +226,9 @@ impl<'a> Taking<'a> {
                 }
                 Step::Source { name, mark, group } => self.begin_source(&name, mark, group),
                 Step::Image(image) => self.import(&image),
-                Step::Shared { model } => {
+                Step::Shared { tenant, model } => {
                     self.finish_pod();
-                    self.shared = Some(self.hub.index_of(&model)?);
+                    self.shared = self.shared_index(&tenant, &model)?;
                 }
                 Step::SharedImage(entries) => {
                     if let Some(index) = &self.shared {
@@ -239,6 +239,22 @@ impl<'a> Taking<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Where what a tenant's shared tiers hold goes; nowhere when the tenant is configured no more.
+    fn shared_index(&self, tenant: &str, model: &str) -> Result<Option<Arc<KvIndex>>> {
+        let place = if tenant.is_empty() {
+            Some(0)
+        } else {
+            self.hub.tenants.by_name(tenant)
+        };
+        match place {
+            Some(place) => self.hub.index_of(place, model).map(Some),
+            None => {
+                tracing::warn!(tenant, model, "a tenant of the snapshot is not configured");
+                Ok(None)
+            }
+        }
     }
 
     fn check_settings(&self, key_scheme: &str, block_size: u32) -> Result<()> {
@@ -273,7 +289,7 @@ impl<'a> Taking<'a> {
             .hub
             .check(&registration)
             .and_then(|()| self.hub.check_room())
-            .and_then(|()| self.hub.index_of(&registration.model));
+            .and_then(|()| self.hub.index_for_pod(&registration));
         match index {
             Ok(index) => {
                 let sources = registration.sources.iter().map(|_| None).collect();

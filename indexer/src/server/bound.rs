@@ -94,7 +94,7 @@ impl Hub {
         };
         self.check(&registration)?;
         self.check_room()?;
-        let index = self.index_of(&registration.model)?;
+        let index = self.index_for_pod(&registration)?;
         let mut sources = Vec::with_capacity(registration.sources.len());
         for spec in &registration.sources {
             let id = index.add_source(index::SourceSpec {

@@ -59,14 +59,15 @@ impl Hub {
             }
         }
         // After the sources: what they announce from here on is replayed, what they announced before is in there.
-        let models: Vec<_> = self
-            .models()
-            .iter()
-            .map(|(model, index)| (model.clone(), index.clone()))
-            .collect();
-        for (model, index) in models {
+        let tenants: Vec<_> = self.models().clone();
+        let tenants = self.tenants.all().iter().zip(tenants);
+        let models = tenants.flat_map(|(tenant, models)| {
+            let of_tenant = models.into_iter();
+            of_tenant.map(move |(model, index)| (tenant.name_in_snapshots(), model, index))
+        });
+        for (tenant, model, index) in models {
             counts.models += 1;
-            emit(out, Piece::Shared(v1::SnapshotShared { model }))?;
+            emit(out, Piece::Shared(v1::SnapshotShared { model, tenant }))?;
             for piece in index.export_shared() {
                 let image = shared_to_wire(&piece);
                 counts.blocks += image.hashes.len() as u64;
@@ -104,7 +105,7 @@ impl Hub {
         spec: &SourceSpec,
     ) -> Option<(Mark, SourceImage)> {
         spec.replay_endpoint.as_ref()?;
-        let index = self.models().get(&pod.registration.model).cloned()?;
+        let index = self.index_of_pod(&pod.registration)?;
         let cursor = source.state.cursor.blocking_lock();
         let mark = cursor.mark.filter(|_| cursor.is_whole)?;
         if !index.is_plain(&pod.name) {

@@ -10,16 +10,14 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::config::{ServerConfig, StaticSource};
-use crate::index::{self, KvIndex, ORPHAN_BLOCKS_MAX, SourceId};
-use crate::metrics::{Holdings, Metrics};
+use super::models::Models;
+use crate::config::{ServerConfig, StaticSource, Tenants};
+use crate::index::{self, KvIndex, SourceId};
+use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
 use crate::source::{Fed, Follower, Limits, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
-
-/// The most models one server takes, each having an index of its own.
-pub(super) const MODELS_MAX: usize = 256;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -102,10 +100,12 @@ pub(super) struct Hub {
     pub(super) metrics: Arc<Metrics>,
     /// Counts up when pods come or go.
     pub(super) membership: watch::Sender<u64>,
-    scheme: IndexScheme,
-    block_size: TokensPerBlock,
+    pub(super) scheme: IndexScheme,
+    pub(super) block_size: TokensPerBlock,
     pub(super) weights: TierWeights,
-    models: RwLock<BTreeMap<String, Arc<KvIndex>>>,
+    pub(super) tenants: Tenants,
+    /// One a tenant, in their order.
+    pub(super) models: RwLock<Vec<Models>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
     /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
     /// lookup.
@@ -117,7 +117,10 @@ pub(super) struct Hub {
 
 impl Hub {
     pub(super) fn new(config: ServerConfig) -> Result<Self> {
+        let tenants = Tenants::new(&config)?;
         Ok(Self {
+            models: RwLock::new(vec![Models::new(); tenants.all().len()]),
+            tenants,
             scheme: config.scheme()?,
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
@@ -125,7 +128,6 @@ impl Hub {
             metrics: Arc::new(Metrics::new(&config.tokenizers)),
             config,
             membership: watch::Sender::new(0),
-            models: RwLock::default(),
             pods: RwLock::default(),
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
@@ -143,31 +145,12 @@ impl Hub {
         self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn models(&self) -> RwLockReadGuard<'_, BTreeMap<String, Arc<KvIndex>>> {
+    pub(super) fn models(&self) -> RwLockReadGuard<'_, Vec<Models>> {
         self.models.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn scheme_name(&self) -> String {
         self.scheme.name()
-    }
-
-    /// The index that a question about `model` goes to; none when nobody has told anything of that model.
-    ///
-    /// # Errors
-    /// `Invalid` when the question names no model and several are served.
-    pub(super) fn index_for(&self, model: &str) -> Result<Option<Arc<KvIndex>>> {
-        let models = self.models();
-        if let Some(index) = models.get(model) {
-            return Ok(Some(index.clone()));
-        }
-        match (model, models.len()) {
-            ("", 0 | 1) => Ok(models.values().next().cloned()),
-            ("", count) => {
-                let context = format!("model is empty, but {count} models are served here");
-                Err(Error::new(ErrorKind::Invalid, context))
-            }
-            _ => Ok(None),
-        }
     }
 
     /// The state of the source with this full name, if it is known.
@@ -279,7 +262,7 @@ impl Hub {
 
     fn add(&self, registration: &Registration, origin: Origin) -> Result<Arc<Pod>> {
         self.check_room()?;
-        let index = self.index_of(&registration.model)?;
+        let index = self.index_for_pod(registration)?;
         let mut sources = Vec::with_capacity(registration.sources.len());
         for spec in &registration.sources {
             match self.follow_new(registration, spec, &index) {
@@ -400,37 +383,12 @@ impl Hub {
         Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)
     }
 
-    /// The index of a model, made when it is the first time.
-    ///
-    /// # Errors
-    /// `Busy` when there are too many models.
-    pub(super) fn index_of(&self, model: &str) -> Result<Arc<KvIndex>> {
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(index) = models.get(model) {
-            return Ok(index.clone());
-        }
-        if models.len() >= MODELS_MAX {
-            let context = format!("{MODELS_MAX} models are served, no more are taken");
-            return Err(Error::new(ErrorKind::Busy, context));
-        }
-        let index = Arc::new(KvIndex::new(index::IndexConfig {
-            scheme: self.scheme.clone(),
-            model: model.to_owned(),
-            block_size: self.block_size,
-            weights: self.weights,
-            orphan_blocks_max: ORPHAN_BLOCKS_MAX,
-        }));
-        models.insert(model.to_owned(), index.clone());
-        Ok(index)
-    }
-
     /// Forgets the pod: first its entries, so that whoever sees it gone finds nothing of it any more.
     pub(super) async fn remove(&self, pod: &Arc<Pod>) {
         for source in &pod.sources {
             source.task.abort();
         }
-        let index = self.models().get(&pod.registration.model).cloned();
-        if let Some(index) = index {
+        if let Some(index) = self.index_of_pod(&pod.registration) {
             let ids: Vec<_> = pod.sources.iter().map(|source| source.id).collect();
             let removal = tokio::task::spawn_blocking(move || {
                 ids.into_iter().for_each(|id| index.remove_source(id));
@@ -450,44 +408,7 @@ impl Hub {
 
     /// Entries of a pod.
     pub(super) fn entries_of(&self, pod: &Pod) -> u64 {
-        self.models()
-            .get(&pod.registration.model)
+        self.index_of_pod(&pod.registration)
             .map_or(0, |index| index.pod_entries(&pod.name))
-    }
-
-    /// What all indexes hold now.
-    pub(super) fn holdings(&self) -> Holdings {
-        let mut holdings = Holdings {
-            is_serving: self.not_serving.borrow().is_none(),
-            ..Holdings::default()
-        };
-        for index in self.models().values() {
-            holdings.blocks += index.blocks();
-            holdings.entries += index.entries();
-            holdings.bytes += index.bytes();
-        }
-        let pods: Vec<_> = self.pods().values().cloned().collect();
-        holdings.pods = pods.len() as u64;
-        for pod in &pods {
-            holdings.sources += pod.sources.len() as u64;
-            let connected = pod
-                .sources
-                .iter()
-                .filter(|s| s.state.progress.borrow().is_connected);
-            holdings.sources_connected += connected.count() as u64;
-            holdings.orphans += pod
-                .sources
-                .iter()
-                .map(|source| self.orphans_of(pod, source))
-                .sum::<u64>();
-        }
-        holdings
-    }
-
-    /// Blocks of a source that wait for the block before them.
-    pub(super) fn orphans_of(&self, pod: &Pod, source: &PodSource) -> u64 {
-        self.models()
-            .get(&pod.registration.model)
-            .map_or(0, |index| index.orphans(source.id))
     }
 }

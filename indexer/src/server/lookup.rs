@@ -44,6 +44,8 @@ pub(super) enum Prompt<'a> {
 
 /// A question, checked.
 pub(super) struct Question<'a> {
+    /// Empty: whose the model is.
+    pub(super) tenant: &'a str,
     pub(super) model: &'a str,
     pub(super) lora: Option<&'a str>,
     pub(super) cache_salt: Option<&'a str>,
@@ -73,6 +75,7 @@ impl<'a> Question<'a> {
             None => return Err(Error::invalid("prompt", "absent", "tokens or keys")),
         };
         Ok(Self {
+            tenant: &request.tenant,
             model: &request.model,
             lora: named(&request.lora),
             cache_salt: named(&request.cache_salt),
@@ -129,7 +132,7 @@ impl Hub {
     /// `Invalid` when no model is named and several are served.
     pub(super) fn answer(&self, question: &Question<'_>) -> Result<v1::LookupResponse> {
         let started = Instant::now();
-        let index = self.index_for(question.model)?;
+        let index = self.index_for(question.tenant, question.model)?;
         // Before the walk: what is applied in between is in the answer without being promised.
         let positions = self.positions(&question.pods);
         let mut response = match index {

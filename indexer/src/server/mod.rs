@@ -33,6 +33,7 @@ mod export;
 mod hub;
 mod lookup;
 mod many;
+mod models;
 mod native;
 mod routing;
 mod scores;

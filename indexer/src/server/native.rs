@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::hub::{Hub, Pod};
 use super::lookup::{Question, deadline};
 use super::many::{STREAMS_MAX, answer_stream};
+use crate::metrics::TenantHoldings;
 use crate::wire::{SourcePosition, registration_from_wire, status_from_error};
 
 /// A stream that registers nothing within so long is closed.
@@ -247,6 +248,11 @@ impl Hub {
             lag_p99_us: self.metrics.lag.quantile_us(0.99),
             serving: self.not_serving.borrow().is_none(),
             not_serving_reason: self.not_serving.borrow().clone().unwrap_or_default(),
+            tenants: holdings
+                .tenants
+                .iter()
+                .map(TenantHoldings::to_wire)
+                .collect(),
         }
     }
 

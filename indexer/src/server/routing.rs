@@ -26,6 +26,7 @@ impl Hub {
             Told::Keys(keys) => Asked::Keys(keys),
         });
         let question = v1::LookupRequest {
+            tenant: request.tenant,
             model: request.model,
             lora: request.lora,
             cache_salt: request.cache_salt,
@@ -33,10 +34,12 @@ impl Hub {
             ..v1::LookupRequest::default()
         };
         let question = Question::parse(&question)?;
-        let index = self.index_for(question.model)?.ok_or_else(|| {
-            let context = format!("no pod has model {:?}", question.model);
-            Error::new(ErrorKind::NotFound, context)
-        })?;
+        let index = self
+            .index_for(question.tenant, question.model)?
+            .ok_or_else(|| {
+                let context = format!("no pod has model {:?}", question.model);
+                Error::new(ErrorKind::NotFound, context)
+            })?;
         let mut scratch = Scratch::default();
         question.keys(&index, &mut scratch);
         let is_approximate = self.is_approximate(&pod);

@@ -50,6 +50,7 @@ impl IndexerService for ScoreService {
                 .flat_map(|token| token.to_le_bytes())
                 .collect();
             let question = Question {
+                tenant: "",
                 model,
                 lora: None,
                 cache_salt: None,

@@ -60,7 +60,7 @@ pub(crate) enum Step {
     /// More of the last source.
     Image(ImagePiece),
     /// What shared tiers hold of a model comes next.
-    Shared { model: String },
+    Shared { tenant: String, model: String },
     /// More of that.
     SharedImage(Vec<(IndexKey, Tier)>),
     /// Nothing is missing.
@@ -130,8 +130,10 @@ impl Reader {
             ) => {
                 self.place = Place::InShared;
                 self.counts.models += 1;
-                let model = shared.model;
-                Ok(Step::Shared { model })
+                Ok(Step::Shared {
+                    tenant: shared.tenant,
+                    model: shared.model,
+                })
             }
             (Piece::Image(image), Place::InShared) => {
                 let entries = image::shared_from_wire(&image)?;

@@ -119,6 +119,7 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
         ))),
         piece(Piece::Shared(v1::SnapshotShared {
             model: "m".to_owned(),
+            tenant: String::new(),
         })),
         piece(Piece::Image(shared_to_wire(&shared()))),
         piece(Piece::End(v1::SnapshotEnd {
@@ -178,7 +179,7 @@ fn a_snapshot_comes_back_as_it_was_written() {
     assert_eq!(mark.digest, BatchDigest::of(b"batch"));
     assert!(matches!(&steps[3], Step::Image(image) if *image == engine_image()));
     assert!(matches!(&steps[5], Step::Image(image) if *image == node_image()));
-    assert!(matches!(&steps[6], Step::Shared { model } if model == "m"));
+    assert!(matches!(&steps[6], Step::Shared { model, .. } if model == "m"));
     assert!(matches!(&steps[7], Step::SharedImage(image) if *image == shared()));
     assert!(matches!(&steps[8], Step::End));
 }

@@ -74,6 +74,10 @@ pub struct LookupRequest {
     /// Say how each score comes about.
     #[prost(bool, tag = "10")]
     pub explain: bool,
+    /// Whose entries to look at, as the indexer's configuration names tenants; empty: the tenant that has the model, or the
+    /// default one. One that is not configured is an error.
+    #[prost(string, tag = "11")]
+    pub tenant: ::prost::alloc::string::String,
     #[prost(oneof = "lookup_request::Prompt", tags = "4, 5")]
     pub prompt: ::core::option::Option<lookup_request::Prompt>,
 }
@@ -267,6 +271,9 @@ pub struct RecordRoutingRequest {
     /// How long its blocks are expected there; 0: as configured.
     #[prost(uint32, tag = "7")]
     pub ttl_ms: u32,
+    /// As in LookupRequest.
+    #[prost(string, tag = "8")]
+    pub tenant: ::prost::alloc::string::String,
     #[prost(oneof = "record_routing_request::Prompt", tags = "4, 5")]
     pub prompt: ::core::option::Option<record_routing_request::Prompt>,
 }
@@ -396,6 +403,35 @@ pub struct StatusResponse {
     /// If not, what it waits for.
     #[prost(string, tag = "15")]
     pub not_serving_reason: ::prost::alloc::string::String,
+    /// Who shares the indexer; the first is the default tenant.
+    #[prost(message, repeated, tag = "16")]
+    pub tenants: ::prost::alloc::vec::Vec<TenantStatus>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TenantStatus {
+    #[prost(string, tag = "1")]
+    pub tenant: ::prost::alloc::string::String,
+    /// What its entries take, and may take at most; absent when there is no bound.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    #[prost(uint64, optional, tag = "3")]
+    pub bytes_max: ::core::option::Option<u64>,
+    #[prost(message, repeated, tag = "4")]
+    pub tiers: ::prost::alloc::vec::Vec<TierUsage>,
+    /// Blocks that were given up for lack of room, with all their holders, those used least recently first. They are missed
+    /// in answers until somebody stores them again.
+    #[prost(uint64, tag = "5")]
+    pub blocks_evicted: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TierUsage {
+    #[prost(enumeration = "Tier", tag = "1")]
+    pub tier: i32,
+    #[prost(uint64, tag = "2")]
+    pub entries: u64,
+    /// Entries given up for lack of room.
+    #[prost(uint64, tag = "3")]
+    pub evicted: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PodStatus {
@@ -500,6 +536,9 @@ pub struct SnapshotSource {
 pub struct SnapshotShared {
     #[prost(string, tag = "1")]
     pub model: ::prost::alloc::string::String,
+    /// Empty for the default tenant.
+    #[prost(string, tag = "2")]
+    pub tenant: ::prost::alloc::string::String,
 }
 /// At most 4,096 blocks, orphans included. The columns of blocks are equally long, but where noted.
 #[derive(Clone, PartialEq, ::prost::Message)]

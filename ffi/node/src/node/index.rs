@@ -28,6 +28,7 @@ impl Node {
     /// [`ErrorKind::Unsupported`] without an index, [`ErrorKind::Timeout`] when it does not answer in time.
     pub async fn lookup(&self, lookup: Lookup<'_>) -> Result<LookupAnswer> {
         self.ask_index(LookupRequest {
+            tenant: String::new(),
             model: self.inner.model.clone(),
             lora: lookup.namespace.lora.to_owned(),
             cache_salt: lookup.namespace.cache_salt.to_owned(),

@@ -148,7 +148,7 @@ impl Source {
             .remove(shared, blocks, holder, &mut writer.unchanged);
         self.count_out(blocks.run, removed);
         self.entries -= u64::from(removed);
-        writer.entries -= u64::from(removed);
+        writer.entries[tier as usize] -= u64::from(removed);
         applied.removed += removed;
         if removed < blocks.len() {
             // It does not hold some of them there; a hash may still wait under this name.
@@ -206,7 +206,7 @@ impl Source {
         }
     }
 
-    fn count_out(&mut self, run: u32, removed: u32) {
+    pub(super) fn count_out(&mut self, run: u32, removed: u32) {
         if removed == 0 {
             return;
         }
@@ -239,7 +239,7 @@ impl Source {
     }
 
     /// Forgets own names of blocks that the source holds no more.
-    fn forget_names(&mut self, writer: &Writer, shared: &Shared, hashes: &[EngineHash]) {
+    pub(super) fn forget_names(&mut self, writer: &Writer, shared: &Shared, hashes: &[EngineHash]) {
         for hash in hashes {
             if let Some(&(position, key)) = self.names.get(hash) {
                 let place = writer.tree.place_of(position);
@@ -312,6 +312,7 @@ impl Source {
         self.orphans = Orphans::new(self.orphans.blocks_max());
         self.groups.reset(writer.keys.block_size.get());
         (self.newest, self.is_sized) = (None, false);
+        self.evicted = 0;
     }
 
     fn empty(&mut self, writer: &mut Writer, shared: &Shared, tiers: &[Tier], is_hidden: bool) {
@@ -330,7 +331,7 @@ impl Source {
                 self.count_out(run, removed);
                 if !tier.is_shared() {
                     self.entries -= u64::from(removed);
-                    writer.entries -= u64::from(removed);
+                    writer.entries[tier as usize] -= u64::from(removed);
                 }
             }
             if is_hidden {

@@ -302,7 +302,7 @@ impl Source {
             *self.runs.entry(blocks.run).or_default() += added;
             if !tier.is_shared() {
                 self.entries += u64::from(added);
-                writer.entries += u64::from(added);
+                writer.entries[tier as usize] += u64::from(added);
                 applied.stored += added;
             }
         }
@@ -431,6 +431,9 @@ impl Source {
         let mut last = blocks.parent.and_then(|key| self.find(writer, shared, key));
         for hash in &blocks.hashes {
             let place = writer.tree.place(shared, last, IndexKey(hash.0), true);
+            if let (None, Some(parent)) = (last, blocks.parent) {
+                writer.tree.follow_absent(place, parent.0);
+            }
             if !stretches
                 .last_mut()
                 .is_some_and(|last: &mut Stretch| last.extend(place))

@@ -1,19 +1,20 @@
 //! What only the writer has, and all sources share.
 
-use kvcache_core::IndexKey;
+use kvcache_core::{IndexKey, Tier};
 
 use super::super::config::Applied;
 use super::super::roots::{Keys, Roots};
 use super::super::sets::Holder;
 use super::super::tree::{Shared, Stretch, Tree};
+use crate::score::TIERS;
 
 /// Everything that only the writer has and all sources share.
 pub(in crate::index) struct Writer {
     pub(in crate::index) tree: Tree,
     pub(in crate::index) roots: Roots,
     pub(in crate::index) keys: Keys,
-    /// Entries of all sources, and those in shared tiers.
-    pub(in crate::index) entries: u64,
+    /// Entries of all sources by tier, and those in shared tiers.
+    pub(in crate::index) entries: [u64; TIERS],
     /// Blocks in shared tiers.
     pub(in crate::index) shared_blocks: u64,
     /// Kept between events, so that they do not allocate.
@@ -25,12 +26,12 @@ pub(in crate::index) struct Writer {
 }
 
 impl Writer {
-    pub(in crate::index) fn new(keys: Keys) -> Self {
+    pub(in crate::index) fn new(keys: Keys, is_bounded: bool) -> Self {
         Self {
-            tree: Tree::new(),
+            tree: Tree::new(is_bounded),
             roots: Roots::default(),
             keys,
-            entries: 0,
+            entries: [0; TIERS],
             shared_blocks: 0,
             block_keys: Vec::new(),
             stretches: Vec::new(),
@@ -49,6 +50,10 @@ impl Writer {
 
     pub(in crate::index) fn bytes(&self) -> usize {
         self.tree.bytes()
+            + self.roots.bytes()
+            + self.block_keys.capacity() * size_of::<IndexKey>()
+            + self.stretches.capacity() * size_of::<Stretch>()
+            + self.unchanged.capacity() * size_of::<(u32, u32)>()
     }
 
     /// Takes blocks of shared tiers in, wherever they belong.
@@ -79,14 +84,14 @@ impl Writer {
                 .insert(shared, blocks, Holder::SHARED, &mut self.unchanged);
             applied.stored += stored;
             self.shared_blocks += u64::from(stored);
-            self.entries += u64::from(stored);
+            self.entries[Tier::Object as usize] += u64::from(stored);
         } else {
             let removed = self
                 .tree
                 .remove(shared, blocks, Holder::SHARED, &mut self.unchanged);
             applied.removed += removed;
             self.shared_blocks -= u64::from(removed);
-            self.entries -= u64::from(removed);
+            self.entries[Tier::Object as usize] -= u64::from(removed);
         }
     }
 }

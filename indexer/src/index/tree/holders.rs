@@ -19,6 +19,7 @@ impl Tree {
     ) -> u32 {
         let header = shared.run(blocks.run);
         self.close(shared, blocks.run);
+        self.use_run(shared, blocks.run);
         let count = header.spans();
         let last = count
             .checked_sub(1)
@@ -178,7 +179,7 @@ impl Tree {
     }
 
     /// Forgets the names of blocks that nobody holds; their keys stay while blocks behind them are held.
-    fn forget_names(&mut self, shared: &Shared, run: u32, start: u32, end: u32) {
+    pub(super) fn forget_names(&mut self, shared: &Shared, run: u32, start: u32, end: u32) {
         let mut seen = 0;
         for block in start..end {
             if let Some(name) = self.segments.name(shared.position(run, block)) {
@@ -212,9 +213,15 @@ impl Tree {
             .and_then(span_at)
             .map_or(0, |span| span.end);
         header.replace_spans(words, &mut self.lists, (count - 1, count), &[]);
+        self.shorten(shared, run, kept, last.end);
+    }
+
+    /// Takes a run's blocks from `kept` on away, the spans of which are gone; without any it ends.
+    pub(super) fn shorten(&mut self, shared: &Shared, run: u32, kept: u32, end: u32) {
+        let header = shared.run(run);
         let first_key = self.key(shared, shared.position(run, 0));
         if self.by_key.is_some() || header.has_doors() {
-            for block in kept..last.end {
+            for block in kept..end {
                 let position = shared.position(run, block);
                 let key = self.key(shared, position);
                 if let Some(by_key) = &mut self.by_key {
@@ -225,12 +232,15 @@ impl Tree {
                 }
             }
         }
-        for ordinal in kept.div_ceil(SEGMENT_BLOCKS)..last.end.div_ceil(SEGMENT_BLOCKS) {
-            if let Some(segment) = header.segment(words, ordinal) {
+        for ordinal in kept.div_ceil(SEGMENT_BLOCKS)..end.div_ceil(SEGMENT_BLOCKS) {
+            if let Some(segment) = header.segment(&shared.words, ordinal) {
                 self.segments.release(segment);
             }
         }
         header.set_blocks(kept);
+        if let Some(leaves) = &mut self.leaves {
+            leaves.cut(&shared.recency, run, kept == 0);
+        }
         if kept > 0 {
             return;
         }

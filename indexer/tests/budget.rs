@@ -1,0 +1,171 @@
+//! A real server with a bound for its memory and two tenants: what it gives up, what it still answers, who sees what.
+#![cfg(test)]
+
+mod rig;
+
+use kvcache_core::Tier;
+use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
+use kvfabric_indexer::config::TenantConfig;
+use kvfabric_indexer::index::BYTES_MIN;
+use kvfabric_indexer::publisher::Publisher;
+use kvfabric_indexer::server::{Running, ServerConfig};
+use kvfabric_proto::v1;
+use rig::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// Prompts of two blocks, which share nothing: several times what the least bound has room for.
+const PROMPTS: u32 = 48_000;
+/// Events of a batch.
+const BATCH: u32 = 500;
+
+fn tokens(prompt: u32) -> Vec<u32> {
+    vec![prompt, 1, 2, 3, 4, 5, 6, prompt]
+}
+
+/// A server whose default tenant has the least bound, and another one as much.
+fn config_with_tenant() -> ServerConfig {
+    let acme = TenantConfig {
+        max_bytes: Some(BYTES_MIN.to_string()),
+        pods: vec!["acme-".to_owned()],
+        models: Vec::new(),
+    };
+    ServerConfig {
+        metrics_listen: Some("127.0.0.1:0".parse().unwrap()),
+        max_bytes: Some("32MiB".to_owned()),
+        tenants: [("acme".to_owned(), acme)].into(),
+        ..config()
+    }
+}
+
+async fn page(server: &Running) -> String {
+    let address = server.metrics_address().unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.unwrap();
+    page
+}
+
+/// The value of a series; 0 when it is not there.
+fn value(page: &str, series: &str) -> u64 {
+    let line = page.lines().find_map(|line| line.strip_prefix(series));
+    line.map_or(0, |rest| rest.trim().parse().unwrap())
+}
+
+async fn ask(
+    raw: &mut kvfabric_proto::v1::index_client::IndexClient<tonic::transport::Channel>,
+    tenant: &str,
+    prompt: u32,
+) -> Result<v1::LookupResponse, tonic::Status> {
+    let bytes = tokens(prompt)
+        .iter()
+        .flat_map(|token| token.to_le_bytes())
+        .collect();
+    let question = v1::LookupRequest {
+        tenant: tenant.to_owned(),
+        model: "m".to_owned(),
+        prompt: Some(v1::lookup_request::Prompt::Tokens(bytes)),
+        ..v1::LookupRequest::default()
+    };
+    raw.lookup(question).await.map(tonic::Response::into_inner)
+}
+
+fn depths(answer: &v1::LookupResponse) -> Vec<(&str, u32)> {
+    let pods = answer.pods.iter();
+    pods.map(|pod| (pod.pod.as_str(), pod.depth)).collect()
+}
+
+/// Stores all prompts, and looks at the bounds after each batch.
+async fn overflow(client: &IndexClient, big: &Publisher) {
+    let mut question = question(Prompt::Tokens(tokens(7)));
+    for first in (0..PROMPTS).step_by(BATCH as usize) {
+        let events = (first..first + BATCH).map(|prompt| {
+            let name = u64::from(prompt) * 2;
+            stored(&[name, name + 1], None, &tokens(prompt), Tier::Device)
+        });
+        let position = big.publish_engine(events.collect());
+        question.min_position = vec![SourcePosition::new(&pod("big-0"), "engine", position)];
+        client.lookup(question.clone()).await.unwrap();
+        let tenants = client.status().await.unwrap().tenants;
+        for tenant in &tenants {
+            assert!(tenant.bytes <= tenant.bytes_max.unwrap(), "{tenant:?}");
+        }
+    }
+}
+
+/// One pod of each tenant; that of the default tenant stores far more than its tenant may have.
+#[tokio::test]
+async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
+    let server = start(config_with_tenant()).await;
+    let (client, mut raw) = (client(&server), raw(&server).await);
+    let (big, small) = (engine("big-0"), engine("acme-0"));
+    let of_big = client.register(registration(
+        "big-0",
+        [big.source("engine", SourceKind::Vllm)],
+    ));
+    let of_small = client.register(registration(
+        "acme-0",
+        [small.source("engine", SourceKind::Vllm)],
+    ));
+    of_big.ready(PATIENCE).await.unwrap();
+    of_small.ready(PATIENCE).await.unwrap();
+
+    // Of the other tenant, and first of all: by age alone it would go first.
+    let own = small.publish_engine(vec![stored(&[1, 2], None, &tokens(7), Tier::Device)]);
+    let mut question = question(Prompt::Tokens(tokens(7)));
+    question.min_position = vec![SourcePosition::new(&pod("acme-0"), "engine", own)];
+    assert!(
+        client
+            .lookup(question.clone())
+            .await
+            .unwrap()
+            .pods
+            .is_empty()
+    );
+    overflow(&client, &big).await;
+
+    // The oldest are gone, the newest are there, and none has a pod that does not hold it.
+    assert_eq!(depths(&ask(&mut raw, "", 0).await.unwrap()), []);
+    let newest = ask(&mut raw, "default", PROMPTS - 1).await.unwrap();
+    assert_eq!(depths(&newest), [("big-0", 2)]);
+    for prompt in (0..PROMPTS).step_by(997) {
+        let answer = ask(&mut raw, "", prompt).await.unwrap();
+        assert!(
+            matches!(depths(&answer)[..], [] | [("big-0", 1 | 2)]),
+            "{answer:?}"
+        );
+    }
+    // Each tenant sees its own pods only, though both have told of the same prompt.
+    assert_eq!(
+        depths(&ask(&mut raw, "acme", 7).await.unwrap()),
+        [("acme-0", 2)]
+    );
+    assert_eq!(
+        depths(&ask(&mut raw, "acme", PROMPTS - 1).await.unwrap()),
+        []
+    );
+    let refusal = ask(&mut raw, "nobody", 7).await.unwrap_err();
+    assert!(refusal.message().contains("nobody"), "{refusal}");
+
+    // What the engine evicts later is no fault, and the loss can be seen.
+    let gone = big.publish_engine(vec![removed(&[0, 1], Tier::Device)]);
+    question.min_position = vec![SourcePosition::new(&pod("big-0"), "engine", gone)];
+    client.lookup(question).await.unwrap();
+    let page = page(&server).await;
+    let default = r#"{tenant="default",tier="hbm"}"#;
+    let evicted = value(
+        &page,
+        &format!("kvfabric_indexer_tenant_evictions_total{default}"),
+    );
+    let entries = value(&page, &format!("kvfabric_indexer_tenant_entries{default}"));
+    assert_eq!(evicted + entries, u64::from(PROMPTS) * 2);
+    assert!(evicted > u64::from(PROMPTS) / 2, "{evicted}");
+    assert_eq!(value(&page, "kvcache_index_evictions_total"), evicted);
+    let acme = r#"kvfabric_indexer_tenant_evictions_total{tenant="acme",tier="hbm"}"#;
+    assert!(page.contains(acme) && value(&page, acme) == 0);
+    assert_eq!(value(&page, "kvfabric_indexer_removals_evicted_total"), 2);
+    assert_eq!(value(&page, "kvfabric_indexer_removals_unknown_total"), 0);
+    assert_eq!(value(&page, "kvfabric_indexer_gaps_total"), 0);
+    server.shutdown(PATIENCE).await.unwrap();
+}
