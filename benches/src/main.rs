@@ -54,6 +54,9 @@ enum Command {
     /// The process whose memory is measured, started by `index`.
     #[command(hide = true)]
     IndexMemory(index::MemoryArgs),
+    /// The server that is asked over gRPC, started by `index`.
+    #[command(hide = true)]
+    IndexServer,
 }
 
 fn main() -> ExitCode {
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         }),
         Command::EngineCalls => status(engines::answer_questions()),
         Command::TransferTarget => status(transfer::serve_target()),
+        Command::IndexServer => status(index::serve_until_told()),
         Command::IndexMemory(args) => status(index::measure_memory(&args)),
     }
 }

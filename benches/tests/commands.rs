@@ -132,7 +132,7 @@ fn transfers_can_be_contiguous_and_alone() {
 fn the_index_command_counts_what_the_workload_has() {
     for origin in ["node", "engine"] {
         let rows = rows(&format!(
-            "index --sequences 1 --repeats 1 --lookups 4 --origin {origin} --grpc"
+            "index --sequences 1 --repeats 1 --lookups 4 --origin {origin} --pods 4 --copies 2 --grpc"
         ));
         let value = |case: &str, metric: &str| median(&rows, "kvfabric", case, metric);
         let blocks = value("ingest-16", "blocks");
@@ -147,11 +147,23 @@ fn the_index_command_counts_what_the_workload_has() {
             "lookup-512",
             "lookup-2048",
             "lookup-512-beside-writer",
+            "pods-4-stand-in",
+            "pods-8-stand-in",
+            "pods-8-stand-in-names",
             "grpc-lookup-0",
             "grpc-lookup-2048",
+            "grpc-lookup-512-beside-writers",
         ] {
             assert!(value(case, "p99_us") >= value(case, "p50_us"));
         }
+        assert_eq!(
+            2.0 * value("pods-4-stand-in", "blocks"),
+            value("pods-8-stand-in", "blocks")
+        );
+        for case in ["grpc-lookup-0", "grpc-lookup-512-beside-writers"] {
+            assert!(median(&rows, "grpc-echo", case, "p50_us") > 0.0);
+        }
+        assert!(value("grpc-lookup-512", "answer_bytes") > value("grpc-lookup-0", "answer_bytes"));
         assert!(value("remove-pod", "ms") >= 0.0);
         assert!(value("after-removal", "rss_ratio") >= 0.0);
     }

@@ -235,32 +235,6 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
     }
 }
 
-/// A client that asks and never reads is ended, and so its place is free again.
-#[tokio::test]
-async fn readers_of_lookups_that_stop_are_cut_off() {
-    let mut config = config();
-    config.reader_timeout_ms = 200;
-    let server = start(config).await;
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
-    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    let replies = raw(&server)
-        .await
-        .lookup_stream(stream)
-        .await
-        .unwrap()
-        .into_inner();
-    // Long questions that are refused one by one with their words.
-    let asked = v1::LookupRequest {
-        model: "x".repeat(4000),
-        ..v1::LookupRequest::default()
-    };
-    let asking = async { while sender.send(asked.clone()).await.is_ok() {} };
-    tokio::time::timeout(PATIENCE, asking)
-        .await
-        .expect("the stream was never ended");
-    drop(replies);
-}
-
 fn with_file(path: &Path) -> ServerConfig {
     ServerConfig {
         snapshot_path: Some(path.to_owned()),

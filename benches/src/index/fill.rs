@@ -49,8 +49,23 @@ pub(super) fn pod_name(worker: u32) -> Result<PodName> {
     PodName::new(&format!("worker-{worker}"))
 }
 
+fn empty_config() -> Result<IndexConfig> {
+    Ok(IndexConfig {
+        scheme: IndexScheme::default(),
+        model: String::new(),
+        block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
+        weights: TierWeights::default(),
+        orphan_blocks_max: ORPHAN_BLOCKS_MAX,
+    })
+}
+
+/// An index without sources.
+pub(super) fn empty_index() -> Result<KvIndex> {
+    Ok(KvIndex::new(empty_config()?))
+}
+
 impl Filled {
-    /// An empty index.
+    /// An empty index with a source for each worker.
     pub(super) fn new(workload: &Workload, origin: Origin) -> Result<Self> {
         Self::bounded(workload, origin, None)
     }
@@ -65,16 +80,9 @@ impl Filled {
         bytes_max: Option<u64>,
     ) -> Result<Self> {
         assert!(workload.pairs() > 0, "every workload has blocks");
-        let config = IndexConfig {
-            scheme: IndexScheme::default(),
-            model: String::new(),
-            block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
-            weights: TierWeights::default(),
-            orphan_blocks_max: ORPHAN_BLOCKS_MAX,
-        };
         let index = match bytes_max {
-            Some(bytes_max) => KvIndex::bounded(config, bytes_max)?,
-            None => KvIndex::new(config),
+            Some(bytes_max) => KvIndex::bounded(empty_config()?, bytes_max)?,
+            None => empty_index()?,
         };
         let kind = match origin {
             Origin::Node => SourceKind::Node,

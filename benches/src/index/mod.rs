@@ -2,6 +2,7 @@
 
 mod bounded;
 mod fill;
+mod fleet;
 mod grpc;
 mod lookup;
 mod memory;
@@ -21,6 +22,7 @@ use crate::statistics::Samples;
 use self::fill::{Filled, Meter};
 use self::workload::{EVENT_BLOCKS, SEQUENCES_FULL, Workload};
 
+pub(crate) use self::grpc::serve_until_told;
 pub(crate) use self::memory::{MemoryArgs, measure as measure_memory};
 
 /// Sequences a worker that one may ask for.
@@ -50,7 +52,16 @@ pub(crate) struct IndexArgs {
     /// Only measure memory: by part, beside the resident size, and with a bound of a quarter of what all would take.
     #[arg(long, conflicts_with_all = ["rivals", "grpc"])]
     memory: bool,
-    /// Also ask over gRPC, beside an empty lookup as the floor.
+    /// A trace (JSON lines in Mooncake's schema) for the fleet; without one, a stand-in of the same shape is made.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Pods that the trace's conversations are spread over.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pods: u32,
+    /// How many pods hold what each of those does, in the larger fleet.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(2..=100))]
+    copies: u32,
+    /// Also ask over gRPC, beside an echo of the same sizes.
     #[arg(long)]
     grpc: bool,
     #[command(flatten)]
@@ -87,7 +98,9 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
     }
     let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
     let repeats = u64::from(args.repeats);
-    recorder.expect_steps(2 * repeats + lookup::STEPS + memory::STEPS + u64::from(args.grpc));
+    recorder.expect_steps(
+        2 * repeats + lookup::STEPS + memory::STEPS + fleet::STEPS + u64::from(args.grpc),
+    );
     let rivals = rivals::find(args.rivals.as_deref());
     if rivals.is_some() {
         recorder.expect_steps(rivals::STEPS);
@@ -99,12 +112,13 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
         lookup::measure(&workload, &filled, args.lookups, recorder)?;
     }
     measure_memory_of(sequences, args.origin, recorder)?;
+    fleet::measure(args.trace.as_deref(), args.pods, args.copies, recorder)?;
     if let Some(program) = rivals {
         rivals::measure(&program, sequences, args.lookups, recorder)?;
     }
     if args.grpc && !recorder.stop().is_set() {
         recorder.say("gRPC");
-        grpc::measure(args.lookups, recorder)?;
+        grpc::measure(sequences, args.lookups, recorder)?;
         recorder.step();
     }
     Ok(())

@@ -44,7 +44,7 @@ pub(super) const fn scramble(mut word: u64) -> u64 {
 }
 
 /// One step of SplitMix64.
-const fn step(state: u64) -> u64 {
+pub(super) const fn step(state: u64) -> u64 {
     scramble(state.wrapping_add(GOLDEN))
 }
 

@@ -53,7 +53,10 @@ pub struct RandomState(u64);
 
 impl RandomState {
     /// The schedule's next number.
-    #[expect(clippy::new_without_default, reason = "as the standard library's is used")]
+    #[expect(
+        clippy::new_without_default,
+        reason = "as the standard library's is used"
+    )]
     pub fn new() -> Self {
         Self(shuttle::rand::thread_rng().r#gen())
     }

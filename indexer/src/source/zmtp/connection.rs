@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::decode::{Decoder, GREETING_BYTES, Received, corrupt, property};
 use super::endpoint::{Endpoint, Halves};
-use super::{PING_AFTER, PONG_WITHIN, Role, SEND_BYTES_MAX};
+use super::{Role, SEND_BYTES_MAX, SILENCE, Silence};
 
 /// The longest context of a ping that a pong repeats.
 const PING_CONTEXT_MAX: usize = 16;
@@ -24,6 +24,7 @@ pub(crate) struct Connection {
     out: BytesMut,
     /// Whether the peer answers pings.
     can_ping: bool,
+    silence: Silence,
     heard_at: Instant,
     /// When the peer was asked whether it is there, if it has not been heard of since.
     pinged_at: Option<Instant>,
@@ -103,6 +104,7 @@ impl Connection {
             decoder: Decoder::new(message_bytes_max),
             out: BytesMut::from(&greeting()[..]),
             can_ping: false,
+            silence: SILENCE,
             heard_at: Instant::now(),
             pinged_at: None,
         };
@@ -153,6 +155,12 @@ impl Connection {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn with_silence(mut self, silence: Silence) -> Self {
+        self.silence = silence;
+        self
+    }
+
     /// The next message.
     ///
     /// # Errors
@@ -189,8 +197,8 @@ impl Connection {
                 return Err(Error::new(ErrorKind::PeerLost, context));
             }
             let silent_until = match self.pinged_at {
-                Some(at) => at + PONG_WITHIN,
-                None => self.heard_at + PING_AFTER,
+                Some(at) => at + self.silence.pong_within,
+                None => self.heard_at + self.silence.ping_after,
             };
             let (reader, writer) = (&mut self.io.0, &mut self.io.1);
             tokio::select! {

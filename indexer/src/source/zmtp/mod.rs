@@ -26,10 +26,20 @@ const COMMAND_BYTES_MAX: usize = 4096;
 const READ_BYTES: usize = 64 << 10;
 /// The longest message of a queue to the peer: answers to its pings and our own small requests.
 const SEND_BYTES_MAX: usize = 64 << 10;
-/// A peer that said nothing for so long is asked whether it is there, if it speaks the version that can be asked.
-const PING_AFTER: Duration = Duration::from_secs(15);
-/// And it is gone if it says nothing for so long after that.
-const PONG_WITHIN: Duration = Duration::from_secs(10);
+/// How long a peer that speaks the version that can be asked may be silent.
+const SILENCE: Silence = Silence {
+    ping_after: Duration::from_secs(15),
+    pong_within: Duration::from_secs(10),
+};
+
+/// When a silent peer is gone.
+#[derive(Clone, Copy, Debug)]
+struct Silence {
+    /// After so long it is asked whether it is there.
+    ping_after: Duration,
+    /// It is gone if it says nothing for so long after that.
+    pong_within: Duration,
+}
 
 /// What kind of socket this end is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -207,6 +207,50 @@ async fn a_subscriber_greets_subscribes_and_answers_pings() {
     tokio::time::timeout(PATIENCE, both).await.unwrap();
 }
 
+/// A publisher that keeps its connection and neither sends nor answers, and one that answers each of many pings.
+#[tokio::test]
+async fn a_silent_peer_is_gone_only_when_it_does_not_answer_a_ping() {
+    let mut sent = greeting();
+    sent[11] = 1;
+    sent.extend(ready("PUB"));
+    let endpoint = peer(sent.clone()).await;
+    let silence = Silence {
+        ping_after: Duration::from_millis(10),
+        pong_within: Duration::from_millis(10),
+    };
+    let connected = Connection::subscribe(&endpoint, "", MESSAGE_MAX, PATIENCE).await;
+    let mut connection = connected.unwrap().with_silence(silence);
+    let received = tokio::time::timeout(PATIENCE, connection.recv()).await;
+    let error = received.expect("it waits for ever").unwrap_err();
+    assert!(error.to_string().contains("ping"), "{error}");
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(&sent).await.unwrap();
+        let mut said = [0; 64 + 27 + 3];
+        stream.read_exact(&mut said).await.unwrap();
+        for _ in 0..5 {
+            let mut ping = [0; 9];
+            stream.read_exact(&mut ping).await.unwrap();
+            assert_eq!(&ping, b"\x04\x07\x04PING\0\0");
+            stream.write_all(b"\x04\x05\x04PONG").await.unwrap();
+        }
+        stream.write_all(b"\0\x01x").await.unwrap();
+        let _ = stream.read(&mut said).await;
+    });
+    let endpoint: Endpoint = format!("tcp://{address}").parse().unwrap();
+    let silence = Silence {
+        pong_within: PATIENCE,
+        ..silence
+    };
+    let connected = Connection::subscribe(&endpoint, "", MESSAGE_MAX, PATIENCE).await;
+    let mut connection = connected.unwrap().with_silence(silence);
+    let received = tokio::time::timeout(PATIENCE, connection.recv()).await;
+    assert_eq!(received.unwrap().unwrap(), ["x"]);
+}
+
 /// Endpoints as configurations have them, and what is none.
 #[test]
 fn endpoints_are_read_or_refused_by_value() {
