@@ -13,7 +13,9 @@ use serde::Deserialize;
 use crate::adapter::BATCH_BYTES_MAX;
 use crate::score::TierWeights;
 use crate::source::zmtp::Endpoint;
-use crate::wire::{SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind};
+use crate::wire::{
+    CacheGroup, GroupRule, SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind,
+};
 
 mod tenants;
 #[cfg(test)]
@@ -75,6 +77,12 @@ pub struct ServerConfig {
     /// What a snapshot says of a source is dropped when its publisher has not confirmed it within so long; until then
     /// lookups are refused.
     pub bootstrap_deadline_ms: u64,
+    /// How long the blocks of a prompt are expected where a router said that it sends it.
+    pub routing_ttl_ms: u64,
+    /// The same for pods that publish no events.
+    pub approximate_ttl_ms: u64,
+    /// How many blocks a pod that publishes no events is thought to keep: the least recently routed are forgotten.
+    pub approximate_blocks_max: usize,
     /// The tokenizers of models whose text prompts `indexer.v1` shall score.
     pub tokenizers: Vec<TokenizerConfig>,
     /// Engines that do not register themselves.
@@ -119,10 +127,11 @@ pub struct StaticSource {
     /// The source's name, unique within the pod.
     #[serde(default = "default_source_name")]
     pub name: String,
-    /// `vllm`, `vllm-full`, `sglang` or `node`.
+    /// `vllm`, `vllm-full`, `sglang`, `node`, or `approximate` for an engine that publishes nothing.
     #[serde(default = "default_source_kind")]
     pub kind: String,
-    /// ZMQ endpoint of the publisher.
+    /// ZMQ endpoint of the publisher; none of an approximate source.
+    #[serde(default)]
     pub endpoint: String,
     /// ZMQ endpoint of its replay socket; without one, every reconnect starts from nothing.
     pub replay_endpoint: Option<String>,
@@ -131,6 +140,27 @@ pub struct StaticSource {
     pub model: String,
     /// Where the pod's peer service listens, if it has one.
     pub peer_address: Option<String>,
+    /// The data-parallel rank that it tells of; absent: as its events say.
+    pub data_parallel_rank: Option<u32>,
+    /// Tokens a block of the pod's engine, a multiple of the index's; absent: the index's.
+    pub engine_block_size: Option<u32>,
+    /// The engine's cache groups as far as they are known; its events tell of the others.
+    #[serde(default)]
+    pub groups: Vec<GroupConfig>,
+}
+
+/// A cache group of an engine.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// Its number among the engine's groups.
+    pub number: u32,
+    /// The kind of cache as vLLM names it: `full_attention`, `sliding_window`, `mamba`, ….
+    pub kind: String,
+    /// The sliding window, in tokens.
+    pub window: Option<u32>,
+    /// Tokens a block of the group; absent: the engine's.
+    pub block_size: Option<u32>,
 }
 
 /// An endpoint that engines connect to; there is nobody to ask for what was missed.
@@ -206,6 +236,9 @@ impl Default for ServerConfig {
             snapshot_interval_ms: 60_000,
             bootstrap_peers: Vec::new(),
             bootstrap_deadline_ms: 30_000,
+            routing_ttl_ms: 2_000,
+            approximate_ttl_ms: 300_000,
+            approximate_blocks_max: 65_536,
             tokenizers: Vec::new(),
             sources: Vec::new(),
             listeners: Vec::new(),
@@ -295,18 +328,15 @@ impl ServerConfig {
             self.bootstrap_deadline_ms,
             1..=DURATION_MS_MAX,
         )?;
-        for peer in &self.bootstrap_peers {
-            let is_address = peer.rsplit_once(':').is_some_and(|(host, port)| {
-                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
-            });
-            if !is_address {
-                return Err(Error::invalid(
-                    "bootstrap_peers",
-                    format!("{peer:?}"),
-                    "HOST:PORT",
-                ));
-            }
+        for (key, value) in [
+            ("routing_ttl_ms", self.routing_ttl_ms),
+            ("approximate_ttl_ms", self.approximate_ttl_ms),
+        ] {
+            within(key, value, 1..=DURATION_MS_MAX)?;
         }
+        let blocks = self.approximate_blocks_max as u64;
+        within("approximate_blocks_max", blocks, 1..=1 << 24)?;
+        self.check_peers()?;
         let lookups = self.lookups_in_flight_max as u64;
         within("lookups_in_flight_max", lookups, 1..=LOOKUPS_MAX as u64)?;
         within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
@@ -327,6 +357,22 @@ impl ServerConfig {
         Ok(())
     }
 
+    fn check_peers(&self) -> Result<()> {
+        for peer in &self.bootstrap_peers {
+            let is_address = peer.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok()
+            });
+            if !is_address {
+                return Err(Error::invalid(
+                    "bootstrap_peers",
+                    format!("{peer:?}"),
+                    "HOST:PORT",
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn check_listeners(&self) -> Result<()> {
         let mut names = std::collections::BTreeSet::new();
         if self.listeners.len() > SOURCES_PER_POD_MAX {
@@ -340,11 +386,12 @@ impl ServerConfig {
                 let endpoint = format!("{:?}", listener.endpoint);
                 return Err(at(Error::invalid("endpoint", endpoint, "tcp://HOST:PORT")));
             }
-            if parse_source_kind(&listener.kind).map_err(at)? == SourceKind::Node {
-                // A node's epochs would be of no use without its replay socket.
+            let kind = parse_source_kind(&listener.kind).map_err(at)?;
+            if matches!(kind, SourceKind::Node | SourceKind::Approximate) {
+                // A node's epochs would be of no use without its replay socket; approximate ones connect nowhere.
                 return Err(at(Error::invalid(
                     "kind",
-                    "\"node\"",
+                    format!("{:?}", listener.kind),
                     "vllm, vllm-full or sglang",
                 )));
             }
@@ -424,6 +471,14 @@ impl StaticSource {
         PodName::new(&self.pod)
     }
 
+    fn group(&self, group: &GroupConfig) -> CacheGroup {
+        CacheGroup {
+            number: group.number,
+            rule: GroupRule::of_kind(Some(&group.kind), group.window),
+            block_size: group.block_size.or(self.engine_block_size).unwrap_or(0),
+        }
+    }
+
     /// The source as a registration would name it.
     ///
     /// # Errors
@@ -434,6 +489,8 @@ impl StaticSource {
             kind: parse_source_kind(&self.kind)?,
             endpoint: self.endpoint.clone(),
             replay_endpoint: self.replay_endpoint.clone(),
+            data_parallel_rank: self.data_parallel_rank,
+            groups: self.groups.iter().map(|group| self.group(group)).collect(),
         })
     }
 }

@@ -6,7 +6,7 @@ use kvcache_core::ports::Position;
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use kvfabric_proto::{PROTOCOL_VERSION, v1};
 
-pub use crate::adapter::SourceKind;
+pub use crate::adapter::{CacheGroup, GroupRule, SourceKind};
 
 /// The kind with this name in configuration.
 ///
@@ -18,6 +18,7 @@ pub fn parse_source_kind(name: &str) -> Result<SourceKind> {
         SourceKind::VllmFull,
         SourceKind::Sglang,
         SourceKind::Node,
+        SourceKind::Approximate,
     ]
     .into_iter()
     .find(|kind| kind.name() == name)
@@ -25,7 +26,7 @@ pub fn parse_source_kind(name: &str) -> Result<SourceKind> {
         Error::invalid(
             "source kind",
             format!("{name:?}"),
-            "vllm, vllm-full, sglang or node",
+            "vllm, vllm-full, sglang, node or approximate",
         )
     })
 }
@@ -36,6 +37,7 @@ pub(crate) const fn source_kind_to_wire(kind: SourceKind) -> v1::SourceKind {
         SourceKind::VllmFull => v1::SourceKind::VllmFull,
         SourceKind::Sglang => v1::SourceKind::Sglang,
         SourceKind::Node => v1::SourceKind::Node,
+        SourceKind::Approximate => v1::SourceKind::Approximate,
     }
 }
 
@@ -46,6 +48,7 @@ pub(crate) fn source_kind_from_wire(raw: i32) -> Result<SourceKind> {
         Ok(v1::SourceKind::VllmFull) => Ok(SourceKind::VllmFull),
         Ok(v1::SourceKind::Sglang) => Ok(SourceKind::Sglang),
         Ok(v1::SourceKind::Node) => Ok(SourceKind::Node),
+        Ok(v1::SourceKind::Approximate) => Ok(SourceKind::Approximate),
         Ok(v1::SourceKind::Unspecified) | Err(_) => Err(Error::invalid(
             "source kind",
             raw,
@@ -65,6 +68,10 @@ pub struct SourceSpec {
     pub endpoint: String,
     /// ZMQ endpoint of its replay socket, if it has one.
     pub replay_endpoint: Option<String>,
+    /// The data-parallel rank that it tells of; none: as its events say.
+    pub data_parallel_rank: Option<u32>,
+    /// The engine's cache groups as far as they are known beforehand; its events tell of the others.
+    pub groups: Vec<CacheGroup>,
 }
 
 /// What a pod says of itself when it registers.
@@ -84,7 +91,44 @@ pub struct Registration {
     pub peer_address: Option<String>,
 }
 
+pub(crate) fn group_to_wire(group: &CacheGroup) -> v1::CacheGroup {
+    let (rule, window_tokens) = match group.rule {
+        GroupRule::Full => (v1::GroupRule::Full, 0),
+        GroupRule::Window { tokens } => (v1::GroupRule::Window, tokens),
+        GroupRule::State => (v1::GroupRule::State, 0),
+        GroupRule::Nothing => (v1::GroupRule::Nothing, 0),
+    };
+    v1::CacheGroup {
+        number: group.number,
+        rule: rule.into(),
+        window_tokens,
+        block_size: group.block_size,
+    }
+}
+
+/// # Errors
+/// `Invalid` naming the group and the value.
+pub(crate) fn group_from_wire(wire: &v1::CacheGroup) -> Result<CacheGroup> {
+    let rule = match (v1::GroupRule::try_from(wire.rule), wire.window_tokens) {
+        (Ok(v1::GroupRule::Full), _) => GroupRule::Full,
+        (Ok(v1::GroupRule::Window), tokens) if tokens > 0 => GroupRule::Window { tokens },
+        (Ok(v1::GroupRule::State), _) => GroupRule::State,
+        (Ok(v1::GroupRule::Nothing), _) => GroupRule::Nothing,
+        (rule, window) => {
+            let told = format!("{rule:?} with a window of {window} tokens");
+            let place = format!("rule of cache group {}", wire.number);
+            return Err(Error::invalid(&place, told, "a GroupRule of kvfabric.v1"));
+        }
+    };
+    Ok(CacheGroup {
+        number: wire.number,
+        rule,
+        block_size: wire.block_size,
+    })
+}
+
 /// The most sources a pod may have: an engine per data-parallel rank, and a node.
+#[cfg(feature = "server")]
 pub(crate) const SOURCES_PER_POD_MAX: usize = 64;
 
 pub(crate) fn registration_to_wire(registration: &Registration) -> v1::RegisterRequest {
@@ -93,6 +137,8 @@ pub(crate) fn registration_to_wire(registration: &Registration) -> v1::RegisterR
         kind: source_kind_to_wire(source.kind).into(),
         endpoint: source.endpoint.clone(),
         replay_endpoint: source.replay_endpoint.clone().unwrap_or_default(),
+        data_parallel_rank: source.data_parallel_rank,
+        groups: source.groups.iter().map(group_to_wire).collect(),
     });
     v1::RegisterRequest {
         protocol_version: PROTOCOL_VERSION,
@@ -130,6 +176,12 @@ pub(crate) fn registration_from_wire(wire: v1::RegisterRequest) -> Result<Regist
             name: source.name,
             endpoint: source.endpoint,
             replay_endpoint: some(source.replay_endpoint),
+            data_parallel_rank: source.data_parallel_rank,
+            groups: source
+                .groups
+                .iter()
+                .map(group_from_wire)
+                .collect::<Result<_>>()?,
         })
     });
     Ok(Registration {

@@ -366,6 +366,18 @@ async fn reply(replay: &mut RouterSocket, peer: &Bytes, number: Bytes, payload: 
     replay.send(message).await.unwrap();
 }
 
+/// An engine that a test plays.
+fn by_hand(endpoint: String, replay_endpoint: String) -> SourceSpec {
+    SourceSpec {
+        name: "engine".to_owned(),
+        kind: SourceKind::Vllm,
+        endpoint,
+        replay_endpoint: Some(replay_endpoint),
+        data_parallel_rank: None,
+        groups: Vec::new(),
+    }
+}
+
 /// A publisher made by hand, whose replay socket keeps the restarted index waiting.
 #[tokio::test]
 async fn a_replica_that_is_not_verified_says_so_and_answers_nothing() {
@@ -379,12 +391,7 @@ async fn a_replica_that_is_not_verified_says_so_and_answers_nothing() {
     let endpoint = events.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
     let mut replay = RouterSocket::new();
     let replay_endpoint = replay.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
-    let source = SourceSpec {
-        name: "engine".to_owned(),
-        kind: SourceKind::Vllm,
-        endpoint,
-        replay_endpoint: Some(replay_endpoint),
-    };
+    let source = by_hand(endpoint, replay_endpoint);
     let end = || Bytes::from_static(&[0xff; 8]);
     let number = || Bytes::copy_from_slice(&0_u64.to_be_bytes());
 

@@ -513,6 +513,8 @@ async fn the_index_follows_a_publisher_made_with_libzmq() {
         kind: SourceKind::Vllm,
         endpoint: format!("tcp://127.0.0.1:{}", ports[0]),
         replay_endpoint: Some(format!("tcp://127.0.0.1:{}", ports[1])),
+        data_parallel_rank: None,
+        groups: Vec::new(),
     };
     let registered = client.register(registration("pod-0", [source]));
     registered.ready(PATIENCE).await.unwrap();

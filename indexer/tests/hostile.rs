@@ -52,6 +52,9 @@ fn configured(pod: &str, endpoint: String, replay_endpoint: Option<String>) -> S
         replay_endpoint,
         model: "m".to_owned(),
         peer_address: None,
+        data_parallel_rank: None,
+        engine_block_size: None,
+        groups: Vec::new(),
     }
 }
 
@@ -151,6 +154,8 @@ async fn a_source_whose_place_a_stranger_took_is_forgotten_after_its_ttl() {
         kind: SourceKind::Vllm,
         endpoint: engine.endpoint().to_owned(),
         replay_endpoint: None,
+        data_parallel_rank: None,
+        groups: Vec::new(),
     };
     let registered = client.register(registration("pod-0", [source]));
     registered.ready(PATIENCE).await.unwrap();

@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kvcache_core::prefix::{IndexScheme, Namespace};
 use kvcache_core::{EngineHash, IndexKey, PodName, Tier};
-use kvfabric_indexer::adapter::{CacheGroup, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
+use kvfabric_indexer::adapter::{
+    CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks,
+};
 use kvfabric_indexer::index::{
     Answer, BYTES_MIN, IndexConfig, KvIndex, Query, SourceId, SourceSpec,
 };
@@ -355,7 +357,8 @@ fn stored(source: usize, blocks: &[Block], tier: Tier, with_tokens: bool) -> Sto
         tier,
         group: Some(CacheGroup {
             number: 0,
-            is_prefix: true,
+            rule: GroupRule::Full,
+            block_size: BLOCK_SIZE,
         }),
         lora: None,
         cache_salt: salt.map(str::to_owned),
@@ -480,7 +483,8 @@ impl Both {
                 let mut blocks = stored(source, &[block], Tier::Device, true);
                 blocks.group = Some(CacheGroup {
                     number: 1,
-                    is_prefix: false,
+                    rule: GroupRule::Nothing,
+                    block_size: BLOCK_SIZE,
                 });
                 self.apply(source, SourceEvent::Stored(blocks));
             }
@@ -559,7 +563,9 @@ impl Both {
                 let tiers = [Tier::Device, Tier::Host, Tier::Disk];
                 self.read(|literal| literal.clear(source, &tiers));
             }
-            SourceKind::Node => self.read(|literal| literal.clear(source, &Tier::ALL)),
+            SourceKind::Node | SourceKind::Approximate => {
+                self.read(|literal| literal.clear(source, &Tier::ALL))
+            }
         }
     }
 
@@ -678,21 +684,21 @@ proptest! {
 fn another_block_size_is_refused_with_both_sizes_named() {
     let both = Both::new(None);
     let mut other = spec(0);
-    (other.name, other.block_size) = ("other".to_owned(), 16);
+    (other.name, other.block_size) = ("other".to_owned(), 6);
     let refusal = both.index.add_source(other).unwrap_err().to_string();
     assert!(
-        refusal.contains("16") && refusal.contains('4') && refusal.contains("pod-a"),
+        refusal.contains("6 tokens") && refusal.contains('4') && refusal.contains("pod-a"),
         "{refusal}"
     );
 
     let mut blocks = stored(0, &[Block::new(0, 1, 0)], Tier::Device, true);
-    (blocks.tokens, blocks.block_size) = (vec![1; 16], 16);
+    (blocks.tokens, blocks.block_size) = (vec![1; 6], 6);
     let refusal = both
         .index
         .apply(both.ids[0], &SourceEvent::Stored(blocks))
         .unwrap_err();
     assert!(
-        refusal.context().contains("16") && refusal.context().contains("pod-a"),
+        refusal.context().contains("6 tokens") && refusal.context().contains("pod-a"),
         "{refusal}"
     );
     assert_eq!(both.index.entries(), 0);

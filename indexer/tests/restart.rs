@@ -257,6 +257,8 @@ async fn a_gap_is_filled_from_the_replay_socket() {
         kind: SourceKind::Vllm,
         endpoint,
         replay_endpoint: Some(replay_endpoint),
+        data_parallel_rank: None,
+        groups: Vec::new(),
     };
     let registered = client.register(registration("pod-0", [source]));
 
@@ -352,6 +354,9 @@ async fn a_configured_source_is_followed_without_registration() {
         replay_endpoint: Some(engine.replay_endpoint().to_owned()),
         model: "m".to_owned(),
         peer_address: None,
+        data_parallel_rank: None,
+        engine_block_size: None,
+        groups: Vec::new(),
     });
     let server = start(config).await;
     let client = client(&server);

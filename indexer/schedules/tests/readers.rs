@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{EngineHash, PodName, Tier};
 use kvfabric_index_schedules::adapter::{
-    CacheGroup, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks,
+    CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks,
 };
 use kvfabric_index_schedules::index::{Answer, IndexConfig, KvIndex, Query, SourceId, SourceSpec};
 use kvfabric_index_schedules::score::TierWeights;
@@ -127,7 +127,8 @@ fn stored(chain: Chain, from: usize, tier: Tier) -> SourceEvent {
         tier,
         group: Some(CacheGroup {
             number: 0,
-            is_prefix: true,
+            rule: GroupRule::Full,
+            block_size: BLOCK_SIZE,
         }),
         lora: None,
         cache_salt: None,

@@ -5,7 +5,7 @@ use kvcache_core::{EngineHash, Error, ErrorKind, Result, Tier};
 use super::extra::{self, Extras};
 use super::medium::tier_of_medium;
 use super::msgpack::{Head, Reader};
-use super::{CacheGroup, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
+use super::{CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
 
 /// The most blocks in one event: a prompt of two million tokens in blocks of 16.
 pub const HASHES_MAX: u32 = 1 << 17;
@@ -17,8 +17,8 @@ pub const NAME_BYTES_MAX: usize = 4096;
 pub const IDENTIFIERS_MAX: u32 = 256;
 /// The longest identifier of an image or the like, in bytes.
 pub const IDENTIFIER_BYTES_MAX: usize = 1024;
-/// The longest digest taken for a hash, in bytes.
-const DIGEST_BYTES_MAX: usize = 128;
+/// The longest digest taken for a hash, in bytes: some versions name a large block by the digests of all its parts.
+const DIGEST_BYTES_MAX: usize = 1 << 16;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Type {
@@ -54,12 +54,13 @@ enum Field {
     ExtraKeys,
     Group,
     SpecKind,
+    Window,
     CacheSalt,
     Ignored,
 }
 
 /// The order of fields in array-encoded events, after the tag; each version only added to the end.
-const STORED_FIELDS: [Field; 10] = [
+const STORED_FIELDS: [Field; 11] = [
     Field::Hashes,
     Field::Parent,
     Field::Tokens,
@@ -70,6 +71,7 @@ const STORED_FIELDS: [Field; 10] = [
     Field::ExtraKeys,
     Field::Group,
     Field::SpecKind,
+    Field::Window,
 ];
 const REMOVED_FIELDS: [Field; 3] = [Field::Hashes, Field::Medium, Field::Group];
 /// SGLang means other things by the positions after this many.
@@ -132,6 +134,7 @@ pub(super) fn event_of_map(
             "extra_keys" => Field::ExtraKeys,
             "group_idx" => Field::Group,
             "kv_cache_spec_kind" => Field::SpecKind,
+            "kv_cache_spec_sliding_window" => Field::Window,
             "cache_salt" => Field::CacheSalt,
             _ => Field::Ignored,
         };
@@ -154,6 +157,7 @@ struct RawEvent<'a> {
     extra_keys: Option<Reader<'a>>,
     group: Option<u32>,
     spec_kind: Option<&'a str>,
+    window: Option<u32>,
     cache_salt: Option<&'a str>,
 }
 
@@ -183,6 +187,7 @@ impl<'a> RawEvent<'a> {
             Field::SpecKind => {
                 self.spec_kind = reader.text_or_nil("kv_cache_spec_kind", NAME_BYTES_MAX)?;
             }
+            Field::Window => self.window = reader.u32_or_nil("kv_cache_spec_sliding_window")?,
             Field::CacheSalt => {
                 self.cache_salt = reader.text_or_nil("cache_salt", NAME_BYTES_MAX)?;
             }
@@ -196,6 +201,7 @@ impl<'a> RawEvent<'a> {
             return Ok(SourceEvent::Cleared);
         }
         let tier = self.tier(kind, place)?;
+        let group = self.group();
         let Some(hashes) = self.hashes else {
             return Err(place.error("the event has no block_hashes"));
         };
@@ -213,6 +219,14 @@ impl<'a> RawEvent<'a> {
             tokens.clear();
         }
         let tokens_wanted = hashes.len() as u64 * u64::from(self.block_size);
+        if group.is_some_and(|group| group.rule.has_holes())
+            && tokens.len() as u64 > tokens_wanted
+            && tokens.len().checked_rem(self.block_size as usize) == Some(0)
+        {
+            // The tokens are of all blocks, the hashes of those that the group has kept: which, nobody says. Their place
+            // is that of the block with the same hash in the group that keeps all.
+            tokens.clear();
+        }
         if !tokens.is_empty() && tokens.len() as u64 != tokens_wanted {
             return Err(place.error(format_args!(
                 "{} tokens for {} blocks of {}",
@@ -236,10 +250,6 @@ impl<'a> RawEvent<'a> {
             (None, Some(number)) => Some(format!("#{number}")),
             (None, None) => None,
         };
-        let group = self.group.map(|number| CacheGroup {
-            number,
-            is_prefix: self.spec_kind.is_none_or(is_prefix_kind),
-        });
         Ok(SourceEvent::Stored(StoredBlocks {
             hashes,
             parent: self.parent,
@@ -257,6 +267,14 @@ impl<'a> RawEvent<'a> {
         }))
     }
 
+    fn group(&self) -> Option<CacheGroup> {
+        self.group.map(|number| CacheGroup {
+            number,
+            rule: GroupRule::of_kind(self.spec_kind, self.window),
+            block_size: self.block_size,
+        })
+    }
+
     fn tier(&self, kind: SourceKind, place: &Reader<'_>) -> Result<Tier> {
         match self.medium {
             Some(medium) => tier_of_medium(medium).ok_or_else(|| {
@@ -270,14 +288,6 @@ impl<'a> RawEvent<'a> {
             None => Err(place.error("a node's event names no medium")),
         }
     }
-}
-
-/// Whether blocks of a group of this kind are held from the first token on, so that depth counts them.
-fn is_prefix_kind(kind: &str) -> bool {
-    matches!(
-        kind,
-        "full_attention" | "mla_attention" | "sink_full_attention"
-    )
 }
 
 fn hash_or_nil(reader: &mut Reader<'_>) -> Result<Option<EngineHash>> {

@@ -9,6 +9,7 @@ mod decode;
 mod encode;
 mod event;
 mod extra;
+mod group;
 mod medium;
 mod msgpack;
 mod topic;
@@ -23,6 +24,7 @@ pub use encode::{
     BatchOwner, OWNER_BYTES_MAX, encode_engine_batch, encode_engine_batch_of, encode_node_batch,
 };
 pub use event::{HASHES_MAX, IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX, NAME_BYTES_MAX, TOKENS_MAX};
+pub use group::{CacheGroup, GroupRule};
 pub use medium::tier_of_medium;
 pub use topic::{TOPIC_BYTES_MAX, TOPIC_PREFIX, Topic};
 
@@ -37,6 +39,8 @@ pub enum SourceKind {
     Sglang,
     /// A kvfabric node: hashes are index keys; repeating an announcement means nothing.
     Node,
+    /// An engine that publishes nothing: what it holds is estimated by where prompts were routed.
+    Approximate,
 }
 
 impl SourceKind {
@@ -60,6 +64,7 @@ impl SourceKind {
             Self::VllmFull => "vllm-full",
             Self::Sglang => "sglang",
             Self::Node => "node",
+            Self::Approximate => "approximate",
         }
     }
 }
@@ -121,13 +126,4 @@ pub struct RemovedBlocks {
     pub tier: Tier,
     /// The number of the KV-cache group, for models that have several.
     pub group: Option<u32>,
-}
-
-/// One group of layers that share a way to cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CacheGroup {
-    /// Its number.
-    pub number: u32,
-    /// Whether its blocks form prefixes: a sliding window's or a state-space layer's do not.
-    pub is_prefix: bool,
 }

@@ -305,22 +305,29 @@ fn extra_keys_are_sorted_into_adapter_images_and_salt() {
 /// Kinds of groups, and an offloaded block with and without its extra keys.
 #[test]
 fn groups_and_offloaded_blocks_say_what_can_be_believed() {
-    for (kind, is_prefix) in [
-        ("full_attention", true),
-        ("mla_attention", true),
-        ("mamba", false),
+    let window = |tokens| GroupRule::Window { tokens };
+    for (kind, told, rule) in [
+        ("full_attention", None, GroupRule::Full),
+        ("mla_attention", None, GroupRule::Full),
+        ("sliding_window", Some(1024), window(1024)),
+        ("sliding_window_mla", Some(2), window(2)),
+        ("sliding_window", None, GroupRule::Full),
+        ("chunked_local_attention", None, GroupRule::Full),
+        ("of_tomorrow", Some(7), GroupRule::Full),
+        ("mamba", None, GroupRule::State),
+        ("cross_attention", None, GroupRule::Nothing),
     ] {
+        let told = told.map_or(Value::Nil, Value::from);
         let event = stored_map(&[
             ("group_idx", Value::from(3)),
             ("kv_cache_spec_kind", Value::from(kind)),
+            ("kv_cache_spec_sliding_window", told),
         ]);
-        let group = stored(event, SourceKind::Vllm).group;
+        let group = stored(event, SourceKind::Vllm).group.unwrap();
+        let block_size = group.block_size;
         assert_eq!(
-            group,
-            Some(CacheGroup {
-                number: 3,
-                is_prefix
-            }),
+            (group.number, group.rule, block_size),
+            (3, rule, 2),
             "{kind}"
         );
     }

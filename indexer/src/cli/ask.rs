@@ -11,8 +11,8 @@ use serde_json::json;
 
 use super::print_line;
 use crate::client::{
-    ClientConfig, Freshness, IndexClient, LookupAnswer, LookupOptions, LookupRequest, Prompt,
-    Ranking, ScoreTerm,
+    ClientConfig, Freshness, GroupRule, IndexClient, LookupAnswer, LookupOptions, LookupRequest,
+    PartDepth, PodDepth, Prompt, Ranking, ScoreTerm,
 };
 
 /// The most tokens a file may hold.
@@ -140,11 +140,12 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
             .map(|(tier, blocks)| format!("{tier} {blocks}"))
             .collect();
         print_line(&format!(
-            "{:<24} depth {:>6}  score {:>10.2}  {}",
+            "{:<24} depth {:>6}  score {:>10.2}  {}{}",
             pod.pod,
             pod.depth,
             pod.score,
-            tiers.join(", ")
+            tiers.join(", "),
+            expected(pod)
         ))?;
         if explain {
             let terms = pod.terms.iter().map(|term| {
@@ -157,6 +158,7 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
             });
             let terms: Vec<_> = terms.collect();
             print_line(&format!("  score = {}", terms.join(" + ")))?;
+            pod.parts.iter().try_for_each(print_part)?;
         }
     }
     if explain {
@@ -168,6 +170,36 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
                 source.source
             ))?;
         }
+    }
+    Ok(())
+}
+
+/// What is not confirmed by events, in words.
+fn expected(pod: &PodDepth) -> String {
+    match (pod.is_approximate, pod.expected_depth) {
+        (true, _) => "  (approximate)".to_owned(),
+        (false, 0) => String::new(),
+        (false, depth) => format!("  (expected {depth})"),
+    }
+}
+
+fn print_part(part: &PartDepth) -> Result<()> {
+    let rank = part
+        .rank
+        .map_or_else(|| "all".to_owned(), |rank| rank.to_string());
+    print_line(&format!(
+        "  rank {rank:<4} depth {:>6}  score {:>10.2}",
+        part.depth, part.score
+    ))?;
+    for (group, depth) in &part.groups {
+        let rule = match group.rule {
+            GroupRule::Window { tokens } => format!("window of {tokens} tokens"),
+            rule => rule.name().to_owned(),
+        };
+        print_line(&format!(
+            "    group {:<4} allows {depth:>6}  {rule}",
+            group.number
+        ))?;
     }
     Ok(())
 }
@@ -203,6 +235,18 @@ fn to_json(answer: &LookupAnswer) -> serde_json::Value {
                 "weight": term.weight,
             })).collect::<Vec<_>>(),
             "peer_address": pod.peer_address,
+            "expected_depth": pod.expected_depth,
+            "approximate": pod.is_approximate,
+            "parts": pod.parts.iter().map(|part| json!({
+                "data_parallel_rank": part.rank,
+                "depth": part.depth,
+                "score": part.score,
+                "groups": part.groups.iter().map(|(group, depth)| json!({
+                    "group": group.number,
+                    "rule": group.rule.name(),
+                    "depth": depth,
+                })).collect::<Vec<_>>(),
+            })).collect::<Vec<_>>(),
         })
     });
     let positions = answer.positions.iter().zip(&answer.freshness);

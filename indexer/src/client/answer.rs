@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvcache_core::{PodName, Result, Tier};
 use kvfabric_proto::v1;
 
-use crate::wire::{self, SourcePosition};
+use crate::wire::{self, CacheGroup, SourcePosition};
 
 /// What one pod holds of a prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +24,27 @@ pub struct PodDepth {
     pub peer_address: Option<String>,
     /// How `score` comes about, fastest tier first: blocks and what each is worth. Empty unless asked for.
     pub terms: Vec<ScoreTerm>,
+    /// What `depth` is made of, when the pod has data-parallel ranks, several cache groups or larger blocks.
+    pub parts: Vec<PartDepth>,
+    /// Blocks, from the first, that the pod holds or is expected to hold; 0 when none is expected beyond `depth`.
+    pub expected_depth: u32,
+    /// The pod publishes nothing: all of this is only what routing decisions make likely.
+    pub is_approximate: bool,
+}
+
+/// A data-parallel rank of a pod, or a pod without ranks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PartDepth {
+    /// The rank, if there are any.
+    pub rank: Option<u32>,
+    /// Blocks, from the first, that the rules of all cache groups allow.
+    pub depth: u32,
+    /// For how many of those each tier is the fastest; they add up to `depth`.
+    pub by_tier: [u32; 4],
+    /// Sum of weight × `by_tier`.
+    pub score: f64,
+    /// What each cache group by itself would allow. Empty unless asked for.
+    pub groups: Vec<(CacheGroup, u32)>,
 }
 
 /// Blocks × weight.
@@ -107,12 +128,33 @@ impl LookupAnswer {
     }
 }
 
-fn pod_from_wire(wire: v1::PodDepth) -> Result<PodDepth> {
+fn tiers_from_wire(told: &[v1::TierDepth]) -> Result<[u32; 4]> {
     let mut by_tier = [0; 4];
-    for depth in &wire.by_tier {
+    for depth in told {
         by_tier[wire::tier_from_wire(depth.tier)? as usize] = depth.blocks;
     }
+    Ok(by_tier)
+}
+
+fn pod_from_wire(wire: v1::PodDepth) -> Result<PodDepth> {
+    let by_tier = tiers_from_wire(&wire.by_tier)?;
+    let parts = wire.parts.iter().map(|part| {
+        let groups = part.groups.iter().filter_map(|found| {
+            let group = found.group.as_ref()?;
+            Some(wire::group_from_wire(group).map(|group| (group, found.depth)))
+        });
+        Ok(PartDepth {
+            rank: part.data_parallel_rank,
+            depth: part.depth,
+            by_tier: tiers_from_wire(&part.by_tier)?,
+            score: part.score,
+            groups: groups.collect::<Result<_>>()?,
+        })
+    });
     Ok(PodDepth {
+        parts: parts.collect::<Result<_>>()?,
+        expected_depth: wire.expected_depth,
+        is_approximate: wire.approximate,
         pod: PodName::new(&wire.pod)?,
         depth: wire.depth,
         by_tier,

@@ -14,8 +14,10 @@ use crate::wire;
 mod answer;
 mod register;
 
-pub use crate::wire::{Registration, SourceKind, SourcePosition, SourceSpec};
-pub use answer::{Freshness, LookupAnswer, PodDepth, ScoreTerm};
+pub use crate::wire::{
+    CacheGroup, GroupRule, Registration, SourceKind, SourcePosition, SourceSpec,
+};
+pub use answer::{Freshness, LookupAnswer, PartDepth, PodDepth, ScoreTerm};
 pub use register::Registered;
 
 /// Calls that may wait for the connection; further ones wait their turn until their deadline.
@@ -242,6 +244,48 @@ impl IndexClient {
         LookupAnswer::from_wire(answer).map_err(|error| error.at("answer of the index"))
     }
 
+    /// Says that a prompt goes to a pod: its blocks are expected there for `ttl`, or as long as the index is configured
+    /// for.
+    ///
+    /// Of `request` only what names the prompt counts.
+    ///
+    /// # Errors
+    /// As [`IndexClient::lookup`]; `NotFound` when the pod is not registered.
+    ///
+    /// # Cancel safety
+    /// Dropping the future may leave the decision recorded.
+    pub async fn record_routing(
+        &self,
+        pod: &PodName,
+        request: LookupRequest,
+        ttl: Option<Duration>,
+    ) -> Result<v1::RecordRoutingResponse> {
+        use v1::lookup_request::Prompt as Asked;
+        use v1::record_routing_request::Prompt as Told;
+        let deadline = request.deadline.unwrap_or(self.inner.config.deadline);
+        let question = request.into_wire(LookupOptions::default());
+        let ttl = ttl.map_or(0, |ttl| u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX));
+        let decision = v1::RecordRoutingRequest {
+            tenant: question.tenant,
+            model: question.model,
+            lora: question.lora,
+            cache_salt: question.cache_salt,
+            prompt: question.prompt.map(|prompt| match prompt {
+                Asked::Tokens(tokens) => Told::Tokens(tokens),
+                Asked::Keys(keys) => Told::Keys(keys),
+            }),
+            pod: pod.as_str().to_owned(),
+            ttl_ms: ttl,
+        };
+        let decision = self.request(decision, deadline);
+        self.within(
+            deadline,
+            "record a routing",
+            self.grpc().record_routing(decision),
+        )
+        .await
+    }
+
     /// The pods and sources the index knows, with positions and lag.
     ///
     /// # Errors
@@ -316,7 +360,9 @@ impl Directory for IndexClient {
         Box::pin(async {
             let question = LookupRequest::new(&self.inner.config.model, Prompt::Keys(chain));
             let answer = self.lookup(question).await?;
-            let holders = answer.pods.into_iter();
+            // What nobody has confirmed can be fetched from nobody.
+            let is_held = |pod: &PodDepth| pod.depth > 0 && !pod.is_approximate;
+            let holders = answer.pods.into_iter().filter(is_held);
             Ok(Located {
                 holders: holders
                     .map(|pod| Holder {

@@ -183,7 +183,7 @@ impl Source {
         }
         SourceImage {
             spec: self.spec.clone(),
-            group: self.group,
+            group: self.groups.main(),
             pieces: pieces.pieces,
         }
     }
@@ -360,15 +360,5 @@ impl KvIndex {
         drop(view);
         self.settle(&mut state, None);
         Ok(applied)
-    }
-
-    /// Sets the cache group that a source is followed in, as its image says.
-    ///
-    /// # Errors
-    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone.
-    pub fn follow_group(&self, id: SourceId, group: Option<u32>) -> Result<()> {
-        let mut state = lock(&self.state);
-        state.sources.get_mut(&id).ok_or_else(|| gone(id))?.group = group;
-        Ok(())
     }
 }

@@ -64,7 +64,10 @@ impl KvIndex {
                 state.by_pod.remove(&source.spec.pod);
             }
         }
+        let pod = source.spec.pod.clone();
         write(&self.view).pods.leaving.insert(source.number);
+        self.expected.forget(&pod);
+        self.compose_pod(&state, &pod);
         if let Some(budget) = &mut state.budget {
             budget.remove_source(&source);
         }

@@ -1,5 +1,6 @@
 //! The question the index is for: who holds this prefix, how deep, in which tier?
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use kvcache_core::{IndexKey, PodName};
@@ -7,10 +8,12 @@ use kvcache_core::{IndexKey, PodName};
 use super::View;
 use super::arena::get;
 use super::blocks::SEGMENT_BLOCKS;
+use super::compose::PartDepth;
+use super::config::IndexConfig;
 use super::pods::PodNumber;
 use super::runs::{Header, digest, partition, read_span};
 use super::sets::{Holder, SetId, members};
-use crate::score::{TIERS, TierWeights};
+use crate::score::TIERS;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// What to leave out of an answer.
@@ -27,12 +30,20 @@ pub struct Query<'a> {
 pub struct PodDepth {
     /// Who.
     pub pod: PodName,
-    /// Blocks, from the first, that the pod holds without a hole in tiers that it reaches by itself; at least 1.
+    /// Blocks, from the first, that the pod holds without a hole in tiers that it reaches by itself; at least 1,
+    /// unless some are only expected.
     pub depth: u32,
     /// For how many of those each tier is the pod's fastest, by `Tier as usize`; they add up to `depth`.
     pub by_tier: [u32; TIERS],
     /// Σ weight × `by_tier`.
     pub score: f64,
+    /// What the depth is made of, where the pod has data-parallel ranks (it is then the deepest rank's), several cache
+    /// groups or blocks larger than the index's; empty otherwise.
+    pub parts: Vec<PartDepth>,
+    /// Blocks, from the first, that the pod holds or is expected to hold; 0 when none is expected beyond `depth`.
+    pub expected_depth: u32,
+    /// The pod publishes nothing: all of this is only what routing decisions make likely.
+    pub is_approximate: bool,
 }
 
 /// The answer to a lookup; used again it keeps its memory, so that lookups do not allocate.
@@ -46,6 +57,7 @@ pub struct Answer {
     pub shared: Vec<Range<u32>>,
     depths: Depths,
     ranks: Vec<Rank>,
+    parts: HashMap<u32, Vec<PartDepth>>,
 }
 
 /// How far one pod holds a prefix, the pod by its number.
@@ -69,7 +81,7 @@ pub struct Depths {
     /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
     pub shared: Vec<Range<u32>>,
     /// The pods that may be answered, ascending; only looked at when there are any named.
-    allowed: Vec<u32>,
+    pub(super) allowed: Vec<u32>,
     /// Runs that were read, and as of which version.
     read: Vec<(u32, u32)>,
 }
@@ -443,12 +455,19 @@ impl Answer {
         view: &View,
         keys: &[IndexKey],
         query: &Query<'_>,
-        weights: &TierWeights,
+        config: &IndexConfig,
     ) -> Result<(), Torn> {
+        let weights = &config.weights;
         let depths = &mut self.depths;
         let named = query.pods.iter().filter_map(|pod| view.pods.number(pod));
         depths.allow(named.map(PodNumber));
-        depths.fill(view, keys, !query.pods.is_empty())?;
+        let is_limited = !query.pods.is_empty();
+        depths.fill(view, keys, is_limited)?;
+        self.parts.clear();
+        if !view.pods.composed.is_empty() {
+            let block_size = config.block_size.get();
+            depths.compose(view, keys, block_size, is_limited, &mut self.parts)?;
+        }
         self.shared_depth = depths.shared_depth;
         self.shared.clone_from(&depths.shared);
         // They are ascending by depth: of all but so many nothing need be known but that others are deeper.
@@ -483,6 +502,9 @@ impl Answer {
                     depth,
                     by_tier,
                     score,
+                    parts: self.parts.remove(&pod.0).unwrap_or_default(),
+                    expected_depth: 0,
+                    is_approximate: false,
                 });
             }
         }

@@ -14,14 +14,19 @@
 mod arena;
 mod blocks;
 mod budget;
+mod compose;
 mod config;
+mod counts;
 mod doors;
+mod expected;
+mod groups;
 mod hash;
 mod huge;
 mod image;
 mod leaves;
 mod leaving;
 mod lookup;
+mod meaning;
 mod names;
 mod orphans;
 mod parts;
@@ -43,6 +48,7 @@ use kvcache_core::prefix::Namespace;
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
 use self::budget::Budget;
+use self::expected::Expected;
 use self::hash::KeyState;
 use self::leaving::Leaving;
 use self::lookup::Torn;
@@ -57,7 +63,9 @@ use crate::sync::{
 };
 
 pub use budget::{BYTES_MIN, Usage};
+pub use compose::{GroupDepth, PartDepth};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
+pub use expected::{EXPECTED_BLOCKS_MAX, Expectation, Recorded};
 pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
     SourceImage,
@@ -94,6 +102,8 @@ pub struct KvIndex {
     config: IndexConfig,
     // The state is locked before the view, and never by someone who has the view.
     state: Mutex<State>,
+    /// Locked after neither, or with the state.
+    expected: Expected,
     /// Locked for oneself only to take memory away or exchange it; whoever changes what is in it has the state.
     view: RwLock<View>,
 }
@@ -139,6 +149,7 @@ impl KvIndex {
                 last: 0,
                 budget,
             }),
+            expected: Expected::new(),
             view: RwLock::new(View {
                 tree: Shared::new(is_bounded),
                 pods: Pods::new(),
@@ -156,16 +167,20 @@ impl KvIndex {
     /// Lets a source in.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] when its blocks have another size than the index's (both are named) or the pod has a
-    /// source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources, or too many of the pod.
+    /// [`ErrorKind::Invalid`] when its blocks are no whole number of the index's (both sizes are named; a node's must be
+    /// equal) or the pod has a source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources, or too many of the pod.
     pub fn add_source(&self, spec: SourceSpec) -> Result<SourceId> {
         let place = || format!("source {:?} of pod {}", spec.name, spec.pod);
-        if spec.block_size != self.config.block_size.get() {
+        let stride = spec.block_size / self.config.block_size.get();
+        if spec.block_size != stride * self.config.block_size.get()
+            || stride == 0
+            || stride > 1 && spec.kind == SourceKind::Node
+        {
             let sizes = (spec.block_size, self.config.block_size.get());
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!(
-                    "{} has blocks of {} tokens, the index of {}",
+                    "{} has blocks of {} tokens, the index of {}; only multiples of that fit",
                     place(),
                     sizes.0,
                     sizes.1
@@ -217,10 +232,13 @@ impl KvIndex {
         *last += 1;
         let id = SourceId(*last);
         by_pod.entry(spec.pod.clone()).or_default().push(id);
-        sources.insert(id, Source::new(spec, number, self.config.orphan_blocks_max));
+        let pod = spec.pod.clone();
+        let orphans_max = self.config.orphan_blocks_max;
+        sources.insert(id, Source::new(spec, number, stride, orphans_max));
         if let Some(budget) = budget {
             budget.by_number.insert(number, id);
         }
+        self.compose_pod(&state, &pod);
         self.settle(&mut state, Some(id));
         Ok(id)
     }
@@ -232,6 +250,12 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let mut state = lock(&self.state);
+        let known = state.sources.get(&id).ok_or_else(|| gone(id))?;
+        if let SourceEvent::Stored(blocks) = event
+            && known.has_news(blocks)
+        {
+            self.learn(&mut state, id, blocks)?;
+        }
         self.admit_event(&mut state, id, event)?;
         let applied = self.apply_to(&mut state, id, event);
         self.settle(&mut state, Some(id));
@@ -243,6 +267,8 @@ impl KvIndex {
             writer, sources, ..
         } = state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        let is_awaited = self.expected.of_pod(&source.spec.pod);
+        writer.noted = is_awaited.then(Vec::new);
         let mut view = read(&self.view);
         let mut applied = match event {
             SourceEvent::Stored(blocks) => {
@@ -262,6 +288,9 @@ impl KvIndex {
         applied.unknown -= applied.evicted_before;
         Self::finish(writer, &view);
         drop(view);
+        if let Some(noted) = writer.noted.take() {
+            self.expected.confirm(&source.spec.pod, &noted);
+        }
         if *event == SourceEvent::Cleared {
             self.trim(writer);
         }
@@ -309,10 +338,14 @@ impl KvIndex {
         let State {
             writer, sources, ..
         } = &mut *state;
-        if let Some(source) = sources.get_mut(&id) {
-            self.forget(writer, source);
-            self.trim(writer);
-        }
+        let Some(source) = sources.get_mut(&id) else {
+            return;
+        };
+        self.forget(writer, source);
+        self.trim(writer);
+        let pod = source.spec.pod.clone();
+        self.expected.forget(&pod);
+        self.compose_pod(&state, &pod);
         self.settle(&mut state, Some(id));
     }
 
@@ -366,7 +399,7 @@ impl KvIndex {
     ///
     /// The walk ends with the last pod, so its cost is that of the depth found, not of the prompt.
     pub fn lookup(&self, keys: &[IndexKey], query: &Query<'_>, answer: &mut Answer) {
-        self.look(|view| answer.fill(view, keys, query, &self.config.weights));
+        self.look(|view| answer.fill(view, keys, query, &self.config));
     }
 
     /// The same with pods by number, which costs a fraction: at most `pods_max` of them (0 means all), and only those
@@ -381,7 +414,15 @@ impl KvIndex {
         depths: &mut Depths,
     ) {
         depths.allow(pods.iter().copied());
-        self.look(|view| depths.fill(view, keys, !pods.is_empty()));
+        let block_size = self.config.block_size.get();
+        self.look(|view| {
+            depths.fill(view, keys, !pods.is_empty())?;
+            if view.pods.composed.is_empty() {
+                return Ok(());
+            }
+            let mut parts = HashMap::new();
+            depths.compose(view, keys, block_size, !pods.is_empty(), &mut parts)
+        });
         depths.deepest_first(pods_max);
     }
 
@@ -399,54 +440,5 @@ impl KvIndex {
         let view = read(&self.view);
         let name = view.pods.name(number.0).cloned();
         name.filter(|_| view.pods.is_there(number.0))
-    }
-
-    /// Entries: blocks by source and tier, and those in shared tiers.
-    #[must_use]
-    pub fn entries(&self) -> u64 {
-        let state = lock(&self.state);
-        let leaving: u64 = state.leaving.iter().map(Leaving::entries).sum();
-        let all: u64 = state.writer.entries.iter().sum();
-        all - leaving
-    }
-
-    /// Distinct blocks that somebody holds. What sources that are gone held is taken out first, however much it is.
-    #[must_use]
-    pub fn blocks(&self) -> u64 {
-        let mut state = lock(&self.state);
-        self.take_out_all(&mut state);
-        state.writer.tree.blocks
-    }
-
-    /// Entries of a pod's sources; 0 for a pod that has none.
-    #[must_use]
-    pub fn pod_entries(&self, pod: &PodName) -> u64 {
-        let state = lock(&self.state);
-        let of_pod = state.by_pod.get(pod).map_or(&[][..], Vec::as_slice);
-        of_pod
-            .iter()
-            .filter_map(|id| state.sources.get(id))
-            .map(|source| source.entries)
-            .sum()
-    }
-
-    /// Blocks of a source that wait for the block before them; 0 when the source is gone.
-    #[must_use]
-    pub fn orphans(&self, id: SourceId) -> u64 {
-        let state = lock(&self.state);
-        state
-            .sources
-            .get(&id)
-            .map_or(0, |source| source.orphans.len() as u64)
-    }
-
-    /// About how many bytes the index takes: tables by their capacity, what waits by its content.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        let state = lock(&self.state);
-        let leaving = state.leaving.iter().map(Leaving::bytes);
-        let sources = state.sources.values().map(Source::bytes).chain(leaving);
-        let sources: usize = sources.sum();
-        (sources + self.bytes_beside_sources(&state)) as u64
     }
 }

@@ -1,9 +1,10 @@
 //! Pods and their sources, by number.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 
+use super::compose::Part;
 use super::hash::KeyState;
 use super::sets::{POD_SOURCES_MAX, PODS_MAX, SourceNumber};
 
@@ -29,6 +30,8 @@ pub(super) struct Pods {
     by_name: BTreeMap<PodName, u32>,
     /// Sources that are being emptied: lookups skip them.
     pub(super) leaving: HashSet<SourceNumber, KeyState>,
+    /// Pods whose depth is not that of all their holdings together.
+    pub(super) composed: HashMap<u32, Vec<Part>>,
 }
 
 impl Pods {
@@ -38,6 +41,7 @@ impl Pods {
             free: Vec::new(),
             by_name: BTreeMap::new(),
             leaving: HashSet::default(),
+            composed: HashMap::new(),
         }
     }
 
@@ -135,6 +139,7 @@ impl Pods {
         }
         if let Some(name) = std::mem::take(pod).name {
             self.by_name.remove(&name);
+            self.composed.remove(&source.pod());
             self.free.push(source.pod());
         }
     }

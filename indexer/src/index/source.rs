@@ -3,6 +3,7 @@
 //! A source's blocks are where its number is among the holders; kept apart is only what that cannot tell: copies beyond
 //! the first, names that are another block's or another source's, and which runs to go through when the source goes.
 
+mod apart;
 mod evict;
 mod remove;
 mod store;
@@ -14,6 +15,7 @@ use std::mem::size_of;
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
 use super::config::SourceSpec;
+use super::groups::{Apart, Groups};
 use super::hash::KeyState;
 use super::image::ImageBlock;
 use super::orphans::Orphans;
@@ -27,8 +29,13 @@ pub(super) use self::writer::Writer;
 pub(super) struct Source {
     pub(super) spec: SourceSpec,
     pub(super) number: SourceNumber,
-    /// The cache group that the index follows; the first one that forms prefixes.
-    pub(super) group: Option<u32>,
+    pub(super) groups: Groups,
+    /// Blocks of the index in one of the source's.
+    pub(super) stride: u32,
+    /// Whether an event has said so.
+    is_sized: bool,
+    /// The data-parallel rank that it tells of, once known.
+    pub(super) rank: Option<u32>,
     /// How many entries and claims of the source a run has.
     runs: HashMap<u32, u32, KeyState>,
     /// Copies beyond the first, by position and tier.
@@ -53,12 +60,20 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub(super) fn new(spec: SourceSpec, number: SourceNumber, orphans_max: usize) -> Self {
+    pub(super) fn new(
+        spec: SourceSpec,
+        number: SourceNumber,
+        stride: u32,
+        orphans_max: usize,
+    ) -> Self {
         let state = KeyState::random();
         Self {
             spec,
             number,
-            group: None,
+            groups: Groups::default(),
+            stride,
+            is_sized: false,
+            rank: None,
             runs: HashMap::with_hasher(state),
             more: HashMap::with_hasher(state),
             names: HashMap::with_hasher(state),
@@ -111,6 +126,11 @@ impl Source {
         }
         self.find(writer, shared, hash)
             .filter(|place| writer.tree.holds(shared, *place, self.number))
+    }
+
+    /// Whether the main group's blocks are kept apart.
+    pub(super) fn main_apart(&self) -> Option<Apart> {
+        (self.stride > 1).then_some(Apart::Large(self.stride))
     }
 
     pub(super) fn root_of(&self, writer: &Writer, shared: &Shared, place: Place) -> Option<u32> {

@@ -6,7 +6,7 @@ use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{EngineHash, Tier};
 
 use super::*;
-use crate::adapter::{CacheGroup, RemovedBlocks, StoredBlocks};
+use crate::adapter::{CacheGroup, GroupRule, RemovedBlocks, StoredBlocks};
 use crate::score::TierWeights;
 
 const BLOCK_SIZE: u32 = 2;
@@ -203,18 +203,24 @@ fn a_shared_tier_outlives_the_pod_that_wrote_it() {
     assert_eq!(ask(&index, &tokens(1, 3), None, None).shared_depth, 1);
 }
 
-/// Blocks of a sliding window come with the same hashes under another group's number.
+/// Blocks of a group without a rule come with the same hashes under another group's number.
 #[test]
-fn groups_that_form_no_prefix_neither_store_nor_remove() {
+fn groups_that_need_nothing_neither_store_nor_remove() {
     let index = index();
     let id = add(&index, "pod", SourceKind::Vllm);
-    let group = |number, is_prefix| Some(CacheGroup { number, is_prefix });
+    let group = |number, rule| {
+        Some(CacheGroup {
+            number,
+            rule,
+            block_size: 4,
+        })
+    };
     let hashes = chain(1, 3).hashes;
     store(
         &index,
         id,
         StoredBlocks {
-            group: group(1, true),
+            group: group(1, GroupRule::Full),
             ..chain(1, 3)
         },
     );
@@ -222,7 +228,7 @@ fn groups_that_form_no_prefix_neither_store_nor_remove() {
         &index,
         id,
         StoredBlocks {
-            group: group(0, false),
+            group: group(0, GroupRule::Nothing),
             ..chain(1, 3)
         },
     );

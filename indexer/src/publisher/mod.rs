@@ -230,6 +230,8 @@ impl Publisher {
             kind,
             endpoint: self.endpoint.clone(),
             replay_endpoint: Some(self.replay_endpoint.clone()),
+            data_parallel_rank: None,
+            groups: Vec::new(),
         }
     }
 

@@ -6,7 +6,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::hub::Hub;
 use crate::source::zmtp::Endpoint;
-use crate::wire::{Registration, SOURCES_PER_POD_MAX};
+use crate::wire::{Registration, SOURCES_PER_POD_MAX, SourceKind};
 
 /// The longest model name, source name or endpoint accepted, in bytes.
 const TEXT_BYTES_MAX: usize = 1024;
@@ -27,8 +27,10 @@ impl Hub {
             ));
         }
         let (theirs, ours) = (registration.block_size, self.config.block_size);
-        if theirs != ours {
-            return refuse(format!("blocks of {theirs} tokens, the index has {ours}"));
+        if theirs == 0 || !theirs.is_multiple_of(ours) {
+            return refuse(format!(
+                "blocks of {theirs} tokens, the index has {ours} and takes multiples of that"
+            ));
         }
         let count = registration.sources.len();
         if !(1..=SOURCES_PER_POD_MAX).contains(&count) {
@@ -46,6 +48,15 @@ impl Hub {
             }
             if !names.insert(&source.name) {
                 return refuse(format!("source {:?} is there twice", source.name));
+            }
+            if source.kind == SourceKind::Approximate {
+                if count > 1 {
+                    return refuse(format!(
+                        "source {:?} is approximate, beside others that publish",
+                        source.name
+                    ));
+                }
+                continue;
             }
             for endpoint in std::iter::once(&source.endpoint).chain(&source.replay_endpoint) {
                 if let Err(error) = endpoint.parse::<Endpoint>() {

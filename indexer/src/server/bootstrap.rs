@@ -323,6 +323,13 @@ impl<'a> Taking<'a> {
         });
         match added {
             Ok(id) => {
+                let spec = &sources[place];
+                let introduced = coming.index.set_rank(id, spec.data_parallel_rank);
+                let introduced =
+                    introduced.and_then(|()| coming.index.set_groups(id, &spec.groups));
+                if let Err(error) = introduced {
+                    tracing::warn!(%error, "a source of the snapshot does not fit");
+                }
                 // Only engines with several cache groups have one, and only they keep it.
                 let followed = coming.index.follow_group(id, group);
                 let mark = mark.filter(|_| followed.is_ok());

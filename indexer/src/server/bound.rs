@@ -46,6 +46,8 @@ impl Hub {
                 kind: parse_source_kind(&listener.kind)?,
                 endpoint: listener.endpoint.clone(),
                 replay_endpoint: None,
+                data_parallel_rank: None,
+                groups: Vec::new(),
             })
         });
         specs.collect()

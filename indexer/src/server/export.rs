@@ -96,7 +96,8 @@ impl Hub {
         Ok(blocks)
     }
 
-    /// None when the source could not be continued: nothing applied, part of it missing, or nobody to ask.
+    /// None when the source could not be continued: nothing applied, part of it missing, nobody to ask, or a pod that is
+    /// more than one prefix cache.
     fn image_of(
         &self,
         pod: &Pod,
@@ -107,6 +108,10 @@ impl Hub {
         let index = self.index_of_pod(&pod.registration)?;
         let cursor = source.state.cursor.blocking_lock();
         let mark = cursor.mark.filter(|_| cursor.is_whole)?;
+        if !index.is_plain(&pod.name) {
+            // An image does not say of which rank or with which groups a source is.
+            return None;
+        }
         // The pod may have left meanwhile.
         let image = index.export(source.id).ok()?;
         drop(cursor);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
-use kvcache_core::{Error, ErrorKind, PodName, Result};
+use kvcache_core::{Error, ErrorKind, PodName, Result, Time};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
 use crate::source::{Fed, Follower, Limits, SourceState};
-use crate::wire::{Registration, SourceSpec, source_name};
+use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -112,6 +112,7 @@ pub(super) struct Hub {
     pub(super) joining: Mutex<()>,
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
+    started: Instant,
 }
 
 impl Hub {
@@ -130,7 +131,13 @@ impl Hub {
             pods: RwLock::default(),
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
+            started: Instant::now(),
         })
+    }
+
+    /// The time by which expectations end.
+    pub(super) fn now(&self) -> Time {
+        Time(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
     // Nothing in either map is ever half-way changed, so a panic elsewhere need not end every answer.
@@ -209,7 +216,10 @@ impl Hub {
             let registration = Registration {
                 pod,
                 model: model.clone(),
-                block_size: self.config.block_size,
+                block_size: sources
+                    .iter()
+                    .find_map(|source| source.engine_block_size)
+                    .unwrap_or(self.config.block_size),
                 key_scheme: self.scheme_name(),
                 sources: sources
                     .iter()
@@ -310,12 +320,19 @@ impl Hub {
         spec: &SourceSpec,
         index: &Arc<KvIndex>,
     ) -> Result<PodSource> {
+        let block_size = match spec.kind {
+            // A node's blocks are index keys.
+            SourceKind::Node => self.config.block_size,
+            _ => registration.block_size,
+        };
         let id = index.add_source(index::SourceSpec {
             pod: registration.pod.clone(),
             name: spec.name.clone(),
             kind: spec.kind,
-            block_size: registration.block_size,
+            block_size,
         })?;
+        index.set_rank(id, spec.data_parallel_rank)?;
+        index.set_groups(id, &spec.groups)?;
         let nothing = Restored {
             id,
             mark: None,
@@ -338,7 +355,15 @@ impl Hub {
         if let Some(mark) = restored.mark {
             follower.resume(mark, restored.verify_by);
         }
-        let task = tokio::spawn(follower.run()).abort_handle();
+        let task = if spec.kind == SourceKind::Approximate {
+            // Nothing is published that could be waited for.
+            state
+                .progress
+                .send_modify(|progress| progress.is_synced = true);
+            tokio::spawn(std::future::ready(())).abort_handle()
+        } else {
+            tokio::spawn(follower.run()).abort_handle()
+        };
         PodSource::new(name, state, restored.id, task, None)
     }
 

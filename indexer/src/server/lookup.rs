@@ -11,10 +11,10 @@ use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
 use super::hub::{Hub, Pod};
-use crate::index::{Answer, KvIndex, Query};
+use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, Query};
 use crate::score::TIERS;
 use crate::source::Progress;
-use crate::wire::{SourcePosition, tier_to_wire};
+use crate::wire::{CacheGroup, SourcePosition, group_to_wire, tier_to_wire};
 
 /// The most positions one lookup may wait for.
 const MIN_POSITIONS_MAX: usize = 4096;
@@ -25,9 +25,9 @@ const DEADLINE_MAX: Duration = Duration::from_secs(300);
 
 /// What a thread keeps between lookups, so that they do not allocate.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     tokens: Vec<u32>,
-    keys: Vec<IndexKey>,
+    pub(super) keys: Vec<IndexKey>,
     answer: Answer,
 }
 
@@ -87,6 +87,24 @@ impl<'a> Question<'a> {
             })?,
             explain: request.explain,
         })
+    }
+
+    /// The prompt's keys.
+    pub(super) fn keys(&self, index: &KvIndex, scratch: &mut Scratch) {
+        let Scratch { tokens, keys, .. } = scratch;
+        keys.clear();
+        match self.prompt {
+            Prompt::Tokens(bytes) => {
+                tokens.clear();
+                tokens.extend(
+                    bytes
+                        .chunks_exact(4)
+                        .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]])),
+                );
+                index.keys_of(self.lora, self.cache_salt, tokens, keys);
+            }
+            Prompt::Keys(raw) => keys.extend(raw.iter().map(|key| IndexKey(*key))),
+        }
     }
 }
 
@@ -160,31 +178,15 @@ impl Hub {
         question: &Question<'_>,
         scratch: &mut Scratch,
     ) -> v1::LookupResponse {
-        let Scratch {
-            tokens,
-            keys,
-            answer,
-        } = scratch;
-        keys.clear();
-        match question.prompt {
-            Prompt::Tokens(bytes) => {
-                tokens.clear();
-                tokens.extend(
-                    bytes
-                        .chunks_exact(4)
-                        .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]])),
-                );
-                index.keys_of(question.lora, question.cache_salt, tokens, keys);
-            }
-            Prompt::Keys(raw) => keys.extend(raw.iter().map(|key| IndexKey(*key))),
-        }
+        question.keys(index, scratch);
+        let Scratch { keys, answer, .. } = scratch;
         let is_by_score = question.ranking == v1::Ranking::Score;
         let query = Query {
             // The best by score need not be among the deepest.
             pods_max: if is_by_score { 0 } else { question.pods_max },
             pods: &question.pods,
         };
-        index.lookup(keys, &query, answer);
+        index.lookup_at(self.now(), keys, &query, answer);
         if is_by_score {
             // Stable, and the answer comes by depth and name.
             answer
@@ -198,15 +200,7 @@ impl Hub {
         let depths = answer.pods.iter().map(|found| v1::PodDepth {
             pod: found.pod.as_str().to_owned(),
             depth: found.depth,
-            by_tier: Tier::ALL
-                .into_iter()
-                .zip(found.by_tier)
-                .filter(|(_, blocks)| *blocks > 0)
-                .map(|(tier, blocks)| v1::TierDepth {
-                    tier: tier_to_wire(tier).into(),
-                    blocks,
-                })
-                .collect(),
+            by_tier: tiers_to_wire(&found.by_tier),
             score: found.score,
             peer_address: pods
                 .get(&found.pod)
@@ -217,6 +211,13 @@ impl Hub {
             } else {
                 Vec::new()
             },
+            parts: found
+                .parts
+                .iter()
+                .map(|part| self.part_to_wire(part, question.explain))
+                .collect(),
+            expected_depth: found.expected_depth,
+            approximate: found.is_approximate,
         });
         v1::LookupResponse {
             pods: depths.collect(),
@@ -230,6 +231,17 @@ impl Hub {
                 })
                 .collect(),
             ..v1::LookupResponse::default()
+        }
+    }
+
+    fn part_to_wire(&self, part: &PartDepth, explain: bool) -> v1::PartDepth {
+        let groups = part.groups.iter().filter(|_| explain);
+        v1::PartDepth {
+            data_parallel_rank: part.rank,
+            depth: part.depth,
+            by_tier: tiers_to_wire(&part.by_tier),
+            score: self.weights.score(&part.by_tier),
+            groups: groups.map(group_depth_to_wire).collect(),
         }
     }
 
@@ -340,6 +352,28 @@ impl Hub {
             wanted.source
         );
         Error::new(ErrorKind::Timeout, context)
+    }
+}
+
+fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
+    let held = Tier::ALL.into_iter().zip(*by_tier);
+    held.filter(|(_, blocks)| *blocks > 0)
+        .map(|(tier, blocks)| v1::TierDepth {
+            tier: tier_to_wire(tier).into(),
+            blocks,
+        })
+        .collect()
+}
+
+fn group_depth_to_wire(found: &GroupDepth) -> v1::GroupDepth {
+    let group = CacheGroup {
+        number: found.group,
+        rule: found.rule,
+        block_size: 0,
+    };
+    v1::GroupDepth {
+        group: Some(group_to_wire(&group)),
+        depth: found.depth,
     }
 }
 

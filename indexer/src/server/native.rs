@@ -101,6 +101,20 @@ impl Index for IndexService {
             .map_err(|error| shared.refuse(&error))
     }
 
+    async fn record_routing(
+        &self,
+        request: Request<v1::RecordRoutingRequest>,
+    ) -> Result<Response<v1::RecordRoutingResponse>, Status> {
+        let shared = &self.0;
+        let recorded = shared.admit().and_then(|_room| {
+            let request = request.into_inner();
+            shared.hub.record_routing(request)
+        });
+        recorded
+            .map(Response::new)
+            .map_err(|error| shared.refuse(&error))
+    }
+
     type LookupStreamStream = ReceiverStream<Result<v1::LookupReply, Status>>;
 
     async fn lookup_stream(

@@ -65,7 +65,8 @@ impl IndexerService for ScoreService {
         let scores: Result<_> = scores.await;
         match scores {
             Ok(Some(answer)) => {
-                let scores = answer.pods.into_iter();
+                // As llm-d answers: only pods that hold the first block, or are thought to.
+                let scores = answer.pods.into_iter().filter(|pod| pod.depth > 0);
                 let scores = scores.map(|pod| PodScore {
                     pod: pod.pod,
                     score: pod.score,

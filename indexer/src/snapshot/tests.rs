@@ -75,6 +75,7 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
         kind: kind.into(),
         endpoint: "tcp://127.0.0.1:1".to_owned(),
         replay_endpoint: "tcp://127.0.0.1:2".to_owned(),
+        ..v1::Source::default()
     };
     let registration = v1::RegisterRequest {
         protocol_version: PROTOCOL_VERSION,

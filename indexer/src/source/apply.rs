@@ -77,6 +77,7 @@ impl Follower {
     pub(super) async fn clear(&mut self) {
         let mut cursor = self.state.cursor.lock().await;
         self.index.clear_source(self.id);
+        self.rank = None;
         *cursor = Cursor::default();
         // Nothing is left that nobody vouches for.
         self.unverified_until = None;
@@ -91,6 +92,11 @@ impl Follower {
                 return;
             }
         };
+        if let Err(error) = self.learn_rank(batch.rank) {
+            tracing::warn!(source = %self.name, %error, "batch not applied");
+            self.metrics.events_rejected(batch.events.len() as u64);
+            return;
+        }
         let mut turn = Turn::default();
         for event in &batch.events {
             match event {
@@ -167,6 +173,10 @@ impl Follower {
             kvcache_core::Error::new(ErrorKind::Internal, "export a source").with_source(error)
         })??;
         let mut turn = Turn::default();
+        if !self.index.is_plain(&image.spec.pod) {
+            // The names in its image are not the publisher's.
+            self.index.clear_source(self.id);
+        }
         // Whether another pod's announcement keeps a block in a shared tier is not this source's to say.
         for tier in Tier::ALL.into_iter().filter(|tier| !tier.is_shared()) {
             for piece in &image.pieces {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use kvcache_core::ports::Position;
-use kvcache_core::{Epoch, Sequence, Time};
+use kvcache_core::{Epoch, Error, Result, Sequence, Time};
 use kvfabric_proto::v1;
 use tokio::sync::{Mutex, Notify, watch};
 
@@ -125,6 +125,8 @@ pub(crate) struct Follower {
     pub(crate) message_bytes_max: usize,
     /// What a snapshot said of the source is dropped if it is not verified until then.
     unverified_until: Option<tokio::time::Instant>,
+    /// The data-parallel rank, once told.
+    rank: Option<u32>,
     ingest: Ingest,
     reported: IngestStats,
     lag: Duration,
@@ -166,6 +168,7 @@ impl Follower {
             ttl: limits.ttl,
             message_bytes_max: limits.message_bytes_max,
             unverified_until: None,
+            rank: None,
             ingest,
             reported,
             lag: Duration::ZERO,
@@ -190,6 +193,22 @@ impl Follower {
 
     fn now(&self) -> Time {
         Time(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Takes the data-parallel rank that a batch is of: one source tells of one.
+    fn learn_rank(&mut self, told: Option<u32>) -> Result<()> {
+        let (Some(told), true) = (told, self.spec.kind != SourceKind::Node) else {
+            return Ok(());
+        };
+        let known = self.spec.data_parallel_rank.or(self.rank);
+        if let Some(known) = known.filter(|known| *known != told) {
+            return Err(Error::invalid("data-parallel rank", told, known));
+        }
+        if known.is_none() {
+            self.index.set_rank(self.id, Some(told))?;
+            self.rank = Some(told);
+        }
+        Ok(())
     }
 
     /// Tells the others how the source stands now.

@@ -30,6 +30,8 @@ fn follower() -> Follower {
         kind: SourceKind::Node,
         endpoint: "tcp://127.0.0.1:1".to_owned(),
         replay_endpoint: Some("tcp://127.0.0.1:1".to_owned()),
+        data_parallel_rank: None,
+        groups: Vec::new(),
     };
     let limits = Limits {
         ttl: Duration::from_secs(30),

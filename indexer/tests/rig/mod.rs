@@ -89,6 +89,7 @@ pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterR
             kind: v1::SourceKind::Vllm.into(),
             endpoint: source.endpoint,
             replay_endpoint: source.replay_endpoint.unwrap(),
+            ..v1::Source::default()
         }],
         peer_address: String::new(),
     }

@@ -205,6 +205,99 @@ pub struct PodDepth {
     /// The terms of score, fastest tier first; only when the question asked to explain.
     #[prost(message, repeated, tag = "6")]
     pub terms: ::prost::alloc::vec::Vec<ScoreTerm>,
+    /// What depth is made of, when the pod has data-parallel ranks (depth is then the deepest rank's), several cache
+    /// groups, or blocks larger than the index's.
+    #[prost(message, repeated, tag = "7")]
+    pub parts: ::prost::alloc::vec::Vec<PartDepth>,
+    /// Blocks, from the first, that the pod holds or is expected to hold because of a routing decision just recorded; 0 if
+    /// there is none beyond depth. Never part of depth or score.
+    #[prost(uint32, tag = "8")]
+    pub expected_depth: u32,
+    /// The pod publishes no events: depth and score are only what routing decisions make likely.
+    #[prost(bool, tag = "9")]
+    pub approximate: bool,
+}
+/// A data-parallel rank of a pod, or a pod without ranks.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PartDepth {
+    #[prost(uint32, optional, tag = "1")]
+    pub data_parallel_rank: ::core::option::Option<u32>,
+    /// Blocks, from the first, that the rules of all cache groups allow.
+    #[prost(uint32, tag = "2")]
+    pub depth: u32,
+    /// Blocks by the fastest tier that has all that the groups need of them; they add up to depth.
+    #[prost(message, repeated, tag = "3")]
+    pub by_tier: ::prost::alloc::vec::Vec<TierDepth>,
+    #[prost(double, tag = "4")]
+    pub score: f64,
+    /// What each cache group by itself would allow; only when the question asked to explain.
+    #[prost(message, repeated, tag = "5")]
+    pub groups: ::prost::alloc::vec::Vec<GroupDepth>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GroupDepth {
+    #[prost(message, optional, tag = "1")]
+    pub group: ::core::option::Option<CacheGroup>,
+    #[prost(uint32, tag = "2")]
+    pub depth: u32,
+}
+/// A group of layers that cache in one way.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CacheGroup {
+    /// Its number among the engine's groups.
+    #[prost(uint32, tag = "1")]
+    pub number: u32,
+    #[prost(enumeration = "GroupRule", tag = "2")]
+    pub rule: i32,
+    /// With GROUP_RULE_WINDOW: how many tokens, itself included, a token looks back on.
+    #[prost(uint32, tag = "3")]
+    pub window_tokens: u32,
+    /// Tokens a block of the group; 0 when it is the pod's block size.
+    #[prost(uint32, tag = "4")]
+    pub block_size: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RecordRoutingRequest {
+    /// As in LookupRequest.
+    #[prost(string, tag = "1")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub lora: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub cache_salt: ::prost::alloc::string::String,
+    /// Where the prompt goes; must be registered.
+    #[prost(string, tag = "6")]
+    pub pod: ::prost::alloc::string::String,
+    /// How long its blocks are expected there; 0: as configured.
+    #[prost(uint32, tag = "7")]
+    pub ttl_ms: u32,
+    /// As in LookupRequest.
+    #[prost(string, tag = "8")]
+    pub tenant: ::prost::alloc::string::String,
+    #[prost(oneof = "record_routing_request::Prompt", tags = "4, 5")]
+    pub prompt: ::core::option::Option<record_routing_request::Prompt>,
+}
+/// Nested message and enum types in `RecordRoutingRequest`.
+pub mod record_routing_request {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Prompt {
+        #[prost(bytes, tag = "4")]
+        Tokens(::prost::bytes::Bytes),
+        #[prost(message, tag = "5")]
+        Keys(super::BlockKeys),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RecordRoutingResponse {
+    /// Full blocks in the prompt.
+    #[prost(uint32, tag = "1")]
+    pub blocks: u32,
+    /// Of those, from the first, what the pod holds already.
+    #[prost(uint32, tag = "2")]
+    pub depth: u32,
+    /// How many are expected now: the rest, as far as there is room.
+    #[prost(uint32, tag = "3")]
+    pub expected: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TierDepth {
@@ -223,7 +316,7 @@ pub struct ScoreTerm {
     #[prost(double, tag = "3")]
     pub weight: f64,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Source {
     /// Unique within the pod, like "engine" or "node".
     #[prost(string, tag = "1")]
@@ -236,6 +329,13 @@ pub struct Source {
     /// ZMQ endpoint of its replay socket; empty when it has none.
     #[prost(string, tag = "4")]
     pub replay_endpoint: ::prost::alloc::string::String,
+    /// The data-parallel rank that this source tells of; absent: as its events say. A request runs on one rank, so a pod's
+    /// depth is its deepest rank's.
+    #[prost(uint32, optional, tag = "5")]
+    pub data_parallel_rank: ::core::option::Option<u32>,
+    /// The engine's cache groups, so that none is missed before its first event; events tell of those left out.
+    #[prost(message, repeated, tag = "6")]
+    pub groups: ::prost::alloc::vec::Vec<CacheGroup>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RegisterRequest {
@@ -246,7 +346,8 @@ pub struct RegisterRequest {
     pub pod: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub model: ::prost::alloc::string::String,
-    /// Tokens a block of this pod's engine; must be the index's own for now.
+    /// Tokens a block of this pod's engine: the index's own, or a multiple. Depth is then whole blocks of the engine, counted
+    /// in the index's. Other sizes are refused.
     #[prost(uint32, tag = "4")]
     pub block_size: u32,
     /// The scheme of its index keys; must be the indexer's.
@@ -537,6 +638,46 @@ impl Ranking {
         }
     }
 }
+/// Which of its blocks a group must hold for a prefix of n tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum GroupRule {
+    Unspecified = 0,
+    /// All.
+    Full = 1,
+    /// The last ones, with at least window_tokens - 1 tokens together.
+    Window = 2,
+    /// The one that ends at n: a linear layer's state.
+    State = 3,
+    /// None.
+    Nothing = 4,
+}
+impl GroupRule {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "GROUP_RULE_UNSPECIFIED",
+            Self::Full => "GROUP_RULE_FULL",
+            Self::Window => "GROUP_RULE_WINDOW",
+            Self::State => "GROUP_RULE_STATE",
+            Self::Nothing => "GROUP_RULE_NOTHING",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "GROUP_RULE_UNSPECIFIED" => Some(Self::Unspecified),
+            "GROUP_RULE_FULL" => Some(Self::Full),
+            "GROUP_RULE_WINDOW" => Some(Self::Window),
+            "GROUP_RULE_STATE" => Some(Self::State),
+            "GROUP_RULE_NOTHING" => Some(Self::Nothing),
+            _ => None,
+        }
+    }
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum SourceKind {
@@ -549,6 +690,8 @@ pub enum SourceKind {
     Sglang = 3,
     /// A kvfabric node's: hashes are index keys; idempotent.
     Node = 4,
+    /// Nobody's: the engine publishes nothing, and what it holds is estimated by where prompts were routed. Has no endpoint.
+    Approximate = 5,
 }
 impl SourceKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -562,6 +705,7 @@ impl SourceKind {
             Self::VllmFull => "SOURCE_KIND_VLLM_FULL",
             Self::Sglang => "SOURCE_KIND_SGLANG",
             Self::Node => "SOURCE_KIND_NODE",
+            Self::Approximate => "SOURCE_KIND_APPROXIMATE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -572,6 +716,7 @@ impl SourceKind {
             "SOURCE_KIND_VLLM_FULL" => Some(Self::VllmFull),
             "SOURCE_KIND_SGLANG" => Some(Self::Sglang),
             "SOURCE_KIND_NODE" => Some(Self::Node),
+            "SOURCE_KIND_APPROXIMATE" => Some(Self::Approximate),
             _ => None,
         }
     }
@@ -738,6 +883,32 @@ pub mod index_client {
                 .insert(GrpcMethod::new("kvfabric.v1.Index", "LookupStream"));
             self.inner.streaming(req, path, codec).await
         }
+        /// A router tells where it sends a prompt: its blocks are expected there for a while, and answered apart from what
+        /// events have confirmed.
+        pub async fn record_routing(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RecordRoutingRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RecordRoutingResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvfabric.v1.Index/RecordRouting",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvfabric.v1.Index", "RecordRouting"));
+            self.inner.unary(req, path, codec).await
+        }
         /// A pod tells where its events come from. The pod lives as long as this stream: when it closes, its entries are
         /// removed. The server answers once each source is connected, then keeps the stream open.
         pub async fn register(
@@ -850,6 +1021,15 @@ pub mod index_server {
             request: tonic::Request<tonic::Streaming<super::LookupRequest>>,
         ) -> std::result::Result<
             tonic::Response<Self::LookupStreamStream>,
+            tonic::Status,
+        >;
+        /// A router tells where it sends a prompt: its blocks are expected there for a while, and answered apart from what
+        /// events have confirmed.
+        async fn record_routing(
+            &self,
+            request: tonic::Request<super::RecordRoutingRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RecordRoutingResponse>,
             tonic::Status,
         >;
         /// Server streaming response type for the Register method.
@@ -1087,6 +1267,51 @@ pub mod index_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvfabric.v1.Index/RecordRouting" => {
+                    #[allow(non_camel_case_types)]
+                    struct RecordRoutingSvc<T: Index>(pub Arc<T>);
+                    impl<
+                        T: Index,
+                    > tonic::server::UnaryService<super::RecordRoutingRequest>
+                    for RecordRoutingSvc<T> {
+                        type Response = super::RecordRoutingResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RecordRoutingRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Index>::record_routing(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RecordRoutingSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -211,14 +211,20 @@ impl EngineSection {
     /// The engine's own publisher, if it has one, as the source of this name that the index follows.
     pub(crate) fn events_source(&self, name: &str) -> Result<Option<SourceSpec>> {
         let kind = parse_source_kind(&self.events_kind).map_err(|e| e.at("events_kind"))?;
-        if kind == SourceKind::Node {
-            return Err(Error::invalid("events_kind", "node", "an engine's"));
+        if matches!(kind, SourceKind::Node | SourceKind::Approximate) {
+            return Err(Error::invalid(
+                "events_kind",
+                kind.name(),
+                "vllm, vllm-full or sglang",
+            ));
         }
         Ok(self.events.as_ref().map(|endpoint| SourceSpec {
             name: name.to_owned(),
             kind,
             endpoint: endpoint.clone(),
             replay_endpoint: self.events_replay.clone(),
+            data_parallel_rank: None,
+            groups: Vec::new(),
         }))
     }
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
 use super::super::config::Applied;
+use super::super::groups::{Apart, Seat};
 use super::super::hash::KeyState;
 use super::super::orphans::{Copies, Orphans};
 use super::super::sets::Holder;
@@ -20,21 +21,53 @@ impl Source {
         shared: &Shared,
         blocks: &RemovedBlocks,
     ) -> Applied {
-        let mut applied = Applied::default();
-        if !self.is_node()
-            && let (Some(number), Some(followed)) = (blocks.group, self.group)
-            && number != followed
-        {
-            applied.ignored += blocks.hashes.len() as u32;
-            return applied;
+        let seat = match self.is_node() {
+            true => Seat::Main,
+            false => self.groups.seat(blocks.group),
+        };
+        match seat {
+            Seat::Nowhere if !self.groups.known().is_empty() => Applied {
+                ignored: blocks.hashes.len() as u32,
+                ..Applied::default()
+            },
+            Seat::Apart(group) => self.remove_apart(writer, shared, blocks, Apart::Group(group)),
+            Seat::Main if self.stride > 1 => {
+                self.remove_apart(writer, shared, blocks, Apart::Large(self.stride))
+            }
+            // Of a source whose stored blocks name no group, a removal's means nothing.
+            Seat::Main | Seat::Nowhere => {
+                self.remove_named(writer, shared, &blocks.hashes, blocks.tier)
+            }
         }
-        let seen = blocks.hashes.iter().fold(0, |seen, hash| {
+    }
+
+    fn remove_apart(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &RemovedBlocks,
+        apart: Apart,
+    ) -> Applied {
+        let names = blocks.hashes.iter().map(|hash| apart.name(*hash));
+        let names: Vec<EngineHash> = names.collect();
+        self.remove_named(writer, shared, &names, blocks.tier)
+    }
+
+    fn remove_named(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        hashes: &[EngineHash],
+        tier: Tier,
+    ) -> Applied {
+        let mut applied = Applied::default();
+        let seen = hashes.iter().fold(0, |seen, hash| {
             seen ^ writer.tree.touch_name(*hash) ^ writer.tree.touch_key(IndexKey(hash.0))
         });
         std::hint::black_box(seen);
         let mut stretch: Option<(Stretch, usize)> = None;
         let mut last: Option<Place> = None;
-        for (position, &hash) in blocks.hashes.iter().enumerate() {
+        for (position, &hash) in hashes.iter().enumerate() {
             let guess = last.and_then(|last| self.beside(writer, shared, last, hash));
             let found = guess.or_else(|| self.find(writer, shared, hash));
             last = found;
@@ -45,17 +78,17 @@ impl Source {
                 continue;
             }
             if let Some((stretch, from)) = stretch.take() {
-                let hashes = &blocks.hashes[from..position];
-                self.take(writer, shared, stretch, blocks.tier, hashes, &mut applied);
+                let taken = &hashes[from..position];
+                self.take(writer, shared, stretch, tier, taken, &mut applied);
             }
             match found {
                 Some(place) => stretch = Some((Stretch::of(place), position)),
-                None => self.take_orphan(hash, blocks.tier, &mut applied),
+                None => self.take_orphan(hash, tier, &mut applied),
             }
         }
         if let Some((stretch, from)) = stretch {
-            let hashes = &blocks.hashes[from..];
-            self.take(writer, shared, stretch, blocks.tier, hashes, &mut applied);
+            let taken = &hashes[from..];
+            self.take(writer, shared, stretch, tier, taken, &mut applied);
         }
         applied
     }
@@ -277,7 +310,8 @@ impl Source {
         self.names = HashMap::with_hasher(KeyState::random());
         self.runs.shrink_to_fit();
         self.orphans = Orphans::new(self.orphans.blocks_max());
-        (self.group, self.newest) = (None, None);
+        self.groups.reset(writer.keys.block_size.get());
+        (self.newest, self.is_sized) = (None, false);
         self.evicted = 0;
     }
 

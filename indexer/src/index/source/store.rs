@@ -1,20 +1,21 @@
 //! Stored blocks: where they belong, and which wait.
 
 use kvcache_core::prefix::IndexChain;
-use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
+use kvcache_core::{EngineHash, IndexKey, Result, Tier};
 
 use super::super::config::Applied;
+use super::super::groups::Seat;
 use super::super::orphans::{Content, Copies};
 use super::super::sets::Holder;
 use super::super::tree::{Place, Shared, Stretch};
 use super::{Source, Writer};
-use crate::adapter::{CacheGroup, StoredBlocks};
+use crate::adapter::StoredBlocks;
 
 /// A chain that is being followed through an event.
-struct OpenChain {
-    chain: IndexChain,
-    root: u32,
-    last: Option<Place>,
+pub(super) struct OpenChain {
+    pub(super) chain: IndexChain,
+    pub(super) root: u32,
+    pub(super) last: Option<Place>,
 }
 
 impl Source {
@@ -33,54 +34,57 @@ impl Source {
             self.store_keys(writer, shared, blocks, &mut applied);
             return Ok(applied);
         }
-        if !self.follows(blocks.group) {
-            applied.ignored += blocks.hashes.len() as u32;
-            return Ok(applied);
-        }
-        if blocks.tokens.is_empty() {
-            for &hash in &blocks.hashes {
-                self.mention(writer, shared, hash, blocks.tier, None, &mut applied);
-            }
-            return Ok(applied);
-        }
-        let block_size = writer.keys.block_size.get();
-        if blocks.block_size != block_size {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "the source's blocks have {} tokens, the index's {block_size}",
-                    blocks.block_size
-                ),
-            ));
-        }
-        if blocks.tokens.len() != blocks.hashes.len() * block_size as usize {
-            return Err(Error::invalid(
-                "stored blocks' tokens",
-                blocks.tokens.len(),
-                blocks.hashes.len() * block_size as usize,
-            ));
-        }
-        let chain = self.open_chain(writer, shared, blocks.parent, blocks);
-        match chain {
-            Some(chain) if self.orphans.is_empty() => {
-                self.store_chain(writer, shared, chain, blocks, &mut applied);
-            }
-            chain => self.store_singly(writer, shared, chain, blocks, &mut applied),
+        match self.groups.seat(blocks.group.map(|group| group.number)) {
+            Seat::Main => self.store_main(writer, shared, blocks, &mut applied)?,
+            Seat::Apart(group) => self.store_apart(writer, shared, blocks, group, &mut applied)?,
+            Seat::Nowhere => applied.ignored += blocks.hashes.len() as u32,
         }
         Ok(applied)
     }
 
-    /// Whether the index follows the group that an event is about.
-    fn follows(&mut self, group: Option<CacheGroup>) -> bool {
-        match group {
-            None => true,
-            Some(group) if !group.is_prefix => false,
-            Some(group) => *self.group.get_or_insert(group.number) == group.number,
+    fn store_main(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        if !blocks.tokens.is_empty() {
+            self.check_size(writer, blocks)?;
+        }
+        match self.main_apart() {
+            Some(apart) => self.store_large(writer, shared, blocks, apart, applied),
+            None => {
+                self.store_placed(writer, shared, blocks, applied);
+                Ok(())
+            }
+        }
+    }
+
+    fn store_placed(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        applied: &mut Applied,
+    ) {
+        if blocks.tokens.is_empty() {
+            for &hash in &blocks.hashes {
+                self.mention(writer, shared, hash, blocks.tier, None, applied);
+            }
+            return;
+        }
+        let chain = self.open_chain(writer, shared, blocks.parent, blocks);
+        match chain {
+            Some(chain) if self.orphans.is_empty() => {
+                self.store_chain(writer, shared, chain, blocks, applied);
+            }
+            chain => self.store_singly(writer, shared, chain, blocks, applied),
         }
     }
 
     /// The chain that goes on after `parent`, with a reference to its root; `None` when its place is not known.
-    fn open_chain(
+    pub(super) fn open_chain(
         &self,
         writer: &mut Writer,
         shared: &Shared,
@@ -282,7 +286,7 @@ impl Source {
     }
 
     /// Counts a copy of each block in.
-    fn add(
+    pub(super) fn add(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
@@ -293,6 +297,12 @@ impl Source {
         if tier.is_shared() {
             // What others delete from a shared tier is stored anew, however often this source has said so.
             writer.share(shared, blocks, true, applied);
+        }
+        if let Some(noted) = &mut writer.noted {
+            noted.extend((blocks.start..blocks.end).map(|block| {
+                let place = writer.tree.block(shared, blocks.run, block);
+                writer.tree.key(shared, place.position)
+            }));
         }
         let holder = Holder::new(self.number, tier);
         writer.unchanged.clear();
@@ -332,6 +342,8 @@ impl Source {
         }
         let mut settled = vec![placed];
         while let Some((hash, place)) = settled.pop() {
+            let key = writer.tree.key(shared, place.position);
+            self.settle_apart(writer, shared, hash, key, applied);
             // Counted while it waited itself.
             if let Some(copies) = self.orphans.forget(hash) {
                 self.add_copies(writer, shared, place, &copies, applied);
@@ -381,7 +393,7 @@ impl Source {
     }
 
     /// Counts one more copy of a block that is told without its place; where that is unknown it waits, with `content`.
-    fn mention(
+    pub(super) fn mention(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
@@ -470,7 +482,7 @@ fn hash_blocks(
     }));
 }
 
-fn push(chain: &mut IndexChain, tokens: &[u32], identifiers: &[String]) -> IndexKey {
+pub(super) fn push(chain: &mut IndexChain, tokens: &[u32], identifiers: &[String]) -> IndexKey {
     if identifiers.is_empty() && cfg!(target_endian = "little") {
         return chain.push_le(bytemuck::cast_slice(tokens), &[]);
     }

@@ -21,6 +21,8 @@ pub(in crate::index) struct Writer {
     pub(super) block_keys: Vec<IndexKey>,
     pub(super) stretches: Vec<Stretch>,
     pub(super) unchanged: Vec<(u32, u32)>,
+    /// Where somebody awaits them: the keys of blocks as they are stored.
+    pub(in crate::index) noted: Option<Vec<IndexKey>>,
 }
 
 impl Writer {
@@ -34,6 +36,7 @@ impl Writer {
             block_keys: Vec::new(),
             stretches: Vec::new(),
             unchanged: Vec::new(),
+            noted: None,
         }
     }
 

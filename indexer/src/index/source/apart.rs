@@ -1,0 +1,220 @@
+//! Blocks that are not as the index's own: larger ones, and those of groups beside the main one.
+
+use kvcache_core::prefix::IndexChain;
+use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result};
+
+use super::super::config::Applied;
+use super::super::groups::{Apart, Seat};
+use super::super::tree::{Place, Shared, Stretch};
+use super::store::push;
+use super::{Source, Writer};
+use crate::adapter::StoredBlocks;
+
+impl Source {
+    /// Whether an event may say something of the source that is not known yet.
+    #[inline]
+    pub(in crate::index) fn has_news(&self, blocks: &StoredBlocks) -> bool {
+        !self.is_sized || self.groups.is_new(blocks.group.as_ref())
+    }
+
+    /// Takes the size of the source's blocks from its first event about them; whether it was another one before.
+    pub(in crate::index) fn learn_size(&mut self, blocks: &StoredBlocks, own: u32) -> bool {
+        let group = blocks.group.map(|group| group.number);
+        let is_main = self.groups.seat(group) == Seat::Main;
+        if self.is_sized || self.is_node() || blocks.tokens.is_empty() || !is_main {
+            return false;
+        }
+        let stride = blocks.block_size / own;
+        if stride == 0 || stride * own != blocks.block_size {
+            return false;
+        }
+        self.is_sized = true;
+        std::mem::replace(&mut self.stride, stride) != stride
+    }
+
+    /// Whether the source's blocks fit: a whole number of the index's, the same in every event.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the sizes.
+    pub(super) fn check_size(&self, writer: &Writer, blocks: &StoredBlocks) -> Result<()> {
+        let (told, own) = (blocks.block_size, writer.keys.block_size.get());
+        if told != own * self.stride {
+            let known = own * self.stride;
+            let context = format!(
+                "an event's blocks have {told} tokens, the source's {known}, the index's {own}"
+            );
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        check_tokens(blocks)
+    }
+
+    /// Takes blocks of the main group in that are larger than the index's.
+    ///
+    /// # Errors
+    /// As [`Self::store_alone`].
+    pub(super) fn store_large(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        apart: Apart,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        if !blocks.tokens.is_empty() {
+            return self.store_alone(writer, shared, blocks, apart, applied);
+        }
+        for &hash in &blocks.hashes {
+            let name = apart.name(hash);
+            self.mention(writer, shared, name, blocks.tier, None, applied);
+        }
+        Ok(())
+    }
+
+    /// Takes blocks of a group in that is apart from the main one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when they can only be placed by their tokens, and are no whole number of the index's.
+    pub(super) fn store_apart(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        group: u32,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        if self.groups.main().is_some() || blocks.tokens.is_empty() {
+            for &hash in &blocks.hashes {
+                let name = Apart::Group(group).name(hash);
+                let at = self.find_held(writer, shared, name);
+                match at.or_else(|| self.beside_main(writer, shared, hash, group)) {
+                    Some(place) => {
+                        self.add(writer, shared, Stretch::of(place), blocks.tier, applied)
+                    }
+                    // The main group's block has not come yet.
+                    None => self.mention(writer, shared, name, blocks.tier, None, applied),
+                }
+            }
+            return Ok(());
+        }
+        self.store_alone(writer, shared, blocks, Apart::Group(group), applied)
+    }
+
+    /// The seat of a group's block, which is known by the main group's block of the same hash.
+    fn beside_main(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        hash: EngineHash,
+        group: u32,
+    ) -> Option<Place> {
+        let (name, main) = (Apart::Group(group), self.main_apart());
+        let of_main = self.find_held(writer, shared, main.map_or(hash, |main| main.name(hash)))?;
+        let key = writer.tree.key(shared, of_main.position);
+        let key = name.key(main.map_or(key, |main| main.key(key)));
+        Some(self.seat_apart(writer, shared, name.name(hash), key))
+    }
+
+    fn seat_apart(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        name: EngineHash,
+        key: IndexKey,
+    ) -> Place {
+        // Each in a run of its own: what comes before it in its group may be missing.
+        self.seat(writer, shared, name, None, key)
+    }
+
+    /// Takes blocks in that only their tokens can place.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when they are no whole number of the index's.
+    fn store_alone(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        apart: Apart,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        let size = writer.keys.block_size.get();
+        if blocks.block_size == 0 || !blocks.block_size.is_multiple_of(size) {
+            let context = format!(
+                "blocks of {} tokens, the index has {size}",
+                blocks.block_size
+            );
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        check_tokens(blocks)?;
+        let parent = blocks.parent.map(|parent| apart.name(parent));
+        let Some(open) = self.open_chain(writer, shared, parent, blocks) else {
+            for &hash in &blocks.hashes {
+                self.mention(writer, shared, apart.name(hash), blocks.tier, None, applied);
+            }
+            return Ok(());
+        };
+        let mut chain = open.chain;
+        if let Some(last) = open.last {
+            let key = apart.key(writer.tree.key(shared, last.position));
+            chain = IndexChain::after(writer.roots.get(open.root), key);
+        }
+        let tokens = blocks.tokens.chunks_exact(blocks.block_size as usize);
+        for (position, (&hash, tokens)) in blocks.hashes.iter().zip(tokens).enumerate() {
+            // What shaped a block shaped all its parts, as far as is told.
+            let identifiers = blocks.identifiers.get(position);
+            let identifiers = identifiers.map_or(&[][..], Vec::as_slice);
+            let keys = tokens.chunks_exact(size as usize);
+            let keys: Vec<IndexKey> = keys
+                .map(|part| push(&mut chain, part, identifiers))
+                .collect();
+            let Some(&key) = keys.last() else {
+                continue;
+            };
+            if let (Apart::Large(_), Some(noted)) = (apart, &mut writer.noted) {
+                noted.extend(keys);
+            }
+            let name = apart.name(hash);
+            let place = self.seat_apart(writer, shared, name, apart.key(key));
+            self.keep_root(writer, shared, Stretch::of(place), open.root);
+            self.add(writer, shared, Stretch::of(place), blocks.tier, applied);
+            if let Some(copies) = self.orphans.forget(name) {
+                self.add_copies(writer, shared, place, &copies, applied);
+            }
+            if !self.orphans.is_empty() {
+                self.settle_apart(writer, shared, hash, key, applied);
+            }
+        }
+        writer.roots.release(open.root);
+        Ok(())
+    }
+
+    /// Places blocks of other groups that waited for the main group's block of the same hash.
+    pub(super) fn settle_apart(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        hash: EngineHash,
+        key: IndexKey,
+        applied: &mut Applied,
+    ) {
+        let groups: Vec<u32> = self.groups.apart().collect();
+        for group in groups {
+            let apart = Apart::Group(group);
+            if let Some(copies) = self.orphans.forget(apart.name(hash)) {
+                let at = self.seat_apart(writer, shared, apart.name(hash), apart.key(key));
+                self.add_copies(writer, shared, at, &copies, applied);
+            }
+        }
+    }
+}
+
+/// # Errors
+/// [`ErrorKind::Invalid`] when there are more or fewer tokens than the blocks have.
+fn check_tokens(blocks: &StoredBlocks) -> Result<()> {
+    let wanted = blocks.hashes.len() * blocks.block_size as usize;
+    if blocks.tokens.len() == wanted {
+        return Ok(());
+    }
+    let told = blocks.tokens.len();
+    Err(Error::invalid("stored blocks' tokens", told, wanted))
+}
