@@ -196,6 +196,9 @@ impl Depths {
         parts: &mut HashMap<u32, Vec<PartDepth>>,
     ) -> Result<(), Torn> {
         let composed = &view.pods.composed;
+        if composed.is_empty() {
+            return Ok(());
+        }
         self.pods
             .retain(|depth| !composed.contains_key(&depth.pod.0));
         let asked: Vec<(u32, &Vec<Part>)> = composed

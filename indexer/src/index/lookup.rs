@@ -464,10 +464,8 @@ impl Answer {
         let is_limited = !query.pods.is_empty();
         depths.fill(view, keys, is_limited)?;
         self.parts.clear();
-        if !view.pods.composed.is_empty() {
-            let block_size = config.block_size.get();
-            depths.compose(view, keys, block_size, is_limited, &mut self.parts)?;
-        }
+        let block_size = config.block_size.get();
+        depths.compose(view, keys, block_size, is_limited, &mut self.parts)?;
         self.shared_depth = depths.shared_depth;
         self.shared.clone_from(&depths.shared);
         // They are ascending by depth: of all but so many nothing need be known but that others are deeper.

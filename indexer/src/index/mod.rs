@@ -417,9 +417,6 @@ impl KvIndex {
         let block_size = self.config.block_size.get();
         self.look(|view| {
             depths.fill(view, keys, !pods.is_empty())?;
-            if view.pods.composed.is_empty() {
-                return Ok(());
-            }
             let mut parts = HashMap::new();
             depths.compose(view, keys, block_size, !pods.is_empty(), &mut parts)
         });
