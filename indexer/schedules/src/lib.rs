@@ -1,8 +1,8 @@
 //! The index's own files, built with [`sync`] in place of `crate::sync` there: every access to shared memory asks the test who
 //! goes on.
 //!
-//! `tests/` holds the scenarios. What they show holds for sequentially consistent memory; `../orderings` looks at what
-//! weaker orders allow.
+//! `tests/` holds the scenarios. What they show holds for sequentially consistent memory; what weaker orders
+//! allow has not been explored by a tool.
 // The files bring their own unit tests, which are made where they belong.
 #![cfg(not(test))]
 #![forbid(unsafe_code)]
