@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Time};
 
+use super::answer::{Answer, PodDepth, Query};
 use super::hash::KeyState;
-use super::lookup::{Answer, PodDepth, Query};
 use super::{KvIndex, lock};
 use crate::adapter::SourceKind;
 use crate::score::TIERS;

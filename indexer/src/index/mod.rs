@@ -11,6 +11,7 @@
 //! What the index says is what the events said, read literally: a block counts for a pod when more copies were
 //! announced than withdrawn in some tier, and a pod's depth ends at the first block that does not.
 
+mod answer;
 mod arena;
 mod blocks;
 mod budget;
@@ -62,6 +63,7 @@ use crate::sync::{
     spin_loop,
 };
 
+pub use answer::{Answer, PodDepth, Query};
 pub use budget::{BYTES_MIN, Usage};
 pub use compose::{GroupDepth, PartDepth};
 pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
@@ -70,7 +72,7 @@ pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
     SourceImage,
 };
-pub use lookup::{Answer, Depth, Depths, PodDepth, Query};
+pub use lookup::{Depth, Depths};
 pub use parts::Parts;
 pub use pods::PodNumber;
 

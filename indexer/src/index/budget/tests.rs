@@ -5,8 +5,8 @@ use kvcache_core::EngineHash;
 use kvcache_core::prefix::IndexScheme;
 
 use super::super::ORPHAN_BLOCKS_MAX;
+use super::super::answer::{Answer, Query};
 use super::super::config::Applied;
-use super::super::lookup::{Answer, Query};
 use super::*;
 use crate::adapter::{RemovedBlocks, StoredBlocks};
 use crate::score::TierWeights;
