@@ -10,7 +10,7 @@ use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::EventSink;
 use kvcache_core::{ErrorKind, IndexKey, Tier};
 use kvfabric_indexer::adapter::encode_engine_batch;
-use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition, SourceSpec};
+use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig};
 use kvfabric_proto::v1;
@@ -364,18 +364,6 @@ async fn reply(replay: &mut RouterSocket, peer: &Bytes, number: Bytes, payload: 
         message.push_back(frame);
     }
     replay.send(message).await.unwrap();
-}
-
-/// An engine that a test plays.
-fn by_hand(endpoint: String, replay_endpoint: String) -> SourceSpec {
-    SourceSpec {
-        name: "engine".to_owned(),
-        kind: SourceKind::Vllm,
-        endpoint,
-        replay_endpoint: Some(replay_endpoint),
-        data_parallel_rank: None,
-        groups: Vec::new(),
-    }
 }
 
 /// A publisher made by hand, whose replay socket keeps the restarted index waiting.

@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc;
 
 use kvcache_core::Tier;
-use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition, SourceSpec};
+use kvfabric_indexer::client::{SourceKind, SourceSpec};
 use kvfabric_indexer::config::StaticSource;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use rig::*;
@@ -64,18 +64,6 @@ fn resident_bytes() -> u64 {
     pages * 4096
 }
 
-async fn depth_at(client: &IndexClient, engine: &Publisher) -> u32 {
-    let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
-    asked.min_position = vec![SourcePosition::new(
-        &pod("pod-0"),
-        "engine",
-        engine.position(),
-    )];
-    asked.deadline = Some(PATIENCE);
-    let answer = client.lookup(asked).await.unwrap();
-    answer.pods.first().map_or(0, |pod| pod.depth)
-}
-
 /// One stranger a pod, each connected to at least twice; beside them an engine whose events arrive.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_are_refused_again_and_again_and_cost_nobody_else_anything() {
@@ -118,7 +106,7 @@ async fn strangers_are_refused_again_and_again_and_cost_nobody_else_anything() {
     let server = start(config).await;
     let client = client(&server);
     engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
-    assert_eq!(depth_at(&client, &engine).await, 1);
+    assert_eq!(depth_at(&client, "pod-0", &engine).await, 1);
     tokio::task::spawn_blocking(move || {
         for (number, connections) in strangers.iter().enumerate() {
             for _ in 0..2 {
@@ -131,7 +119,7 @@ async fn strangers_are_refused_again_and_again_and_cost_nobody_else_anything() {
     .await
     .unwrap();
     engine.publish_engine(vec![stored(&[2], Some(1), &TOKENS[4..], Tier::Device)]);
-    assert_eq!(depth_at(&client, &engine).await, 2);
+    assert_eq!(depth_at(&client, "pod-0", &engine).await, 2);
     let grown = resident_bytes().saturating_sub(before);
     assert!(grown < 64 << 20, "{grown} bytes more");
 }
@@ -194,7 +182,7 @@ async fn the_longest_message_is_configured() {
     let source = engine.source("engine", SourceKind::Vllm);
     let registered = client.register(registration("pod-0", [source]));
     registered.ready(PATIENCE).await.unwrap();
-    assert_eq!(depth_at(&client, &engine).await, 1);
+    assert_eq!(depth_at(&client, "pod-0", &engine).await, 1);
     engine.publish_payload(vec![0; 65 << 10]);
     // It is refused live and by replay, so the source cannot be followed any more.
     wait_until(&client, |status| status.entries == 0).await;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvcache_core::Tier;
-use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
+use kvfabric_indexer::client::SourceKind;
 use kvfabric_indexer::index::ORPHAN_BLOCKS_MAX;
 use kvfabric_indexer::publisher::Publisher;
 use kvfabric_indexer::server::{Running, ServerConfig};
@@ -23,15 +23,6 @@ use tonic::transport::Endpoint;
 
 /// Blocks of a large index, as events of some thousand blocks each.
 const MANY: u64 = 100_000;
-
-async fn depth_at(client: &IndexClient, name: &str, engine: &Publisher) -> u32 {
-    let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
-    asked.min_position = vec![SourcePosition::new(&pod(name), "engine", engine.position())];
-    asked.deadline = Some(PATIENCE);
-    let answer = client.lookup(asked).await.unwrap();
-    let pod = answer.pods.iter().find(|pod| pod.pod.as_str() == name);
-    pod.map_or(0, |pod| pod.depth)
-}
 
 async fn metric(server: &Running, name: &str) -> u64 {
     let address = server.metrics_address().unwrap();

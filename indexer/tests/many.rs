@@ -188,33 +188,72 @@ async fn a_stream_answers_in_order_as_long_as_it_is_asked() {
 async fn a_reader_that_stops_holds_up_its_own_questions_only() {
     let server = start(config()).await;
     let (client, _kept) = three_pods(&server).await;
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
-    let mut raw = raw(&server).await;
-    let stream = ReceiverStream::new(receiver);
-    let replies = raw.lookup_stream(stream).await.unwrap().into_inner();
-    // Small messages that nobody reads are a flood to the HTTP/2 library, which ends the connection; these are not.
-    let mut long = TOKENS.to_vec();
-    long.resize(1024, 7);
-    let mut asked = wire_question(&long);
-    asked.explain = true;
-    // Windows and queues of both sides hold some megabytes of replies and questions; then sending must come to a halt.
-    // The bound only ends a failing test: nothing that is sent at all takes a second.
-    let halt = std::time::Duration::from_secs(1);
-    let mut sent = 0;
-    while let Ok(taken) = tokio::time::timeout(halt, sender.send(asked.clone())).await {
-        assert!(
-            taken.is_ok(),
-            "the server ended the stream after {sent} questions"
-        );
-        sent += 1;
-        assert!(sent < 200_000, "the server reads on without end");
-    }
+    let (asked, replies) = ask_without_reading(&server).await;
+    assert!(asked.is_taken, "the server ended the stream");
     // The others do not notice.
     let answer = client
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
         .await;
     assert_eq!(answer.unwrap().pods.len(), 3);
-    drop(replies);
+    drop((asked, replies));
+}
+
+/// The same client, which is too late when it reads after all: there is an end to what it reads, though it would ask on.
+#[tokio::test]
+async fn a_reader_that_stops_is_cut_off() {
+    let mut config = config();
+    config.reader_timeout_ms = 200;
+    let server = start(config).await;
+    let (_client, _kept) = three_pods(&server).await;
+    let (asked, mut replies) = ask_without_reading(&server).await;
+    let reading = async {
+        let mut read = 0;
+        while let Ok(Some(_)) = replies.message().await {
+            read += 1;
+        }
+        read
+    };
+    let read = tokio::time::timeout(PATIENCE, reading).await;
+    let read = read.expect("the stream goes on as if nothing had been");
+    assert!(read < asked.sent, "all {read} questions were answered");
+}
+
+/// A stream of questions that stays open.
+struct Asked {
+    _sender: tokio::sync::mpsc::Sender<v1::LookupRequest>,
+    sent: u32,
+    /// The server has not ended the stream as far as sending tells.
+    is_taken: bool,
+}
+
+/// Asks on a stream, without reading replies, until sending comes to a halt.
+async fn ask_without_reading(server: &Running) -> (Asked, tonic::Streaming<v1::LookupReply>) {
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let mut raw = raw(server).await;
+    let stream = ReceiverStream::new(receiver);
+    let replies = raw.lookup_stream(stream).await.unwrap().into_inner();
+    // Small messages that nobody reads are a flood to the HTTP/2 library, which ends the connection; these are not.
+    let mut long = TOKENS.to_vec();
+    long.resize(1024, 7);
+    let mut question = wire_question(&long);
+    question.explain = true;
+    // Windows and queues of both sides hold some megabytes of replies and questions; then sending must come to a halt.
+    // The bound only ends a failing test: nothing that is sent at all takes a second.
+    let halt = std::time::Duration::from_secs(1);
+    let mut asked = Asked {
+        _sender: sender.clone(),
+        sent: 0,
+        is_taken: true,
+    };
+    while let Ok(taken) = tokio::time::timeout(halt, sender.send(question.clone())).await {
+        if taken.is_err() {
+            asked.is_taken = false;
+            break;
+        }
+        asked.sent += 1;
+        assert!(asked.sent < 200_000, "the server reads on without end");
+    }
+    (asked, replies)
 }
 
 /// Connected and heard of, then gone.

@@ -8,7 +8,7 @@ use kvcache_core::Tier;
 use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::EventSink;
 use kvfabric_indexer::adapter::{encode_engine_batch, encode_node_batch};
-use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition, SourceSpec};
+use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::config::StaticSource;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use rig::*;
@@ -252,14 +252,7 @@ async fn a_gap_is_filled_from_the_replay_socket() {
 
     let server = start(config()).await;
     let client = client(&server);
-    let source = SourceSpec {
-        name: "engine".to_owned(),
-        kind: SourceKind::Vllm,
-        endpoint,
-        replay_endpoint: Some(replay_endpoint),
-        data_parallel_rank: None,
-        groups: Vec::new(),
-    };
+    let source = by_hand(endpoint, replay_endpoint);
     let registered = client.register(registration("pod-0", [source]));
 
     // What was published so far: nothing at first, everything from the first live batch on.

@@ -11,15 +11,14 @@ use kvcache_core::{IndexKey, Tier};
 
 use super::View;
 use super::arena::get;
-use super::blocks::SEGMENT_BLOCKS;
 use super::groups::{Apart, Group};
 use super::lookup::{Depth, Depths, Torn};
 use super::pods::PodNumber;
 use super::runs::{partition, read_span};
-use super::sets::{Holder, SetId, SourceNumber, members};
+use super::sets::{Holder, SetId, SourceNumber, with_members};
 use crate::adapter::GroupRule;
 use crate::score::TIERS;
-use crate::sync::{AtomicU32, Ordering, fence};
+use crate::sync::{Ordering, fence};
 
 /// What serves requests by itself: a rank of a pod, or a pod without ranks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -355,11 +354,7 @@ fn read_lane(
         let blocks = header.blocks().saturating_sub(door.block) as usize;
         let mut equal = 0;
         while equal < blocks.min(keys.len() - at) {
-            let block = door.block + equal as u32;
-            let segment = header.segment(&view.tree.words, block / SEGMENT_BLOCKS);
-            let segment = segment.and_then(|segment| view.tree.keys.segment(segment));
-            let key = segment.and_then(|keys| keys.get((block % SEGMENT_BLOCKS) as usize));
-            if key.ok_or(Torn)?.load(Ordering::Relaxed) != keys[at + equal].0 {
+            if view.key_at(header, door.block + equal as u32)? != keys[at + equal].0 {
                 break;
             }
             equal += 1;
@@ -397,30 +392,21 @@ fn note(
     wanted: &[SourceNumber],
     found: &mut Vec<Held>,
 ) -> Result<(), Torn> {
-    if set.is_empty() {
-        return Ok(());
-    }
-    let single;
-    let members = match set.as_single() {
-        Some(only) => {
-            single = [AtomicU32::new(Holder::raw(only))];
-            &single[..]
+    with_members(&view.tree.words, set, |members| {
+        for member in members {
+            let holder = Holder::from_raw(get(member));
+            let source = holder.source();
+            if !holder.is_claim()
+                && wanted.binary_search(&source).is_ok()
+                && !view.pods.leaving.contains(&source)
+            {
+                found.push(Held {
+                    source,
+                    tier: holder.tier() as u8,
+                    blocks: blocks.clone(),
+                });
+            }
         }
-        None => members(&view.tree.words, set).ok_or(Torn)?,
-    };
-    for member in members {
-        let holder = Holder::from_raw(get(member));
-        let source = holder.source();
-        if !holder.is_claim()
-            && wanted.binary_search(&source).is_ok()
-            && !view.pods.leaving.contains(&source)
-        {
-            found.push(Held {
-                source,
-                tier: holder.tier() as u8,
-                blocks: blocks.clone(),
-            });
-        }
-    }
-    Ok(())
+    })
+    .ok_or(Torn)
 }

@@ -9,7 +9,7 @@ use super::arena::get;
 use super::blocks::SEGMENT_BLOCKS;
 use super::pods::PodNumber;
 use super::runs::{Header, digest, partition, read_span};
-use super::sets::{Holder, SetId, members};
+use super::sets::{Holder, SetId, with_members};
 use crate::score::TIERS;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -249,27 +249,22 @@ impl Walk<'_> {
         if blocks.is_empty() {
             return Ok(());
         }
-        let single;
-        let members = match set.as_single() {
-            Some(only) => {
-                single = [AtomicU32::new(Holder::raw(only))];
-                &single[..]
+        let words = &self.view.tree.words;
+        with_members(words, set, |members| {
+            let members = match members.first() {
+                Some(first) if get(first) == Holder::SHARED.raw() => {
+                    self.share(&blocks);
+                    &members[1..]
+                }
+                _ => members,
+            };
+            if blocks.start == 0 {
+                self.start(members, blocks.end);
+            } else {
+                self.narrow(members, blocks.end - blocks.start);
             }
-            None => members(&self.view.tree.words, set).ok_or(Torn)?,
-        };
-        let members = match members.first() {
-            Some(first) if get(first) == Holder::SHARED.raw() => {
-                self.share(&blocks);
-                &members[1..]
-            }
-            _ => members,
-        };
-        if blocks.start == 0 {
-            self.start(members, blocks.end);
-        } else {
-            self.narrow(members, blocks.end - blocks.start);
-        }
-        Ok(())
+        })
+        .ok_or(Torn)
     }
 
     fn share(&mut self, blocks: &Range<u32>) {
@@ -378,8 +373,9 @@ fn search_back(followed: &[Depth], pod: u32) -> Option<usize> {
 }
 
 impl View {
+    /// The key of a block of a run.
     #[inline]
-    fn key_at(&self, header: &Header, block: u32) -> Result<u64, Torn> {
+    pub(super) fn key_at(&self, header: &Header, block: u32) -> Result<u64, Torn> {
         let segment = header
             .segment(&self.tree.words, block / SEGMENT_BLOCKS)
             .ok_or(Torn)?;

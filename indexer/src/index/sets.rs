@@ -144,6 +144,19 @@ pub(super) fn members(words: &Words, set: SetId) -> Option<&[AtomicU32]> {
         .get(MEMBERS..)
 }
 
+/// Looks at the members of a set, also of one that is no list; none when torn.
+#[inline]
+pub(super) fn with_members<T>(
+    words: &Words,
+    set: SetId,
+    look: impl FnOnce(&[AtomicU32]) -> T,
+) -> Option<T> {
+    match set.as_single() {
+        Some(only) => Some(look(&[AtomicU32::new(only.raw())])),
+        None => members(words, set).map(look),
+    }
+}
+
 /// One remembered change: what a set becomes with or without a holder.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Change {

@@ -64,13 +64,9 @@ impl Ingest {
         if matches!(self.replay, Replay::Idle | Replay::Discard) {
             return;
         }
-        if self.is_other_epoch(epoch) {
-            self.epoch = epoch;
-            self.drop_pending();
-            self.abandon(ClearReason::NewEpoch);
+        if self.is_replay_of_another(epoch) {
             return;
         }
-        self.epoch = epoch.or(self.epoch);
         let is_news = self.next.is_none_or(|next| piece.cut.0 >= next);
         let image = self.image.take().filter(|_| is_news);
         self.image = Image::with(image, piece, &self.config).filter(|_| is_news);

@@ -237,13 +237,9 @@ impl Ingest {
             return;
         }
         self.touch(now);
-        if self.is_other_epoch(epoch) {
-            self.epoch = epoch;
-            self.drop_pending();
-            self.abandon(ClearReason::NewEpoch);
+        if self.is_replay_of_another(epoch) {
             return;
         }
-        self.epoch = epoch.or(self.epoch);
         if sequence.0 == u64::MAX {
             self.stats.dropped += 1;
             return;
@@ -326,6 +322,17 @@ impl Ingest {
 
     fn is_other_epoch(&self, epoch: Option<Epoch>) -> bool {
         matches!((epoch, self.epoch), (Some(told), Some(known)) if told != known)
+    }
+
+    /// Whether another incarnation answers the replay, which then ends with everything known; its epoch is kept.
+    fn is_replay_of_another(&mut self, epoch: Option<Epoch>) -> bool {
+        let is_other = self.is_other_epoch(epoch);
+        self.epoch = epoch.or(self.epoch);
+        if is_other {
+            self.drop_pending();
+            self.abandon(ClearReason::NewEpoch);
+        }
+        is_other
     }
 
     /// Another publisher sent this batch.

@@ -9,7 +9,8 @@ use kvcache_core::prefix::{IndexScheme, Namespace};
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{EngineHash, Epoch, IndexKey, PodName, Tier};
 use kvfabric_indexer::client::{
-    ClientConfig, IndexClient, LookupRequest, Prompt, Registration, SourceKind, SourceSpec,
+    ClientConfig, IndexClient, LookupRequest, Prompt, Registration, SourceKind, SourcePosition,
+    SourceSpec,
 };
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig, serve};
@@ -93,6 +94,28 @@ pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterR
         }],
         peer_address: String::new(),
     }
+}
+
+/// An engine that a test plays by hand at these endpoints.
+pub(crate) fn by_hand(endpoint: String, replay_endpoint: String) -> SourceSpec {
+    SourceSpec {
+        name: "engine".to_owned(),
+        kind: SourceKind::Vllm,
+        endpoint,
+        replay_endpoint: Some(replay_endpoint),
+        data_parallel_rank: None,
+        groups: Vec::new(),
+    }
+}
+
+/// How much of [`TOKENS`] a pod's engine holds once all that it has published is known.
+pub(crate) async fn depth_at(client: &IndexClient, name: &str, engine: &Publisher) -> u32 {
+    let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
+    asked.min_position = vec![SourcePosition::new(&pod(name), "engine", engine.position())];
+    asked.deadline = Some(PATIENCE);
+    let answer = client.lookup(asked).await.unwrap();
+    let pod = answer.pods.iter().find(|pod| pod.pod.as_str() == name);
+    pod.map_or(0, |pod| pod.depth)
 }
 
 /// Opens a registration stream; it lasts as long as the sender.

@@ -15,6 +15,7 @@ import sys
 from typing import Iterator, Tuple
 
 import pytest
+from bed.process import freeze
 from connector_pool import LAYERS, PAGE, engine_config
 from test_connector import Gate
 from test_connector_worker import Worker, names
@@ -28,13 +29,6 @@ PATIENCE = 30.0
 BLOCKS = 3
 FETCH_DEADLINE_MS = 1_000
 ONLY_TCP = {"shm": False, "cma": False}
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Returns once all of its threads stand still."""
-    process.send_signal(signal.SIGSTOP)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +105,7 @@ def test_what_a_halted_peer_sends_late_never_lands(worker, holder):
     with closed(gate):
         worker.step(loads=[from_holder("late", 1, [2, 3], gate.address)])
         assert gate.answered.wait(PATIENCE), "no lease was asked for"
-        stop(process)
+        freeze(process.pid)
         gate.opened.set()
         worker.until(lambda: "late" in worker.received)
         assert worker.side.take_failed_blocks() == {2, 3}
@@ -168,7 +162,7 @@ def test_a_clear_waits_for_nothing_that_hangs(worker, holder):
     with closed(gate):
         worker.step(loads=[from_holder("late", 1, [2, 3], gate.address)])
         assert gate.answered.wait(PATIENCE), "no lease was asked for"
-        stop(process)
+        freeze(process.pid)
         gate.opened.set()
         worker.side.before_step(StepMetadata(clear=True))
         told = worker.side.take_metadata()

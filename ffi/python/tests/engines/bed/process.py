@@ -94,16 +94,10 @@ class Child:
                     os.sched_setaffinity(int(thread.name), cores)
 
     def freeze(self) -> List[psutil.Process]:
-        """Stops it and its children, and returns them once all of their threads stand still: a
-        signal is only on its way when it has been sent.
-        """
+        """Stops it and its children, and returns them once all of their threads stand still."""
         family = self.family()
         for member in family:
-            member.send_signal(signal.SIGSTOP)
-        deadline = Deadline(FREEZE_SECONDS)
-        while not all(state in STILL for member in family for state in thread_states(member.pid)):
-            assert not deadline.passed(), self.explain("it does not stand still")
-            time.sleep(0.01)
+            freeze(member.pid, self.explain("it does not stand still"))
         return family
 
     def stop(self, how: int = signal.SIGTERM) -> int:
@@ -160,6 +154,17 @@ def _shared_memory(family: List[psutil.Process]) -> Set[pathlib.Path]:
 def _remove(files: Set[pathlib.Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def freeze(pid: int, otherwise: str = "it does not stand still") -> None:
+    """Stops a process, and returns once all of its threads stand still: a signal is only on its way
+    when it has been sent.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    deadline = Deadline(FREEZE_SECONDS)
+    while not STILL.issuperset(thread_states(pid)):
+        assert not deadline.passed(), otherwise
+        time.sleep(0.01)
 
 
 def thread_states(pid: int) -> List[str]:
