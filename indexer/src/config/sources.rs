@@ -4,10 +4,10 @@ use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
 use super::ServerConfig;
-use crate::source::zmtp::Endpoint;
 use crate::wire::{
     CacheGroup, GroupRule, SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind,
 };
+use crate::zmtp::Endpoint;
 
 /// A source that is known from the start.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -66,6 +66,34 @@ pub struct ListenerConfig {
     /// `vllm`, `vllm-full` or `sglang`.
     #[serde(default = "default_source_kind")]
     pub kind: String,
+    /// The models that pods may have here; empty: any, as far as `models_max` allows.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// Models that are not known otherwise which may come to be known here.
+    #[serde(default = "default_models_max")]
+    pub models_max: usize,
+    /// Pods at once that came to be known at any listener, so that they leave some of the server's to others; absent: seven
+    /// eighths of them.
+    pub pods_max: Option<usize>,
+}
+
+impl ListenerConfig {
+    /// An endpoint with default settings.
+    #[must_use]
+    pub fn new(endpoint: impl Into<String>) -> Self {
+        Self {
+            endpoint: endpoint.into(),
+            name: default_source_name(),
+            kind: default_source_kind(),
+            models: Vec::new(),
+            models_max: default_models_max(),
+            pods_max: None,
+        }
+    }
+}
+
+const fn default_models_max() -> usize {
+    16
 }
 
 fn default_source_name() -> String {

@@ -14,11 +14,16 @@ use super::models::Models;
 use crate::adapter::Media;
 use crate::config::{ServerConfig, StaticSource, Tenants};
 use crate::index::{self, KvIndex, SourceId};
+use crate::ingest::Room;
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
 use crate::source::{Fed, Follower, Limits, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
+
+/// Bytes that wait in all sources together: live batches behind a replay, and images on their way. One source alone may
+/// have half of it.
+const WAITING_BYTES_MAX: usize = 512 << 20;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -115,11 +120,16 @@ pub(super) struct Hub {
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
     started: Instant,
+    /// For what all sources together keep until it can be applied.
+    room: Arc<Room>,
+    /// Models that are here because of what engines said at each listener.
+    pub(super) bound_models: StdMutex<Vec<usize>>,
 }
 
 impl Hub {
     pub(super) fn new(config: ServerConfig) -> Result<Self> {
         let tenants = Tenants::new(&config)?;
+        let listeners = config.listeners.len();
         Ok(Self {
             models: RwLock::new(vec![Models::new(); tenants.all().len()]),
             tenants,
@@ -135,6 +145,8 @@ impl Hub {
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
+            room: Room::new(WAITING_BYTES_MAX),
+            bound_models: StdMutex::new(vec![0; listeners]),
         })
     }
 
@@ -382,6 +394,7 @@ impl Hub {
             ttl: self.config.source_ttl(),
             message_bytes_max: self.config.event_bytes_max,
             media: self.media.clone(),
+            room: self.room.clone(),
         };
         let metrics = self.metrics.clone();
         Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)
