@@ -14,6 +14,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
         &["kvcache-core", "kvfabric-transfer", "kvfabric-proto"],
     ),
     ("kvfabric-indexer", &["kvcache-core", "kvfabric-proto"]),
+    ("kvfabric-index-orders", &["kvcache-core"]),
     ("kvfabric-index-schedules", &["kvcache-core"]),
     ("kvfabric", &NODE),
     ("kvfabric-c", &SKIN),
