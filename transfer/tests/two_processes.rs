@@ -27,7 +27,7 @@ use rustix::process::{
 
 use support::{OPEN, WAIT, Way, contents, pattern};
 
-const WAYS: [Way; 3] = [Way::Shm, Way::Cma, Way::Tcp];
+const WAYS: [Way; 4] = [Way::Shm, Way::Cma, Way::Tcp, Way::Ucx];
 const BYTES: u64 = 8 << 20;
 const SEED: u64 = 99;
 
