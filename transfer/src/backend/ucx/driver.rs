@@ -66,7 +66,7 @@ impl Driver {
         });
         let own = driver.clone();
         let thread = std::thread::Builder::new()
-            .name("kvfabric-ucx".into())
+            .name("kvf-ucx".into())
             .spawn(move || own.run())
             .map_err(|e| Error::io("start the ucx thread", e))?;
         *lock(&driver.thread) = Some(thread);

@@ -216,12 +216,16 @@ impl State {
             _ => return Err(not_fitting("a map is answered without a key")),
         };
         let region = &asked.region;
-        let fits = bytes == region.bytes && (writable || !region.writable);
         let learnt = if asked.is_revoked {
             let text = format!("region {} is deregistered", region.id);
             Err(Error::new(ErrorKind::NotFound, text))
-        } else if !fits {
-            Err(not_fitting("a region is not as the peer's metadata says"))
+        } else if bytes != region.bytes {
+            Err(not_fitting(
+                "a region is not as long as the peer's metadata says",
+            ))
+        } else if region.writable && !writable {
+            let text = format!("region {} is read-only", region.id);
+            Err(Error::new(ErrorKind::Denied, text))
         } else {
             self.learn(session, region.id, (address, bytes, &key))
         };

@@ -12,6 +12,7 @@
     unused,
     clippy::all,
     clippy::missing_safety_doc,
+    clippy::too_many_lines,
     clippy::multiple_unsafe_ops_per_block,
     clippy::undocumented_unsafe_blocks,
     reason = "generated from the headers"
@@ -21,9 +22,12 @@ mod generated {
 }
 mod heard;
 mod library;
+mod memory;
 mod operations;
+mod post;
 mod transports;
 mod worker;
 
+pub(crate) use memory::Granted;
 pub(crate) use operations::{EndpointId, Event, Moving, Started};
-pub(crate) use worker::{Granted, Worker};
+pub(crate) use worker::Worker;

@@ -5,7 +5,8 @@ use std::ptr::NonNull;
 
 use kvcache_core::Result;
 
-use super::heard::{Heard, Ticket};
+use super::generated::ucp as ffi;
+use super::heard::{self, Heard, Ticket};
 use crate::region::RegionId;
 
 /// Names an endpoint of a worker; never used again for another one.
@@ -115,4 +116,14 @@ impl Operations {
             drop(unsafe { Box::from_raw(ticket.as_ptr()) });
         }
     }
+}
+
+/// The parameters of an operation with this ticket.
+pub(super) fn request(own: *mut c_void) -> ffi::ucp_request_param_t {
+    // SAFETY: a structure of numbers and pointers, for all of which zero is a value; the mask says which count.
+    let mut params: ffi::ucp_request_param_t = unsafe { std::mem::zeroed() };
+    params.op_attr_mask = ffi::UCP_OP_ATTR_FIELD_CALLBACK | ffi::UCP_OP_ATTR_FIELD_USER_DATA;
+    params.cb.send = Some(heard::over);
+    params.user_data = own;
+    params
 }

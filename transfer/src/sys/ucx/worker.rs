@@ -1,7 +1,6 @@
 //! One worker of UCX: endpoints, registered memory, what moves between them.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -12,64 +11,50 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::generated::ucp as ffi;
 use super::heard::{self, Heard, Ticket};
 use super::library::Library;
-use super::operations::{EndpointId, Event, Flight, Moving, Operations, Started};
+use super::operations::{EndpointId, Event, Flight, Operations, Started, request};
 use super::transports;
-use crate::backend::Operation;
 use crate::region::{RegionCore, RegionId};
 use crate::sys::fork::Process;
-
-/// Our messages among all active messages of a worker.
-const MESSAGE_ID: u32 = 0x4b;
 
 /// How long a worker that goes waits for what is under way.
 const PARTING_MAX: Duration = Duration::from_secs(1);
 
-/// A peer's region, as the peer handed it out.
-pub(crate) struct Granted<'a> {
-    pub(crate) region: RegionId,
-    /// Where it begins in the peer's memory.
-    pub(crate) address: u64,
-    pub(crate) bytes: u64,
-    /// The packed remote key.
-    pub(crate) key: &'a [u8],
+pub(super) struct RemoteKey {
+    pub(super) raw: ffi::ucp_rkey_h,
+    pub(super) address: u64,
+    pub(super) bytes: u64,
 }
 
-struct RemoteKey {
-    raw: ffi::ucp_rkey_h,
-    address: u64,
-    bytes: u64,
-}
-
-struct Endpoint {
-    raw: ffi::ucp_ep_h,
+pub(super) struct Endpoint {
+    pub(super) raw: ffi::ucp_ep_h,
     /// What UCX gives back when it fails.
     ticket: NonNull<Ticket>,
-    keys: HashMap<RegionId, RemoteKey>,
+    pub(super) keys: HashMap<RegionId, RemoteKey>,
     closing: bool,
 }
 
 /// Own memory that UCX knows.
-struct Memory {
-    raw: ffi::ucp_mem_h,
+pub(super) struct Memory {
+    pub(super) raw: ffi::ucp_mem_h,
     /// Keeps it mapped.
-    region: Arc<RegionCore>,
+    pub(super) region: Arc<RegionCore>,
     /// Operations that use it.
-    users: usize,
+    pub(super) users: usize,
 }
 
 /// A context with one worker. One thread at a time uses it, whichever.
 pub(crate) struct Worker {
-    library: &'static Library,
+    pub(super) library: &'static Library,
     process: Process,
-    context: ffi::ucp_context_h,
+    pub(super) context: ffi::ucp_context_h,
     worker: ffi::ucp_worker_h,
     address: Vec<u8>,
     event_fd: RawFd,
     heard: NonNull<Heard>,
-    operations: Operations,
-    endpoints: HashMap<EndpointId, Endpoint>,
+    pub(super) operations: Operations,
+    pub(super) endpoints: HashMap<EndpointId, Endpoint>,
     next_endpoint: usize,
-    memories: HashMap<RegionId, Memory>,
+    pub(super) memories: HashMap<RegionId, Memory>,
     /// Told by calls themselves.
     told: Vec<Event>,
 }
@@ -83,7 +68,7 @@ impl Worker {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] without UCX or without any transport, [`ErrorKind::Invalid`] for a setting that
-    /// UCX does not know, which is named.
+    /// UCX cannot read, which is named.
     pub(crate) fn open(changes: &[(String, String)]) -> Result<Self> {
         let library = Library::get()?;
         let settings = library.settings(changes)?;
@@ -125,7 +110,7 @@ impl Worker {
             | ffi::UCP_AM_HANDLER_PARAM_FIELD_ARG;
         let handler = ffi::ucp_am_handler_param_t {
             field_mask: u64::from(fields),
-            id: MESSAGE_ID,
+            id: super::post::MESSAGE_ID,
             flags: ffi::UCP_AM_FLAG_WHOLE_MSG,
             cb: Some(heard::message),
             arg: self.heard.as_ptr().cast(),
@@ -293,7 +278,7 @@ impl Worker {
         Ok(id)
     }
 
-    fn endpoint(&self, id: EndpointId) -> Result<&Endpoint> {
+    pub(super) fn endpoint(&self, id: EndpointId) -> Result<&Endpoint> {
         let endpoint = self.endpoints.get(&id).filter(|endpoint| !endpoint.closing);
         endpoint.ok_or_else(|| Error::new(ErrorKind::PeerLost, "ucx: the endpoint is closed"))
     }
@@ -341,244 +326,6 @@ impl Worker {
         }
         // SAFETY: leaked by `connect`; UCX tells nothing of a closed endpoint.
         drop(unsafe { Box::from_raw(endpoint.ticket.as_ptr()) });
-    }
-
-    /// What UCX answered to the start of an operation.
-    fn started(&self, doing: &str, answer: *mut c_void) -> Result<Started> {
-        let code = answer.addr() as isize;
-        if code == 0 {
-            return Ok(Started::Over);
-        }
-        // The last hundred addresses stand for errors.
-        if (isize::from(ffi::UCS_ERR_LAST)..0).contains(&code) {
-            return Err(self.library.error(doing, code as ffi::ucs_status_t));
-        }
-        Ok(Started::Pending)
-    }
-
-    /// Takes the number back of an operation that has not begun or is over already.
-    fn settle(&mut self, slot: usize, started: Result<Started>) -> Result<Started> {
-        if !matches!(started, Ok(Started::Pending)) {
-            self.operations.leave(slot);
-        }
-        started
-    }
-
-    /// Sends a message. It arrives whole, after those sent before, or the endpoint fails.
-    pub(crate) fn send(&mut self, id: EndpointId, bytes: Vec<u8>) -> Result<()> {
-        let raw = self.endpoint(id)?.raw;
-        if bytes.len() > heard::MESSAGE_BYTES_MAX {
-            return Err(Error::invalid(
-                "bytes of a message",
-                bytes.len(),
-                0..=heard::MESSAGE_BYTES_MAX,
-            ));
-        }
-        let bytes = bytes.into_boxed_slice();
-        let (start, len) = (bytes.as_ptr(), bytes.len());
-        let (slot, own) = self.operations.enter(Flight::Send(bytes));
-        let mut params = request(own);
-        params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_FLAGS;
-        params.flags = ffi::UCP_AM_SEND_FLAG_EAGER;
-        // SAFETY: the endpoint is open, and the bytes live in the operation's place until it is over.
-        let answer = unsafe {
-            self.library.calls.ucp_am_send_nbx(
-                raw,
-                MESSAGE_ID,
-                std::ptr::null(),
-                0,
-                start.cast(),
-                len,
-                &raw const params,
-            )
-        };
-        let started = self.started("send a message", answer);
-        self.settle(slot, started).map(|_| ())
-    }
-
-    /// Makes a region known to UCX, which pins it where the hardware needs that.
-    pub(crate) fn register(&mut self, region: &Arc<RegionCore>) -> Result<()> {
-        if self.memories.contains_key(&region.id()) {
-            return Ok(());
-        }
-        let mapping = region.mapping()?;
-        let fields = ffi::UCP_MEM_MAP_PARAM_FIELD_ADDRESS | ffi::UCP_MEM_MAP_PARAM_FIELD_LENGTH;
-        // SAFETY: as in `connect`.
-        let mut params: ffi::ucp_mem_map_params_t = unsafe { std::mem::zeroed() };
-        params.field_mask = u64::from(fields);
-        params.address = std::ptr::with_exposed_provenance_mut(mapping.address() as usize);
-        params.length = mapping.len() as usize;
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: the context is open, and the range is mapped for as long as the region is kept, beside the handle.
-        let status = unsafe {
-            self.library
-                .calls
-                .ucp_mem_map(self.context, &raw const params, &raw mut raw)
-        };
-        let doing = format!("register {} bytes", mapping.len());
-        self.library.check(&doing, status)?;
-        let memory = Memory {
-            raw,
-            region: region.clone(),
-            users: 0,
-        };
-        self.memories.insert(region.id(), memory);
-        Ok(())
-    }
-
-    /// What lets a peer use a registered region.
-    pub(crate) fn pack_key(&self, region: RegionId) -> Result<Vec<u8>> {
-        let memory = self.memory(region)?;
-        let mut raw = std::ptr::null_mut();
-        let mut len = 0;
-        // SAFETY: the context is open, the memory is registered with it, both results are writable.
-        let status = unsafe {
-            self.library
-                .calls
-                .ucp_rkey_pack(self.context, memory.raw, &raw mut raw, &raw mut len)
-        };
-        self.library.check("pack a remote key", status)?;
-        // SAFETY: the key has that length and lives until it is released, below.
-        let key = unsafe { std::slice::from_raw_parts(raw.cast::<u8>(), len) }.to_vec();
-        // SAFETY: got above, and not used any more.
-        unsafe { self.library.calls.ucp_rkey_buffer_release(raw) };
-        Ok(key)
-    }
-
-    fn memory(&self, region: RegionId) -> Result<&Memory> {
-        self.memories.get(&region).ok_or_else(|| {
-            let text = format!("ucx: region {region} is not registered");
-            Error::new(ErrorKind::Internal, text)
-        })
-    }
-
-    /// Makes UCX forget a region; false while operations use it. No byte of a peer's can land there any more, provided
-    /// that every peer has let go of its key.
-    pub(crate) fn deregister(&mut self, region: RegionId) -> bool {
-        match self.memories.get(&region) {
-            None => return true,
-            Some(memory) if memory.users > 0 => return false,
-            Some(_) => {}
-        }
-        if let Some(memory) = self.memories.remove(&region) {
-            self.unmap(&memory);
-        }
-        true
-    }
-
-    fn unmap(&self, memory: &Memory) {
-        // SAFETY: mapped by `register` with this context, with no operation under way; given back once.
-        let status = unsafe { self.library.calls.ucp_mem_unmap(self.context, memory.raw) };
-        if let Err(error) = self.library.check("deregister memory", status) {
-            tracing::warn!(%error, region = %memory.region.id(), "ucx");
-        }
-    }
-
-    /// Learns how a peer's region is reached.
-    ///
-    /// The key must come from a UCX context: UCX itself checks it little.
-    pub(crate) fn learn(&mut self, id: EndpointId, granted: &Granted<'_>) -> Result<()> {
-        let endpoint = self.endpoint(id)?.raw;
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: the endpoint is open, the key is read during the call, the result is writable.
-        let status = unsafe {
-            self.library.calls.ucp_ep_rkey_unpack(
-                endpoint,
-                granted.key.as_ptr().cast(),
-                &raw mut raw,
-            )
-        };
-        self.library.check("unpack a remote key", status)?;
-        let key = RemoteKey {
-            raw,
-            address: granted.address,
-            bytes: granted.bytes,
-        };
-        let endpoint = self.endpoints.get_mut(&id);
-        let before = endpoint.and_then(|endpoint| endpoint.keys.insert(granted.region, key));
-        if let Some(before) = before {
-            // SAFETY: replaced just now; the caller asks once for each region and forgets it before it asks again.
-            unsafe { self.library.calls.ucp_rkey_destroy(before.raw) };
-        }
-        Ok(())
-    }
-
-    /// Lets go of a peer's region. No operation must be under way on it.
-    pub(crate) fn forget(&mut self, id: EndpointId, region: RegionId) {
-        let endpoint = self.endpoints.get_mut(&id);
-        if let Some(key) = endpoint.and_then(|endpoint| endpoint.keys.remove(&region)) {
-            // SAFETY: unpacked by `learn`, dropped only once, and nothing uses it by the caller's word.
-            unsafe { self.library.calls.ucp_rkey_destroy(key.raw) };
-        }
-    }
-
-    /// Starts to read or write bytes of a peer's region.
-    pub(crate) fn transfer(
-        &mut self,
-        operation: Operation,
-        id: EndpointId,
-        moving: Moving,
-        job: usize,
-    ) -> Result<Started> {
-        let endpoint = self.endpoint(id)?;
-        let key = endpoint.keys.get(&moving.remote).ok_or_else(|| {
-            let text = format!("ucx: no key of the peer's region {}", moving.remote);
-            Error::new(ErrorKind::NotFound, text)
-        })?;
-        let (raw, rkey) = (endpoint.raw, key.raw);
-        let end = moving.remote_offset.checked_add(moving.len);
-        let remote = key.address.checked_add(moving.remote_offset);
-        let (Some(remote), true) = (remote, end.is_some_and(|end| end <= key.bytes)) else {
-            let text = format!(
-                "bytes {}+{} lie outside the {} bytes of the peer's region",
-                moving.remote_offset, moving.len, key.bytes
-            );
-            return Err(Error::new(ErrorKind::Invalid, text));
-        };
-        let memory = self.memory(moving.local)?;
-        let mapping = memory.region.mapping()?;
-        let range = match operation {
-            Operation::Read => mapping.sink(moving.local_offset, moving.len)?.raw(),
-            Operation::Write => mapping.span(moving.local_offset, moving.len)?.raw(),
-        };
-        let handle = memory.raw;
-        let local = moving.local;
-        let (slot, own) = self.operations.enter(Flight::Move { local, job });
-        let mut params = request(own);
-        params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_MEMH;
-        params.memh = handle;
-        let calls = &self.library.calls;
-        let (base, len) = (range.iov_base, range.iov_len);
-        let answer = match operation {
-            // SAFETY: the range was checked to lie in registered memory that is kept until the operation is over, and
-            // may be written; the endpoint and its key are open; what lies at the other end is checked there by UCX.
-            Operation::Read => unsafe {
-                calls.ucp_get_nbx(raw, base, len, remote, rkey, &raw const params)
-            },
-            // SAFETY: as above; the range is only read.
-            Operation::Write => unsafe {
-                calls.ucp_put_nbx(raw, base, len, remote, rkey, &raw const params)
-            },
-        };
-        let started = self.started("move bytes", answer);
-        let started = self.settle(slot, started)?;
-        if started == Started::Pending
-            && let Some(memory) = self.memories.get_mut(&local)
-        {
-            memory.users += 1;
-        }
-        Ok(started)
-    }
-
-    /// Starts to wait until all that was written before has reached the peer's memory.
-    pub(crate) fn flush(&mut self, id: EndpointId, job: usize) -> Result<Started> {
-        let raw = self.endpoint(id)?.raw;
-        let (slot, own) = self.operations.enter(Flight::Flush { job });
-        let params = request(own);
-        // SAFETY: the endpoint is open.
-        let answer = unsafe { self.library.calls.ucp_ep_flush_nbx(raw, &raw const params) };
-        let started = self.started("wait for writes", answer);
-        self.settle(slot, started)
     }
 
     /// Whether no operation is under way, and nothing is left to tell.
@@ -635,16 +382,6 @@ impl Worker {
             Operations::new(self.heard),
         ));
     }
-}
-
-/// The parameters of an operation with this ticket.
-fn request(own: *mut c_void) -> ffi::ucp_request_param_t {
-    // SAFETY: a structure of numbers and pointers, for all of which zero is a value; the mask says which count.
-    let mut params: ffi::ucp_request_param_t = unsafe { std::mem::zeroed() };
-    params.op_attr_mask = ffi::UCP_OP_ATTR_FIELD_CALLBACK | ffi::UCP_OP_ATTR_FIELD_USER_DATA;
-    params.cb.send = Some(heard::over);
-    params.user_data = own;
-    params
 }
 
 fn new_context(
