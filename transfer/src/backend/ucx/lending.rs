@@ -174,13 +174,21 @@ impl State {
             .collect()
     }
 
-    /// Looks which of the peers that are cut off have died.
+    /// Looks which of the peers that are waited for have died.
     pub(super) fn look_for_deaths(&mut self) {
+        let mut dead = Vec::new();
         self.users.retain(|_, user| {
             if user.death().is_some_and(super::user::is_dead) {
                 user.bury();
+                dead.push(user.endpoint);
             }
             !(user.is_cut_off && user.used.is_empty())
         });
+        for endpoint in dead {
+            self.worker.close(endpoint, true);
+        }
+        if !self.leaving.is_empty() {
+            self.let_leave();
+        }
     }
 }

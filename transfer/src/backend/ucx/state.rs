@@ -270,7 +270,7 @@ impl State {
         self.worker.close(endpoint, by_force);
     }
 
-    fn let_leave(&mut self) {
+    pub(super) fn let_leave(&mut self) {
         let (users, worker) = (&self.users, &mut self.worker);
         self.leaving.retain(|region| {
             let used = users

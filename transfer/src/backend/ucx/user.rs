@@ -70,10 +70,11 @@ impl User {
         }
     }
 
-    /// Whether its death is waited for.
+    /// Its process, if someone waits for memory that it uses: UCX can take half a minute to notice a death.
     pub(super) fn death(&self) -> Option<BorrowedFd<'_>> {
+        let is_waited_for = self.is_cut_off || self.used.values().any(Option::is_some);
         match &self.proof {
-            Proof::Process(process) if self.is_cut_off => Some(process.as_fd()),
+            Proof::Process(process) if is_waited_for => Some(process.as_fd()),
             _ => None,
         }
     }
