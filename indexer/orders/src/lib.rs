@@ -13,6 +13,11 @@
     unreachable_pub,
     reason = "the rest of the crate that these files are of uses what is unused here"
 )]
+#![allow(
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    reason = "the scenarios are tests: what is wrong there shall panic"
+)]
 
 #[path = "../../src/index/arena.rs"]
 mod arena;

@@ -4,8 +4,8 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
 pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-/// One run, or 32 words.
-pub const CHUNK_BITS: u32 = 0;
+/// Two runs, or 64 words.
+pub const CHUNK_BITS: u32 = 1;
 /// As few chunks as the scenarios take.
 pub const CHUNKS_BITS: u32 = 3;
 /// So few entries that searches pass others' on their way.
