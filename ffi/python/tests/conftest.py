@@ -81,7 +81,8 @@ def other(transport):
     process.end()
 
 
-def agent_over(transport):
+@pytest.fixture
+def reaching(transport):
     """An agent that reaches the other process this way."""
     tcp = "127.0.0.1:0" if transport == "tcp" else None
     ucx = {} if transport == "ucx" else None
@@ -89,8 +90,8 @@ def agent_over(transport):
 
 
 @pytest.fixture
-def agent(transport):
-    return agent_over(transport)
+def agent(reaching):
+    return reaching
 
 
 @pytest.fixture

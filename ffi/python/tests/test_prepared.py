@@ -3,7 +3,6 @@
 import array
 
 import pytest
-from conftest import agent_over
 
 import kvfabric
 
@@ -238,8 +237,8 @@ def test_a_transfer_in_flight_is_not_posted_again_and_keeps_its_memory(agent, ot
     region.deregister(TIMEOUT)
 
 
-def test_a_notification_comes_with_its_post(other, transport):
-    agent = agent_over(transport)
+def test_a_notification_comes_with_its_post(reaching, other):
+    agent = reaching
     peer = agent.load_peer(other.metadata)
     source = agent.register(bytes(8))
     transfer = agent.request(
