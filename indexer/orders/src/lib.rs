@@ -7,6 +7,8 @@
 //!
 //! This crate does not say anything of what loom does not model: loads that see what is stored later in the order of all
 //! (load buffering), and `OnceLock`, in which chunks of memory appear, is the standard library's.
+// The files bring their own unit tests, which are made where they belong.
+#![cfg(not(test))]
 #![forbid(unsafe_code)]
 #![allow(
     dead_code,
