@@ -162,7 +162,7 @@ async fn a_peer_that_only_asks_is_disconnected() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requesters_that_stop_keep_nobody_from_an_answer() {
     let publisher = publisher(1 << 20);
-    for _ in 0..32 {
+    for _ in 0..60 {
         publisher.publish_payload(vec![1; 1 << 20]);
     }
     let ask = |start: u64| {
@@ -173,7 +173,7 @@ async fn requesters_that_stop_keep_nobody_from_an_answer() {
     for _ in 0..8 {
         stopped.push(peer(publisher.replay_endpoint(), &ask(0)).await);
     }
-    let mut honest = peer(publisher.replay_endpoint(), &ask(31)).await;
+    let mut honest = peer(publisher.replay_endpoint(), &ask(59)).await;
     let mut came = Vec::new();
     let reading = async {
         while !came.ends_with(&[0xff, 0xff, 0xff, 0xff, 0, 0]) {

@@ -13,7 +13,8 @@ mod endpoint;
 #[cfg(feature = "server")]
 mod join;
 mod outbox;
-#[cfg(all(test, feature = "server"))]
+#[cfg(feature = "server")]
+#[cfg(test)]
 mod tests;
 
 use std::time::Duration;
