@@ -422,28 +422,3 @@ async fn a_peer_whose_snapshot_is_cut_short_is_passed_over() {
     wait_until(&replica, |status| status.serving).await;
     assert_eq!(replica.status().await.unwrap().entries, MANY + 2);
 }
-
-/// A pod with many blocks leaves an index without a byte budget, and nothing is said or asked after that but how much
-/// memory there is.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_memory_of_a_pod_that_left_comes_back_without_any_event() {
-    let mut config = config();
-    config.max_bytes = Some("unlimited".to_owned());
-    let server = start(config).await;
-    let client = client(&server);
-    let before = client.status().await.unwrap().bytes;
-    let engine = engine("pod-0");
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
-    publish_many(&engine);
-    wait_until(&client, |status| status.entries == MANY).await;
-    let full = client.status().await.unwrap().bytes;
-    assert!(full > before + MANY * 10, "{before} bytes, then {full}");
-    drop(registered);
-    // A tenth of it: some tables keep room for what may come.
-    wait_until(&client, |status| {
-        status.pods.is_empty() && status.bytes < before + (full - before) / 10
-    })
-    .await;
-}
