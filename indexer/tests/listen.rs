@@ -98,6 +98,8 @@ fn listening() -> ServerConfig {
         endpoint: "tcp://127.0.0.1:0".to_owned(),
         name: "engine".to_owned(),
         kind: "vllm".to_owned(),
+        data_parallel_size: None,
+        data_parallel_rank: None,
     });
     config
 }

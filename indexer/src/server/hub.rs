@@ -1,23 +1,25 @@
 //! What one server knows: an index per model, the pods that feed them, and who may join.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result, Time};
+use kvfabric_proto::v1;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::models::Models;
 use crate::adapter::Media;
-use crate::config::{ServerConfig, StaticSource, Tenants};
-use crate::index::{self, KvIndex, SourceId};
+use crate::config::{ListenerConfig, ServerConfig, StaticSource, Tenants};
+use crate::index::{self, Evicted, KvIndex, SourceId};
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Fed, Follower, Limits, SourceState};
+use crate::source::{Fed, Follower, Limits, Progress, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
 
 /// A pod while it is known.
@@ -66,6 +68,8 @@ pub(super) struct PodSource {
     pub(super) name: String,
     pub(super) state: Arc<SourceState>,
     pub(super) id: SourceId,
+    /// What the index gave up of it.
+    evicted: Evicted,
     task: AbortHandle,
     /// Where messages are put in of a publisher that connects by itself.
     pub(super) feed: Option<mpsc::Sender<Fed>>,
@@ -73,9 +77,8 @@ pub(super) struct PodSource {
 
 impl PodSource {
     pub(super) fn new(
-        name: String,
-        state: Arc<SourceState>,
-        id: SourceId,
+        (name, state): (String, Arc<SourceState>),
+        (index, id): (&KvIndex, SourceId),
         task: AbortHandle,
         feed: Option<mpsc::Sender<Fed>>,
     ) -> Self {
@@ -83,8 +86,17 @@ impl PodSource {
             name,
             state,
             id,
+            evicted: index.evicted(id),
             task,
             feed,
+        }
+    }
+
+    /// How much its position is worth, as of `progress`.
+    pub(super) fn freshness(&self, progress: &Progress) -> v1::SourceFreshness {
+        v1::SourceFreshness {
+            evicted: self.evicted.entries(),
+            ..progress.freshness()
         }
     }
 }
@@ -93,6 +105,24 @@ impl Drop for PodSource {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Says of a source that the index has let in what is known of it beforehand.
+///
+/// # Errors
+/// What the index refuses.
+pub(super) fn introduce(
+    index: &KvIndex,
+    id: SourceId,
+    registration: &Registration,
+    spec: &SourceSpec,
+) -> Result<()> {
+    index.set_rank(id, spec.data_parallel_rank)?;
+    index.set_groups(id, &spec.groups)?;
+    if !registration.pool_for.is_empty() {
+        index.set_pool(&registration.pod);
+    }
+    Ok(())
 }
 
 /// The state that all services share.
@@ -106,12 +136,16 @@ pub(super) struct Hub {
     pub(super) weights: TierWeights,
     media: Arc<Media>,
     pub(super) tenants: Tenants,
+    /// The configured ones, one a rank.
+    pub(super) listeners: Vec<ListenerConfig>,
     /// One a tenant, in their order.
     pub(super) models: RwLock<Vec<Models>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
     /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
     /// lookup.
     pub(super) joining: Mutex<()>,
+    /// How many of the pods are pools.
+    pub(super) pools: AtomicUsize,
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
     started: Instant,
@@ -127,12 +161,14 @@ impl Hub {
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
             weights: config.weights()?,
+            listeners: config.listeners_by_rank()?,
             media: Arc::new(config.media()?),
             metrics: Arc::new(Metrics::new(&config.tokenizers)),
             config,
             membership: watch::Sender::new(0),
             pods: RwLock::default(),
             joining: Mutex::default(),
+            pools: AtomicUsize::new(0),
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
         })
@@ -226,11 +262,16 @@ impl Hub {
                 key_scheme: self.scheme_name(),
                 sources: sources
                     .iter()
-                    .map(|source| source.spec())
-                    .collect::<Result<_>>()?,
+                    .map(|source| source.specs())
+                    .collect::<Result<Vec<_>>>()?
+                    .concat(),
                 peer_address: sources
                     .iter()
                     .find_map(|source| source.peer_address.clone()),
+                pool_for: sources
+                    .iter()
+                    .flat_map(|source| source.pool_for.iter().cloned())
+                    .collect(),
             };
             self.check(&registration)?;
             Ok(registration)
@@ -307,6 +348,7 @@ impl Hub {
         });
         let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
         pods.insert(pod.name.clone(), pod.clone());
+        self.count_pools(&pods);
         drop(pods);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, sources = pod.sources.len(), "pod joined");
@@ -334,8 +376,7 @@ impl Hub {
             kind: spec.kind,
             block_size,
         })?;
-        index.set_rank(id, spec.data_parallel_rank)?;
-        index.set_groups(id, &spec.groups)?;
+        introduce(index, id, registration, spec)?;
         let nothing = Restored {
             id,
             mark: None,
@@ -367,7 +408,7 @@ impl Hub {
         } else {
             tokio::spawn(follower.run()).abort_handle()
         };
-        PodSource::new(name, state, restored.id, task, None)
+        PodSource::new((name, state), (index, restored.id), task, None)
     }
 
     /// What a source's task works on.
@@ -401,13 +442,19 @@ impl Hub {
                 tracing::error!(pod = %pod.name, %error, "remove the entries of a pod");
             }
         }
-        self.pods
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&pod.name);
+        let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
+        pods.remove(&pod.name);
+        self.count_pools(&pods);
+        drop(pods);
         pod.ended.send_replace(true);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, "pod left");
+    }
+
+    fn count_pools(&self, pods: &BTreeMap<PodName, Arc<Pod>>) {
+        let is_pool = |pod: &&Arc<Pod>| !pod.registration.pool_for.is_empty();
+        let pools = pods.values().filter(is_pool).count();
+        self.pools.store(pools, Ordering::Relaxed);
     }
 
     /// Entries of a pod.

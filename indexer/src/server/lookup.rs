@@ -1,7 +1,10 @@
 //! Lookups: waiting for positions, then one walk through the index.
 
 use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kvcache_core::ports::Position;
@@ -11,10 +14,10 @@ use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
 use super::hub::{Hub, Pod};
-use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, Query};
+use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, PoolDepth, Query};
 use crate::score::TIERS;
 use crate::source::Progress;
-use crate::wire::{CacheGroup, SourcePosition, group_to_wire, tier_to_wire};
+use crate::wire::{CacheGroup, Registration, SourcePosition, group_to_wire, tier_to_wire};
 
 /// The most positions one lookup may wait for.
 const MIN_POSITIONS_MAX: usize = 4096;
@@ -144,8 +147,9 @@ impl Hub {
             Prompt::Keys(keys) => keys.len() as u32,
         };
         response.block_size = self.config.block_size;
-        let answered: std::collections::HashSet<&str> =
-            response.pods.iter().map(|pod| pod.pod.as_str()).collect();
+        let answered = response.pods.iter().map(|pod| pod.pod.as_str());
+        let answered = answered.chain(response.pools.iter().map(|pool| pool.pool.as_str()));
+        let answered: std::collections::HashSet<&str> = answered.collect();
         let positions = positions
             .into_iter()
             .filter(|(pod, ..)| answered.contains(pod.name.as_str()));
@@ -156,7 +160,7 @@ impl Hub {
                     epoch: progress.position.epoch.0,
                     next_sequence: progress.position.next.0,
                 };
-                (position, progress.freshness())
+                (position, pod.sources[place].freshness(&progress))
             })
             .unzip();
         drop(answered);
@@ -220,16 +224,10 @@ impl Hub {
             approximate: found.is_approximate,
         });
         v1::LookupResponse {
+            pools: pools_to_wire(&pods, &answer.pools, &question.pods),
             pods: depths.collect(),
             shared_depth: answer.shared_depth,
-            shared: answer
-                .shared
-                .iter()
-                .map(|range| v1::BlockRange {
-                    start: range.start,
-                    end: range.end,
-                })
-                .collect(),
+            shared: ranges_to_wire(&answer.shared),
             ..v1::LookupResponse::default()
         }
     }
@@ -257,7 +255,7 @@ impl Hub {
             .collect()
     }
 
-    /// How far the sources of these pods (all if none are named) are applied, by their places in the pod.
+    /// How far the sources of these pods (all if none are named) and of pools are applied, by their places in the pod.
     fn positions(&self, only: &[PodName]) -> Vec<(Arc<Pod>, usize, Progress)> {
         let pods = self.pods();
         let mut positions = Vec::with_capacity(if only.is_empty() {
@@ -276,6 +274,10 @@ impl Hub {
             only.iter()
                 .filter_map(|name| pods.get(name))
                 .for_each(&mut read);
+            let is_pool = |pod: &&Arc<Pod>| !pod.registration.pool_for.is_empty();
+            if self.pools.load(Ordering::Relaxed) > 0 {
+                pods.values().filter(is_pool).for_each(&mut read);
+            }
         }
         positions
     }
@@ -353,6 +355,62 @@ impl Hub {
         );
         Error::new(ErrorKind::Timeout, context)
     }
+}
+
+/// The pools that may be used by anybody who was asked about.
+fn pools_to_wire(
+    pods: &BTreeMap<PodName, Arc<Pod>>,
+    pools: &[PoolDepth],
+    asked: &[PodName],
+) -> Vec<v1::PoolDepth> {
+    let to_wire = |found: &PoolDepth| {
+        let pool = &pods.get(&found.pool)?.registration;
+        let users = users_of(pods, pool, asked);
+        if users.is_empty() && !asked.is_empty() {
+            return None;
+        }
+        Some(v1::PoolDepth {
+            pool: found.pool.as_str().to_owned(),
+            depth: found.depth,
+            held: ranges_to_wire(&found.held),
+            by_tier: tiers_to_wire(&found.by_tier),
+            pods: users.into_iter().map(str::to_owned).collect(),
+            peer_address: pool.peer_address.clone().unwrap_or_default(),
+        })
+    };
+    pools.iter().filter_map(to_wire).collect()
+}
+
+/// The known pods of the pool's model that may use it, of those that were asked about if any were named.
+fn users_of<'a>(
+    pods: &'a BTreeMap<PodName, Arc<Pod>>,
+    pool: &Registration,
+    asked: &[PodName],
+) -> BTreeSet<&'a str> {
+    let mut users = BTreeSet::new();
+    for beginning in &pool.pool_for {
+        // A name that is the beginning itself comes first of all that begin so.
+        let Ok(first) = PodName::new(beginning) else {
+            continue;
+        };
+        let fitting = pods.range(first..);
+        let fitting = fitting.take_while(|(name, _)| name.as_str().starts_with(beginning.as_str()));
+        let fitting = fitting.filter(|(name, pod)| {
+            pod.registration.model == pool.model
+                && pod.registration.pool_for.is_empty()
+                && (asked.is_empty() || asked.contains(name))
+        });
+        users.extend(fitting.map(|(name, _)| name.as_str()));
+    }
+    users
+}
+
+fn ranges_to_wire(ranges: &[Range<u32>]) -> Vec<v1::BlockRange> {
+    let ranges = ranges.iter().map(|range| v1::BlockRange {
+        start: range.start,
+        end: range.end,
+    });
+    ranges.collect()
 }
 
 fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {

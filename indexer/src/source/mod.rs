@@ -60,6 +60,7 @@ impl Progress {
             heard_us: self.heard_at.map(|at| micros(at.elapsed())),
             connected: self.is_connected,
             current: self.is_current,
+            evicted: 0,
         }
     }
 }

@@ -16,6 +16,7 @@ use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig, serve};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
 
 /// Only bounds a failing test; no test measures time.
@@ -74,6 +75,7 @@ pub(crate) fn registration<const N: usize>(name: &str, sources: [SourceSpec; N])
         key_scheme: "xxh3:1337".to_owned(),
         sources: sources.to_vec(),
         peer_address: Some("127.0.0.1:9".to_owned()),
+        pool_for: Vec::new(),
     }
 }
 
@@ -93,6 +95,7 @@ pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterR
             ..v1::Source::default()
         }],
         peer_address: String::new(),
+        pool_for: Vec::new(),
     }
 }
 
@@ -182,4 +185,15 @@ pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusR
     tokio::time::timeout(PATIENCE, asking)
         .await
         .expect("the index never got there");
+}
+
+/// What Prometheus would read.
+pub(crate) async fn page(server: &Running) -> String {
+    let address = server.metrics_address().unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    stream.write_all(request).await.unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.unwrap();
+    page
 }

@@ -1,9 +1,10 @@
 //! Stored blocks: where they belong, and which wait.
 
 use kvcache_core::prefix::IndexChain;
-use kvcache_core::{EngineHash, IndexKey, Result, Tier};
+use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
 
 use super::super::config::Applied;
+use super::super::fine::Fine;
 use super::super::groups::Seat;
 use super::super::orphans::{Content, Copies};
 use super::super::sets::Holder;
@@ -34,7 +35,20 @@ impl Source {
             self.store_keys(writer, shared, blocks, &mut applied);
             return Ok(applied);
         }
-        match self.groups.seat(blocks.group.map(|group| group.number)) {
+        let seat = self.groups.seat(blocks.group.map(|group| group.number));
+        if let Some(mut fine) = self.fine.take() {
+            let stored = match seat {
+                Seat::Main => self.store_fine(writer, shared, blocks, &mut fine, &mut applied),
+                Seat::Apart(group) => Err(too_small(group, blocks, &fine)),
+                Seat::Nowhere => {
+                    applied.ignored += blocks.hashes.len() as u32;
+                    Ok(())
+                }
+            };
+            self.fine = Some(fine);
+            return stored.map(|()| applied);
+        }
+        match seat {
             Seat::Main => self.store_main(writer, shared, blocks, &mut applied)?,
             Seat::Apart(group) => self.store_apart(writer, shared, blocks, group, &mut applied)?,
             Seat::Nowhere => applied.ignored += blocks.hashes.len() as u32,
@@ -406,6 +420,17 @@ impl Source {
             self.add(writer, shared, Stretch::of(place), tier, applied);
             return;
         }
+        self.wait(hash, tier, content, applied);
+    }
+
+    /// Counts one more copy of a block that waits, with `content`.
+    pub(super) fn wait(
+        &mut self,
+        hash: EngineHash,
+        tier: Tier,
+        content: Option<Content>,
+        applied: &mut Applied,
+    ) {
         if !self.orphans.contains(hash) {
             if !self.orphans.insert(hash) {
                 applied.refused += 1;
@@ -462,6 +487,16 @@ impl Source {
         }
         writer.stretches = stretches;
     }
+}
+
+fn too_small(group: u32, blocks: &StoredBlocks, fine: &Fine) -> Error {
+    let context = format!(
+        "cache group {group} with blocks of {} tokens, {} of which make one of the index's: only a group that keeps every \
+         block may have such",
+        blocks.block_size,
+        fine.parts()
+    );
+    Error::new(ErrorKind::Invalid, context)
 }
 
 /// The keys of blocks from one of them on.
