@@ -159,7 +159,11 @@ impl Both {
             name: "engine".to_owned(),
             kind: ENGINES[engine].kind,
             // What is registered may be wrong: the first event says.
-            block_size: if engine == 2 { UNIT } else { ENGINES[engine].quarters * QUARTER },
+            block_size: if engine == 2 {
+                UNIT
+            } else {
+                ENGINES[engine].quarters * QUARTER
+            },
         };
         self.index.add_source(spec).unwrap()
     }
@@ -231,7 +235,11 @@ impl Both {
         self.index.apply(self.ids[engine], &event).unwrap();
         for end in ends {
             let copies = self.literal[engine].entry((tier, end)).or_default();
-            *copies = if ENGINES[engine].kind.is_counted() { *copies + 1 } else { 1 };
+            *copies = if ENGINES[engine].kind.is_counted() {
+                *copies + 1
+            } else {
+                1
+            };
         }
     }
 
@@ -255,9 +263,9 @@ impl Both {
 
     fn found(&mut self, prompt: End) -> Vec<(u32, [u32; 4])> {
         let mut keys = Vec::new();
+        self.index.keys_of(None, None, &prompt.tokens(0), &mut keys);
         self.index
-            .keys_of(None, None, &prompt.tokens(0), &mut keys);
-        self.index.lookup(&keys, &Query::default(), &mut self.answer);
+            .lookup(&keys, &Query::default(), &mut self.answer);
         let of = |engine: usize| {
             let mut pods = self.answer.pods.iter();
             let found = pods.find(|found| found.pod == pod(engine));
@@ -273,7 +281,9 @@ impl Both {
             let literal = self.literal(engine, prompt);
             if is_exact {
                 let mut expected = [0; 4];
-                literal.iter().for_each(|tier| expected[*tier as usize] += 1);
+                literal
+                    .iter()
+                    .for_each(|tier| expected[*tier as usize] += 1);
                 prop_assert_eq!(
                     (*depth, *by_tier),
                     (literal.len() as u32, expected),
@@ -282,7 +292,10 @@ impl Both {
                     prompt
                 );
             } else {
-                prop_assert!(*depth <= literal.len() as u32, "engine {engine} at {prompt:?}");
+                prop_assert!(
+                    *depth <= literal.len() as u32,
+                    "engine {engine} at {prompt:?}"
+                );
             }
         }
         Ok(found.iter().skip(1).map(|(depth, _)| depth).sum())
@@ -351,13 +364,19 @@ fn sizes_that_cannot_be_meant_are_refused_with_both_sizes() {
         let error = index.add_source(spec("odd", odd)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
         let said = error.to_string();
-        assert!(said.contains(&format!("{odd} tokens")) && said.contains('8'), "{said}");
+        assert!(
+            said.contains(&format!("{odd} tokens")) && said.contains('8'),
+            "{said}"
+        );
     }
     let node = SourceSpec {
         kind: SourceKind::Node,
         ..spec("node", 4)
     };
-    assert!(index.add_source(node).is_err(), "a node's blocks are the index's");
+    assert!(
+        index.add_source(node).is_err(),
+        "a node's blocks are the index's"
+    );
     let id = index.add_source(spec("engine", 4)).unwrap();
     let event = |block_size: u32, group| {
         SourceEvent::Stored(StoredBlocks {
@@ -374,12 +393,18 @@ fn sizes_that_cannot_be_meant_are_refused_with_both_sizes() {
     };
     index.apply(id, &event(4, None)).unwrap();
     let said = index.apply(id, &event(2, None)).unwrap_err().to_string();
-    assert!(said.contains("2 tokens") && said.contains("source's 4"), "{said}");
+    assert!(
+        said.contains("2 tokens") && said.contains("source's 4"),
+        "{said}"
+    );
     let window = CacheGroup {
         number: 1,
         rule: GroupRule::Window { tokens: 9 },
         block_size: 4,
     };
-    let said = index.apply(id, &event(4, Some(window))).unwrap_err().to_string();
+    let said = index
+        .apply(id, &event(4, Some(window)))
+        .unwrap_err()
+        .to_string();
     assert!(said.contains("cache group 1"), "{said}");
 }

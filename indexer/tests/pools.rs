@@ -86,7 +86,10 @@ async fn a_pool_is_answered_once_with_what_it_holds_and_who_may_use_it() {
     );
     assert!(one.positions.iter().any(|at| at.source == "host-7/engine"));
     let other = ask(&client, &[names[2]], &told).await;
-    assert_eq!((depths(&other), other.pools.len()), (vec![(names[2], 1)], 0));
+    assert_eq!(
+        (depths(&other), other.pools.len()),
+        (vec![(names[2], 1)], 0)
+    );
 
     memory.publish_engine(vec![removed(&[11, 13, 14], Tier::Host)]);
     let answer = ask(&client, &[], &told).await;

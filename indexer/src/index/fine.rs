@@ -145,7 +145,10 @@ impl Fine {
         let mut parts = 0;
         for part in self.of_block(end) {
             parts += 1;
-            whole.own = whole.own.zip(part.own_tier()).map(|(one, other)| one.max(other));
+            whole.own = whole
+                .own
+                .zip(part.own_tier())
+                .map(|(one, other)| one.max(other));
             whole.is_shared &= part.is_shared();
         }
         if parts == self.parts {

@@ -375,8 +375,9 @@ pub struct RegisterRequest {
     pub pod: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub model: ::prost::alloc::string::String,
-    /// Tokens a block of this pod's engine: the index's own, or a multiple. Depth is then whole blocks of the engine, counted
-    /// in the index's. Other sizes are refused.
+    /// Tokens a block of this pod's engine: the index's own, a multiple of it, whose depth is then whole blocks of the engine
+    /// counted in the index's, or what it is a multiple of: then a block of the index counts when the engine holds all of its
+    /// parts. Other sizes are refused.
     #[prost(uint32, tag = "4")]
     pub block_size: u32,
     /// The scheme of its index keys; must be the indexer's.

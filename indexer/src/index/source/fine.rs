@@ -261,7 +261,8 @@ impl Source {
     /// Forgets the whole chain.
     pub(in crate::index) fn forget_fine(&mut self, writer: &mut Writer) {
         if let Some(fine) = &mut self.fine {
-            let before = std::mem::replace(&mut **fine, Fine::new(fine.parts()));
+            let empty = Fine::new(fine.parts());
+            let before = std::mem::replace(&mut **fine, empty);
             release(writer, before.roots().collect());
         }
     }
@@ -287,7 +288,10 @@ impl Source {
 }
 
 /// Gives a part its place; what it is to wait with when that is not known.
-#[allow(clippy::option_option, reason = "it waits, and with nothing where nothing places it")]
+#[allow(
+    clippy::option_option,
+    reason = "it waits, and with nothing where nothing places it"
+)]
 fn place_part(
     writer: &mut Writer,
     hash: EngineHash,
@@ -340,7 +344,9 @@ fn place_part(
             None => IndexChain::new(root),
         };
         let parts = || parts.iter().rev().copied().chain([&part]);
-        let tokens: Vec<u32> = parts().flat_map(|part| part.tokens.iter().copied()).collect();
+        let tokens: Vec<u32> = parts()
+            .flat_map(|part| part.tokens.iter().copied())
+            .collect();
         // An image that lies in several parts is told with each, and once where the block is told as one.
         let mut identifiers: Vec<String> = parts()
             .flat_map(|part| part.identifiers.iter().cloned())

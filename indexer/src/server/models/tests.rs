@@ -114,7 +114,10 @@ fn apply((index, id): &(std::sync::Arc<KvIndex>, SourceId), step: &Step) {
     let event = match step {
         Step::Store { prompt, blocks } => stored(*prompt, *blocks),
         Step::Remove { prompt, from } => SourceEvent::Removed(RemovedBlocks {
-            hashes: (*from..BLOCKS).rev().map(|block| name(*prompt, block)).collect(),
+            hashes: (*from..BLOCKS)
+                .rev()
+                .map(|block| name(*prompt, block))
+                .collect(),
             tier: Tier::Device,
             group: None,
         }),
