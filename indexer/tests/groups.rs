@@ -452,5 +452,8 @@ fn a_larger_block_takes_no_more_memory_than_any_other() {
         (both.index.bytes() - before) / u64::from(BLOCKS)
     };
     let (plain, large) = (bytes_per_block(0), bytes_per_block(1));
-    assert!(large <= plain + plain / 4, "{large} bytes, {plain} of others");
+    assert!(
+        large <= plain + plain / 4,
+        "{large} bytes, {plain} of others"
+    );
 }

@@ -198,9 +198,9 @@ async fn a_hybrid_models_prefix_counts_as_far_as_each_group_allows() {
     server.shutdown(PATIENCE).await.unwrap();
 }
 
-/// Blocks of 4 and of 8 tokens in one answer; and of 6, which fit no whole number of times.
+/// Blocks of 4, of 8 and of 2 tokens in one answer; and of 6, which fit no whole number of times.
 #[tokio::test]
-async fn engines_with_larger_blocks_are_answered_in_whole_blocks_of_their_own() {
+async fn engines_with_other_block_sizes_are_answered_in_whole_blocks() {
     let server = start(config()).await;
     let client = client(&server);
     let (small, large) = (engine("small"), engine("large"));
@@ -236,6 +236,25 @@ async fn engines_with_larger_blocks_are_answered_in_whole_blocks_of_their_own() 
         depths(&ask(&client, &[("large/engine", at)]).await),
         [("small".to_owned(), 2)]
     );
+
+    // Of 2 tokens: a block of the index is there when both its parts are.
+    let tiny = engine("tiny");
+    let mut registration_tiny = registration("tiny", [tiny.source("engine", SourceKind::Vllm)]);
+    registration_tiny.block_size = 2;
+    let registered = client.register(registration_tiny);
+    registered.ready(PATIENCE).await.unwrap();
+    for (told, depth) in [
+        (Told::Stored(&[21, 22, 23], 6, 2, None), 1),
+        (Told::Stored(&[21, 22, 23, 24], 8, 2, None), 2),
+        (Told::Removed(&[23], None), 2),
+        (Told::Removed(&[24], None), 1),
+        (Told::Removed(&[21, 21], None), 0),
+    ] {
+        let at = tiny.publish_payload(payload(0, &[told]));
+        let answer = ask(&client, &[("tiny/engine", at)]).await;
+        let found = answer.pods.iter().find(|pod| pod.pod.as_str() == "tiny");
+        assert_eq!(found.map_or(0, |pod| pod.depth), depth);
+    }
 
     let mut raw = raw(&server).await;
     let mut odd = wire_registration("odd", &small);

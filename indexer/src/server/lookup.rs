@@ -1,7 +1,6 @@
 //! Lookups: waiting for positions, then one walk through the index.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,10 +13,11 @@ use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
 use super::hub::{Hub, Pod};
-use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, PoolDepth, Query};
+use super::pools::pools_to_wire;
+use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, Query};
 use crate::score::TIERS;
 use crate::source::Progress;
-use crate::wire::{CacheGroup, Registration, SourcePosition, group_to_wire, tier_to_wire};
+use crate::wire::{CacheGroup, SourcePosition, group_to_wire, tier_to_wire};
 
 /// The most positions one lookup may wait for.
 const MIN_POSITIONS_MAX: usize = 4096;
@@ -357,55 +357,7 @@ impl Hub {
     }
 }
 
-/// The pools that may be used by anybody who was asked about.
-fn pools_to_wire(
-    pods: &BTreeMap<PodName, Arc<Pod>>,
-    pools: &[PoolDepth],
-    asked: &[PodName],
-) -> Vec<v1::PoolDepth> {
-    let to_wire = |found: &PoolDepth| {
-        let pool = &pods.get(&found.pool)?.registration;
-        let users = users_of(pods, pool, asked);
-        if users.is_empty() && !asked.is_empty() {
-            return None;
-        }
-        Some(v1::PoolDepth {
-            pool: found.pool.as_str().to_owned(),
-            depth: found.depth,
-            held: ranges_to_wire(&found.held),
-            by_tier: tiers_to_wire(&found.by_tier),
-            pods: users.into_iter().map(str::to_owned).collect(),
-            peer_address: pool.peer_address.clone().unwrap_or_default(),
-        })
-    };
-    pools.iter().filter_map(to_wire).collect()
-}
-
-/// The known pods of the pool's model that may use it, of those that were asked about if any were named.
-fn users_of<'a>(
-    pods: &'a BTreeMap<PodName, Arc<Pod>>,
-    pool: &Registration,
-    asked: &[PodName],
-) -> BTreeSet<&'a str> {
-    let mut users = BTreeSet::new();
-    for beginning in &pool.pool_for {
-        // A name that is the beginning itself comes first of all that begin so.
-        let Ok(first) = PodName::new(beginning) else {
-            continue;
-        };
-        let fitting = pods.range(first..);
-        let fitting = fitting.take_while(|(name, _)| name.as_str().starts_with(beginning.as_str()));
-        let fitting = fitting.filter(|(name, pod)| {
-            pod.registration.model == pool.model
-                && pod.registration.pool_for.is_empty()
-                && (asked.is_empty() || asked.contains(name))
-        });
-        users.extend(fitting.map(|(name, _)| name.as_str()));
-    }
-    users
-}
-
-fn ranges_to_wire(ranges: &[Range<u32>]) -> Vec<v1::BlockRange> {
+pub(super) fn ranges_to_wire(ranges: &[Range<u32>]) -> Vec<v1::BlockRange> {
     let ranges = ranges.iter().map(|range| v1::BlockRange {
         start: range.start,
         end: range.end,
@@ -413,7 +365,7 @@ fn ranges_to_wire(ranges: &[Range<u32>]) -> Vec<v1::BlockRange> {
     ranges.collect()
 }
 
-fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
+pub(super) fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
     let held = Tier::ALL.into_iter().zip(*by_tier);
     held.filter(|(_, blocks)| *blocks > 0)
         .map(|(tier, blocks)| v1::TierDepth {

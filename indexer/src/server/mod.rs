@@ -35,6 +35,7 @@ mod lookup;
 mod many;
 mod models;
 mod native;
+mod pools;
 mod routing;
 mod scores;
 

@@ -8,6 +8,7 @@ use kvcache_core::{EngineHash, Error, ErrorKind, Result, Tier};
 
 use super::super::config::Applied;
 use super::super::fine::{Fine, Part};
+use super::super::groups::Seat;
 use super::super::orphans::{Content, Copies};
 use super::super::sets::Holder;
 use super::super::tree::{Place, Shared, Stretch};
@@ -25,11 +26,38 @@ struct Told<'a> {
 }
 
 impl Source {
+    /// Takes blocks of a source in whose blocks are smaller than the index's.
+    ///
+    /// # Errors
+    /// As [`Self::store_fine`]; [`ErrorKind::Invalid`] naming a cache group beside the main one.
+    pub(super) fn store_parts(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        blocks: &StoredBlocks,
+        seat: Seat,
+        applied: &mut Applied,
+    ) -> Result<()> {
+        let Some(mut fine) = self.fine.take() else {
+            return Ok(());
+        };
+        let stored = match seat {
+            Seat::Main => self.store_fine(writer, shared, blocks, &mut fine, applied),
+            Seat::Apart(group) => Err(too_small(group, blocks, &fine)),
+            Seat::Nowhere => {
+                applied.ignored += blocks.hashes.len() as u32;
+                Ok(())
+            }
+        };
+        self.fine = Some(fine);
+        stored
+    }
+
     /// Takes blocks in that are smaller than the index's.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] naming the sizes when they are not as the first event said, or the tokens do not fit.
-    pub(super) fn store_fine(
+    fn store_fine(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
@@ -124,6 +152,33 @@ impl Source {
                     settled.push((child, Copies::default()));
                 }
             }
+        }
+    }
+
+    /// Counts one more copy of a block that waits, with `content`.
+    pub(super) fn wait(
+        &mut self,
+        hash: EngineHash,
+        tier: Tier,
+        content: Option<Content>,
+        applied: &mut Applied,
+    ) {
+        if !self.orphans.contains(hash) {
+            if !self.orphans.insert(hash) {
+                applied.refused += 1;
+                return;
+            }
+            applied.orphaned += 1;
+        }
+        let is_counted = self.is_counted(tier);
+        if let Some(copies) = self.orphans.copies_mut(hash) {
+            let copies = &mut copies[tier as usize];
+            if *copies == 0 || is_counted {
+                *copies = copies.saturating_add(1);
+            }
+        }
+        if content.is_some_and(|content| !self.orphans.attach(hash, content)) {
+            applied.refused += 1;
         }
     }
 
@@ -357,6 +412,16 @@ fn place_part(
     }
     fine.insert(hash, part);
     None
+}
+
+fn too_small(group: u32, blocks: &StoredBlocks, fine: &Fine) -> Error {
+    let context = format!(
+        "cache group {group} with blocks of {} tokens, {} of which make one of the index's: only a group that keeps every \
+         block may have such",
+        blocks.block_size,
+        fine.parts()
+    );
+    Error::new(ErrorKind::Invalid, context)
 }
 
 fn release(writer: &mut Writer, roots: Vec<u32>) {

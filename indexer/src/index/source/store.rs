@@ -1,10 +1,9 @@
 //! Stored blocks: where they belong, and which wait.
 
 use kvcache_core::prefix::IndexChain;
-use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
+use kvcache_core::{EngineHash, IndexKey, Result, Tier};
 
 use super::super::config::Applied;
-use super::super::fine::Fine;
 use super::super::groups::Seat;
 use super::super::orphans::{Content, Copies};
 use super::super::sets::Holder;
@@ -36,17 +35,9 @@ impl Source {
             return Ok(applied);
         }
         let seat = self.groups.seat(blocks.group.map(|group| group.number));
-        if let Some(mut fine) = self.fine.take() {
-            let stored = match seat {
-                Seat::Main => self.store_fine(writer, shared, blocks, &mut fine, &mut applied),
-                Seat::Apart(group) => Err(too_small(group, blocks, &fine)),
-                Seat::Nowhere => {
-                    applied.ignored += blocks.hashes.len() as u32;
-                    Ok(())
-                }
-            };
-            self.fine = Some(fine);
-            return stored.map(|()| applied);
+        if self.fine.is_some() {
+            self.store_parts(writer, shared, blocks, seat, &mut applied)?;
+            return Ok(applied);
         }
         match seat {
             Seat::Main => self.store_main(writer, shared, blocks, &mut applied)?,
@@ -423,33 +414,6 @@ impl Source {
         self.wait(hash, tier, content, applied);
     }
 
-    /// Counts one more copy of a block that waits, with `content`.
-    pub(super) fn wait(
-        &mut self,
-        hash: EngineHash,
-        tier: Tier,
-        content: Option<Content>,
-        applied: &mut Applied,
-    ) {
-        if !self.orphans.contains(hash) {
-            if !self.orphans.insert(hash) {
-                applied.refused += 1;
-                return;
-            }
-            applied.orphaned += 1;
-        }
-        let is_counted = self.is_counted(tier);
-        if let Some(copies) = self.orphans.copies_mut(hash) {
-            let copies = &mut copies[tier as usize];
-            if *copies == 0 || is_counted {
-                *copies = copies.saturating_add(1);
-            }
-        }
-        if content.is_some_and(|content| !self.orphans.attach(hash, content)) {
-            applied.refused += 1;
-        }
-    }
-
     /// Takes a node's blocks in, whose names are keys.
     fn store_keys(
         &mut self,
@@ -487,16 +451,6 @@ impl Source {
         }
         writer.stretches = stretches;
     }
-}
-
-fn too_small(group: u32, blocks: &StoredBlocks, fine: &Fine) -> Error {
-    let context = format!(
-        "cache group {group} with blocks of {} tokens, {} of which make one of the index's: only a group that keeps every \
-         block may have such",
-        blocks.block_size,
-        fine.parts()
-    );
-    Error::new(ErrorKind::Invalid, context)
 }
 
 /// The keys of blocks from one of them on.
