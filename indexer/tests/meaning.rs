@@ -14,6 +14,7 @@ use kvfabric_indexer::client::{
 };
 use kvfabric_indexer::config::StaticSource;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
+use kvfabric_indexer::server::Running;
 use kvfabric_proto::v1;
 use rig::*;
 use rmpv::Value;
@@ -440,6 +441,43 @@ async fn the_ranks_of_a_configured_engine_are_found_at_the_ports_that_follow() {
     server.shutdown(PATIENCE).await.unwrap();
 }
 
+/// The sources that a reader which knows format 1 only could go on with: that format cannot say what others are.
+async fn continued_in_format_1(server: &Running) -> Vec<String> {
+    let request = v1::SnapshotRequest {
+        protocol_version: kvfabric_proto::PROTOCOL_VERSION,
+        format: 0,
+    };
+    let mut pieces = raw(server)
+        .await
+        .snapshot(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut continued = Vec::new();
+    while let Some(piece) = pieces.message().await.unwrap() {
+        use v1::snapshot_piece::Piece;
+        match piece.piece.unwrap() {
+            Piece::Start(start) => assert_eq!(start.format, 1),
+            Piece::Source(source) if !source.last_batch.is_empty() => continued.push(source.name),
+            _ => {}
+        }
+    }
+    continued
+}
+
+/// A server that has begun from another one's snapshot, and goes on with so many of its sources.
+async fn replica_of(server: &Running, sources: u32) -> Running {
+    let mut config = config();
+    config.bootstrap_peers = vec![server.grpc_address().to_string()];
+    config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
+    let replica = start(config).await;
+    wait_until(&client(&replica), |status| status.serving).await;
+    let page = page(&replica).await;
+    let resumed = format!("kvfabric_indexer_sources_resumed_total {sources}\n");
+    assert!(page.contains(&resumed), "{page}");
+    replica
+}
+
 /// Ranks, groups and larger blocks, of which events have told; to a replica, and to a reader that knows format 1 only.
 #[tokio::test]
 async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
@@ -487,18 +525,9 @@ async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
     assert_eq!(before.pods.len(), 3);
     assert!(before.pods.iter().all(|pod| pod.depth == 2), "{before:?}");
 
-    let mut config = config();
-    config.bootstrap_peers = vec![server.grpc_address().to_string()];
-    config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
-    let second = start(config).await;
+    let second = replica_of(&server, 4).await;
     let replica = client(&second);
-    wait_until(&replica, |status| status.serving).await;
     assert_eq!(ask(&replica, &at).await.pods, before.pods);
-    let page = page(&second).await;
-    assert!(
-        page.contains("kvfabric_indexer_sources_resumed_total 4\n"),
-        "{page}"
-    );
     // What comes later means the same to both.
     let end = |hash: u64, group: Option<u32>| payload(0, &[Told::Removed(&[hash], group)]);
     let at = [
@@ -518,30 +547,7 @@ async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
     assert_eq!(depths, [("ranks", 1)]);
     assert_eq!(ask(&replica, &at).await.pods, after.pods);
 
-    let request = v1::SnapshotRequest {
-        protocol_version: kvfabric_proto::PROTOCOL_VERSION,
-        format: 0,
-    };
-    let mut pieces = raw(&server)
-        .await
-        .snapshot(request)
-        .await
-        .unwrap()
-        .into_inner();
-    let mut continued = Vec::new();
-    while let Some(piece) = pieces.message().await.unwrap() {
-        use v1::snapshot_piece::Piece;
-        match piece.piece.unwrap() {
-            Piece::Start(start) => assert_eq!(start.format, 1),
-            Piece::Source(source) if !source.last_batch.is_empty() => continued.push(source.name),
-            _ => {}
-        }
-    }
-    assert_eq!(
-        continued,
-        Vec::<String>::new(),
-        "format 1 cannot say what they are"
-    );
+    assert_eq!(continued_in_format_1(&server).await, Vec::<String>::new());
     second.shutdown(PATIENCE).await.unwrap();
     server.shutdown(PATIENCE).await.unwrap();
 }

@@ -327,20 +327,7 @@ impl Pods {
         let status = self.target.client()?.status().await?;
         if self.target.json {
             let pods = status.pods.iter().map(|pod| {
-                let sources = pod.sources.iter().map(|source| {
-                    let position = source.position.clone().unwrap_or_default();
-                    json!({
-                        "source": position.source,
-                        "epoch": position.epoch,
-                        "next_sequence": position.next_sequence,
-                        "connected": source.connected,
-                        "gaps": source.gaps,
-                        "replays": source.replays,
-                        "resyncs": source.resyncs,
-                        "orphans": source.orphans,
-                        "evicted": source.freshness.map_or(0, |fresh| fresh.evicted),
-                    })
-                });
+                let sources = pod.sources.iter().map(source_json);
                 json!({
                     "pod": pod.pod,
                     "entries": pod.entries,
@@ -394,6 +381,21 @@ impl Pods {
         }
         Ok(())
     }
+}
+
+fn source_json(source: &v1::SourceStatus) -> serde_json::Value {
+    let position = source.position.clone().unwrap_or_default();
+    json!({
+        "source": position.source,
+        "epoch": position.epoch,
+        "next_sequence": position.next_sequence,
+        "connected": source.connected,
+        "gaps": source.gaps,
+        "replays": source.replays,
+        "resyncs": source.resyncs,
+        "orphans": source.orphans,
+        "evicted": source.freshness.map_or(0, |fresh| fresh.evicted),
+    })
 }
 
 fn tiers(tenant: &v1::TenantStatus) -> impl Iterator<Item = (&'static str, &v1::TierUsage)> {

@@ -119,20 +119,24 @@ impl Top {
         for tenant in &status.tenants {
             print_line(&tenant_line(tenant))?;
         }
-        for (name, source) in sources.iter().take(self.sources) {
-            let freshness = source.freshness.unwrap_or_default();
-            let is = match (freshness.connected, freshness.current) {
-                (_, true) => "current",
-                (true, false) => "catching up",
-                (false, false) => "not connected",
-            };
-            print_line(&format!(
-                "{name:<32} {is:<14} lag {:>9} us  orphans {:>6}  gaps {:>5}  resyncs {:>4}  evicted {:>7}",
-                freshness.lag_us, source.orphans, source.gaps, source.resyncs, freshness.evicted
-            ))?;
-        }
-        Ok(())
+        sources
+            .iter()
+            .take(self.sources)
+            .try_for_each(|(name, source)| print_source(name, source))
     }
+}
+
+fn print_source(name: &str, source: &v1::SourceStatus) -> Result<()> {
+    let freshness = source.freshness.unwrap_or_default();
+    let is = match (freshness.connected, freshness.current) {
+        (_, true) => "current",
+        (true, false) => "catching up",
+        (false, false) => "not connected",
+    };
+    print_line(&format!(
+        "{name:<32} {is:<14} lag {:>9} us  orphans {:>6}  gaps {:>5}  resyncs {:>4}  evicted {:>7}",
+        freshness.lag_us, source.orphans, source.gaps, source.resyncs, freshness.evicted
+    ))
 }
 
 /// Those that are not current first, then those that lag most.

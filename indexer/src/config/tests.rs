@@ -207,18 +207,20 @@ fn media_are_taken_for_what_is_configured() {
     }
 }
 
-/// Ranks of a source and of a listener, and ports that there are not.
-#[test]
-fn ranks_are_at_the_ports_that_follow() {
-    let text = "[[sources]]\npod = \"p\"\nendpoint = \"tcp://10.0.0.7:5557\"\n\
+const RANKS: &str = "[[sources]]\npod = \"p\"\nendpoint = \"tcp://10.0.0.7:5557\"\n\
         replay_endpoint = \"tcp://10.0.0.7:6557\"\ndata_parallel_size = 2\n\
         [[listeners]]\nendpoint = \"tcp://127.0.0.1:7000\"\ndata_parallel_size = 2\n\
         [[listeners]]\nname = \"other\"\nendpoint = \"tcp://127.0.0.1:0\"";
-    let load = |text: &str| {
-        let file = file(text);
-        ServerConfig::load_with(Some(file.path()), environment(&[]), &[])
-    };
-    let config = load(text).unwrap();
+
+fn load(text: &str) -> Result<ServerConfig> {
+    let file = file(text);
+    ServerConfig::load_with(Some(file.path()), environment(&[]), &[])
+}
+
+/// Ranks of a source and of a listener.
+#[test]
+fn ranks_are_at_the_ports_that_follow() {
+    let config = load(RANKS).unwrap();
     let specs = config.sources[0].specs().unwrap();
     let told: Vec<_> = specs
         .iter()
@@ -268,6 +270,12 @@ fn ranks_are_at_the_ports_that_follow() {
             ("other", "tcp://127.0.0.1:0", None),
         ]
     );
+}
+
+/// Ports beyond the last, or chosen by the system; too many ranks; a rank of ranks.
+#[test]
+fn ranks_without_ports_are_refused_by_name() {
+    let text = RANKS;
     for (bad, said) in [
         (text.replace(":5557", ":65535"), "65535"),
         (

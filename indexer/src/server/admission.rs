@@ -70,24 +70,28 @@ impl Hub {
                 }
             }
         }
-        let texts = registration.sources.iter().map(|source| &source.name);
-        let texts = texts
-            .chain([&registration.model])
-            .chain(&registration.peer_address)
-            .chain(&registration.pool_for);
-        if registration.pool_for.len() > POOL_BEGINNINGS_MAX
-            || registration.pool_for.iter().any(String::is_empty)
-        {
-            let count = registration.pool_for.len();
-            return refuse(format!(
-                "pool_for has an empty text, or {count}: more than {POOL_BEGINNINGS_MAX}"
-            ));
-        }
-        match texts.map(String::len).max() {
-            Some(longest) if longest > TEXT_BYTES_MAX => refuse(format!(
-                "a name of {longest} bytes, at most {TEXT_BYTES_MAX} are taken"
-            )),
-            _ => Ok(()),
-        }
+        check_texts(registration).or_else(refuse)
+    }
+}
+
+/// Whether names are of a length, and a pool says for whom it is; else what is wrong.
+fn check_texts(registration: &Registration) -> Result<(), String> {
+    let pool_for = &registration.pool_for;
+    if pool_for.len() > POOL_BEGINNINGS_MAX || pool_for.iter().any(String::is_empty) {
+        let count = pool_for.len();
+        return Err(format!(
+            "pool_for has an empty text, or {count}: more than {POOL_BEGINNINGS_MAX}"
+        ));
+    }
+    let texts = registration.sources.iter().map(|source| &source.name);
+    let texts = texts
+        .chain([&registration.model])
+        .chain(&registration.peer_address)
+        .chain(pool_for);
+    match texts.map(String::len).max() {
+        Some(longest) if longest > TEXT_BYTES_MAX => Err(format!(
+            "a name of {longest} bytes, at most {TEXT_BYTES_MAX} are taken"
+        )),
+        _ => Ok(()),
     }
 }
