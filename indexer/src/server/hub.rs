@@ -1,7 +1,6 @@
 //! What one server knows: an index per model, the pods that feed them, and who may join.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 
 use kvcache_core::prefix::IndexScheme;
@@ -92,11 +91,15 @@ impl PodSource {
         }
     }
 
-    /// How much its position is worth, as of `progress`.
-    pub(super) fn freshness(&self, progress: &Progress) -> v1::SourceFreshness {
+    /// How much its position is worth at `now`, as of `progress`.
+    pub(super) fn freshness(
+        &self,
+        progress: &Progress,
+        now: std::time::Instant,
+    ) -> v1::SourceFreshness {
         v1::SourceFreshness {
             evicted: self.evicted.entries(),
-            ..progress.freshness()
+            ..progress.freshness(now)
         }
     }
 }
@@ -144,8 +147,6 @@ pub(super) struct Hub {
     /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
     /// lookup.
     pub(super) joining: Mutex<()>,
-    /// How many of the pods are pools.
-    pub(super) pools: AtomicUsize,
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
     started: Instant,
@@ -168,7 +169,6 @@ impl Hub {
             membership: watch::Sender::new(0),
             pods: RwLock::default(),
             joining: Mutex::default(),
-            pools: AtomicUsize::new(0),
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
         })
@@ -348,7 +348,6 @@ impl Hub {
         });
         let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
         pods.insert(pod.name.clone(), pod.clone());
-        self.count_pools(&pods);
         drop(pods);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, sources = pod.sources.len(), "pod joined");
@@ -444,17 +443,10 @@ impl Hub {
         }
         let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
         pods.remove(&pod.name);
-        self.count_pools(&pods);
         drop(pods);
         pod.ended.send_replace(true);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, "pod left");
-    }
-
-    fn count_pools(&self, pods: &BTreeMap<PodName, Arc<Pod>>) {
-        let is_pool = |pod: &&Arc<Pod>| !pod.registration.pool_for.is_empty();
-        let pools = pods.values().filter(is_pool).count();
-        self.pools.store(pools, Ordering::Relaxed);
     }
 
     /// Entries of a pod.

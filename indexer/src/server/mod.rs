@@ -36,6 +36,7 @@ mod many;
 mod models;
 mod native;
 mod pools;
+mod positions;
 mod routing;
 mod scores;
 

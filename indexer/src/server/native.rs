@@ -259,6 +259,7 @@ impl Hub {
     }
 
     fn pod_status(&self, pod: &Pod) -> v1::PodStatus {
+        let now = std::time::Instant::now();
         let sources = pod.sources.iter().map(|source| {
             let progress = *source.state.progress.borrow();
             let position = SourcePosition {
@@ -272,7 +273,7 @@ impl Hub {
                 replays: progress.stats.replays,
                 resyncs: progress.stats.resyncs,
                 orphans: self.orphans_of(pod, source),
-                freshness: Some(source.freshness(&progress)),
+                freshness: Some(source.freshness(&progress, now)),
             }
         });
         v1::PodStatus {

@@ -6,12 +6,23 @@ use std::sync::Arc;
 use kvcache_core::PodName;
 use kvfabric_proto::v1;
 
-use super::hub::Pod;
+use super::hub::{Hub, Pod};
 use super::lookup::{ranges_to_wire, tiers_to_wire};
 use crate::index::PoolDepth;
 use crate::wire::Registration;
 
-/// The pools that may be used by anybody who was asked about.
+impl Hub {
+    /// Leaves the pools that one of these pods may use.
+    pub(super) fn leave_usable(&self, pools: &mut Vec<PoolDepth>, asked: &[PodName]) {
+        let pods = self.pods();
+        pools.retain(|found| {
+            let pool = pods.get(&found.pool);
+            pool.is_some_and(|pool| !users_of(&pods, &pool.registration, asked).is_empty())
+        });
+    }
+}
+
+/// The pools, and of those who were asked about, who may use each.
 pub(super) fn pools_to_wire(
     pods: &BTreeMap<PodName, Arc<Pod>>,
     pools: &[PoolDepth],
@@ -20,9 +31,6 @@ pub(super) fn pools_to_wire(
     let to_wire = |found: &PoolDepth| {
         let pool = &pods.get(&found.pool)?.registration;
         let users = users_of(pods, pool, asked);
-        if users.is_empty() && !asked.is_empty() {
-            return None;
-        }
         Some(v1::PoolDepth {
             pool: found.pool.as_str().to_owned(),
             depth: found.depth,
