@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use crate::adapter::{RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
 use crate::config::{ServerConfig, TenantConfig};
-use crate::index::{Answer, KvIndex, Query, SourceId, SourceSpec};
+use crate::index::{Answer, KvIndex, Query, SourceId, SourceSpec, Usage};
 use crate::server::hub::Hub;
 use crate::wire::Registration;
 
@@ -157,7 +157,12 @@ proptest! {
             }
         }
         for (one, other) in &sources {
-            prop_assert_eq!(one.0.usage(), other.0.usage());
+            // Hash tables of equal content may differ in what they have allocated.
+            let counted = |index: &KvIndex| Usage {
+                bytes: 0,
+                ..index.usage()
+            };
+            prop_assert_eq!(counted(&one.0), counted(&other.0));
         }
         prop_assert!(sources[0].0.0.usage().evicted_blocks > 0, "nothing was given up");
     }
