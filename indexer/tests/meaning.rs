@@ -472,7 +472,7 @@ async fn replica_of(server: &Running, sources: u32) -> Running {
     config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
     let replica = start(config).await;
     wait_until(&client(&replica), |status| status.serving).await;
-    let page = page(&replica).await;
+    let page = metrics_page(&replica).await;
     let resumed = format!("kvfabric_indexer_sources_resumed_total {sources}\n");
     assert!(page.contains(&resumed), "{page}");
     replica

@@ -107,7 +107,7 @@ async fn a_medium_counts_as_configured_and_an_unknown_one_as_all_unknown_ones_do
             "{case}: {}",
             pods[0].score
         );
-        let page = page(&server).await;
+        let page = metrics_page(&server).await;
         let series = "kvfabric_indexer_unknown_medium_events_total{medium=\"CXL_POOL\"} 1\n";
         assert_eq!(page.contains(series), is_counted, "{case}: {page}");
         let line = format!("kvfabric_indexer_events_rejected_total {rejected}\n");

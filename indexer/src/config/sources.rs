@@ -4,10 +4,10 @@ use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
 use super::ServerConfig;
-use crate::source::zmtp::Endpoint;
 use crate::wire::{
     CacheGroup, GroupRule, SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind,
 };
+use crate::zmtp::Endpoint;
 
 /// A source that is known from the start.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -75,6 +75,36 @@ pub struct ListenerConfig {
     pub data_parallel_size: Option<u32>,
     /// The rank of all that connect here; absent: as their events say.
     pub data_parallel_rank: Option<u32>,
+    /// The models that pods may have here; empty: any, as far as `models_max` allows.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// Models that are not known otherwise which may come to be known here.
+    #[serde(default = "default_models_max")]
+    pub models_max: usize,
+    /// Pods at once that came to be known at any listener, so that they leave some of the server's to others; absent: seven
+    /// eighths of them.
+    pub pods_max: Option<usize>,
+}
+
+impl ListenerConfig {
+    /// An endpoint with default settings.
+    #[must_use]
+    pub fn new(endpoint: impl Into<String>) -> Self {
+        Self {
+            endpoint: endpoint.into(),
+            name: default_source_name(),
+            kind: default_source_kind(),
+            data_parallel_size: None,
+            data_parallel_rank: None,
+            models: Vec::new(),
+            models_max: default_models_max(),
+            pods_max: None,
+        }
+    }
+}
+
+const fn default_models_max() -> usize {
+    16
 }
 
 fn default_source_name() -> String {
@@ -147,9 +177,9 @@ impl ListenerConfig {
             Ok(Self {
                 endpoint: at_rank(&self.endpoint, rank)?,
                 name: format!("{}-{rank}", self.name),
-                kind: self.kind.clone(),
                 data_parallel_size: None,
                 data_parallel_rank: Some(rank),
+                ..self.clone()
             })
         };
         (0..size).map(of_rank).collect()

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::hub::Hub;
-use crate::source::zmtp::Endpoint;
 use crate::wire::{Registration, SOURCES_PER_POD_MAX, SourceKind};
+use crate::zmtp::Endpoint;
 
 /// The longest model name, source name or endpoint accepted, in bytes.
 const TEXT_BYTES_MAX: usize = 1024;

@@ -15,11 +15,16 @@ use super::models::Models;
 use crate::adapter::Media;
 use crate::config::{ListenerConfig, ServerConfig, StaticSource, Tenants};
 use crate::index::{self, Evicted, KvIndex, SourceId};
+use crate::ingest::Room;
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
 use crate::source::{Fed, Follower, Limits, Progress, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
+
+/// Bytes that wait in all sources together: live batches behind a replay, and images on their way. One source alone may
+/// have half of it.
+const WAITING_BYTES_MAX: usize = 512 << 20;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -150,11 +155,16 @@ pub(super) struct Hub {
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
     started: Instant,
+    /// For what all sources together keep until it can be applied.
+    room: Arc<Room>,
+    /// Models that are here because of what engines said at each listener.
+    pub(super) bound_models: StdMutex<Vec<usize>>,
 }
 
 impl Hub {
     pub(super) fn new(config: ServerConfig) -> Result<Self> {
         let tenants = Tenants::new(&config)?;
+        let listeners = config.listeners_by_rank()?;
         Ok(Self {
             models: RwLock::new(vec![Models::new(); tenants.all().len()]),
             tenants,
@@ -162,7 +172,6 @@ impl Hub {
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
             weights: config.weights()?,
-            listeners: config.listeners_by_rank()?,
             media: Arc::new(config.media()?),
             metrics: Arc::new(Metrics::new(&config.tokenizers)),
             config,
@@ -171,6 +180,9 @@ impl Hub {
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
+            room: Room::new(WAITING_BYTES_MAX),
+            bound_models: StdMutex::new(vec![0; listeners.len()]),
+            listeners,
         })
     }
 
@@ -422,6 +434,7 @@ impl Hub {
             ttl: self.config.source_ttl(),
             message_bytes_max: self.config.event_bytes_max,
             media: self.media.clone(),
+            room: self.room.clone(),
         };
         let metrics = self.metrics.clone();
         Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)

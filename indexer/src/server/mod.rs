@@ -22,9 +22,9 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 pub use crate::config::ServerConfig;
-use crate::source::zmtp::{Endpoint, Listener};
 use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
+use crate::zmtp::{Endpoint, Listener};
 
 mod admission;
 mod bootstrap;
@@ -39,6 +39,7 @@ mod pools;
 mod positions;
 mod routing;
 mod scores;
+mod tidy;
 
 use bootstrap::bootstrap;
 use bound::{Door, listen};
@@ -47,6 +48,7 @@ use hub::Hub;
 use many::STREAMS_MAX;
 use native::{IndexService, Shared};
 use scores::ScoreService;
+use tidy::keep_tidy;
 
 /// How often an idle connection is probed, and how long the answer may take: a pod that vanished without closing its
 /// connection is noticed within both.
@@ -159,6 +161,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
             }
         });
     }
+    tasks.spawn(keep_tidy(hub.clone(), stopping.subscribe()));
     tasks.spawn(serve_grpc(shared, tokenizers, grpc, stopping.subscribe()));
     if let Some((listener, _)) = metrics {
         tasks.spawn(serve_metrics(hub, listener, stopping.subscribe()));

@@ -369,4 +369,27 @@ proptest! {
             let _ = read_all(all);
         }
     }
+
+    /// A file with some bytes changed, cut out or doubled: its checksums find that out, or nothing was changed in effect.
+    #[test]
+    fn a_file_that_was_changed_is_found_out(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..4),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("snapshot");
+        write_file(&path, pieces());
+        let written = std::fs::read(&path).unwrap();
+        let mut bytes = written.clone();
+        for (place, value, what) in changes {
+            let place = place.index(bytes.len());
+            match what {
+                0 => bytes[place] = value,
+                1 => drop(bytes.remove(place)),
+                _ => bytes.insert(place, value),
+            }
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let is_whole = read_file(&path).is_ok();
+        prop_assert!(!is_whole || bytes.starts_with(&written), "a change was not found");
+    }
 }

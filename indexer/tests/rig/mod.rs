@@ -17,6 +17,7 @@ use kvfabric_indexer::server::{Running, ServerConfig, serve};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tonic::transport::Channel;
 
 /// Only bounds a failing test; no test measures time.
@@ -187,13 +188,26 @@ pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusR
         .expect("the index never got there");
 }
 
-/// What Prometheus would read.
-pub(crate) async fn page(server: &Running) -> String {
+/// What a server says of itself to Prometheus.
+pub(crate) async fn metrics_page(server: &Running) -> String {
     let address = server.metrics_address().unwrap();
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    stream.write_all(request).await.unwrap();
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await.unwrap();
-    page
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    text
+}
+
+/// The value of a series that has no labels.
+pub(crate) async fn metric(server: &Running, name: &str) -> u64 {
+    let text = metrics_page(server).await;
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no {name} in\n{text}"))
+        .parse()
+        .unwrap()
 }
