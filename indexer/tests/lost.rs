@@ -168,6 +168,7 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
     assert_eq!(client.status().await.unwrap().entries, MANY);
     let request = v1::SnapshotRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,
+        format: 2,
     };
     // Small windows, so that the pieces wait at the server.
     let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc_address())).unwrap();

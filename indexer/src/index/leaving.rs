@@ -58,9 +58,10 @@ impl KvIndex {
     /// What it put in shared tiers stays. The memory comes back with later events, or with [`Self::tidy`].
     pub fn remove_source(&self, id: SourceId) {
         let mut state = lock(&self.state);
-        let Some(source) = state.sources.remove(&id) else {
+        let Some(mut source) = state.sources.remove(&id) else {
             return;
         };
+        source.forget_fine(&mut state.writer);
         if let Some(of_pod) = state.by_pod.get_mut(&source.spec.pod) {
             of_pod.retain(|other| *other != id);
             if of_pod.is_empty() {

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::bootstrap::watch_given_up;
-use super::hub::{Hub, Origin, Pod, PodSource};
+use super::hub::{Hub, Origin, Pod, PodSource, introduce};
 use crate::adapter::{TOPIC_PREFIX, Topic};
 use crate::index::{self, KvIndex};
 use crate::source::{FED_QUEUED_MAX, Fed, SourceState};
@@ -40,13 +40,13 @@ impl Hub {
     /// # Errors
     /// `Invalid` naming the kind.
     fn bound_sources(&self) -> Result<Vec<SourceSpec>> {
-        let specs = self.config.listeners.iter().map(|listener| {
+        let specs = self.listeners.iter().map(|listener| {
             Ok(SourceSpec {
                 name: listener.name.clone(),
                 kind: parse_source_kind(&listener.kind)?,
                 endpoint: listener.endpoint.clone(),
                 replay_endpoint: None,
-                data_parallel_rank: None,
+                data_parallel_rank: listener.data_parallel_rank,
                 groups: Vec::new(),
             })
         });
@@ -57,7 +57,7 @@ impl Hub {
     /// `Busy` naming the setting.
     fn check_pods_of_listeners(&self, place: usize) -> Result<()> {
         let all = self.config.pods_max;
-        let most = self.config.listeners[place].pods_max;
+        let most = self.listeners[place].pods_max;
         let most = most.unwrap_or(all - all / 8);
         let is_bound = |pod: &&Arc<Pod>| pod.origin() == Origin::Bound;
         let known = self.pods().values().filter(is_bound).count();
@@ -75,7 +75,7 @@ impl Hub {
     /// # Errors
     /// `Invalid` for a model that is not served there; `Busy` naming the setting when there are too many.
     fn index_for_bound(&self, registration: &Registration, place: usize) -> Result<Arc<KvIndex>> {
-        let (listener, model) = (&self.config.listeners[place], &registration.model);
+        let (listener, model) = (&self.listeners[place], &registration.model);
         if !listener.models.is_empty() && !listener.models.contains(model) {
             let context = format!("model {model:?} is not served here (listeners[{place}].models)");
             return Err(Error::new(ErrorKind::Invalid, context));
@@ -136,6 +136,7 @@ impl Hub {
             key_scheme: self.scheme_name(),
             sources: self.bound_sources()?,
             peer_address: None,
+            pool_for: Vec::new(),
         };
         self.check(&registration)?;
         self.check_room()?;
@@ -156,12 +157,14 @@ impl Hub {
                     return Err(error);
                 }
             };
+            introduce(&index, id, &registration, spec)?;
             let name = source_name(&registration.pod, &spec.name);
             let state = Arc::new(SourceState::new(None));
             let follower = self.follower(spec, &name, (index.clone(), id), state.clone());
             let (feed, inputs) = mpsc::channel(FED_QUEUED_MAX);
             let task = tokio::spawn(follower.run_fed(inputs)).abort_handle();
-            sources.push(PodSource::new(name, state, id, task, Some(feed)));
+            let source = PodSource::new((name, state), (&index, id), task, Some(feed));
+            sources.push(source);
         }
         let pod = self.insert(&registration, Origin::Bound, sources);
         drop(joining);
@@ -299,7 +302,7 @@ impl Guest {
                 format!("one connection speaks for {TOPICS_PER_CONNECTION_MAX} pods already");
             return Err(Error::new(ErrorKind::Busy, context));
         }
-        let kind = parse_source_kind(&self.hub.config.listeners[self.place].kind)?;
+        let kind = parse_source_kind(&self.hub.listeners[self.place].kind)?;
         let parsed = Topic::parse(topic, kind)?;
         let (pod, is_new) = self.hub.join_bound(&parsed, self.place).await?;
         let feed = pod

@@ -35,6 +35,7 @@ mod lookup;
 mod many;
 mod models;
 mod native;
+mod pools;
 mod positions;
 mod routing;
 mod scores;
@@ -177,7 +178,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
 /// Binds the endpoints that engines connect to.
 async fn open_doors(config: &ServerConfig) -> Result<(Vec<Door>, Vec<String>)> {
     let (mut doors, mut endpoints) = (Vec::new(), Vec::new());
-    for (place, configured) in config.listeners.iter().enumerate() {
+    for (place, configured) in config.listeners_by_rank()?.iter().enumerate() {
         let endpoint: Endpoint = configured.endpoint.parse()?;
         let bound = Listener::bind(&endpoint).await;
         let listener = bound.map_err(|error| error.at(format_args!("listeners[{place}]")))?;

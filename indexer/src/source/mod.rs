@@ -61,6 +61,7 @@ impl Progress {
                 .map(|at| micros(now.saturating_duration_since(at))),
             connected: self.is_connected,
             current: self.is_current,
+            evicted: 0,
         }
     }
 }

@@ -76,6 +76,7 @@ pub(crate) fn registration<const N: usize>(name: &str, sources: [SourceSpec; N])
         key_scheme: "xxh3:1337".to_owned(),
         sources: sources.to_vec(),
         peer_address: Some("127.0.0.1:9".to_owned()),
+        pool_for: Vec::new(),
     }
 }
 
@@ -95,6 +96,7 @@ pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterR
             ..v1::Source::default()
         }],
         peer_address: String::new(),
+        pool_for: Vec::new(),
     }
 }
 
