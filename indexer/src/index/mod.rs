@@ -76,6 +76,8 @@ pub use lookup::{Depth, Depths};
 pub use parts::Parts;
 pub use pods::PodNumber;
 
+/// So many blocks are applied without a break.
+const TOGETHER_BLOCKS: usize = 256;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -251,16 +253,46 @@ impl KvIndex {
     /// [`ErrorKind::Invalid`] when its blocks have another size than the index's (both are named; nothing was applied);
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
-        let mut state = lock(&self.state);
+        self.apply_one(&mut lock(&self.state), id, event)
+    }
+
+    /// Applies events in their order, each as [`Self::apply`] does, and calls `done` with what became of each.
+    ///
+    /// Of many events at once it asks memory for what they need before the first one waits for it: with events of few
+    /// blocks that is most of their cost. Other writers wait while [`TOGETHER_BLOCKS`] blocks are applied.
+    pub fn apply_all(
+        &self,
+        events: &[(SourceId, &SourceEvent)],
+        mut done: impl FnMut(Result<Applied>),
+    ) {
+        let mut left = events;
+        while !left.is_empty() {
+            let mut blocks = 0;
+            let few = left.iter().take_while(|(_, event)| {
+                blocks += event.names().len();
+                blocks <= TOGETHER_BLOCKS
+            });
+            let (now, later) = left.split_at(few.count().max(1));
+            let mut state = lock(&self.state);
+            let names = now.iter().flat_map(|(_, event)| event.names());
+            state.writer.tree.touch_names(names.copied());
+            for (id, event) in now {
+                done(self.apply_one(&mut state, *id, event));
+            }
+            left = later;
+        }
+    }
+
+    fn apply_one(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let known = state.sources.get(&id).ok_or_else(|| gone(id))?;
         if let SourceEvent::Stored(blocks) = event
             && known.has_news(blocks)
         {
-            self.learn(&mut state, id, blocks)?;
+            self.learn(state, id, blocks)?;
         }
-        self.admit_event(&mut state, id, event)?;
-        let applied = self.apply_to(&mut state, id, event);
-        self.settle(&mut state, Some(id));
+        self.admit_event(state, id, event)?;
+        let applied = self.apply_to(state, id, event);
+        self.settle(state, Some(id));
         applied
     }
 
@@ -303,7 +335,7 @@ impl KvIndex {
     /// Makes sure that so many blocks can be taken in.
     fn make_room<'a>(
         &'a self,
-        writer: &Writer,
+        writer: &mut Writer,
         view: RwLockReadGuard<'a, View>,
         blocks: usize,
     ) -> Result<RwLockReadGuard<'a, View>> {
@@ -317,7 +349,9 @@ impl KvIndex {
         let more = writer.tree.more_doors(&view.tree, blocks);
         drop(view);
         write(&self.view).tree.doors = more;
-        Ok(read(&self.view))
+        let view = read(&self.view);
+        writer.tree.refit_doors(&view.tree);
+        Ok(view)
     }
 
     fn finish(writer: &mut Writer, view: &View) {

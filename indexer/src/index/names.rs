@@ -16,9 +16,10 @@ use super::huge::{HUGE_BYTES, Huge};
 
 const PAGE_BUCKETS: u32 = 32;
 const CHUNK_PAGES: u32 = HUGE_BYTES as u32 / (PAGE_BUCKETS * size_of::<Bucket>() as u32);
+const CHUNK_LINES: u32 = CHUNK_PAGES * PAGE_BUCKETS;
 
 /// How many of a hundred entries are in use where a table grows, and where it shrinks.
-const FULL_PERCENT: u32 = 95;
+const FULL_PERCENT: u32 = 88;
 const SPARSE_PERCENT: u32 = 40;
 /// A full table grows by one page in so many.
 const GROWTH_PART: usize = 5;
@@ -137,6 +138,15 @@ impl Pages {
         ((page / CHUNK_PAGES) as usize, at as usize)
     }
 
+    /// A bucket by its page and its place in that.
+    #[inline]
+    fn line(&self, line: u32) -> &Bucket {
+        match &self.chunks[(line / CHUNK_LINES) as usize] {
+            Some(chunk) => chunk.element((line % CHUNK_LINES) as usize),
+            None => &EMPTY,
+        }
+    }
+
     #[inline]
     fn bucket(&self, table: &Table, bucket: u32) -> &Bucket {
         let (chunk, at) = Self::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
@@ -200,15 +210,37 @@ impl Names {
         names
     }
 
-    /// Reads where a hash would be, so that a later search finds it in the cache; several in a row overlap.
+    /// Where a hash would be, as a line of all pages; none where nothing can be.
     #[inline]
-    pub(super) fn touch(&self, hash: u64) -> u32 {
+    fn line(&self, hash: u64) -> Option<u32> {
         let tag = Tag::of(self.hash.mix(hash));
         let table = &self.tables[tag.table];
         if table.buckets == 0 {
-            return 0;
+            return None;
         }
-        self.pages.bucket(table, table.home(tag))[COUNTS]
+        let bucket = table.home(tag);
+        let page = table.pages[(bucket / PAGE_BUCKETS) as usize];
+        Some(page * PAGE_BUCKETS + bucket % PAGE_BUCKETS)
+    }
+
+    /// Reads where hashes would be, so that later searches find that in the cache.
+    ///
+    /// Where they are is worked out first, into `lines`: the loop that then reads is so short that the processor has
+    /// dozens of these reads under way, each of which would be a wait of its own.
+    pub(super) fn touch_all(&self, hashes: impl Iterator<Item = u64>, lines: &mut Vec<u32>) {
+        lines.clear();
+        lines.extend(hashes.filter_map(|hash| self.line(hash)));
+        // Then the next one for those that are full, as far as it is beside them, and so on.
+        while !lines.is_empty() {
+            let mut full = 0;
+            for place in 0..lines.len() {
+                let line = lines[place];
+                lines[full] = line + 1;
+                let is_full = used(self.pages.line(line)) == BUCKET_ENTRIES;
+                full += usize::from(is_full && (line + 1) % PAGE_BUCKETS > 0);
+            }
+            lines.truncate(full);
+        }
     }
 
     /// The position with this hash for which `is_it` holds.

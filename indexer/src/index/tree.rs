@@ -128,6 +128,8 @@ pub(super) struct Tree {
     /// The roots of runs that have ended.
     pub(super) ended_roots: Vec<u32>,
     spans: Vec<Span>,
+    /// Where names are that are about to be searched for.
+    lines: Vec<u32>,
     dead: Vec<(u32, u32)>,
     /// Distinct blocks that somebody holds.
     pub(super) blocks: u64,
@@ -148,6 +150,7 @@ impl Tree {
             closed: Vec::new(),
             ended_roots: Vec::new(),
             spans: Vec::new(),
+            lines: Vec::new(),
             dead: Vec::new(),
             blocks: 0,
             runs: 0,
@@ -168,6 +171,11 @@ impl Tree {
     /// Entries with room for so many more.
     pub(super) fn more_doors(&self, shared: &Shared, blocks: usize) -> Doors {
         self.doors.resized(&shared.doors, blocks)
+    }
+
+    /// The table of entries is another one.
+    pub(super) fn refit_doors(&mut self, shared: &Shared) {
+        self.doors.refit(&shared.doors);
     }
 
     /// What a table of entries with room for so many more takes.
@@ -199,15 +207,10 @@ impl Tree {
         self.doors.finish(&shared.doors);
     }
 
-    /// Reads what a search for a name and a key would, so that it finds it in the cache.
-    #[inline]
-    pub(super) fn touch(&self, shared: &Shared, name: EngineHash, key: IndexKey) -> u64 {
-        u64::from(self.names.touch(name.0)) ^ shared.doors.touch(key)
-    }
-
-    #[inline]
-    pub(super) fn touch_name(&self, name: EngineHash) -> u32 {
-        self.names.touch(name.0)
+    /// Reads what searches for names would, so that they find it in the cache.
+    pub(super) fn touch_names(&mut self, names: impl Iterator<Item = EngineHash>) {
+        let hashes = names.map(|name| name.0);
+        self.names.touch_all(hashes, &mut self.lines);
     }
 
     pub(super) fn key(&self, shared: &Shared, position: u32) -> IndexKey {
@@ -369,9 +372,11 @@ impl Tree {
         Some(self.place_of(found))
     }
 
-    #[inline]
-    pub(super) fn touch_key(&self, key: IndexKey) -> u32 {
-        self.by_key.as_ref().map_or(0, |by_key| by_key.touch(key.0))
+    /// The same of keys, wherever they are.
+    pub(super) fn touch_keys(&mut self, keys: impl Iterator<Item = IndexKey>) {
+        if let Some(by_key) = &self.by_key {
+            by_key.touch_all(keys.map(|key| key.0), &mut self.lines);
+        }
     }
 
     /// The block with this key after another one, or at the start of a chain; it is made where it is not there yet.
@@ -390,7 +395,7 @@ impl Tree {
         {
             return next;
         }
-        if let Some(Door { run, block }) = shared.doors.find(key) {
+        if let Some(Door { run, block }) = self.doors.find(&shared.doors, key) {
             if let (Some(leaves), Some(previous), 0) = (&mut self.leaves, previous, block) {
                 let parent = shared.keys.get(previous.position).unwrap_or_default();
                 leaves.adopt(run, (parent, previous.run));

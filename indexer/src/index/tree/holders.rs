@@ -180,13 +180,11 @@ impl Tree {
 
     /// Forgets the names of blocks that nobody holds; their keys stay while blocks behind them are held.
     pub(super) fn forget_names(&mut self, shared: &Shared, run: u32, start: u32, end: u32) {
-        let mut seen = 0;
-        for block in start..end {
-            if let Some(name) = self.segments.name(shared.position(run, block)) {
-                seen ^= self.names.touch(name.0);
-            }
-        }
-        std::hint::black_box(seen);
+        let names = (start..end).filter_map(|block| {
+            let position = shared.position(run, block);
+            self.segments.name(position)
+        });
+        self.names.touch_all(names.map(|name| name.0), &mut self.lines);
         for block in start..end {
             let position = shared.position(run, block);
             if let Some(name) = self.segments.name(position) {
