@@ -7,20 +7,18 @@ use std::time::Duration;
 
 use config::{Config, Environment, File, FileFormat};
 use kvcache_core::prefix::IndexScheme;
-use kvcache_core::{Error, ErrorKind, PodName, Result};
+use kvcache_core::{Error, ErrorKind, Result};
 use serde::Deserialize;
 
-use crate::adapter::BATCH_BYTES_MAX;
+use crate::adapter::{BATCH_BYTES_MAX, Media, MediumUse};
 use crate::score::TierWeights;
-use crate::source::zmtp::Endpoint;
-use crate::wire::{
-    CacheGroup, GroupRule, SOURCES_PER_POD_MAX, SourceKind, SourceSpec, parse_source_kind,
-};
 
+mod sources;
 mod tenants;
 #[cfg(test)]
 mod tests;
 
+pub use sources::{GroupConfig, ListenerConfig, StaticSource};
 pub(crate) use tenants::Tenants;
 pub use tenants::{DEFAULT_TENANT, TENANTS_MAX, TenantConfig};
 
@@ -50,6 +48,10 @@ pub struct ServerConfig {
     pub block_size: u32,
     /// What a block is worth in each tier, for scores.
     pub tier_weights: TierWeightsConfig,
+    /// What media that engines name are taken for: a tier, `ignore` or `refuse`; in any case of letters.
+    pub media: BTreeMap<String, String>,
+    /// The same for all media that are neither named there nor known to the indexer.
+    pub unknown_media: String,
     /// How long a source may stay disconnected before its entries are dropped.
     pub source_ttl_ms: u64,
     /// The longest message of a publisher that is taken, in bytes; one that announces more is disconnected.
@@ -118,65 +120,6 @@ pub struct TokenizerConfig {
     pub add_special_tokens: bool,
 }
 
-/// A source that is known from the start.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StaticSource {
-    /// The pod's name in answers.
-    pub pod: String,
-    /// The source's name, unique within the pod.
-    #[serde(default = "default_source_name")]
-    pub name: String,
-    /// `vllm`, `vllm-full`, `sglang`, `node`, or `approximate` for an engine that publishes nothing.
-    #[serde(default = "default_source_kind")]
-    pub kind: String,
-    /// ZMQ endpoint of the publisher; none of an approximate source.
-    #[serde(default)]
-    pub endpoint: String,
-    /// ZMQ endpoint of its replay socket; without one, every reconnect starts from nothing.
-    pub replay_endpoint: Option<String>,
-    /// The model it serves.
-    #[serde(default)]
-    pub model: String,
-    /// Where the pod's peer service listens, if it has one.
-    pub peer_address: Option<String>,
-    /// The data-parallel rank that it tells of; absent: as its events say.
-    pub data_parallel_rank: Option<u32>,
-    /// Tokens a block of the pod's engine, a multiple of the index's; absent: the index's.
-    pub engine_block_size: Option<u32>,
-    /// The engine's cache groups as far as they are known; its events tell of the others.
-    #[serde(default)]
-    pub groups: Vec<GroupConfig>,
-}
-
-/// A cache group of an engine.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GroupConfig {
-    /// Its number among the engine's groups.
-    pub number: u32,
-    /// The kind of cache as vLLM names it: `full_attention`, `sliding_window`, `mamba`, ….
-    pub kind: String,
-    /// The sliding window, in tokens.
-    pub window: Option<u32>,
-    /// Tokens a block of the group; absent: the engine's.
-    pub block_size: Option<u32>,
-}
-
-/// An endpoint that engines connect to; there is nobody to ask for what was missed.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ListenerConfig {
-    /// `tcp://HOST:PORT`; host `*`: every interface, port 0: any free one.
-    pub endpoint: String,
-    /// The source's name in the pods that connect here, unique among listeners.
-    #[serde(default = "default_source_name")]
-    pub name: String,
-    /// `vllm`, `vllm-full` or `sglang`.
-    #[serde(default = "default_source_kind")]
-    pub kind: String,
-}
-
 /// A list, or what an environment variable and a flag can hold: one text with commas.
 fn list_or_commas<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
@@ -193,14 +136,6 @@ fn list_or_commas<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<Strin
             parts.map(str::to_owned).collect()
         }
     })
-}
-
-fn default_source_name() -> String {
-    "engine".to_owned()
-}
-
-fn default_source_kind() -> String {
-    "vllm".to_owned()
 }
 
 impl Default for TierWeightsConfig {
@@ -224,6 +159,8 @@ impl Default for ServerConfig {
             key_scheme: "xxh3:1337".to_owned(),
             block_size: 16,
             tier_weights: TierWeightsConfig::default(),
+            media: BTreeMap::new(),
+            unknown_media: MediumUse::Refuse.name().to_owned(),
             source_ttl_ms: 30_000,
             event_bytes_max: 16 << 20,
             lookup_deadline_ms: 1_000,
@@ -342,6 +279,7 @@ impl ServerConfig {
         within("pods_max", self.pods_max as u64, 1..=u64::from(u32::MAX))?;
         self.scheme()?;
         self.weights()?;
+        self.media()?;
         Tenants::new(self)?;
         self.check_listeners()?;
         let mut names = std::collections::BTreeSet::new();
@@ -373,42 +311,6 @@ impl ServerConfig {
         Ok(())
     }
 
-    fn check_listeners(&self) -> Result<()> {
-        let mut names = std::collections::BTreeSet::new();
-        if self.listeners.len() > SOURCES_PER_POD_MAX {
-            let count = self.listeners.len();
-            return Err(Error::invalid("listeners", count, 0..=SOURCES_PER_POD_MAX));
-        }
-        for (position, listener) in self.listeners.iter().enumerate() {
-            let place = format!("listeners[{position}]");
-            let at = |error: Error| error.at(&place);
-            if !matches!(listener.endpoint.parse().map_err(at)?, Endpoint::Tcp { .. }) {
-                let endpoint = format!("{:?}", listener.endpoint);
-                return Err(at(Error::invalid("endpoint", endpoint, "tcp://HOST:PORT")));
-            }
-            let kind = parse_source_kind(&listener.kind).map_err(at)?;
-            if matches!(kind, SourceKind::Node | SourceKind::Approximate) {
-                // A node's epochs would be of no use without its replay socket; approximate ones connect nowhere.
-                return Err(at(Error::invalid(
-                    "kind",
-                    format!("{:?}", listener.kind),
-                    "vllm, vllm-full or sglang",
-                )));
-            }
-            if listener.name.is_empty()
-                || listener.name.contains('/')
-                || !names.insert(&listener.name)
-            {
-                let context = format!(
-                    "name {:?} is empty, has a '/' or is there twice",
-                    listener.name
-                );
-                return Err(at(Error::new(ErrorKind::Invalid, context)));
-            }
-        }
-        Ok(())
-    }
-
     /// The scheme of index keys.
     ///
     /// # Errors
@@ -429,6 +331,22 @@ impl ServerConfig {
             object,
         } = self.tier_weights;
         TierWeights::new([hbm, dram, nvme, object]).map_err(|error| error.at("tier_weights"))
+    }
+
+    /// What media are taken for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the key and the value.
+    pub fn media(&self) -> Result<Media> {
+        let parse = |(name, told): (&String, &String)| {
+            let told = MediumUse::parse(told);
+            let told = told.map_err(|error| error.at(format_args!("media.{name}")))?;
+            Ok((name.clone(), told))
+        };
+        let configured: Vec<_> = self.media.iter().map(parse).collect::<Result<_>>()?;
+        let unknown =
+            MediumUse::parse(&self.unknown_media).map_err(|error| error.at("unknown_media"))?;
+        Ok(Media::new(configured, unknown))
     }
 
     /// How long a source may stay disconnected.
@@ -459,38 +377,5 @@ impl ServerConfig {
     #[must_use]
     pub const fn lookup_deadline(&self) -> Duration {
         Duration::from_millis(self.lookup_deadline_ms)
-    }
-}
-
-impl StaticSource {
-    /// The pod's name, checked.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] with the name and the rule it breaks.
-    pub fn pod_name(&self) -> Result<PodName> {
-        PodName::new(&self.pod)
-    }
-
-    fn group(&self, group: &GroupConfig) -> CacheGroup {
-        CacheGroup {
-            number: group.number,
-            rule: GroupRule::of_kind(Some(&group.kind), group.window),
-            block_size: group.block_size.or(self.engine_block_size).unwrap_or(0),
-        }
-    }
-
-    /// The source as a registration would name it.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] for an unknown kind.
-    pub fn spec(&self) -> Result<SourceSpec> {
-        Ok(SourceSpec {
-            name: self.name.clone(),
-            kind: parse_source_kind(&self.kind)?,
-            endpoint: self.endpoint.clone(),
-            replay_endpoint: self.replay_endpoint.clone(),
-            data_parallel_rank: self.data_parallel_rank,
-            groups: self.groups.iter().map(|group| self.group(group)).collect(),
-        })
     }
 }

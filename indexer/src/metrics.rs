@@ -18,9 +18,11 @@ use crate::ingest::{ClearReason, IngestStats};
 use crate::score::TIERS;
 
 mod lag;
+mod media;
 mod names;
 mod tenants;
 
+use media::MediaMetrics;
 use tenants::TenantMetrics;
 
 pub(crate) use lag::Lag;
@@ -99,6 +101,7 @@ pub(crate) struct Metrics {
     snapshot_bytes: Number,
     sources_resumed: Counter,
     tenants: TenantMetrics,
+    media: MediaMetrics,
     /// Publisher's timestamp to applied, over live batches.
     pub(crate) lag: Lag,
 }
@@ -152,11 +155,13 @@ impl Metrics {
             snapshot_bytes: Number::default(),
             sources_resumed: Counter::default(),
             tenants: TenantMetrics::default(),
+            media: MediaMetrics::default(),
             lag: Lag::new(lag_seconds),
         };
         metrics.register_as_llm_d();
         metrics.register_holdings();
         metrics.tenants.register(&mut metrics.registry);
+        metrics.media.register(&mut metrics.registry);
         metrics.register_events();
         metrics.register_snapshots();
         metrics.register_calls();
@@ -180,6 +185,11 @@ impl Metrics {
 
     pub(crate) fn events_rejected(&self, count: u64) {
         self.events_rejected.inc_by(count);
+    }
+
+    /// Events came about a medium that nobody has told of; true when it is the first time.
+    pub(crate) fn unknown_medium(&self, medium: &str, events: u32) -> bool {
+        self.media.unknown(medium, events)
     }
 
     pub(crate) fn batch_applied(&self) {

@@ -56,6 +56,16 @@ fn a_wrong_setting_is_refused_with_its_name() {
     }
 }
 
+/// The setting, and what the tiers are given: they ask the index before every fetch.
+#[test]
+fn what_a_question_to_the_index_may_take_is_what_the_tiers_wait() {
+    let mut settings = with("index.address", "http://127.0.0.1:1");
+    settings.push(("index.lookup_deadline_ms".into(), "1234".into()));
+    let config = NodeConfig::load(None, &settings).unwrap();
+    let waits = config.cache_config().unwrap().locate_timeout;
+    assert_eq!(waits, Duration::from_millis(1234));
+}
+
 /// A file, with one key overridden by a flag.
 #[test]
 fn flags_override_the_file() {

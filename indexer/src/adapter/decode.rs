@@ -2,14 +2,24 @@
 
 use kvcache_core::{Error, Result};
 
-use super::event::{NAME_BYTES_MAX, event_of_array, event_of_map};
+use super::event::{Found, NAME_BYTES_MAX, event_of_array, event_of_map};
 use super::msgpack::{Head, Reader};
-use super::{Batch, SourceEvent, SourceKind};
+use super::{Batch, Media, SourceKind};
 
 /// The largest payload accepted, in bytes.
 pub const BATCH_BYTES_MAX: usize = 64 << 20;
 /// The most events read of one batch; the rest are refused with one error.
 pub const EVENTS_MAX: u32 = 1 << 16;
+
+/// The most unknown media that are named of one batch.
+pub const UNKNOWN_MEDIA_MAX: usize = 16;
+
+/// How a batch is read.
+#[derive(Clone, Copy)]
+pub(super) struct Reading<'a> {
+    pub(super) kind: SourceKind,
+    pub(super) media: &'a Media,
+}
 
 /// Reads one message's payload as a source of `kind` publishes it.
 ///
@@ -19,6 +29,15 @@ pub const EVENTS_MAX: u32 = 1 << 16;
 /// # Errors
 /// [`kvcache_core::ErrorKind::Invalid`] with the place when the payload is too large or is no batch at all.
 pub fn decode_batch(payload: &[u8], kind: SourceKind) -> Result<Batch> {
+    decode_batch_with(payload, kind, &Media::default())
+}
+
+/// The same where it is configured what media are taken for.
+///
+/// # Errors
+/// As [`decode_batch`].
+pub fn decode_batch_with(payload: &[u8], kind: SourceKind, media: &Media) -> Result<Batch> {
+    let how = Reading { kind, media };
     if payload.len() > BATCH_BYTES_MAX {
         return Err(Error::invalid(
             "batch bytes",
@@ -31,12 +50,13 @@ pub fn decode_batch(payload: &[u8], kind: SourceKind) -> Result<Batch> {
         timestamp: 0.0,
         rank: None,
         events: Vec::new(),
+        unknown_media: Vec::new(),
     };
     let place = reader;
     match reader.head()? {
         Head::Array(count) if count >= 2 => {
             batch.timestamp = timestamp(&mut reader)?;
-            let whole = events(&mut reader, kind, &mut batch.events)?;
+            let whole = events(&mut reader, how, &mut batch)?;
             if whole && count >= 3 {
                 batch.rank = rank(&mut reader);
             }
@@ -46,7 +66,7 @@ pub fn decode_batch(payload: &[u8], kind: SourceKind) -> Result<Batch> {
                 "a batch of {count} elements, expected 2 or more"
             )));
         }
-        Head::Map(count) => batch_of_map(&mut reader, count, kind, &mut batch)?,
+        Head::Map(count) => batch_of_map(&mut reader, count, how, &mut batch)?,
         other => return Err(place.expected("a batch", &other)),
     }
     Ok(batch)
@@ -55,7 +75,7 @@ pub fn decode_batch(payload: &[u8], kind: SourceKind) -> Result<Batch> {
 fn batch_of_map(
     reader: &mut Reader<'_>,
     count: u32,
-    kind: SourceKind,
+    how: Reading<'_>,
     batch: &mut Batch,
 ) -> Result<()> {
     let mut has_events = false;
@@ -64,7 +84,7 @@ fn batch_of_map(
             Some("ts") => batch.timestamp = timestamp(reader)?,
             Some("events") => {
                 has_events = true;
-                if !events(reader, kind, &mut batch.events)? {
+                if !events(reader, how, batch)? {
                     break;
                 }
             }
@@ -97,24 +117,26 @@ fn rank(reader: &mut Reader<'_>) -> Option<u32> {
 }
 
 /// Reads the list of events; false when the payload could not be followed to the list's end.
-fn events(
-    reader: &mut Reader<'_>,
-    kind: SourceKind,
-    out: &mut Vec<Result<SourceEvent>>,
-) -> Result<bool> {
+fn events(reader: &mut Reader<'_>, how: Reading<'_>, batch: &mut Batch) -> Result<bool> {
     let count = reader.array_or_nil("the list of events")?.unwrap_or(0);
     for position in 0..count {
         if position == EVENTS_MAX {
             let refused = count - EVENTS_MAX;
-            out.push(Err(
+            batch.events.push(Err(
                 reader.error(format_args!("{refused} events beyond {EVENTS_MAX}"))
             ));
             return Ok(false);
         }
         let mut after = *reader;
-        let event = event(reader, kind);
-        let is_bad = event.is_err();
-        out.push(event.map_err(|cause| cause.at(format_args!("event {position}"))));
+        let found = event(reader, how);
+        if let Some(medium) = found.unknown_medium {
+            note_medium(&mut batch.unknown_media, medium);
+        }
+        let is_bad = found.event.is_err();
+        let event = found
+            .event
+            .map_err(|cause| cause.at(format_args!("event {position}")));
+        batch.events.extend(event.transpose());
         if is_bad {
             if after.skip().is_err() {
                 return Ok(false);
@@ -125,20 +147,31 @@ fn events(
     Ok(true)
 }
 
-fn event(reader: &mut Reader<'_>, kind: SourceKind) -> Result<SourceEvent> {
+/// Counts an event about a medium that nobody has told of.
+fn note_medium(media: &mut Vec<(String, u32)>, medium: &str) {
+    if let Some((_, events)) = media.iter_mut().find(|(known, _)| known == medium) {
+        *events += 1;
+    } else if media.len() < UNKNOWN_MEDIA_MAX {
+        media.push((medium.to_owned(), 1));
+    }
+}
+
+fn event<'a>(reader: &mut Reader<'a>, how: Reading<'_>) -> Found<'a> {
     let place = *reader;
-    match reader.head()? {
-        Head::Array(count) => event_of_array(reader, count, kind),
-        Head::Map(count) => event_of_map(reader, count, kind),
+    match reader.head() {
+        Ok(Head::Array(count)) => event_of_array(reader, count, how),
+        Ok(Head::Map(count)) => event_of_map(reader, count, how),
         // Some publishers encode each event by itself and send the list of byte strings.
-        Head::Bin(bytes) => {
+        Ok(Head::Bin(bytes)) => {
             let mut inner = Reader::new(bytes);
-            match inner.head()? {
-                Head::Array(count) => event_of_array(&mut inner, count, kind),
-                Head::Map(count) => event_of_map(&mut inner, count, kind),
-                other => Err(place.expected("a wrapped event", &other)),
+            match inner.head() {
+                Ok(Head::Array(count)) => event_of_array(&mut inner, count, how),
+                Ok(Head::Map(count)) => event_of_map(&mut inner, count, how),
+                Ok(other) => Found::none(place.expected("a wrapped event", &other)),
+                Err(error) => Found::none(error),
             }
         }
-        other => Err(place.expected("an event", &other)),
+        Ok(other) => Found::none(place.expected("an event", &other)),
+        Err(error) => Found::none(error),
     }
 }

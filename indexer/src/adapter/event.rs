@@ -2,8 +2,8 @@
 
 use kvcache_core::{EngineHash, Error, ErrorKind, Result, Tier};
 
+use super::decode::Reading;
 use super::extra::{self, Extras};
-use super::medium::tier_of_medium;
 use super::msgpack::{Head, Reader};
 use super::{CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
 
@@ -77,12 +77,40 @@ const REMOVED_FIELDS: [Field; 3] = [Field::Hashes, Field::Medium, Field::Group];
 /// SGLang means other things by the positions after this many.
 const SGLANG_FIELDS: usize = 6;
 
-pub(super) fn event_of_array(
-    reader: &mut Reader<'_>,
+/// What was read of an event.
+pub(super) struct Found<'a> {
+    /// None when it is to be passed over.
+    pub(super) event: Result<Option<SourceEvent>>,
+    /// The medium that it names, if nobody has told of that.
+    pub(super) unknown_medium: Option<&'a str>,
+}
+
+impl Found<'_> {
+    pub(super) const fn none(error: Error) -> Self {
+        Self {
+            event: Err(error),
+            unknown_medium: None,
+        }
+    }
+}
+
+pub(super) fn event_of_array<'a>(
+    reader: &mut Reader<'a>,
     count: u32,
-    kind: SourceKind,
-) -> Result<SourceEvent> {
-    let place = *reader;
+    how: Reading<'_>,
+) -> Found<'a> {
+    let mut raw = RawEvent::default();
+    let event = read_array(reader, count, how, &mut raw);
+    raw.found(event, how)
+}
+
+fn read_array<'a>(
+    reader: &mut Reader<'a>,
+    count: u32,
+    how: Reading<'_>,
+    raw: &mut RawEvent<'a>,
+) -> Result<Option<SourceEvent>> {
+    let (place, kind) = (*reader, how.kind);
     let tag = match count {
         0 => None,
         _ => reader.text_or_nil("an event's type", NAME_BYTES_MAX)?,
@@ -94,7 +122,6 @@ pub(super) fn event_of_array(
         Type::Removed => &REMOVED_FIELDS,
         Type::Cleared => &[],
     };
-    let mut raw = RawEvent::default();
     for position in 0..count - 1 {
         let field = fields
             .get(position as usize)
@@ -102,17 +129,23 @@ pub(super) fn event_of_array(
             .unwrap_or(Field::Ignored);
         raw.read(field, reader)?;
     }
-    raw.finish(event_type, kind, &place)
+    raw.finish(event_type, how, &place)
 }
 
-pub(super) fn event_of_map(
-    reader: &mut Reader<'_>,
+pub(super) fn event_of_map<'a>(reader: &mut Reader<'a>, count: u32, how: Reading<'_>) -> Found<'a> {
+    let mut raw = RawEvent::default();
+    let event = read_map(reader, count, how, &mut raw);
+    raw.found(event, how)
+}
+
+fn read_map<'a>(
+    reader: &mut Reader<'a>,
     count: u32,
-    kind: SourceKind,
-) -> Result<SourceEvent> {
+    how: Reading<'_>,
+    raw: &mut RawEvent<'a>,
+) -> Result<Option<SourceEvent>> {
     let place = *reader;
     let mut tag = None;
-    let mut raw = RawEvent::default();
     for _ in 0..count {
         let name = reader
             .text_or_nil("a field's name", NAME_BYTES_MAX)?
@@ -140,7 +173,7 @@ pub(super) fn event_of_map(
         };
         raw.read(field, reader)?;
     }
-    raw.finish(Type::of(tag, &place)?, kind, &place)
+    raw.finish(Type::of(tag, &place)?, how, &place)
 }
 
 /// The fields of an event as they come, whatever their order.
@@ -196,23 +229,39 @@ impl<'a> RawEvent<'a> {
         Ok(())
     }
 
-    fn finish(self, event_type: Type, kind: SourceKind, place: &Reader<'_>) -> Result<SourceEvent> {
-        if event_type == Type::Cleared {
-            return Ok(SourceEvent::Cleared);
+    fn found(&self, event: Result<Option<SourceEvent>>, how: Reading<'_>) -> Found<'a> {
+        let unknown_medium = self.medium.filter(|medium| !how.media.of(medium).1);
+        Found {
+            event,
+            unknown_medium,
         }
-        let tier = self.tier(kind, place)?;
+    }
+
+    fn finish(
+        &mut self,
+        event_type: Type,
+        how: Reading<'_>,
+        place: &Reader<'_>,
+    ) -> Result<Option<SourceEvent>> {
+        let kind = how.kind;
+        if event_type == Type::Cleared {
+            return Ok(Some(SourceEvent::Cleared));
+        }
+        let Some(tier) = self.tier(how, place)? else {
+            return Ok(None);
+        };
         let group = self.group();
-        let Some(hashes) = self.hashes else {
+        let Some(hashes) = self.hashes.take() else {
             return Err(place.error("the event has no block_hashes"));
         };
         if event_type == Type::Removed {
-            return Ok(SourceEvent::Removed(RemovedBlocks {
+            return Ok(Some(SourceEvent::Removed(RemovedBlocks {
                 hashes,
                 tier,
                 group: self.group,
-            }));
+            })));
         }
-        let mut tokens = self.tokens;
+        let mut tokens = std::mem::take(&mut self.tokens);
         if kind.is_vllm() && tier != Tier::Device && self.extra_keys.is_none() {
             // Offloaded blocks are announced without what else shaped them, even when something did: their tokens
             // would place them wrongly, so only their hash is believed.
@@ -250,7 +299,7 @@ impl<'a> RawEvent<'a> {
             (None, Some(number)) => Some(format!("#{number}")),
             (None, None) => None,
         };
-        Ok(SourceEvent::Stored(StoredBlocks {
+        Ok(Some(SourceEvent::Stored(StoredBlocks {
             hashes,
             parent: self.parent,
             block_size: if tokens.is_empty() {
@@ -264,7 +313,7 @@ impl<'a> RawEvent<'a> {
             lora,
             cache_salt: self.cache_salt.map(str::to_owned).or(cache_salt),
             identifiers,
-        }))
+        })))
     }
 
     fn group(&self) -> Option<CacheGroup> {
@@ -275,16 +324,12 @@ impl<'a> RawEvent<'a> {
         })
     }
 
-    fn tier(&self, kind: SourceKind, place: &Reader<'_>) -> Result<Tier> {
+    /// None when events about the medium are passed over.
+    fn tier(&self, how: Reading<'_>, place: &Reader<'_>) -> Result<Option<Tier>> {
         match self.medium {
-            Some(medium) => tier_of_medium(medium).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Unsupported,
-                    format!("medium {medium:?} is not known"),
-                )
-            }),
+            Some(medium) => how.media.tier(medium),
             // Engines that have one cache do not name it.
-            None if kind != SourceKind::Node => Ok(Tier::Device),
+            None if how.kind != SourceKind::Node => Ok(Some(Tier::Device)),
             None => Err(place.error("a node's event names no medium")),
         }
     }

@@ -1,6 +1,8 @@
 //! The names that engines give to the places of blocks.
 
-use kvcache_core::Tier;
+use std::collections::BTreeMap;
+
+use kvcache_core::{Error, ErrorKind, Result, Tier};
 
 /// The tier that an event's `medium` means, in any case; `None` for a name not known here.
 ///
@@ -30,4 +32,113 @@ pub fn tier_of_medium(medium: &str) -> Option<Tier> {
         .iter()
         .find(|(name, _)| name.eq_ignore_ascii_case(medium))
         .map(|(_, tier)| *tier)
+}
+
+/// What becomes of events about a medium.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MediumUse {
+    /// They are about this tier.
+    Tier(Tier),
+    /// They are passed over: what is there is of no use to requests.
+    Ignore,
+    /// They are refused, as what makes no sense is.
+    Refuse,
+}
+
+impl MediumUse {
+    /// The use with this name in configuration.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] naming the text and what is accepted.
+    pub fn parse(name: &str) -> Result<Self> {
+        let tier = Tier::ALL.into_iter().find(|tier| tier.name() == name);
+        match (tier, name) {
+            (Some(tier), _) => Ok(Self::Tier(tier)),
+            (None, "ignore") => Ok(Self::Ignore),
+            (None, "refuse") => Ok(Self::Refuse),
+            (None, _) => Err(Error::invalid(
+                "use of a medium",
+                format!("{name:?}"),
+                "hbm, dram, nvme, object, ignore or refuse",
+            )),
+        }
+    }
+
+    /// Its name in configuration and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tier(tier) => tier.name(),
+            Self::Ignore => "ignore",
+            Self::Refuse => "refuse",
+        }
+    }
+}
+
+/// What each medium is taken for: configured ones first, then those known here, then all others alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Media {
+    /// By name in upper case.
+    configured: BTreeMap<String, MediumUse>,
+    unknown: MediumUse,
+}
+
+impl Default for Media {
+    /// Nothing configured; unknown media are refused.
+    fn default() -> Self {
+        Self {
+            configured: BTreeMap::new(),
+            unknown: MediumUse::Refuse,
+        }
+    }
+}
+
+impl Media {
+    /// Takes what is configured, by names in any case, and the use of all media that are neither configured nor known.
+    #[must_use]
+    pub fn new(
+        configured: impl IntoIterator<Item = (String, MediumUse)>,
+        unknown: MediumUse,
+    ) -> Self {
+        let configured = configured.into_iter();
+        let configured = configured.map(|(name, told)| (name.to_ascii_uppercase(), told));
+        Self {
+            configured: configured.collect(),
+            unknown,
+        }
+    }
+
+    /// What a medium is taken for, and whether somebody has said so: false for an unknown one.
+    #[must_use]
+    pub fn of(&self, medium: &str) -> (MediumUse, bool) {
+        if !self.configured.is_empty()
+            && let Some(told) = self.configured.get(&medium.to_ascii_uppercase())
+        {
+            return (*told, true);
+        }
+        match tier_of_medium(medium) {
+            Some(tier) => (MediumUse::Tier(tier), true),
+            None => (self.unknown, false),
+        }
+    }
+
+    /// The tier of an event's medium; none when events about it are passed over.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] naming a medium that is refused.
+    pub(super) fn tier(&self, medium: &str) -> Result<Option<Tier>> {
+        match self.of(medium) {
+            (MediumUse::Tier(tier), _) => Ok(Some(tier)),
+            (MediumUse::Ignore, _) => Ok(None),
+            (MediumUse::Refuse, is_told) => {
+                let why = if is_told {
+                    "refused by configuration"
+                } else {
+                    "not known"
+                };
+                let context = format!("medium {medium:?} is {why}");
+                Err(Error::new(ErrorKind::Unsupported, context))
+            }
+        }
+    }
 }

@@ -19,13 +19,13 @@ mod tests;
 
 use kvcache_core::{EngineHash, Result, Tier};
 
-pub use decode::{BATCH_BYTES_MAX, EVENTS_MAX, decode_batch};
+pub use decode::{BATCH_BYTES_MAX, EVENTS_MAX, UNKNOWN_MEDIA_MAX, decode_batch, decode_batch_with};
 pub use encode::{
     BatchOwner, OWNER_BYTES_MAX, encode_engine_batch, encode_engine_batch_of, encode_node_batch,
 };
 pub use event::{HASHES_MAX, IDENTIFIER_BYTES_MAX, IDENTIFIERS_MAX, NAME_BYTES_MAX, TOKENS_MAX};
 pub use group::{CacheGroup, GroupRule};
-pub use medium::tier_of_medium;
+pub use medium::{Media, MediumUse, tier_of_medium};
 pub use topic::{TOPIC_BYTES_MAX, TOPIC_PREFIX, Topic};
 
 /// What publishes a source's events, and so how they are read and what repeating one means.
@@ -76,8 +76,12 @@ pub struct Batch {
     pub timestamp: f64,
     /// The data-parallel rank, where it is told.
     pub rank: Option<u32>,
-    /// The events in order; an error stands for one that could not be read or is not understood.
+    /// The events in order; an error stands for one that could not be read or is not understood. Those about media
+    /// that are ignored are left out.
     pub events: Vec<Result<SourceEvent>>,
+    /// Media that nobody has told of, whatever they are taken for, and how many events named each; at most
+    /// [`UNKNOWN_MEDIA_MAX`].
+    pub unknown_media: Vec<(String, u32)>,
 }
 
 /// One event of a source, as all encodings tell it.

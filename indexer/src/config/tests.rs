@@ -1,6 +1,8 @@
 use std::collections::HashMap;
 use std::io::Write;
 
+use kvcache_core::PodName;
+
 use super::*;
 
 fn file(text: &str) -> tempfile::NamedTempFile {
@@ -179,4 +181,28 @@ fn tenants_have_the_shares_pods_and_models_that_they_are_given() {
     };
     let unlimited = Tenants::new(&unlimited).unwrap();
     assert_eq!(unlimited.all()[0].bytes_max, None);
+}
+
+/// In the file and the environment, in any case of letters; and words that are no use of a medium.
+#[test]
+fn media_are_taken_for_what_is_configured() {
+    use crate::adapter::MediumUse;
+    use kvcache_core::Tier;
+    let file = file("unknown_media = \"ignore\"\n[media]\nCXL_Pool = \"dram\"\nTAPE = \"refuse\"");
+    let environment = environment(&[("KVFABRIC_INDEXER_MEDIA__TAPE", "nvme")]);
+    let config = ServerConfig::load_with(Some(file.path()), environment, &[]).unwrap();
+    let media = config.media().unwrap();
+    assert_eq!(media.of("cxl_POOL"), (MediumUse::Tier(Tier::Host), true));
+    assert_eq!(media.of("tape"), (MediumUse::Tier(Tier::Disk), true));
+    assert_eq!(media.of("CPU"), (MediumUse::Tier(Tier::Host), true));
+    assert_eq!(media.of("else"), (MediumUse::Ignore, false));
+    for (key, text) in [
+        ("unknown_media", "unknown_media = \"fast\""),
+        ("media", "[media]\nX = \"fast\""),
+    ] {
+        let file = self::file(text);
+        let error = ServerConfig::load_with(Some(file.path()), self::environment(&[]), &[]);
+        let said = error.unwrap_err().to_string();
+        assert!(said.contains(key) && said.contains("fast"), "{said}");
+    }
 }

@@ -11,6 +11,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::models::Models;
+use crate::adapter::Media;
 use crate::config::{ServerConfig, StaticSource, Tenants};
 use crate::index::{self, KvIndex, SourceId};
 use crate::metrics::Metrics;
@@ -103,6 +104,7 @@ pub(super) struct Hub {
     pub(super) scheme: IndexScheme,
     pub(super) block_size: TokensPerBlock,
     pub(super) weights: TierWeights,
+    media: Arc<Media>,
     pub(super) tenants: Tenants,
     /// One a tenant, in their order.
     pub(super) models: RwLock<Vec<Models>>,
@@ -125,6 +127,7 @@ impl Hub {
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
             weights: config.weights()?,
+            media: Arc::new(config.media()?),
             metrics: Arc::new(Metrics::new(&config.tokenizers)),
             config,
             membership: watch::Sender::new(0),
@@ -378,6 +381,7 @@ impl Hub {
         let limits = Limits {
             ttl: self.config.source_ttl(),
             message_bytes_max: self.config.event_bytes_max,
+            media: self.media.clone(),
         };
         let metrics = self.metrics.clone();
         Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use kvcache_core::{EngineHash, ErrorKind, Result, Tier};
 
 use super::{Cursor, Follower, age};
-use crate::adapter::{RemovedBlocks, SourceEvent, decode_batch};
+use crate::adapter::{RemovedBlocks, SourceEvent, decode_batch_with};
 use crate::ingest::Action;
 use crate::snapshot::Mark;
 
@@ -84,7 +84,7 @@ impl Follower {
     }
 
     async fn apply(&mut self, payload: &[u8], is_live: bool) {
-        let batch = match decode_batch(payload, self.spec.kind) {
+        let batch = match decode_batch_with(payload, self.spec.kind, &self.media) {
             Ok(batch) => batch,
             Err(error) => {
                 tracing::debug!(source = %self.name, %error, "undecodable batch");
@@ -92,6 +92,12 @@ impl Follower {
                 return;
             }
         };
+        for (medium, events) in &batch.unknown_media {
+            if self.metrics.unknown_medium(medium, *events) {
+                let taken_for = self.media.of(medium).0.name();
+                tracing::warn!(source = %self.name, medium, taken_for, "a medium that is not known");
+            }
+        }
         if let Err(error) = self.learn_rank(batch.rank) {
             tracing::warn!(source = %self.name, %error, "batch not applied");
             self.metrics.events_rejected(batch.events.len() as u64);
@@ -149,12 +155,12 @@ impl Follower {
     }
 
     /// # Errors
-    /// What [`decode_batch`] refuses; `Corrupt` for an event that stores nothing.
+    /// What [`decode_batch_with`] refuses; `Corrupt` for an event that stores nothing.
     async fn try_replace(&self, pieces: &[Bytes]) -> Result<usize> {
         let mut stored = Vec::new();
         let mut wanted: HashMap<u64, [bool; Tier::ALL.len()]> = HashMap::new();
         for piece in pieces {
-            for event in decode_batch(piece, self.spec.kind)?.events {
+            for event in decode_batch_with(piece, self.spec.kind, &self.media)?.events {
                 let event = event?;
                 let SourceEvent::Stored(blocks) = &event else {
                     let what = "an image with an event that stores nothing";

@@ -9,6 +9,7 @@ use kvcache_core::{Epoch, Error, Result, Sequence, Time};
 use kvfabric_proto::v1;
 use tokio::sync::{Mutex, Notify, watch};
 
+use crate::adapter::Media;
 use crate::index::{KvIndex, SourceId};
 use crate::ingest::{Ingest, IngestConfig, IngestStats, Resume};
 use crate::metrics::Metrics;
@@ -102,12 +103,14 @@ pub(crate) struct SourceState {
 }
 
 /// What the configuration allows a source.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Limits {
     /// How long it may stay disconnected before its entries are dropped.
     pub(crate) ttl: Duration,
     /// The longest message that is taken, in bytes.
     pub(crate) message_bytes_max: usize,
+    /// What media are taken for.
+    pub(crate) media: Arc<Media>,
 }
 
 /// Everything one source's task works on.
@@ -123,6 +126,8 @@ pub(crate) struct Follower {
     pub(crate) ttl: Duration,
     /// The longest message that is taken, in bytes.
     pub(crate) message_bytes_max: usize,
+    /// What media are taken for.
+    pub(crate) media: Arc<Media>,
     /// What a snapshot said of the source is dropped if it is not verified until then.
     unverified_until: Option<tokio::time::Instant>,
     /// The data-parallel rank, once told.
@@ -167,6 +172,7 @@ impl Follower {
             metrics,
             ttl: limits.ttl,
             message_bytes_max: limits.message_bytes_max,
+            media: limits.media,
             unverified_until: None,
             rank: None,
             ingest,

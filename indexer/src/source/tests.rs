@@ -36,6 +36,7 @@ fn follower() -> Follower {
     let limits = Limits {
         ttl: Duration::from_secs(30),
         message_bytes_max: 1 << 20,
+        media: Arc::default(),
     };
     let (state, metrics) = (
         Arc::new(SourceState::new(None)),

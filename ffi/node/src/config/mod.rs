@@ -167,6 +167,7 @@ impl NodeConfig {
             prefix: object.prefix.clone(),
         });
         cache.peer_listen = self.peer_listen;
+        cache.locate_timeout = self.lookup_deadline();
         Ok(cache)
     }
 

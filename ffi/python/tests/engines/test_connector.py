@@ -101,7 +101,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tiny_model, logs, index) -> Iterator[Pair]:
-    there = {"address": f"http://{index}"}
+    there = indexes.table(index)
     with contextlib.ExitStack() as stack:
 
         def start(name: str) -> Engine:
@@ -422,7 +422,7 @@ def test_an_engine_whose_policy_fails_requests_does_not_start(tiny_model, logs):
 
 def test_two_tensor_parallel_ranks_keep_their_own_halves(tiny_model, logs, index):
     """Two ranks of an engine: each stores and fetches its share, and answers stay the same."""
-    settings = kv_transfer(pod="ranks", index={"address": f"http://{index}"})
+    settings = kv_transfer(pod="ranks", index=indexes.table(index))
     arguments = ["--tensor-parallel-size", "2"]
     with Engine(tiny_model, logs, "ranks", kv_transfer=settings, arguments=arguments) as engine:
         computed = [engine.complete(prompt(seed, TOKENS)).tokens for seed in (190, 191)]

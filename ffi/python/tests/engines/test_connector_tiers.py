@@ -11,6 +11,7 @@ import shutil
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
+from bed import indexer as indexes
 from bed import single
 from bed.model import Shape, adapter, model
 from bed.server import BLOCK_TOKENS
@@ -226,7 +227,7 @@ def test_engines_share_an_object_store(tiny_model, plain, indexer, logs, tmp_pat
     (tmp_path / "objects").mkdir()
     shared = {
         "object": {"url": f"file://{tmp_path / 'objects'}"},
-        "index": {"address": f"http://{indexer}"},
+        "index": indexes.table(indexer),
     }
     steps = [*completions(), ["flush"], ["counters"]]
     for name in ("one", "two"):

@@ -33,7 +33,15 @@ def transfer(connector: str = "KvFabricOffloadingConnector", **settings: object)
     """An engine's --kv-transfer-config with this tier; the engine's own host memory tier has eight
     rows only.
     """
-    tier = {"type": TIER, "module_path": MODULE, "host": {"bytes": 8 * ROW_BYTES}, **settings}
+    tier = {
+        "type": TIER,
+        "module_path": MODULE,
+        "host": {"bytes": 8 * ROW_BYTES},
+        # A busy machine must not turn hits into misses.
+        "lookup_deadline_ms": indexer.DEADLINE_MS,
+        "fetch_deadline_ms": 60_000,
+        **settings,
+    }
     config = {
         "kv_connector": connector,
         "kv_role": "kv_both",
@@ -77,12 +85,18 @@ class Rig:
     """
 
     def __init__(self, index: str, folder: pathlib.Path, model: pathlib.Path, logs: pathlib.Path):
-        self.index = {"address": f"http://{index}"}
+        self.address, self.index = index, indexer.table(index)
         self.objects = folder / "objects"
         self.objects.mkdir()
         self.store = {"url": f"file://{self.objects}"}
         self.disk = folder / "disk"
         self.model, self.logs = model, logs
+
+    def wait_for_blocks(self, engine: Engine, count: int) -> None:
+        """Waits until the index knows so many blocks; it follows at its own pace."""
+        engine.wait_until(
+            lambda: indexer.status(self.address)["blocks"] == count, f"{count} blocks in the index"
+        )
 
     def with_disk(self, name: str, **more: object) -> Engine:
         disk = {"path": str(self.disk), "bytes": 1 << 23, "segment_bytes": 1 << 20}
@@ -113,6 +127,7 @@ def answers(rig):
     with together(rig.with_disk("disk"), rig.with_objects("objects")) as (disk, objects):
         answered = {seed: compute(disk, seed) for seed in (11, 12, 13, 14)}
         answered.update({seed: compute(objects, seed) for seed in (21, 22, 23, 24)})
+        rig.wait_for_blocks(disk, len(answered) * BLOCKS)
         shared = hits(objects, 13, answered[13]), hits(disk, 23, answered[23])
         salted = hits(objects, 12, answered[12], cache_salt="tenant")
         assert disk.stop() == 0

@@ -51,7 +51,7 @@ def index(tmp_path):
     from rig import PAGE_TOKENS
 
     with indexer.running(tmp_path, block_tokens=PAGE_TOKENS) as address:
-        yield {"address": f"http://{address}"}
+        yield indexer.table(address)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

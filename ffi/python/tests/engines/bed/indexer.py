@@ -5,9 +5,13 @@ import json
 import os
 import pathlib
 import subprocess
-from typing import Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from .server import BLOCK_TOKENS
+
+# How long the index is given to answer, by an engine and by a test: a busy machine must not turn
+# hits into misses.
+DEADLINE_MS = 20_000
 
 
 @contextlib.contextmanager
@@ -43,3 +47,16 @@ def running(
         process.terminate()
         process.wait(timeout=20)
         process.stdout.close()
+
+
+def table(address: str) -> Dict[str, Any]:
+    """The table of a node that uses the index."""
+    return {"address": f"http://{address}", "lookup_deadline_ms": DEADLINE_MS}
+
+
+def status(address: str) -> Dict[str, Any]:
+    """What the index says of itself and of its pods: ``kv-indexer pods --json``."""
+    program = os.environ["KVFABRIC_INDEXER"]
+    command = [program, "pods", "--json", "--address", address, "--deadline-ms", str(DEADLINE_MS)]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(said.stdout)
