@@ -193,7 +193,8 @@ impl DoorCount {
     #[inline]
     fn trace(&self, doors: &Doors, key: u64) -> (usize, u64) {
         let hash = doors.hash.mix(key);
-        let bits = 1 << (hash % 64) | 1 << (hash >> 6) % 64 | 1 << (hash >> 12) % 64;
+        let bits = [hash, hash >> 6, hash >> 12];
+        let bits = bits.iter().fold(0, |bits, hash| bits | 1 << (hash % 64));
         ((hash >> 32) as usize & (self.filter.len() - 1), bits)
     }
 

@@ -42,6 +42,7 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::PoisonError;
 
@@ -262,22 +263,22 @@ impl KvIndex {
     /// blocks that is most of their cost. Other writers wait while [`TOGETHER_BLOCKS`] blocks are applied.
     pub fn apply_all(
         &self,
-        events: &[(SourceId, &SourceEvent)],
+        events: &[(SourceId, impl Borrow<SourceEvent>)],
         mut done: impl FnMut(Result<Applied>),
     ) {
         let mut left = events;
         while !left.is_empty() {
             let mut blocks = 0;
             let few = left.iter().take_while(|(_, event)| {
-                blocks += event.names().len();
+                blocks += event.borrow().names().len();
                 blocks <= TOGETHER_BLOCKS
             });
             let (now, later) = left.split_at(few.count().max(1));
             let mut state = lock(&self.state);
-            let names = now.iter().flat_map(|(_, event)| event.names());
+            let names = now.iter().flat_map(|(_, event)| event.borrow().names());
             state.writer.tree.touch_names(names.copied());
             for (id, event) in now {
-                done(self.apply_one(&mut state, *id, event));
+                done(self.apply_one(&mut state, *id, event.borrow()));
             }
             left = later;
         }

@@ -34,26 +34,41 @@ pub(super) struct Vacancy(Tag);
 struct Table {
     pages: Vec<u32>,
     entries: u32,
-    /// With more entries than this the table grows.
-    entries_max: u32,
-    buckets: u32,
     /// Entries that went past a bucket and are gone.
     stale: u32,
 }
 
+/// The first bucket, of so many, that an entry may be in.
+#[inline]
+fn home(tag: Tag, buckets: u32) -> u32 {
+    ((u64::from(tag.bits) * u64::from(buckets)) >> TAG_BITS) as u32
+}
+
+/// The one after it.
+#[inline]
+fn after(bucket: u32, buckets: u32) -> u32 {
+    if bucket + 1 == buckets { 0 } else { bucket + 1 }
+}
+
+/// With more entries than this so many pages are full.
+fn entries_max(pages: usize) -> u32 {
+    pages as u32 * PAGE_BUCKETS * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100
+}
+
 impl Table {
     #[inline]
+    fn buckets(&self) -> u32 {
+        self.pages.len() as u32 * PAGE_BUCKETS
+    }
+
+    #[inline]
     fn home(&self, tag: Tag) -> u32 {
-        ((u64::from(tag.bits) * u64::from(self.buckets)) >> TAG_BITS) as u32
+        home(tag, self.buckets())
     }
 
     #[inline]
     fn after(&self, bucket: u32) -> u32 {
-        if bucket + 1 == self.buckets {
-            0
-        } else {
-            bucket + 1
-        }
+        after(bucket, self.buckets())
     }
 
     fn resize(&mut self, pages: &mut Pages, count: usize) {
@@ -66,8 +81,6 @@ impl Table {
         while self.pages.len() < count {
             self.pages.push(pages.allocate());
         }
-        self.buckets = count as u32 * PAGE_BUCKETS;
-        self.entries_max = self.buckets * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100;
     }
 }
 
@@ -215,7 +228,7 @@ impl Names {
     fn line(&self, hash: u64) -> Option<u32> {
         let tag = Tag::of(self.hash.mix(hash));
         let table = &self.tables[tag.table];
-        if table.buckets == 0 {
+        if table.pages.is_empty() {
             return None;
         }
         let bucket = table.home(tag);
@@ -237,7 +250,7 @@ impl Names {
                 let line = lines[place];
                 lines[full] = line + 1;
                 let is_full = used(self.pages.line(line)) == BUCKET_ENTRIES;
-                full += usize::from(is_full && (line + 1) % PAGE_BUCKETS > 0);
+                full += usize::from(is_full && !(line + 1).is_multiple_of(PAGE_BUCKETS));
             }
             lines.truncate(full);
         }
@@ -276,7 +289,7 @@ impl Names {
     pub(super) fn fill(&mut self, Vacancy(tag): Vacancy, position: u32) {
         assert!(position <= POSITION_MASK, "position {position}");
         let table = &self.tables[tag.table];
-        if table.entries >= table.entries_max {
+        if table.entries >= entries_max(table.pages.len()) {
             let pages = table.pages.len();
             self.rebuild(tag.table, pages + (pages / GROWTH_PART).max(1));
         }
@@ -314,7 +327,7 @@ impl Names {
         // Its bits where it went past stay; when too many do, the table is made anew.
         table.stale += u32::from(at != table.home(tag));
         table.entries -= 1;
-        let sparse = table.entries_max / FULL_PERCENT * SPARSE_PERCENT;
+        let sparse = entries_max(table.pages.len()) / FULL_PERCENT * SPARSE_PERCENT;
         if table.entries == 0 || table.entries < sparse && table.pages.len() > 1 {
             let full = PAGE_BUCKETS * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100;
             let pages = (table.entries * 5 / 4).div_ceil(full) as usize;
@@ -337,10 +350,7 @@ impl Names {
         let table = &mut tables[number];
         scratch.clear();
         scratch.resize(pages * PAGE_BUCKETS as usize, EMPTY);
-        let resized = Table {
-            buckets: scratch.len() as u32,
-            ..Table::default()
-        };
+        let buckets = scratch.len() as u32;
         for &page in &table.pages {
             for bucket in memory.page(page) {
                 let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
@@ -349,9 +359,9 @@ impl Names {
                         table: number,
                         bits: rest >> POSITION_BITS << LOW_TAG_BITS | u32::from(*low),
                     };
-                    let mut at = resized.home(tag);
+                    let mut at = home(tag, buckets);
                     while !try_push(&mut scratch[at as usize], tag, rest & POSITION_MASK) {
-                        at = resized.after(at);
+                        at = after(at, buckets);
                     }
                 }
             }

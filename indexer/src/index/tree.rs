@@ -130,6 +130,8 @@ pub(super) struct Tree {
     spans: Vec<Span>,
     /// Where names are that are about to be searched for.
     lines: Vec<u32>,
+    /// Names that go, with their positions.
+    forgotten: Vec<(u64, u32)>,
     dead: Vec<(u32, u32)>,
     /// Distinct blocks that somebody holds.
     pub(super) blocks: u64,
@@ -151,6 +153,7 @@ impl Tree {
             ended_roots: Vec::new(),
             spans: Vec::new(),
             lines: Vec::new(),
+            forgotten: Vec::new(),
             dead: Vec::new(),
             blocks: 0,
             runs: 0,

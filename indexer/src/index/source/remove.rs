@@ -62,7 +62,9 @@ impl Source {
     ) -> Applied {
         let mut applied = Applied::default();
         writer.tree.touch_names(hashes.iter().copied());
-        writer.tree.touch_keys(hashes.iter().map(|hash| IndexKey(hash.0)));
+        writer
+            .tree
+            .touch_keys(hashes.iter().map(|hash| IndexKey(hash.0)));
         let mut stretch: Option<(Stretch, usize)> = None;
         let mut last: Option<Place> = None;
         for (position, &hash) in hashes.iter().enumerate() {

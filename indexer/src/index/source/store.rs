@@ -135,7 +135,9 @@ impl Source {
                 .follow(shared, &mut open.last, told, &mut stretches);
         }
         // Each search below would wait for memory on its own; asked for together they wait once.
-        writer.tree.touch_names(blocks.hashes[begun..].iter().copied());
+        writer
+            .tree
+            .touch_names(blocks.hashes[begun..].iter().copied());
         if self.names.is_empty() && begun < keys.len() {
             let told = (&blocks.hashes[begun..], &keys[begun..]);
             begun += writer
