@@ -19,10 +19,10 @@ const CHUNK_PAGES: u32 = HUGE_BYTES as u32 / (PAGE_BUCKETS * size_of::<Bucket>()
 const CHUNK_LINES: u32 = CHUNK_PAGES * PAGE_BUCKETS;
 
 /// How many of a hundred entries are in use where a table grows, and where it shrinks.
-const FULL_PERCENT: u32 = 88;
+const FULL_PERCENT: u32 = 92;
 const SPARSE_PERCENT: u32 = 40;
-/// A full table grows by one page in so many.
-const GROWTH_PART: usize = 5;
+/// A full table grows by about one page in so many: not all tables by the same, so that they are not full at once.
+const GROWTH_PART: usize = 8;
 /// A table is made anew when one in so many entries has left bits behind.
 const STALE_PART: u32 = 4;
 
@@ -291,7 +291,8 @@ impl Names {
         let table = &self.tables[tag.table];
         if table.entries >= entries_max(table.pages.len()) {
             let pages = table.pages.len();
-            self.rebuild(tag.table, pages + (pages / GROWTH_PART).max(1));
+            let more = (pages + tag.table % GROWTH_PART) / GROWTH_PART;
+            self.rebuild(tag.table, pages + more.max(1));
         }
         let table = &mut self.tables[tag.table];
         table.entries += 1;
@@ -351,6 +352,9 @@ impl Names {
         scratch.clear();
         scratch.resize(pages * PAGE_BUCKETS as usize, EMPTY);
         let buckets = scratch.len() as u32;
+        // All at once, where the loop below would wait for most of them.
+        let lines = table.pages.iter().flat_map(|page| memory.page(*page));
+        std::hint::black_box(lines.fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
         for &page in &table.pages {
             for bucket in memory.page(page) {
                 let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
