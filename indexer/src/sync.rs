@@ -18,3 +18,5 @@ pub(crate) const DOORS_MIN: usize = 64;
 pub(crate) const TRIES: u32 = 64;
 /// After taking out so many blocks of a source that is gone, the next event has its turn.
 pub(crate) const TURN_BLOCKS: u32 = if cfg!(test) { 2 } else { 1024 };
+/// Sets of more holders than this are wide: a lookup for a few pods does not look at everybody in there.
+pub(crate) const WIDE_MIN: usize = if cfg!(test) { 2 } else { 64 };

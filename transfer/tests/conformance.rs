@@ -11,7 +11,7 @@ use kvfabric_transfer::backend::conformance::{
 };
 use kvfabric_transfer::backend::sim::{ExchangeConfig, LinkProfile, SimNetwork};
 use kvfabric_transfer::{
-    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions,
+    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, UcxOptions,
 };
 
 /// How many cases the suite has.
@@ -68,6 +68,27 @@ fn cma_over_shared_memory_conforms() {
 fn tcp_conforms() {
     let listen = "127.0.0.1:0".parse().expect("address");
     check(&pair("tcp", |name| alone(name).tcp(Some(listen))), 0);
+}
+
+/// Two agents of this process over UCX, by whatever it chooses here.
+#[test]
+fn ucx_conforms() {
+    let options = UcxOptions::default();
+    check(
+        &pair("ucx", |name| alone(name).ucx(Some(options.clone()))),
+        0,
+    );
+}
+
+/// The same with TCP alone, where the peer's side of UCX copies what is written.
+#[test]
+fn ucx_over_tcp_conforms() {
+    let settings = vec![("TLS".to_owned(), "tcp,self".to_owned())];
+    let options = UcxOptions { settings };
+    check(
+        &pair("ucx", |name| alone(name).ucx(Some(options.clone()))),
+        0,
+    );
 }
 
 fn files(mode: FileEngineMode, direct: DirectMode) {

@@ -6,7 +6,9 @@ mod support;
 use std::thread;
 use std::time::Duration;
 
-use kvfabric_transfer::{Agent, HostMemory, Operation, RequestOptions, Side};
+use kvfabric_transfer::{
+    Agent, AgentBuilder, HostMemory, Operation, Region, Request, RequestOptions, Side, UcxOptions,
+};
 
 use support::{OPEN, WAIT, loopback};
 
@@ -30,15 +32,19 @@ fn switches() -> u64 {
     switches
 }
 
-/// Two agents with every way between them, connected, used, with their descriptors made, and a request that waits for a
-/// deadline far away. In some stretch of time none of their threads runs even once; one that polled would run in each.
-#[test]
-fn the_threads_of_idle_agents_do_not_wake_up() {
-    let build = |name| {
-        let builder = Agent::builder(name).memcpy(false).tcp(Some(loopback()));
-        builder.cma(true).build().unwrap()
-    };
-    let (initiator, target) = (build("initiator"), build("target"));
+/// A pair of agents, connected and used, with everything that was made for it.
+struct Used {
+    agents: [Agent; 2],
+    regions: Vec<Region>,
+    requests: Vec<Request>,
+}
+
+/// Reads a shared and a private region, with requests that wait for a deadline far away.
+fn use_both_kinds(name: &str, build: impl Fn(AgentBuilder) -> AgentBuilder) -> Used {
+    let [initiator, target] = ["initiator", "target"].map(|role| {
+        let builder = Agent::builder(&format!("{name}-{role}")).memcpy(false);
+        build(builder).build().unwrap()
+    });
     let own = initiator
         .register(HostMemory::anonymous(1 << 20).unwrap(), OPEN)
         .unwrap();
@@ -64,6 +70,21 @@ fn the_threads_of_idle_agents_do_not_wake_up() {
         requests.push(request);
     }
     target.notification_fd().unwrap();
+    Used {
+        agents: [initiator, target],
+        regions: vec![own, shared, private],
+        requests,
+    }
+}
+
+/// Two agents with every way between them, and two with UCX alone, connected, used, with their descriptors made. In some
+/// stretch of time none of their threads runs even once; one that polled would run in each.
+#[test]
+fn the_threads_of_idle_agents_do_not_wake_up() {
+    let all = use_both_kinds("all", |builder| builder.tcp(Some(loopback())).cma(true));
+    let ucx = use_both_kinds("ucx", |builder| {
+        builder.shm(false).ucx(Some(UcxOptions::default()))
+    });
     let used = switches();
     assert!(used > 0, "no thread of an agent was found");
     let quiet = (0..20).any(|_| {
@@ -72,4 +93,10 @@ fn the_threads_of_idle_agents_do_not_wake_up() {
         switches() == before
     });
     assert!(quiet, "{used} switches before, {} now", switches());
+    for pair in [all, ucx] {
+        assert_eq!(
+            (pair.agents.len(), pair.regions.len(), pair.requests.len()),
+            (2, 3, 2)
+        );
+    }
 }

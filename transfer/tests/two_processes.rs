@@ -27,7 +27,7 @@ use rustix::process::{
 
 use support::{OPEN, WAIT, Way, contents, pattern};
 
-const WAYS: [Way; 3] = [Way::Shm, Way::Cma, Way::Tcp];
+const WAYS: [Way; 4] = [Way::Shm, Way::Cma, Way::Tcp, Way::Ucx];
 const BYTES: u64 = 8 << 20;
 const SEED: u64 = 99;
 
@@ -474,6 +474,8 @@ fn memory_used_in_place_is_in_use_until_its_user_gives_it_back_or_is_dead() {
         (Way::Shm, false),
         (Way::Cma, true),
         (Way::Cma, false),
+        (Way::Ucx, true),
+        (Way::Ucx, false),
     ] {
         let agent = way.agent("this");
         let export = agent.register(way.memory(4096), OPEN).unwrap();
@@ -499,10 +501,15 @@ fn memory_used_in_place_is_in_use_until_its_user_gives_it_back_or_is_dead() {
 /// the memory is free; if it cannot, the memory is never called free, although nobody listens for it any more.
 #[test]
 fn memory_used_in_place_outlives_its_agent_while_it_is_used() {
-    for stopped in [false, true] {
-        let agent = Way::Cma.agent("this");
-        let export = agent.register(Way::Cma.memory(4096), OPEN).unwrap();
-        let mut other = Other::start("initiator", Way::Cma, &agent.metadata());
+    for (way, stopped) in [
+        (Way::Cma, false),
+        (Way::Cma, true),
+        (Way::Ucx, false),
+        (Way::Ucx, true),
+    ] {
+        let agent = way.agent("this");
+        let export = agent.register(way.memory(4096), OPEN).unwrap();
+        let mut other = Other::start("initiator", way, &agent.metadata());
         other.expect("CHECKSUM");
         if stopped {
             other.stop();

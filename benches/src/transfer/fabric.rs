@@ -125,15 +125,11 @@ fn open_remote(
             region.fill_at(0, region.bytes(), POISON)?;
             (Remote::Own(region.clone()), Places::Own(region))
         }
-        BackendKind::Shm | BackendKind::Tcp => {
+        BackendKind::Shm | BackendKind::Tcp | BackendKind::Ucx => {
             let mut process = TargetProcess::start()?;
             let (region, metadata) = process.expose(shape)?;
             let peer = agent.load_peer(&metadata)?;
-            let wanted = if shape.backend == BackendKind::Shm {
-                "shm"
-            } else {
-                "tcp"
-            };
+            let wanted = shape.backend.name();
             let path = agent.path_to(&peer);
             if path.backend != Some(wanted) {
                 let context = format!("{wanted} cannot be used here: {:?}", path.refused);

@@ -173,7 +173,7 @@ fn subjects(
             subjects.push(Box::new(references::Memcpy::new(plan)));
             subjects.push(Box::new(references::MappedLoop::new(plan)?));
         }
-        BackendKind::Tcp => {
+        BackendKind::Tcp | BackendKind::Ucx => {
             subjects.push(Box::new(references::RawTcp::connect(plan)?));
             subjects.push(Box::new(references::Memcpy::new(plan)));
         }

@@ -20,6 +20,8 @@ pub(super) enum BackendKind {
     Shm,
     /// To another process, over loopback.
     Tcp,
+    /// To another process, over UCX, with the transports that it chooses; needs UCX in the system.
+    Ucx,
     /// To a file.
     File,
     /// To objects in a local folder.
@@ -27,11 +29,12 @@ pub(super) enum BackendKind {
 }
 
 impl BackendKind {
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Memcpy => "memcpy",
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Ucx => "ucx",
             Self::File => "file",
             Self::Object => "object",
         }

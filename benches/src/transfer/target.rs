@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions};
+use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions};
 
 use crate::clock::process_cpu;
 
@@ -160,6 +160,7 @@ pub(super) fn agent(name: &str, backend: BackendKind) -> Result<Agent> {
     Agent::builder(name)
         .shm(backend == BackendKind::Shm)
         .tcp((backend == BackendKind::Tcp).then_some(loopback))
+        .ucx((backend == BackendKind::Ucx).then(UcxOptions::default))
         .build()
 }
 

@@ -408,6 +408,11 @@ typedef struct kvf_agent_options {
      1: memory that cannot be shared is copied by the system between processes of one user on this host; 0: it is not.
      */
     uint32_t cma;
+    /*
+     1: peers are reached over UCX, which must be in the system then and takes its settings from the environment
+     (UCX_TLS and others); 0: they are not. For trusted networks only.
+     */
+    uint32_t ucx;
 } kvf_agent_options;
 
 /*
@@ -1159,12 +1164,14 @@ const char *kvf_last_error(void);
 /*
  Starts an agent.
 
- KVF_INVALID for a bad name or address, KVF_IO when the address is in use.
+ KVF_INVALID for a bad name or address, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX is asked for and is
+ not in the system.
 
  # Safety
  Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
  */
-kvf_status kvf_agent_create(const struct kvf_agent_options *options, struct kvf_agent **agent_out);
+kvf_status kvf_agent_create(const struct kvf_agent_options *options,
+                            struct kvf_agent **agent_out);
 
 /*
  Gives an agent back. It ends when its regions, peers and transfers are freed too.

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvfabric::transfer::{Agent, PeerHandle};
+use kvfabric::transfer::{Agent, PeerHandle, UcxOptions};
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
 
 use crate::boundary::{
@@ -63,6 +63,9 @@ pub struct kvf_agent_options {
     pub shm: u32,
     /// 1: memory that cannot be shared is copied by the system between processes of one user on this host; 0: it is not.
     pub cma: u32,
+    /// 1: peers are reached over UCX, which must be in the system then and takes its settings from the environment
+    /// (UCX_TLS and others); 0: they are not. For trusted networks only.
+    pub ucx: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -73,7 +76,8 @@ unsafe impl SizePrefixed for kvf_agent_options {
 
 /// Starts an agent.
 ///
-/// KVF_INVALID for a bad name or address, KVF_IO when the address is in use.
+/// KVF_INVALID for a bad name or address, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX is asked for and is
+/// not in the system.
 ///
 /// # Safety
 /// Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
@@ -95,9 +99,11 @@ pub unsafe extern "C" fn kvf_agent_create(
             .transpose()?;
         let cma = parse_flag(options.cma, "kvf_agent_options.cma")?;
         let shm = parse_flag(options.shm, "kvf_agent_options.shm")?;
+        let ucx = parse_flag(options.ucx, "kvf_agent_options.ucx")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(agent_out, "agent_out") }?;
-        let agent = Agent::builder(name).shm(shm).cma(cma).tcp(tcp).build()?;
+        let builder = Agent::builder(name).shm(shm).cma(cma).tcp(tcp);
+        let agent = builder.ucx(ucx.then(UcxOptions::default)).build()?;
         out.write(into_raw(kvf_agent {
             life: Life::begin(),
             agent,

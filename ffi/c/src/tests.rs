@@ -23,6 +23,7 @@ fn create(name: &CStr) -> *mut kvf_agent {
         tcp_listen: std::ptr::null(),
         shm: 0,
         cma: 0,
+        ucx: 0,
     };
     let mut agent = null_mut();
     // SAFETY: both are locals, and the name is a string.

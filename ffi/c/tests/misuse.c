@@ -132,6 +132,10 @@ static void options_are_checked(void)
     EXPECT_STATUS(KVF_INVALID, kvf_agent_create(&options, &agent));
     EXPECT_TEXT("kvf_agent_options.cma is 2");
     options.cma = 0;
+    options.ucx = 7;
+    EXPECT_STATUS(KVF_INVALID, kvf_agent_create(&options, &agent));
+    EXPECT_TEXT("kvf_agent_options.ucx is 7");
+    options.ucx = 0;
     options.shm = 2;
     EXPECT_STATUS(KVF_INVALID, kvf_agent_create(&options, &agent));
     options.shm = 0;

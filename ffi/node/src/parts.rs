@@ -4,8 +4,8 @@ use kvcache_core::Result;
 use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
-use kvfabric_transfer::Agent;
 use kvfabric_transfer::backend::object::ObjectOptions;
+use kvfabric_transfer::{Agent, UcxOptions};
 
 use crate::blocks::Describer;
 use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
@@ -37,6 +37,10 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
         .tcp(config.fabric.tcp_listen);
     if let Some(cma) = config.fabric.cma {
         builder = builder.cma(cma);
+    }
+    if config.fabric.ucx {
+        let settings = config.fabric.ucx_settings.clone().into_iter().collect();
+        builder = builder.ucx(Some(UcxOptions { settings }));
     }
     if let Some(object) = &config.object {
         let options = ObjectOptions {

@@ -1,5 +1,6 @@
 //! Agents.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -124,13 +125,14 @@ fn positions(
 impl Agent {
     /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any.
     #[new]
-    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, tcp_advertise = None, allow_peers = None))]
+    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None))]
     fn new(
         py: Python<'_>,
         name: &str,
         shm: bool,
         tcp: Option<&str>,
         cma: Option<bool>,
+        ucx: Option<BTreeMap<String, String>>,
         tcp_advertise: Option<&str>,
         allow_peers: Option<Vec<String>>,
     ) -> PyResult<Self> {
@@ -144,6 +146,10 @@ impl Agent {
             .tcp_advertise(advertised);
         if let Some(enabled) = cma {
             builder = builder.cma(enabled);
+        }
+        if let Some(settings) = ucx {
+            let settings = settings.into_iter().collect();
+            builder = builder.ucx(Some(transfer::UcxOptions { settings }));
         }
         if let Some(names) = allow_peers {
             builder = builder.allow_peers(names);

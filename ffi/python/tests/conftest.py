@@ -66,7 +66,7 @@ class OtherProcess:
 PTRACE = pathlib.Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
-@pytest.fixture(params=["shm", "cma", "tcp"])
+@pytest.fixture(params=["shm", "cma", "tcp", "ucx"])
 def transport(request):
     """How bytes are to go to the other process; "cma" is for memory that is not shared."""
     if request.param == "cma" and PTRACE.exists() and PTRACE.read_text().strip() != "0":
@@ -84,7 +84,8 @@ def other(transport):
 @pytest.fixture
 def agent(transport):
     tcp = "127.0.0.1:0" if transport == "tcp" else None
-    return kvfabric.Agent("tester", shm=transport != "tcp", tcp=tcp)
+    ucx = {} if transport == "ucx" else None
+    return kvfabric.Agent("tester", shm=transport in ("shm", "cma"), tcp=tcp, ucx=ucx)
 
 
 @pytest.fixture

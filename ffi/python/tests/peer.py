@@ -17,7 +17,8 @@ TIMEOUT = 20.0
 def main():
     transport = sys.argv[1]
     tcp = "127.0.0.1:0" if transport == "tcp" else None
-    agent = kvfabric.Agent("peer", shm=transport != "tcp", tcp=tcp)
+    ucx = {} if transport == "ucx" else None
+    agent = kvfabric.Agent("peer", shm=transport in ("shm", "cma"), tcp=tcp, ucx=ucx)
     if transport == "cma":
         view = memoryview(bytearray(LENGTH))
         region = agent.register(view, writable=True)

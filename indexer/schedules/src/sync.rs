@@ -20,6 +20,8 @@ pub const DOORS_MIN: usize = 4;
 pub const TRIES: u32 = 3;
 /// A source that is gone is taken out run by run.
 pub const TURN_BLOCKS: u32 = 1;
+/// Sets of more holders than this are wide: a lookup for a few pods does not look at everybody in there.
+pub const WIDE_MIN: usize = 1;
 
 // All tasks of a schedule are on the thread of their test.
 thread_local! {

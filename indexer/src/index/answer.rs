@@ -8,7 +8,7 @@ use kvcache_core::{IndexKey, PodName};
 use super::View;
 use super::compose::PartDepth;
 use super::config::IndexConfig;
-use super::lookup::{Depth, Depths, Torn};
+use super::lookup::{Depth, Depths, Torn, Wanted};
 use super::pods::PodNumber;
 use crate::score::TIERS;
 
@@ -73,7 +73,11 @@ impl Answer {
         let named = query.pods.iter().filter_map(|pod| view.pods.number(pod));
         depths.allow(named.map(PodNumber));
         let is_limited = !query.pods.is_empty();
-        depths.fill(view, keys, is_limited)?;
+        let wanted = Wanted {
+            pods: query.pods_max,
+            is_limited,
+        };
+        depths.fill(view, keys, wanted)?;
         self.parts.clear();
         let block_size = config.block_size.get();
         depths.compose(view, keys, block_size, is_limited, &mut self.parts)?;

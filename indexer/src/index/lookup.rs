@@ -6,12 +6,13 @@ use kvcache_core::IndexKey;
 
 use super::View;
 use super::arena::get;
+use super::best::without_shared;
 use super::blocks::SEGMENT_BLOCKS;
 use super::pods::PodNumber;
 use super::runs::{Header, digest, partition, read_span};
-use super::sets::{Holder, SetId, with_members};
+use super::sets::{SetId, with_members};
 use crate::score::TIERS;
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, fence};
 
 /// How far one pod holds a prefix, the pod by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +23,24 @@ pub struct Depth {
     pub depth: u32,
     /// For how many of those each tier is the pod's fastest, by `Tier as usize`; they add up to `depth`.
     pub by_tier: [u32; TIERS],
+}
+
+impl Depth {
+    pub(super) const fn new(pod: u32) -> Self {
+        Self {
+            pod: PodNumber(pod),
+            depth: 0,
+            by_tier: [0; TIERS],
+        }
+    }
+
+    /// So many blocks deeper, which a tier has.
+    #[inline]
+    pub(super) const fn deeper(mut self, tier: usize, blocks: u32) -> Self {
+        self.depth += blocks;
+        self.by_tier[tier] += blocks;
+        self
+    }
 }
 
 /// The shortest answer to a lookup: pods by number, without names and scores. Used again it keeps its memory.
@@ -35,6 +54,8 @@ pub struct Depths {
     pub shared: Vec<Range<u32>>,
     /// The pods that may be answered, ascending; only looked at when there are any named.
     pub(super) allowed: Vec<u32>,
+    /// Sets put aside, and how many blocks in a row have each.
+    pub(super) wide: Vec<(SetId, u32)>,
     /// Runs that were read, and as of which version.
     read: Vec<(u32, u32)>,
 }
@@ -42,13 +63,22 @@ pub struct Depths {
 /// What was read changed meanwhile.
 pub(super) struct Torn;
 
+/// Who is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    /// So many of the best, at least, if there are; 0 means all.
+    pub(super) pods: usize,
+    /// Only pods in [`Depths::allowed`].
+    pub(super) is_limited: bool,
+}
+
 /// How a walk through the chain stands.
-struct Walk<'a> {
-    view: &'a View,
-    is_limited: bool,
-    depths: &'a mut Depths,
+pub(super) struct Walk<'a> {
+    pub(super) view: &'a View,
+    pub(super) wanted: Wanted,
+    pub(super) depths: &'a mut Depths,
     /// Pods from here on have been followed to the end of what was walked; those before stay behind.
-    alive: usize,
+    pub(super) alive: usize,
     /// Blocks next to each other that have the same holders, not followed yet.
     pending: (SetId, Range<u32>),
 }
@@ -56,7 +86,7 @@ struct Walk<'a> {
 impl Depths {
     /// Follows the chain until nobody holds it any more, or to its end where shared tiers hold anything.
     ///
-    /// With `is_limited` only pods in `allowed` are answered.
+    /// The pods come least deep first.
     ///
     /// # Errors
     /// [`Torn`] when a writer changed what was read: ask again.
@@ -64,9 +94,14 @@ impl Depths {
         &mut self,
         view: &View,
         keys: &[IndexKey],
-        is_limited: bool,
+        mut wanted: Wanted,
     ) -> Result<(), Torn> {
+        if wanted.pods > 0 {
+            // Of these the walk is not believed, so that others may come in their place.
+            wanted.pods += view.pods.composed.len();
+        }
         self.pods.clear();
+        self.wide.clear();
         self.shared.clear();
         self.read.clear();
         self.shared_depth = 0;
@@ -77,7 +112,7 @@ impl Depths {
         let is_shared = view.shared_blocks.load(Ordering::Relaxed) > 0;
         let mut walk = Walk {
             view,
-            is_limited,
+            wanted,
             depths: self,
             alive: 0,
             pending: (SetId::EMPTY, 0..0),
@@ -150,13 +185,15 @@ impl Walk<'_> {
             }
         }
         let (set, blocks) = std::mem::replace(&mut self.pending, (SetId::EMPTY, 0..0));
-        self.take(set, blocks)
+        self.take(set, blocks)?;
+        self.end_wide().ok_or(Torn)
     }
 
     /// Whether nobody is followed any more.
     fn is_over(&self) -> bool {
         let is_nobody_next = self.pending.0.is_empty() && !self.pending.1.is_empty();
-        is_nobody_next || self.pending.1.start > 0 && self.alive == self.depths.pods.len()
+        let is_nobody_left = self.alive == self.depths.pods.len() && self.depths.wide.is_empty();
+        is_nobody_next || self.pending.1.start > 0 && is_nobody_left
     }
 
     /// How many keys are those of a run's blocks from `start` on.
@@ -251,19 +288,22 @@ impl Walk<'_> {
         }
         let words = &self.view.tree.words;
         with_members(words, set, |members| {
-            let members = match members.first() {
-                Some(first) if get(first) == Holder::SHARED.raw() => {
-                    self.share(&blocks);
-                    &members[1..]
-                }
-                _ => members,
-            };
-            if blocks.start == 0 {
-                self.start(members, blocks.end);
-            } else {
-                self.narrow(members, blocks.end - blocks.start);
+            let own = without_shared(members);
+            if own.len() < members.len() {
+                self.share(&blocks);
             }
+            let count = blocks.end - blocks.start;
+            if blocks.start > 0 && self.depths.wide.is_empty() {
+                self.narrow(own, count);
+            } else if self.is_wide(own) {
+                self.depths.wide.push((set, count));
+            } else {
+                self.start(own, count);
+                return self.start_behind(own);
+            }
+            Some(())
         })
+        .flatten()
         .ok_or(Torn)
     }
 
@@ -276,100 +316,6 @@ impl Walk<'_> {
             _ => self.depths.shared.push(blocks.clone()),
         }
     }
-
-    /// Whether a holder counts.
-    #[inline]
-    fn counts(&self, holder: Holder) -> bool {
-        !holder.is_claim()
-            && (self.view.pods.leaving.is_empty()
-                || !self.view.pods.leaving.contains(&holder.source()))
-            && (!self.is_limited || self.depths.allowed.binary_search(&holder.pod()).is_ok())
-    }
-
-    /// Everybody who holds the first blocks.
-    fn start(&mut self, members: &[AtomicU32], blocks: u32) {
-        let mut last: Option<(u32, usize)> = None;
-        for member in members {
-            let holder = Holder::from_raw(get(member));
-            if !self.counts(holder) {
-                continue;
-            }
-            let (pod, tier) = (holder.pod(), holder.tier());
-            match (&mut last, self.depths.pods.last_mut()) {
-                // Another tier of the same pod counts if it is faster.
-                (Some((last_pod, fastest)), Some(depth)) if *last_pod == pod => {
-                    if tier < *fastest {
-                        depth.by_tier[*fastest] -= blocks;
-                        depth.by_tier[tier] += blocks;
-                        *fastest = tier;
-                    }
-                }
-                _ => {
-                    let mut by_tier = [0; TIERS];
-                    by_tier[tier] = blocks;
-                    self.depths.pods.push(Depth {
-                        pod: PodNumber(pod),
-                        depth: blocks,
-                        by_tier,
-                    });
-                    last = Some((pod, tier));
-                }
-            }
-        }
-    }
-
-    /// Who holds these blocks goes on, who does not stays behind.
-    fn narrow(&mut self, members: &[AtomicU32], blocks: u32) {
-        // Both are ascending, so that a search goes on where the last one ended, from behind; who goes on is moved to
-        // the end, which leaves those before the search as they were.
-        let mut front = self.depths.pods.len();
-        let mut end = front;
-        let mut member = members.len();
-        while member > 0 && self.alive < end {
-            member -= 1;
-            let holder = Holder::from_raw(get(&members[member]));
-            if !self.counts(holder) {
-                continue;
-            }
-            let (pod, mut tier) = (holder.pod(), holder.tier());
-            while let Some(next) = member.checked_sub(1) {
-                let other = Holder::from_raw(get(&members[next]));
-                if other.pod() != pod {
-                    break;
-                }
-                if self.counts(other) {
-                    tier = tier.min(other.tier());
-                }
-                member = next;
-            }
-            let followed = &mut self.depths.pods[self.alive..end];
-            // Torn members may come in any order; then the answer is thrown away, but the search must end.
-            let limit = front.clamp(self.alive, end) - self.alive;
-            let Some(found) = search_back(&followed[..limit], pod) else {
-                continue;
-            };
-            let depth = &mut followed[found];
-            depth.depth += blocks;
-            depth.by_tier[tier] += blocks;
-            let last = followed.len() - 1;
-            followed.swap(found, last);
-            front = self.alive + found;
-            end -= 1;
-        }
-        self.alive = end;
-    }
-}
-
-/// Where a pod is in an ascending list; it is probably near the end.
-fn search_back(followed: &[Depth], pod: u32) -> Option<usize> {
-    let (mut reach, mut high) = (1, followed.len());
-    while high >= reach && followed[high - reach].pod.0 > pod {
-        high -= reach;
-        reach *= 2;
-    }
-    let low = high.saturating_sub(reach);
-    let place = followed[low..high].binary_search_by_key(&pod, |depth| depth.pod.0);
-    place.ok().map(|place| low + place)
 }
 
 impl View {

@@ -13,6 +13,7 @@
 
 mod answer;
 mod arena;
+mod best;
 mod blocks;
 mod budget;
 mod compose;
@@ -20,6 +21,7 @@ mod config;
 mod counts;
 mod doors;
 mod expected;
+mod followed;
 mod groups;
 mod hash;
 mod huge;
@@ -53,7 +55,7 @@ use self::budget::Budget;
 use self::expected::Expected;
 use self::hash::KeyState;
 use self::leaving::Leaving;
-use self::lookup::Torn;
+use self::lookup::{Torn, Wanted};
 use self::pods::Pods;
 use self::roots::Keys;
 use self::source::{Source, Writer};
@@ -452,8 +454,12 @@ impl KvIndex {
     ) {
         depths.allow(pods.iter().copied());
         let block_size = self.config.block_size.get();
+        let wanted = Wanted {
+            pods: pods_max,
+            is_limited: !pods.is_empty(),
+        };
         self.look(|view| {
-            depths.fill(view, keys, !pods.is_empty())?;
+            depths.fill(view, keys, wanted)?;
             let mut parts = HashMap::new();
             depths.compose(view, keys, block_size, !pods.is_empty(), &mut parts)
         });

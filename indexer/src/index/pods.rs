@@ -62,6 +62,11 @@ impl Pods {
         taken.any(|place| !self.leaving.contains(&SourceNumber::new(number, place)))
     }
 
+    /// All pods, in the order of their names.
+    pub(super) fn by_name(&self) -> impl Iterator<Item = u32> {
+        self.by_name.values().copied()
+    }
+
     /// A number that is less than another pod's if the name is.
     pub(super) fn order(&self, number: u32) -> u64 {
         self.pods.get(number as usize).map_or(0, |pod| pod.order)

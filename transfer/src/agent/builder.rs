@@ -9,6 +9,7 @@ use kvcache_core::Result;
 
 use super::{Agent, AgentCore, Exports, Timer};
 use crate::backend::copy::Copier;
+use crate::backend::ucx::{self, UcxOptions};
 use crate::backend::{Fabric, cma, memcpy, shm, tcp};
 use crate::metadata::check_name;
 use crate::reactor::Reactor;
@@ -27,6 +28,7 @@ pub struct AgentBuilder {
     memcpy: bool,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
+    ucx: Option<UcxOptions>,
     allowed: Option<BTreeSet<String>>,
     fabrics: Vec<MakeFabric>,
     steps: Vec<Step>,
@@ -41,6 +43,7 @@ impl AgentBuilder {
             memcpy: true,
             tcp: None,
             tcp_advertised: None,
+            ucx: None,
             allowed: None,
             fabrics: Vec::new(),
             steps: Vec::new(),
@@ -84,6 +87,14 @@ impl AgentBuilder {
         self
     }
 
+    /// Reaches peers over UCX, and lets them reach this agent. Default: not at all. Tried before TCP. Whoever reaches the
+    /// ports that UCX opens can read and write memory: for trusted networks only.
+    #[must_use]
+    pub fn ucx(mut self, options: Option<UcxOptions>) -> Self {
+        self.ucx = options;
+        self
+    }
+
     /// Only agents of these names may connect. Default: all that know a region's key.
     #[must_use]
     pub fn allow_peers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
@@ -112,7 +123,8 @@ impl AgentBuilder {
     /// Starts the agent.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Io`] when the
+    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Unsupported`] when UCX is asked for
+    /// and is not there, [`kvcache_core::ErrorKind::Io`] when the
     /// address is in use (it is named) or the system refuses threads or sockets.
     pub fn build(self) -> Result<Agent> {
         check_name(&self.name)?;
@@ -147,6 +159,9 @@ impl AgentBuilder {
         if self.cma.unwrap_or(self.shm) {
             exports.add_fabric(cma::fabric(&exports, &reactor, copier)?);
         }
+        if let Some(options) = &self.ucx {
+            exports.add_fabric(ucx::fabric(&exports, options)?);
+        }
         if let Some(address) = self.tcp {
             exports.add_fabric(tcp::fabric(
                 &exports,
@@ -170,6 +185,7 @@ impl std::fmt::Debug for AgentBuilder {
             .field("cma", &self.cma)
             .field("memcpy", &self.memcpy)
             .field("tcp", &self.tcp)
+            .field("ucx", &self.ucx)
             .finish_non_exhaustive()
     }
 }

@@ -22,6 +22,7 @@ pub(crate) mod shm;
 pub mod sim;
 pub(crate) mod spare;
 pub(crate) mod tcp;
+pub mod ucx;
 pub(crate) mod unix;
 
 /// Which way bytes go, seen from the one who asks.

@@ -6,3 +6,4 @@ pub(crate) mod memory;
 pub(crate) mod process;
 pub(crate) mod process_vm;
 pub(crate) mod socket;
+pub(crate) mod ucx;

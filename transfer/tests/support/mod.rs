@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvfabric_transfer::{
     Agent, AgentBuilder, Descriptor, HostMemory, Operation, PeerHandle, Region, RegionOptions,
-    Request, RequestOptions, Side,
+    Request, RequestOptions, Side, UcxOptions,
 };
 
 pub(crate) mod proxy;
@@ -26,9 +26,10 @@ pub(crate) enum Way {
     Shm,
     Cma,
     Tcp,
+    Ucx,
 }
 
-pub(crate) const WAYS: [Way; 4] = [Way::Memcpy, Way::Shm, Way::Cma, Way::Tcp];
+pub(crate) const WAYS: [Way; 5] = [Way::Memcpy, Way::Shm, Way::Cma, Way::Tcp, Way::Ucx];
 
 impl Way {
     pub(crate) fn name(self) -> &'static str {
@@ -37,6 +38,7 @@ impl Way {
             Self::Shm => "shm",
             Self::Cma => "cma",
             Self::Tcp => "tcp",
+            Self::Ucx => "ucx",
         }
     }
 
@@ -46,6 +48,7 @@ impl Way {
             .shm(self == Self::Shm)
             .cma(self == Self::Cma)
             .tcp((self == Self::Tcp).then_some(loopback()))
+            .ucx((self == Self::Ucx).then(UcxOptions::default))
     }
 
     pub(crate) fn agent(self, name: &str) -> Agent {
@@ -56,7 +59,7 @@ impl Way {
     pub(crate) fn memory(self, bytes: u64) -> HostMemory {
         match self {
             Self::Cma => HostMemory::anonymous(bytes).unwrap(),
-            Self::Memcpy | Self::Shm | Self::Tcp => HostMemory::shared(bytes).unwrap(),
+            Self::Memcpy | Self::Shm | Self::Tcp | Self::Ucx => HostMemory::shared(bytes).unwrap(),
         }
     }
 }

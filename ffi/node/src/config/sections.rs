@@ -1,5 +1,6 @@
 //! The tables of a node's configuration.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -140,6 +141,10 @@ pub struct FabricSection {
     /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
     #[serde(with = "listen")]
     pub tcp_listen: Option<SocketAddr>,
+    /// UCX, which must be in the system then: for RDMA networks, and for no network that is not trusted.
+    pub ucx: bool,
+    /// Settings of UCX by their names without `UCX_`, such as `TLS`; others come from the environment.
+    pub ucx_settings: BTreeMap<String, String>,
 }
 
 impl Default for FabricSection {
@@ -148,6 +153,8 @@ impl Default for FabricSection {
             shm: true,
             cma: None,
             tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+            ucx: false,
+            ucx_settings: BTreeMap::new(),
         }
     }
 }

@@ -136,6 +136,7 @@ class Agent:
         shm: bool = True,
         tcp: Optional[str] = None,
         cma: Optional[bool] = None,
+        ucx: Optional[Mapping[str, str]] = None,
         tcp_advertise: Optional[str] = None,
         allow_peers: Optional[Sequence[str]] = None,
     ) -> Agent:
@@ -144,7 +145,9 @@ class Agent:
         `shm` shares memory with peers on this host; `cma` has memory that cannot be shared copied
         straight from process to process, where the system allows it, and is on when `shm` is;
         `tcp` is the "ip:port" to listen on, port 0 for any, and `tcp_advertise` what peers are told
-        where that differs. Without `allow_peers` every peer that knows a region's key may connect.
+        where that differs. `ucx` has peers reached over UCX, if that is in the system
+        (`UnsupportedError` otherwise): settings by their names without "UCX_", {} for those of the
+        environment alone. Use it in trusted networks only. Without `allow_peers` every peer that knows a region's key may connect.
         """
 
     @property

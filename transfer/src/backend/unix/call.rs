@@ -12,25 +12,25 @@ use super::message::Outcome;
 use crate::backend::Job;
 
 /// Messages that may wait for their answers.
-pub(super) const UNANSWERED_MAX: usize = 4096;
+pub(in crate::backend) const UNANSWERED_MAX: usize = 4096;
 
 /// What the peer answered, and the descriptor that came with it.
-pub(super) type Answer = Result<(Outcome, Option<OwnedFd>)>;
+pub(in crate::backend) type Answer = Result<(Outcome, Option<OwnedFd>)>;
 
 /// A question that a thread waits for the answer to.
 #[derive(Default)]
-pub(super) struct Call {
+pub(in crate::backend) struct Call {
     answer: Mutex<Option<Answer>>,
     answered: Condvar,
 }
 
 impl Call {
-    pub(super) fn answer(&self, answer: Answer) {
+    pub(in crate::backend) fn answer(&self, answer: Answer) {
         *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
         self.answered.notify_all();
     }
 
-    pub(super) fn wait(&self, until: Instant) -> Answer {
+    pub(in crate::backend) fn wait(&self, until: Instant) -> Answer {
         let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(answer) = answer.take() {
@@ -48,13 +48,13 @@ impl Call {
 }
 
 /// Who waits for an answer.
-pub(super) enum Waiting {
+pub(in crate::backend) enum Waiting {
     Call(Arc<Call>),
     Notification(Job),
 }
 
 /// Why nothing can be asked.
-pub(super) enum Refused {
+pub(in crate::backend) enum Refused {
     /// The path is lost.
     Closed,
     /// [`UNANSWERED_MAX`] wait.
@@ -62,7 +62,7 @@ pub(super) enum Refused {
 }
 
 /// All who wait for an answer, by the number of their message.
-pub(super) struct Unanswered {
+pub(in crate::backend) struct Unanswered {
     /// None once the path is lost.
     waiting: Mutex<Option<HashMap<u64, Waiting>>>,
     next: AtomicU64,
@@ -84,11 +84,15 @@ impl Unanswered {
     }
 
     /// A number that no message had.
-    pub(super) fn number(&self) -> u64 {
+    pub(in crate::backend) fn number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(super) fn enter(&self, id: u64, who: Waiting) -> Result<(), (Waiting, Refused)> {
+    pub(in crate::backend) fn enter(
+        &self,
+        id: u64,
+        who: Waiting,
+    ) -> Result<(), (Waiting, Refused)> {
         let mut waiting = self.lock();
         let Some(open) = &mut *waiting else {
             return Err((who, Refused::Closed));
@@ -100,12 +104,12 @@ impl Unanswered {
         Ok(())
     }
 
-    pub(super) fn take(&self, id: u64) -> Option<Waiting> {
+    pub(in crate::backend) fn take(&self, id: u64) -> Option<Waiting> {
         self.lock().as_mut()?.remove(&id)
     }
 
     /// Jobs that were given up by their callers.
-    pub(super) fn take_abandoned(&self) -> Vec<Job> {
+    pub(in crate::backend) fn take_abandoned(&self) -> Vec<Job> {
         let mut waiting = self.lock();
         let Some(open) = &mut *waiting else {
             return Vec::new();
@@ -122,7 +126,7 @@ impl Unanswered {
     }
 
     /// Nobody will be answered any more: everyone who waits.
-    pub(super) fn close(&self) -> impl Iterator<Item = Waiting> + use<> {
+    pub(in crate::backend) fn close(&self) -> impl Iterator<Item = Waiting> + use<> {
         self.lock().take().unwrap_or_default().into_values()
     }
 }

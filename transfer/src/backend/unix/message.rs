@@ -66,10 +66,17 @@ pub(crate) enum Outcome {
         nonce_at: u64,
         nonce: [u8; NONCE_BYTES],
     },
+    /// Memory of this size, at this address of the process that answers, for whoever has this key of its network.
+    Keyed {
+        address: u64,
+        bytes: u64,
+        writable: bool,
+        key: Vec<u8>,
+    },
 }
 
 impl Outcome {
-    pub(super) fn of(outcome: Result<()>) -> Self {
+    pub(crate) fn of(outcome: Result<()>) -> Self {
         match outcome {
             Ok(()) => Self::Done,
             Err(error) => {
@@ -88,7 +95,7 @@ impl Outcome {
     }
 
     /// What the peer said, as an error of ours.
-    pub(super) fn failure(code: u32, text: &str) -> Error {
+    pub(crate) fn failure(code: u32, text: &str) -> Error {
         let kind = match code {
             2 => ErrorKind::Busy,
             4 => ErrorKind::PeerLost,
@@ -109,7 +116,7 @@ const DONE: u8 = 5;
 const REVOKE: u8 = 6;
 
 impl Message {
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(64);
         match self {
             Self::Hello { name, wanted } => {
@@ -147,7 +154,7 @@ impl Message {
         out
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(bytes);
         let message = match reader.u8("message kind")? {
             HELLO => {
@@ -229,6 +236,18 @@ impl Outcome {
                 out.extend_from_slice(&nonce_at.to_le_bytes());
                 out.extend_from_slice(nonce);
             }
+            Self::Keyed {
+                address,
+                bytes,
+                writable,
+                key,
+            } => {
+                out.push(5);
+                out.extend_from_slice(&address.to_le_bytes());
+                out.extend_from_slice(&bytes.to_le_bytes());
+                out.push(u8::from(*writable));
+                put_counted(out, key);
+            }
         }
     }
 
@@ -255,7 +274,13 @@ impl Outcome {
                 nonce_at: reader.u64("address of the word")?,
                 nonce: reader.array("word")?,
             }),
-            other => Err(Error::invalid("outcome", other, 0..=4)),
+            5 => Ok(Self::Keyed {
+                address: reader.u64("region address")?,
+                bytes: reader.u64("region size")?,
+                writable: decode_writable(reader)?,
+                key: reader.counted("remote key")?.to_vec(),
+            }),
+            other => Err(Error::invalid("outcome", other, 0..=5)),
         }
     }
 }

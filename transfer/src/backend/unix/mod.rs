@@ -28,9 +28,11 @@ use crate::plan::Plan;
 use crate::reactor::{Interest, Reactor, Token};
 use crate::region::RegionCore;
 
+pub(super) use call::{Call, Refused, UNANSWERED_MAX, Unanswered, Waiting};
 use channel::UnixChannel;
 pub(crate) use held::Held;
 pub(crate) use link::Link;
+pub(super) use message::Message;
 pub(crate) use message::Outcome;
 use server::Server;
 

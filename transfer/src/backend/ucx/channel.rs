@@ -1,0 +1,127 @@
+//! The path to one peer.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvcache_core::Result;
+
+use super::NAME;
+use super::driver::Driver;
+use super::frame::Session;
+use super::using::Shared;
+use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
+use crate::backend::unix::Call;
+use crate::backend::{Backend, Capabilities, Channel, Job, Refusal};
+use crate::descriptor::Target;
+use crate::plan::Plan;
+use crate::region::MemoryKind;
+
+pub(super) struct UcxChannel {
+    driver: Arc<Driver>,
+    session: Session,
+    shared: Arc<Shared>,
+    detail: String,
+    capabilities: Capabilities,
+}
+
+impl UcxChannel {
+    pub(super) fn new(driver: &Arc<Driver>, session: Session, shared: Arc<Shared>) -> Self {
+        Self {
+            driver: driver.clone(),
+            session,
+            shared,
+            detail: String::new(),
+            capabilities: Capabilities {
+                remote: &[MemoryKind::Host],
+                notifications: true,
+            },
+        }
+    }
+
+    /// With what UCX tells of the path, now that the peer has answered.
+    pub(super) fn described(mut self, version: &str) -> Result<Self> {
+        let transports = self.driver.with(|state| state.transports(self.session))?;
+        self.detail = format!("ucx {version} over {transports}");
+        Ok(self)
+    }
+
+    fn end(&self, reason: &str) {
+        self.driver.with(|state| state.lose(self.session, reason));
+    }
+}
+
+impl Backend for UcxChannel {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn prepare(&self, plan: &Plan) -> Result<()> {
+        let calls = self.driver.with(|state| -> Result<Vec<Arc<Call>>> {
+            let mut calls = Vec::new();
+            for target in &*plan.local {
+                if let Target::Local(region) = target {
+                    state.worker.register(region)?;
+                }
+            }
+            for target in &*plan.remote {
+                if let Target::Remote(region) = target {
+                    let call = Arc::<Call>::default();
+                    if !state.want(self.session, region, Some(&call), None)? {
+                        calls.push(call);
+                    }
+                }
+            }
+            Ok(calls)
+        })?;
+        let until = Instant::now() + CONNECT_TIMEOUT;
+        calls
+            .iter()
+            .try_for_each(|call| call.wait(until).map(|_| ()))
+    }
+
+    fn post(&self, job: Job) -> Result<(), Refusal> {
+        if self.shared.is_lost() {
+            return Err(job.refuse(self.shared.loss()));
+        }
+        self.driver.post(self.session, job)
+    }
+
+    fn reap(&self) {
+        self.driver.reap();
+    }
+
+    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        self.driver.assist(until, done);
+    }
+}
+
+impl Channel for UcxChannel {
+    fn check(&self) -> Result<()> {
+        if self.shared.is_lost() {
+            return Err(self.shared.loss());
+        }
+        Ok(())
+    }
+
+    fn reaches(&self, _region: &RemoteRegion) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn detail(&self) -> String {
+        self.detail.clone()
+    }
+
+    fn close(&self) {
+        self.end("the peer was forgotten");
+    }
+}
+
+impl Drop for UcxChannel {
+    fn drop(&mut self) {
+        self.end("nobody uses the path any more");
+    }
+}
