@@ -268,6 +268,7 @@ impl KvIndex {
         events: &[(SourceId, impl Borrow<SourceEvent>)],
         mut done: impl FnMut(Result<Applied>),
     ) {
+        let mut outcomes = Vec::new();
         let mut left = events;
         while !left.is_empty() {
             let mut blocks = 0;
@@ -278,10 +279,13 @@ impl KvIndex {
             let (now, later) = left.split_at(few.count().max(1));
             let mut state = lock(&self.state);
             let names = now.iter().flat_map(|(_, event)| event.borrow().names());
-            state.writer.tree.touch_names(names.copied());
+            state.writer.tree.touch_ahead(names.copied());
             for (id, event) in now {
-                done(self.apply_one(&mut state, *id, event.borrow()));
+                outcomes.push(self.apply_one(&mut state, *id, event.borrow()));
             }
+            state.writer.tree.forget_touched();
+            drop(state);
+            outcomes.drain(..).for_each(&mut done);
             left = later;
         }
     }

@@ -130,6 +130,8 @@ pub(super) struct Tree {
     spans: Vec<Span>,
     /// Where names are that are about to be searched for.
     lines: Vec<u32>,
+    /// Whether that was done for all events at hand.
+    is_touched: bool,
     /// Names that go, with their positions.
     forgotten: Vec<(u64, u32)>,
     dead: Vec<(u32, u32)>,
@@ -153,6 +155,7 @@ impl Tree {
             ended_roots: Vec::new(),
             spans: Vec::new(),
             lines: Vec::new(),
+            is_touched: false,
             forgotten: Vec::new(),
             dead: Vec::new(),
             blocks: 0,
@@ -210,8 +213,21 @@ impl Tree {
         self.doors.finish(&shared.doors);
     }
 
+    /// Reads what searches for the names of several events would; until [`Self::forget_touched`] they are not read again.
+    pub(super) fn touch_ahead(&mut self, names: impl Iterator<Item = EngineHash>) {
+        self.touch_names(names);
+        self.is_touched = true;
+    }
+
+    pub(super) fn forget_touched(&mut self) {
+        self.is_touched = false;
+    }
+
     /// Reads what searches for names would, so that they find it in the cache.
     pub(super) fn touch_names(&mut self, names: impl Iterator<Item = EngineHash>) {
+        if self.is_touched {
+            return;
+        }
         let hashes = names.map(|name| name.0);
         self.names.touch_all(hashes, &mut self.lines);
     }
