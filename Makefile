@@ -58,8 +58,8 @@ bench-build:
 bench: bench-build ## Every figure of docs/benchmarks.md, beside its reference
 	scripts/bench
 
-bench-fabric: bench-build ## Transfers beside memcpy, raw TCP and plain disk calls
-	target/release/kv-bench transfer --json target/bench/fabric.json
+bench-fabric: setup bench-build ## Transfers beside memcpy, raw TCP, raw UCX and plain disk calls
+	scripts/bench-fabric
 
 bench-engines: setup ## Calls from C and Python, idle processes, a prompt from one real vLLM to another, beside NIXL
 	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/bench-engines

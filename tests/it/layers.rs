@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Which of our packages each of our packages may depend on (outside its tests).
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
     ("kvcache-core", &[]),
     ("kvfabric-proto", &[]),
     ("kvfabric-transfer", &["kvcache-core"]),
@@ -14,6 +14,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
         &["kvcache-core", "kvfabric-transfer", "kvfabric-proto"],
     ),
     ("kvfabric-indexer", &["kvcache-core", "kvfabric-proto"]),
+    ("kvfabric-index-orders", &["kvcache-core"]),
     ("kvfabric-index-schedules", &["kvcache-core"]),
     ("kvfabric", &NODE),
     ("kvfabric-c", &SKIN),

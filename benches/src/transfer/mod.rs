@@ -6,6 +6,7 @@ mod measure;
 mod plan;
 mod process;
 mod protocol;
+mod raw_ucx;
 mod references;
 mod remote;
 mod subject;
@@ -78,6 +79,9 @@ pub(crate) struct TransferArgs {
     /// Measure only ours.
     #[arg(long)]
     no_references: bool,
+    /// The program that stands beside the ucx backend, built from benches/transfer/raw_ucx.c; `make bench-fabric` does it.
+    #[arg(long, value_name = "PROGRAM")]
+    raw_ucx: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -173,10 +177,14 @@ fn subjects(
             subjects.push(Box::new(references::Memcpy::new(plan)));
             subjects.push(Box::new(references::MappedLoop::new(plan)?));
         }
-        BackendKind::Tcp | BackendKind::Ucx => {
+        BackendKind::Tcp => {
             subjects.push(Box::new(references::RawTcp::connect(plan)?));
             subjects.push(Box::new(references::Memcpy::new(plan)));
         }
+        BackendKind::Ucx => match &args.raw_ucx {
+            Some(program) => subjects.push(Box::new(raw_ucx::RawUcx::start(program, plan)?)),
+            None => subjects.push(Box::new(references::Memcpy::new(plan))),
+        },
         BackendKind::File => {
             subjects.push(Box::new(references::Disk::open(plan, direct, folder)?));
         }

@@ -82,10 +82,16 @@ def other(transport):
 
 
 @pytest.fixture
-def agent(transport):
+def reaching(transport):
+    """An agent that reaches the other process this way."""
     tcp = "127.0.0.1:0" if transport == "tcp" else None
     ucx = {} if transport == "ucx" else None
     return kvfabric.Agent("tester", shm=transport in ("shm", "cma"), tcp=tcp, ucx=ucx)
+
+
+@pytest.fixture
+def agent(reaching):
+    return reaching
 
 
 @pytest.fixture

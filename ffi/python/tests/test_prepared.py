@@ -237,8 +237,8 @@ def test_a_transfer_in_flight_is_not_posted_again_and_keeps_its_memory(agent, ot
     region.deregister(TIMEOUT)
 
 
-def test_a_notification_comes_with_its_post(agent, other, transport):
-    agent = kvfabric.Agent("tester", shm=transport != "tcp", tcp="127.0.0.1:0")
+def test_a_notification_comes_with_its_post(reaching, other):
+    agent = reaching
     peer = agent.load_peer(other.metadata)
     source = agent.register(bytes(8))
     transfer = agent.request(

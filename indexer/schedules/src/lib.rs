@@ -2,7 +2,7 @@
 //! goes on.
 //!
 //! `tests/` holds the scenarios. What they show holds for sequentially consistent memory; what weaker orders
-//! allow has not been explored by a tool.
+//! allow, `orders` explores for the pieces in which readers and the writer meet.
 // The files bring their own unit tests, which are made where they belong.
 #![cfg(not(test))]
 #![forbid(unsafe_code)]

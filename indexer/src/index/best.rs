@@ -35,6 +35,12 @@ impl<'a> Filter<'a> {
         }
     }
 
+    /// Whether every holder counts that is no claim.
+    #[inline]
+    pub(super) fn is_open(&self) -> bool {
+        self.leaving.is_none() && self.allowed.is_none()
+    }
+
     #[inline]
     pub(super) fn counts(&self, holder: Holder) -> bool {
         self.is_held(holder)

@@ -100,6 +100,12 @@ impl Doors {
         None
     }
 
+    /// Reads where a search for a key begins, so that it need not wait for that later.
+    #[inline]
+    pub(super) fn look_ahead(&self, key: IndexKey) -> u64 {
+        self.slots[self.home(key.0)].door.load(Ordering::Relaxed)
+    }
+
     /// The same entries with room for so many.
     fn resized(&self, entries: usize) -> Self {
         let slots = slots_for(entries);

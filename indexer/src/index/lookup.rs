@@ -1,5 +1,6 @@
 //! The question the index is for: who holds this prefix, how deep, in which tier? Pods are numbers here; `answer` names them.
 
+use std::hint::black_box;
 use std::ops::Range;
 
 use kvcache_core::IndexKey;
@@ -9,8 +10,8 @@ use super::arena::get;
 use super::best::without_shared;
 use super::blocks::SEGMENT_BLOCKS;
 use super::pods::PodNumber;
-use super::runs::{Header, digest, partition, read_span};
-use super::sets::{SetId, with_members};
+use super::runs::{Header, partition, read_span};
+use super::sets::{SetId, first_word, with_members};
 use crate::score::TIERS;
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -146,12 +147,22 @@ impl Depths {
     /// Brings the deepest to the front, and leaves out all but so many; 0 means all.
     pub(super) fn deepest_first(&mut self, pods_max: usize) {
         let pods = &mut self.pods;
-        if pods_max == 0 || pods_max * 2 >= pods.len() {
-            pods.reverse();
-        } else {
-            let last = pods.len() - 1;
-            (0..pods_max).for_each(|place| pods.swap(place, last - place));
-        }
+        let Some(last) = pods.len().checked_sub(1) else {
+            return;
+        };
+        let deepest = pods[last].depth;
+        let others = pods.partition_point(|found| found.depth < deepest);
+        let is_two_depths = others == 0 || pods[0].depth == pods[others - 1].depth;
+        let moved = match is_two_depths {
+            // Mostly the one that has the conversation, and all that have the beginning.
+            true => others.min(pods.len() - others),
+            false => pods.len() / 2,
+        };
+        let moved = match pods_max {
+            0 => moved,
+            most => moved.min(most),
+        };
+        (0..moved).for_each(|place| pods.swap(place, last - place));
         if pods_max != 0 {
             pods.truncate(pods_max);
         }
@@ -173,6 +184,7 @@ impl Walk<'_> {
             let header = self.view.tree.runs.get(door.run).ok_or(Torn)?;
             let version = header.version().ok_or(Torn)?;
             self.depths.read.push((door.run, version));
+            self.view.look_ahead(header, keys, at == 0);
             let equal = self.equal(header, door.block, &keys[at..])?;
             if equal == 0 {
                 // The entry is of another time than the run.
@@ -215,24 +227,26 @@ impl Walk<'_> {
         // A key is made from all keys before it, so those before an equal one are equal too; and full segments say of
         // their last key what most others do not, so that nearly always two places of the keys are read.
         let words = &view.tree.words;
-        let mut segment = start / SEGMENT_BLOCKS;
-        let asked = |block: u32| keys[(block - start) as usize];
-        while let Some(end) =
-            Some((segment + 1) * SEGMENT_BLOCKS).filter(|end| *end <= start + most)
-            && header.digest(words, segment).ok_or(Torn)? == digest(asked(end - 1))
-        {
-            segment += 1;
-        }
+        let first = start / SEGMENT_BLOCKS;
+        let skipped = (first + 1) * SEGMENT_BLOCKS - 1 - start;
+        let segment_ends = keys[..most as usize].iter().skip(skipped as usize);
+        let last_keys = segment_ends.step_by(SEGMENT_BLOCKS as usize).copied();
+        let segment = first + header.alike(words, first, last_keys).ok_or(Torn)?;
         let from = (segment * SEGMENT_BLOCKS).max(start);
-        let until = ((segment + 1) * SEGMENT_BLOCKS).min(start + most);
+        let asked = |block: u32| keys[(block - start) as usize];
         if from > start && view.key_at(header, from - 1)? != asked(from - 1).0 {
             return self.equal_halving(header, start, &keys[..(from - 1 - start) as usize]);
         }
-        let mut equal = 0;
-        for block in from..until {
-            equal += u32::from(view.key_at(header, block)? == asked(block).0);
+        let until = ((segment + 1) * SEGMENT_BLOCKS).min(start + most);
+        if until <= from {
+            return Ok(from - start);
         }
-        Ok(from - start + equal)
+        let held = view.keys_of(header, segment)?;
+        let held = held.get((from % SEGMENT_BLOCKS) as usize..).ok_or(Torn)?;
+        let asked = &keys[(from - start) as usize..(until - start) as usize];
+        let pairs = held.iter().zip(asked);
+        let equal = pairs.filter(|(held, asked)| held.load(Ordering::Relaxed) == asked.0);
+        Ok(from - start + equal.count() as u32)
     }
 
     /// The same by halving, for chains that are unlike where their segments' ends seemed alike.
@@ -322,12 +336,29 @@ impl View {
     /// The key of a block of a run.
     #[inline]
     pub(super) fn key_at(&self, header: &Header, block: u32) -> Result<u64, Torn> {
-        let segment = header
-            .segment(&self.tree.words, block / SEGMENT_BLOCKS)
-            .ok_or(Torn)?;
-        let keys: &[AtomicU64] = self.tree.keys.segment(segment).ok_or(Torn)?;
+        let keys = self.keys_of(header, block / SEGMENT_BLOCKS)?;
         let key = keys.get((block % SEGMENT_BLOCKS) as usize).ok_or(Torn)?;
         Ok(key.load(Ordering::Relaxed))
+    }
+
+    /// The keys of a segment of a run.
+    #[inline]
+    fn keys_of(&self, header: &Header, ordinal: u32) -> Result<&[AtomicU64], Torn> {
+        let segment = header.segment(&self.tree.words, ordinal).ok_or(Torn)?;
+        self.tree.keys.segment(segment).ok_or(Torn)
+    }
+
+    /// Reads what a lookup will want of a run, and behind the first one, so that memory is asked for all of it at once.
+    ///
+    /// Prompts often begin with a run that many hold to its end; where they leave a later one is not to be guessed.
+    #[inline]
+    fn look_ahead(&self, header: &Header, keys: &[IndexKey], is_first: bool) {
+        let behind = keys.get(header.blocks() as usize).filter(|_| is_first);
+        let entry = behind.map(|key| self.tree.doors.look_ahead(*key));
+        let words = &self.tree.words;
+        let set = header.span(words, 0).map(|span| span.set);
+        let length = set.and_then(|set| first_word(words, set));
+        black_box((entry, length));
     }
 }
 

@@ -48,7 +48,7 @@ use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::PoisonError;
 
-use kvcache_core::prefix::Namespace;
+use kvcache_core::prefix::{ChainRoot, Namespace};
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
 use self::budget::Budget;
@@ -411,13 +411,29 @@ impl KvIndex {
         tokens: &[u32],
         keys: &mut Vec<IndexKey>,
     ) {
+        let root = self.root(lora, cache_salt);
+        keys.extend(root.chain(tokens, self.config.block_size));
+    }
+
+    /// The same from tokens as they travel, u32 little-endian each.
+    pub fn keys_of_le(
+        &self,
+        lora: Option<&str>,
+        cache_salt: Option<&str>,
+        tokens: &[u8],
+        keys: &mut Vec<IndexKey>,
+    ) {
+        let root = self.root(lora, cache_salt);
+        keys.extend(root.chain_le(tokens, self.config.block_size));
+    }
+
+    fn root(&self, lora: Option<&str>, cache_salt: Option<&str>) -> ChainRoot {
         let namespace = Namespace {
             model: self.config.scheme.model_in_root(&self.config.model),
             lora,
             cache_salt,
         };
-        let root = self.config.scheme.root(&namespace);
-        keys.extend(root.chain(tokens, self.config.block_size));
+        self.config.scheme.root(&namespace)
     }
 
     /// Reads until nothing has changed meanwhile.

@@ -140,10 +140,27 @@ impl Header {
         Some(get(self.segment_word(words, ordinal)?) & SEGMENT_MASK)
     }
 
-    /// What a full segment's last key says of itself; none when torn.
+    /// How many full segments in a row, from one on, have last keys that seem to be those asked for; none when torn.
     #[inline]
-    pub(super) fn digest(&self, words: &Words, ordinal: u32) -> Option<u32> {
-        Some(get(self.segment_word(words, ordinal)?) & !SEGMENT_MASK)
+    pub(super) fn alike(
+        &self,
+        words: &Words,
+        first: u32,
+        last_keys: impl ExactSizeIterator<Item = IndexKey>,
+    ) -> Option<u32> {
+        let end = first as usize + last_keys.len();
+        let inline_end = end.min(SEGMENTS_INLINE as usize);
+        let inline = SEGMENTS_START + (first as usize).min(inline_end)..SEGMENTS_START + inline_end;
+        let listed = match end.checked_sub(SEGMENTS_INLINE as usize) {
+            None | Some(0) => &[],
+            Some(listed) => words
+                .list(get(&self.0[SEGMENTS_AT]), listed)?
+                .get((first as usize).saturating_sub(SEGMENTS_INLINE as usize)..)?,
+        };
+        let told = self.0.get(inline)?.iter().chain(listed);
+        let is_alike =
+            |(word, key): &(&AtomicU32, IndexKey)| get(word) & !SEGMENT_MASK == digest(*key);
+        Some(told.zip(last_keys).take_while(is_alike).count() as u32)
     }
 
     #[inline]

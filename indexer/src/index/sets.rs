@@ -144,6 +144,15 @@ pub(super) fn members(words: &Words, set: SetId) -> Option<&[AtomicU32]> {
         .get(MEMBERS..)
 }
 
+/// The first word of a set that is a list, to have it read early.
+#[inline]
+pub(super) fn first_word(words: &Words, set: SetId) -> Option<u32> {
+    let is_list = set.is_list();
+    is_list
+        .then(|| words.list(set.0, 1)?.first().map(get))
+        .flatten()
+}
+
 /// Looks at the members of a set, also of one that is no list; none when torn.
 #[inline]
 pub(super) fn with_members<T>(

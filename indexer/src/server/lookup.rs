@@ -1,7 +1,6 @@
 //! Lookups: waiting for positions, then one walk through the index.
 
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache_core::ports::Position;
@@ -10,25 +9,27 @@ use kvfabric_proto::v1;
 use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
-use super::hub::{Hub, Pod};
+use super::hub::Hub;
+use super::positions::Positions;
 use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, Query};
 use crate::score::TIERS;
-use crate::source::Progress;
 use crate::wire::{CacheGroup, SourcePosition, group_to_wire, tier_to_wire};
 
 /// The most positions one lookup may wait for.
 const MIN_POSITIONS_MAX: usize = 4096;
 /// The most pods one lookup may name.
 const PODS_NAMED_MAX: usize = 65_536;
+/// How often the best pods may be others than those just read of, before all are read of.
+const FINDS_MAX: usize = 4;
 /// The longest a client's deadline is believed.
 const DEADLINE_MAX: Duration = Duration::from_secs(300);
 
 /// What a thread keeps between lookups, so that they do not allocate.
 #[derive(Default)]
 pub(super) struct Scratch {
-    tokens: Vec<u32>,
     pub(super) keys: Vec<IndexKey>,
     answer: Answer,
+    positions: Positions,
 }
 
 thread_local! {
@@ -91,17 +92,11 @@ impl<'a> Question<'a> {
 
     /// The prompt's keys.
     pub(super) fn keys(&self, index: &KvIndex, scratch: &mut Scratch) {
-        let Scratch { tokens, keys, .. } = scratch;
+        let keys = &mut scratch.keys;
         keys.clear();
         match self.prompt {
             Prompt::Tokens(bytes) => {
-                tokens.clear();
-                tokens.extend(
-                    bytes
-                        .chunks_exact(4)
-                        .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]])),
-                );
-                index.keys_of(self.lora, self.cache_salt, tokens, keys);
+                index.keys_of_le(self.lora, self.cache_salt, bytes, keys);
             }
             Prompt::Keys(raw) => keys.extend(raw.iter().map(|key| IndexKey(*key))),
         }
@@ -133,10 +128,14 @@ impl Hub {
     pub(super) fn answer(&self, question: &Question<'_>) -> Result<v1::LookupResponse> {
         let started = Instant::now();
         let index = self.index_for(question.tenant, question.model)?;
-        // Before the walk: what is applied in between is in the answer without being promised.
-        let positions = self.positions(&question.pods);
         let mut response = match index {
-            Some(index) => SCRATCH.with_borrow_mut(|scratch| self.walk(&index, question, scratch)),
+            Some(index) => SCRATCH.with_borrow_mut(|scratch| {
+                question.keys(&index, scratch);
+                self.find(&index, question, scratch);
+                let response = self.response(question, scratch);
+                scratch.positions.clear();
+                response
+            }),
             None => v1::LookupResponse::default(),
         };
         response.blocks = match question.prompt {
@@ -144,23 +143,6 @@ impl Hub {
             Prompt::Keys(keys) => keys.len() as u32,
         };
         response.block_size = self.config.block_size;
-        let answered: std::collections::HashSet<&str> =
-            response.pods.iter().map(|pod| pod.pod.as_str()).collect();
-        let positions = positions
-            .into_iter()
-            .filter(|(pod, ..)| answered.contains(pod.name.as_str()));
-        let (positions, freshness) = positions
-            .map(|(pod, place, progress)| {
-                let position = v1::SourcePosition {
-                    source: pod.sources[place].name.clone(),
-                    epoch: progress.position.epoch.0,
-                    next_sequence: progress.position.next.0,
-                };
-                (position, progress.freshness())
-            })
-            .unzip();
-        drop(answered);
-        (response.positions, response.freshness) = (positions, freshness);
         let best = response.pods.first();
         let deepest = best.map_or(0, |pod| pod.depth).max(response.shared_depth);
         let mut by_tier = [0; TIERS];
@@ -172,14 +154,39 @@ impl Hub {
         Ok(response)
     }
 
-    fn walk(
+    /// Asks until how far the answered pods' sources are applied was read before the answer was found: what is applied in
+    /// between is in the answer without being promised.
+    ///
+    /// To read it of all pods first would cost as much as there are pods, however few are asked for.
+    fn find(&self, index: &KvIndex, question: &Question<'_>, scratch: &mut Scratch) {
+        let Scratch {
+            keys,
+            answer,
+            positions,
+        } = scratch;
+        for _ in 0..FINDS_MAX {
+            self.ask(index, question, keys, answer);
+            if positions.are_of(&answer.pods) {
+                return;
+            }
+            let names = answer.pods.iter().map(|found| &found.pod);
+            positions.read(&self.pods(), names);
+        }
+        // Who is best changes from one walk to the next.
+        let pods = self.pods();
+        positions.read(&pods, pods.keys());
+        drop(pods);
+        self.ask(index, question, keys, answer);
+        positions.keep(&answer.pods);
+    }
+
+    fn ask(
         &self,
-        index: &Arc<KvIndex>,
+        index: &KvIndex,
         question: &Question<'_>,
-        scratch: &mut Scratch,
-    ) -> v1::LookupResponse {
-        question.keys(index, scratch);
-        let Scratch { keys, answer, .. } = scratch;
+        keys: &[IndexKey],
+        answer: &mut Answer,
+    ) {
         let is_by_score = question.ranking == v1::Ranking::Score;
         let query = Query {
             // The best by score need not be among the deepest.
@@ -196,14 +203,19 @@ impl Hub {
                 answer.pods.truncate(question.pods_max);
             }
         }
-        let pods = self.pods();
-        let depths = answer.pods.iter().map(|found| v1::PodDepth {
+    }
+
+    fn response(&self, question: &Question<'_>, scratch: &Scratch) -> v1::LookupResponse {
+        let Scratch {
+            answer, positions, ..
+        } = scratch;
+        let pods = answer.pods.iter().zip(positions.pods());
+        let depths = pods.map(|(found, pod)| v1::PodDepth {
             pod: found.pod.as_str().to_owned(),
             depth: found.depth,
             by_tier: tiers_to_wire(&found.by_tier),
             score: found.score,
-            peer_address: pods
-                .get(&found.pod)
+            peer_address: pod
                 .and_then(|pod| pod.registration.peer_address.clone())
                 .unwrap_or_default(),
             terms: if question.explain {
@@ -219,6 +231,7 @@ impl Hub {
             expected_depth: found.expected_depth,
             approximate: found.is_approximate,
         });
+        let (positions, freshness) = positions.to_wire(std::time::Instant::now());
         v1::LookupResponse {
             pods: depths.collect(),
             shared_depth: answer.shared_depth,
@@ -230,6 +243,8 @@ impl Hub {
                     end: range.end,
                 })
                 .collect(),
+            positions,
+            freshness,
             ..v1::LookupResponse::default()
         }
     }
@@ -255,29 +270,6 @@ impl Hub {
                 weight: self.weights.of(tier),
             })
             .collect()
-    }
-
-    /// How far the sources of these pods (all if none are named) are applied, by their places in the pod.
-    fn positions(&self, only: &[PodName]) -> Vec<(Arc<Pod>, usize, Progress)> {
-        let pods = self.pods();
-        let mut positions = Vec::with_capacity(if only.is_empty() {
-            pods.len()
-        } else {
-            only.len()
-        });
-        let mut read = |pod: &Arc<Pod>| {
-            for (place, source) in pod.sources.iter().enumerate() {
-                positions.push((pod.clone(), place, *source.state.progress.borrow()));
-            }
-        };
-        if only.is_empty() {
-            pods.values().for_each(&mut read);
-        } else {
-            only.iter()
-                .filter_map(|name| pods.get(name))
-                .for_each(&mut read);
-        }
-        positions
     }
 
     /// Waits until every position is applied.

@@ -35,6 +35,7 @@ mod lookup;
 mod many;
 mod models;
 mod native;
+mod positions;
 mod routing;
 mod scores;
 

@@ -257,6 +257,7 @@ impl Hub {
     }
 
     fn pod_status(&self, pod: &Pod) -> v1::PodStatus {
+        let now = std::time::Instant::now();
         let sources = pod.sources.iter().map(|source| {
             let progress = *source.state.progress.borrow();
             let position = SourcePosition {
@@ -270,7 +271,7 @@ impl Hub {
                 replays: progress.stats.replays,
                 resyncs: progress.stats.resyncs,
                 orphans: self.orphans_of(pod, source),
-                freshness: Some(progress.freshness()),
+                freshness: Some(progress.freshness(now)),
             }
         });
         v1::PodStatus {

@@ -52,12 +52,14 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// How much the position is worth, for those who ask.
-    pub(crate) fn freshness(&self) -> v1::SourceFreshness {
+    /// How much the position is worth at `now`, for those who ask.
+    pub(crate) fn freshness(&self, now: Instant) -> v1::SourceFreshness {
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         v1::SourceFreshness {
             lag_us: micros(self.lag),
-            heard_us: self.heard_at.map(|at| micros(at.elapsed())),
+            heard_us: self
+                .heard_at
+                .map(|at| micros(now.saturating_duration_since(at))),
             connected: self.is_connected,
             current: self.is_current,
         }
