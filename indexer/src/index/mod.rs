@@ -39,12 +39,12 @@ mod roots;
 mod runs;
 mod sets;
 mod source;
+mod together;
 mod tree;
 
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::PoisonError;
 
@@ -79,8 +79,6 @@ pub use lookup::{Depth, Depths};
 pub use parts::Parts;
 pub use pods::PodNumber;
 
-/// So many blocks are applied without a break.
-const TOGETHER_BLOCKS: usize = 256;
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
 
@@ -257,37 +255,6 @@ impl KvIndex {
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         self.apply_one(&mut lock(&self.state), id, event)
-    }
-
-    /// Applies events in their order, each as [`Self::apply`] does, and calls `done` with what became of each.
-    ///
-    /// Of many events at once it asks memory for what they need before the first one waits for it: with events of few
-    /// blocks that is most of their cost. Other writers wait while [`TOGETHER_BLOCKS`] blocks are applied.
-    pub fn apply_all(
-        &self,
-        events: &[(SourceId, impl Borrow<SourceEvent>)],
-        mut done: impl FnMut(Result<Applied>),
-    ) {
-        let mut outcomes = Vec::new();
-        let mut left = events;
-        while !left.is_empty() {
-            let mut blocks = 0;
-            let few = left.iter().take_while(|(_, event)| {
-                blocks += event.borrow().names().len();
-                blocks <= TOGETHER_BLOCKS
-            });
-            let (now, later) = left.split_at(few.count().max(1));
-            let mut state = lock(&self.state);
-            let names = now.iter().flat_map(|(_, event)| event.borrow().names());
-            state.writer.tree.touch_ahead(names.copied());
-            for (id, event) in now {
-                outcomes.push(self.apply_one(&mut state, *id, event.borrow()));
-            }
-            state.writer.tree.forget_touched();
-            drop(state);
-            outcomes.drain(..).for_each(&mut done);
-            left = later;
-        }
     }
 
     fn apply_one(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {

@@ -4,6 +4,7 @@ mod along;
 mod evict;
 mod holders;
 mod memory;
+mod touch;
 
 use kvcache_core::{EngineHash, IndexKey};
 
@@ -213,25 +214,6 @@ impl Tree {
         self.doors.finish(&shared.doors);
     }
 
-    /// Reads what searches for the names of several events would; until [`Self::forget_touched`] they are not read again.
-    pub(super) fn touch_ahead(&mut self, names: impl Iterator<Item = EngineHash>) {
-        self.touch_names(names);
-        self.is_touched = true;
-    }
-
-    pub(super) fn forget_touched(&mut self) {
-        self.is_touched = false;
-    }
-
-    /// Reads what searches for names would, so that they find it in the cache.
-    pub(super) fn touch_names(&mut self, names: impl Iterator<Item = EngineHash>) {
-        if self.is_touched {
-            return;
-        }
-        let hashes = names.map(|name| name.0);
-        self.names.touch_all(hashes, &mut self.lines);
-    }
-
     pub(super) fn key(&self, shared: &Shared, position: u32) -> IndexKey {
         IndexKey(shared.keys.get(position).unwrap_or_default())
     }
@@ -389,13 +371,6 @@ impl Tree {
         let by_key = self.by_key.as_ref()?;
         let found = by_key.find(key.0, |position| shared.keys.get(position) == Some(key.0))?;
         Some(self.place_of(found))
-    }
-
-    /// The same of keys, wherever they are.
-    pub(super) fn touch_keys(&mut self, keys: impl Iterator<Item = IndexKey>) {
-        if let Some(by_key) = &self.by_key {
-            by_key.touch_all(keys.map(|key| key.0), &mut self.lines);
-        }
     }
 
     /// The block with this key after another one, or at the start of a chain; it is made where it is not there yet.
