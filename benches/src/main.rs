@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod clock;
+mod doctor;
 mod engines;
 mod host;
 mod index;
@@ -45,6 +46,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Measure what an engine pays for kvfabric in calls, idle CPU and handing a prompt over, beside NIXL.
     Engines(engines::EnginesArgs),
+    /// Say what this machine offers to transfers, and what could be set better.
+    Doctor(doctor::DoctorArgs),
     /// A process that calls a node from Rust, started by `engines`.
     #[command(hide = true)]
     EngineCalls,
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Command::Engines(args) => execute("engines", &args.output, |recorder| {
             engines::run(&args, recorder)
         }),
+        Command::Doctor(args) => status(doctor::run(&args)),
         Command::EngineCalls => status(engines::answer_questions()),
         Command::TransferTarget => status(transfer::serve_target()),
         Command::IndexServer => status(index::serve_until_told()),

@@ -71,6 +71,21 @@ impl Case<'_> {
     }
 }
 
+/// Writes a report; a reader never sees half of it.
+///
+/// # Errors
+/// `Io` naming the path.
+pub(crate) fn write_json(path: &Path, report: &impl Serialize) -> Result<()> {
+    let failed = |error| Error::io(format!("write {}", path.display()), error);
+    let mut text = serde_json::to_string_pretty(report)
+        .map_err(|error| Error::new(ErrorKind::Internal, "encode the report").with_source(error))?;
+    text.push('\n');
+    let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
+    file.write_all(text.as_bytes()).map_err(failed)?;
+    file.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
+}
+
 /// One run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Report {
@@ -103,15 +118,7 @@ impl Report {
     /// # Errors
     /// `Io` naming the path.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
-        let failed = |error| Error::io(format!("write {}", path.display()), error);
-        let mut text = serde_json::to_string_pretty(self).map_err(|error| {
-            Error::new(ErrorKind::Internal, "encode the report").with_source(error)
-        })?;
-        text.push('\n');
-        let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
-        file.write_all(text.as_bytes()).map_err(failed)?;
-        file.persist(path).map_err(|error| failed(error.error))?;
-        Ok(())
+        write_json(path, self)
     }
 
     /// The figures for people: a line for each case and subject, a column for each metric; those that are told by the

@@ -69,6 +69,8 @@ pub struct ServerConfig {
     pub max_bytes: Option<String>,
     /// Who shares the indexer, by name, and how much of `max_bytes` each may have.
     pub tenants: BTreeMap<String, TenantConfig>,
+    /// Refuse pods and questions that belong to none of them.
+    pub require_tenant: bool,
     /// Where the index keeps a snapshot of itself to begin from after a restart; absent: nowhere.
     pub snapshot_path: Option<PathBuf>,
     /// How often the snapshot is written.
@@ -169,6 +171,7 @@ impl Default for ServerConfig {
             pods_max: 8_192,
             max_bytes: None,
             tenants: BTreeMap::new(),
+            require_tenant: false,
             snapshot_path: None,
             snapshot_interval_ms: 60_000,
             bootstrap_peers: Vec::new(),
@@ -286,10 +289,11 @@ impl ServerConfig {
         for (position, source) in self.sources.iter().enumerate() {
             let place = format!("sources[{position}]");
             let pod = source.pod_name().map_err(|error| error.at(&place))?;
-            source.spec().map_err(|error| error.at(&place))?;
-            if !names.insert(crate::wire::source_name(&pod, &source.name)) {
-                let context = format!("{place}: {pod}/{} is there twice", source.name);
-                return Err(Error::new(ErrorKind::Invalid, context));
+            for spec in source.specs().map_err(|error| error.at(&place))? {
+                if !names.insert(crate::wire::source_name(&pod, &spec.name)) {
+                    let context = format!("{place}: {pod}/{} is there twice", spec.name);
+                    return Err(Error::new(ErrorKind::Invalid, context));
+                }
             }
         }
         Ok(())

@@ -31,3 +31,5 @@ mod sync;
 #[cfg(feature = "server")]
 mod tokenize;
 pub mod wire;
+#[cfg(any(feature = "client", feature = "server"))]
+mod zmtp;

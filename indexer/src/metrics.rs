@@ -57,6 +57,7 @@ pub(crate) struct Holdings {
     pub(crate) sources: u64,
     pub(crate) sources_connected: u64,
     pub(crate) is_serving: bool,
+    pub(crate) expected_blocks: u64,
     pub(crate) tenants: Vec<TenantHoldings>,
 }
 
@@ -95,6 +96,8 @@ pub(crate) struct Metrics {
     sources: Number,
     sources_connected: Number,
     serving: Number,
+    expected_blocks: Number,
+    routings: Counter,
     hit_blocks_by_tier: Family<TierLabel, Counter>,
     snapshots_written: Counter,
     snapshot_failures: Counter,
@@ -149,6 +152,8 @@ impl Metrics {
             sources: Number::default(),
             sources_connected: Number::default(),
             serving: Number::default(),
+            expected_blocks: Number::default(),
+            routings: Counter::default(),
             hit_blocks_by_tier: Family::default(),
             snapshots_written: Counter::default(),
             snapshot_failures: Counter::default(),
@@ -278,6 +283,15 @@ impl Metrics {
             .inc_by(tokens as u64);
     }
 
+    /// A router said where it sends a prompt.
+    pub(crate) fn routed(&self) {
+        self.routings.inc();
+    }
+
+    pub(crate) fn routings(&self) -> u64 {
+        self.routings.get()
+    }
+
     pub(crate) fn lookups(&self) -> u64 {
         self.lookups.get()
     }
@@ -299,6 +313,7 @@ impl Metrics {
         self.sources.set(holdings.sources);
         self.sources_connected.set(holdings.sources_connected);
         self.serving.set(holdings.is_serving.into());
+        self.expected_blocks.set(holdings.expected_blocks);
         for tenant in &holdings.tenants {
             self.evictions.inc_by(self.tenants.show(tenant));
         }

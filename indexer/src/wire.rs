@@ -89,6 +89,8 @@ pub struct Registration {
     pub sources: Vec<SourceSpec>,
     /// Where its peer service listens, `host:port`, if it has one.
     pub peer_address: Option<String>,
+    /// Not empty: this is no pod but a pool, and pods whose names begin with one of these may use what it holds.
+    pub pool_for: Vec<String>,
 }
 
 pub(crate) fn group_to_wire(group: &CacheGroup) -> v1::CacheGroup {
@@ -148,6 +150,7 @@ pub(crate) fn registration_to_wire(registration: &Registration) -> v1::RegisterR
         key_scheme: registration.key_scheme.clone(),
         sources: sources.collect(),
         peer_address: registration.peer_address.clone().unwrap_or_default(),
+        pool_for: registration.pool_for.clone(),
     }
 }
 
@@ -191,6 +194,7 @@ pub(crate) fn registration_from_wire(wire: v1::RegisterRequest) -> Result<Regist
         key_scheme: wire.key_scheme,
         sources: sources.collect::<Result<_>>()?,
         peer_address: some(wire.peer_address),
+        pool_for: wire.pool_for,
     })
 }
 
@@ -261,6 +265,9 @@ pub(crate) fn tier_from_wire(raw: i32) -> Result<Tier> {
         )),
     }
 }
+
+/// The newest format of snapshots that this build writes and reads.
+pub(crate) const SNAPSHOT_FORMAT: u32 = 2;
 
 /// The longest gRPC message either side accepts, in bytes: four million tokens.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 16 << 20;

@@ -425,6 +425,7 @@ async fn a_replica_that_is_not_verified_says_so_and_answers_nothing() {
     assert!(error.to_string().contains("0 of 1 sources"), "{error}");
     let snapshot = v1::SnapshotRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,
+        format: 2,
     };
     let refused = raw(&second).await.snapshot(snapshot).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unavailable);
@@ -466,6 +467,7 @@ async fn a_snapshot_of_other_settings_is_refused() {
     }
     let request = v1::SnapshotRequest {
         protocol_version: 77,
+        format: 2,
     };
     let status = raw(&first).await.snapshot(request).await.unwrap_err();
     assert!(status.message().contains("77"), "{status}");

@@ -3,7 +3,7 @@
 
 mod rig;
 
-use kvcache_core::Tier;
+use kvcache_core::{ErrorKind, Tier};
 use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::config::TenantConfig;
 use kvfabric_indexer::index::BYTES_MIN;
@@ -129,6 +129,9 @@ async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
     assert_eq!(depths(&ask(&mut raw, "", 0).await.unwrap()), []);
     let newest = ask(&mut raw, "default", PROMPTS - 1).await.unwrap();
     assert_eq!(depths(&newest), [("big-0", 2)]);
+    // Whoever reads the answer can see that it may be short, and how much of the source is missing.
+    let lost = newest.freshness[0].evicted;
+    assert!(lost > u64::from(PROMPTS) / 2, "{newest:?}");
     for prompt in (0..PROMPTS).step_by(997) {
         let answer = ask(&mut raw, "", prompt).await.unwrap();
         assert!(
@@ -141,6 +144,8 @@ async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
         depths(&ask(&mut raw, "acme", 7).await.unwrap()),
         [("acme-0", 2)]
     );
+    let whole = ask(&mut raw, "acme", 7).await.unwrap();
+    assert_eq!(whole.freshness[0].evicted, 0, "{whole:?}");
     assert_eq!(
         depths(&ask(&mut raw, "acme", PROMPTS - 1).await.unwrap()),
         []
@@ -152,6 +157,8 @@ async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
     let gone = big.publish_engine(vec![removed(&[0, 1], Tier::Device)]);
     question.min_position = vec![SourcePosition::new(&pod("big-0"), "engine", gone)];
     client.lookup(question).await.unwrap();
+    let newest = ask(&mut raw, "default", PROMPTS - 1).await.unwrap();
+    assert_eq!(newest.freshness[0].evicted, lost - 2, "both are withdrawn");
     let page = page(&server).await;
     let default = r#"{tenant="default",tier="hbm"}"#;
     let evicted = value(
@@ -167,5 +174,34 @@ async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
     assert_eq!(value(&page, "kvfabric_indexer_removals_evicted_total"), 2);
     assert_eq!(value(&page, "kvfabric_indexer_removals_unknown_total"), 0);
     assert_eq!(value(&page, "kvfabric_indexer_gaps_total"), 0);
+    server.shutdown(PATIENCE).await.unwrap();
+}
+
+/// A pod and a question of nobody's, one of a tenant by its name's beginning, and a question that names the default.
+#[tokio::test]
+async fn where_a_tenant_is_required_nothing_belongs_to_nobody() {
+    let mut config = config_with_tenant();
+    config.require_tenant = true;
+    let server = start(config).await;
+    let (client, mut raw) = (client(&server), raw(&server).await);
+    let (nobodys, own) = (engine("big-0"), engine("acme-0"));
+    let refused = client.register(registration(
+        "big-0",
+        [nobodys.source("engine", SourceKind::Vllm)],
+    ));
+    let refused = refused.ready(PATIENCE).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Denied);
+    assert!(refused.to_string().contains("big-0"), "{refused}");
+    let registered = client.register(registration(
+        "acme-0",
+        [own.source("engine", SourceKind::Vllm)],
+    ));
+    registered.ready(PATIENCE).await.unwrap();
+    for tenant in ["", "default"] {
+        let refused = ask(&mut raw, tenant, 7).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+        assert!(refused.message().contains("require_tenant"), "{refused}");
+    }
+    assert_eq!(depths(&ask(&mut raw, "acme", 7).await.unwrap()), []);
     server.shutdown(PATIENCE).await.unwrap();
 }

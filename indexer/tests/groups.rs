@@ -423,3 +423,37 @@ proptest! {
         prop_assert_eq!((both.index.entries(), both.index.blocks()), (0, 0));
     }
 }
+
+/// One long prompt of an engine whose blocks are as large as the index's, and of one whose are twice as large.
+#[test]
+fn a_larger_block_takes_no_more_memory_than_any_other() {
+    const BLOCKS: u32 = 200_000;
+    let bytes_per_block = |engine: usize| {
+        let both = Both::new();
+        let before = both.index.bytes();
+        let size = UNIT * ENGINES[engine].groups[0].2;
+        for first in (0..BLOCKS).step_by(1000) {
+            let event = SourceEvent::Stored(StoredBlocks {
+                hashes: (first..first + 1000)
+                    .map(|block| EngineHash(u64::from(block) + 1))
+                    .collect(),
+                parent: (first > 0).then(|| EngineHash(u64::from(first))),
+                tokens: (first * size..(first + 1000) * size).collect(),
+                block_size: size,
+                tier: Tier::Device,
+                group: None,
+                lora: None,
+                cache_salt: None,
+                identifiers: vec![],
+            });
+            let applied = both.index.apply(both.ids[engine], &event).unwrap();
+            assert_eq!(applied.stored, 1000);
+        }
+        (both.index.bytes() - before) / u64::from(BLOCKS)
+    };
+    let (plain, large) = (bytes_per_block(0), bytes_per_block(1));
+    assert!(
+        large <= plain + plain / 4,
+        "{large} bytes, {plain} of others"
+    );
+}

@@ -53,6 +53,8 @@ fn configured(pod: &str, endpoint: String, replay_endpoint: Option<String>) -> S
         model: "m".to_owned(),
         peer_address: None,
         data_parallel_rank: None,
+        data_parallel_size: None,
+        pool_for: Vec::new(),
         engine_block_size: None,
         groups: Vec::new(),
     }

@@ -8,9 +8,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use kvcache_core::Tier;
 use kvfabric_indexer::adapter::encode_engine_batch;
-use kvfabric_indexer::client::{IndexClient, Prompt};
+use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind};
 use kvfabric_indexer::config::ListenerConfig;
-use kvfabric_indexer::server::ServerConfig;
+use kvfabric_indexer::server::{Running, ServerConfig};
 use kvfabric_proto::v1;
 use rig::*;
 
@@ -94,11 +94,8 @@ impl Drop for Engines {
 
 fn listening() -> ServerConfig {
     let mut config = config();
-    config.listeners.push(ListenerConfig {
-        endpoint: "tcp://127.0.0.1:0".to_owned(),
-        name: "engine".to_owned(),
-        kind: "vllm".to_owned(),
-    });
+    let listener = ListenerConfig::new("tcp://127.0.0.1:0");
+    config.listeners.push(listener);
     config
 }
 
@@ -243,4 +240,74 @@ async fn there_are_never_more_pods_than_configured() {
     wait_until(&client, |status| next(status, "a") == 2).await;
     let status = client.status().await.unwrap();
     assert_eq!(status.pods.len(), 2);
+}
+
+/// One connection speaks for more models than may come to be known by themselves, another for more pods: the rest is
+/// refused, and a pod that registers finds its place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_use_up_neither_the_models_nor_the_pods_of_others() {
+    let mut config = listening();
+    config.pods_max = 4;
+    config.listeners[0].models_max = 2;
+    config.listeners[0].pods_max = Some(3);
+    config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
+    let server = start(config).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    engines.open("a").await;
+    for (number, model) in ["m1", "m2"].into_iter().enumerate() {
+        let topic = format!("kv@pod-{number}@{model}");
+        engines.send("a", &topic, 0, &batch(1, None, &TOKENS[..4]));
+    }
+    wait_until(&client, |status| status.pods.len() == 2).await;
+    engines.send("a", "kv@pod-2@m3", 0, &batch(1, None, &TOKENS[..4]));
+    refused(&server, 1).await;
+    engines.open("b").await;
+    for number in 2..5 {
+        let topic = format!("kv@pod-{number}@m1");
+        engines.send("b", &topic, 0, &batch(1, None, &TOKENS[..4]));
+    }
+    wait_until(&client, |status| status.pods.len() == 3).await;
+    refused(&server, 2).await;
+    let own = engine("own");
+    let registered = client.register(registration(
+        "own",
+        [own.source("engine", SourceKind::Vllm)],
+    ));
+    registered.ready(PATIENCE).await.unwrap();
+    let status = client.status().await.unwrap();
+    let names: Vec<_> = status.pods.iter().map(|pod| pod.pod.as_str()).collect();
+    assert_eq!(names, ["own", "pod-0", "pod-1", "pod-2"]);
+}
+
+/// Waits until so many publishers were refused.
+async fn refused(server: &Running, most: u64) {
+    let counting = async {
+        while metric(server, "kvfabric_indexer_publishers_refused_total").await < most {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, counting)
+        .await
+        .expect("nobody was refused");
+}
+
+/// A topic of a model that is not served, and one of a model that is, on the same connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn models_that_are_not_served_at_a_listener_are_left_out() {
+    let mut config = listening();
+    config.listeners[0].models = vec!["m".to_owned()];
+    let server = start(config).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    engines.open("a").await;
+    engines.send("a", "kv@pod-0@other", 0, &batch(1, None, &TOKENS[..4]));
+    engines.send("a", "kv@pod-1@m", 0, &batch(1, None, &TOKENS[..4]));
+    wait_until(&client, |status| next(status, "pod-1") == 1).await;
+    let status = client.status().await.unwrap();
+    assert_eq!((status.pods.len(), status.events_rejected), (1, 1));
 }

@@ -11,34 +11,18 @@ use kvcache_core::Tier;
 use kvfabric_indexer::client::SourceKind;
 use kvfabric_indexer::index::ORPHAN_BLOCKS_MAX;
 use kvfabric_indexer::publisher::Publisher;
-use kvfabric_indexer::server::{Running, ServerConfig};
+use kvfabric_indexer::server::ServerConfig;
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use kvfabric_proto::v1::snapshot_piece::Piece;
 use prost::Message;
 use rig::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::io::{AsyncReadExt, copy};
 use tokio::net::{TcpListener, TcpStream};
 use tonic::transport::Endpoint;
 
 /// Blocks of a large index, as events of some thousand blocks each.
 const MANY: u64 = 100_000;
-
-async fn metric(server: &Running, name: &str) -> u64 {
-    let address = server.metrics_address().unwrap();
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value
-        .unwrap_or_else(|| panic!("no {name} in\n{text}"))
-        .parse()
-        .unwrap()
-}
 
 fn publish_many(engine: &Publisher) {
     for first in (0..MANY).step_by(4000) {
@@ -184,6 +168,7 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
     assert_eq!(client.status().await.unwrap().entries, MANY);
     let request = v1::SnapshotRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,
+        format: 2,
     };
     // Small windows, so that the pieces wait at the server.
     let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc_address())).unwrap();
@@ -437,4 +422,29 @@ async fn a_peer_whose_snapshot_is_cut_short_is_passed_over() {
     let replica = client(&second);
     wait_until(&replica, |status| status.serving).await;
     assert_eq!(replica.status().await.unwrap().entries, MANY + 2);
+}
+
+/// A pod with many blocks leaves an index without a byte budget, and nothing is said or asked after that but how much
+/// memory there is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_memory_of_a_pod_that_left_comes_back_without_any_event() {
+    let mut config = config();
+    config.max_bytes = Some("unlimited".to_owned());
+    let server = start(config).await;
+    let client = client(&server);
+    let before = client.status().await.unwrap().bytes;
+    let engine = engine("pod-0");
+    let source = engine.source("engine", SourceKind::Vllm);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    publish_many(&engine);
+    wait_until(&client, |status| status.entries == MANY).await;
+    let full = client.status().await.unwrap().bytes;
+    assert!(full > before + MANY * 10, "{before} bytes, then {full}");
+    drop(registered);
+    // A tenth of it: some tables keep room for what may come.
+    wait_until(&client, |status| {
+        status.pods.is_empty() && status.bytes < before + (full - before) / 10
+    })
+    .await;
 }

@@ -12,6 +12,10 @@ use kvfabric_indexer::client::{
     CacheGroup, GroupRule, IndexClient, LookupAnswer, LookupOptions, Prompt, SourceKind,
     SourcePosition, SourceSpec,
 };
+use kvfabric_indexer::config::StaticSource;
+use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
+use kvfabric_indexer::server::Running;
+use kvfabric_proto::v1;
 use rig::*;
 use rmpv::Value;
 
@@ -195,9 +199,9 @@ async fn a_hybrid_models_prefix_counts_as_far_as_each_group_allows() {
     server.shutdown(PATIENCE).await.unwrap();
 }
 
-/// Blocks of 4 and of 8 tokens in one answer; and of 6, which fit no whole number of times.
+/// Blocks of 4, of 8 and of 2 tokens in one answer; and of 6, which fit no whole number of times.
 #[tokio::test]
-async fn engines_with_larger_blocks_are_answered_in_whole_blocks_of_their_own() {
+async fn engines_with_other_block_sizes_are_answered_in_whole_blocks() {
     let server = start(config()).await;
     let client = client(&server);
     let (small, large) = (engine("small"), engine("large"));
@@ -233,6 +237,25 @@ async fn engines_with_larger_blocks_are_answered_in_whole_blocks_of_their_own() 
         depths(&ask(&client, &[("large/engine", at)]).await),
         [("small".to_owned(), 2)]
     );
+
+    // Of 2 tokens: a block of the index is there when both its parts are.
+    let tiny = engine("tiny");
+    let mut registration_tiny = registration("tiny", [tiny.source("engine", SourceKind::Vllm)]);
+    registration_tiny.block_size = 2;
+    let registered = client.register(registration_tiny);
+    registered.ready(PATIENCE).await.unwrap();
+    for (told, depth) in [
+        (Told::Stored(&[21, 22, 23], 6, 2, None), 1),
+        (Told::Stored(&[21, 22, 23, 24], 8, 2, None), 2),
+        (Told::Removed(&[23], None), 2),
+        (Told::Removed(&[24], None), 1),
+        (Told::Removed(&[21, 21], None), 0),
+    ] {
+        let at = tiny.publish_payload(payload(0, &[told]));
+        let answer = ask(&client, &[("tiny/engine", at)]).await;
+        let found = answer.pods.iter().find(|pod| pod.pod.as_str() == "tiny");
+        assert_eq!(found.map_or(0, |pod| pod.depth), depth);
+    }
 
     let mut raw = raw(&server).await;
     let mut odd = wire_registration("odd", &small);
@@ -362,5 +385,169 @@ async fn a_pod_that_publishes_nothing_is_answered_by_where_prompts_went() {
     assert_eq!(ask(&client, &[]).await.pods[0].depth, 1);
     let other = client.lookup(prompt(&[9; 4])).await.unwrap();
     assert_eq!(other.pods[0].depth, 1);
+    server.shutdown(PATIENCE).await.unwrap();
+}
+
+/// Two publishers whose both ports follow each other.
+fn ranks_beside_each_other() -> [Publisher; 2] {
+    let bind = |endpoint: String, replay_endpoint: String| {
+        let mut config = PublisherConfig::new(pod("pod-0"), "m", Stream::Engine);
+        (config.endpoint, config.replay_endpoint) = (endpoint, replay_endpoint);
+        Publisher::bind(config)
+    };
+    let next = |endpoint: &str| {
+        let (host, port) = endpoint.rsplit_once(':').unwrap();
+        let port: u32 = port.parse().unwrap();
+        format!("{host}:{}", port + 1)
+    };
+    // The ports that follow may be somebody's.
+    for _ in 0..100 {
+        let first = engine("pod-0");
+        if let Ok(second) = bind(next(first.endpoint()), next(first.replay_endpoint())) {
+            return [first, second];
+        }
+    }
+    panic!("no ports beside each other are free");
+}
+
+/// An engine of two ranks that is configured once.
+#[tokio::test]
+async fn the_ranks_of_a_configured_engine_are_found_at_the_ports_that_follow() {
+    let [first, second] = ranks_beside_each_other();
+    let mut config = config();
+    config.sources.push(StaticSource {
+        pod: "pod-0".to_owned(),
+        name: "engine".to_owned(),
+        kind: "vllm".to_owned(),
+        endpoint: first.endpoint().to_owned(),
+        replay_endpoint: Some(first.replay_endpoint().to_owned()),
+        model: "m".to_owned(),
+        peer_address: None,
+        data_parallel_rank: None,
+        data_parallel_size: Some(2),
+        pool_for: Vec::new(),
+        engine_block_size: None,
+        groups: Vec::new(),
+    });
+    let server = start(config).await;
+    let client = client(&server);
+    let at_first = first.publish_payload(payload(0, &[Told::Stored(&[1], 4, 4, None)]));
+    let at_second = second.publish_payload(payload(1, &[Told::Stored(&[1, 2], 8, 4, None)]));
+    let at = [("pod-0/engine-0", at_first), ("pod-0/engine-1", at_second)];
+    let answer = ask(&client, &at).await;
+    let parts = answer.pods[0].parts.iter();
+    let parts: Vec<_> = parts.map(|part| (part.rank, part.depth)).collect();
+    assert_eq!(parts, [(Some(0), 1), (Some(1), 2)]);
+    server.shutdown(PATIENCE).await.unwrap();
+}
+
+/// The sources that a reader which knows format 1 only could go on with: that format cannot say what others are.
+async fn continued_in_format_1(server: &Running) -> Vec<String> {
+    let request = v1::SnapshotRequest {
+        protocol_version: kvfabric_proto::PROTOCOL_VERSION,
+        format: 0,
+    };
+    let mut pieces = raw(server)
+        .await
+        .snapshot(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut continued = Vec::new();
+    while let Some(piece) = pieces.message().await.unwrap() {
+        use v1::snapshot_piece::Piece;
+        match piece.piece.unwrap() {
+            Piece::Start(start) => assert_eq!(start.format, 1),
+            Piece::Source(source) if !source.last_batch.is_empty() => continued.push(source.name),
+            _ => {}
+        }
+    }
+    continued
+}
+
+/// A server that has begun from another one's snapshot, and goes on with so many of its sources.
+async fn replica_of(server: &Running, sources: u32) -> Running {
+    let mut config = config();
+    config.bootstrap_peers = vec![server.grpc_address().to_string()];
+    config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
+    let replica = start(config).await;
+    wait_until(&client(&replica), |status| status.serving).await;
+    let page = metrics_page(&replica).await;
+    let resumed = format!("kvfabric_indexer_sources_resumed_total {sources}\n");
+    assert!(page.contains(&resumed), "{page}");
+    replica
+}
+
+/// Ranks, groups and larger blocks, of which events have told; to a replica, and to a reader that knows format 1 only.
+#[tokio::test]
+async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
+    let server = start(config()).await;
+    let first_client = client(&server);
+    let (zero, one) = (engine("ranks"), engine("ranks"));
+    let (hybrid, large) = (engine("hybrid"), engine("large"));
+    let source = |name: &str, publisher: &Publisher| publisher.source(name, SourceKind::Vllm);
+    let ranks = [source("dp0", &zero), source("dp1", &one)];
+    let registered = [
+        first_client.register(registration("ranks", ranks)),
+        first_client.register(registration("hybrid", [source("engine", &hybrid)])),
+        first_client.register(registration("large", [source("engine", &large)])),
+    ];
+    for registered in &registered {
+        registered.ready(PATIENCE).await.unwrap();
+    }
+    let full = (0, "full_attention", None);
+    let window = (1, "sliding_window", Some(5));
+    let at = [
+        (
+            "ranks/dp0",
+            zero.publish_payload(payload(0, &[Told::Stored(&[1], 4, 4, None)])),
+        ),
+        (
+            "ranks/dp1",
+            one.publish_payload(payload(1, &[Told::Stored(&[1, 2], 8, 4, None)])),
+        ),
+        (
+            "hybrid/engine",
+            hybrid.publish_payload(payload(
+                0,
+                &[
+                    Told::Stored(&[1, 2], 8, 4, Some(full)),
+                    Told::Stored(&[2], 8, 4, Some(window)),
+                ],
+            )),
+        ),
+        (
+            "large/engine",
+            large.publish_payload(payload(0, &[Told::Stored(&[7], 8, 8, None)])),
+        ),
+    ];
+    let before = ask(&first_client, &at).await;
+    assert_eq!(before.pods.len(), 3);
+    assert!(before.pods.iter().all(|pod| pod.depth == 2), "{before:?}");
+
+    let second = replica_of(&server, 4).await;
+    let replica = client(&second);
+    assert_eq!(ask(&replica, &at).await.pods, before.pods);
+    // What comes later means the same to both.
+    let end = |hash: u64, group: Option<u32>| payload(0, &[Told::Removed(&[hash], group)]);
+    let at = [
+        ("hybrid/engine", hybrid.publish_payload(end(2, Some(1)))),
+        ("large/engine", large.publish_payload(end(7, None))),
+        (
+            "ranks/dp1",
+            one.publish_payload(payload(1, &[Told::Removed(&[2], None)])),
+        ),
+    ];
+    let after = ask(&first_client, &at).await;
+    let depths: Vec<_> = after
+        .pods
+        .iter()
+        .map(|pod| (pod.pod.as_str(), pod.depth))
+        .collect();
+    assert_eq!(depths, [("ranks", 1)]);
+    assert_eq!(ask(&replica, &at).await.pods, after.pods);
+
+    assert_eq!(continued_in_format_1(&server).await, Vec::<String>::new());
+    second.shutdown(PATIENCE).await.unwrap();
     server.shutdown(PATIENCE).await.unwrap();
 }

@@ -27,6 +27,22 @@ fn json(line: &str) -> serde_json::Value {
     serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 
+/// A router's word, recorded from the command line, is in the next view.
+async fn recording_is_shown(server: &kvfabric_indexer::server::Running, tokens: &str) {
+    let longer = format!("{tokens},1,2,3,4");
+    let recording = ["query", "--tokens", &longer, "--record", "pod-0"];
+    let told = lines(server, &recording).await;
+    let recorded = "recorded for pod-0: it holds 2, 1 more are expected";
+    assert_eq!(told.last().unwrap(), recorded);
+    let told = json(&lines(server, &["top", "--count", "1", "--json"]).await[0]);
+    assert_eq!(
+        (&told["expected_blocks"], &told["routings"]),
+        (&1.into(), &1.into())
+    );
+    let by_tier = &told["tenants"][0]["tiers"];
+    assert_eq!(by_tier["hbm"]["bytes"], told["tenants"][0]["bytes"]);
+}
+
 /// One engine with two blocks, in words and in JSON.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn query_dump_and_top_show_what_the_index_knows() {
@@ -66,13 +82,20 @@ async fn query_dump_and_top_show_what_the_index_knows() {
 
     let told = lines(&server, &["top", "--count", "2", "--interval-ms", "1"]).await;
     assert!(told[0].starts_with("serving; 1 pods, 2 blocks"), "{told:?}");
-    assert!(told[1].starts_with("pod-0/engine"), "{told:?}");
+    assert_eq!(told[1], "routings 0, expected blocks 0");
     assert!(
-        told[2].contains("events 0/s"),
+        told[2].starts_with("tenant default") && told[2].contains("hbm 2 (bytes "),
+        "{told:?}"
+    );
+    assert!(told[3].starts_with("pod-0/engine"), "{told:?}");
+    assert!(
+        told[4].contains("events 0/s"),
         "the second view has rates: {told:?}"
     );
     let told = lines(&server, &["top", "--count", "1", "--json"]).await;
     assert_eq!(json(&told[0])["sources"][0]["source"], "pod-0/engine");
+
+    recording_is_shown(&server, &tokens).await;
 
     let told = lines(&server, &["dump", "--blocks", "--json"]).await;
     assert_eq!(told.len(), 4);

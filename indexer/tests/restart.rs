@@ -348,6 +348,8 @@ async fn a_configured_source_is_followed_without_registration() {
         model: "m".to_owned(),
         peer_address: None,
         data_parallel_rank: None,
+        data_parallel_size: None,
+        pool_for: Vec::new(),
         engine_block_size: None,
         groups: Vec::new(),
     });

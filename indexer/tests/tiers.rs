@@ -7,10 +7,8 @@ mod rig;
 use kvcache_core::Tier;
 use kvfabric_indexer::client::{IndexClient, PodDepth, Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::publisher::Publisher;
-use kvfabric_indexer::server::Running;
 use rig::*;
 use rmpv::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn event(tag: &str, hash: u64, medium: &str) -> Value {
     let fields = [
@@ -46,16 +44,6 @@ fn payload(events: Vec<Value>) -> Vec<u8> {
     let mut bytes = Vec::new();
     rmpv::encode::write_value(&mut bytes, &batch).unwrap();
     bytes
-}
-
-async fn page(server: &Running) -> String {
-    let address = server.metrics_address().unwrap();
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    stream.write_all(request).await.unwrap();
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await.unwrap();
-    page
 }
 
 async fn answer(client: &IndexClient, engine: &Publisher) -> Vec<PodDepth> {
@@ -119,7 +107,7 @@ async fn a_medium_counts_as_configured_and_an_unknown_one_as_all_unknown_ones_do
             "{case}: {}",
             pods[0].score
         );
-        let page = page(&server).await;
+        let page = metrics_page(&server).await;
         let series = "kvfabric_indexer_unknown_medium_events_total{medium=\"CXL_POOL\"} 1\n";
         assert_eq!(page.contains(series), is_counted, "{case}: {page}");
         let line = format!("kvfabric_indexer_events_rejected_total {rejected}\n");

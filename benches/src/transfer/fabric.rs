@@ -14,7 +14,7 @@ use crate::clock::process_cpu;
 use crate::report::OURS;
 
 use super::contents::{self, POISON};
-use super::plan::{BackendKind, Plan, Way};
+use super::plan::{BackendKind, Plan, Shape, Way};
 use super::process::TargetProcess;
 use super::remote::{Files, Remote};
 use super::subject::Subject;
@@ -111,6 +111,30 @@ impl Fabric {
     }
 }
 
+/// Starts another process, and reaches it only the way of this shape; what is told of the path.
+pub(super) fn path_to_another_process(shape: Shape) -> Result<String> {
+    let agent = agent("doctor", shape.backend)?;
+    let mut process = TargetProcess::start()?;
+    let (_, metadata) = process.expose(shape)?;
+    let peer = agent.load_peer(&metadata)?;
+    check_path(&agent, &peer, shape.backend)
+}
+
+fn check_path(agent: &Agent, peer: &PeerHandle, backend: BackendKind) -> Result<String> {
+    let wanted = backend.name();
+    let path = agent.path_to(peer);
+    if path.backend == Some(wanted) {
+        return Ok(path.why);
+    }
+    let reasons = path
+        .refused
+        .iter()
+        .map(|(way, why)| format!("{way}: {why}"));
+    let reasons: Vec<_> = reasons.collect();
+    let context = format!("{wanted} cannot be used here: {}", reasons.join("; "));
+    Err(Error::new(ErrorKind::Unsupported, context))
+}
+
 fn open_remote(
     plan: &Plan,
     agent: &Agent,
@@ -129,12 +153,7 @@ fn open_remote(
             let mut process = TargetProcess::start()?;
             let (region, metadata) = process.expose(shape)?;
             let peer = agent.load_peer(&metadata)?;
-            let wanted = shape.backend.name();
-            let path = agent.path_to(&peer);
-            if path.backend != Some(wanted) {
-                let context = format!("{wanted} cannot be used here: {:?}", path.refused);
-                return Err(Error::new(ErrorKind::Unsupported, context));
-            }
+            check_path(agent, &peer, shape.backend)?;
             (
                 Remote::Process(process),
                 Places::Peer(peer, RegionId(region)),

@@ -21,6 +21,7 @@ use kvfabric_transfer::DirectMode;
 use crate::recorder::{OutputArgs, Recorder};
 use crate::sizes::parse_bytes;
 
+pub(crate) use self::plan::BackendKind as PathKind;
 use self::plan::{BackendKind, Order, Plan, Shape, Way};
 use self::subject::Subject;
 
@@ -140,6 +141,23 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
         recorder.step();
     }
     Ok(())
+}
+
+/// Whether a way to another process of this host works: what is told of it.
+///
+/// # Errors
+/// Why it does not.
+pub(crate) fn try_path(kind: PathKind) -> Result<String> {
+    let shape = Shape {
+        backend: kind,
+        way: Way::Write,
+        block_bytes: 4096,
+        total_bytes: 4096,
+        request_blocks: 1,
+        order: Order::Contiguous,
+        seed: 0,
+    };
+    fabric::path_to_another_process(shape)
 }
 
 fn folder(args: &TransferArgs) -> Result<tempfile::TempDir> {

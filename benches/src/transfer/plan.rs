@@ -13,7 +13,7 @@ const BLOCK_BYTES_MAX: u64 = 1 << 30;
 
 /// What moves the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub(super) enum BackendKind {
+pub(crate) enum BackendKind {
     /// Between two regions of one agent.
     Memcpy,
     /// To another process, which shares its memory.
@@ -29,7 +29,7 @@ pub(super) enum BackendKind {
 }
 
 impl BackendKind {
-    pub(super) const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Memcpy => "memcpy",
             Self::Shm => "shm",

@@ -82,6 +82,7 @@ impl Publishers {
             key_scheme: config.key_scheme.clone(),
             sources,
             peer_address: peers.map(|address| address.to_string()),
+            pool_for: Vec::new(),
         });
         ready(&registered).await?;
         let Self {

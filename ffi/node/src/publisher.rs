@@ -84,6 +84,7 @@ impl EnginePublisher {
                 key_scheme: config.key_scheme,
                 sources: vec![publisher.source(ENGINE_SOURCE, SourceKind::Vllm)],
                 peer_address: config.peer_address.map(|address| address.to_string()),
+                pool_for: Vec::new(),
             });
             index::ready(&registered).await?;
             Ok::<_, Error>(registered)

@@ -570,6 +570,48 @@ proptest! {
         prop_assert_eq!(decoded, events);
     }
 
+    /// Real topics with some bytes changed, and any text: what is read is written the same again.
+    #[test]
+    fn topics_are_read_as_they_are_written_or_refused(
+        text in "(kv@)?[a-z@/:. é]{0,40}",
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        for mut topic in [text.into_bytes(), b"kv@10.0.0.1:8000@org/model@17".to_vec()] {
+            for (place, value) in &changes {
+                if !topic.is_empty() {
+                    let place = place.index(topic.len());
+                    topic[place] = *value;
+                }
+            }
+            if let Ok(read) = Topic::parse(&topic, SourceKind::Vllm) {
+                prop_assert_eq!(read.to_string().into_bytes(), topic.clone());
+            }
+            if let Ok(read) = Topic::parse(&topic, SourceKind::Node) {
+                prop_assert_eq!(Topic::parse(read.to_string().as_bytes(), SourceKind::Node).unwrap(), read);
+            }
+        }
+    }
+
+    /// A node's batches with some bytes changed, cut out or doubled.
+    #[test]
+    fn mutated_batches_of_nodes_never_panic(
+        events in proptest::collection::vec(node_event(), 1..20),
+        mutations in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>(), 0..3_u8), 1..6),
+    ) {
+        let mut payload = encode_node_batch(7.25, &events);
+        for (place, byte, what) in mutations {
+            let place = place.index(payload.len());
+            match what {
+                0 => payload[place] = byte,
+                1 => drop(payload.remove(place)),
+                _ => payload.insert(place, byte),
+            }
+        }
+        if let Ok(batch) = decode_batch(&payload, SourceKind::Node) {
+            prop_assert!(batch.events.len() <= payload.len());
+        }
+    }
+
     /// Bytes of no meaning, read as every kind of source.
     #[test]
     fn random_bytes_are_refused_or_read_but_never_panic(

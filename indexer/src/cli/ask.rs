@@ -78,6 +78,9 @@ pub struct Query {
     /// Say how each score comes about, and how fresh each source is.
     #[arg(long)]
     explain: bool,
+    /// Record that the prompt goes to this pod, after the answer, as a router does: its blocks are expected there.
+    #[arg(long, value_parser = PodName::new, value_name = "POD")]
+    record: Option<PodName>,
 }
 
 fn parse_key(text: &str) -> Result<u64, std::num::ParseIntError> {
@@ -103,11 +106,27 @@ impl Query {
             },
             explain: self.explain,
         };
-        let answer = self.target.client()?.lookup_with(request, options).await?;
+        let client = self.target.client()?;
+        let answer = client.lookup_with(request.clone(), options).await?;
+        let recorded = match &self.record {
+            Some(pod) => Some(client.record_routing(pod, request, None).await?),
+            None => None,
+        };
         if self.target.json {
-            print_line(&to_json(&answer).to_string())
-        } else {
-            print(&answer, self.explain)
+            let mut told = to_json(&answer);
+            if let Some(recorded) = recorded {
+                told["recorded"] =
+                    json!({ "depth": recorded.depth, "expected": recorded.expected });
+            }
+            return print_line(&told.to_string());
+        }
+        print(&answer, self.explain)?;
+        match (recorded, self.record) {
+            (Some(recorded), Some(pod)) => print_line(&format!(
+                "recorded for {pod}: it holds {}, {} more are expected",
+                recorded.depth, recorded.expected
+            )),
+            _ => Ok(()),
         }
     }
 }
@@ -160,6 +179,17 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
             print_line(&format!("  score = {}", terms.join(" + ")))?;
             pod.parts.iter().try_for_each(print_part)?;
         }
+    }
+    for pool in &answer.pools {
+        let held: Vec<_> = pool.held.iter().map(|held| format!("{held:?}")).collect();
+        let users: Vec<_> = pool.pods.iter().map(PodName::as_str).collect();
+        print_line(&format!(
+            "pool {:<19} depth {:>6}  blocks {}  for {}",
+            pool.pool,
+            pool.depth,
+            held.join(", "),
+            users.join(", ")
+        ))?;
     }
     if explain {
         for (source, freshness) in answer.positions.iter().zip(&answer.freshness) {
@@ -215,7 +245,14 @@ fn fresh(freshness: &Freshness) -> String {
         Some(heard) => format!("heard {} ms ago", heard.as_millis()),
         None => "never heard".to_owned(),
     };
-    format!("{is}, lag {} us, {heard}", freshness.lag.as_micros())
+    let evicted = match freshness.evicted {
+        0 => String::new(),
+        entries => format!("; {entries} entries given up for lack of room: it may hold more"),
+    };
+    format!(
+        "{is}, lag {} us, {heard}{evicted}",
+        freshness.lag.as_micros()
+    )
 }
 
 fn to_json(answer: &LookupAnswer) -> serde_json::Value {
@@ -259,6 +296,7 @@ fn to_json(answer: &LookupAnswer) -> serde_json::Value {
             "current": freshness.is_current,
             "lag_us": freshness.lag.as_micros() as u64,
             "heard_us": freshness.heard.map(|heard| heard.as_micros() as u64),
+            "evicted": freshness.evicted,
         })
     });
     json!({
@@ -266,6 +304,13 @@ fn to_json(answer: &LookupAnswer) -> serde_json::Value {
         "block_size": answer.block_size,
         "shared_depth": answer.shared_depth,
         "pods": pods.collect::<Vec<_>>(),
+        "pools": answer.pools.iter().map(|pool| json!({
+            "pool": pool.pool.as_str(),
+            "depth": pool.depth,
+            "held": pool.held.iter().map(|held| [held.start, held.end]).collect::<Vec<_>>(),
+            "pods": pool.pods.iter().map(PodName::as_str).collect::<Vec<_>>(),
+            "peer_address": pool.peer_address,
+        })).collect::<Vec<_>>(),
         "positions": positions.collect::<Vec<_>>(),
     })
 }
@@ -282,19 +327,7 @@ impl Pods {
         let status = self.target.client()?.status().await?;
         if self.target.json {
             let pods = status.pods.iter().map(|pod| {
-                let sources = pod.sources.iter().map(|source| {
-                    let position = source.position.clone().unwrap_or_default();
-                    json!({
-                        "source": position.source,
-                        "epoch": position.epoch,
-                        "next_sequence": position.next_sequence,
-                        "connected": source.connected,
-                        "gaps": source.gaps,
-                        "replays": source.replays,
-                        "resyncs": source.resyncs,
-                        "orphans": source.orphans,
-                    })
-                });
+                let sources = pod.sources.iter().map(source_json);
                 json!({
                     "pod": pod.pod,
                     "entries": pod.entries,
@@ -350,6 +383,21 @@ impl Pods {
     }
 }
 
+fn source_json(source: &v1::SourceStatus) -> serde_json::Value {
+    let position = source.position.clone().unwrap_or_default();
+    json!({
+        "source": position.source,
+        "epoch": position.epoch,
+        "next_sequence": position.next_sequence,
+        "connected": source.connected,
+        "gaps": source.gaps,
+        "replays": source.replays,
+        "resyncs": source.resyncs,
+        "orphans": source.orphans,
+        "evicted": source.freshness.map_or(0, |fresh| fresh.evicted),
+    })
+}
+
 fn tiers(tenant: &v1::TenantStatus) -> impl Iterator<Item = (&'static str, &v1::TierUsage)> {
     // Tiers are numbered from 1 on the wire, in the order of `Tier::ALL`; numbers of a later version are passed over.
     tenant.tiers.iter().filter_map(|used| {
@@ -358,9 +406,13 @@ fn tiers(tenant: &v1::TenantStatus) -> impl Iterator<Item = (&'static str, &v1::
     })
 }
 
-fn tenant_json(tenant: &v1::TenantStatus) -> serde_json::Value {
+pub(super) fn tenant_json(tenant: &v1::TenantStatus) -> serde_json::Value {
     let by_tier = tiers(tenant).map(|(tier, used)| {
-        let counts = json!({ "entries": used.entries, "evicted": used.evicted });
+        let counts = json!({
+            "entries": used.entries,
+            "bytes": used.bytes,
+            "evicted": used.evicted,
+        });
         (tier.to_owned(), counts)
     });
     json!({
@@ -372,13 +424,21 @@ fn tenant_json(tenant: &v1::TenantStatus) -> serde_json::Value {
     })
 }
 
-fn tenant_line(tenant: &v1::TenantStatus) -> String {
+pub(super) fn tenant_line(tenant: &v1::TenantStatus) -> String {
     let most = tenant
         .bytes_max
         .map_or_else(String::new, |most| format!(" of {most}"));
     let by_tier: Vec<String> = tiers(tenant)
         .filter(|(_, used)| used.entries + used.evicted > 0)
-        .map(|(tier, used)| format!("{tier} {} (evicted {})", used.entries, used.evicted))
+        .map(|(tier, used)| {
+            let v1::TierUsage {
+                entries,
+                bytes,
+                evicted,
+                ..
+            } = used;
+            format!("{tier} {entries} (bytes {bytes}, evicted {evicted})")
+        })
         .collect();
     format!(
         "tenant {:<17} bytes {}{most}, entries: {}",

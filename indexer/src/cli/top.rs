@@ -9,7 +9,7 @@ use kvfabric_proto::v1;
 use serde_json::json;
 use tokio::time::{Instant, sleep_until};
 
-use super::ask::Target;
+use super::ask::{Target, tenant_json, tenant_line};
 use super::print_line;
 
 /// Clears the screen and goes to its corner.
@@ -88,6 +88,9 @@ impl Top {
                 "events_per_second": events,
                 "lookups_per_second": lookups,
                 "lag_p99_us": status.lag_p99_us,
+                "expected_blocks": status.expected_blocks,
+                "routings": status.routings,
+                "tenants": status.tenants.iter().map(tenant_json).collect::<Vec<_>>(),
                 "sources": shown.collect::<Vec<_>>(),
             });
             return print_line(&line.to_string());
@@ -109,20 +112,31 @@ impl Top {
             per_second(lookups),
             status.lag_p99_us
         ))?;
-        for (name, source) in sources.iter().take(self.sources) {
-            let freshness = source.freshness.unwrap_or_default();
-            let is = match (freshness.connected, freshness.current) {
-                (_, true) => "current",
-                (true, false) => "catching up",
-                (false, false) => "not connected",
-            };
-            print_line(&format!(
-                "{name:<32} {is:<14} lag {:>9} us  orphans {:>6}  gaps {:>5}  resyncs {:>4}",
-                freshness.lag_us, source.orphans, source.gaps, source.resyncs
-            ))?;
+        print_line(&format!(
+            "routings {}, expected blocks {}",
+            status.routings, status.expected_blocks
+        ))?;
+        for tenant in &status.tenants {
+            print_line(&tenant_line(tenant))?;
         }
-        Ok(())
+        sources
+            .iter()
+            .take(self.sources)
+            .try_for_each(|(name, source)| print_source(name, source))
     }
+}
+
+fn print_source(name: &str, source: &v1::SourceStatus) -> Result<()> {
+    let freshness = source.freshness.unwrap_or_default();
+    let is = match (freshness.connected, freshness.current) {
+        (_, true) => "current",
+        (true, false) => "catching up",
+        (false, false) => "not connected",
+    };
+    print_line(&format!(
+        "{name:<32} {is:<14} lag {:>9} us  orphans {:>6}  gaps {:>5}  resyncs {:>4}  evicted {:>7}",
+        freshness.lag_us, source.orphans, source.gaps, source.resyncs, freshness.evicted
+    ))
 }
 
 /// Those that are not current first, then those that lag most.

@@ -69,6 +69,9 @@ pub struct Freshness {
     pub is_connected: bool,
     /// Connected, and all that is known to have been published is applied.
     pub is_current: bool,
+    /// Entries of the source that the index gave up for lack of room and that the source has not withdrawn since, as far as
+    /// is known: while it is not 0, the pod may hold more than is answered.
+    pub evicted: u64,
 }
 
 impl Freshness {
@@ -78,8 +81,26 @@ impl Freshness {
             heard: wire.heard_us.map(Duration::from_micros),
             is_connected: wire.connected,
             is_current: wire.current,
+            evicted: wire.evicted,
         }
     }
+}
+
+/// What a pool holds that some pods share; never part of a pod's depth or score.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolDepth {
+    /// Which.
+    pub pool: PodName,
+    /// Blocks, from the first, without a hole.
+    pub depth: u32,
+    /// Which blocks, by position, holes or not: ascending, apart from each other.
+    pub held: Vec<Range<u32>>,
+    /// For how many of those each tier is the fastest.
+    pub by_tier: [u32; 4],
+    /// The pods known now that may use it, of those that were asked about if any were named.
+    pub pods: Vec<PodName>,
+    /// Where its peer service listens, if it has one.
+    pub peer_address: Option<String>,
 }
 
 /// The index's answer.
@@ -99,6 +120,8 @@ pub struct LookupAnswer {
     pub positions: Vec<SourcePosition>,
     /// One for each of `positions`, in their order.
     pub freshness: Vec<Freshness>,
+    /// Pools that hold anything of the prompt, each once, however many pods may use it.
+    pub pools: Vec<PoolDepth>,
 }
 
 impl LookupAnswer {
@@ -110,12 +133,13 @@ impl LookupAnswer {
             .collect::<Result<_>>()?;
         Ok(Self {
             pods,
+            pools: wire
+                .pools
+                .into_iter()
+                .map(pool_from_wire)
+                .collect::<Result<_>>()?,
             shared_depth: wire.shared_depth,
-            shared: wire
-                .shared
-                .iter()
-                .map(|range| range.start..range.end)
-                .collect(),
+            shared: ranges_from_wire(&wire.shared),
             blocks: wire.blocks,
             block_size: wire.block_size,
             positions: wire
@@ -126,6 +150,26 @@ impl LookupAnswer {
             freshness: wire.freshness.iter().map(Freshness::from_wire).collect(),
         })
     }
+}
+
+fn ranges_from_wire(ranges: &[v1::BlockRange]) -> Vec<Range<u32>> {
+    let ranges = ranges.iter().map(|range| range.start..range.end);
+    ranges.collect()
+}
+
+fn pool_from_wire(wire: v1::PoolDepth) -> Result<PoolDepth> {
+    Ok(PoolDepth {
+        pool: PodName::new(&wire.pool)?,
+        depth: wire.depth,
+        held: ranges_from_wire(&wire.held),
+        by_tier: tiers_from_wire(&wire.by_tier)?,
+        pods: wire
+            .pods
+            .iter()
+            .map(|pod| PodName::new(pod))
+            .collect::<Result<_>>()?,
+        peer_address: Some(wire.peer_address).filter(|address| !address.is_empty()),
+    })
 }
 
 fn tiers_from_wire(told: &[v1::TierDepth]) -> Result<[u32; 4]> {

@@ -17,7 +17,7 @@ mod register;
 pub use crate::wire::{
     CacheGroup, GroupRule, Registration, SourceKind, SourcePosition, SourceSpec,
 };
-pub use answer::{Freshness, LookupAnswer, PartDepth, PodDepth, ScoreTerm};
+pub use answer::{Freshness, LookupAnswer, PartDepth, PodDepth, PoolDepth, ScoreTerm};
 pub use register::Registered;
 
 /// Calls that may wait for the connection; further ones wait their turn until their deadline.
@@ -305,6 +305,7 @@ impl IndexClient {
     pub async fn snapshot(&self) -> Result<tonic::Streaming<v1::SnapshotPiece>> {
         let request = v1::SnapshotRequest {
             protocol_version: PROTOCOL_VERSION,
+            format: wire::SNAPSHOT_FORMAT,
         };
         let deadline = self.inner.config.deadline;
         // Without a deadline of its own: the client's is for the first piece only.

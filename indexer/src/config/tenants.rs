@@ -51,7 +51,11 @@ impl Tenant {
 
 /// All tenants; the first is [`DEFAULT_TENANT`].
 #[derive(Clone, Debug)]
-pub(crate) struct Tenants(Vec<Tenant>);
+pub(crate) struct Tenants {
+    all: Vec<Tenant>,
+    /// What belongs to none of the named ones is refused.
+    is_required: bool,
+}
 
 impl Tenants {
     /// # Errors
@@ -83,16 +87,33 @@ impl Tenants {
                 rules,
             })
             .partition(|tenant| tenant.name == DEFAULT_TENANT);
-        Ok(Self(default.into_iter().chain(others).collect()))
+        if config.require_tenant && others.is_empty() {
+            let context = "require_tenant, but no tenant is configured under tenants";
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        Ok(Self {
+            all: default.into_iter().chain(others).collect(),
+            is_required: config.require_tenant,
+        })
     }
 
     pub(crate) fn all(&self) -> &[Tenant] {
-        &self.0
+        &self.all
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Denied`] naming who belongs to no tenant, when everybody must.
+    pub(crate) fn check(&self, tenant: usize, who: &str) -> Result<()> {
+        if self.is_required && tenant == 0 {
+            let context = format!("{who} belongs to no configured tenant (require_tenant)");
+            return Err(Error::new(ErrorKind::Denied, context));
+        }
+        Ok(())
     }
 
     /// The tenant of a pod that serves a model: the longest beginning of the pod's name decides, else the model.
     pub(crate) fn of_pod(&self, pod: &PodName, model: &str) -> usize {
-        let beginnings = self.0.iter().enumerate().flat_map(|(place, tenant)| {
+        let beginnings = self.all.iter().enumerate().flat_map(|(place, tenant)| {
             let fitting = tenant.rules.pods.iter();
             let fitting = fitting.filter(|beginning| pod.as_str().starts_with(beginning.as_str()));
             fitting.map(move |beginning| (beginning.len(), place))
@@ -103,25 +124,28 @@ impl Tenants {
 
     fn of_model(&self, model: &str) -> usize {
         let has_it = |tenant: &Tenant| tenant.rules.models.iter().any(|own| own == model);
-        self.0.iter().position(has_it).unwrap_or(0)
+        self.all.iter().position(has_it).unwrap_or(0)
     }
 
     /// The tenant with this name; an empty one stands for whose the model is.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] naming a tenant that is not configured.
+    /// [`ErrorKind::Invalid`] naming a tenant that is not configured; as [`Self::check`].
     pub(crate) fn of_question(&self, name: &str, model: &str) -> Result<usize> {
-        if name.is_empty() {
-            return Ok(self.of_model(model));
-        }
-        self.by_name(name).ok_or_else(|| {
-            let context = format!("tenant {name:?} is not in the indexer's configuration");
-            Error::new(ErrorKind::Invalid, context)
-        })
+        let place = if name.is_empty() {
+            self.of_model(model)
+        } else {
+            self.by_name(name).ok_or_else(|| {
+                let context = format!("tenant {name:?} is not in the indexer's configuration");
+                Error::new(ErrorKind::Invalid, context)
+            })?
+        };
+        self.check(place, &format!("a question about model {model:?}"))?;
+        Ok(place)
     }
 
     pub(crate) fn by_name(&self, name: &str) -> Option<usize> {
-        self.0.iter().position(|tenant| tenant.name == name)
+        self.all.iter().position(|tenant| tenant.name == name)
     }
 }
 

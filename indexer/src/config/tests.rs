@@ -95,7 +95,7 @@ fn tokenizers_and_sources_are_lists_of_tables() {
     assert_eq!(config.tokenizers[0].model, "Qwen/Qwen3-0.6B");
     assert_eq!(config.tokenizers[0].path, Path::new("/models/Q.json"));
     assert_eq!(config.sources[0].name, "engine");
-    assert_eq!(config.sources[0].spec().unwrap().kind.name(), "vllm");
+    assert_eq!(config.sources[0].specs().unwrap()[0].kind.name(), "vllm");
 }
 
 /// The defaults themselves must pass the check.
@@ -204,5 +204,91 @@ fn media_are_taken_for_what_is_configured() {
         let error = ServerConfig::load_with(Some(file.path()), self::environment(&[]), &[]);
         let said = error.unwrap_err().to_string();
         assert!(said.contains(key) && said.contains("fast"), "{said}");
+    }
+}
+
+const RANKS: &str = "[[sources]]\npod = \"p\"\nendpoint = \"tcp://10.0.0.7:5557\"\n\
+        replay_endpoint = \"tcp://10.0.0.7:6557\"\ndata_parallel_size = 2\n\
+        [[listeners]]\nendpoint = \"tcp://127.0.0.1:7000\"\ndata_parallel_size = 2\n\
+        [[listeners]]\nname = \"other\"\nendpoint = \"tcp://127.0.0.1:0\"";
+
+fn load(text: &str) -> Result<ServerConfig> {
+    let file = file(text);
+    ServerConfig::load_with(Some(file.path()), environment(&[]), &[])
+}
+
+/// Ranks of a source and of a listener.
+#[test]
+fn ranks_are_at_the_ports_that_follow() {
+    let config = load(RANKS).unwrap();
+    let specs = config.sources[0].specs().unwrap();
+    let told: Vec<_> = specs
+        .iter()
+        .map(|spec| {
+            let replay = spec.replay_endpoint.as_deref().unwrap();
+            (
+                spec.name.as_str(),
+                spec.endpoint.as_str(),
+                replay,
+                spec.data_parallel_rank,
+            )
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (
+                "engine-0",
+                "tcp://10.0.0.7:5557",
+                "tcp://10.0.0.7:6557",
+                Some(0)
+            ),
+            (
+                "engine-1",
+                "tcp://10.0.0.7:5558",
+                "tcp://10.0.0.7:6558",
+                Some(1)
+            ),
+        ]
+    );
+    let listeners = config.listeners_by_rank().unwrap();
+    let told: Vec<_> = listeners
+        .iter()
+        .map(|one| {
+            (
+                one.name.as_str(),
+                one.endpoint.as_str(),
+                one.data_parallel_rank,
+            )
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("engine-0", "tcp://127.0.0.1:7000", Some(0)),
+            ("engine-1", "tcp://127.0.0.1:7001", Some(1)),
+            ("other", "tcp://127.0.0.1:0", None),
+        ]
+    );
+}
+
+/// Ports beyond the last, or chosen by the system; too many ranks; a rank of ranks.
+#[test]
+fn ranks_without_ports_are_refused_by_name() {
+    let text = RANKS;
+    for (bad, said) in [
+        (text.replace(":5557", ":65535"), "65535"),
+        (
+            text.replace("tcp://127.0.0.1:7000", "tcp://127.0.0.1:0"),
+            "data_parallel_size",
+        ),
+        (text.replace("size = 2", "size = 65"), "65"),
+        (
+            text.replacen("size = 2", "size = 2\ndata_parallel_rank = 1", 1),
+            "data_parallel_rank",
+        ),
+    ] {
+        let error = load(&bad).unwrap_err().to_string();
+        assert!(error.contains(said), "{said}: {error}");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use kvcache_core::{IndexKey, PodName};
+use kvcache_core::{IndexKey, PodName, Tier};
 
 use super::View;
 use super::compose::PartDepth;
@@ -42,6 +42,42 @@ pub struct PodDepth {
     pub is_approximate: bool,
 }
 
+/// What a pool holds of the prefix that was asked about: answered once, however many pods may use it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolDepth {
+    /// Which.
+    pub pool: PodName,
+    /// Blocks, from the first, without a hole.
+    pub depth: u32,
+    /// Which blocks, by position, holes or not: ascending, apart from each other; never empty.
+    pub held: Vec<Range<u32>>,
+    /// For how many of those each tier is the fastest, by `Tier as usize`.
+    pub by_tier: [u32; TIERS],
+}
+
+impl PoolDepth {
+    /// None when it holds nothing.
+    fn new(pool: &PodName, tiers: &[Option<Tier>]) -> Option<Self> {
+        let mut found = Self {
+            pool: pool.clone(),
+            depth: tiers.iter().take_while(|tier| tier.is_some()).count() as u32,
+            held: Vec::new(),
+            by_tier: [0; TIERS],
+        };
+        for (block, tier) in (0..).zip(tiers) {
+            let Some(tier) = tier else {
+                continue;
+            };
+            found.by_tier[*tier as usize] += 1;
+            match found.held.last_mut() {
+                Some(last) if last.end == block => last.end += 1,
+                _ => found.held.push(block..block + 1),
+            }
+        }
+        (!found.held.is_empty()).then_some(found)
+    }
+}
+
 /// The answer to a lookup; used again it keeps its memory, so that lookups do not allocate.
 #[derive(Clone, Debug, Default)]
 pub struct Answer {
@@ -51,6 +87,8 @@ pub struct Answer {
     pub shared_depth: u32,
     /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
     pub shared: Vec<Range<u32>>,
+    /// Pools that hold anything of the prefix, by name.
+    pub pools: Vec<PoolDepth>,
     depths: Depths,
     ranks: Vec<Rank>,
     parts: HashMap<u32, Vec<PartDepth>>,
@@ -83,6 +121,13 @@ impl Answer {
         depths.compose(view, keys, block_size, is_limited, &mut self.parts)?;
         self.shared_depth = depths.shared_depth;
         self.shared.clone_from(&depths.shared);
+        self.pools.clear();
+        for (pool, tiers) in &depths.pools {
+            let name = view.pods.name(*pool);
+            self.pools
+                .extend(name.and_then(|name| PoolDepth::new(name, tiers)));
+        }
+        self.pools.sort_by(|one, other| one.pool.cmp(&other.pool));
         // They are ascending by depth: of all but so many nothing need be known but that others are deeper.
         let found = &depths.pods;
         let most = if query.pods_max == 0 {

@@ -419,11 +419,17 @@ impl KvIndex {
     }
 
     fn drop_waiting(&self, state: &mut State) {
-        let Some(budget) = &mut state.budget else {
+        let State {
+            writer,
+            sources,
+            budget: Some(budget),
+            ..
+        } = state
+        else {
             return;
         };
-        for source in state.sources.values_mut() {
-            budget.usage.evicted_waiting += source.drop_waiting() as u64;
+        for source in sources.values_mut() {
+            budget.usage.evicted_waiting += source.drop_waiting(writer) as u64;
             budget.count(source);
         }
     }

@@ -194,6 +194,7 @@ impl Depths {
         is_limited: bool,
         parts: &mut HashMap<u32, Vec<PartDepth>>,
     ) -> Result<(), Torn> {
+        self.pools.clear();
         let composed = &view.pods.composed;
         if composed.is_empty() {
             return Ok(());
@@ -202,7 +203,11 @@ impl Depths {
             .retain(|depth| !composed.contains_key(&depth.pod.0));
         let asked: Vec<(u32, &Vec<Part>)> = composed
             .iter()
-            .filter(|(pod, _)| !is_limited || self.allowed.binary_search(pod).is_ok())
+            .filter(|(pod, _)| {
+                !is_limited
+                    || self.allowed.binary_search(pod).is_ok()
+                    || view.pods.pools.contains(pod)
+            })
             .map(|(pod, parts)| (*pod, parts))
             .collect();
         let mut walks: HashMap<Lane, Vec<SourceNumber>> = HashMap::new();
@@ -218,6 +223,11 @@ impl Depths {
         }
         let held = read_lanes(view, keys, walks)?;
         for (pod, of_pod) in asked {
+            if view.pods.pools.contains(&pod) {
+                let held = of_pod.first().map(|part| held_by(part, &held, keys.len()));
+                self.pools.extend(held.map(|tiers| (pod, tiers)));
+                continue;
+            }
             let of_pod: Vec<PartDepth> = of_pod
                 .iter()
                 .map(|part| part_depth(part, &held, keys.len() as u32, block_size))
@@ -257,6 +267,41 @@ fn tiers_in(part: &Part, lane: Lane, held: &HashMap<Lane, Vec<Held>>, blocks: u3
     tiers
 }
 
+/// The fastest tier of each of the group's blocks, holes or not, and how many of the index's one is.
+fn tiers_of(
+    part: &Part,
+    group: &Group,
+    held: &HashMap<Lane, Vec<Held>>,
+    blocks: u32,
+) -> (u32, Vec<u8>) {
+    let lane = lane_of(part, group);
+    let mut tiers = tiers_in(part, lane, held, blocks);
+    if let Some(own) = nodes_lane(part, group) {
+        let own = tiers_in(part, own, held, blocks);
+        // All of a large block, at the slowest of its parts.
+        for (tier, parts) in tiers.iter_mut().zip(own.chunks_exact(lane.step as usize)) {
+            *tier = parts.iter().copied().max().unwrap_or(NOWHERE).min(*tier);
+        }
+    }
+    (lane.step, tiers)
+}
+
+/// What a pool holds of its main group, by blocks of the index: the fastest tier of each, or none.
+fn held_by(part: &Part, held: &HashMap<Lane, Vec<Held>>, blocks: usize) -> Vec<Option<Tier>> {
+    let main = part
+        .groups
+        .iter()
+        .find(|group| part.main == Some(group.number));
+    let (step, tiers) = main.map_or((1, Vec::new()), |group| {
+        tiers_of(part, group, held, blocks as u32)
+    });
+    let tiers = tiers.into_iter().flat_map(|tier| {
+        let tier = Tier::ALL.get(usize::from(tier)).copied();
+        std::iter::repeat_n(tier, step as usize)
+    });
+    tiers.collect()
+}
+
 fn part_depth(
     part: &Part,
     held: &HashMap<Lane, Vec<Held>>,
@@ -267,16 +312,8 @@ fn part_depth(
         .groups
         .iter()
         .map(|group| {
-            let lane = lane_of(part, group);
-            let mut tiers = tiers_in(part, lane, held, blocks);
-            if let Some(own) = nodes_lane(part, group) {
-                let own = tiers_in(part, own, held, blocks);
-                // All of a large block, at the slowest of its parts.
-                for (tier, parts) in tiers.iter_mut().zip(own.chunks_exact(lane.step as usize)) {
-                    *tier = parts.iter().copied().max().unwrap_or(NOWHERE).min(*tier);
-                }
-            }
-            Track::new(*group, lane.step, block_size, tiers)
+            let (step, tiers) = tiers_of(part, group, held, blocks);
+            Track::new(*group, step, block_size, tiers)
         })
         .collect();
     let all: Vec<&Track> = tracks.iter().collect();
@@ -328,11 +365,13 @@ fn read_lanes(
         let header = view.tree.runs.get(*run);
         header.is_some_and(|header| header.is_still(*version))
     };
-    if doors.is_still(version) && doors.added() == added && read.iter().all(is_still) {
-        Ok(held)
-    } else {
-        Err(Torn)
+    if !doors.is_still(version) || doors.added() != added || !read.iter().all(is_still) {
+        return Err(Torn);
     }
+    for &(run, _) in &read {
+        view.tree.recency.touch(run);
+    }
+    Ok(held)
 }
 
 /// Reads block by block, holes or not.

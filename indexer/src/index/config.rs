@@ -4,7 +4,7 @@ use kvcache_core::PodName;
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 
-use crate::adapter::SourceKind;
+use crate::adapter::{CacheGroup, GroupRule, SourceKind};
 use crate::score::TierWeights;
 
 /// The default of [`IndexConfig::orphan_blocks_max`]: about 5 MiB a source with blocks of 64 tokens.
@@ -39,6 +39,29 @@ pub struct SourceSpec {
     pub kind: SourceKind,
     /// Tokens a block of this source.
     pub block_size: u32,
+}
+
+/// What a source's events have told of it beside blocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Learnt {
+    /// The data-parallel rank that it tells of, if any.
+    pub rank: Option<u32>,
+    /// The cache groups, ascending by number.
+    pub groups: Vec<CacheGroup>,
+    /// Tokens a block of the source; 0 while nothing was told.
+    pub block_size: u32,
+}
+
+impl Learnt {
+    /// Whether it is a source as every one was before ranks, groups and sizes were told: one chain of the index's blocks.
+    #[must_use]
+    pub fn is_plain(&self, block_size: u32) -> bool {
+        let is_full = |group: &CacheGroup| group.rule == GroupRule::Full;
+        self.rank.is_none_or(|rank| rank == 0)
+            && self.groups.len() <= 1
+            && self.groups.iter().all(is_full)
+            && [0, block_size].contains(&self.block_size)
+    }
 }
 
 /// A registered source; never given out twice.

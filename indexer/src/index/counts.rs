@@ -4,7 +4,7 @@ use kvcache_core::PodName;
 
 use super::config::SourceId;
 use super::leaving::Leaving;
-use super::source::Source;
+use super::source::{Evicted, Source};
 use super::{KvIndex, lock};
 
 impl KvIndex {
@@ -45,6 +45,14 @@ impl KvIndex {
             .sources
             .get(&id)
             .map_or(0, |source| source.orphans.len() as u64)
+    }
+
+    /// What was given up of a source for lack of room, as it stands whenever it is read; of a source that is gone: nothing.
+    #[must_use]
+    pub fn evicted(&self, id: SourceId) -> Evicted {
+        let state = lock(&self.state);
+        let source = state.sources.get(&id);
+        source.map_or_else(Evicted::default, |source| source.evicted.clone())
     }
 
     /// About how many bytes the index takes: tables by their capacity, what waits by its content.

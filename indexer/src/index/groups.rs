@@ -53,6 +53,16 @@ impl Groups {
         &self.known
     }
 
+    /// The same as events would tell them, in an index whose blocks have so many tokens.
+    pub(super) fn told(&self, block_size: u32) -> Vec<CacheGroup> {
+        let known = self.known.iter().map(|group| CacheGroup {
+            number: group.number,
+            rule: group.rule,
+            block_size: group.stride * block_size,
+        });
+        known.collect()
+    }
+
     /// The main group, as an image says; it needs every block.
     pub(super) fn set_main(&mut self, main: Option<u32>, block_size: u32) {
         let Some(number) = main else {

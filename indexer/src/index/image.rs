@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use kvcache_core::shape::TokensPerBlock;
-use kvcache_core::{EngineHash, Error, IndexKey, Result, Tier};
+use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
 
-use super::config::{Applied, SourceId, SourceSpec};
+use super::config::{Applied, Learnt, SourceId, SourceSpec};
 use super::orphans::Content;
 use super::sets::Holder;
 use super::source::{Source, Writer};
@@ -25,6 +25,8 @@ pub struct SourceImage {
     pub spec: SourceSpec,
     /// The cache group that the index follows; none before the first event that names one.
     pub group: Option<u32>,
+    /// What else its events have told of it.
+    pub learnt: Learnt,
     /// Placed blocks first, then those that wait; each piece has at most [`IMAGE_BLOCKS_MAX`] of both together.
     pub pieces: Vec<ImagePiece>,
 }
@@ -184,6 +186,7 @@ impl Source {
         SourceImage {
             spec: self.spec.clone(),
             group: self.groups.main(),
+            learnt: self.learnt(writer.keys.block_size.get()),
             pieces: pieces.pieces,
         }
     }
@@ -300,10 +303,15 @@ impl KvIndex {
     /// The source as of one moment between two events.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone.
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Unsupported`] when its
+    /// blocks are smaller than the index's, whose parts an image does not have.
     pub fn export(&self, id: SourceId) -> Result<SourceImage> {
         let state = lock(&self.state);
         let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
+        if source.is_fine() {
+            let context = "an image of blocks smaller than the index's";
+            return Err(Error::new(ErrorKind::Unsupported, context));
+        }
         Ok(source.image(&state.writer, &read(&self.view).tree))
     }
 

@@ -15,6 +15,9 @@ use crate::sync::TURN_BLOCKS;
 /// The most sources that leave at a time; with one more the oldest is taken out in one go.
 const LEAVING_MAX: usize = 64;
 
+/// Blocks that are taken out under one lock while no events come.
+const TIDY_BLOCKS: u32 = 16 * TURN_BLOCKS;
+
 /// A source that is gone for everybody outside.
 pub(super) struct Leaving {
     source: Source,
@@ -55,9 +58,10 @@ impl KvIndex {
     /// What it put in shared tiers stays. The memory comes back with later events, or with [`Self::tidy`].
     pub fn remove_source(&self, id: SourceId) {
         let mut state = lock(&self.state);
-        let Some(source) = state.sources.remove(&id) else {
+        let Some(mut source) = state.sources.remove(&id) else {
             return;
         };
+        source.forget_fine(&mut state.writer);
         if let Some(of_pod) = state.by_pod.get_mut(&source.spec.pod) {
             of_pod.retain(|other| *other != id);
             if of_pod.is_empty() {
@@ -94,6 +98,22 @@ impl KvIndex {
         self.forget_keys(&mut state);
         self.trim(&mut state.writer);
         self.settle(&mut state, None);
+    }
+
+    /// Takes out some of what sources that are gone held, and with the last of it gives back the memory that nothing is in;
+    /// true if there is more. For when no events come, which do the same.
+    pub fn tidy_some(&self) -> bool {
+        let mut state = lock(&self.state);
+        if state.leaving.is_empty() {
+            return false;
+        }
+        self.take_out(&mut state, TIDY_BLOCKS);
+        let has_more = !state.leaving.is_empty();
+        if !has_more {
+            self.trim(&mut state.writer);
+        }
+        self.settle(&mut state, None);
+        has_more
     }
 
     /// Takes out some of what sources that are gone held.

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::ops::Range;
 
-use kvcache_core::IndexKey;
+use kvcache_core::{IndexKey, Tier};
 
 use super::View;
 use super::arena::get;
@@ -53,6 +53,8 @@ pub struct Depths {
     pub shared_depth: u32,
     /// Which blocks, by position, shared tiers hold, holes or not: ascending, apart from each other.
     pub shared: Vec<Range<u32>>,
+    /// Pools, and the fastest tier of each block that they hold.
+    pub(super) pools: Vec<(u32, Vec<Option<Tier>>)>,
     /// The pods that may be answered, ascending; only looked at when there are any named.
     pub(super) allowed: Vec<u32>,
     /// Sets put aside, and how many blocks in a row have each.

@@ -4,7 +4,7 @@
 use kvcache_core::{Error, PodName, Result};
 
 use super::compose::Part;
-use super::config::SourceId;
+use super::config::{Learnt, SourceId};
 use super::groups::{GROUPS_MAX, Group};
 use super::{KvIndex, State, gone, lock, read, write};
 use crate::adapter::{CacheGroup, GroupRule, SourceKind, StoredBlocks};
@@ -38,6 +38,48 @@ impl KvIndex {
         let mut state = lock(&self.state);
         let source = state.sources.get_mut(&id).ok_or_else(|| gone(id))?;
         source.groups.tell(groups, self.config.block_size.get());
+        let pod = source.spec.pod.clone();
+        self.compose_pod(&state, &pod);
+        Ok(())
+    }
+
+    /// Says that a pod, which has a source, is a pool: what it holds is answered once, apart from pods.
+    pub fn set_pool(&self, pod: &PodName) {
+        let state = lock(&self.state);
+        {
+            let mut view = write(&self.view);
+            let Some(number) = view.pods.number(pod) else {
+                return;
+            };
+            view.pods.pools.insert(number);
+        }
+        self.compose_pod(&state, pod);
+    }
+
+    /// Takes in what another index had learnt of a source from its events.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Invalid`] naming what
+    /// does not fit: a size that is no multiple of the index's, or too many groups.
+    pub fn take_learnt(&self, id: SourceId, learnt: &Learnt) -> Result<()> {
+        let own = self.config.block_size.get();
+        let size = learnt.block_size;
+        if size > 0 && !size.is_multiple_of(own) {
+            let fitting = format!("a multiple of {own}");
+            return Err(Error::invalid("tokens a block of a source", size, fitting));
+        }
+        let mut state = lock(&self.state);
+        let source = state.sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        source.rank = source.rank.or(learnt.rank);
+        for group in &learnt.groups {
+            if !source.groups.learn(group, own) {
+                let most = format!("one of {GROUPS_MAX}");
+                return Err(Error::invalid("cache group", group.number, most));
+            }
+        }
+        if size > 0 {
+            source.set_size(size / own);
+        }
         let pod = source.spec.pod.clone();
         self.compose_pod(&state, &pod);
         Ok(())
@@ -95,7 +137,8 @@ impl KvIndex {
         let Some(number) = read(&self.view).pods.number(pod) else {
             return;
         };
-        let parts = parts_of(state, pod);
+        let is_pool = read(&self.view).pods.pools.contains(&number);
+        let parts = parts_of(state, pod, is_pool);
         let known = read(&self.view).pods.composed.get(&number) == parts.as_ref();
         if known {
             return;
@@ -109,7 +152,7 @@ impl KvIndex {
 }
 
 /// The parts of a pod; none when its holdings are one.
-fn parts_of(state: &State, pod: &PodName) -> Option<Vec<Part>> {
+fn parts_of(state: &State, pod: &PodName, is_pool: bool) -> Option<Vec<Part>> {
     let of_pod = state.by_pod.get(pod)?;
     let sources = || of_pod.iter().filter_map(|id| state.sources.get(id));
     let engines = || sources().filter(|source| source.spec.kind != SourceKind::Node);
@@ -117,7 +160,7 @@ fn parts_of(state: &State, pod: &PodName) -> Option<Vec<Part>> {
     ranks.sort_unstable();
     ranks.dedup();
     // Sources that have told no rank are not believed to be of another's.
-    let has_ranks = ranks.len() > 1;
+    let has_ranks = ranks.len() > 1 && !is_pool;
     if !has_ranks {
         ranks = vec![None];
     }
@@ -162,5 +205,5 @@ fn parts_of(state: &State, pod: &PodName) -> Option<Vec<Part>> {
         [group] => group.rule == GroupRule::Full && group.stride == 1,
         _ => false,
     };
-    (has_ranks || !parts.iter().all(is_plain)).then_some(parts)
+    (is_pool || has_ranks || !parts.iter().all(is_plain)).then_some(parts)
 }

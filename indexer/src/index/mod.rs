@@ -21,6 +21,7 @@ mod config;
 mod counts;
 mod doors;
 mod expected;
+mod fine;
 mod followed;
 mod groups;
 mod hash;
@@ -58,7 +59,7 @@ use self::leaving::Leaving;
 use self::lookup::{Torn, Wanted};
 use self::pods::Pods;
 use self::roots::Keys;
-use self::source::{Source, Writer};
+use self::source::{Size, Source, Writer};
 use self::tree::Shared;
 use crate::adapter::{SourceEvent, SourceKind};
 use crate::sync::{
@@ -66,10 +67,13 @@ use crate::sync::{
     spin_loop,
 };
 
-pub use answer::{Answer, PodDepth, Query};
+pub use answer::{Answer, PodDepth, PoolDepth, Query};
+
 pub use budget::{BYTES_MIN, Usage};
 pub use compose::{GroupDepth, PartDepth};
-pub use config::{Applied, IndexConfig, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec};
+pub use config::{
+    Applied, IndexConfig, Learnt, ORPHAN_BLOCKS_MAX, SOURCES_MAX, SourceId, SourceSpec,
+};
 pub use expected::{EXPECTED_BLOCKS_MAX, Expectation, Recorded};
 pub use image::{
     IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
@@ -78,6 +82,7 @@ pub use image::{
 pub use lookup::{Depth, Depths};
 pub use parts::Parts;
 pub use pods::PodNumber;
+pub use source::Evicted;
 
 /// How long it waits for an event to end before it tries again, in turns of a loop.
 const TURNS: u32 = 32;
@@ -176,22 +181,18 @@ impl KvIndex {
     /// equal) or the pod has a source of this name already; [`ErrorKind::Busy`] when there are [`SOURCES_MAX`] sources, or too many of the pod.
     pub fn add_source(&self, spec: SourceSpec) -> Result<SourceId> {
         let place = || format!("source {:?} of pod {}", spec.name, spec.pod);
-        let stride = spec.block_size / self.config.block_size.get();
-        if spec.block_size != stride * self.config.block_size.get()
-            || stride == 0
-            || stride > 1 && spec.kind == SourceKind::Node
-        {
-            let sizes = (spec.block_size, self.config.block_size.get());
+        let (theirs, own) = (spec.block_size, self.config.block_size.get());
+        let size = Size::of(theirs, own);
+        let size = size.filter(|size| *size == Size::ONE || spec.kind != SourceKind::Node);
+        let Some(size) = size else {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!(
-                    "{} has blocks of {} tokens, the index of {}; only multiples of that fit",
+                    "{} has blocks of {theirs} tokens, the index of {own}; only multiples and divisors of that fit",
                     place(),
-                    sizes.0,
-                    sizes.1
                 ),
             ));
-        }
+        };
         let mut state = lock(&self.state);
         self.admit_source(&mut state, &spec)?;
         let State {
@@ -239,7 +240,7 @@ impl KvIndex {
         by_pod.entry(spec.pod.clone()).or_default().push(id);
         let pod = spec.pod.clone();
         let orphans_max = self.config.orphan_blocks_max;
-        sources.insert(id, Source::new(spec, number, stride, orphans_max));
+        sources.insert(id, Source::new(spec, number, size, orphans_max));
         if let Some(budget) = budget {
             budget.by_number.insert(number, id);
         }

@@ -32,6 +32,8 @@ pub(super) struct Pods {
     pub(super) leaving: HashSet<SourceNumber, KeyState>,
     /// Pods whose depth is not that of all their holdings together.
     pub(super) composed: HashMap<u32, Vec<Part>>,
+    /// Those that are no pods but pools, which answers have apart; all are among `composed`.
+    pub(super) pools: HashSet<u32>,
 }
 
 impl Pods {
@@ -42,6 +44,7 @@ impl Pods {
             by_name: BTreeMap::new(),
             leaving: HashSet::default(),
             composed: HashMap::new(),
+            pools: HashSet::new(),
         }
     }
 
@@ -145,6 +148,7 @@ impl Pods {
         if let Some(name) = std::mem::take(pod).name {
             self.by_name.remove(&name);
             self.composed.remove(&source.pod());
+            self.pools.remove(&source.pod());
             self.free.push(source.pod());
         }
     }

@@ -5,6 +5,7 @@
 
 mod apart;
 mod evict;
+mod fine;
 mod remove;
 mod store;
 mod writer;
@@ -15,6 +16,7 @@ use std::mem::size_of;
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
 use super::config::SourceSpec;
+use super::fine::Fine;
 use super::groups::{Apart, Groups};
 use super::hash::KeyState;
 use super::image::ImageBlock;
@@ -23,7 +25,43 @@ use super::sets::SourceNumber;
 use super::tree::{Place, Shared, Stretch};
 use crate::adapter::SourceKind;
 
+pub use self::evict::Evicted;
 pub(super) use self::writer::Writer;
+
+/// How large a source's blocks are beside the index's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Size {
+    /// Blocks of the index in one of the source's.
+    stride: u32,
+    /// Blocks of the source in one of the index's; one of both is 1.
+    parts: u32,
+}
+
+impl Size {
+    pub(super) const ONE: Self = Self {
+        stride: 1,
+        parts: 1,
+    };
+
+    /// None for sizes of which neither is a whole number of the other.
+    pub(super) const fn of(theirs: u32, own: u32) -> Option<Self> {
+        if theirs == 0 {
+            None
+        } else if theirs.is_multiple_of(own) {
+            let stride = theirs / own;
+            Some(Self { stride, parts: 1 })
+        } else if own.is_multiple_of(theirs) {
+            let parts = own / theirs;
+            Some(Self { stride: 1, parts })
+        } else {
+            None
+        }
+    }
+
+    fn fine(self) -> Option<Box<Fine>> {
+        (self.parts > 1).then(|| Box::new(Fine::new(self.parts)))
+    }
+}
 
 /// What the index knows of a source beside who holds what.
 pub(super) struct Source {
@@ -32,7 +70,9 @@ pub(super) struct Source {
     pub(super) groups: Groups,
     /// Blocks of the index in one of the source's.
     pub(super) stride: u32,
-    /// Whether an event has said so.
+    /// The source's own chain, where its blocks are smaller than the index's.
+    fine: Option<Box<Fine>>,
+    /// Whether an event has said how large they are.
     is_sized: bool,
     /// The data-parallel rank that it tells of, once known.
     pub(super) rank: Option<u32>,
@@ -48,7 +88,7 @@ pub(super) struct Source {
     /// Blocks by tier, those in shared ones left out.
     pub(super) entries: u64,
     /// Entries that the budget took and that the source has not withdrawn since, as far as it is known.
-    pub(super) evicted: u64,
+    pub(super) evicted: Evicted,
     /// What [`Self::bytes`] was when it was last added up.
     pub(super) counted: usize,
     /// The same of what waits.
@@ -63,7 +103,7 @@ impl Source {
     pub(super) fn new(
         spec: SourceSpec,
         number: SourceNumber,
-        stride: u32,
+        size: Size,
         orphans_max: usize,
     ) -> Self {
         let state = KeyState::random();
@@ -71,7 +111,8 @@ impl Source {
             spec,
             number,
             groups: Groups::default(),
-            stride,
+            stride: size.stride,
+            fine: size.fine(),
             is_sized: false,
             rank: None,
             runs: HashMap::with_hasher(state),
@@ -80,7 +121,7 @@ impl Source {
             roots: HashMap::with_hasher(state),
             orphans: Orphans::new(orphans_max),
             entries: 0,
-            evicted: 0,
+            evicted: Evicted::default(),
             counted: 0,
             counted_waiting: 0,
             stale_names: 0,
@@ -181,7 +222,8 @@ impl Source {
         let more = self.more.capacity() * (size_of::<((u32, u8), u32)>() + 1);
         let names = self.names.capacity() * (size_of::<(EngineHash, (u32, IndexKey))>() + 1);
         let roots = self.roots.capacity() * (size_of::<(u32, u32)>() + 1);
-        (runs + more + names + roots) * 8 / 7 + self.orphans.bytes()
+        let fine = self.fine.as_ref().map_or(0, |fine| fine.bytes());
+        (runs + more + names + roots) * 8 / 7 + self.orphans.bytes() + fine
     }
 }
 

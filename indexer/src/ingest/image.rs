@@ -1,8 +1,11 @@
 //! What a publisher held before the oldest batch that it keeps: in the place of batches that nobody has any more.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use kvcache_core::{Epoch, Sequence, Time};
 
+use super::room::{Room, Share};
 use super::{Action, ClearReason, Ingest, IngestConfig, Replay};
 
 /// One piece of an image, as it came.
@@ -23,27 +26,33 @@ pub struct ImagePiece {
 pub(super) struct Image {
     cut: u64,
     count: u32,
-    bytes: usize,
+    share: Share,
     pieces: Vec<Bytes>,
 }
 
 impl Image {
     /// The image with one more piece; none when that does not continue it, or is too much.
-    fn with(image: Option<Self>, piece: ImagePiece, config: &IngestConfig) -> Option<Self> {
+    fn with(
+        image: Option<Self>,
+        piece: ImagePiece,
+        config: &IngestConfig,
+        room: &Arc<Room>,
+    ) -> Option<Self> {
         let mut image = match image {
             Some(image) if piece.number > 0 => image,
             _ => Self {
                 cut: piece.cut.0,
                 count: piece.count,
-                bytes: 0,
+                share: Share::new(room.clone()),
                 pieces: Vec::new(),
             },
         };
-        image.bytes = image.bytes.saturating_add(piece.payload.len());
         let is_next = piece.number as usize == image.pieces.len()
             && (piece.cut.0, piece.count) == (image.cut, image.count)
             && piece.number < piece.count;
-        if !is_next || image.bytes > config.image_bytes_max {
+        let bytes = piece.payload.len();
+        let fits = image.share.bytes() + bytes <= config.image_bytes_max && image.share.grow(bytes);
+        if !is_next || !fits {
             return None;
         }
         image.pieces.push(piece.payload);
@@ -69,7 +78,7 @@ impl Ingest {
         }
         let is_news = self.next.is_none_or(|next| piece.cut.0 >= next);
         let image = self.image.take().filter(|_| is_news);
-        self.image = Image::with(image, piece, &self.config).filter(|_| is_news);
+        self.image = Image::with(image, piece, &self.config, &self.room).filter(|_| is_news);
     }
 
     /// The publisher's next batch is a later one than the next to apply, or the first of all: what was before it is in

@@ -17,11 +17,13 @@ mod history;
 mod image;
 mod order;
 mod pending;
+mod room;
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kvcache_core::ports::Position;
@@ -33,6 +35,7 @@ use self::pending::{Frame, Pending};
 
 pub use config::{Action, BatchDigest, ClearReason, IngestConfig, IngestStats, Resume};
 pub use image::ImagePiece;
+pub use room::Room;
 
 /// What the replay that is under way is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +72,7 @@ pub struct Ingest {
     /// What the publisher held before the next batch of the replay, as far as it has come.
     image: Option<Image>,
     pending: Pending,
+    room: Arc<Room>,
     /// One past the highest live batch seen: the publisher has come that far.
     live_end: u64,
     deadline: Option<Time>,
@@ -80,6 +84,7 @@ impl Ingest {
     /// A source that is not connected and has said nothing yet.
     #[must_use]
     pub fn new(config: IngestConfig) -> Self {
+        let room = Room::new(usize::MAX);
         Self {
             config,
             is_connected: false,
@@ -92,7 +97,8 @@ impl Ingest {
             is_gap_known: false,
             fruitless: 0,
             image: None,
-            pending: Pending::default(),
+            pending: Pending::new(room.clone()),
+            room,
             live_end: 0,
             deadline: None,
             actions: VecDeque::new(),
@@ -114,6 +120,15 @@ impl Ingest {
         ingest.history.push(resume.last.0, resume.digest);
         ingest.next = Some(resume.last.0 + 1);
         ingest
+    }
+
+    /// Keeps what waits in a room that others keep theirs in, too: what finds none there is dropped as beyond the source's
+    /// own bounds. To be called before any input.
+    #[must_use]
+    pub fn sharing(mut self, room: &Arc<Room>) -> Self {
+        self.pending = Pending::new(room.clone());
+        self.room = room.clone();
+        self
     }
 
     /// What to do next; `None` until the next input.

@@ -67,7 +67,9 @@ impl Ingest {
                 Some(next) if frame.sequence > next => {
                     if self.fruitless < FRUITLESS_REPLAYS_MAX {
                         self.stats.gaps += 1;
-                        self.pending.unpop(frame);
+                        if !self.pending.unpop(frame) {
+                            self.stats.dropped += 1;
+                        }
                         self.start_replay(now);
                         return;
                     }

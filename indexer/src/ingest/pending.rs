@@ -1,10 +1,12 @@
 //! Live batches that wait for a replay to end.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::IngestConfig;
+use super::room::{Room, Share};
 
 /// A live batch.
 #[derive(Debug, PartialEq, Eq)]
@@ -14,41 +16,53 @@ pub(super) struct Frame {
 }
 
 /// The batches that wait, by rising numbers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pending {
     frames: VecDeque<Frame>,
-    bytes: usize,
+    share: Share,
 }
 
 impl Pending {
-    /// Takes a batch whose number is above all others'; false when there is no room.
-    pub(super) fn push(&mut self, frame: Frame, config: &IngestConfig) -> bool {
-        let bytes = self.bytes + frame.payload.len();
-        if self.frames.len() >= config.pending_batches_max || bytes > config.pending_bytes_max {
-            return false;
+    pub(super) const fn new(room: Arc<Room>) -> Self {
+        Self {
+            frames: VecDeque::new(),
+            share: Share::new(room),
         }
-        self.bytes = bytes;
-        self.frames.push_back(frame);
-        true
     }
 
+    /// Takes a batch whose number is above all others'; false when there is no room.
+    pub(super) fn push(&mut self, frame: Frame, config: &IngestConfig) -> bool {
+        let bytes = frame.payload.len();
+        let fits = self.frames.len() < config.pending_batches_max
+            && self.share.bytes() + bytes <= config.pending_bytes_max
+            && self.share.grow(bytes);
+        if fits {
+            self.frames.push_back(frame);
+        }
+        fits
+    }
+
+    /// The batch with the lowest number.
     pub(super) fn pop(&mut self) -> Option<Frame> {
         let frame = self.frames.pop_front()?;
-        self.bytes -= frame.payload.len();
+        self.share.shrink(frame.payload.len());
         Some(frame)
     }
 
-    /// Puts back what was popped last.
-    pub(super) fn unpop(&mut self, frame: Frame) {
-        self.bytes += frame.payload.len();
-        self.frames.push_front(frame);
+    /// Puts back what was popped last; false when others have taken its room since.
+    pub(super) fn unpop(&mut self, frame: Frame) -> bool {
+        let fits = self.share.grow(frame.payload.len());
+        if fits {
+            self.frames.push_front(frame);
+        }
+        fits
     }
 
     /// Drops everything; how many batches that were.
     pub(super) fn clear(&mut self) -> u64 {
         let dropped = self.frames.len() as u64;
         self.frames.clear();
-        self.bytes = 0;
+        self.share.shrink(self.share.bytes());
         dropped
     }
 

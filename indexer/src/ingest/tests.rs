@@ -776,6 +776,62 @@ fn an_image_that_is_too_large_is_not_taken_up() {
     assert_eq!(world.clears, [ClearReason::HistoryLost]);
 }
 
+/// Another source has taken the room that both share: the image is not taken up, and what was kept of it is given back.
+#[test]
+fn an_image_that_finds_no_room_beside_others_is_not_taken_up() {
+    let room = Room::new(40);
+    let fresh = || {
+        let mut world = World::new(IngestConfig::default());
+        world.ingest = Ingest::new(IngestConfig::default()).sharing(&room);
+        world.publish(10);
+        world.buffered_max = 2;
+        world.connect();
+        world.serve_replay();
+        world
+    };
+    let (mut first, mut second) = (fresh(), fresh());
+    first.deliver_image(&[piece(8, 0, 2), piece(8, 1, 2)]);
+    let of_first = room.used();
+    assert!(of_first > 20);
+    second.deliver_image(&[piece(8, 0, 2), piece(8, 1, 2)]);
+    assert_eq!(room.used(), of_first, "half an image is kept");
+    second.settle();
+    assert_eq!(second.images, [] as [Vec<Bytes>; 0]);
+    second.assert_exact();
+    first.settle();
+    assert_eq!((first.images.len(), room.used()), (1, 0));
+    let mut third = fresh();
+    third.deliver_image(&[piece(8, 0, 2), piece(8, 1, 2)]);
+    third.settle();
+    assert_eq!((third.images.len(), room.used()), (1, 0));
+}
+
+/// Live batches of two sources behind replays, with room for a few: what finds none is replayed, and all room is given back.
+#[test]
+fn batches_that_find_no_room_beside_others_are_asked_for_again() {
+    let room = Room::new(6);
+    let mut worlds = [1, 2].map(|_| {
+        let mut world = World::new(IngestConfig::default());
+        world.ingest = Ingest::new(IngestConfig::default()).sharing(&room);
+        world.connect();
+        world.publish(5);
+        world
+    });
+    for world in &mut worlds {
+        while !world.live.is_empty() {
+            world.deliver_live();
+        }
+    }
+    assert_eq!(room.used(), 6);
+    assert!(worlds.iter().any(|world| world.ingest.stats().dropped > 0));
+    for world in &mut worlds {
+        world.settle();
+        world.assert_exact();
+        assert_eq!(world.applied.len(), 5);
+    }
+    assert_eq!(room.used(), 0);
+}
+
 /// The connection ends between the image and its batch: what was applied stays as it was, and the next connection asks
 /// again from there.
 #[test]

@@ -119,6 +119,12 @@ impl Metrics {
         add(to, "serving", "1 while lookups are answered", &self.serving);
         add(
             to,
+            "expected_blocks",
+            "Blocks expected of pods because of recorded routings",
+            &self.expected_blocks,
+        );
+        add(
+            to,
             "snapshot_bytes",
             "Size of the snapshot written last",
             &self.snapshot_bytes,
@@ -233,6 +239,7 @@ impl Metrics {
             "Blocks that the best pod of lookups held, by tier",
             &self.hit_blocks_by_tier,
         );
+        add(to, "routings", "Recorded routings", &self.routings);
         add(
             to,
             "lookup_wait_seconds",

@@ -55,11 +55,20 @@ impl TenantHoldings {
         }
     }
 
+    /// What a tier's entries take: tiers share all tables, so each is given its part by entries.
+    fn bytes_of(&self, tier: Tier) -> u64 {
+        let entries: u64 = self.usage.entries.iter().sum();
+        let of_tier = u128::from(self.usage.entries[tier as usize]);
+        let bytes = u128::from(self.usage.bytes) * of_tier;
+        bytes.checked_div(entries.into()).unwrap_or(0) as u64
+    }
+
     pub(crate) fn to_wire(&self) -> v1::TenantStatus {
         let tiers = Tier::ALL.into_iter().map(|tier| v1::TierUsage {
             tier: tier_to_wire(tier).into(),
             entries: self.usage.entries[tier as usize],
             evicted: self.usage.evicted[tier as usize],
+            bytes: self.bytes_of(tier),
         });
         v1::TenantStatus {
             tenant: self.name.clone(),
@@ -77,6 +86,7 @@ pub(super) struct TenantMetrics {
     bytes: Family<TenantLabel, Number>,
     bytes_max: Family<TenantLabel, Number>,
     entries: Family<TenantTierLabel, Number>,
+    tier_bytes: Family<TenantTierLabel, Number>,
     evictions: Family<TenantTierLabel, Counter>,
     blocks_evicted: Family<TenantLabel, Counter>,
     orphans_evicted: Family<TenantLabel, Counter>,
@@ -94,6 +104,8 @@ impl TenantMetrics {
         );
         add(to, "bytes_max", "Bytes that they may take", &self.bytes_max);
         add(to, "entries", "Entries by tenant and tier", &self.entries);
+        let help = "Bytes by tenant and tier, by the tier's part of the entries";
+        add(to, "tier_bytes", help, &self.tier_bytes);
         let help = "Entries given up for lack of room";
         add(to, "evictions", help, &self.evictions);
         let help = "Distinct blocks given up for lack of room";
@@ -131,6 +143,8 @@ impl TenantMetrics {
             };
             let entries = usage.entries[tier as usize];
             self.entries.get_or_create(&label).set(entries);
+            let bytes = held.bytes_of(tier);
+            self.tier_bytes.get_or_create(&label).set(bytes);
             let evicted = usage.evicted[tier as usize];
             raise(&self.evictions.get_or_create(&label), evicted)
         });

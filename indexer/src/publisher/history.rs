@@ -9,8 +9,10 @@ use bytes::Bytes;
 
 use kvcache_core::event::NodeEvent;
 
-use super::budget::MESSAGE_OVERHEAD_BYTES;
 use super::held::Held;
+
+/// What one batch costs beside its payload: headers and its place in the history.
+const BATCH_OVERHEAD_BYTES: usize = 256;
 
 /// Batches in sequence; the oldest leave when the bytes exceed their bound. The newest always stays.
 pub(super) struct History {
@@ -58,6 +60,11 @@ impl History {
 
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Whether a batch from `sequence` on has left already.
+    pub(super) const fn has_dropped(&self, sequence: u64) -> bool {
+        sequence < self.first
     }
 
     /// Bytes of the batches from `sequence` on.
@@ -110,7 +117,7 @@ impl History {
 }
 
 fn cost(payload: &Bytes) -> usize {
-    payload.len() + MESSAGE_OVERHEAD_BYTES
+    payload.len() + BATCH_OVERHEAD_BYTES
 }
 
 #[cfg(test)]
@@ -120,7 +127,7 @@ mod tests {
     /// Pushes more than fits and compares with what arithmetic says must be left.
     #[test]
     fn the_oldest_batches_leave_and_the_newest_stays() {
-        let one = 1000 + MESSAGE_OVERHEAD_BYTES;
+        let one = 1000 + BATCH_OVERHEAD_BYTES;
         let mut history = History::new(3 * one);
         for round in 1..=10 {
             assert_eq!(

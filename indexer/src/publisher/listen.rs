@@ -1,5 +1,4 @@
-//! Binds the sockets of a publisher before the ZMQ library sees them, so that errors name the address, free ports are
-//! known, and a new session can take over the same port without a gap.
+//! Binds the sockets of a publisher before its thread starts, so that errors name the address and free ports are known.
 
 use std::io::ErrorKind as IoKind;
 use std::net::TcpListener;
@@ -7,6 +6,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::zmtp::Listener;
 
 /// A bound endpoint; unix sockets are unlinked when it is dropped.
 pub(super) enum Listening {
@@ -50,11 +51,22 @@ impl Listening {
         }
     }
 
-    /// A second handle to the same socket, for the ZMQ library to accept on.
-    pub(super) fn share(&self) -> std::io::Result<zeromq::Listener> {
+    /// The same socket, for a runtime to accept on.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(super) fn share(&self) -> std::io::Result<Listener> {
         match self {
-            Self::Tcp(listener) => listener.try_clone().map(zeromq::Listener::Tcp),
-            Self::Ipc(listener, _) => listener.try_clone().map(zeromq::Listener::Ipc),
+            Self::Tcp(listener) => {
+                let listener = listener.try_clone()?;
+                listener.set_nonblocking(true)?;
+                tokio::net::TcpListener::from_std(listener).map(Listener::Tcp)
+            }
+            Self::Ipc(listener, _) => {
+                let listener = listener.try_clone()?;
+                listener.set_nonblocking(true)?;
+                tokio::net::UnixListener::from_std(listener).map(Listener::Ipc)
+            }
         }
     }
 }

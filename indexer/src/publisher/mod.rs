@@ -9,10 +9,10 @@
 //! sequence number, which follows. The place is the piece's number from 0 and their count, u32 big-endian each. Readers
 //! that know nothing of images pass over messages of five frames.
 //!
-//! Publishing encodes the batch and puts it into the history; the thread sends from there. A subscriber that stops
-//! reading costs at most [`PublisherConfig::queue_bytes_max`].
+//! Publishing encodes the batch and puts it into the history; the thread sends to each subscriber from there, at the pace
+//! at which that one reads. One that has stopped reading is disconnected, and costs the others nothing.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -26,24 +26,28 @@ use tokio::sync::watch;
 use crate::adapter::{self, BatchOwner, Topic};
 use crate::wire::{SourceKind, SourceSpec};
 
-mod budget;
 mod held;
 mod history;
+#[cfg(test)]
+mod hostile;
 mod listen;
-mod session;
+mod readers;
+mod replay;
+mod serve;
+mod subscriber;
 #[cfg(test)]
 mod tests;
 
-use budget::Budget;
 use history::History;
 use listen::Listening;
+use readers::Readers;
 
 /// Default of [`PublisherConfig::replay_bytes_max`].
 pub const REPLAY_BYTES_MAX_DEFAULT: usize = 64 << 20;
 /// Default of [`PublisherConfig::queue_bytes_max`].
 pub const QUEUE_BYTES_MAX_DEFAULT: usize = 16 << 20;
-/// Bytes of replies that may wait for one replay to be read.
-const REPLAY_QUEUE_BYTES_MAX: usize = 8 << 20;
+/// So many bytes are given to one peer's socket at a time; a single batch may be longer.
+const SEND_AHEAD_BYTES: usize = 256 << 10;
 /// Node events in one batch; longer publications are split, so that one batch never dominates the history.
 const NODE_EVENTS_PER_BATCH_MAX: usize = 4096;
 /// Events in one piece of an image.
@@ -77,7 +81,8 @@ pub struct PublisherConfig {
     /// Bytes of past batches kept for replay; the oldest go first, the newest always stays. A node's publisher keeps
     /// some 40 bytes a block beside them, for images.
     pub replay_bytes_max: usize,
-    /// Bytes waiting in send queues beside those; when full and not moving, every subscriber is disconnected.
+    /// Bytes of batches that may wait for a subscriber that has stopped reading; with more, or when batches that it has
+    /// not got leave the history, it is disconnected.
     pub queue_bytes_max: usize,
 }
 
@@ -111,15 +116,15 @@ pub struct PublisherStats {
     pub batches: u64,
     /// Bytes of batches kept for replay.
     pub replay_bytes: usize,
-    /// Bytes that wait in send queues, of live events and of replays.
+    /// Bytes that peers' sockets were given and have not taken, of live events and of replays.
     pub queue_bytes: usize,
     /// Replays that were asked for.
     pub replays: u64,
     /// Replays that had to begin with an image of what the node held.
     pub images: u64,
-    /// Batches that left the history before they could be sent: subscribers see a gap.
+    /// Batches that left the history before they could be sent to a subscriber, which sees a gap.
     pub skipped: u64,
-    /// How often a stopped subscriber made the publisher disconnect all.
+    /// Subscribers and requesters that stopped reading and were disconnected.
     pub disconnects: u64,
 }
 
@@ -128,21 +133,19 @@ struct Counters {
     replays: AtomicU64,
     images: AtomicU64,
     skipped: AtomicU64,
+    queued: AtomicUsize,
 }
 
 /// What the publishing side and the thread share.
 struct Shared {
     topic: Bytes,
     history: Mutex<History>,
-    replay_bytes_max: usize,
-    queue: Budget,
-    replay_queue: Budget,
+    queue_bytes_max: usize,
     /// The sequence number after the last batch in the history.
     published: watch::Sender<u64>,
-    /// The sequence number after the last batch given to the sockets.
-    sent: watch::Sender<u64>,
+    readers: Readers,
     stop: watch::Sender<bool>,
-    /// How often a stopped reader made the publisher disconnect all.
+    /// Peers that stopped reading and were disconnected.
     disconnected: watch::Sender<u64>,
     counters: Counters,
 }
@@ -184,21 +187,19 @@ impl Publisher {
         let shared = Arc::new(Shared {
             topic,
             history: Mutex::new(history),
-            replay_bytes_max: config.replay_bytes_max,
-            queue: Budget::new(config.queue_bytes_max),
-            replay_queue: Budget::new(REPLAY_QUEUE_BYTES_MAX),
+            queue_bytes_max: config.queue_bytes_max,
             published: watch::Sender::new(0),
-            sent: watch::Sender::new(0),
+            readers: Readers::default(),
             stop: watch::Sender::new(false),
             disconnected: watch::Sender::new(0),
             counters: Counters::default(),
         });
-        let endpoints = session::Endpoints { events, replay };
+        let endpoints = serve::Endpoints { events, replay };
         let thread = std::thread::Builder::new()
             .name("kv-publisher".to_owned())
             .spawn({
                 let shared = shared.clone();
-                move || session::run(&shared, &endpoints)
+                move || serve::run(&shared, &endpoints)
             })
             .map_err(|error| Error::io("start the publisher's thread", error))?;
         Ok(Self {
@@ -286,7 +287,7 @@ impl Publisher {
         PublisherStats {
             batches,
             replay_bytes,
-            queue_bytes: self.shared.queue.held() + self.shared.replay_queue.held(),
+            queue_bytes: counters.queued.load(Ordering::Relaxed),
             replays: counters.replays.load(Ordering::Relaxed),
             images: counters.images.load(Ordering::Relaxed),
             skipped: counters.skipped.load(Ordering::Relaxed),
@@ -294,18 +295,12 @@ impl Publisher {
         }
     }
 
-    /// Waits until everything published so far was handed to the operating system, at most for `patience`; false if
-    /// that was not enough.
+    /// Waits until everything published so far was handed to the operating system for each subscriber, at most for
+    /// `patience`; false if that was not enough.
     pub async fn flush(&self, patience: Duration) -> bool {
         let next = self.position().next.0;
-        let drained = async {
-            let mut sent = self.shared.sent.subscribe();
-            let mut held = self.shared.queue.watch();
-            // The senders live as long as `self`, so neither wait can fail.
-            let _ = sent.wait_for(|sent| *sent >= next).await;
-            let _ = held.wait_for(|held| *held == 0).await;
-        };
-        tokio::time::timeout(patience, drained).await.is_ok()
+        let reached = self.shared.readers.reached(next);
+        tokio::time::timeout(patience, reached).await.is_ok()
     }
 }
 

@@ -168,7 +168,7 @@ async fn a_stopped_replay_is_abandoned_and_the_next_one_served() {
         .await
         .unwrap()
         .unwrap();
-    assert!(publisher.stats().queue_bytes <= REPLAY_QUEUE_BYTES_MAX);
+    assert!(publisher.stats().queue_bytes <= SEND_AHEAD_BYTES + (101 << 10));
     assert_eq!(replay(publisher.replay_endpoint(), 599).await.len(), 1);
 }
 

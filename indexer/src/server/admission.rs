@@ -5,11 +5,14 @@ use std::collections::BTreeSet;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::hub::Hub;
-use crate::source::zmtp::Endpoint;
 use crate::wire::{Registration, SOURCES_PER_POD_MAX, SourceKind};
+use crate::zmtp::Endpoint;
 
 /// The longest model name, source name or endpoint accepted, in bytes.
 const TEXT_BYTES_MAX: usize = 1024;
+
+/// The most beginnings of names that say who may use a pool.
+const POOL_BEGINNINGS_MAX: usize = 4096;
 
 impl Hub {
     /// # Errors
@@ -19,6 +22,9 @@ impl Hub {
             let context = format!("registration of pod {}: {what}", registration.pod);
             Err(Error::new(ErrorKind::Invalid, context))
         };
+        let tenant = self.tenants.of_pod(&registration.pod, &registration.model);
+        self.tenants
+            .check(tenant, &format!("pod {}", registration.pod))?;
         let ours = self.scheme_name();
         if registration.key_scheme != ours {
             return refuse(format!(
@@ -27,9 +33,9 @@ impl Hub {
             ));
         }
         let (theirs, ours) = (registration.block_size, self.config.block_size);
-        if theirs == 0 || !theirs.is_multiple_of(ours) {
+        if theirs == 0 || !theirs.is_multiple_of(ours) && !ours.is_multiple_of(theirs) {
             return refuse(format!(
-                "blocks of {theirs} tokens, the index has {ours} and takes multiples of that"
+                "blocks of {theirs} tokens, the index has {ours} and takes multiples and divisors of that"
             ));
         }
         let count = registration.sources.len();
@@ -64,15 +70,28 @@ impl Hub {
                 }
             }
         }
-        let texts = registration.sources.iter().map(|source| &source.name);
-        let texts = texts
-            .chain([&registration.model])
-            .chain(&registration.peer_address);
-        match texts.map(String::len).max() {
-            Some(longest) if longest > TEXT_BYTES_MAX => refuse(format!(
-                "a name of {longest} bytes, at most {TEXT_BYTES_MAX} are taken"
-            )),
-            _ => Ok(()),
-        }
+        check_texts(registration).or_else(refuse)
+    }
+}
+
+/// Whether names are of a length, and a pool says for whom it is; else what is wrong.
+fn check_texts(registration: &Registration) -> Result<(), String> {
+    let pool_for = &registration.pool_for;
+    if pool_for.len() > POOL_BEGINNINGS_MAX || pool_for.iter().any(String::is_empty) {
+        let count = pool_for.len();
+        return Err(format!(
+            "pool_for has an empty text, or {count}: more than {POOL_BEGINNINGS_MAX}"
+        ));
+    }
+    let texts = registration.sources.iter().map(|source| &source.name);
+    let texts = texts
+        .chain([&registration.model])
+        .chain(&registration.peer_address)
+        .chain(pool_for);
+    match texts.map(String::len).max() {
+        Some(longest) if longest > TEXT_BYTES_MAX => Err(format!(
+            "a name of {longest} bytes, at most {TEXT_BYTES_MAX} are taken"
+        )),
+        _ => Ok(()),
     }
 }

@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::Endpoint;
 
-use super::hub::{Hub, Origin, Pod, PodSource, Restored};
-use crate::index::{self, KvIndex};
-use crate::snapshot::{FileReader, Mark, Reader, Step};
+use super::hub::{Hub, Origin, Pod, PodSource, Restored, introduce};
+use crate::index::{self, KvIndex, Learnt};
+use crate::snapshot::{FORMAT, FileReader, Mark, Reader, Step};
 use crate::source::Progress;
 use crate::wire::{MESSAGE_BYTES_MAX, Registration};
 
@@ -94,6 +94,7 @@ async fn load_from_peer(
         .map_err(|error| Error::new(ErrorKind::PeerLost, "connect").with_source(error))?;
     let request = v1::SnapshotRequest {
         protocol_version: PROTOCOL_VERSION,
+        format: FORMAT,
     };
     let mut client = IndexClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let mut stream = client.snapshot(request).await.map_err(lost)?.into_inner();
@@ -224,7 +225,12 @@ impl<'a> Taking<'a> {
                     self.finish_pod();
                     self.begin_pod(registration, is_configured);
                 }
-                Step::Source { name, mark, group } => self.begin_source(&name, mark, group),
+                Step::Source {
+                    name,
+                    mark,
+                    group,
+                    learnt,
+                } => self.begin_source(&name, mark, (group, &learnt)),
                 Step::Image(image) => self.import(&image),
                 Step::Shared { tenant, model } => {
                     self.finish_pod();
@@ -305,7 +311,12 @@ impl<'a> Taking<'a> {
         }
     }
 
-    fn begin_source(&mut self, name: &str, mark: Option<Mark>, group: Option<u32>) {
+    fn begin_source(
+        &mut self,
+        name: &str,
+        mark: Option<Mark>,
+        (group, learnt): (Option<u32>, &Learnt),
+    ) {
         let verify_by = self.verify_by;
         let Some(coming) = &mut self.coming else {
             return;
@@ -324,14 +335,16 @@ impl<'a> Taking<'a> {
         match added {
             Ok(id) => {
                 let spec = &sources[place];
-                let introduced = coming.index.set_rank(id, spec.data_parallel_rank);
-                let introduced =
-                    introduced.and_then(|()| coming.index.set_groups(id, &spec.groups));
+                let introduced = introduce(&coming.index, id, &coming.registration, spec);
                 if let Err(error) = introduced {
                     tracing::warn!(%error, "a source of the snapshot does not fit");
                 }
                 // Only engines with several cache groups have one, and only they keep it.
                 let followed = coming.index.follow_group(id, group);
+                let followed = followed.and_then(|()| coming.index.take_learnt(id, learnt));
+                if let Err(error) = &followed {
+                    tracing::warn!(%error, "a source of the snapshot does not fit");
+                }
                 let mark = mark.filter(|_| followed.is_ok());
                 coming.sources[place] = Some(Restored {
                     id,

@@ -1,7 +1,7 @@
 //! Pods whose engines connect to the index by themselves and say in their topics who they are.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,12 +11,12 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::bootstrap::watch_given_up;
-use super::hub::{Hub, Origin, Pod, PodSource};
+use super::hub::{Hub, Origin, Pod, PodSource, introduce};
 use crate::adapter::{TOPIC_PREFIX, Topic};
-use crate::index;
-use crate::source::zmtp::{Connection, Listener};
+use crate::index::{self, KvIndex};
 use crate::source::{FED_QUEUED_MAX, Fed, SourceState};
 use crate::wire::{Registration, SourceSpec, parse_source_kind, source_name};
+use crate::zmtp::{Connection, Listener};
 
 /// A connection that does not shake hands within so long is closed.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,24 +40,69 @@ impl Hub {
     /// # Errors
     /// `Invalid` naming the kind.
     fn bound_sources(&self) -> Result<Vec<SourceSpec>> {
-        let specs = self.config.listeners.iter().map(|listener| {
+        let specs = self.listeners.iter().map(|listener| {
             Ok(SourceSpec {
                 name: listener.name.clone(),
                 kind: parse_source_kind(&listener.kind)?,
                 endpoint: listener.endpoint.clone(),
                 replay_endpoint: None,
-                data_parallel_rank: None,
+                data_parallel_rank: listener.data_parallel_rank,
                 groups: Vec::new(),
             })
         });
         specs.collect()
     }
 
+    /// # Errors
+    /// `Busy` naming the setting.
+    fn check_pods_of_listeners(&self, place: usize) -> Result<()> {
+        let all = self.config.pods_max;
+        let most = self.listeners[place].pods_max;
+        let most = most.unwrap_or(all - all / 8);
+        let is_bound = |pod: &&Arc<Pod>| pod.origin() == Origin::Bound;
+        let known = self.pods().values().filter(is_bound).count();
+        if known >= most {
+            let setting = format!("listeners[{place}].pods_max");
+            let context =
+                format!("{known} pods came by themselves, at most {most} may ({setting})");
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        Ok(())
+    }
+
+    /// The index of a pod of a listener, made if that may have one more model; `joining` is held.
+    ///
+    /// # Errors
+    /// `Invalid` for a model that is not served there; `Busy` naming the setting when there are too many.
+    fn index_for_bound(&self, registration: &Registration, place: usize) -> Result<Arc<KvIndex>> {
+        let (listener, model) = (&self.listeners[place], &registration.model);
+        if !listener.models.is_empty() && !listener.models.contains(model) {
+            let context = format!("model {model:?} is not served here (listeners[{place}].models)");
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        if let Some(index) = self.index_of_pod(registration) {
+            return Ok(index);
+        }
+        let made = self.bound_models.lock();
+        let mut made = made.unwrap_or_else(PoisonError::into_inner);
+        let most = listener.models_max;
+        if made[place] >= most {
+            let setting = format!("listeners[{place}].models_max");
+            let context = format!(
+                "model {model:?} is one more than the {most} that may come to be known here ({setting})"
+            );
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        let index = self.index_for_pod(registration)?;
+        made[place] += 1;
+        Ok(index)
+    }
+
     /// The pod that a topic names, taken in when it is new; true if it is.
     ///
     /// # Errors
     /// `Invalid` when another pod has the name; `Busy` when there are too many pods or models.
-    async fn join_bound(&self, topic: &Topic) -> Result<(Arc<Pod>, bool)> {
+    async fn join_bound(&self, topic: &Topic, place: usize) -> Result<(Arc<Pod>, bool)> {
         let joining = self.joining.lock().await;
         let known = self.pods().get(&topic.pod).cloned();
         if let Some(known) = known {
@@ -91,10 +136,12 @@ impl Hub {
             key_scheme: self.scheme_name(),
             sources: self.bound_sources()?,
             peer_address: None,
+            pool_for: Vec::new(),
         };
         self.check(&registration)?;
         self.check_room()?;
-        let index = self.index_for_pod(&registration)?;
+        self.check_pods_of_listeners(place)?;
+        let index = self.index_for_bound(&registration, place)?;
         let mut sources = Vec::with_capacity(registration.sources.len());
         for spec in &registration.sources {
             let id = index.add_source(index::SourceSpec {
@@ -110,12 +157,14 @@ impl Hub {
                     return Err(error);
                 }
             };
+            introduce(&index, id, &registration, spec)?;
             let name = source_name(&registration.pod, &spec.name);
             let state = Arc::new(SourceState::new(None));
             let follower = self.follower(spec, &name, (index.clone(), id), state.clone());
             let (feed, inputs) = mpsc::channel(FED_QUEUED_MAX);
             let task = tokio::spawn(follower.run_fed(inputs)).abort_handle();
-            sources.push(PodSource::new(name, state, id, task, Some(feed)));
+            let source = PodSource::new((name, state), (&index, id), task, Some(feed));
+            sources.push(source);
         }
         let pod = self.insert(&registration, Origin::Bound, sources);
         drop(joining);
@@ -253,9 +302,9 @@ impl Guest {
                 format!("one connection speaks for {TOPICS_PER_CONNECTION_MAX} pods already");
             return Err(Error::new(ErrorKind::Busy, context));
         }
-        let kind = parse_source_kind(&self.hub.config.listeners[self.place].kind)?;
+        let kind = parse_source_kind(&self.hub.listeners[self.place].kind)?;
         let parsed = Topic::parse(topic, kind)?;
-        let (pod, is_new) = self.hub.join_bound(&parsed).await?;
+        let (pod, is_new) = self.hub.join_bound(&parsed, self.place).await?;
         let feed = pod
             .sources
             .get(self.place)

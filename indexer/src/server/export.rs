@@ -13,7 +13,7 @@ use tonic::Status;
 
 use super::hub::{Hub, Origin, Pod, PodSource};
 use super::native::Shared;
-use crate::index::SourceImage;
+use crate::index::{Learnt, SourceImage};
 use crate::snapshot::{self, FORMAT, Mark, image_to_wire, shared_to_wire, source_to_wire};
 use crate::wire::{SourceSpec, registration_to_wire, status_from_error};
 
@@ -31,14 +31,15 @@ fn emit(emit: Emit<'_>, piece: Piece) -> Result<()> {
 impl Hub {
     /// Gives everything a new replica needs to `out`, source by source: only one image is in memory at a time.
     ///
-    /// A source's own task waits while its image is taken. Must not be called from an asynchronous task.
+    /// In an older format than the newest those parts are left out that it cannot say. A source's own task waits while its
+    /// image is taken. Must not be called from an asynchronous task.
     ///
     /// # Errors
     /// What `out` fails with.
-    pub(super) fn export(&self, out: Emit<'_>) -> Result<()> {
+    pub(super) fn export(&self, format: u32, out: Emit<'_>) -> Result<()> {
         let mut counts = v1::SnapshotEnd::default();
         let start = v1::SnapshotStart {
-            format: FORMAT,
+            format,
             key_scheme: self.scheme_name(),
             block_size: self.config.block_size,
         };
@@ -55,7 +56,7 @@ impl Hub {
             counts.pods += 1;
             for (source, spec) in pod.sources.iter().zip(&pod.registration.sources) {
                 counts.sources += 1;
-                counts.blocks += self.export_source(pod, source, spec, out)?;
+                counts.blocks += self.export_source((pod, source, spec), format, out)?;
             }
         }
         // After the sources: what they announce from here on is replayed, what they announced before is in there.
@@ -80,14 +81,15 @@ impl Hub {
     /// One source at one moment between two batches; returns how many blocks it has.
     fn export_source(
         &self,
-        pod: &Pod,
-        source: &PodSource,
-        spec: &SourceSpec,
+        (pod, source, spec): (&Pod, &PodSource, &SourceSpec),
+        format: u32,
         out: Emit<'_>,
     ) -> Result<u64> {
-        let (mark, image) = self.image_of(pod, source, spec).unzip();
+        let (mark, image) = self.image_of(pod, source, spec, format).unzip();
         let group = image.as_ref().and_then(|image: &SourceImage| image.group);
-        emit(out, source_to_wire(&spec.name, mark, group))?;
+        let learnt = image.as_ref().filter(|_| format > 1);
+        let learnt = learnt.map_or_else(Learnt::default, |image| image.learnt.clone());
+        emit(out, source_to_wire(&spec.name, mark, group, &learnt))?;
         let mut blocks = 0;
         for piece in image.iter().flat_map(|image| &image.pieces) {
             blocks += (piece.blocks.len() + piece.orphans.len()) as u64;
@@ -96,20 +98,21 @@ impl Hub {
         Ok(blocks)
     }
 
-    /// None when the source could not be continued: nothing applied, part of it missing, nobody to ask, or a pod that is
-    /// more than one prefix cache.
+    /// None when the source could not be continued: nothing applied, part of it missing, nobody to ask, blocks smaller than
+    /// the index's, or a pod that is more than one prefix cache where the format cannot say so.
     fn image_of(
         &self,
         pod: &Pod,
         source: &PodSource,
         spec: &SourceSpec,
+        format: u32,
     ) -> Option<(Mark, SourceImage)> {
         spec.replay_endpoint.as_ref()?;
         let index = self.index_of_pod(&pod.registration)?;
         let cursor = source.state.cursor.blocking_lock();
         let mark = cursor.mark.filter(|_| cursor.is_whole)?;
-        if !index.is_plain(&pod.name) {
-            // An image does not say of which rank or with which groups a source is.
+        if format == 1 && !index.is_plain(&pod.name) {
+            // It does not say of which rank or with which groups a source is.
             return None;
         }
         // The pod may have left meanwhile.
@@ -124,8 +127,9 @@ impl Hub {
     /// `Io` naming the file.
     async fn save(self: &Arc<Self>, path: &Path) -> Result<u64> {
         let (hub, path) = (self.clone(), path.to_owned());
-        let saved =
-            tokio::task::spawn_blocking(move || snapshot::write(&path, |out| hub.export(out)));
+        let saved = tokio::task::spawn_blocking(move || {
+            snapshot::write(&path, |out| hub.export(FORMAT, out))
+        });
         let saved = saved.await.map_err(|error| {
             Error::new(ErrorKind::Internal, "write a snapshot").with_source(error)
         });
@@ -159,13 +163,14 @@ impl Shared {
             let context = format!("{SNAPSHOTS_MAX} snapshots are being sent");
             Error::new(ErrorKind::Busy, context)
         })?;
+        let format = request.format.clamp(1, FORMAT);
         let (pieces, stream) = mpsc::channel(PIECES_QUEUED_MAX);
         let hub = self.hub.clone();
         let runtime = Handle::current();
         let patience = hub.config.reader_timeout();
         tokio::task::spawn_blocking(move || {
             let _room = room;
-            let sent = hub.export(&mut |piece| {
+            let sent = hub.export(format, &mut |piece| {
                 let sent = runtime.block_on(timeout(patience, pieces.send(Ok(piece))));
                 match sent {
                     Ok(Ok(())) => Ok(()),

@@ -6,19 +6,25 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result, Time};
+use kvfabric_proto::v1;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::models::Models;
 use crate::adapter::Media;
-use crate::config::{ServerConfig, StaticSource, Tenants};
-use crate::index::{self, KvIndex, SourceId};
+use crate::config::{ListenerConfig, ServerConfig, StaticSource, Tenants};
+use crate::index::{self, Evicted, KvIndex, SourceId};
+use crate::ingest::Room;
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Fed, Follower, Limits, SourceState};
+use crate::source::{Fed, Follower, Limits, Progress, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
+
+/// Bytes that wait in all sources together: live batches behind a replay, and images on their way. One source alone may
+/// have half of it.
+const WAITING_BYTES_MAX: usize = 512 << 20;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -66,6 +72,8 @@ pub(super) struct PodSource {
     pub(super) name: String,
     pub(super) state: Arc<SourceState>,
     pub(super) id: SourceId,
+    /// What the index gave up of it.
+    evicted: Evicted,
     task: AbortHandle,
     /// Where messages are put in of a publisher that connects by itself.
     pub(super) feed: Option<mpsc::Sender<Fed>>,
@@ -73,9 +81,8 @@ pub(super) struct PodSource {
 
 impl PodSource {
     pub(super) fn new(
-        name: String,
-        state: Arc<SourceState>,
-        id: SourceId,
+        (name, state): (String, Arc<SourceState>),
+        (index, id): (&KvIndex, SourceId),
         task: AbortHandle,
         feed: Option<mpsc::Sender<Fed>>,
     ) -> Self {
@@ -83,8 +90,21 @@ impl PodSource {
             name,
             state,
             id,
+            evicted: index.evicted(id),
             task,
             feed,
+        }
+    }
+
+    /// How much its position is worth at `now`, as of `progress`.
+    pub(super) fn freshness(
+        &self,
+        progress: &Progress,
+        now: std::time::Instant,
+    ) -> v1::SourceFreshness {
+        v1::SourceFreshness {
+            evicted: self.evicted.entries(),
+            ..progress.freshness(now)
         }
     }
 }
@@ -93,6 +113,24 @@ impl Drop for PodSource {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Says of a source that the index has let in what is known of it beforehand.
+///
+/// # Errors
+/// What the index refuses.
+pub(super) fn introduce(
+    index: &KvIndex,
+    id: SourceId,
+    registration: &Registration,
+    spec: &SourceSpec,
+) -> Result<()> {
+    index.set_rank(id, spec.data_parallel_rank)?;
+    index.set_groups(id, &spec.groups)?;
+    if !registration.pool_for.is_empty() {
+        index.set_pool(&registration.pod);
+    }
+    Ok(())
 }
 
 /// The state that all services share.
@@ -106,6 +144,8 @@ pub(super) struct Hub {
     pub(super) weights: TierWeights,
     media: Arc<Media>,
     pub(super) tenants: Tenants,
+    /// The configured ones, one a rank.
+    pub(super) listeners: Vec<ListenerConfig>,
     /// One a tenant, in their order.
     pub(super) models: RwLock<Vec<Models>>,
     pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
@@ -115,11 +155,16 @@ pub(super) struct Hub {
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
     started: Instant,
+    /// For what all sources together keep until it can be applied.
+    room: Arc<Room>,
+    /// Models that are here because of what engines said at each listener.
+    pub(super) bound_models: StdMutex<Vec<usize>>,
 }
 
 impl Hub {
     pub(super) fn new(config: ServerConfig) -> Result<Self> {
         let tenants = Tenants::new(&config)?;
+        let listeners = config.listeners_by_rank()?;
         Ok(Self {
             models: RwLock::new(vec![Models::new(); tenants.all().len()]),
             tenants,
@@ -135,6 +180,9 @@ impl Hub {
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
+            room: Room::new(WAITING_BYTES_MAX),
+            bound_models: StdMutex::new(vec![0; listeners.len()]),
+            listeners,
         })
     }
 
@@ -226,11 +274,16 @@ impl Hub {
                 key_scheme: self.scheme_name(),
                 sources: sources
                     .iter()
-                    .map(|source| source.spec())
-                    .collect::<Result<_>>()?,
+                    .map(|source| source.specs())
+                    .collect::<Result<Vec<_>>>()?
+                    .concat(),
                 peer_address: sources
                     .iter()
                     .find_map(|source| source.peer_address.clone()),
+                pool_for: sources
+                    .iter()
+                    .flat_map(|source| source.pool_for.iter().cloned())
+                    .collect(),
             };
             self.check(&registration)?;
             Ok(registration)
@@ -334,8 +387,7 @@ impl Hub {
             kind: spec.kind,
             block_size,
         })?;
-        index.set_rank(id, spec.data_parallel_rank)?;
-        index.set_groups(id, &spec.groups)?;
+        introduce(index, id, registration, spec)?;
         let nothing = Restored {
             id,
             mark: None,
@@ -367,7 +419,7 @@ impl Hub {
         } else {
             tokio::spawn(follower.run()).abort_handle()
         };
-        PodSource::new(name, state, restored.id, task, None)
+        PodSource::new((name, state), (index, restored.id), task, None)
     }
 
     /// What a source's task works on.
@@ -382,6 +434,7 @@ impl Hub {
             ttl: self.config.source_ttl(),
             message_bytes_max: self.config.event_bytes_max,
             media: self.media.clone(),
+            room: self.room.clone(),
         };
         let metrics = self.metrics.clone();
         Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)
@@ -401,10 +454,9 @@ impl Hub {
                 tracing::error!(pod = %pod.name, %error, "remove the entries of a pod");
             }
         }
-        self.pods
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&pod.name);
+        let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
+        pods.remove(&pod.name);
+        drop(pods);
         pod.ended.send_replace(true);
         self.membership.send_modify(|count| *count += 1);
         tracing::info!(pod = %pod.name, "pod left");

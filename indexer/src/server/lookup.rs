@@ -1,6 +1,7 @@
 //! Lookups: waiting for positions, then one walk through the index.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::time::Duration;
 
 use kvcache_core::ports::Position;
@@ -10,6 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
 use super::hub::Hub;
+use super::pools::pools_to_wire;
 use super::positions::Positions;
 use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, Query};
 use crate::score::TIERS;
@@ -166,18 +168,17 @@ impl Hub {
         } = scratch;
         for _ in 0..FINDS_MAX {
             self.ask(index, question, keys, answer);
-            if positions.are_of(&answer.pods) {
+            if positions.are_of(answer) {
                 return;
             }
-            let names = answer.pods.iter().map(|found| &found.pod);
-            positions.read(&self.pods(), names);
+            positions.read(&self.pods(), answered(answer));
         }
         // Who is best changes from one walk to the next.
         let pods = self.pods();
         positions.read(&pods, pods.keys());
         drop(pods);
         self.ask(index, question, keys, answer);
-        positions.keep(&answer.pods);
+        positions.keep(answer);
     }
 
     fn ask(
@@ -194,6 +195,9 @@ impl Hub {
             pods: &question.pods,
         };
         index.lookup_at(self.now(), keys, &query, answer);
+        if !answer.pools.is_empty() && !question.pods.is_empty() {
+            self.leave_usable(&mut answer.pools, &question.pods);
+        }
         if is_by_score {
             // Stable, and the answer comes by depth and name.
             answer
@@ -231,18 +235,16 @@ impl Hub {
             expected_depth: found.expected_depth,
             approximate: found.is_approximate,
         });
+        let pools = match answer.pools.as_slice() {
+            [] => Vec::new(),
+            pools => pools_to_wire(&self.pods(), pools, &question.pods),
+        };
         let (positions, freshness) = positions.to_wire(std::time::Instant::now());
         v1::LookupResponse {
+            pools,
             pods: depths.collect(),
             shared_depth: answer.shared_depth,
-            shared: answer
-                .shared
-                .iter()
-                .map(|range| v1::BlockRange {
-                    start: range.start,
-                    end: range.end,
-                })
-                .collect(),
+            shared: ranges_to_wire(&answer.shared),
             positions,
             freshness,
             ..v1::LookupResponse::default()
@@ -347,7 +349,21 @@ impl Hub {
     }
 }
 
-fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
+/// Everybody who is answered: pods, then pools.
+pub(super) fn answered(answer: &Answer) -> impl Iterator<Item = &PodName> {
+    let pods = answer.pods.iter().map(|found| &found.pod);
+    pods.chain(answer.pools.iter().map(|found| &found.pool))
+}
+
+pub(super) fn ranges_to_wire(ranges: &[Range<u32>]) -> Vec<v1::BlockRange> {
+    let ranges = ranges.iter().map(|range| v1::BlockRange {
+        start: range.start,
+        end: range.end,
+    });
+    ranges.collect()
+}
+
+pub(super) fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
     let held = Tier::ALL.into_iter().zip(*by_tier);
     held.filter(|(_, blocks)| *blocks > 0)
         .map(|(tier, blocks)| v1::TierDepth {

@@ -22,9 +22,9 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 pub use crate::config::ServerConfig;
-use crate::source::zmtp::{Endpoint, Listener};
 use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
+use crate::zmtp::{Endpoint, Listener};
 
 mod admission;
 mod bootstrap;
@@ -35,9 +35,11 @@ mod lookup;
 mod many;
 mod models;
 mod native;
+mod pools;
 mod positions;
 mod routing;
 mod scores;
+mod tidy;
 
 use bootstrap::bootstrap;
 use bound::{Door, listen};
@@ -46,6 +48,7 @@ use hub::Hub;
 use many::STREAMS_MAX;
 use native::{IndexService, Shared};
 use scores::ScoreService;
+use tidy::keep_tidy;
 
 /// How often an idle connection is probed, and how long the answer may take: a pod that vanished without closing its
 /// connection is noticed within both.
@@ -158,6 +161,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
             }
         });
     }
+    tasks.spawn(keep_tidy(hub.clone(), stopping.subscribe()));
     tasks.spawn(serve_grpc(shared, tokenizers, grpc, stopping.subscribe()));
     if let Some((listener, _)) = metrics {
         tasks.spawn(serve_metrics(hub, listener, stopping.subscribe()));
@@ -174,7 +178,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
 /// Binds the endpoints that engines connect to.
 async fn open_doors(config: &ServerConfig) -> Result<(Vec<Door>, Vec<String>)> {
     let (mut doors, mut endpoints) = (Vec::new(), Vec::new());
-    for (place, configured) in config.listeners.iter().enumerate() {
+    for (place, configured) in config.listeners_by_rank()?.iter().enumerate() {
         let endpoint: Endpoint = configured.endpoint.parse()?;
         let bound = Listener::bind(&endpoint).await;
         let listener = bound.map_err(|error| error.at(format_args!("listeners[{place}]")))?;

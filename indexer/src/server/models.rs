@@ -10,6 +10,9 @@ use crate::index::{self, BYTES_MIN, KvIndex, ORPHAN_BLOCKS_MAX};
 use crate::metrics::{Holdings, TenantHoldings};
 use crate::wire::Registration;
 
+#[cfg(test)]
+mod tests;
+
 /// The most models one server takes, each tenant's having an index of its own.
 pub(super) const MODELS_MAX: usize = 256;
 
@@ -111,6 +114,7 @@ impl Hub {
             for index in models.values() {
                 holdings.blocks += index.blocks();
                 held.add(&index.usage());
+                holdings.expected_blocks += index.expected_blocks();
             }
             holdings.entries += held.usage.entries.iter().sum::<u64>();
             holdings.bytes += held.usage.bytes;

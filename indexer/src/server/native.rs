@@ -248,6 +248,8 @@ impl Hub {
             lag_p99_us: self.metrics.lag.quantile_us(0.99),
             serving: self.not_serving.borrow().is_none(),
             not_serving_reason: self.not_serving.borrow().clone().unwrap_or_default(),
+            expected_blocks: holdings.expected_blocks,
+            routings: self.metrics.routings(),
             tenants: holdings
                 .tenants
                 .iter()
@@ -271,7 +273,7 @@ impl Hub {
                 replays: progress.stats.replays,
                 resyncs: progress.stats.resyncs,
                 orphans: self.orphans_of(pod, source),
-                freshness: Some(progress.freshness(now)),
+                freshness: Some(source.freshness(&progress, now)),
             }
         });
         v1::PodStatus {

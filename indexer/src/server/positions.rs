@@ -9,7 +9,8 @@ use kvcache_core::PodName;
 use kvfabric_proto::v1;
 
 use super::hub::{Pod, PodSource};
-use crate::index::PodDepth;
+use super::lookup::answered;
+use crate::index::Answer;
 use crate::source::Progress;
 
 /// A pod that was asked, by the name it was asked by.
@@ -58,18 +59,18 @@ impl Positions {
     }
 
     /// Whether they are those of the answered pods.
-    pub(super) fn are_of(&self, found: &[PodDepth]) -> bool {
+    pub(super) fn are_of(&self, answer: &Answer) -> bool {
         let names = self.asked.iter().map(|asked| &asked.name);
-        names.eq(found.iter().map(|found| &found.pod))
+        names.eq(answered(answer))
     }
 
     /// Leaves those of the answered pods, which were read among others.
-    pub(super) fn keep(&mut self, found: &[PodDepth]) {
+    pub(super) fn keep(&mut self, answer: &Answer) {
         let asked = self.asked.drain(..);
         let mut by_name: HashMap<_, _> = asked.map(|asked| (asked.name.clone(), asked)).collect();
-        let kept = found.iter().map(|found| {
-            by_name.remove(&found.pod).unwrap_or_else(|| Asked {
-                name: found.pod.clone(),
+        let kept = answered(answer).map(|found| {
+            by_name.remove(found).unwrap_or_else(|| Asked {
+                name: found.clone(),
                 pod: None,
                 progress: 0..0,
             })
@@ -77,7 +78,7 @@ impl Positions {
         self.asked.extend(kept);
     }
 
-    /// The answered pods, in the order of the answer; none for one that is not known any more.
+    /// The answered pods, then pools, in the order of the answer; none for one that is not known any more.
     pub(super) fn pods(&self) -> impl Iterator<Item = Option<&Pod>> {
         self.asked.iter().map(|asked| asked.pod.as_deref())
     }
@@ -95,7 +96,7 @@ impl Positions {
                 epoch: progress.position.epoch.0,
                 next_sequence: progress.position.next.0,
             });
-            freshness.push(progress.freshness(now));
+            freshness.push(source.freshness(progress, now));
         }
         (positions, freshness)
     }

@@ -54,6 +54,7 @@ impl Hub {
             approximate_blocks_max: self.config.approximate_blocks_max,
         };
         let recorded = index.expect(&pod, &scratch.keys, &with)?;
+        self.metrics.routed();
         Ok(v1::RecordRoutingResponse {
             blocks: scratch.keys.len() as u32,
             depth: recorded.depth,

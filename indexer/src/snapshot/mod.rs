@@ -19,7 +19,7 @@ use kvcache_core::{Epoch, Error, ErrorKind, IndexKey, Result, Sequence, Tier};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::snapshot_piece::Piece;
 
-use crate::index::ImagePiece;
+use crate::index::{ImagePiece, Learnt};
 use crate::ingest::BatchDigest;
 use crate::wire::{self, Registration};
 
@@ -27,8 +27,11 @@ pub(crate) use file::{FileReader, write};
 pub(crate) use image::{image_to_wire, shared_to_wire};
 
 /// The version of the format that is written.
-pub(crate) const FORMAT: u32 = 1;
-/// The versions that are read: the one that is written and the one before, of which there is none yet.
+///
+/// 2 says of each source what its events have told of it, so that those of several ranks, cache groups or block sizes have
+/// images, too.
+pub(crate) const FORMAT: u32 = wire::SNAPSHOT_FORMAT;
+/// The versions that are read: the one that is written and the one before.
 const FORMATS_READ: std::ops::RangeInclusive<u32> = 1..=FORMAT;
 /// The most pods that are taken from a snapshot.
 const PODS_MAX: u32 = 1 << 20;
@@ -56,6 +59,7 @@ pub(crate) enum Step {
         name: String,
         mark: Option<Mark>,
         group: Option<u32>,
+        learnt: Learnt,
     },
     /// More of the last source.
     Image(ImagePiece),
@@ -220,6 +224,15 @@ impl Reader {
             name,
             mark,
             group: source.group,
+            learnt: Learnt {
+                rank: source.data_parallel_rank,
+                groups: source
+                    .groups
+                    .iter()
+                    .map(wire::group_from_wire)
+                    .collect::<Result<_>>()?,
+                block_size: source.block_size,
+            },
         })
     }
 }
@@ -244,7 +257,12 @@ fn mark_from_wire(source: &v1::SnapshotSource) -> Result<Mark> {
 }
 
 /// The piece that opens a source.
-pub(crate) fn source_to_wire(name: &str, mark: Option<Mark>, group: Option<u32>) -> Piece {
+pub(crate) fn source_to_wire(
+    name: &str,
+    mark: Option<Mark>,
+    group: Option<u32>,
+    learnt: &Learnt,
+) -> Piece {
     let position = mark.map(|mark| mark.position);
     Piece::Source(v1::SnapshotSource {
         name: name.to_owned(),
@@ -254,6 +272,9 @@ pub(crate) fn source_to_wire(name: &str, mark: Option<Mark>, group: Option<u32>)
             mark.digest.0.to_le_bytes().to_vec().into()
         }),
         group,
+        data_parallel_rank: learnt.rank,
+        groups: learnt.groups.iter().map(wire::group_to_wire).collect(),
+        block_size: learnt.block_size,
     })
 }
 

@@ -88,6 +88,7 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
             source("node", v1::SourceKind::Node),
         ],
         peer_address: "127.0.0.1:3".to_owned(),
+        pool_for: Vec::new(),
     };
     let mark = |epoch, next| {
         let position = Position {
@@ -107,12 +108,12 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
             registration: Some(registration),
             configured: true,
         })),
-        piece(source_to_wire("engine", mark(0, 5), Some(1))),
+        piece(source_to_wire("engine", mark(0, 5), Some(1), &learnt())),
         piece(Piece::Image(image_to_wire(
             &engine_image(),
             wire::SourceKind::Vllm,
         ))),
-        piece(source_to_wire("node", mark(7, 1), None)),
+        piece(source_to_wire("node", mark(7, 1), None, &Learnt::default())),
         piece(Piece::Image(image_to_wire(
             &node_image(),
             wire::SourceKind::Node,
@@ -129,6 +130,22 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
             models: 1,
         })),
     ]
+}
+
+fn learnt() -> Learnt {
+    let group = |number, rule| wire::CacheGroup {
+        number,
+        rule,
+        block_size: 2 * TOKENS_PER_BLOCK,
+    };
+    Learnt {
+        rank: Some(3),
+        groups: vec![
+            group(1, wire::GroupRule::Full),
+            group(2, wire::GroupRule::Window { tokens: 9 }),
+        ],
+        block_size: 2 * TOKENS_PER_BLOCK,
+    }
 }
 
 fn read_all(pieces: impl IntoIterator<Item = v1::SnapshotPiece>) -> Result<Vec<Step>> {
@@ -171,12 +188,14 @@ fn a_snapshot_comes_back_as_it_was_written() {
         name,
         mark: Some(mark),
         group: Some(1),
+        learnt: told,
     } = &steps[2]
     else {
         panic!("{:?}", steps[2]);
     };
     assert_eq!((name.as_str(), mark.position.next), ("engine", Sequence(5)));
     assert_eq!(mark.digest, BatchDigest::of(b"batch"));
+    assert_eq!(*told, learnt());
     assert!(matches!(&steps[3], Step::Image(image) if *image == engine_image()));
     assert!(matches!(&steps[5], Step::Image(image) if *image == node_image()));
     assert!(matches!(&steps[6], Step::Shared { model, .. } if model == "m"));
@@ -184,11 +203,18 @@ fn a_snapshot_comes_back_as_it_was_written() {
     assert!(matches!(&steps[8], Step::End));
 }
 
-/// The file of the format's first version, as it was written then: `KVFABRIC_REGENERATE=1` writes it, once a format.
+/// The file of each format, as it was written then: `KVFABRIC_REGENERATE=1` writes the newest, once.
 #[test]
-fn the_first_format_is_read_for_ever() {
-    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("src/snapshot/golden/format-1.snapshot");
+fn this_format_and_the_one_before_are_read() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/snapshot/golden");
+    let before = read_file(&folder.join("format-1.snapshot")).unwrap();
+    assert_eq!(before.len(), 9);
+    assert!(
+        matches!(&before[2], Step::Source { learnt, .. } if *learnt == Learnt::default()),
+        "nothing was told of it: {:?}",
+        before[2]
+    );
+    let golden = folder.join("format-2.snapshot");
     if std::env::var_os("KVFABRIC_REGENERATE").is_some() {
         write_file(&golden, pieces());
     }
@@ -342,5 +368,28 @@ proptest! {
             all[which] = piece;
             let _ = read_all(all);
         }
+    }
+
+    /// A file with some bytes changed, cut out or doubled: its checksums find that out, or nothing was changed in effect.
+    #[test]
+    fn a_file_that_was_changed_is_found_out(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..4),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("snapshot");
+        write_file(&path, pieces());
+        let written = std::fs::read(&path).unwrap();
+        let mut bytes = written.clone();
+        for (place, value, what) in changes {
+            let place = place.index(bytes.len());
+            match what {
+                0 => bytes[place] = value,
+                1 => drop(bytes.remove(place)),
+                _ => bytes.insert(place, value),
+            }
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let is_whole = read_file(&path).is_ok();
+        prop_assert!(!is_whole || bytes.starts_with(&written), "a change was not found");
     }
 }

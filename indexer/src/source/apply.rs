@@ -87,7 +87,7 @@ impl Follower {
     }
 
     async fn apply(&mut self, payload: &[u8], is_live: bool) {
-        let batch = match decode_batch_with(payload, self.spec.kind, &self.media) {
+        let batch = match decode_batch_with(payload, self.spec.kind, &self.limits.media) {
             Ok(batch) => batch,
             Err(error) => {
                 tracing::debug!(source = %self.name, %error, "undecodable batch");
@@ -97,7 +97,7 @@ impl Follower {
         };
         for (medium, events) in &batch.unknown_media {
             if self.metrics.unknown_medium(medium, *events) {
-                let taken_for = self.media.of(medium).0.name();
+                let taken_for = self.limits.media.of(medium).0.name();
                 tracing::warn!(source = %self.name, medium, taken_for, "a medium that is not known");
             }
         }
@@ -171,7 +171,7 @@ impl Follower {
         let mut stored = Vec::new();
         let mut wanted: HashMap<u64, [bool; Tier::ALL.len()]> = HashMap::new();
         for piece in pieces {
-            for event in decode_batch_with(piece, self.spec.kind, &self.media)?.events {
+            for event in decode_batch_with(piece, self.spec.kind, &self.limits.media)?.events {
                 let event = event?;
                 let SourceEvent::Stored(blocks) = &event else {
                     let what = "an image with an event that stores nothing";

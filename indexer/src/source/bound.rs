@@ -35,7 +35,7 @@ impl Follower {
         let mut lost_at = Some(Instant::now());
         let mut current = None;
         loop {
-            let gone_at = lost_at.map(|at| at + self.ttl);
+            let gone_at = lost_at.map(|at| at + self.limits.ttl);
             let gone = async {
                 match gone_at {
                     Some(at) => sleep_until(at).await,

@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, Notify, watch};
 
 use crate::adapter::Media;
 use crate::index::{KvIndex, SourceId};
-use crate::ingest::{Ingest, IngestConfig, IngestStats, Resume};
+use crate::ingest::{Ingest, IngestConfig, IngestStats, Resume, Room};
 use crate::metrics::Metrics;
 use crate::snapshot::Mark;
 use crate::wire::{SourceKind, SourceSpec};
@@ -21,7 +21,6 @@ mod bound;
 #[cfg(test)]
 mod tests;
 mod zmq;
-pub(crate) mod zmtp;
 
 pub(crate) use bound::{FED_QUEUED_MAX, Fed};
 
@@ -62,6 +61,7 @@ impl Progress {
                 .map(|at| micros(now.saturating_duration_since(at))),
             connected: self.is_connected,
             current: self.is_current,
+            evicted: 0,
         }
     }
 }
@@ -113,6 +113,8 @@ pub(crate) struct Limits {
     pub(crate) message_bytes_max: usize,
     /// What media are taken for.
     pub(crate) media: Arc<Media>,
+    /// What it keeps until it can be applied finds its room here, beside that of all others.
+    pub(crate) room: Arc<Room>,
 }
 
 /// Everything one source's task works on.
@@ -124,12 +126,7 @@ pub(crate) struct Follower {
     pub(crate) index: Arc<KvIndex>,
     pub(crate) state: Arc<SourceState>,
     pub(crate) metrics: Arc<Metrics>,
-    /// How long the source may stay disconnected before its entries are dropped.
-    pub(crate) ttl: Duration,
-    /// The longest message that is taken, in bytes.
-    pub(crate) message_bytes_max: usize,
-    /// What media are taken for.
-    pub(crate) media: Arc<Media>,
+    pub(crate) limits: Limits,
     /// What a snapshot said of the source is dropped if it is not verified until then.
     unverified_until: Option<tokio::time::Instant>,
     /// The data-parallel rank, once told.
@@ -163,7 +160,7 @@ impl Follower {
         metrics: Arc<Metrics>,
         limits: Limits,
     ) -> Self {
-        let ingest = Ingest::new(ingest_config(&spec));
+        let ingest = Ingest::new(ingest_config(&spec)).sharing(&limits.room);
         let (reported, start) = (IngestStats::default(), Instant::now());
         Self {
             spec,
@@ -172,9 +169,7 @@ impl Follower {
             index,
             state,
             metrics,
-            ttl: limits.ttl,
-            message_bytes_max: limits.message_bytes_max,
-            media: limits.media,
+            limits,
             unverified_until: None,
             rank: None,
             ingest,
@@ -194,7 +189,8 @@ impl Follower {
             last: Sequence(mark.position.next.0 - 1),
             digest: mark.digest,
         };
-        self.ingest = Ingest::resume(ingest_config(&self.spec), resume);
+        let ingest = Ingest::resume(ingest_config(&self.spec), resume);
+        self.ingest = ingest.sharing(&self.limits.room);
         self.unverified_until = Some(verify_by);
         self.report();
     }
@@ -272,7 +268,7 @@ impl Follower {
         self.clear().await;
         let before = self.ingest.stats();
         self.metrics.ingested(&self.reported, &before);
-        self.ingest = Ingest::new(ingest_config(&self.spec));
+        self.ingest = Ingest::new(ingest_config(&self.spec)).sharing(&self.limits.room);
         self.reported = IngestStats::default();
         self.set_given_up(true);
         self.report();

@@ -3,6 +3,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvcache_core::event::NodeEvent;
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{IndexKey, PodName, Tier};
+use proptest::prelude::*;
 
 use super::*;
 use crate::adapter::encode_node_batch;
@@ -37,6 +38,7 @@ fn follower() -> Follower {
         ttl: Duration::from_secs(30),
         message_bytes_max: 1 << 20,
         media: Arc::default(),
+        room: Room::new(usize::MAX),
     };
     let (state, metrics) = (
         Arc::new(SourceState::new(None)),
@@ -189,5 +191,65 @@ async fn an_image_that_cannot_be_read_empties_the_source() {
         follower.ingest.handle_image(Time(0), Some(Epoch(1)), piece);
         follower.reply(50, &stored(7..8, Tier::Host)).await;
         assert_eq!(follower.index.entries(), 1);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Messages of any frames on both sockets, most of them a node's with some bytes changed: the index has what decoded
+    /// batches say, and nothing panics.
+    #[test]
+    fn whatever_comes_in_frames_is_applied_or_refused(
+        messages in prop::collection::vec(
+            (
+                prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..7),
+                prop::option::weighted(0.8, (0_u64..6, 0_u64..4, any::<bool>())),
+                prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 0..3),
+                any::<bool>(),
+            ),
+            0..30,
+        ),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let mut follower = follower();
+            follower.ingest.handle_connected(Time(0));
+            follower.act(false).await;
+            for (noise, real, changes, is_reply) in messages {
+                let mut frames = noise;
+                if let Some((sequence, key, is_image)) = real {
+                    let payload = encode_node_batch(1.0, &stored(key..key + 3, Tier::Host));
+                    frames = vec![b"kv@pod-0@m@1".to_vec(), sequence.to_be_bytes().to_vec(), payload];
+                    if is_reply {
+                        frames.insert(0, Vec::new());
+                    }
+                    if is_reply && is_image {
+                        frames.push((1_u64 << 32 | 1).to_be_bytes().to_vec());
+                    }
+                }
+                for (which, place, value) in changes {
+                    if frames.is_empty() {
+                        continue;
+                    }
+                    let which = which.index(frames.len());
+                    if !frames[which].is_empty() {
+                        let place = place.index(frames[which].len());
+                        frames[which][place] = value;
+                    }
+                }
+                let frames: Vec<_> = frames.into_iter().map(Bytes::from).collect();
+                if is_reply {
+                    follower.take_reply(&frames);
+                } else {
+                    follower.take_live(&frames);
+                }
+                follower.act(false).await;
+            }
+            // Every entry came with an event, and an event has a byte at least.
+            assert!(follower.index.entries() <= 30 * 200);
+            follower.give_up().await;
+            assert_eq!(follower.index.entries(), 0);
+        });
     }
 }

@@ -13,9 +13,9 @@ use kvcache_core::{Epoch, Error, ErrorKind, Result, Sequence};
 use tokio::time::{Instant, sleep_until};
 
 use super::Follower;
-use super::zmtp::{Connection, Endpoint};
 use crate::adapter::{SourceKind, Topic};
 use crate::ingest::ImagePiece;
+use crate::zmtp::{Connection, Endpoint};
 
 /// How long one attempt to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -102,7 +102,10 @@ impl Follower {
 
     /// When the source is given up if it is not connected until then; never when it is given up already.
     fn gone_at(&self, lost_at: Option<Instant>) -> Option<Instant> {
-        let ends = [lost_at.map(|at| at + self.ttl), self.unverified_until];
+        let ends = [
+            lost_at.map(|at| at + self.limits.ttl),
+            self.unverified_until,
+        ];
         ends.into_iter().flatten().min()
     }
 
@@ -113,7 +116,7 @@ impl Follower {
     async fn connect(&self, gone_at: Option<Instant>) -> Result<Link> {
         let left = gone_at.map_or(CONNECT_TIMEOUT, |at| at - Instant::now());
         let timeout = left.clamp(BACKOFF_MIN, CONNECT_TIMEOUT);
-        let most = self.message_bytes_max;
+        let most = self.limits.message_bytes_max;
         let endpoint: Endpoint = self.spec.endpoint.parse()?;
         // Every topic: an endpoint belongs to one source, whatever its publisher calls itself.
         let events = Connection::subscribe(&endpoint, "", most, timeout).await?;
@@ -225,7 +228,7 @@ impl Follower {
 
     /// `[empty, topic, sequence, batch]`, or without the topic from engines before 0.26; a sequence of ones ends it. Nodes
     /// may begin with `[empty, topic, sequence, batch, place]`, the pieces of an image.
-    fn take_reply(&mut self, frames: &[Bytes]) {
+    pub(super) fn take_reply(&mut self, frames: &[Bytes]) {
         if let [_, topic, number, payload, place] = frames
             && self.spec.kind == SourceKind::Node
             && let (Some(cut), Some(place)) = (sequence(number), sequence(place))

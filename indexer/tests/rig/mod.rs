@@ -16,6 +16,8 @@ use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig, serve};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tonic::transport::Channel;
 
 /// Only bounds a failing test; no test measures time.
@@ -74,6 +76,7 @@ pub(crate) fn registration<const N: usize>(name: &str, sources: [SourceSpec; N])
         key_scheme: "xxh3:1337".to_owned(),
         sources: sources.to_vec(),
         peer_address: Some("127.0.0.1:9".to_owned()),
+        pool_for: Vec::new(),
     }
 }
 
@@ -93,6 +96,7 @@ pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterR
             ..v1::Source::default()
         }],
         peer_address: String::new(),
+        pool_for: Vec::new(),
     }
 }
 
@@ -182,4 +186,28 @@ pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusR
     tokio::time::timeout(PATIENCE, asking)
         .await
         .expect("the index never got there");
+}
+
+/// What a server says of itself to Prometheus.
+pub(crate) async fn metrics_page(server: &Running) -> String {
+    let address = server.metrics_address().unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    text
+}
+
+/// The value of a series that has no labels.
+pub(crate) async fn metric(server: &Running, name: &str) -> u64 {
+    let text = metrics_page(server).await;
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no {name} in\n{text}"))
+        .parse()
+        .unwrap()
 }

@@ -161,6 +161,31 @@ pub struct LookupResponse {
     /// One for each of positions, in their order.
     #[prost(message, repeated, tag = "7")]
     pub freshness: ::prost::alloc::vec::Vec<SourceFreshness>,
+    /// Pools that some pods share, like the memory of one host: each once, however many pods may use it; only those that hold
+    /// anything of the prompt. If the question names pods, only pools that one of them may use.
+    #[prost(message, repeated, tag = "8")]
+    pub pools: ::prost::alloc::vec::Vec<PoolDepth>,
+}
+/// What a pool holds that some pods share. Never part of a pod's depth or score.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PoolDepth {
+    #[prost(string, tag = "1")]
+    pub pool: ::prost::alloc::string::String,
+    /// How many of the first blocks it holds.
+    #[prost(uint32, tag = "2")]
+    pub depth: u32,
+    /// Which blocks it holds, holes or not: ascending, apart from each other.
+    #[prost(message, repeated, tag = "3")]
+    pub held: ::prost::alloc::vec::Vec<BlockRange>,
+    /// For how many of those each tier is the fastest one that holds them.
+    #[prost(message, repeated, tag = "4")]
+    pub by_tier: ::prost::alloc::vec::Vec<TierDepth>,
+    /// The pods known now that may use it, ascending; of those that the question names, if it names any.
+    #[prost(string, repeated, tag = "5")]
+    pub pods: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Where the pool's peer service listens; empty when it has none.
+    #[prost(string, tag = "6")]
+    pub peer_address: ::prost::alloc::string::String,
 }
 /// How much the position of a source is worth.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -176,6 +201,10 @@ pub struct SourceFreshness {
     /// Connected, and all that is known to have been published is applied.
     #[prost(bool, tag = "4")]
     pub current: bool,
+    /// Entries of the source that the indexer gave up for lack of room and that the source has not withdrawn since, as far
+    /// as is known: while it is not 0, the pod may hold more than is answered.
+    #[prost(uint64, tag = "5")]
+    pub evicted: u64,
 }
 /// Blocks by their position in the prompt.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -346,8 +375,9 @@ pub struct RegisterRequest {
     pub pod: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub model: ::prost::alloc::string::String,
-    /// Tokens a block of this pod's engine: the index's own, or a multiple. Depth is then whole blocks of the engine, counted
-    /// in the index's. Other sizes are refused.
+    /// Tokens a block of this pod's engine: the index's own, a multiple of it, whose depth is then whole blocks of the engine
+    /// counted in the index's, or what it is a multiple of: then a block of the index counts when the engine holds all of its
+    /// parts. Other sizes are refused.
     #[prost(uint32, tag = "4")]
     pub block_size: u32,
     /// The scheme of its index keys; must be the indexer's.
@@ -358,6 +388,9 @@ pub struct RegisterRequest {
     /// Where its peer service listens, "host:port"; empty when it has none.
     #[prost(string, tag = "7")]
     pub peer_address: ::prost::alloc::string::String,
+    /// Not empty: this is no pod but a pool, and pods whose names begin with one of these may use what it holds.
+    #[prost(string, repeated, tag = "8")]
+    pub pool_for: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegisterResponse {
@@ -406,6 +439,12 @@ pub struct StatusResponse {
     /// Who shares the indexer; the first is the default tenant.
     #[prost(message, repeated, tag = "16")]
     pub tenants: ::prost::alloc::vec::Vec<TenantStatus>,
+    /// Blocks that are expected of pods because of recorded routings.
+    #[prost(uint64, tag = "17")]
+    pub expected_blocks: u64,
+    /// Recorded routings so far.
+    #[prost(uint64, tag = "18")]
+    pub routings: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TenantStatus {
@@ -432,6 +471,9 @@ pub struct TierUsage {
     /// Entries given up for lack of room.
     #[prost(uint64, tag = "3")]
     pub evicted: u64,
+    /// What these entries take: the tenant's bytes by the tier's part of its entries, since tiers share tables.
+    #[prost(uint64, tag = "4")]
+    pub bytes: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PodStatus {
@@ -466,6 +508,9 @@ pub struct SnapshotRequest {
     /// The version of this protocol; see PROTOCOL_VERSION.
     #[prost(uint32, tag = "1")]
     pub protocol_version: u32,
+    /// The newest format that the reader knows; 0 for 1, as readers say that know of no other.
+    #[prost(uint32, tag = "2")]
+    pub format: u32,
 }
 /// Pieces come in this order: start, then for each pod its registration and for each of its sources the source and its
 /// image, then for each model what shared tiers hold, then end. A stream without end is incomplete and worth nothing.
@@ -513,7 +558,7 @@ pub struct SnapshotPod {
     pub configured: bool,
 }
 /// One of the last pod's sources.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SnapshotSource {
     /// Its name within the pod.
     #[prost(string, tag = "1")]
@@ -530,6 +575,14 @@ pub struct SnapshotSource {
     /// The cache group that is followed, once one is known.
     #[prost(uint32, optional, tag = "5")]
     pub group: ::core::option::Option<u32>,
+    /// Since format 2, what the source's events have told of it: the rank, the cache groups, and tokens a block (0: nothing
+    /// was told).
+    #[prost(uint32, optional, tag = "6")]
+    pub data_parallel_rank: ::core::option::Option<u32>,
+    #[prost(message, repeated, tag = "7")]
+    pub groups: ::prost::alloc::vec::Vec<CacheGroup>,
+    #[prost(uint32, tag = "8")]
+    pub block_size: u32,
 }
 /// What shared tiers hold of a model, whoever put it there: an image with hashes (which are keys) and copies only.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

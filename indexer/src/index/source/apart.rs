@@ -3,11 +3,11 @@
 use kvcache_core::prefix::IndexChain;
 use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result};
 
-use super::super::config::Applied;
+use super::super::config::{Applied, Learnt};
 use super::super::groups::{Apart, Seat};
 use super::super::tree::{Place, Shared, Stretch};
 use super::store::push;
-use super::{Source, Writer};
+use super::{Size, Source, Writer};
 use crate::adapter::StoredBlocks;
 
 impl Source {
@@ -24,12 +24,33 @@ impl Source {
         if self.is_sized || self.is_node() || blocks.tokens.is_empty() || !is_main {
             return false;
         }
-        let stride = blocks.block_size / own;
-        if stride == 0 || stride * own != blocks.block_size {
+        let Some(size) = Size::of(blocks.block_size, own) else {
             return false;
-        }
+        };
         self.is_sized = true;
-        std::mem::replace(&mut self.stride, stride) != stride
+        if self.fine.as_ref().map_or(1, |fine| fine.parts()) != size.parts {
+            self.fine = size.fine();
+        }
+        std::mem::replace(&mut self.stride, size.stride) != size.stride
+    }
+
+    /// Whether its blocks are smaller than the index's.
+    pub(in crate::index) fn is_fine(&self) -> bool {
+        self.fine.is_some()
+    }
+
+    /// Takes the size of the source's blocks from an image: so many of the index's.
+    pub(in crate::index) fn set_size(&mut self, stride: u32) {
+        (self.is_sized, self.stride, self.fine) = (true, stride, None);
+    }
+
+    /// What the source's events have told of it, in an index whose blocks have so many tokens.
+    pub(in crate::index) fn learnt(&self, own: u32) -> Learnt {
+        Learnt {
+            rank: self.rank,
+            groups: self.groups.told(own),
+            block_size: if self.is_sized { self.stride * own } else { 0 },
+        }
     }
 
     /// Whether the source's blocks fit: a whole number of the index's, the same in every event.
@@ -153,8 +174,8 @@ impl Source {
             }
             return Ok(());
         };
-        let mut chain = open.chain;
-        if let Some(last) = open.last {
+        let (mut chain, mut last) = (open.chain, open.last);
+        if let Some(last) = last {
             let key = apart.key(writer.tree.key(shared, last.position));
             chain = IndexChain::after(writer.roots.get(open.root), key);
         }
@@ -174,7 +195,18 @@ impl Source {
                 noted.extend(keys);
             }
             let name = apart.name(hash);
-            let place = self.seat_apart(writer, shared, name, apart.key(key));
+            let previous = match apart {
+                // Their chain is whole, as that of blocks of the index's size is.
+                Apart::Large(_) => last,
+                Apart::Group(_) => None,
+            };
+            let place = self.seat(writer, shared, name, previous, apart.key(key));
+            let known = apart.key(writer.tree.key(shared, place.position));
+            if known != key {
+                // What follows, follows the block as it was placed first.
+                chain = IndexChain::after(writer.roots.get(open.root), known);
+            }
+            last = Some(place);
             self.keep_root(writer, shared, Stretch::of(place), open.root);
             self.add(writer, shared, Stretch::of(place), blocks.tier, applied);
             if let Some(copies) = self.orphans.forget(name) {
@@ -210,7 +242,7 @@ impl Source {
 
 /// # Errors
 /// [`ErrorKind::Invalid`] when there are more or fewer tokens than the blocks have.
-fn check_tokens(blocks: &StoredBlocks) -> Result<()> {
+pub(super) fn check_tokens(blocks: &StoredBlocks) -> Result<()> {
     let wanted = blocks.hashes.len() * blocks.block_size as usize;
     if blocks.tokens.len() == wanted {
         return Ok(());

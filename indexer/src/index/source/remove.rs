@@ -25,11 +25,22 @@ impl Source {
             true => Seat::Main,
             false => self.groups.seat(blocks.group),
         };
+        let ignored = Applied {
+            ignored: blocks.hashes.len() as u32,
+            ..Applied::default()
+        };
         match seat {
-            Seat::Nowhere if !self.groups.known().is_empty() => Applied {
-                ignored: blocks.hashes.len() as u32,
-                ..Applied::default()
-            },
+            Seat::Nowhere if !self.groups.known().is_empty() => return ignored,
+            // Nothing of theirs was taken in.
+            Seat::Apart(_) if self.fine.is_some() => return ignored,
+            _ => {}
+        }
+        if let Some(mut fine) = self.fine.take() {
+            let applied = self.remove_fine(writer, shared, blocks, &mut fine);
+            self.fine = Some(fine);
+            return applied;
+        }
+        match seat {
             Seat::Apart(group) => self.remove_apart(writer, shared, blocks, Apart::Group(group)),
             Seat::Main if self.stride > 1 => {
                 self.remove_apart(writer, shared, blocks, Apart::Large(self.stride))
@@ -116,7 +127,7 @@ impl Source {
     }
 
     /// Takes a copy of the blocks that these hashes name.
-    fn take(
+    pub(super) fn take(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
@@ -219,7 +230,7 @@ impl Source {
         }
     }
 
-    fn take_orphan(&mut self, hash: EngineHash, tier: Tier, applied: &mut Applied) {
+    pub(super) fn take_orphan(&mut self, hash: EngineHash, tier: Tier, applied: &mut Applied) {
         let Some(copies) = self.orphans.copies_mut(hash) else {
             // Deleting from a shared tier what a node has not stored itself is no mistake.
             if !(self.is_node() && tier.is_shared()) {
@@ -289,6 +300,10 @@ impl Source {
         };
         self.empty(writer, shared, tiers, false);
         self.orphans.clear(tiers);
+        if let Some(mut fine) = self.fine.take() {
+            self.clear_fine(writer, shared, tiers, &mut fine);
+            self.fine = Some(fine);
+        }
     }
 
     /// Forgets everything; what the source put in shared tiers stays. With `is_hidden` lookups skip the source already, so
@@ -307,12 +322,13 @@ impl Source {
         for root in std::mem::take(&mut self.roots).into_values() {
             writer.roots.release(root);
         }
+        self.forget_fine(writer);
         self.names = HashMap::with_hasher(KeyState::random());
         self.runs.shrink_to_fit();
         self.orphans = Orphans::new(self.orphans.blocks_max());
         self.groups.reset(writer.keys.block_size.get());
         (self.newest, self.is_sized) = (None, false);
-        self.evicted = 0;
+        self.evicted.set(0);
     }
 
     /// Takes a run's blocks from a source that lookups skip; how many entries those were.

@@ -34,7 +34,12 @@ impl Source {
             self.store_keys(writer, shared, blocks, &mut applied);
             return Ok(applied);
         }
-        match self.groups.seat(blocks.group.map(|group| group.number)) {
+        let seat = self.groups.seat(blocks.group.map(|group| group.number));
+        if self.fine.is_some() {
+            self.store_parts(writer, shared, blocks, seat, &mut applied)?;
+            return Ok(applied);
+        }
+        match seat {
             Seat::Main => self.store_main(writer, shared, blocks, &mut applied)?,
             Seat::Apart(group) => self.store_apart(writer, shared, blocks, group, &mut applied)?,
             Seat::Nowhere => applied.ignored += blocks.hashes.len() as u32,
@@ -404,23 +409,7 @@ impl Source {
             self.add(writer, shared, Stretch::of(place), tier, applied);
             return;
         }
-        if !self.orphans.contains(hash) {
-            if !self.orphans.insert(hash) {
-                applied.refused += 1;
-                return;
-            }
-            applied.orphaned += 1;
-        }
-        let is_counted = self.is_counted(tier);
-        if let Some(copies) = self.orphans.copies_mut(hash) {
-            let copies = &mut copies[tier as usize];
-            if *copies == 0 || is_counted {
-                *copies = copies.saturating_add(1);
-            }
-        }
-        if content.is_some_and(|content| !self.orphans.attach(hash, content)) {
-            applied.refused += 1;
-        }
+        self.wait(hash, tier, content, applied);
     }
 
     /// Takes a node's blocks in, whose names are keys.

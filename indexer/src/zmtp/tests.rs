@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::decode::{Decoder, Received};
+use super::decode::{Decoder, Received, property};
 use super::*;
 
 /// Only bounds a failing test; no test measures time.
@@ -298,6 +298,42 @@ proptest! {
                         prop_assert!(frames.len() <= FRAMES_MAX);
                         prop_assert!(frames.iter().map(bytes::Bytes::len).sum::<usize>() <= 4096);
                     }
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(_) => break 'bytes,
+                }
+            }
+            prop_assert!(decoder.held() <= 4 * READ_BYTES + 4096);
+        }
+    }
+
+    /// A real conversation with some bytes changed, cut out or doubled: the handshake, a subscription, a ping and messages
+    /// of both lengths.
+    #[test]
+    fn mutated_conversations_are_decoded_or_refused(
+        mutations in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..6),
+        piece in 1_usize..300,
+    ) {
+        let long = vec![7; 300];
+        let mut bytes = [greeting(), ready("SUB"), b"\x00\x04\x01kv@".to_vec()].concat();
+        bytes.extend(b"\x04\x07\x04PING\x00\x01\x01\x03kv@");
+        bytes.extend([1, 8, 0, 0, 0, 0, 0, 0, 0, 1]);
+        bytes.extend(long_header(0, long.len() as u64));
+        bytes.extend(&long);
+        for (place, byte, what) in mutations {
+            let place = place.index(bytes.len());
+            match what {
+                0 => bytes[place] = byte,
+                1 => drop(bytes.remove(place)),
+                _ => bytes.insert(place, byte),
+            }
+        }
+        let mut decoder = Decoder::new(4096);
+        'bytes: for piece in bytes.chunks(piece) {
+            decoder.space().extend_from_slice(piece);
+            loop {
+                match decoder.next() {
+                    Ok(Some(Received::Command { body, .. })) => drop(property(body, b"Socket-Type")),
                     Ok(Some(_)) => {}
                     Ok(None) => break,
                     Err(_) => break 'bytes,

@@ -1,12 +1,13 @@
-//! Where a publisher is, or where publishers come to.
+//! Endpoints as configurations and registrations name them.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
+
+use super::{Halves, Listener, halves, unix_halves};
 
 /// The longest path of a unix socket that systems take.
 const PATH_BYTES_MAX: usize = 107;
@@ -23,12 +24,6 @@ pub(crate) enum Endpoint {
     /// `ipc://PATH`
     Ipc(PathBuf),
 }
-
-/// The two directions of a stream.
-pub(super) type Halves = (
-    Box<dyn AsyncRead + Send + Sync + Unpin>,
-    Box<dyn AsyncWrite + Send + Sync + Unpin>,
-);
 
 impl FromStr for Endpoint {
     type Err = Error;
@@ -79,7 +74,7 @@ impl fmt::Display for Endpoint {
 impl Endpoint {
     /// # Errors
     /// `PeerLost` when nobody listens there.
-    pub(super) async fn open(&self) -> Result<Halves> {
+    pub(in crate::zmtp) async fn open(&self) -> Result<Halves> {
         let refused = |error| Error::new(ErrorKind::PeerLost, "connect").with_source(error);
         match self {
             Self::Tcp { host, port } => {
@@ -87,26 +82,12 @@ impl Endpoint {
                 Ok(halves(stream.map_err(refused)?))
             }
             Self::Ipc(path) => {
-                let (reader, writer) = UnixStream::connect(path)
-                    .await
-                    .map_err(refused)?
-                    .into_split();
-                Ok((Box::new(reader), Box::new(writer)))
+                let stream = UnixStream::connect(path).await;
+                Ok(unix_halves(stream.map_err(refused)?))
             }
         }
     }
 }
-
-fn halves(stream: TcpStream) -> Halves {
-    // Without it small requests wait for acknowledgements; nothing else depends on it.
-    let _ = stream.set_nodelay(true);
-    let (reader, writer) = stream.into_split();
-    (Box::new(reader), Box::new(writer))
-}
-
-/// Where publishers connect to.
-#[derive(Debug)]
-pub(crate) struct Listener(TcpListener);
 
 impl Listener {
     /// Binds a TCP endpoint; `*` stands for every interface, port 0 for any free one.
@@ -120,7 +101,7 @@ impl Listener {
         let host = if host == "*" { "0.0.0.0" } else { host };
         let bound = TcpListener::bind((host, *port)).await;
         bound
-            .map(Self)
+            .map(Self::Tcp)
             .map_err(|error| Error::io(format!("listen for publishers on {endpoint}"), error))
     }
 
@@ -129,26 +110,14 @@ impl Listener {
     /// # Errors
     /// `Io` when the system does not tell.
     pub(crate) fn endpoint(&self) -> Result<Endpoint> {
-        let address = self
-            .0
-            .local_addr()
-            .map_err(|error| Error::io("address of a bound listener", error))?;
+        let address = match self {
+            Self::Tcp(listener) => listener.local_addr(),
+            Self::Ipc(_) => Err(std::io::ErrorKind::Unsupported.into()),
+        };
+        let address = address.map_err(|error| Error::io("address of a bound listener", error))?;
         Ok(Endpoint::Tcp {
             host: address.ip().to_string(),
             port: address.port(),
         })
-    }
-
-    /// The next publisher, and where it comes from.
-    ///
-    /// # Errors
-    /// `Io` when the system cannot accept now.
-    pub(crate) async fn accept(&self) -> Result<(Halves, String)> {
-        let (stream, from) = self
-            .0
-            .accept()
-            .await
-            .map_err(|error| Error::io("accept a publisher", error))?;
-        Ok((halves(stream), format!("tcp://{from}")))
     }
 }

@@ -12,9 +12,12 @@ const VERSION_AT: usize = 10;
 const MECHANISM_AT: usize = 12;
 const MECHANISM_END: usize = 32;
 /// Frame flags: more frames follow, the length has eight bytes, it is a command.
-const MORE: u8 = 1;
-const LONG: u8 = 2;
-const COMMAND: u8 = 4;
+pub(super) const MORE: u8 = 1;
+pub(super) const LONG: u8 = 2;
+pub(super) const COMMAND: u8 = 4;
+/// The first byte of a message of a subscriber.
+#[cfg(feature = "server")]
+pub(super) const SUBSCRIBE: u8 = 1;
 /// A frame below this is copied out of the buffer, so that a small one never keeps a big buffer alive.
 const COPY_BELOW: usize = 16 << 10;
 

@@ -1,0 +1,348 @@
+//! Limits, devices and settings of the system, from `/proc`, `/sys` and system calls.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::process::{Resource, getrlimit};
+
+use super::{Finding, State};
+
+/// Files and sockets that a node with many peers opens.
+const OPEN_FILES_WANTED: u64 = 65_536;
+/// What a TCP connection over a long way should be allowed to buffer.
+const SOCKET_BYTES_WANTED: u64 = 16 << 20;
+
+/// Everything of the system.
+pub(super) fn look(folder: &Path) -> Vec<Finding> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let mut findings = vec![
+        nodes(&names("/sys/devices/system/node", "node")),
+        locked_memory(getrlimit(Resource::Memlock).current),
+        open_files(getrlimit(Resource::Nofile).current),
+        huge_pages(&read("/sys/kernel/mm/transparent_hugepage/enabled")),
+        other_processes(&read("/proc/sys/kernel/yama/ptrace_scope")),
+        congestion(
+            &read("/proc/sys/net/ipv4/tcp_congestion_control"),
+            &read("/proc/sys/net/ipv4/tcp_available_congestion_control"),
+        ),
+        buffers(
+            "/proc/sys/net/core/rmem_max",
+            &read("/proc/sys/net/core/rmem_max"),
+        ),
+        buffers(
+            "/proc/sys/net/core/wmem_max",
+            &read("/proc/sys/net/core/wmem_max"),
+        ),
+        direct(folder),
+    ];
+    findings.extend(interfaces(Path::new("/sys/class/net")));
+    findings.extend(rdma(Path::new("/sys/class/infiniband")));
+    findings.push(gpus(&read("/proc/driver/nvidia/version")));
+    findings
+}
+
+/// Names in a folder that begin so and end in a number; none if there is no folder.
+fn names(folder: &str, start: &str) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<_> = names
+        .filter(|name| {
+            name.strip_prefix(start)
+                .is_some_and(|end| end.parse::<u32>().is_ok())
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+fn nodes(found: &[String]) -> Finding {
+    match found.len() {
+        0 | 1 => Finding::ok("memory: nodes", "1"),
+        count => Finding::new(
+            "memory: nodes",
+            State::Hint,
+            count.to_string(),
+            "keep an engine, its agent and its network card on one node (numactl)",
+        ),
+    }
+}
+
+fn locked_memory(limit: Option<u64>) -> Finding {
+    let what = "limit: locked memory";
+    match limit {
+        None => Finding::ok(what, "none"),
+        Some(bytes) => Finding::new(
+            what,
+            State::Hint,
+            format!("{bytes} bytes"),
+            "RDMA pins what is registered: `ulimit -l unlimited`, or CAP_IPC_LOCK",
+        ),
+    }
+}
+
+fn open_files(limit: Option<u64>) -> Finding {
+    let what = "limit: open files";
+    match limit {
+        Some(count) if count < OPEN_FILES_WANTED => Finding::new(
+            what,
+            State::Hint,
+            count.to_string(),
+            format!("for many peers: `ulimit -n {OPEN_FILES_WANTED}`"),
+        ),
+        Some(count) => Finding::ok(what, count.to_string()),
+        None => Finding::ok(what, "none"),
+    }
+}
+
+/// `always [madvise] never`
+fn huge_pages(setting: &str) -> Finding {
+    let what = "memory: huge pages";
+    let chosen = setting
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+    match chosen {
+        Some("never") => Finding::new(
+            what,
+            State::Hint,
+            "never",
+            "the index asks for them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+        ),
+        Some(chosen) => Finding::ok(what, chosen),
+        None => Finding::new(what, State::Absent, "not told", ""),
+    }
+}
+
+fn other_processes(scope: &str) -> Finding {
+    let what = "path: cma";
+    match scope.trim() {
+        "" | "0" => Finding::ok(what, "processes of one user may copy each other's memory"),
+        scope => Finding::new(
+            what,
+            State::Hint,
+            format!("kernel.yama.ptrace_scope is {scope}"),
+            "memory that cannot be shared goes over TCP; 0 allows process_vm_readv between processes of one user",
+        ),
+    }
+}
+
+fn congestion(in_force: &str, available: &str) -> Finding {
+    let (in_force, available) = (in_force.trim(), available.trim());
+    if in_force.is_empty() {
+        return Finding::new("tcp: congestion control", State::Absent, "not told", "");
+    }
+    Finding::ok(
+        "tcp: congestion control",
+        format!("{in_force} (of {available})"),
+    )
+}
+
+fn buffers(path: &str, value: &str) -> Finding {
+    let what = format!("tcp: {}", path.rsplit('/').next().unwrap_or(path));
+    match value.trim().parse::<u64>() {
+        Ok(bytes) if bytes < SOCKET_BYTES_WANTED => Finding::new(
+            &what,
+            State::Hint,
+            format!("{bytes} bytes"),
+            format!(
+                "between hosts: sysctl -w net.core.{}={SOCKET_BYTES_WANTED}",
+                path.rsplit('/').next().unwrap_or(path)
+            ),
+        ),
+        Ok(bytes) => Finding::ok(&what, format!("{bytes} bytes")),
+        Err(_) => Finding::new(&what, State::Absent, "not told", ""),
+    }
+}
+
+/// Whether the disk of a folder takes direct I/O.
+fn direct(folder: &Path) -> Finding {
+    let what = "files: past the page cache";
+    let path = folder.join(format!(".kv-bench-doctor-{}", std::process::id()));
+    let opened = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
+        .open(&path);
+    // Created also where the flag is refused.
+    let _ = fs::remove_file(&path);
+    match opened {
+        Ok(_) => Finding::ok(what, format!("O_DIRECT in {}", folder.display())),
+        Err(error) => Finding::new(
+            what,
+            State::Hint,
+            format!("{}: {error}", folder.display()),
+            "a disk tier there goes through the page cache; use ext4 or xfs",
+        ),
+    }
+}
+
+fn interfaces(folder: &Path) -> Vec<Finding> {
+    let value = |name: &Path, file: &str| {
+        fs::read_to_string(name.join(file)).map_or_else(|_| String::new(), |v| v.trim().to_owned())
+    };
+    let mut findings = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
+            continue;
+        };
+        let state = value(&path, "operstate");
+        if name == "lo" || state == "down" {
+            continue;
+        }
+        // Virtual ones tell no speed, or a negative one.
+        let speed = value(&path, "speed").parse::<i64>().ok();
+        let speed = speed.filter(|speed| *speed > 0);
+        let speed = speed.map_or_else(|| "speed not told".to_owned(), |mb| format!("{mb} Mbit/s"));
+        let mtu = value(&path, "mtu");
+        findings.push(Finding::ok(
+            &format!("network: {name}"),
+            format!("{speed}, MTU {mtu}"),
+        ));
+    }
+    findings.sort_by(|a, b| a.what.cmp(&b.what));
+    findings
+}
+
+fn rdma(folder: &Path) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for device in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Some(name) = device.file_name().to_str().map(str::to_owned) else {
+            continue;
+        };
+        let ports = fs::read_dir(device.path().join("ports"));
+        for port in ports.into_iter().flatten().flatten() {
+            let value = |file: &str| fs::read_to_string(port.path().join(file)).unwrap_or_default();
+            let number = port.file_name().to_string_lossy().into_owned();
+            findings.push(port_of(
+                &name,
+                &number,
+                [&value("state"), &value("rate"), &value("link_layer")],
+            ));
+        }
+    }
+    if findings.is_empty() {
+        let advice = "kvfabric goes over TCP between hosts";
+        findings.push(Finding::new("rdma", State::Absent, "no device", advice));
+    }
+    findings.sort_by(|a, b| a.what.cmp(&b.what));
+    findings
+}
+
+/// `4: ACTIVE`, `100 Gb/sec (4X EDR)`, `InfiniBand`
+fn port_of(device: &str, port: &str, [state, rate, layer]: [&str; 3]) -> Finding {
+    let what = format!("rdma: {device} port {port}");
+    let state = state.trim();
+    let found = format!("{}, {}, {state}", layer.trim(), rate.trim());
+    if state.ends_with("ACTIVE") {
+        return Finding::new(
+            &what,
+            State::Hint,
+            found,
+            "reached by the ucx backend: fabric.ucx = true",
+        );
+    }
+    Finding::new(&what, State::Absent, found, "the port is not active")
+}
+
+fn gpus(driver: &str) -> Finding {
+    let what = "gpu: NVIDIA driver";
+    match driver.lines().next() {
+        Some(line) => Finding::new(
+            what,
+            State::Hint,
+            line.trim(),
+            "this version moves host memory only: no backend for device memory yet",
+        ),
+        None => Finding::new(what, State::Absent, "no driver", ""),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(finding: Finding) -> (State, bool) {
+        (finding.state, finding.advice.is_empty())
+    }
+
+    /// What is enough gets no advice, what is not gets some.
+    #[test]
+    fn limits_are_judged() {
+        assert_eq!(state(locked_memory(None)), (State::Ok, true));
+        assert_eq!(state(locked_memory(Some(65_536))), (State::Hint, false));
+        assert_eq!(state(open_files(Some(1024))), (State::Hint, false));
+        assert_eq!(state(open_files(Some(1 << 20))), (State::Ok, true));
+        assert_eq!(
+            state(buffers("/x/rmem_max", "212992\n")),
+            (State::Hint, false)
+        );
+        assert_eq!(state(buffers("/x/rmem_max", "67108864")), (State::Ok, true));
+        assert_eq!(state(buffers("/x/rmem_max", "")).0, State::Absent);
+        assert_eq!(state(nodes(&[])), (State::Ok, true));
+        assert_eq!(
+            state(nodes(&["node0".into(), "node1".into()])),
+            (State::Hint, false)
+        );
+    }
+
+    /// As the kernel writes them.
+    #[test]
+    fn settings_are_read_as_the_kernel_writes_them() {
+        assert_eq!(huge_pages("always [madvise] never\n").found, "madvise");
+        assert_eq!(
+            state(huge_pages("always madvise [never]")),
+            (State::Hint, false)
+        );
+        assert_eq!(state(other_processes("1\n")), (State::Hint, false));
+        assert_eq!(state(other_processes("0\n")), (State::Ok, true));
+        assert_eq!(
+            congestion("bbr\n", "reno cubic bbr\n").found,
+            "bbr (of reno cubic bbr)"
+        );
+        assert_eq!(
+            gpus("NVRM version: NVIDIA 570\nGCC").found,
+            "NVRM version: NVIDIA 570"
+        );
+        assert_eq!(gpus("").state, State::Absent);
+        let active = port_of(
+            "mlx5_0",
+            "1",
+            ["4: ACTIVE\n", "400 Gb/sec (4X NDR)\n", "InfiniBand\n"],
+        );
+        assert_eq!(active.found, "InfiniBand, 400 Gb/sec (4X NDR), 4: ACTIVE");
+        assert_eq!(active.state, State::Hint);
+        let down = port_of("mlx5_1", "1", ["1: DOWN", "10 Gb/sec", "Ethernet"]);
+        assert_eq!(down.state, State::Absent);
+    }
+
+    /// A folder as the kernel lays out its devices.
+    #[test]
+    fn devices_are_found_by_their_folders() {
+        let root = tempfile::tempdir().unwrap();
+        let port = root.path().join("rxe0/ports/1");
+        fs::create_dir_all(&port).unwrap();
+        for (file, text) in [
+            ("state", "4: ACTIVE"),
+            ("rate", "2.5 Gb/sec"),
+            ("link_layer", "Ethernet"),
+        ] {
+            fs::write(port.join(file), text).unwrap();
+        }
+        let found = rdma(root.path());
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].what, "rdma: rxe0 port 1");
+        assert_eq!(rdma(&root.path().join("nowhere"))[0].state, State::Absent);
+        let card = root.path().join("eth0");
+        fs::create_dir_all(&card).unwrap();
+        for (file, text) in [("operstate", "up"), ("speed", "-1"), ("mtu", "1500")] {
+            fs::write(card.join(file), text).unwrap();
+        }
+        let found = interfaces(root.path());
+        assert!(
+            found
+                .iter()
+                .any(|one| one.what == "network: eth0" && one.found == "speed not told, MTU 1500")
+        );
+    }
+}
