@@ -2,6 +2,7 @@
 //! block for every question.
 #![cfg(test)]
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvcache_core::prefix::{IndexScheme, Namespace};
@@ -328,6 +329,8 @@ struct Both {
     /// The same without evictions.
     complete: Literal,
     answer: Answer,
+    /// Events that are yet to be applied all at once; none when each is applied by itself.
+    together: Option<RefCell<Vec<(SourceId, SourceEvent)>>>,
 }
 
 fn spec(source: usize) -> SourceSpec {
@@ -388,11 +391,31 @@ impl Both {
             literal: Literal::default(),
             complete: Literal::default(),
             answer: Answer::default(),
+            together: None,
         }
     }
 
     fn apply(&self, source: usize, event: SourceEvent) {
-        self.index.apply(self.ids[source], &event).unwrap();
+        match &self.together {
+            Some(together) => together.borrow_mut().push((self.ids[source], event)),
+            None => {
+                self.index.apply(self.ids[source], &event).unwrap();
+            }
+        }
+    }
+
+    /// The index, after all events.
+    fn index(&self) -> &KvIndex {
+        if let Some(together) = &self.together {
+            let events = together.take();
+            let mut applied = 0;
+            self.index.apply_all(&events, |outcome| {
+                outcome.unwrap();
+                applied += 1;
+            });
+            assert_eq!(applied, events.len());
+        }
+        &self.index
     }
 
     /// The step with the block that it picks.
@@ -461,21 +484,21 @@ impl Both {
             }
             Step::Clear { source } => self.clear(source),
             Step::Restart { source } => {
-                self.index.clear_source(self.ids[source]);
+                self.index().clear_source(self.ids[source]);
                 self.forget(source);
             }
             Step::Replace { source } => {
-                self.index.remove_source(self.ids[source]);
+                self.index().remove_source(self.ids[source]);
                 self.forget(source);
-                self.ids[source] = self.index.add_source(spec(source)).unwrap();
+                self.ids[source] = self.index().add_source(spec(source)).unwrap();
             }
             Step::RemovePod { source } => {
                 let pod = SOURCES[source].0;
-                self.index.remove_pod(&PodName::new(pod).unwrap());
-                assert_eq!(self.index.pod_entries(&PodName::new(pod).unwrap()), 0);
+                self.index().remove_pod(&PodName::new(pod).unwrap());
+                assert_eq!(self.index().pod_entries(&PodName::new(pod).unwrap()), 0);
                 for source in (0..SOURCES.len()).filter(|source| SOURCES[*source].0 == pod) {
                     self.forget(source);
-                    self.ids[source] = self.index.add_source(spec(source)).unwrap();
+                    self.ids[source] = self.index().add_source(spec(source)).unwrap();
                 }
             }
             Step::Evict { blocks } => self.evict(blocks),
@@ -512,10 +535,10 @@ impl Both {
 
     /// The keys of all blocks that anybody holds at their place.
     fn keys_there(&self) -> BTreeSet<IndexKey> {
-        let shared = self.index.export_shared().into_iter().flatten();
+        let shared = self.index().export_shared().into_iter().flatten();
         let mut keys: BTreeSet<IndexKey> = shared.map(|(key, _)| key).collect();
         for id in &self.ids {
-            let image = self.index.export(*id).unwrap();
+            let image = self.index().export(*id).unwrap();
             let blocks = image.pieces.iter().flat_map(|piece| &piece.blocks);
             keys.extend(blocks.map(|block| block.key));
         }
@@ -528,12 +551,12 @@ impl Both {
         let there = self.keys_there();
         let mut before = self.literal.placed();
         before.retain(|block| there.contains(&block.index_key()));
-        let evicted = self.index.evict(blocks);
+        let evicted = self.index().evict(blocks);
         let left = self.keys_there();
         let (left, gone): (BTreeSet<Block>, BTreeSet<Block>) = before
             .into_iter()
             .partition(|block| left.contains(&block.index_key()));
-        if self.index.usage().bytes_max.is_none() {
+        if self.index().usage().bytes_max.is_none() {
             assert_eq!((evicted, gone.len()), (0, 0));
         } else {
             assert!(
@@ -570,7 +593,7 @@ impl Both {
     }
 
     fn check(&mut self) {
-        assert_eq!(self.index.entries(), self.literal.entries());
+        assert_eq!(self.index().entries(), self.literal.entries());
         let one_pod = [
             PodName::new("pod-b").unwrap(),
             PodName::new("nobody").unwrap(),
@@ -635,12 +658,15 @@ impl Both {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Long random histories of every kind of source; after each tenth event every prompt is asked for.
+    /// Long random histories of every kind of source, an event a call or many; after each tenth event every prompt is
+    /// asked for.
     #[test]
     fn every_lookup_is_what_a_literal_reading_of_the_events_says(
         steps in proptest::collection::vec(step(), 1..400),
+        is_together in any::<bool>(),
     ) {
         let mut both = Both::new(None);
+        both.together = is_together.then(RefCell::default);
         for (position, step) in steps.iter().enumerate() {
             both.step(step);
             if position % 10 == 9 {
@@ -651,8 +677,8 @@ proptest! {
         for source in 0..SOURCES.len() {
             both.step(&Step::RemovePod { source });
         }
-        prop_assert_eq!(both.index.entries(), both.literal.shared.len() as u64);
-        prop_assert_eq!(both.index.blocks(), both.literal.shared.len() as u64);
+        prop_assert_eq!(both.index().entries(), both.literal.shared.len() as u64);
+        prop_assert_eq!(both.index().blocks(), both.literal.shared.len() as u64);
     }
 }
 
@@ -675,7 +701,7 @@ proptest! {
         both.check();
         both.evict(usize::MAX);
         both.check();
-        prop_assert_eq!((both.index.entries(), both.index.blocks()), (0, 0));
+        prop_assert_eq!((both.index().entries(), both.index().blocks()), (0, 0));
     }
 }
 
@@ -685,7 +711,7 @@ fn another_block_size_is_refused_with_both_sizes_named() {
     let both = Both::new(None);
     let mut other = spec(0);
     (other.name, other.block_size) = ("other".to_owned(), 6);
-    let refusal = both.index.add_source(other).unwrap_err().to_string();
+    let refusal = both.index().add_source(other).unwrap_err().to_string();
     assert!(
         refusal.contains("6 tokens") && refusal.contains('4') && refusal.contains("pod-a"),
         "{refusal}"
@@ -701,7 +727,7 @@ fn another_block_size_is_refused_with_both_sizes_named() {
         refusal.context().contains("6 tokens") && refusal.context().contains("pod-a"),
         "{refusal}"
     );
-    assert_eq!(both.index.entries(), 0);
+    assert_eq!(both.index().entries(), 0);
 }
 
 /// Ten orphans and room for three; then the parents come.

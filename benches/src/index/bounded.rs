@@ -7,7 +7,7 @@ use crate::host::resident_bytes;
 use crate::report::{Case, OURS, Row};
 use crate::stop::Stop;
 
-use super::fill::{Filled, Meter};
+use super::fill::{Calls, Filled, Meter};
 use super::workload::Workload;
 use super::{Origin, wrong};
 
@@ -34,6 +34,7 @@ pub(super) fn measure(workload: &Workload, origin: Origin, bytes_max: u64) -> Re
         let before = meter.events;
         filled.ingest(
             events.by_ref().take(EVENTS_PER_LOOK),
+            Calls::Together,
             &mut meter,
             &Stop::default(),
         )?;

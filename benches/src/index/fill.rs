@@ -19,6 +19,8 @@ use super::{Origin, wrong};
 
 /// Tokens of a block, where the events carry tokens.
 pub(super) const BLOCK_TOKENS: u32 = 16;
+/// Words of a block's content, where that stands for its tokens.
+const CONTENT_WORDS: u32 = 2;
 /// Events that are made before the clock runs, then applied.
 const EVENTS_PER_BATCH: usize = 4096;
 
@@ -44,16 +46,43 @@ pub(super) fn append_tokens(content: u64, tokens: &mut Vec<u32>) {
     tokens.extend((0..u64::from(BLOCK_TOKENS)).map(|at| scramble(content.wrapping_add(at)) as u32));
 }
 
+impl Origin {
+    const fn block_tokens(self) -> u32 {
+        match self {
+            Self::Hashes => CONTENT_WORDS,
+            Self::Engine | Self::Node => BLOCK_TOKENS,
+        }
+    }
+
+    /// What a block of this content is told by; of a node nothing.
+    fn append(self, content: u64, tokens: &mut Vec<u32>) {
+        match self {
+            Self::Hashes => tokens.extend([content as u32, (content >> 32) as u32]),
+            Self::Engine => append_tokens(content, tokens),
+            Self::Node => {}
+        }
+    }
+}
+
+/// How events are given to the index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Calls {
+    /// Many in a call, as a reader of a queue has them.
+    Together,
+    /// Each in a call of its own.
+    Single,
+}
+
 /// The workload's names of pods.
 pub(super) fn pod_name(worker: u32) -> Result<PodName> {
     PodName::new(&format!("worker-{worker}"))
 }
 
-fn empty_config() -> Result<IndexConfig> {
+fn empty_config(block_tokens: u32) -> Result<IndexConfig> {
     Ok(IndexConfig {
         scheme: IndexScheme::default(),
         model: String::new(),
-        block_size: TokensPerBlock::try_from(BLOCK_TOKENS)?,
+        block_size: TokensPerBlock::try_from(block_tokens)?,
         weights: TierWeights::default(),
         orphan_blocks_max: ORPHAN_BLOCKS_MAX,
     })
@@ -61,7 +90,7 @@ fn empty_config() -> Result<IndexConfig> {
 
 /// An index without sources.
 pub(super) fn empty_index() -> Result<KvIndex> {
-    Ok(KvIndex::new(empty_config()?))
+    Ok(KvIndex::new(empty_config(BLOCK_TOKENS)?))
 }
 
 impl Filled {
@@ -80,13 +109,14 @@ impl Filled {
         bytes_max: Option<u64>,
     ) -> Result<Self> {
         assert!(workload.pairs() > 0, "every workload has blocks");
+        let config = empty_config(origin.block_tokens())?;
         let index = match bytes_max {
-            Some(bytes_max) => KvIndex::bounded(empty_config()?, bytes_max)?,
-            None => empty_index()?,
+            Some(bytes_max) => KvIndex::bounded(config, bytes_max)?,
+            None => KvIndex::new(config),
         };
         let kind = match origin {
             Origin::Node => SourceKind::Node,
-            Origin::Engine => SourceKind::Vllm,
+            Origin::Hashes | Origin::Engine => SourceKind::Vllm,
         };
         let pods: Vec<PodName> = (0..WORKERS).map(pod_name).collect::<Result<_>>()?;
         let sources = pods.iter().map(|pod| {
@@ -94,7 +124,7 @@ impl Filled {
                 pod: pod.clone(),
                 name: kind.name().to_owned(),
                 kind,
-                block_size: BLOCK_TOKENS,
+                block_size: origin.block_tokens(),
             })
         });
         let sources = sources.collect::<Result<_>>()?;
@@ -107,12 +137,13 @@ impl Filled {
     }
 
     fn event(&self, stored: &Stored) -> SourceEvent {
-        let is_engine = self.origin == Origin::Engine;
+        let is_engine = self.origin != Origin::Node;
+        let block_tokens = self.origin.block_tokens();
         let mut tokens = Vec::new();
         if is_engine {
-            tokens.reserve_exact(stored.blocks.len() * BLOCK_TOKENS as usize);
+            tokens.reserve_exact(stored.blocks.len() * block_tokens as usize);
             for block in &stored.blocks {
-                append_tokens(block.content, &mut tokens);
+                self.origin.append(block.content, &mut tokens);
             }
         }
         SourceEvent::Stored(StoredBlocks {
@@ -123,7 +154,7 @@ impl Filled {
                 .collect(),
             parent: stored.parent.map(EngineHash),
             tokens,
-            block_size: if is_engine { BLOCK_TOKENS } else { 0 },
+            block_size: if is_engine { block_tokens } else { 0 },
             tier: if is_engine { Tier::Device } else { Tier::Host },
             group: None,
             lora: None,
@@ -139,6 +170,7 @@ impl Filled {
     pub(super) fn ingest(
         &self,
         mut events: impl Iterator<Item = Stored>,
+        calls: Calls,
         meter: &mut Meter,
         stop: &Stop,
     ) -> Result<bool> {
@@ -156,13 +188,28 @@ impl Filled {
                 return Ok(false);
             }
             let (cpu, start) = (process_cpu(), Instant::now());
-            for (source, event) in &batch {
-                meter.blocks += u64::from(self.index.apply(*source, event)?.stored);
-            }
+            meter.blocks += self.apply(&batch, calls)?;
             meter.time += start.elapsed();
             meter.cpu += process_cpu().saturating_sub(cpu);
             meter.events += batch.len() as u64;
         }
+    }
+
+    /// Applies events; how many blocks they stored.
+    fn apply(&self, batch: &[(SourceId, SourceEvent)], calls: Calls) -> Result<u64> {
+        let mut blocks = 0;
+        if calls == Calls::Single {
+            for (source, event) in batch {
+                blocks += u64::from(self.index.apply(*source, event)?.stored);
+            }
+            return Ok(blocks);
+        }
+        let mut outcome = Ok(());
+        self.index.apply_all(batch, |applied| match applied {
+            Ok(applied) => blocks += u64::from(applied.stored),
+            Err(error) => outcome = Err(error),
+        });
+        outcome.map(|()| blocks)
     }
 
     /// Compares what the index says it took with the workload.
@@ -191,11 +238,12 @@ impl Filled {
                     IndexKey(key)
                 }));
             }
-            Origin::Engine => {
-                let mut tokens = Vec::with_capacity(contents.len() * BLOCK_TOKENS as usize);
+            origin => {
+                let words = contents.len() * origin.block_tokens() as usize;
+                let mut tokens = Vec::with_capacity(words);
                 contents
                     .iter()
-                    .for_each(|content| append_tokens(*content, &mut tokens));
+                    .for_each(|content| origin.append(*content, &mut tokens));
                 self.index.keys_of(None, None, &tokens, keys);
             }
         }
@@ -211,16 +259,21 @@ impl Filled {
 mod tests {
     use super::*;
 
-    /// Fills an index from nodes and from engines; both hold every pair and answer with the depth that is there.
+    /// Fills an index from nodes and from engines, in both ways; all hold every pair and answer with the depth that is there.
     #[test]
-    fn both_origins_store_every_pair_and_find_every_match() {
+    fn all_origins_store_every_pair_and_find_every_match() {
         let workload = Workload::new(1, 4, 16);
-        for origin in [Origin::Node, Origin::Engine] {
+        for (origin, calls) in [
+            (Origin::Node, Calls::Single),
+            (Origin::Engine, Calls::Single),
+            (Origin::Engine, Calls::Together),
+            (Origin::Hashes, Calls::Together),
+        ] {
             let filled = Filled::new(&workload, origin).unwrap();
             let mut meter = Meter::default();
             assert!(
                 filled
-                    .ingest(workload.events(), &mut meter, &Stop::default())
+                    .ingest(workload.events(), calls, &mut meter, &Stop::default())
                     .unwrap()
             );
             filled.check(&workload, &meter).unwrap();
@@ -240,7 +293,12 @@ mod tests {
         let mut meter = Meter::default();
         let some = workload.events_count() as usize - 1;
         filled
-            .ingest(workload.events().take(some), &mut meter, &Stop::default())
+            .ingest(
+                workload.events().take(some),
+                Calls::Together,
+                &mut meter,
+                &Stop::default(),
+            )
             .unwrap();
         let error = filled.check(&workload, &meter).unwrap_err();
         assert!(error.to_string().contains("the workload has"), "{error}");

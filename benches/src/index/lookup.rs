@@ -11,7 +11,7 @@ use crate::report::{Case, OURS};
 use crate::statistics::{Percentiles, Samples};
 use crate::stop::Stop;
 
-use super::fill::{Filled, Meter};
+use super::fill::{Calls, Filled, Meter};
 use super::workload::Workload;
 use super::wrong;
 
@@ -115,7 +115,7 @@ fn beside_writer(
     let (mut percentiles, mut meter) = (Percentiles::default(), Meter::default());
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let ended = filled.ingest(workload.extra_events(), &mut meter, &stop);
+            let ended = filled.ingest(workload.extra_events(), Calls::Together, &mut meter, &stop);
             is_written.store(true, Ordering::Release);
             ended
         });

@@ -12,7 +12,7 @@ use crate::statistics::Samples;
 use crate::stop::Stop;
 
 use super::bounded;
-use super::fill::{Filled, Meter};
+use super::fill::{Calls, Filled, Meter};
 use super::workload::{EVENT_BLOCKS, Workload};
 use super::{Origin, wrong};
 
@@ -50,6 +50,7 @@ pub(super) fn run(
     let failed = |error| Error::io("start the memory process", error);
     let origin = match origin {
         Origin::Node => "node",
+        Origin::Hashes => "hashes",
         Origin::Engine => "engine",
     };
     let output = Command::new(std::env::current_exe().map_err(failed)?)
@@ -85,7 +86,12 @@ pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
     let base = resident_bytes();
     let filled = Filled::new(&workload, args.origin)?;
     let mut meter = Meter::default();
-    filled.ingest(workload.events(), &mut meter, &Stop::default())?;
+    filled.ingest(
+        workload.events(),
+        Calls::Together,
+        &mut meter,
+        &Stop::default(),
+    )?;
     filled.check(&workload, &meter)?;
     let full = resident_bytes();
     let name = format!("memory-r{}", args.replicas);

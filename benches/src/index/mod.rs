@@ -19,12 +19,14 @@ use crate::recorder::{OutputArgs, Recorder};
 use crate::report::{Case, OURS};
 use crate::statistics::Samples;
 
-use self::fill::{Filled, Meter};
+use self::fill::{Calls, Filled, Meter};
 use self::workload::{EVENT_BLOCKS, SEQUENCES_FULL, Workload};
 
 pub(crate) use self::grpc::serve_until_told;
 pub(crate) use self::memory::{MemoryArgs, measure as measure_memory};
 
+/// How often an index is filled, each several times.
+const INGESTIONS: u64 = 5;
 /// Sequences a worker that one may ask for.
 const SEQUENCES: RangeInclusive<i64> = 1..=1 << 20;
 
@@ -38,7 +40,7 @@ pub(crate) struct IndexArgs {
     #[arg(long, conflicts_with = "sequences")]
     full: bool,
     /// What the events are like.
-    #[arg(long, value_enum, default_value_t = Origin::Engine)]
+    #[arg(long, value_enum, default_value_t = Origin::Hashes)]
     origin: Origin,
     /// How often the index is filled anew for the ingest figures.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -73,7 +75,10 @@ pub(crate) struct IndexArgs {
 enum Origin {
     /// Nodes: the events carry index keys.
     Node,
-    /// Engines: the events carry tokens and hashes, and the index makes the keys.
+    /// Engines whose events carry hashes and, for the tokens of a block, their hash of 64 bits: what the rivals are given.
+    /// The index still makes the chain of keys.
+    Hashes,
+    /// Engines as they are: the events carry hashes and 16 tokens a block, which the index hashes.
     Engine,
 }
 
@@ -87,7 +92,7 @@ impl IndexArgs {
     }
 }
 
-/// Measures ingestion, lookups, removal and memory.
+/// Measures ingestion (of events in one call and in a call each, and of tokens), lookups, removal and memory.
 ///
 /// # Errors
 /// `Internal` when the index does not hold or find what it must; `Io` when the memory process cannot be run.
@@ -99,15 +104,49 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
     let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
     let repeats = u64::from(args.repeats);
     recorder.expect_steps(
-        2 * repeats + lookup::STEPS + memory::STEPS + fleet::STEPS + u64::from(args.grpc),
+        INGESTIONS * repeats + lookup::STEPS + memory::STEPS + fleet::STEPS + u64::from(args.grpc),
     );
     let rivals = rivals::find(args.rivals.as_deref());
     if rivals.is_some() {
         recorder.expect_steps(rivals::STEPS);
     }
     let single = Workload::new(sequences, 1, 1);
-    ingest("ingest-1", &single, args, recorder)?;
-    let filled = ingest("ingest-16", &workload, args, recorder)?;
+    let origin = args.origin;
+    ingest(
+        ("ingest-1", &single),
+        origin,
+        Calls::Together,
+        args,
+        recorder,
+    )?;
+    ingest(
+        ("ingest-1-single", &single),
+        origin,
+        Calls::Single,
+        args,
+        recorder,
+    )?;
+    ingest(
+        ("ingest-16-tokens", &workload),
+        Origin::Engine,
+        Calls::Together,
+        args,
+        recorder,
+    )?;
+    ingest(
+        ("ingest-16-single", &workload),
+        origin,
+        Calls::Single,
+        args,
+        recorder,
+    )?;
+    let filled = ingest(
+        ("ingest-16", &workload),
+        origin,
+        Calls::Together,
+        args,
+        recorder,
+    )?;
     if let Some(filled) = filled {
         lookup::measure(&workload, &filled, args.lookups, recorder)?;
     }
@@ -150,8 +189,9 @@ fn measure_memory_only(sequences: u32, origin: Origin, recorder: &mut Recorder) 
 
 /// Fills an index several times; returns the last one, or none if the run was stopped before it was full.
 fn ingest(
-    name: &str,
-    workload: &Workload,
+    (name, workload): (&str, &Workload),
+    origin: Origin,
+    calls: Calls,
     args: &IndexArgs,
     recorder: &mut Recorder,
 ) -> Result<Option<Filled>> {
@@ -161,9 +201,9 @@ fn ingest(
     for _ in 0..args.repeats {
         recorder.say(name);
         drop(last.take());
-        let filled = Filled::new(workload, args.origin)?;
+        let filled = Filled::new(workload, origin)?;
         let mut meter = Meter::default();
-        let is_full = filled.ingest(workload.events(), &mut meter, recorder.stop())?;
+        let is_full = filled.ingest(workload.events(), calls, &mut meter, recorder.stop())?;
         if !is_full {
             break;
         }

@@ -95,6 +95,18 @@ pub enum SourceEvent {
     Cleared,
 }
 
+impl SourceEvent {
+    /// The source's hashes of the blocks that it tells of.
+    #[must_use]
+    pub fn names(&self) -> &[EngineHash] {
+        match self {
+            Self::Stored(blocks) => &blocks.hashes,
+            Self::Removed(blocks) => &blocks.hashes,
+            Self::Cleared => &[],
+        }
+    }
+}
+
 /// Blocks that appeared in a tier, in sequence order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredBlocks {

@@ -194,6 +194,28 @@ impl Segments {
         }
     }
 
+    /// Takes the names of some of a segment's positions away; they are appended to `taken`, with the positions.
+    pub(super) fn take_names(
+        &mut self,
+        segment: u32,
+        (from, to): (u32, u32),
+        taken: &mut Vec<(u64, u32)>,
+    ) {
+        let chunk = self.chunks.get_mut((segment / SEGMENTS_PER_CHUNK) as usize);
+        let Some(chunk) = chunk.and_then(Option::as_mut) else {
+            return;
+        };
+        let of_chunk = (segment % SEGMENTS_PER_CHUNK) as usize;
+        let names = &chunk.names.elements()[of_chunk * SEGMENT_BLOCKS as usize..];
+        let named = &mut chunk.owners[of_chunk].named;
+        for (place, name) in (from..to).zip(&names[from as usize..to as usize]) {
+            if *named & bit(place) != 0 {
+                taken.push((*name, segment * SEGMENT_BLOCKS + place));
+            }
+            *named &= !bit(place);
+        }
+    }
+
     /// Whether giving empty chunks back is worth it.
     pub(super) fn has_empty_chunks(&self) -> bool {
         let in_use = self

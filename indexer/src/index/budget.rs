@@ -13,6 +13,7 @@ use kvcache_core::{Error, ErrorKind, Result, Tier};
 
 use super::config::{IndexConfig, SourceId, SourceSpec};
 use super::hash::KeyState;
+use super::leaving::Leaving;
 use super::sets::{Holder, SourceNumber};
 use super::source::Source;
 use super::tree::Stretch;
@@ -175,6 +176,7 @@ impl KvIndex {
     /// What the index takes, and what it had to give up.
     #[must_use]
     pub fn usage(&self) -> Usage {
+        self.take_out_all(&mut lock(&self.state));
         let bytes = self.bytes();
         let state = lock(&self.state);
         let budget = state.budget.as_ref();
@@ -202,7 +204,8 @@ impl KvIndex {
             .budget
             .as_ref()
             .map_or(0, |budget| budget.source_bytes);
-        sources + self.bytes_beside_sources(state)
+        let leaving: usize = state.leaving.iter().map(Leaving::bytes).sum();
+        sources + leaving + self.bytes_beside_sources(state)
     }
 
     /// Makes room for an event.
@@ -291,6 +294,10 @@ impl KvIndex {
             if self.bytes_fit(state, positions * KEY_BYTES) {
                 break;
             }
+            if !state.leaving.is_empty() {
+                self.take_out_all(state);
+                continue;
+            }
             let step = (positions / 16).max(STEP_BLOCKS);
             if self.evict_from(state, step) == 0 {
                 return self.refuse(state, "the table of keys");
@@ -323,6 +330,10 @@ impl KvIndex {
             let growth = self.growth(state, blocks + spare, doors + spare);
             if growth == 0 || self.bytes_fit(state, growth + reserve) {
                 return Ok(());
+            }
+            if !state.leaving.is_empty() {
+                self.take_out_all(state);
+                continue;
             }
             spare = SPARE_BLOCKS;
             let more = self.evict_from(state, blocks + spare);
@@ -385,6 +396,9 @@ impl KvIndex {
 
     /// Gives blocks up until so many bytes more fit; false when even without any block they do not.
     fn give_back(&self, state: &mut State, more: usize) -> bool {
+        if !self.bytes_fit(state, more) {
+            self.take_out_all(state);
+        }
         let mut is_first = true;
         while !self.bytes_fit(state, more) {
             if !std::mem::take(&mut is_first) {
@@ -421,6 +435,8 @@ impl KvIndex {
     }
 
     fn evict_from(&self, state: &mut State, blocks: usize) -> usize {
+        // Whoever holds what goes below is a source, and what nobody holds any more goes before it.
+        self.take_out_all(state);
         let State {
             writer,
             sources,

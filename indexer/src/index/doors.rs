@@ -12,6 +12,11 @@ use crate::sync::{AtomicU32, AtomicU64, DOORS_MIN as SLOTS_MIN, Ordering, fence}
 /// A block of a run has less than so many bits.
 const BLOCK_BITS: u32 = 13;
 
+/// The filter has 8 bits a slot, so at least 12 an entry.
+const SLOTS_PER_WORD: usize = 8;
+/// The filter is made anew when one entry in so many slots has left its bits behind.
+const STALE_PART: usize = 4;
+
 /// A block of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Door {
@@ -80,12 +85,6 @@ impl Doors {
         (self.hash.mix(key) >> 32) as usize & (self.slots.len() - 1)
     }
 
-    /// Reads where a key would be, so that a later search finds it in the cache.
-    #[inline]
-    pub(super) fn touch(&self, key: IndexKey) -> u64 {
-        self.slots[self.home(key.0)].key.load(Ordering::Relaxed)
-    }
-
     #[inline]
     pub(super) fn find(&self, key: IndexKey) -> Option<Door> {
         let mut at = self.home(key.0);
@@ -144,12 +143,17 @@ const fn slots_for(entries: usize) -> usize {
     if slots < SLOTS_MIN { SLOTS_MIN } else { slots }
 }
 
-/// How many entries there are; only the writer has it.
+/// What only the writer knows of the entries: how many there are, and of most keys that they have none.
 ///
-/// The count is beside the table, which the writer shares with readers.
+/// That is beside the table, which the writer shares with readers.
 #[derive(Default)]
 pub(super) struct DoorCount {
     used: usize,
+    /// Three bits in one word for each key, as in a Bloom filter: almost every new block's key has no entry, and to see
+    /// that in the table would be to wait for its memory.
+    filter: Vec<u64>,
+    /// Entries that are gone and have left their bits behind.
+    stale: usize,
     /// An entry has gone in this event, so readers keep out until the event is through: that nothing is found would be the
     /// state after it, beside runs that the event has yet to change.
     is_closed: bool,
@@ -166,7 +170,51 @@ impl DoorCount {
 
     /// What such a table takes.
     pub(super) const fn bytes_with(&self, more: usize) -> usize {
-        slots_for(self.used + more) * size_of::<Slot>()
+        slots_for(self.used + more) * (size_of::<Slot>() + 1)
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.filter.capacity() * size_of::<u64>()
+    }
+
+    /// Makes the filter anew, for a table that has taken the place of another one or has lost entries.
+    pub(super) fn refit(&mut self, doors: &Doors) {
+        self.stale = 0;
+        self.filter.clear();
+        self.filter.resize(doors.slots.len() / SLOTS_PER_WORD, 0);
+        self.filter.shrink_to_fit();
+        for slot in &doors.slots {
+            if slot.door.load(Ordering::Relaxed) != 0 {
+                self.mark(doors, slot.key.load(Ordering::Relaxed));
+            }
+        }
+    }
+
+    fn mark(&mut self, doors: &Doors, key: u64) {
+        let (word, bits) = self.trace(doors, key);
+        self.filter[word] |= bits;
+    }
+
+    /// The word of a key, and its bits there.
+    #[inline]
+    fn trace(&self, doors: &Doors, key: u64) -> (usize, u64) {
+        let hash = doors.hash.mix(key);
+        let bits = [hash, hash >> 6, hash >> 12];
+        let bits = bits.iter().fold(0, |bits, hash| bits | 1 << (hash % 64));
+        ((hash >> 32) as usize & (self.filter.len() - 1), bits)
+    }
+
+    /// As [`Doors::find`], for the writer.
+    #[inline]
+    pub(super) fn find(&self, doors: &Doors, key: IndexKey) -> Option<Door> {
+        if self.filter.is_empty() {
+            return None;
+        }
+        let (word, bits) = self.trace(doors, key.0);
+        if self.filter[word] & bits != bits {
+            return None;
+        }
+        doors.find(key)
     }
 
     /// A table for these entries and so many more.
@@ -178,6 +226,10 @@ impl DoorCount {
     pub(super) fn insert(&mut self, doors: &Doors, key: IndexKey, door: Door) {
         assert!(self.has_room(doors, 1), "no room for an entry");
         self.used += 1;
+        if self.filter.is_empty() {
+            self.refit(doors);
+        }
+        self.mark(doors, key.0);
         doors.put(key.0, door.to_raw());
         doors.added.fetch_add(1, Ordering::Release);
     }
@@ -215,6 +267,10 @@ impl DoorCount {
             }
         }
         slots[hole].door.store(0, Ordering::Relaxed);
+        self.stale += 1;
+        if self.stale > doors.slots.len() / STALE_PART {
+            self.refit(doors);
+        }
     }
 
     fn close(&mut self, doors: &Doors) {
@@ -268,6 +324,7 @@ mod tests {
             } else if grows {
                 if !count.has_room(&doors, 1) {
                     doors = count.resized(&doors, 1);
+                    count.refit(&doors);
                 }
                 count.insert(&doors, IndexKey(key), door);
                 map.insert(key, door);
@@ -283,9 +340,11 @@ mod tests {
             if step % 500 == 0 {
                 if count.is_sparse(&doors) {
                     doors = count.resized(&doors, 0);
+                    count.refit(&doors);
                 }
                 for key in 0..4096 {
                     assert_eq!(doors.find(IndexKey(key)), map.get(&key).copied());
+                    assert_eq!(count.find(&doors, IndexKey(key)), map.get(&key).copied());
                 }
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! A removal must not keep events waiting for as long as a pod's hundreds of thousands of blocks take. So it only marks
 //! the source, and every event that comes later takes some of its runs out. Until then they cost memory, and nothing else:
-//! holders that lookups skip.
+//! holders that lookups skip. An index with a bound takes all of them out before it gives up anything that is held.
 
 use kvcache_core::PodName;
 
@@ -76,10 +76,7 @@ impl KvIndex {
             budget.remove_source(&source);
         }
         state.leaving.push_back(Leaving::new(source));
-        if state.budget.is_some() {
-            // Memory that is bounded is not left to what nobody holds, and giving blocks up takes every holder for a source.
-            self.take_out_all(&mut state);
-        } else if state.leaving.len() > LEAVING_MAX {
+        if state.leaving.len() > LEAVING_MAX {
             self.take_out(&mut state, u32::MAX);
         }
         self.settle(&mut state, None);

@@ -40,6 +40,7 @@ mod roots;
 mod runs;
 mod sets;
 mod source;
+mod together;
 mod tree;
 
 #[cfg(test)]
@@ -254,16 +255,19 @@ impl KvIndex {
     /// [`ErrorKind::Invalid`] when its blocks have another size than the index's (both are named; nothing was applied);
     /// [`ErrorKind::NotFound`] when the source is gone; [`ErrorKind::Busy`] when the index is full.
     pub fn apply(&self, id: SourceId, event: &SourceEvent) -> Result<Applied> {
-        let mut state = lock(&self.state);
+        self.apply_one(&mut lock(&self.state), id, event)
+    }
+
+    fn apply_one(&self, state: &mut State, id: SourceId, event: &SourceEvent) -> Result<Applied> {
         let known = state.sources.get(&id).ok_or_else(|| gone(id))?;
         if let SourceEvent::Stored(blocks) = event
             && known.has_news(blocks)
         {
-            self.learn(&mut state, id, blocks)?;
+            self.learn(state, id, blocks)?;
         }
-        self.admit_event(&mut state, id, event)?;
-        let applied = self.apply_to(&mut state, id, event);
-        self.settle(&mut state, Some(id));
+        self.admit_event(state, id, event)?;
+        let applied = self.apply_to(state, id, event);
+        self.settle(state, Some(id));
         applied
     }
 
@@ -306,7 +310,7 @@ impl KvIndex {
     /// Makes sure that so many blocks can be taken in.
     fn make_room<'a>(
         &'a self,
-        writer: &Writer,
+        writer: &mut Writer,
         view: RwLockReadGuard<'a, View>,
         blocks: usize,
     ) -> Result<RwLockReadGuard<'a, View>> {
@@ -320,7 +324,9 @@ impl KvIndex {
         let more = writer.tree.more_doors(&view.tree, blocks);
         drop(view);
         write(&self.view).tree.doors = more;
-        Ok(read(&self.view))
+        let view = read(&self.view);
+        writer.tree.refit_doors(&view.tree);
+        Ok(view)
     }
 
     fn finish(writer: &mut Writer, view: &View) {

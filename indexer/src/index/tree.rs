@@ -4,6 +4,7 @@ mod along;
 mod evict;
 mod holders;
 mod memory;
+mod touch;
 
 use kvcache_core::{EngineHash, IndexKey};
 
@@ -128,6 +129,12 @@ pub(super) struct Tree {
     /// The roots of runs that have ended.
     pub(super) ended_roots: Vec<u32>,
     spans: Vec<Span>,
+    /// Where names are that are about to be searched for.
+    lines: Vec<u32>,
+    /// Whether that was done for all events at hand.
+    is_touched: bool,
+    /// Names that go, with their positions.
+    forgotten: Vec<(u64, u32)>,
     dead: Vec<(u32, u32)>,
     /// Distinct blocks that somebody holds.
     pub(super) blocks: u64,
@@ -148,6 +155,9 @@ impl Tree {
             closed: Vec::new(),
             ended_roots: Vec::new(),
             spans: Vec::new(),
+            lines: Vec::new(),
+            is_touched: false,
+            forgotten: Vec::new(),
             dead: Vec::new(),
             blocks: 0,
             runs: 0,
@@ -168,6 +178,11 @@ impl Tree {
     /// Entries with room for so many more.
     pub(super) fn more_doors(&self, shared: &Shared, blocks: usize) -> Doors {
         self.doors.resized(&shared.doors, blocks)
+    }
+
+    /// The table of entries is another one.
+    pub(super) fn refit_doors(&mut self, shared: &Shared) {
+        self.doors.refit(&shared.doors);
     }
 
     /// What a table of entries with room for so many more takes.
@@ -197,17 +212,6 @@ impl Tree {
             shared.run(run).open();
         }
         self.doors.finish(&shared.doors);
-    }
-
-    /// Reads what a search for a name and a key would, so that it finds it in the cache.
-    #[inline]
-    pub(super) fn touch(&self, shared: &Shared, name: EngineHash, key: IndexKey) -> u64 {
-        u64::from(self.names.touch(name.0)) ^ shared.doors.touch(key)
-    }
-
-    #[inline]
-    pub(super) fn touch_name(&self, name: EngineHash) -> u32 {
-        self.names.touch(name.0)
     }
 
     pub(super) fn key(&self, shared: &Shared, position: u32) -> IndexKey {
@@ -369,11 +373,6 @@ impl Tree {
         Some(self.place_of(found))
     }
 
-    #[inline]
-    pub(super) fn touch_key(&self, key: IndexKey) -> u32 {
-        self.by_key.as_ref().map_or(0, |by_key| by_key.touch(key.0))
-    }
-
     /// The block with this key after another one, or at the start of a chain; it is made where it is not there yet.
     ///
     /// `is_told` when nobody has hashed that one follows the other: then lookups check every key of the run.
@@ -390,7 +389,7 @@ impl Tree {
         {
             return next;
         }
-        if let Some(Door { run, block }) = shared.doors.find(key) {
+        if let Some(Door { run, block }) = self.doors.find(&shared.doors, key) {
             if let (Some(leaves), Some(previous), 0) = (&mut self.leaves, previous, block) {
                 let parent = shared.keys.get(previous.position).unwrap_or_default();
                 leaves.adopt(run, (parent, previous.run));

@@ -7,11 +7,14 @@ use kvcache_core::{EngineHash, ErrorKind, Result, Tier};
 
 use super::{Cursor, Follower, age};
 use crate::adapter::{RemovedBlocks, SourceEvent, decode_batch_with};
+use crate::index::SourceId;
 use crate::ingest::Action;
 use crate::snapshot::Mark;
 
 /// After so many blocks others have their turn: one long batch holds up neither lookups nor other sources.
 const BLOCKS_PER_TURN: usize = 4096;
+/// The most events that the index is given at once.
+const EVENTS_PER_CALL: usize = 64;
 
 /// How much of a turn is used up.
 #[derive(Default)]
@@ -103,17 +106,21 @@ impl Follower {
             self.metrics.events_rejected(batch.events.len() as u64);
             return;
         }
-        let mut turn = Turn::default();
+        let mut events = Vec::with_capacity(batch.events.len());
         for event in &batch.events {
             match event {
-                Ok(event) => {
-                    self.apply_event(event);
-                    turn.used(event).await;
-                }
+                Ok(event) => events.push((self.id, event)),
                 Err(error) => {
                     tracing::debug!(source = %self.name, %error, "undecodable event");
                     self.metrics.events_rejected(1);
                 }
+            }
+        }
+        let mut turn = Turn::default();
+        for events in events.chunks(EVENTS_PER_CALL) {
+            self.apply_events(events);
+            for (_, event) in events {
+                turn.used(event).await;
             }
         }
         self.metrics.batch_applied();
@@ -124,13 +131,17 @@ impl Follower {
     }
 
     fn apply_event(&self, event: &SourceEvent) {
-        match self.index.apply(self.id, event) {
+        self.apply_events(&[(self.id, event)]);
+    }
+
+    fn apply_events(&self, events: &[(SourceId, &SourceEvent)]) {
+        self.index.apply_all(events, |applied| match applied {
             Ok(applied) => self.metrics.event_applied(&applied),
             Err(error) => {
                 tracing::debug!(source = %self.name, %error, "event not applied");
                 self.metrics.events_rejected(1);
             }
-        }
+        });
     }
 
     /// Makes what the index has of the source what an image says: first what is gone is taken out, then what is new put

@@ -81,11 +81,17 @@ fn depths(index: &KvIndex, prompt: u64, count: u64) -> Vec<u32> {
     answer.pods.iter().map(|pod| pod.depth).collect()
 }
 
+fn assert_within(index: &KvIndex, what: &str) {
+    let bytes = index.bytes();
+    assert!(bytes <= BYTES_MIN, "{bytes} after {what}");
+    let state = lock(&index.state);
+    assert_eq!(index.bytes_counted(&state) as u64, bytes, "after {what}");
+}
+
 fn assert_bound(index: &KvIndex, what: &str) {
-    let Usage {
-        bytes, bytes_max, ..
-    } = index.usage();
-    assert!(bytes <= bytes_max.unwrap(), "{bytes} after {what}");
+    assert_within(index, what);
+    // Without what is still to be taken out.
+    let Usage { bytes, .. } = index.usage();
     let parts: usize = index.parts().named().iter().map(|(_, bytes)| bytes).sum();
     assert_eq!(parts as u64, bytes, "after {what}");
     let state = lock(&index.state);
@@ -136,6 +142,24 @@ fn after_every_call_the_index_takes_at_most_its_bound() {
         assert_bound(&bounded, "a pod's end");
     }
     assert_eq!((bounded.entries(), bounded.blocks()), (0, 0));
+}
+
+/// Most of the bound is of a pod that goes, what another one holds is older; then the bound becomes half of what it was.
+#[test]
+fn what_a_pod_that_is_gone_held_goes_before_anything_else() {
+    let index = KvIndex::bounded(config(), 2 * BYTES_MIN).unwrap();
+    let [kept, gone] = ["kept", "gone"].map(|name| add(&index, name, SourceKind::Vllm));
+    store(&index, kept, blocks(7_000_000, 0, 500));
+    for prompt in 0..45_000 {
+        store(&index, gone, blocks(prompt, 0, 2));
+    }
+    index.remove_source(gone);
+    assert_eq!(index.entries(), 500);
+    assert!(index.bytes() > BYTES_MIN, "{}", index.bytes());
+    index.set_bytes_max(BYTES_MIN).unwrap();
+    assert_within(&index, "a smaller bound");
+    assert_eq!(index.usage().evicted_blocks, 0);
+    assert_eq!(depths(&index, 7_000_000, 500), [500]);
 }
 
 /// Twenty prompts in their order; the older half is asked for before half of the blocks go.

@@ -1,7 +1,7 @@
 //! A cache line of entries, and what they keep of a hash.
 
 pub(super) const BUCKET_ENTRIES: usize = 10;
-pub(super) const TABLE_BITS: u32 = 8;
+pub(super) const TABLE_BITS: u32 = 10;
 pub(super) const TAG_BITS: u32 = 20;
 pub(super) const POSITION_BITS: u32 = 28;
 pub(super) const POSITION_MASK: u32 = (1 << POSITION_BITS) - 1;

@@ -140,11 +140,9 @@ impl Source {
                 .follow(shared, &mut open.last, told, &mut stretches);
         }
         // Each search below would wait for memory on its own; asked for together they wait once.
-        let unknown = blocks.hashes[begun..].iter().zip(&keys[begun..]);
-        let seen = unknown.fold(0, |seen, (hash, key)| {
-            seen ^ writer.tree.touch(shared, *hash, *key)
-        });
-        std::hint::black_box(seen);
+        writer
+            .tree
+            .touch_names(blocks.hashes[begun..].iter().copied());
         if self.names.is_empty() && begun < keys.len() {
             let told = (&blocks.hashes[begun..], &keys[begun..]);
             begun += writer
@@ -424,10 +422,8 @@ impl Source {
     ) {
         let mut stretches = std::mem::take(&mut writer.stretches);
         stretches.clear();
-        let seen = blocks.hashes.iter().fold(0, |seen, hash| {
-            seen ^ writer.tree.touch_key(IndexKey(hash.0))
-        });
-        std::hint::black_box(seen);
+        let keys = blocks.hashes.iter().map(|hash| IndexKey(hash.0));
+        writer.tree.touch_keys(keys);
         let mut last = blocks.parent.and_then(|key| self.find(writer, shared, key));
         for hash in &blocks.hashes {
             let place = writer.tree.place(shared, last, IndexKey(hash.0), true);

@@ -26,7 +26,7 @@ impl Tree {
                 (shared.keys.get(next.position) == Some(keys[done].0)).then_some(next)
             });
             let entry = beside.or_else(|| {
-                let Door { run, block } = shared.doors.find(keys[done])?;
+                let Door { run, block } = self.doors.find(&shared.doors, keys[done])?;
                 Some(self.block(shared, run, block))
             });
             let Some(entry) = entry else {
@@ -128,7 +128,7 @@ impl Tree {
     /// Where the name of a block goes, if neither that nor the key is known.
     #[inline]
     fn vacancy(&self, shared: &Shared, name: EngineHash, key: IndexKey) -> Option<Vacancy> {
-        if shared.doors.find(key).is_some() {
+        if self.doors.find(&shared.doors, key).is_some() {
             return None;
         }
         let is_it = |position| self.segments.raw_name(position) == name.0;

@@ -3,9 +3,12 @@
 use super::super::arena::Words;
 use super::super::blocks::SEGMENT_BLOCKS;
 use super::super::doors::Door;
-use super::super::runs::Span;
+use super::super::runs::{Span, ordinal};
 use super::super::sets::{Holder, SetId, Sets};
 use super::{Shared, Stretch, Tree};
+
+/// Memory is asked for so many names at once.
+const NAMES_AT_ONCE: usize = 256;
 
 impl Tree {
     /// Lets a holder hold blocks, the newest of the run included; how many it did not hold before. Those that it did
@@ -180,20 +183,26 @@ impl Tree {
 
     /// Forgets the names of blocks that nobody holds; their keys stay while blocks behind them are held.
     pub(super) fn forget_names(&mut self, shared: &Shared, run: u32, start: u32, end: u32) {
-        let mut seen = 0;
-        for block in start..end {
-            if let Some(name) = self.segments.name(shared.position(run, block)) {
-                seen ^= self.names.touch(name.0);
+        let header = shared.run(run);
+        let mut forgotten = std::mem::take(&mut self.forgotten);
+        forgotten.clear();
+        for ordinal in ordinal(start)..end.div_ceil(SEGMENT_BLOCKS) {
+            if let Some(segment) = header.segment(&shared.words, ordinal) {
+                let first = ordinal * SEGMENT_BLOCKS;
+                let from = start.saturating_sub(first);
+                let to = (end - first).min(SEGMENT_BLOCKS);
+                self.segments
+                    .take_names(segment, (from, to), &mut forgotten);
             }
         }
-        std::hint::black_box(seen);
-        for block in start..end {
-            let position = shared.position(run, block);
-            if let Some(name) = self.segments.name(position) {
-                self.names.remove(name.0, position);
-                self.segments.set_name(position, None);
+        for some in forgotten.chunks(NAMES_AT_ONCE) {
+            let names = some.iter().map(|(name, _)| *name);
+            self.names.touch_all(names, &mut self.lines);
+            for &(name, position) in some {
+                self.names.remove(name, position);
             }
         }
+        self.forgotten = forgotten;
     }
 
     /// Ends a run where nobody holds what follows.

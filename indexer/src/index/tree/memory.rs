@@ -28,6 +28,7 @@ impl Tree {
         }
         if self.doors.is_sparse(&shared.doors) {
             shared.doors = self.doors.resized(&shared.doors, 0);
+            self.doors.refit(&shared.doors);
         }
     }
 
@@ -36,6 +37,7 @@ impl Tree {
             + self.slots.bytes()
             + self.lists.bytes()
             + self.sets.bytes()
+            + self.doors.bytes()
             + self.names_bytes()
             + self.leaves_bytes()
     }
