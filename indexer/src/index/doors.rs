@@ -181,7 +181,8 @@ impl DoorCount {
     pub(super) fn refit(&mut self, doors: &Doors) {
         self.stale = 0;
         self.filter.clear();
-        self.filter.resize(doors.slots.len() / SLOTS_PER_WORD, 0);
+        let words = doors.slots.len().div_ceil(SLOTS_PER_WORD);
+        self.filter.resize(words, 0);
         self.filter.shrink_to_fit();
         for slot in &doors.slots {
             if slot.door.load(Ordering::Relaxed) != 0 {
