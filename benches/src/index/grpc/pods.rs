@@ -41,7 +41,7 @@ impl Pods {
                 key_scheme: ServerConfig::default().key_scheme,
                 sources: vec![publisher.source(SOURCE, SourceKind::Vllm)],
                 peer_address: None,
-            pool_for: Vec::new(),
+                pool_for: Vec::new(),
             });
             registered.ready(PATIENCE).await?;
             pods.push((publisher, registered));
