@@ -123,9 +123,14 @@ fn positions(
 
 #[pymethods]
 impl Agent {
-    /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any.
+    /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any; `ucx` are settings of
+    /// UCX, which is used if they are given.
     #[new]
     #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "Python's side of a function with named arguments"
+    )]
     fn new(
         py: Python<'_>,
         name: &str,
