@@ -3,7 +3,7 @@
 //! Agents meet by the addresses of their UCX workers, which their metadata carries, and talk by active messages: who is
 //! there, which region may be used, notifications. Bytes are read and written by remote memory access, with no word of
 //! the peer's. So a deregistered region counts as used until every peer that has its key has let go of it, or is proved
-//! unable to use it; see [`user::Proof`].
+//! unable to use it (`user::Proof`).
 
 mod active;
 mod channel;
