@@ -8,10 +8,9 @@ use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::config::TenantConfig;
 use kvfabric_indexer::index::BYTES_MIN;
 use kvfabric_indexer::publisher::Publisher;
-use kvfabric_indexer::server::{Running, ServerConfig};
+use kvfabric_indexer::server::ServerConfig;
 use kvfabric_proto::v1;
 use rig::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Prompts of two blocks, which share nothing: several times what the least bound has room for.
 const PROMPTS: u32 = 48_000;
@@ -35,16 +34,6 @@ fn config_with_tenant() -> ServerConfig {
         tenants: [("acme".to_owned(), acme)].into(),
         ..config()
     }
-}
-
-async fn page(server: &Running) -> String {
-    let address = server.metrics_address().unwrap();
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await.unwrap();
-    page
 }
 
 /// The value of a series; 0 when it is not there.
@@ -159,7 +148,7 @@ async fn a_tenant_that_overflows_loses_its_oldest_blocks_and_nobody_elses() {
     client.lookup(question).await.unwrap();
     let newest = ask(&mut raw, "default", PROMPTS - 1).await.unwrap();
     assert_eq!(newest.freshness[0].evicted, lost - 2, "both are withdrawn");
-    let page = page(&server).await;
+    let page = metrics_page(&server).await;
     let default = r#"{tenant="default",tier="hbm"}"#;
     let evicted = value(
         &page,

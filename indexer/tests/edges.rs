@@ -14,7 +14,7 @@ use kvfabric_indexer::server::{Running, serve};
 use kvfabric_proto::indexer_v1::GetPodScoresRequest;
 use kvfabric_proto::indexer_v1::indexer_service_client::IndexerServiceClient;
 use rig::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use tokio_stream::StreamExt;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_client::HealthClient;
@@ -199,17 +199,6 @@ async fn health_and_reflection_answer_for_both_services() {
     }
 }
 
-async fn metrics(server: &Running) -> String {
-    let address = server.metrics_address().unwrap();
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
-    text
-}
-
 /// Every metric that the page documents is exported, and the other way round; the counts are those of what was done.
 #[tokio::test]
 async fn metrics_are_exported_under_their_documented_names() {
@@ -228,7 +217,7 @@ async fn metrics_are_exported_under_their_documented_names() {
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
         .await
         .unwrap();
-    let text = metrics(&server).await;
+    let text = metrics_page(&server).await;
     for line in [
         "kvcache_index_admissions_total 2",
         "kvcache_index_evictions_total 0",

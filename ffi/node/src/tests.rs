@@ -66,6 +66,22 @@ fn what_a_question_to_the_index_may_take_is_what_the_tiers_wait() {
     assert_eq!(waits, Duration::from_millis(1234));
 }
 
+/// UCX as it comes, and told to use what it does not have: the setting gets there, and its refusal back.
+#[tokio::test]
+async fn a_node_reaches_others_over_ucx_as_it_is_told() {
+    let mut settings = with("fabric.ucx", "true");
+    let node = Node::open(NodeConfig::load(None, &settings).unwrap());
+    node.await.unwrap().shutdown(SECONDS).await.unwrap();
+    settings.push(("fabric.ucx_settings.RNDV_THRESH".into(), "much".into()));
+    let refused = Node::open(NodeConfig::load(None, &settings).unwrap()).await;
+    let error = refused.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(
+        error.to_string().contains("RNDV_THRESH = \"much\""),
+        "{error}"
+    );
+}
+
 /// A file, with one key overridden by a flag.
 #[test]
 fn flags_override_the_file() {

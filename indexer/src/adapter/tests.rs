@@ -538,6 +538,27 @@ fn flat(events: Vec<Result<SourceEvent>>) -> Vec<NodeEvent> {
     flat
 }
 
+/// A place, a byte, and whether it is changed, cut out or put in.
+type Mutation = (proptest::sample::Index, u8, u8);
+
+fn mutations() -> impl Strategy<Value = Vec<Mutation>> {
+    proptest::collection::vec(
+        (any::<proptest::sample::Index>(), any::<u8>(), 0..3_u8),
+        1..6,
+    )
+}
+
+fn mutate(payload: &mut Vec<u8>, mutations: Vec<Mutation>) {
+    for (place, byte, what) in mutations {
+        let place = place.index(payload.len());
+        match what {
+            0 => payload[place] = byte,
+            1 => drop(payload.remove(place)),
+            _ => payload.insert(place, byte),
+        }
+    }
+}
+
 proptest! {
     /// What a node publishes arrives as it was meant, block by block and in order.
     #[test]
@@ -596,17 +617,10 @@ proptest! {
     #[test]
     fn mutated_batches_of_nodes_never_panic(
         events in proptest::collection::vec(node_event(), 1..20),
-        mutations in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>(), 0..3_u8), 1..6),
+        mutations in mutations(),
     ) {
         let mut payload = encode_node_batch(7.25, &events);
-        for (place, byte, what) in mutations {
-            let place = place.index(payload.len());
-            match what {
-                0 => payload[place] = byte,
-                1 => drop(payload.remove(place)),
-                _ => payload.insert(place, byte),
-            }
-        }
+        mutate(&mut payload, mutations);
         if let Ok(batch) = decode_batch(&payload, SourceKind::Node) {
             prop_assert!(batch.events.len() <= payload.len());
         }
@@ -629,7 +643,7 @@ proptest! {
     #[test]
     fn mutated_real_payloads_never_panic(
         version in 0..7_usize,
-        mutations in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>(), 0..3_u8), 1..6),
+        mutations in mutations(),
     ) {
         let text = include_str!("../../../tests/golden/events/legacy_event_encodings.json");
         let versions: serde_json::Value = serde_json::from_str(text).unwrap();
@@ -638,14 +652,7 @@ proptest! {
             .step_by(2)
             .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
             .collect();
-        for (place, byte, what) in mutations {
-            let place = place.index(payload.len());
-            match what {
-                0 => payload[place] = byte,
-                1 => drop(payload.remove(place)),
-                _ => payload.insert(place, byte),
-            }
-        }
+        mutate(&mut payload, mutations);
         for kind in [SourceKind::Vllm, SourceKind::Sglang, SourceKind::Node] {
             if let Ok(batch) = decode_batch(&payload, kind) {
                 for event in batch.events.into_iter().flatten() {

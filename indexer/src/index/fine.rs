@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use kvcache_core::{EngineHash, IndexKey, Tier};
 
 use super::hash::KeyState;
-use super::orphans::Copies;
+use super::orphans::{Copies, content_bytes};
 
 /// One of the engine's blocks.
 pub(super) struct Part {
@@ -39,11 +39,7 @@ impl Part {
     }
 
     fn bytes(&self) -> usize {
-        let identifiers = self.identifiers.iter();
-        let identifiers: usize = identifiers
-            .map(|text| size_of::<String>() + text.len())
-            .sum();
-        self.tokens.len() * size_of::<u32>() + identifiers
+        content_bytes(&self.tokens, &self.identifiers)
     }
 }
 

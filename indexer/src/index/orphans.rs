@@ -23,12 +23,17 @@ pub(super) struct Content {
 
 impl Content {
     fn bytes(&self) -> usize {
-        let identifiers = self.identifiers.iter();
-        let identifiers: usize = identifiers
-            .map(|text| size_of::<String>() + text.len())
-            .sum();
-        self.tokens.len() * size_of::<u32>() + identifiers
+        content_bytes(&self.tokens, &self.identifiers)
     }
+}
+
+/// What tokens and identifiers take beside whatever has them.
+pub(super) fn content_bytes(tokens: &[u32], identifiers: &[String]) -> usize {
+    let identifiers = identifiers.iter();
+    let identifiers: usize = identifiers
+        .map(|text| size_of::<String>() + text.len())
+        .sum();
+    size_of_val(tokens) + identifiers
 }
 
 struct Orphan {

@@ -141,7 +141,7 @@ pub struct FabricSection {
     /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
     #[serde(with = "listen")]
     pub tcp_listen: Option<SocketAddr>,
-    /// UCX, which must be in the system then: for RDMA networks, and for no network that is not trusted.
+    /// UCX, which must be in the system then: for RDMA. Only where the network is trusted.
     pub ucx: bool,
     /// Settings of UCX by their names without `UCX_`, such as `TLS`; others come from the environment.
     pub ucx_settings: BTreeMap<String, String>,

@@ -147,7 +147,8 @@ class Agent:
         `tcp` is the "ip:port" to listen on, port 0 for any, and `tcp_advertise` what peers are told
         where that differs. `ucx` has peers reached over UCX, if that is in the system
         (`UnsupportedError` otherwise): settings by their names without "UCX_", {} for those of the
-        environment alone. Use it in trusted networks only. Without `allow_peers` every peer that knows a region's key may connect.
+        environment alone. Use it in trusted networks only. Without `allow_peers` every peer that
+        knows a region's key may connect.
         """
 
     @property

@@ -17,7 +17,8 @@ use crate::region::{RegionId, RegionKey};
 const USED_MAX: usize = 65_536;
 
 impl State {
-    /// Someone wants to use our memory. Whoever is refused is told why, by an endpoint that is closed then.
+    /// Someone wants to use our memory. Whoever is refused is told why, by an endpoint that is closed then; above
+    /// [`USERS_MAX`] nothing is made for them, and they run into their own time limit.
     pub(super) fn greeted(&mut self, origin: Origin, from: Session, message: Message) {
         let Message::Hello { name, wanted } = message else {
             return tracing::warn!("a stranger's message over ucx was dropped");
