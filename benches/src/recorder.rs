@@ -1,6 +1,6 @@
 //! What every command does around its measurements: progress, Ctrl-C, the table, the JSON.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -24,6 +24,19 @@ pub(crate) struct OutputArgs {
     pub(crate) quiet: bool,
 }
 
+/// # Errors
+/// `Invalid` if there can be no such file.
+pub(crate) fn check_json(path: &Path) -> Result<()> {
+    if path.is_dir() || !folder_of(path).is_dir() {
+        let context = format!(
+            "--json {}: not a file in an existing folder",
+            path.display()
+        );
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    Ok(())
+}
+
 /// Collects the rows of a run.
 pub(crate) struct Recorder {
     report: Report,
@@ -39,14 +52,7 @@ impl Recorder {
     /// `Invalid` if the JSON file could not be written at the end: better to know before the run.
     pub(crate) fn start(command: &str, output: &OutputArgs) -> Result<Self> {
         if let Some(path) = &output.json {
-            let folder = folder_of(path);
-            if path.is_dir() || !folder.is_dir() {
-                let context = format!(
-                    "--json {}: not a file in an existing folder",
-                    path.display()
-                );
-                return Err(Error::new(ErrorKind::Invalid, context));
-            }
+            check_json(path)?;
         }
         let target = if output.quiet {
             ProgressDrawTarget::hidden()

@@ -61,9 +61,11 @@ fn it_says_what_was_found_as_table_and_json() {
 }
 
 #[test]
-fn a_folder_that_is_not_there_is_named() {
-    let output = doctor(&["--dir", "/nowhere/at/all"]);
-    assert_eq!(output.status.code(), Some(2));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("--dir /nowhere/at/all"), "{said}");
+fn places_that_are_not_there_are_named() {
+    for place in [["--dir", "/nowhere/at/all"], ["--json", "/nowhere/at/all"]] {
+        let output = doctor(&place);
+        assert_eq!(output.status.code(), Some(2));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(&place.join(" ")), "{said}");
+    }
 }

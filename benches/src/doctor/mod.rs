@@ -12,6 +12,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::host::Host;
+use crate::recorder::check_json;
 use crate::report::write_json;
 
 /// `kv-bench doctor`
@@ -93,6 +94,9 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     if !folder.is_dir() {
         let text = format!("--dir {}: no such folder", folder.display());
         return Err(Error::new(ErrorKind::Invalid, text));
+    }
+    if let Some(path) = &args.json {
+        check_json(path)?;
     }
     let mut findings = paths::look();
     findings.extend(system::look(&folder));
