@@ -52,6 +52,15 @@ impl KeyColumn {
         }
     }
 
+    /// Sets the keys of positions of one segment, from one on.
+    pub(super) fn set_row(&self, position: u32, keys: &[IndexKey]) {
+        let of_segment = self.segment(position / SEGMENT_BLOCKS).unwrap_or_default();
+        let places = &of_segment[(position % SEGMENT_BLOCKS) as usize..];
+        for (place, key) in places.iter().zip(keys) {
+            place.store(key.0, Ordering::Relaxed);
+        }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.0.bytes()
     }
@@ -161,6 +170,28 @@ impl Segments {
             &chunk.names.elements()[start..start + SEGMENT_BLOCKS as usize],
             chunk.owners[of_chunk].named,
         )
+    }
+
+    /// Writes names of positions of a segment, from one of them on, that are still to be given with [`Self::give_names`].
+    pub(super) fn write_names(&mut self, position: u32, names: &[EngineHash]) {
+        let chunk = self.chunks.get_mut((position / CHUNK_BLOCKS) as usize);
+        if let Some(chunk) = chunk.and_then(Option::as_mut) {
+            let start = (position % CHUNK_BLOCKS) as usize;
+            let places = &mut chunk.names.elements_mut()[start..start + names.len()];
+            for (place, name) in places.iter_mut().zip(names) {
+                *place = name.0;
+            }
+        }
+    }
+
+    /// Gives so many positions of a segment the names that were written.
+    pub(super) fn give_names(&mut self, position: u32, count: u32) {
+        let chunk = self.chunks.get_mut((position / CHUNK_BLOCKS) as usize);
+        if let Some(chunk) = chunk.and_then(Option::as_mut) {
+            let segment = (position / SEGMENT_BLOCKS % SEGMENTS_PER_CHUNK) as usize;
+            let given = ((1_u32 << count) - 1) << (position % SEGMENT_BLOCKS);
+            chunk.owners[segment].named |= given as u16;
+        }
     }
 
     /// A position's name; what it is when the position has none is unknown.

@@ -10,8 +10,9 @@ use crate::sync::AtomicU32;
 const MANY: usize = 8;
 
 impl Walk<'_> {
-    /// Everybody who holds some blocks, without a look at those before.
-    pub(super) fn start(&mut self, members: &[AtomicU32], blocks: u32) {
+    /// Everybody who holds some blocks, without a look at those before. `is_plain` when no member is a claim, and each
+    /// another pod's.
+    pub(super) fn start(&mut self, members: &[AtomicU32], is_plain: bool, blocks: u32) {
         let Depths { pods, allowed, .. } = &mut *self.depths;
         let filter = Filter::new(self.view, self.wanted, allowed);
         if let Some(allowed) = filter.fewer_than(members) {
@@ -23,6 +24,10 @@ impl Walk<'_> {
         }
         // Nearly always everybody counts, which a loop that need not ask is much faster for.
         match filter.is_open() {
+            true if is_plain => pods.extend(members.iter().map(|member| {
+                let holder = Holder::from_raw(get(member));
+                Depth::at(holder.pod(), holder.tier(), blocks)
+            })),
             true => start_with(pods, members, blocks, |holder| !holder.is_claim()),
             false => start_with(pods, members, blocks, |holder| filter.counts(holder)),
         }

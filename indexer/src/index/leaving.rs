@@ -100,12 +100,22 @@ impl KvIndex {
         self.settle(&mut state, None);
     }
 
-    /// Takes out some of what sources that are gone held, and with the last of it gives back the memory that nothing is in;
-    /// true if there is more. For when no events come, which do the same.
+    /// As [`Self::tidy`], and gives back what tables have for growing too: for an index that hardly anything will be added
+    /// to. [`Self::tidy_some`] comes to the same in time.
+    pub fn compact(&self) {
+        lock(&self.state).writer.tree.tighten();
+        self.tidy();
+    }
+
+    /// Takes out some of what sources that are gone held, and with the last of it gives back the memory that nothing is in,
+    /// which events do too; then, with more calls, the memory that tables have for growing and do not use. True if there is
+    /// more to do now. For when no events come.
     pub fn tidy_some(&self) -> bool {
         let mut state = lock(&self.state);
         if state.leaving.is_empty() {
-            return false;
+            let has_more = state.writer.tree.tighten_some();
+            self.settle(&mut state, None);
+            return has_more;
         }
         self.take_out(&mut state, TIDY_BLOCKS);
         let has_more = !state.leaving.is_empty();

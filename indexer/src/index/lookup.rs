@@ -11,7 +11,7 @@ use super::best::without_shared;
 use super::blocks::SEGMENT_BLOCKS;
 use super::pods::PodNumber;
 use super::runs::{Header, partition, read_span};
-use super::sets::{SetId, first_word, with_members};
+use super::sets::{SetId, first_word, is_plain, with_members};
 use crate::score::TIERS;
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -32,6 +32,16 @@ impl Depth {
             pod: PodNumber(pod),
             depth: 0,
             by_tier: [0; TIERS],
+        }
+    }
+
+    /// So many blocks, which a tier has; without a branch or an address that depends on it, as many are made in a row.
+    #[inline]
+    pub(super) fn at(pod: u32, tier: usize, blocks: u32) -> Self {
+        Self {
+            pod: PodNumber(pod),
+            depth: blocks,
+            by_tier: std::array::from_fn(|other| if other == tier { blocks } else { 0 }),
         }
     }
 
@@ -231,9 +241,9 @@ impl Walk<'_> {
         let words = &view.tree.words;
         let first = start / SEGMENT_BLOCKS;
         let skipped = (first + 1) * SEGMENT_BLOCKS - 1 - start;
-        let segment_ends = keys[..most as usize].iter().skip(skipped as usize);
-        let last_keys = segment_ends.step_by(SEGMENT_BLOCKS as usize).copied();
-        let segment = first + header.alike(words, first, last_keys).ok_or(Torn)?;
+        let behind = keys[..most as usize].get(skipped as usize..);
+        let alike = header.alike(words, first, behind.unwrap_or_default());
+        let segment = first + alike.ok_or(Torn)?;
         let from = (segment * SEGMENT_BLOCKS).max(start);
         let asked = |block: u32| keys[(block - start) as usize];
         if from > start && view.key_at(header, from - 1)? != asked(from - 1).0 {
@@ -314,7 +324,7 @@ impl Walk<'_> {
             } else if self.is_wide(own) {
                 self.depths.wide.push((set, count));
             } else {
-                self.start(own, count);
+                self.start(own, is_plain(words, set), count);
                 return self.start_behind(own);
             }
             Some(())

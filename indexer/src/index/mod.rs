@@ -49,7 +49,7 @@ mod tests;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::PoisonError;
 
-use kvcache_core::prefix::{ChainRoot, Namespace};
+use kvcache_core::prefix::{ChainRoot, IndexChain, Namespace};
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
 
 use self::budget::Budget;
@@ -392,7 +392,7 @@ impl KvIndex {
         keys: &mut Vec<IndexKey>,
     ) {
         let root = self.root(lora, cache_salt);
-        keys.extend(root.chain_le(tokens, self.config.block_size));
+        IndexChain::new(&root).extend_le(tokens, self.config.block_size, keys);
     }
 
     fn root(&self, lora: Option<&str>, cache_salt: Option<&str>) -> ChainRoot {

@@ -2,43 +2,110 @@
 //!
 //! An entry is 20 bits of the hash and the 28 of its position; whether it is the right one, the caller says by looking
 //! at the position. Ten entries share a cache line. Buckets are chosen by the upper bits of what an entry keeps, so that
-//! a table grows by an eighth without looking at a single position, and its pages are all alike, so that growing leaves
-//! no holes in memory. There are so many tables that making one anew stays within the nearest cache.
+//! a table grows without looking at a single position, and its pages are all alike, so that growing leaves no holes in
+//! memory. There are so many tables that making one anew stays within the nearest cache.
 //!
 //! Almost all of the time that a search takes is one wait for memory. So whoever searches for many names reads all their
 //! lines first, together: see [`Names::touch_all`].
+//!
+//! Full tables take long to add to and have to be made anew often. So they are kept loose while names come, and made
+//! tight once hardly any more come ([`Names::tighten_some`]); where bytes are bounded, always tight.
 
 mod bucket;
+mod pages;
+
+use std::hint::black_box;
 
 use self::bucket::{
     BUCKET_ENTRIES, Bucket, COUNTS, EMPTY, LOW_TAG_BITS, POSITION_BITS, POSITION_MASK, REST,
-    TABLE_BITS, TAG_BITS, Tag, alike, tags, tags_mut, try_push, used, was_passed,
+    TABLE_BITS, TAG_BITS, Tag, alike, entry_of, tags, tags_mut, try_push, used, was_passed,
 };
+use self::pages::{PAGE_BUCKETS, Pages};
 use super::hash::KeyState;
-use super::huge::{HUGE_BYTES, Huge};
 
-const PAGE_BUCKETS: u32 = 32;
-const CHUNK_PAGES: u32 = HUGE_BYTES as u32 / (PAGE_BUCKETS * size_of::<Bucket>() as u32);
-const CHUNK_LINES: u32 = CHUNK_PAGES * PAGE_BUCKETS;
+const TABLES: usize = 1 << TABLE_BITS;
+const PAGE_ENTRIES: u32 = PAGE_BUCKETS * BUCKET_ENTRIES as u32;
 
-/// How many of a hundred entries are in use where a table grows, and where it shrinks.
-const FULL_PERCENT: u32 = 92;
+/// Of a hundred entries so many are in use where a table shrinks.
 const SPARSE_PERCENT: u32 = 40;
-/// A full table grows by about one page in so many: not all tables by the same, so that they are not full at once.
-const GROWTH_PART: usize = 8;
 /// A table is made anew when one in so many entries has left bits behind.
 const STALE_PART: u32 = 4;
+/// One page in so many that a table could do without makes it loose.
+const LOOSE_PART: u32 = 16;
+/// Entries come to a table when one in so many has come since it was looked at.
+const BUSY_PART: u32 = 64;
+/// So many tables are looked at in a row.
+const TABLES_A_TURN: usize = 32;
 
-/// Where a hash goes that is not there yet.
-pub(super) struct Vacancy(Tag);
+/// When tables grow, and by how much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fit {
+    /// Late and by little, for the least memory.
+    Tight,
+    /// Early and by much, for the least time.
+    Loose,
+}
+
+impl Fit {
+    /// How many of a hundred entries are in use where a table grows.
+    const fn full_percent(self) -> u32 {
+        match self {
+            Self::Tight => 92,
+            Self::Loose => 80,
+        }
+    }
+
+    /// A full table grows by about one page in so many: not all tables by the same, so that they are not full at once.
+    const fn growth_part(self) -> u32 {
+        match self {
+            Self::Tight => 8,
+            Self::Loose => 2,
+        }
+    }
+
+    /// With so many entries so many pages are full.
+    const fn entries_max(self, pages: u32) -> u32 {
+        pages * PAGE_ENTRIES * self.full_percent() / 100
+    }
+
+    /// So many entries need so many pages, with a fifth more until they are full.
+    const fn pages_for(self, entries: u32) -> u32 {
+        (entries * 5 / 4).div_ceil(self.entries_max(1))
+    }
+}
+
+/// Where a hash goes that is not there yet; good until anything changes.
+pub(super) struct Vacancy {
+    tag: Tag,
+    /// The bucket where the search for it ended, and where that is.
+    bucket: u32,
+    line: u32,
+}
 
 /// One of the tables that share the hashes.
-#[derive(Clone, Default)]
+#[derive(Clone, Copy, Default)]
 struct Table {
-    pages: Vec<u32>,
+    pages: u32,
     entries: u32,
+    /// With so many entries it is full.
+    entries_max: u32,
     /// Entries that went past a bucket and are gone.
     stale: u32,
+    /// How many entries it had when it was last looked at.
+    looked: u32,
+}
+
+impl Table {
+    const fn buckets(self) -> u32 {
+        self.pages * PAGE_BUCKETS
+    }
+
+    /// How many pages it needs, when it has many more.
+    fn tight(self) -> Option<u32> {
+        let pages = (self.entries + 1).div_ceil(Fit::Tight.entries_max(1));
+        let is_loose = self.entries > 0 && pages + pages.div_ceil(LOOSE_PART) <= self.pages;
+        is_loose.then_some(pages)
+    }
 }
 
 /// The first bucket, of so many, that an entry may be in.
@@ -49,194 +116,67 @@ fn home(tag: Tag, buckets: u32) -> u32 {
 
 /// The one after it.
 #[inline]
-fn after(bucket: u32, buckets: u32) -> u32 {
+const fn after(bucket: u32, buckets: u32) -> u32 {
     if bucket + 1 == buckets { 0 } else { bucket + 1 }
-}
-
-/// With more entries than this so many pages are full.
-fn entries_max(pages: usize) -> u32 {
-    pages as u32 * PAGE_BUCKETS * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100
-}
-
-impl Table {
-    #[inline]
-    fn buckets(&self) -> u32 {
-        self.pages.len() as u32 * PAGE_BUCKETS
-    }
-
-    #[inline]
-    fn home(&self, tag: Tag) -> u32 {
-        home(tag, self.buckets())
-    }
-
-    #[inline]
-    fn after(&self, bucket: u32) -> u32 {
-        after(bucket, self.buckets())
-    }
-
-    fn resize(&mut self, pages: &mut Pages, count: usize) {
-        while self.pages.len() > count
-            && let Some(page) = self.pages.pop()
-        {
-            pages.release(page);
-        }
-        self.pages.reserve_exact(count - self.pages.len());
-        while self.pages.len() < count {
-            self.pages.push(pages.allocate());
-        }
-    }
 }
 
 /// Positions by hashes.
 pub(super) struct Names {
     hash: KeyState,
-    tables: Vec<Table>,
+    fit: Fit,
+    tables: Box<[Table; TABLES]>,
     pages: Pages,
-    /// A table that is being rebuilt.
+    /// A table that is being made anew.
     scratch: Vec<Bucket>,
     /// What everything takes, as of the last change of that.
     bytes: usize,
+    /// Whether a table may be loose.
+    is_loose: bool,
+    /// The next one to be looked at.
+    next: usize,
 }
 
-/// All pages of all tables.
-#[derive(Default)]
-struct Pages {
-    chunks: Vec<Option<Huge>>,
-    free: Vec<u32>,
-    used: Vec<u32>,
+/// The position of the entry with this tag for which `is_it` holds, among those that seem to be alike.
+fn exact(bucket: &Bucket, tag: Tag, alike: [u64; 3], is_it: &impl Fn(u32) -> bool) -> Option<u32> {
+    for (word, mut alike) in alike.into_iter().enumerate() {
+        while alike != 0 {
+            let entry = entry_of(word, alike);
+            let position = bucket[REST + entry] & POSITION_MASK;
+            let is_tag = tags(bucket)[entry] == tag.low();
+            if is_tag
+                && entry < used(bucket)
+                && bucket[REST + entry] == tag.rest(position)
+                && is_it(position)
+            {
+                return Some(position);
+            }
+            alike &= alike - 1;
+        }
+    }
+    None
 }
 
-impl Pages {
-    fn allocate(&mut self) -> u32 {
-        if self.free.is_empty() {
-            let chunk = self
-                .chunks
-                .iter()
-                .position(Option::is_none)
-                .unwrap_or(self.chunks.len());
-            if chunk == self.chunks.len() {
-                self.chunks.push(None);
-                self.used.push(0);
-            }
-            self.chunks[chunk] = Some(Huge::new());
-            let first = chunk as u32 * CHUNK_PAGES;
-            self.free.extend((first..first + CHUNK_PAGES).rev());
-        }
-        let page = self.free.pop().unwrap_or_default();
-        self.used[(page / CHUNK_PAGES) as usize] += 1;
-        page
-    }
-
-    fn release(&mut self, page: u32) {
-        self.used[(page / CHUNK_PAGES) as usize] -= 1;
-        self.free.push(page);
-    }
-
-    fn page(&self, page: u32) -> &[Bucket] {
-        let (chunk, first) = Self::place(page, 0);
-        let chunk = self.chunks[chunk].as_ref().map(Huge::elements);
-        chunk.map_or(&[], |buckets| {
-            &buckets[first..first + PAGE_BUCKETS as usize]
-        })
-    }
-
-    fn page_mut(&mut self, page: u32) -> &mut [Bucket] {
-        let (chunk, first) = Self::place(page, 0);
-        let chunk = self.chunks[chunk].as_mut().map(Huge::elements_mut);
-        chunk.map_or(&mut [], |buckets| {
-            &mut buckets[first..first + PAGE_BUCKETS as usize]
-        })
-    }
-
-    #[inline]
-    fn place(page: u32, bucket: u32) -> (usize, usize) {
-        let at = (page % CHUNK_PAGES) * PAGE_BUCKETS + bucket % PAGE_BUCKETS;
-        ((page / CHUNK_PAGES) as usize, at as usize)
-    }
-
-    /// A bucket by its page and its place in that.
-    #[inline]
-    fn line(&self, line: u32) -> &Bucket {
-        match &self.chunks[(line / CHUNK_LINES) as usize] {
-            Some(chunk) => chunk.element((line % CHUNK_LINES) as usize),
-            None => &EMPTY,
-        }
-    }
-
-    #[inline]
-    fn bucket(&self, table: &Table, bucket: u32) -> &Bucket {
-        let (chunk, at) = Self::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
-        match &self.chunks[chunk] {
-            Some(chunk) => chunk.element(at),
-            None => &EMPTY,
-        }
-    }
-
-    #[inline]
-    fn bucket_mut(&mut self, table: &Table, bucket: u32) -> Option<&mut Bucket> {
-        let (chunk, at) = Self::place(table.pages[(bucket / PAGE_BUCKETS) as usize], bucket);
-        Some(self.chunks[chunk].as_mut()?.element_mut(at))
-    }
-
-    /// The position with this tag for which `is_it` holds, and the bucket it is in.
-    #[inline]
-    fn find(&self, table: &Table, tag: Tag, is_it: impl Fn(u32) -> bool) -> Option<(u32, u32)> {
-        let high = tag.rest(0);
-        let mut at = table.home(tag);
-        loop {
-            let bucket = self.bucket(table, at);
-            let mut alike = alike(bucket, tag.low());
-            while alike != 0 {
-                let rest = bucket[REST + alike.trailing_zeros() as usize % BUCKET_ENTRIES];
-                if rest & !POSITION_MASK == high && is_it(rest & POSITION_MASK) {
-                    return Some((rest & POSITION_MASK, at));
-                }
-                alike &= alike - 1;
-            }
-            if !was_passed(bucket, tag) {
-                return None;
-            }
-            at = table.after(at);
-        }
-    }
-
-    /// Puts an entry into the first bucket from its home on that has room.
-    #[inline]
-    fn put(&mut self, table: &Table, tag: Tag, position: u32) {
-        let mut at = table.home(tag);
-        while let Some(bucket) = self.bucket_mut(table, at) {
-            if try_push(bucket, tag, position) {
-                return;
-            }
-            at = table.after(at);
-        }
-    }
+/// How a search ended.
+enum Found {
+    /// At this position, an entry of this bucket.
+    At(u32, u32),
+    Nowhere(Vacancy),
 }
 
 impl Names {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(fit: Fit) -> Self {
         let mut names = Self {
             hash: KeyState::random(),
-            tables: vec![Table::default(); 1 << TABLE_BITS],
+            fit,
+            tables: Box::new([Table::default(); TABLES]),
             pages: Pages::default(),
             scratch: Vec::new(),
             bytes: 0,
+            is_loose: false,
+            next: 0,
         };
         names.bytes = names.count_bytes();
         names
-    }
-
-    /// Where a hash would be, as a line of all pages; none where nothing can be.
-    #[inline]
-    fn line(&self, hash: u64) -> Option<u32> {
-        let tag = Tag::of(self.hash.mix(hash));
-        let table = &self.tables[tag.table];
-        if table.pages.is_empty() {
-            return None;
-        }
-        let bucket = table.home(tag);
-        let page = table.pages[(bucket / PAGE_BUCKETS) as usize];
-        Some(page * PAGE_BUCKETS + bucket % PAGE_BUCKETS)
     }
 
     /// Reads where hashes would be, so that later searches find that in the cache.
@@ -245,30 +185,59 @@ impl Names {
     /// dozens of these reads under way, each of which would be a wait of its own.
     pub(super) fn touch_all(&self, hashes: impl Iterator<Item = u64>, lines: &mut Vec<u32>) {
         lines.clear();
-        lines.extend(hashes.filter_map(|hash| self.line(hash)));
+        if self.pages.is_empty() {
+            return;
+        }
+        lines.extend(hashes.map(|hash| {
+            let tag = Tag::of(self.hash.mix(hash));
+            let buckets = self.tables[tag.table].buckets();
+            // Of a table without pages this is a line of another one, which does no harm.
+            self.pages.line(tag.table, home(tag, buckets))
+        }));
         // Then the next one for those that are full, as far as it is beside them, and so on.
         while !lines.is_empty() {
             let mut full = 0;
             for place in 0..lines.len() {
                 let line = lines[place];
                 lines[full] = line + 1;
-                let is_full = used(self.pages.line(line)) == BUCKET_ENTRIES;
+                let is_full = used(self.pages.bucket(line)) == BUCKET_ENTRIES;
                 full += usize::from(is_full && !(line + 1).is_multiple_of(PAGE_BUCKETS));
             }
             lines.truncate(full);
         }
     }
 
+    /// Searches for a position with this hash for which `is_it` holds.
+    #[inline]
+    fn search(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Found {
+        let tag = Tag::of(self.hash.mix(hash));
+        let buckets = self.tables[tag.table].buckets();
+        let (mut bucket, mut line) = (home(tag, buckets), 0);
+        // Of a small table every bucket may have been passed by entries of which some are gone since.
+        for _ in 0..buckets {
+            line = self.pages.line(tag.table, bucket);
+            let content = self.pages.bucket(line);
+            let alike = alike(content, tag.low());
+            if alike != [0; 3]
+                && let Some(position) = exact(content, tag, alike, &is_it)
+            {
+                return Found::At(position, bucket);
+            }
+            if !was_passed(content, tag) {
+                break;
+            }
+            bucket = after(bucket, buckets);
+        }
+        Found::Nowhere(Vacancy { tag, bucket, line })
+    }
+
     /// The position with this hash for which `is_it` holds.
     #[inline]
     pub(super) fn find(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Option<u32> {
-        let tag = Tag::of(self.hash.mix(hash));
-        let table = &self.tables[tag.table];
-        if table.entries == 0 {
-            return None;
+        match self.search(hash, is_it) {
+            Found::At(position, _) => Some(position),
+            Found::Nowhere(_) => None,
         }
-        let found = self.pages.find(table, tag, is_it)?;
-        Some(found.0)
     }
 
     /// Where a hash goes that has no position for which `is_it` holds; that position where there is one.
@@ -277,47 +246,53 @@ impl Names {
     /// The position.
     #[inline]
     pub(super) fn vacancy(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Result<Vacancy, u32> {
-        let tag = Tag::of(self.hash.mix(hash));
-        let table = &self.tables[tag.table];
-        if table.entries > 0
-            && let Some((position, _)) = self.pages.find(table, tag, is_it)
-        {
-            return Err(position);
+        match self.search(hash, is_it) {
+            Found::At(position, _) => Err(position),
+            Found::Nowhere(vacancy) => Ok(vacancy),
         }
-        Ok(Vacancy(tag))
     }
 
     /// Adds a position where its hash goes.
     #[inline]
-    pub(super) fn fill(&mut self, Vacancy(tag): Vacancy, position: u32) {
+    pub(super) fn fill(&mut self, mut vacancy: Vacancy, position: u32) {
         assert!(position <= POSITION_MASK, "position {position}");
-        let table = &self.tables[tag.table];
-        if table.entries >= entries_max(table.pages.len()) {
-            let pages = table.pages.len();
-            let more = (pages + tag.table % GROWTH_PART) / GROWTH_PART;
-            self.rebuild(tag.table, pages + more.max(1));
+        let tag = vacancy.tag;
+        if self.tables[tag.table].pages == 0 {
+            self.rebuild(tag.table, 1, self.fit);
+            vacancy.bucket = home(tag, PAGE_BUCKETS);
+            vacancy.line = self.pages.line(tag.table, vacancy.bucket);
         }
         let table = &mut self.tables[tag.table];
+        while let Some(bucket) = self.pages.bucket_mut(vacancy.line)
+            && !try_push(bucket, tag, position)
+        {
+            vacancy.bucket = after(vacancy.bucket, table.buckets());
+            vacancy.line = self.pages.line(tag.table, vacancy.bucket);
+        }
         table.entries += 1;
-        self.pages.put(table, tag, position);
+        if table.entries >= table.entries_max {
+            let part = self.fit.growth_part();
+            let more = (table.pages + tag.table as u32 % part) / part;
+            let pages = table.pages + more.max(1);
+            self.rebuild(tag.table, pages, self.fit);
+        }
     }
 
     /// Adds a position; it must not be there with this hash.
     pub(super) fn insert(&mut self, hash: u64, position: u32) {
-        self.fill(Vacancy(Tag::of(self.hash.mix(hash))), position);
+        if let Found::Nowhere(vacancy) = self.search(hash, |_| false) {
+            self.fill(vacancy, position);
+        }
     }
 
     /// Removes a position that was added with this hash; without effect when it was not.
     pub(super) fn remove(&mut self, hash: u64, position: u32) {
-        let tag = Tag::of(self.hash.mix(hash));
-        let table = &mut self.tables[tag.table];
-        if table.entries == 0 {
-            return;
-        }
-        let Some((_, at)) = self.pages.find(table, tag, |other| other == position) else {
+        let Found::At(_, at) = self.search(hash, |other| other == position) else {
             return;
         };
-        if let Some(bucket) = self.pages.bucket_mut(table, at) {
+        let tag = Tag::of(self.hash.mix(hash));
+        let line = self.pages.line(tag.table, at);
+        if let Some(bucket) = self.pages.bucket_mut(line) {
             let rest = tag.rest(position);
             let last = used(bucket) - 1;
             let is_it =
@@ -328,78 +303,104 @@ impl Names {
             tags[entry] = tags[last];
             bucket[COUNTS] -= 1;
         }
+        let table = &mut self.tables[tag.table];
         // Its bits where it went past stay; when too many do, the table is made anew.
-        table.stale += u32::from(at != table.home(tag));
+        table.stale += u32::from(at != home(tag, table.buckets()));
         table.entries -= 1;
-        let sparse = entries_max(table.pages.len()) / FULL_PERCENT * SPARSE_PERCENT;
-        if table.entries == 0 || table.entries < sparse && table.pages.len() > 1 {
-            let full = PAGE_BUCKETS * BUCKET_ENTRIES as u32 * FULL_PERCENT / 100;
-            let pages = (table.entries * 5 / 4).div_ceil(full) as usize;
-            self.rebuild(tag.table, pages);
+        let sparse = table.pages * PAGE_ENTRIES * SPARSE_PERCENT / 100;
+        if table.entries == 0 || table.entries < sparse && table.pages > 1 {
+            let pages = self.fit.pages_for(table.entries);
+            self.rebuild(tag.table, pages, self.fit);
         } else if table.stale > table.entries / STALE_PART {
-            let pages = table.pages.len();
-            self.rebuild(tag.table, pages);
+            let pages = table.pages;
+            self.rebuild(tag.table, pages, self.fit);
         }
     }
 
     /// Gives a table so many pages. It is made anew in one piece, which is written from its start to its end, as entries
     /// keep their order.
-    fn rebuild(&mut self, number: usize, pages: usize) {
+    fn rebuild(&mut self, number: usize, pages: u32, fit: Fit) {
         let Self {
             tables,
             pages: memory,
             scratch,
+            is_loose,
             ..
         } = self;
         let table = &mut tables[number];
+        *is_loose |= fit == Fit::Loose;
         scratch.clear();
-        scratch.resize(pages * PAGE_BUCKETS as usize, EMPTY);
+        scratch.resize((pages * PAGE_BUCKETS) as usize, EMPTY);
         let buckets = scratch.len() as u32;
+        let had = (0..table.pages as usize).flat_map(|place| memory.page(number, place));
         // All at once, where the loop below would wait for most of them.
-        let lines = table.pages.iter().flat_map(|page| memory.page(*page));
-        std::hint::black_box(lines.fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
-        for &page in &table.pages {
-            for bucket in memory.page(page) {
-                let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
-                for (low, rest) in entries.take(used(bucket)) {
-                    let tag = Tag {
-                        table: number,
-                        bits: rest >> POSITION_BITS << LOW_TAG_BITS | u32::from(*low),
-                    };
-                    let mut at = home(tag, buckets);
-                    while !try_push(&mut scratch[at as usize], tag, rest & POSITION_MASK) {
-                        at = after(at, buckets);
-                    }
+        black_box(had.clone().fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
+        for bucket in had {
+            let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
+            for (low, rest) in entries.take(used(bucket)) {
+                let tag = Tag {
+                    table: number,
+                    bits: rest >> POSITION_BITS << LOW_TAG_BITS | u32::from(*low),
+                };
+                let mut at = home(tag, buckets);
+                while !try_push(&mut scratch[at as usize], tag, rest & POSITION_MASK) {
+                    at = after(at, buckets);
                 }
             }
         }
-        table.resize(memory, pages);
+        memory.resize(number, table.pages, pages);
+        table.pages = pages;
+        table.entries_max = fit.entries_max(pages);
         table.stale = 0;
-        let made = scratch.chunks_exact(PAGE_BUCKETS as usize);
-        for (&page, made) in table.pages.iter().zip(made) {
-            memory.page_mut(page).copy_from_slice(made);
+        for (place, made) in scratch.chunks_exact(PAGE_BUCKETS as usize).enumerate() {
+            memory.page_mut(number, place).copy_from_slice(made);
         }
         self.bytes = self.count_bytes();
     }
 
-    /// Gives memory back in which nothing is kept.
-    pub(super) fn trim(&mut self) {
-        let pages = &mut self.pages;
-        let used = &pages.used;
-        pages
-            .free
-            .retain(|page| used[(page / CHUNK_PAGES) as usize] > 0);
-        pages.free.shrink_to_fit();
-        for (chunk, used) in pages.chunks.iter_mut().zip(&pages.used) {
-            if *used == 0 {
-                *chunk = None;
+    /// Makes all tables tight, and gives back memory in which nothing is kept.
+    pub(super) fn tighten(&mut self) {
+        (0..TABLES).for_each(|number| self.tighten_table(number));
+        self.is_loose = false;
+        self.trim();
+    }
+
+    /// The same of some tables, one after the other, but for those to which names have come since they were looked at
+    /// last; false when all have been looked at, or nothing is loose.
+    pub(super) fn tighten_some(&mut self) -> bool {
+        if !self.is_loose {
+            return false;
+        }
+        for number in self.next..(self.next + TABLES_A_TURN).min(TABLES) {
+            let table = &mut self.tables[number];
+            let looked = std::mem::replace(&mut table.looked, table.entries);
+            if looked.abs_diff(table.entries) <= looked / BUSY_PART {
+                self.tighten_table(number);
             }
         }
-        self.scratch = Vec::new();
-        for table in &mut self.tables {
-            table.pages.shrink_to_fit();
+        self.next = (self.next + TABLES_A_TURN) % TABLES;
+        if self.next == 0 {
+            self.is_loose = self.tables.iter().any(|table| table.tight().is_some());
+            self.trim();
         }
+        self.next > 0
+    }
+
+    fn tighten_table(&mut self, number: usize) {
+        if let Some(pages) = self.tables[number].tight() {
+            self.rebuild(number, pages, Fit::Tight);
+        }
+    }
+
+    /// Gives back memory in which nothing is kept.
+    pub(super) fn trim(&mut self) {
+        self.scratch = Vec::new();
+        self.pages.trim(self.tables.iter().map(|table| table.pages));
         self.bytes = self.count_bytes();
+    }
+
+    pub(super) const fn fit(&self) -> Fit {
+        self.fit
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -407,11 +408,8 @@ impl Names {
     }
 
     fn count_bytes(&self) -> usize {
-        let chunks = self.pages.chunks.iter().flatten().count();
-        let pages: usize = self.tables.iter().map(|table| table.pages.capacity()).sum();
-        chunks * HUGE_BYTES
-            + (pages + self.pages.free.capacity()) * size_of::<u32>()
-            + self.tables.capacity() * size_of::<Table>()
+        self.pages.bytes()
+            + size_of_val(&*self.tables)
             + self.scratch.capacity() * size_of::<Bucket>()
     }
 }
@@ -425,7 +423,7 @@ mod tests {
     /// Adds and removes tens of thousands in waves, beside a map; hashes repeat, as engines' may.
     #[test]
     fn what_was_added_is_found_until_it_is_removed() {
-        let mut names = Names::new();
+        let mut names = Names::new(Fit::Tight);
         let mut map: HashMap<u64, u32> = HashMap::new();
         let hash_of = |number: u32| u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         for wave in 0..6_u32 {
@@ -455,7 +453,7 @@ mod tests {
             names
                 .tables
                 .iter()
-                .all(|table| table.entries == 0 && table.pages.is_empty())
+                .all(|table| table.entries == 0 && table.pages == 0)
         );
         names.trim();
         assert!(names.bytes() < 40_000, "{}", names.bytes());
@@ -464,7 +462,7 @@ mod tests {
     /// At a million entries the last pages are not full; at ten million an entry takes about seven and a half bytes.
     #[test]
     fn a_million_entries_take_less_than_nine_bytes_each() {
-        let mut names = Names::new();
+        let mut names = Names::new(Fit::Tight);
         for number in 0..1_000_000 {
             names.insert(u64::from(number) << 20, number);
         }
@@ -475,11 +473,39 @@ mod tests {
     /// Two positions under one hash, as a collision of keys would make them.
     #[test]
     fn equal_hashes_are_told_apart_by_the_caller() {
-        let mut names = Names::new();
+        let mut names = Names::new(Fit::Tight);
         names.insert(7, 1);
         names.insert(7, 2);
         assert_eq!(names.find(7, |position| position == 2), Some(2));
         names.remove(7, 1);
         assert_eq!(names.find(7, |_| true), Some(2));
+    }
+
+    /// Adds with room to spare, then looks twice at all tables: the second time none has got any more. What comes in
+    /// between is left alone.
+    #[test]
+    fn loose_tables_are_made_tight_when_no_more_comes() {
+        let mut names = Names::new(Fit::Loose);
+        let hash_of = |number: u32| u64::from(number) << 20;
+        for number in 0..1_000_000 {
+            names.insert(hash_of(number), number);
+        }
+        let loose = names.bytes();
+        while names.tighten_some() {}
+        assert!(names.bytes() >= loose - names.scratch.capacity() * size_of::<Bucket>() - 600_000);
+        while names.tighten_some() {}
+        assert!(names.bytes() < 8_500_000, "{} of {loose}", names.bytes());
+        for number in 0..1_000_000 {
+            let found = names.find(hash_of(number), |position| position == number);
+            assert_eq!(found, Some(number));
+        }
+        for number in 1_000_000..1_300_000 {
+            names.insert(hash_of(number), number);
+        }
+        for number in 0..1_300_000 {
+            names.remove(hash_of(number), number);
+        }
+        names.trim();
+        assert!(names.bytes() < 40_000, "{}", names.bytes());
     }
 }

@@ -58,6 +58,10 @@ pub(super) struct Span {
     pub(super) set: SetId,
 }
 
+/// Of so many segments or more every so manieth is compared first.
+const MANY_SEGMENTS: usize = 16;
+const STEP_SEGMENTS: usize = 6;
+
 /// The bits of a word that are the segment; the others are its [`digest`].
 const SEGMENT_MASK: u32 = (1 << SEGMENT_BITS) - 1;
 
@@ -141,26 +145,39 @@ impl Header {
     }
 
     /// How many full segments in a row, from one on, have last keys that seem to be those asked for; none when torn.
+    ///
+    /// `keys` begin with what is asked for as the last key of the first one.
     #[inline]
-    pub(super) fn alike(
-        &self,
-        words: &Words,
-        first: u32,
-        last_keys: impl ExactSizeIterator<Item = IndexKey>,
-    ) -> Option<u32> {
-        let end = first as usize + last_keys.len();
+    pub(super) fn alike(&self, words: &Words, first: u32, keys: &[IndexKey]) -> Option<u32> {
+        let count = keys.len().div_ceil(SEGMENT_BLOCKS as usize);
+        let (first, end) = (first as usize, first as usize + count);
         let inline_end = end.min(SEGMENTS_INLINE as usize);
-        let inline = SEGMENTS_START + (first as usize).min(inline_end)..SEGMENTS_START + inline_end;
+        let inline = SEGMENTS_START + first.min(inline_end)..SEGMENTS_START + inline_end;
+        let inline = self.0.get(inline)?;
         let listed = match end.checked_sub(SEGMENTS_INLINE as usize) {
             None | Some(0) => &[],
             Some(listed) => words
                 .list(get(&self.0[SEGMENTS_AT]), listed)?
-                .get((first as usize).saturating_sub(SEGMENTS_INLINE as usize)..)?,
+                .get(first.saturating_sub(SEGMENTS_INLINE as usize)..)?,
         };
-        let told = self.0.get(inline)?.iter().chain(listed);
-        let is_alike =
-            |(word, key): &(&AtomicU32, IndexKey)| get(word) & !SEGMENT_MASK == digest(*key);
-        Some(told.zip(last_keys).take_while(is_alike).count() as u32)
+        let is_alike = |segment: usize| {
+            let word = inline.get(segment);
+            let word = word.or_else(|| listed.get(segment - inline.len()));
+            let key = keys.get(segment * SEGMENT_BLOCKS as usize);
+            word.zip(key)
+                .is_some_and(|(word, key)| get(word) & !SEGMENT_MASK == digest(*key))
+        };
+        let mut alike = 0;
+        if count >= MANY_SEGMENTS {
+            // A key is made from all before it. So of many some are looked at first: each is a read of memory.
+            while is_alike(alike + STEP_SEGMENTS - 1) {
+                alike += STEP_SEGMENTS;
+            }
+        }
+        while is_alike(alike) {
+            alike += 1;
+        }
+        Some(alike as u32)
     }
 
     #[inline]

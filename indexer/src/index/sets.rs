@@ -124,13 +124,16 @@ impl SetId {
     }
 }
 
-// A list's words: how many members, how many references, its birth and whether somebody really holds, the members.
+// A list's words: how many members, how many references, its birth and what its members are like, the members.
 const LENGTH: usize = 0;
 const REFERENCES: usize = 1;
 const BIRTH: usize = 2;
 const MEMBERS: usize = 3;
 /// Not all members are claims.
 const IS_REAL: u32 = 1 << 31;
+/// No member is a claim, and no pod is in it twice.
+const IS_PLAIN: u32 = 1 << 30;
+const BIRTHS_MASK: u32 = IS_PLAIN - 1;
 
 /// The members of a list; empty for sets that have none, none when torn.
 #[inline]
@@ -151,6 +154,18 @@ pub(super) fn first_word(words: &Words, set: SetId) -> Option<u32> {
     is_list
         .then(|| words.list(set.0, 1)?.first().map(get))
         .flatten()
+}
+
+/// Whether no member of a set is a claim, and each another pod's.
+#[inline]
+pub(super) fn is_plain(words: &Words, set: SetId) -> bool {
+    match set.as_single() {
+        Some(only) => !only.is_claim(),
+        None => {
+            let head = words.list(set.0, MEMBERS);
+            head.is_some_and(|head| get(&head[BIRTH]) & IS_PLAIN != 0)
+        }
+    }
 }
 
 /// Looks at the members of a set, also of one that is no list; none when torn.
@@ -345,13 +360,18 @@ impl Sets {
         }
         let address = lists.allocate(words, MEMBERS + many.len());
         let list = words.known(address, MEMBERS + many.len());
-        self.births = (self.births + 1) & !IS_REAL;
-        let is_real = many.iter().any(|member| !Holder(*member).is_claim());
+        self.births = (self.births + 1) & BIRTHS_MASK;
+        let mut holders = many.iter().map(|member| Holder(*member));
+        let is_real = holders.clone().any(|holder| !holder.is_claim());
+        // Ascending by pods, those of one pod are beside each other.
+        let mut last = None;
+        let is_plain = holders
+            .all(|holder| !holder.is_claim() && last.replace(holder.pod()) != Some(holder.pod()));
         set(&list[LENGTH], many.len() as u32);
         set(&list[REFERENCES], 1);
         set(
             &list[BIRTH],
-            self.births | if is_real { IS_REAL } else { 0 },
+            self.births | if is_real { IS_REAL } else { 0 } | if is_plain { IS_PLAIN } else { 0 },
         );
         list[MEMBERS..]
             .iter()

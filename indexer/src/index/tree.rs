@@ -12,7 +12,7 @@ use super::arena::{WordLists, Words};
 use super::blocks::{KeyColumn, SEGMENT_BLOCKS, Segments};
 use super::doors::{Door, DoorCount, Doors};
 use super::leaves::Leaves;
-use super::names::Names;
+use super::names::{Fit, Names};
 use super::recency::Recency;
 use super::runs::{Header, RUN_BLOCKS_MAX, RunSlots, Runs, Span, ordinal};
 use super::sets::{Holder, SetId, Sets, SourceNumber};
@@ -143,13 +143,14 @@ pub(super) struct Tree {
 
 impl Tree {
     pub(super) fn new(is_bounded: bool) -> Self {
+        let fit = if is_bounded { Fit::Tight } else { Fit::Loose };
         Self {
             segments: Segments::default(),
             slots: RunSlots::default(),
             lists: WordLists::new(),
             sets: Sets::new(),
             doors: DoorCount::default(),
-            names: Names::new(),
+            names: Names::new(fit),
             by_key: None,
             leaves: is_bounded.then(Box::default),
             closed: Vec::new(),
@@ -348,7 +349,7 @@ impl Tree {
         if self.by_key.is_some() {
             return;
         }
-        let mut by_key = Names::new();
+        let mut by_key = Names::new(self.names.fit());
         for run in 0..self.slots.end() {
             let Some(header) = shared.runs.get(run) else {
                 continue;

@@ -175,18 +175,6 @@ impl ChainRoot {
             .chunks_exact(block_size.get() as usize)
             .map(move |block| chain.push(block))
     }
-
-    /// The same from tokens as they travel: u32 little-endian each. Bytes past the last full block are ignored.
-    pub fn chain_le<'a>(
-        &self,
-        tokens: &'a [u8],
-        block_size: TokensPerBlock,
-    ) -> impl Iterator<Item = IndexKey> + use<'a> {
-        let mut chain = IndexChain::new(self);
-        tokens
-            .chunks_exact(block_size.get() as usize * 4)
-            .map(move |block| chain.push_le(block, &[]))
-    }
 }
 
 /// Grows a chain block by block; one buffer serves all blocks, so nothing is allocated per block.
@@ -239,6 +227,28 @@ impl IndexChain {
         let key = self.push_le(&bytes, multimodal);
         self.bytes = bytes;
         key
+    }
+
+    /// Appends all full blocks of tokens as they travel, u32 little-endian each, and their keys to `keys`. Bytes past the
+    /// last full block are ignored.
+    pub fn extend_le(
+        &mut self,
+        tokens: &[u8],
+        block_size: TokensPerBlock,
+        keys: &mut Vec<IndexKey>,
+    ) {
+        let blocks = tokens.chunks_exact(block_size.get() as usize * 4);
+        let Root::Xxh3(seeds) = self.root.0 else {
+            keys.extend(blocks.map(|block| self.push_le(block, &[])));
+            return;
+        };
+        let mut last = self.last;
+        keys.extend(blocks.map(|block| {
+            let key = seeds.join(last, seeds.local(block, &[]));
+            last = Some(key);
+            key
+        }));
+        self.last = last;
     }
 
     /// Appends a block whose tokens are u32 little-endian; a rest of up to three bytes is ignored.

@@ -41,16 +41,29 @@ pub(super) fn tags_mut(bucket: &mut Bucket) -> &mut [u16] {
     bytemuck::cast_slice_mut(&mut bucket[..REST])
 }
 
-/// The entries with these lower tag bits, one bit each.
+/// Tags in a word.
+pub(super) const LANES: usize = 4;
+const LANE_BITS: u32 = 16;
+const LANE_ONES: u64 = u64::MAX / 0xffff;
+const LANE_SIGNS: u64 = LANE_ONES << (LANE_BITS - 1);
+
+/// The highest bit of each lane that has these lower tag bits, by words; seldom also of others, or of unused entries.
 #[inline]
-pub(super) fn alike(bucket: &Bucket, low: u16) -> u16 {
-    // Without branches and with as many lanes as vectors have, so that it is a few instructions.
-    let mut alike = 0;
-    let lanes: &[u16; BUCKET_WORDS * 2] = bytemuck::cast_ref(bucket);
-    for (entry, tag) in lanes.iter().take(16).enumerate() {
-        alike |= u16::from(*tag == low) << entry;
-    }
-    alike & ((1 << used(bucket)) - 1)
+pub(super) fn alike(bucket: &Bucket, low: u16) -> [u64; BUCKET_ENTRIES.div_ceil(LANES)] {
+    let asked = LANE_ONES * u64::from(low);
+    let word = |low: u32, high: u32| {
+        // Lanes that are 0 borrow from the next one: https://graphics.stanford.edu/~seander/bithacks.html#ZeroInWord
+        let unlike = (u64::from(high) << 32 | u64::from(low)) ^ asked;
+        unlike.wrapping_sub(LANE_ONES) & !unlike & LANE_SIGNS
+    };
+    let last = word(bucket[4], 0) & u64::from(u32::MAX);
+    [word(bucket[0], bucket[1]), word(bucket[2], bucket[3]), last]
+}
+
+/// The entry of a lane in [`alike`].
+#[inline]
+pub(super) const fn entry_of(word: usize, bits: u64) -> usize {
+    (word * LANES + (bits.trailing_zeros() / LANE_BITS) as usize) % BUCKET_ENTRIES
 }
 
 /// Adds an entry to a bucket if it has room, else notes that it went past.

@@ -1,6 +1,7 @@
 //! Stored blocks: where they belong, and which wait.
 
 use kvcache_core::prefix::IndexChain;
+use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{EngineHash, IndexKey, Result, Tier};
 
 use super::super::config::Applied;
@@ -125,7 +126,7 @@ impl Source {
         blocks: &StoredBlocks,
         applied: &mut Applied,
     ) {
-        let size = writer.keys.block_size.get() as usize;
+        let size = writer.keys.block_size;
         let mut keys = std::mem::take(&mut writer.block_keys);
         let mut stretches = std::mem::take(&mut writer.stretches);
         keys.clear();
@@ -454,9 +455,15 @@ fn hash_blocks(
     chain: &mut IndexChain,
     blocks: &StoredBlocks,
     from: usize,
-    size: usize,
+    size: TokensPerBlock,
     keys: &mut Vec<IndexKey>,
 ) {
+    if blocks.identifiers.is_empty() && cfg!(target_endian = "little") {
+        let left = &blocks.tokens[from * size.get() as usize..];
+        chain.extend_le(bytemuck::cast_slice(left), size, keys);
+        return;
+    }
+    let size = size.get() as usize;
     let tokens = blocks.tokens.chunks_exact(size).enumerate().skip(from);
     keys.extend(tokens.map(|(position, tokens)| {
         let identifiers = blocks

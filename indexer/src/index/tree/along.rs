@@ -141,41 +141,65 @@ impl Tree {
         shared: &Shared,
         run: u32,
         first: Vacancy,
-        (names, keys): (&[EngineHash], &[IndexKey]),
+        told: (&[EngineHash], &[IndexKey]),
     ) -> u32 {
         self.close(shared, run);
         let header = shared.run(run);
         let start = header.blocks();
-        let most = (RUN_BLOCKS_MAX - start).min(keys.len() as u32);
-        let (mut vacancy, mut more, mut segment) = (Some(first), 0, None);
-        while more < most
-            && let Some(free) = vacancy
-        {
+        let most = (RUN_BLOCKS_MAX - start).min(told.1.len() as u32);
+        let told = (&told.0[..most as usize], &told.1[..most as usize]);
+        let (mut vacancy, mut more) = (Some(first), 0);
+        while let Some(free) = vacancy.take() {
             let block = start + more;
-            if block.is_multiple_of(SEGMENT_BLOCKS) {
-                let ordinal = ordinal(block);
+            let ordinal = ordinal(block);
+            let segment = if block.is_multiple_of(SEGMENT_BLOCKS) {
                 let made = self.segments.allocate(&shared.keys, run, ordinal);
                 header.push_segment(&shared.words, &mut self.lists, ordinal, made);
-                segment = Some(made);
-            }
-            let of = segment
-                .or_else(|| header.segment(&shared.words, ordinal(block)))
-                .unwrap_or_default();
-            segment = Some(of);
-            let position = of * SEGMENT_BLOCKS + block % SEGMENT_BLOCKS;
-            shared.keys.set(position, keys[more as usize]);
-            if (block + 1).is_multiple_of(SEGMENT_BLOCKS) {
-                header.set_digest(&shared.words, ordinal(block), keys[more as usize]);
-            }
-            self.segments.set_name(position, Some(names[more as usize]));
-            self.names.fill(free, position);
-            more += 1;
-            vacancy = match keys.get(more as usize) {
-                Some(key) if more < most => self.vacancy(shared, names[more as usize], *key),
-                _ => None,
+                made
+            } else {
+                header.segment(&shared.words, ordinal).unwrap_or_default()
             };
+            let left = (&told.0[more as usize..], &told.1[more as usize..]);
+            let from = block % SEGMENT_BLOCKS;
+            let added = self.fill_segment(shared, (segment, from), free, left);
+            more += added;
+            if from + added < SEGMENT_BLOCKS {
+                break;
+            }
+            let last = told.1[more as usize - 1];
+            header.set_digest(&shared.words, ordinal, last);
+            let left = (told.0.get(more as usize), told.1.get(more as usize));
+            if let (Some(name), Some(key)) = left {
+                vacancy = self.vacancy(shared, *name, *key);
+            }
         }
         header.set_blocks(start + more);
         more
+    }
+
+    /// Puts blocks into a segment, from one of its positions on, until it is full or a block is known; the first one is
+    /// not. How many they are.
+    fn fill_segment(
+        &mut self,
+        shared: &Shared,
+        (segment, from): (u32, u32),
+        first: Vacancy,
+        (names, keys): (&[EngineHash], &[IndexKey]),
+    ) -> u32 {
+        let most = keys.len().min((SEGMENT_BLOCKS - from) as usize);
+        let position = segment * SEGMENT_BLOCKS + from;
+        // All of them first: a name may come twice.
+        self.segments.write_names(position, &names[..most]);
+        self.names.fill(first, position);
+        let mut added = 1;
+        while added < most
+            && let Some(vacancy) = self.vacancy(shared, names[added], keys[added])
+        {
+            self.names.fill(vacancy, position + added as u32);
+            added += 1;
+        }
+        shared.keys.set_row(position, &keys[..added]);
+        self.segments.give_names(position, added as u32);
+        added as u32
     }
 }

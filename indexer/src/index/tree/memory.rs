@@ -32,6 +32,19 @@ impl Tree {
         }
     }
 
+    /// Makes tables that grow by steps as small as they can be, which whoever adds to them pays for.
+    pub(in crate::index) fn tighten(&mut self) {
+        self.names.tighten();
+        if let Some(by_key) = &mut self.by_key {
+            by_key.tighten();
+        }
+    }
+
+    /// The same of some of them, where nobody adds; true if there may be more.
+    pub(in crate::index) fn tighten_some(&mut self) -> bool {
+        self.names.tighten_some() || self.by_key.as_mut().is_some_and(Names::tighten_some)
+    }
+
     pub(in crate::index) fn bytes(&self) -> usize {
         self.segments.bytes()
             + self.slots.bytes()
