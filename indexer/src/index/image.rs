@@ -60,6 +60,8 @@ pub struct ImageBlock {
     pub key: IndexKey,
     /// Whether it comes directly after the block before it in this piece.
     pub follows: bool,
+    /// Whether it is kept apart from blocks of main groups, as windows and states are.
+    pub is_apart: bool,
     /// Its place in the piece's namespaces; none where nobody has told it, as nodes do not.
     pub namespace: Option<u32>,
     /// Copies by tier, by `Tier as usize`: of shared tiers 1 when the source has announced it.
@@ -143,6 +145,7 @@ impl Source {
         let mut runs: Vec<u32> = self.runs().collect();
         runs.sort_unstable();
         for run in runs {
+            let is_apart = writer.tree.is_apart(shared, run);
             let mut last = None;
             for (start, span) in writer.tree.spans(shared, run) {
                 let held = Tier::ALL.map(|tier| {
@@ -170,6 +173,7 @@ impl Source {
                                 .unwrap_or(EngineHash(key.0)),
                             key,
                             follows: last.is_some_and(|last| last + 1 == block),
+                            is_apart,
                             namespace: None,
                             copies,
                         },

@@ -31,9 +31,23 @@ pub(crate) fn image_to_wire(piece: &ImagePiece, kind: SourceKind) -> v1::Snapsho
     image.namespace_positions = namespaces
         .map(|place| place.map_or(0, |place| place + 1))
         .collect();
-    image.follows = piece.blocks.iter().map(|block| block.follows).collect();
+    // Who does not know of blocks that are apart takes each for the first of its chain, which it may be.
+    let follows = piece.blocks.iter();
+    let follows = follows.map(|block| block.follows && !block.is_apart);
+    image.follows = follows.collect();
+    if piece.blocks.iter().any(|block| block.is_apart) {
+        image.apart = piece.blocks.iter().map(apart_to_wire).collect();
+    }
     image.orphans = piece.orphans.iter().map(orphan_to_wire).collect();
     image
+}
+
+const fn apart_to_wire(block: &ImageBlock) -> u32 {
+    match (block.is_apart, block.follows) {
+        (false, _) => 0,
+        (true, false) => 1,
+        (true, true) => 2,
+    }
 }
 
 fn namespace_to_wire(namespace: &ImageNamespace) -> v1::SnapshotNamespace {
@@ -80,6 +94,7 @@ pub(super) fn image_from_wire(
     )?;
     let is_node = kind == SourceKind::Node;
     let columns = if is_node { 0 } else { count };
+    let apart = if image.apart.is_empty() { 0 } else { columns };
     let lengths = [
         ("keys", image.keys.len(), columns),
         (
@@ -89,6 +104,7 @@ pub(super) fn image_from_wire(
         ),
         ("follows", image.follows.len(), columns),
         ("copies", image.copies.len(), count * TIERS),
+        ("marks of what is apart", image.apart.len(), apart),
     ];
     for (name, length, expected) in lengths {
         if length != expected {
@@ -134,10 +150,17 @@ fn block_from_wire(
         }
     };
     let hash = image.hashes[position];
+    let apart = image.apart.get(position).copied().unwrap_or(0);
+    if apart > 2 {
+        let told = format!("block {position} is apart in the way {apart}, expected 0 to 2");
+        return Err(corrupt(told));
+    }
+    let follows = image.follows.get(position).copied().unwrap_or(false);
     Ok(ImageBlock {
         hash: EngineHash(hash),
         key: IndexKey(image.keys.get(position).copied().unwrap_or(hash)),
-        follows: image.follows.get(position).copied().unwrap_or(false),
+        follows: follows && apart == 0 || apart == 2,
+        is_apart: apart > 0,
         namespace,
         copies: copies_from_wire(&image.copies[position * TIERS..][..TIERS]),
     })

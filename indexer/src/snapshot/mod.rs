@@ -19,6 +19,7 @@ use kvcache_core::{Epoch, Error, ErrorKind, IndexKey, Result, Sequence, Tier};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::snapshot_piece::Piece;
 
+use crate::adapter::{NAME_BYTES_MAX, WEIGHED_MEDIA_MAX};
 use crate::index::{ImagePiece, Learnt};
 use crate::ingest::BatchDigest;
 use crate::wire::{self, Registration};
@@ -232,9 +233,21 @@ impl Reader {
                     .map(wire::group_from_wire)
                     .collect::<Result<_>>()?,
                 block_size: source.block_size,
+                media: media_from_wire(source.media)?,
             },
         })
     }
+}
+
+fn media_from_wire(media: Vec<String>) -> Result<Vec<String>> {
+    let longest = media.iter().map(String::len).max().unwrap_or(0);
+    if media.len() > WEIGHED_MEDIA_MAX || longest > NAME_BYTES_MAX {
+        return Err(corrupt(format!(
+            "{} media, the longest name of {longest} bytes",
+            media.len()
+        )));
+    }
+    Ok(media)
 }
 
 fn mark_from_wire(source: &v1::SnapshotSource) -> Result<Mark> {
@@ -275,6 +288,7 @@ pub(crate) fn source_to_wire(
         data_parallel_rank: learnt.rank,
         groups: learnt.groups.iter().map(wire::group_to_wire).collect(),
         block_size: learnt.block_size,
+        media: learnt.media.clone(),
     })
 }
 

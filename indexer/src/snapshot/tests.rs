@@ -24,6 +24,7 @@ fn engine_image() -> ImagePiece {
                 hash: EngineHash(1),
                 key: IndexKey(11),
                 follows: false,
+                is_apart: false,
                 namespace: Some(0),
                 copies: [2, 0, 0, 0],
             },
@@ -31,6 +32,7 @@ fn engine_image() -> ImagePiece {
                 hash: EngineHash(2),
                 key: IndexKey(12),
                 follows: true,
+                is_apart: false,
                 namespace: None,
                 copies: [1, 1, 0, 1],
             },
@@ -53,6 +55,7 @@ fn node_image() -> ImagePiece {
             hash: EngineHash(21),
             key: IndexKey(21),
             follows: false,
+            is_apart: false,
             namespace: None,
             copies: [0, 1, 1, 0],
         }],
@@ -145,6 +148,7 @@ fn learnt() -> Learnt {
             group(2, wire::GroupRule::Window { tokens: 9 }),
         ],
         block_size: 2 * TOKENS_PER_BLOCK,
+        media: vec![],
     }
 }
 
@@ -391,5 +395,65 @@ proptest! {
         std::fs::write(&path, &bytes).unwrap();
         let is_whole = read_file(&path).is_ok();
         prop_assert!(!is_whole || bytes.starts_with(&written), "a change was not found");
+    }
+}
+
+/// An image with blocks that are apart goes and comes back; those who do not know of them see each begin a chain; marks
+/// that are none, too few or of a node are refused.
+#[test]
+fn blocks_that_are_apart_stay_so() {
+    let block = |key, follows, is_apart| ImageBlock {
+        hash: EngineHash(key),
+        key: IndexKey(key),
+        follows,
+        is_apart,
+        namespace: None,
+        copies: [1, 0, 0, 0],
+    };
+    let piece = ImagePiece {
+        blocks: vec![
+            block(1, false, false),
+            block(2, true, false),
+            block(3, false, true),
+            block(4, true, true),
+        ],
+        ..ImagePiece::default()
+    };
+    let sent = image_to_wire(&piece, wire::SourceKind::Vllm);
+    assert_eq!(sent.follows, [false, true, false, false]);
+    let read =
+        |image: v1::SnapshotImage, kind| image::image_from_wire(image, kind, TOKENS_PER_BLOCK);
+    assert_eq!(read(sent.clone(), wire::SourceKind::Vllm).unwrap(), piece);
+    for apart in [vec![0, 0, 3, 0], vec![1]] {
+        let image = v1::SnapshotImage {
+            apart,
+            ..sent.clone()
+        };
+        let refusal = read(image, wire::SourceKind::Vllm).unwrap_err();
+        assert!(refusal.context().contains("apart"), "{refusal}");
+    }
+    let of_node = v1::SnapshotImage {
+        apart: vec![1],
+        ..image_to_wire(&node_image(), wire::SourceKind::Node)
+    };
+    assert!(read(of_node, wire::SourceKind::Node).is_err());
+}
+
+/// A source's media, and names of media that are too many or too long.
+#[test]
+fn the_media_of_a_source_come_back() {
+    let source = |media: Vec<String>| {
+        let learnt = Learnt { media, ..learnt() };
+        let piece = source_to_wire("engine", None, None, &learnt);
+        let mut pieces = pieces();
+        pieces[2] = v1::SnapshotPiece { piece: Some(piece) };
+        read_all(pieces.into_iter().take(3))
+    };
+    let media = vec!["CPU".to_owned(), "CXL_POOL".to_owned()];
+    let steps = source(media.clone()).unwrap();
+    assert!(matches!(&steps[2], Step::Source { learnt, .. } if learnt.media == media));
+    for bad in [vec!["M".to_owned(); 65], vec!["M".repeat(5000)]] {
+        let refusal = source(bad).unwrap_err();
+        assert!(refusal.context().contains("media"), "{refusal}");
     }
 }

@@ -336,7 +336,7 @@ pub struct TierDepth {
     pub blocks: u32,
 }
 /// blocks x weight.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ScoreTerm {
     #[prost(enumeration = "Tier", tag = "1")]
     pub tier: i32,
@@ -344,6 +344,9 @@ pub struct ScoreTerm {
     pub blocks: u32,
     #[prost(double, tag = "3")]
     pub weight: f64,
+    /// The medium whose weight it is, of those in this tier that the pod's events have named; empty: the tier's own.
+    #[prost(string, tag = "4")]
+    pub medium: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Source {
@@ -583,6 +586,9 @@ pub struct SnapshotSource {
     pub groups: ::prost::alloc::vec::Vec<CacheGroup>,
     #[prost(uint32, tag = "8")]
     pub block_size: u32,
+    /// The media that its events have named, as far as any medium of their tiers has a weight of its own.
+    #[prost(string, repeated, tag = "9")]
+    pub media: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// What shared tiers hold of a model, whoever put it there: an image with hashes (which are keys) and copies only.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -615,6 +621,10 @@ pub struct SnapshotImage {
     pub copies: ::prost::alloc::vec::Vec<u32>,
     #[prost(message, repeated, tag = "7")]
     pub orphans: ::prost::alloc::vec::Vec<SnapshotOrphan>,
+    /// Blocks that are kept apart, those of windows and states among them: 0 not, 1 apart, 2 apart and directly after the one
+    /// before it in this image (then follows is false). Empty when none is.
+    #[prost(uint32, repeated, tag = "8")]
+    pub apart: ::prost::alloc::vec::Vec<u32>,
 }
 /// What keeps equal tokens apart.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
