@@ -172,8 +172,13 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
                     tier,
                     blocks,
                     weight,
+                    medium,
                 } = term;
-                format!("{blocks} in {tier} x {weight}")
+                let medium = medium.as_ref().map(|medium| format!(" ({medium})"));
+                format!(
+                    "{blocks} in {tier}{} x {weight}",
+                    medium.unwrap_or_default()
+                )
             });
             let terms: Vec<_> = terms.collect();
             print_line(&format!("  score = {}", terms.join(" + ")))?;

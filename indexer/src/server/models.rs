@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::access::Access;
 use super::hub::{Hub, Pod, PodSource};
 use crate::index::{self, BYTES_MIN, KvIndex, ORPHAN_BLOCKS_MAX};
 use crate::metrics::{Holdings, TenantHoldings};
@@ -103,13 +104,18 @@ impl Hub {
         self.models().get(tenant)?.get(&registration.model).cloned()
     }
 
-    /// What all indexes hold now.
-    pub(super) fn holdings(&self) -> Holdings {
+    /// What the indexes hold now that a caller may see.
+    pub(super) fn holdings(&self, access: Access) -> Holdings {
         let mut holdings = Holdings {
             is_serving: self.not_serving.borrow().is_none(),
             ..Holdings::default()
         };
-        for (tenant, models) in self.tenants.all().iter().zip(&*self.models()) {
+        let tenants = self.tenants.all().iter().enumerate();
+        let models = self.models();
+        for ((place, tenant), models) in tenants.zip(&*models) {
+            if !access.allows(place) {
+                continue;
+            }
             let mut held = TenantHoldings::new(&tenant.name, tenant.bytes_max);
             for index in models.values() {
                 holdings.blocks += index.blocks();
@@ -120,7 +126,9 @@ impl Hub {
             holdings.bytes += held.usage.bytes;
             holdings.tenants.push(held);
         }
-        let pods: Vec<_> = self.pods().values().cloned().collect();
+        drop(models);
+        let mut pods: Vec<_> = self.pods().values().cloned().collect();
+        pods.retain(|pod| self.may_see(access, pod));
         holdings.pods = pods.len() as u64;
         for pod in &pods {
             holdings.sources += pod.sources.len() as u64;

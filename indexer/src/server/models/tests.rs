@@ -27,6 +27,7 @@ fn hub(tenants: &[&str]) -> Hub {
             max_bytes: Some("16MiB".to_owned()),
             pods: vec![format!("{name}-")],
             models: Vec::new(),
+            ..TenantConfig::default()
         };
         config.tenants.insert((*name).to_owned(), rules);
     }
