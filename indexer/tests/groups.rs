@@ -479,6 +479,27 @@ fn a_larger_block_takes_no_more_memory_than_any_other() {
     );
 }
 
+/// Ten blocks of a long prompt, of one of an engine's groups.
+fn ten_blocks(engine: usize, first: u32, group: usize) -> SourceEvent {
+    let (number, rule, _) = ENGINES[engine].groups[group];
+    let hashes = (first..first + 10).map(|block| EngineHash(u64::from(block) + 1));
+    SourceEvent::Stored(StoredBlocks {
+        hashes: hashes.collect(),
+        parent: (first > 0).then(|| EngineHash(u64::from(first))),
+        tokens: (first * UNIT..(first + 10) * UNIT).collect(),
+        block_size: UNIT,
+        tier: Tier::Device,
+        group: number.map(|number| CacheGroup {
+            number,
+            rule,
+            block_size: UNIT,
+        }),
+        lora: None,
+        cache_salt: None,
+        identifiers: vec![],
+    })
+}
+
 /// What a block of a window takes beside one of the main group: of a window that keeps every block, and of one that keeps
 /// the last 64 of a prompt that grows.
 #[test]
@@ -490,31 +511,12 @@ fn a_block_of_a_window_takes_little_beside_the_main_groups() {
         .iter()
         .position(|engine| engine.pod == "window")
         .unwrap();
-    let stored = |first: u32, group: usize| {
-        let (number, rule, _) = ENGINES[window].groups[group];
-        let hashes = (first..first + 10).map(|block| EngineHash(u64::from(block) + 1));
-        SourceEvent::Stored(StoredBlocks {
-            hashes: hashes.collect(),
-            parent: (first > 0).then(|| EngineHash(u64::from(first))),
-            tokens: (first * UNIT..(first + 10) * UNIT).collect(),
-            block_size: UNIT,
-            tier: Tier::Device,
-            group: number.map(|number| CacheGroup {
-                number,
-                rule,
-                block_size: UNIT,
-            }),
-            lora: None,
-            cache_salt: None,
-            identifiers: vec![],
-        })
-    };
     let fill = |both: &Both, groups: usize, kept: u32| {
         let before = both.index.bytes();
         for first in (0..BLOCKS).step_by(10) {
             for group in 0..groups {
                 both.index
-                    .apply(both.ids[window], &stored(first, group))
+                    .apply(both.ids[window], &ten_blocks(window, first, group))
                     .unwrap();
             }
             if groups == 2 && first >= kept {

@@ -130,7 +130,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
         None => None,
     };
     let (doors, event_endpoints) = open_doors(&config).await?;
-    let for_tenants = bind_for_tenants(&config).await?;
+    let (for_tenants, tenant_addresses) = bind_for_tenants(&config).await?;
     let lookups = Semaphore::new(config.lookups_in_flight_max);
     let hub = Arc::new(Hub::new(config)?);
     let configured = hub.configured()?;
@@ -173,14 +173,7 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
         });
     }
     tasks.spawn(keep_tidy(hub.clone(), stopping.subscribe()));
-    let mut tenant_addresses = BTreeMap::new();
-    let mut served = vec![(grpc, Access::Any)];
-    for (tenant, (listener, address)) in for_tenants {
-        let place = shared.hub.tenants.of_question(&tenant, "")?;
-        tenant_addresses.insert(tenant, address);
-        served.push((listener, Access::Tenant(place)));
-    }
-    for (listener, access) in served {
+    for (listener, access) in with_access(&hub, grpc, for_tenants)? {
         let service = (shared.clone(), access, tokenizers.clone());
         tasks.spawn(serve_grpc(service, listener, stopping.subscribe()));
     }
@@ -210,18 +203,40 @@ async fn open_doors(config: &ServerConfig) -> Result<(Vec<Door>, Vec<String>)> {
     Ok((doors, endpoints))
 }
 
+/// What is bound for tenants, by their names.
+type ForTenants = BTreeMap<String, TcpListener>;
+
+/// What may be had at each address.
+///
+/// # Errors
+/// `Denied` for an address of the default tenant where everybody must belong to another one.
+fn with_access(
+    hub: &Hub,
+    grpc: TcpListener,
+    for_tenants: ForTenants,
+) -> Result<Vec<(TcpListener, Access)>> {
+    let for_tenants = for_tenants.into_iter().map(|(name, listener)| {
+        let tenant = hub.tenants.of_question(&name, "")?;
+        Ok((listener, Access::Tenant(tenant)))
+    });
+    let all = std::iter::once(Ok((grpc, Access::Any))).chain(for_tenants);
+    all.collect()
+}
+
 /// Binds the addresses that are tenants' own.
 async fn bind_for_tenants(
     config: &ServerConfig,
-) -> Result<BTreeMap<String, (TcpListener, SocketAddr)>> {
-    let mut bound = BTreeMap::new();
+) -> Result<(ForTenants, BTreeMap<String, SocketAddr>)> {
+    let (mut bound, mut addresses) = (BTreeMap::new(), BTreeMap::new());
     for (name, tenant) in &config.tenants {
         if let Some(address) = tenant.grpc_listen {
             let key = format!("tenants.{name}.grpc_listen");
-            bound.insert(name.clone(), bind(&key, address).await?);
+            let (listener, address) = bind(&key, address).await?;
+            bound.insert(name.clone(), listener);
+            addresses.insert(name.clone(), address);
         }
     }
-    Ok(bound)
+    Ok((bound, addresses))
 }
 
 async fn bind(key: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {

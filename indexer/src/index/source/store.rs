@@ -231,14 +231,13 @@ impl Source {
         key: IndexKey,
     ) -> Place {
         let tree = &mut writer.tree;
-        if self.names.is_empty() {
-            if let Some(last) = last
-                && let Some(next) = tree.beside(shared, last, true)
-                && tree.name(next.position) == Some(hash)
-                && tree.key(shared, next.position) == key
-            {
-                return next;
-            }
+        if self.names.is_empty()
+            && let Some(last) = last
+            && let Some(next) = tree.beside(shared, last, true)
+            && tree.name(next.position) == Some(hash)
+            && tree.key(shared, next.position) == key
+        {
+            return next;
         }
         let place = |tree: &mut Tree| tree.place(shared, last, key, false);
         self.seat_with(writer, shared, (hash, key), place)
