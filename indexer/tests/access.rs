@@ -4,7 +4,6 @@
 mod rig;
 
 use kvcache_core::Tier;
-use kvfabric_indexer::client::SourceKind;
 use kvfabric_indexer::config::TenantConfig;
 use kvfabric_indexer::publisher::Publisher;
 use kvfabric_indexer::server::Running;
