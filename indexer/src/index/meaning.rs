@@ -8,6 +8,7 @@ use kvcache_core::{Error, ErrorKind, PodName, Result};
 use super::compose::Part;
 use super::config::{Learnt, SourceId};
 use super::groups::{GROUPS_MAX, Group};
+use super::source::Size;
 use super::{KvIndex, State, gone, lock, read, write};
 use crate::adapter::{CacheGroup, GroupRule, SourceKind, StoredBlocks, WEIGHED_MEDIA_MAX};
 use crate::score::{MediumWeight, PodWeights};
@@ -107,12 +108,13 @@ impl KvIndex {
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Invalid`] naming what
-    /// does not fit: a size that is no multiple of the index's, or too many groups.
+    /// does not fit: a size that is neither a multiple nor a divisor of the index's, or too many groups.
     pub fn take_learnt(&self, id: SourceId, learnt: &Learnt) -> Result<()> {
         let own = self.config.block_size.get();
         let size = learnt.block_size;
-        if size > 0 && !size.is_multiple_of(own) {
-            let fitting = format!("a multiple of {own}");
+        let told = Size::of(size, own);
+        if size > 0 && told.is_none() {
+            let fitting = format!("a multiple or a divisor of {own}");
             return Err(Error::invalid("tokens a block of a source", size, fitting));
         }
         let mut state = lock(&self.state);
@@ -124,8 +126,8 @@ impl KvIndex {
                 return Err(Error::invalid("cache group", group.number, most));
             }
         }
-        if size > 0 {
-            source.set_size(size / own);
+        if let Some(size) = told {
+            source.set_size(size);
         }
         let pod = source.spec.pod.clone();
         self.compose_pod(&state, &pod);

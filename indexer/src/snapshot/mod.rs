@@ -30,9 +30,11 @@ pub(crate) use image::{image_to_wire, shared_to_wire};
 /// The version of the format that is written.
 ///
 /// 2 says of each source what its events have told of it, so that those of several ranks, cache groups or block sizes have
-/// images, too.
+/// images, too. 3 has the blocks of engines that are smaller than the index's.
 pub(crate) const FORMAT: u32 = wire::SNAPSHOT_FORMAT;
-/// The versions that are read: the one that is written and the one before.
+/// The first version that has blocks smaller than the index's.
+pub(crate) const FORMAT_OF_PARTS: u32 = 3;
+/// The versions that are read.
 const FORMATS_READ: std::ops::RangeInclusive<u32> = 1..=FORMAT;
 /// The most pods that are taken from a snapshot.
 const PODS_MAX: u32 = 1 << 20;
@@ -126,7 +128,7 @@ impl Reader {
                     .kind
                     .ok_or_else(|| corrupt("an image of a source that cannot be continued"))?;
                 let image = image::image_from_wire(image, kind, self.tokens_per_block)?;
-                self.counts.blocks += (image.blocks.len() + image.orphans.len()) as u64;
+                self.counts.blocks += image.len() as u64;
                 Ok(Step::Image(image))
             }
             (

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::*;
-use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan};
+use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePart};
 
 const TOKENS_PER_BLOCK: u32 = 2;
 
@@ -36,6 +36,22 @@ fn engine_image() -> ImagePiece {
                 namespace: None,
                 copies: [1, 1, 0, 1],
             },
+            ImageBlock {
+                hash: EngineHash(4),
+                key: IndexKey(14),
+                follows: false,
+                is_apart: true,
+                namespace: None,
+                copies: [1, 0, 0, 0],
+            },
+            ImageBlock {
+                hash: EngineHash(5),
+                key: IndexKey(15),
+                follows: true,
+                is_apart: true,
+                namespace: Some(1),
+                copies: [1, 0, 0, 0],
+            },
         ],
         orphans: vec![ImageOrphan {
             hash: EngineHash(3),
@@ -46,6 +62,26 @@ fn engine_image() -> ImagePiece {
                 identifiers: vec!["image".to_owned()],
             }),
         }],
+        parts: vec![
+            ImagePart {
+                hash: EngineHash(31),
+                parent: None,
+                namespace: 0,
+                copies: [1, 0, 0, 0],
+                tokens: vec![5],
+                identifiers: vec![],
+                key: None,
+            },
+            ImagePart {
+                hash: EngineHash(32),
+                parent: Some(EngineHash(31)),
+                namespace: 0,
+                copies: [0, 2, 0, 0],
+                tokens: vec![],
+                identifiers: vec!["image".to_owned()],
+                key: Some(IndexKey(41)),
+            },
+        ],
     }
 }
 
@@ -129,7 +165,7 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
         piece(Piece::End(v1::SnapshotEnd {
             pods: 1,
             sources: 2,
-            blocks: 6,
+            blocks: 10,
             models: 1,
         })),
     ]
@@ -148,7 +184,7 @@ fn learnt() -> Learnt {
             group(2, wire::GroupRule::Window { tokens: 9 }),
         ],
         block_size: 2 * TOKENS_PER_BLOCK,
-        media: vec![],
+        media: vec!["CPU".to_owned(), "CXL_POOL".to_owned()],
     }
 }
 
@@ -209,7 +245,7 @@ fn a_snapshot_comes_back_as_it_was_written() {
 
 /// The file of each format, as it was written then: `KVFABRIC_REGENERATE=1` writes the newest, once.
 #[test]
-fn this_format_and_the_one_before_are_read() {
+fn this_format_and_those_before_are_read() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/snapshot/golden");
     let before = read_file(&folder.join("format-1.snapshot")).unwrap();
     assert_eq!(before.len(), 9);
@@ -218,7 +254,11 @@ fn this_format_and_the_one_before_are_read() {
         "nothing was told of it: {:?}",
         before[2]
     );
-    let golden = folder.join("format-2.snapshot");
+    assert_eq!(
+        read_file(&folder.join("format-2.snapshot")).unwrap().len(),
+        9
+    );
+    let golden = folder.join("format-3.snapshot");
     if std::env::var_os("KVFABRIC_REGENERATE").is_some() {
         write_file(&golden, pieces());
     }
@@ -455,5 +495,27 @@ fn the_media_of_a_source_come_back() {
     for bad in [vec!["M".to_owned(); 65], vec!["M".repeat(5000)]] {
         let refusal = source(bad).unwrap_err();
         assert!(refusal.context().contains("media"), "{refusal}");
+    }
+}
+
+/// A part in a namespace that is not there, with too few copies, too many tokens, half a token, too long an identifier.
+#[test]
+fn parts_that_make_no_sense_are_refused() {
+    let read = |change: &dyn Fn(&mut v1::SnapshotPart)| {
+        let mut image = image_to_wire(&engine_image(), wire::SourceKind::Vllm);
+        change(&mut image.parts[0]);
+        image::image_from_wire(image, wire::SourceKind::Vllm, TOKENS_PER_BLOCK)
+    };
+    assert_eq!(read(&|_| ()).unwrap(), engine_image());
+    let refused: [&dyn Fn(&mut v1::SnapshotPart); 6] = [
+        &|part| part.namespace_position = 0,
+        &|part| part.namespace_position = 3,
+        &|part| part.copies.push(1),
+        &|part| part.tokens = vec![0; 12].into(),
+        &|part| part.tokens = vec![0; 3].into(),
+        &|part| part.identifiers = vec!["i".repeat(5000)],
+    ];
+    for change in refused {
+        assert!(read(change).is_err());
     }
 }

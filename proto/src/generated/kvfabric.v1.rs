@@ -599,7 +599,7 @@ pub struct SnapshotShared {
     #[prost(string, tag = "2")]
     pub tenant: ::prost::alloc::string::String,
 }
-/// At most 4,096 blocks, orphans included. The columns of blocks are equally long, but where noted.
+/// At most 4,096 blocks, orphans and parts included. The columns of blocks are equally long, but where noted.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SnapshotImage {
     #[prost(message, repeated, tag = "1")]
@@ -625,6 +625,33 @@ pub struct SnapshotImage {
     /// before it in this image (then follows is false). Empty when none is.
     #[prost(uint32, repeated, tag = "8")]
     pub apart: ::prost::alloc::vec::Vec<u32>,
+    /// Since format 3: of a source whose blocks are smaller than the index's, these instead of blocks of the index; each
+    /// after the one that it follows.
+    #[prost(message, repeated, tag = "9")]
+    pub parts: ::prost::alloc::vec::Vec<SnapshotPart>,
+}
+/// A block of an engine, where several make one of the index's.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotPart {
+    #[prost(fixed64, tag = "1")]
+    pub hash: u64,
+    /// The one before; absent at the start of a chain.
+    #[prost(fixed64, optional, tag = "2")]
+    pub parent: ::core::option::Option<u64>,
+    /// 1 + the position in namespaces.
+    #[prost(uint32, tag = "3")]
+    pub namespace_position: u32,
+    /// Four numbers: HBM, DRAM, NVMe, object.
+    #[prost(uint32, repeated, tag = "4")]
+    pub copies: ::prost::alloc::vec::Vec<u32>,
+    /// u32 little-endian each; none of the last one of a block of the index.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub tokens: ::prost::bytes::Bytes,
+    #[prost(string, repeated, tag = "6")]
+    pub identifiers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the last one of a block of the index, the block's key.
+    #[prost(fixed64, optional, tag = "7")]
+    pub key: ::core::option::Option<u64>,
 }
 /// What keeps equal tokens apart.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -39,9 +39,14 @@ impl Source {
         self.fine.is_some()
     }
 
-    /// Takes the size of the source's blocks from an image: so many of the index's.
-    pub(in crate::index) fn set_size(&mut self, stride: u32) {
-        (self.is_sized, self.stride, self.fine) = (true, stride, None);
+    /// Takes the size of the source's blocks from an image, before any of them.
+    pub(in crate::index) fn set_size(&mut self, size: Size) {
+        (self.is_sized, self.stride, self.fine) = (true, size.stride, size.fine());
+    }
+
+    /// Tokens that a block has which waits, in an index whose blocks have so many.
+    pub(in crate::index) fn tokens_told(&self, own: u32) -> u32 {
+        self.fine.as_ref().map_or(own, |fine| own / fine.parts())
     }
 
     /// What the source's events have told of it, in an index whose blocks have so many tokens.
@@ -54,7 +59,11 @@ impl Source {
                 .iter()
                 .map(|known| known.medium.clone())
                 .collect(),
-            block_size: if self.is_sized { self.stride * own } else { 0 },
+            block_size: match &self.fine {
+                _ if !self.is_sized => 0,
+                Some(fine) => own / fine.parts(),
+                None => self.stride * own,
+            },
         }
     }
 
