@@ -5,22 +5,37 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::recorder::Recorder;
-use crate::report::Case;
+use crate::report::{Case, Row};
 use crate::statistics::{Percentiles, Samples, gb_per_s};
 use crate::stop::Stop;
 
-use super::TransferArgs;
 use super::plan::Plan;
-use super::subject::Subject;
+use super::subject::{Cpu, Subject};
 
-/// Rounds of single blocks, each giving one sample of both percentiles.
+/// Rounds of single blocks, each giving one sample of each percentile.
 const LATENCY_ROUNDS: u32 = 5;
+/// A round ends early after this: large blocks on slow ways would take for ever.
+const LATENCY_ROUND_MAX: Duration = Duration::from_secs(1);
+
+/// How often and how long is measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Effort {
+    /// Iterations before the measured ones.
+    pub(super) warm_up: u32,
+    /// Measured iterations.
+    pub(super) iterations: u32,
+    /// Single blocks in each round of latencies.
+    pub(super) latency_samples: u32,
+}
 
 /// What was measured of one subject.
 #[derive(Default)]
 struct Figures {
     gb_per_s: Samples,
     cpu_s_per_gb: Samples,
+    initiator_cpu: Samples,
+    target_cpu: Samples,
+    first_done_us: Samples,
     latency: Percentiles,
     bytes: u64,
 }
@@ -30,7 +45,7 @@ struct Figures {
 /// # Errors
 /// `Corrupt` when bytes are wrong or missing; what a subject says.
 pub(super) fn measure(
-    args: &TransferArgs,
+    effort: &Effort,
     plan: &Plan,
     subjects: &mut [Box<dyn Subject>],
     recorder: &mut Recorder,
@@ -38,26 +53,24 @@ pub(super) fn measure(
     let stop = recorder.stop().clone();
     let mut figures: Vec<Figures> = subjects.iter().map(|_| Figures::default()).collect();
     for subject in &mut *subjects {
-        for _ in 0..args.warm_up {
-            move_all(subject.as_mut(), plan)?;
+        for _ in 0..effort.warm_up {
+            if !stop.is_set() {
+                move_all(subject.as_mut(), plan)?;
+            }
         }
     }
-    for iteration in 1..=args.iterations {
+    for iteration in 1..=effort.iterations {
         if stop.is_set() {
             break;
         }
+        recorder.say(format!("{} {iteration}/{}", plan.case, effort.iterations));
         for (subject, figures) in subjects.iter_mut().zip(&mut figures) {
             // So the last timed iteration is the one whose bytes are verified.
-            if iteration == args.iterations {
+            if iteration == effort.iterations {
                 subject.poison()?;
             }
             let (time, cpu) = move_all(subject.as_mut(), plan)?;
-            let bytes = plan.shape.total_bytes;
-            figures.bytes += bytes;
-            figures.gb_per_s.push(gb_per_s(bytes, time));
-            figures
-                .cpu_s_per_gb
-                .push(cpu.as_secs_f64() / (bytes as f64 / 1e9));
+            figures.push(plan, subject.as_ref(), time, cpu);
         }
     }
     let is_complete = !stop.is_set();
@@ -66,19 +79,20 @@ pub(super) fn measure(
             let name = subject.name();
             subject.verify().map_err(|error| error.at(name))?;
         }
-        measure_latency(args, plan, subjects, &mut figures, &stop)?;
+        measure_latency(effort, plan, subjects, &mut figures, &stop)?;
     }
     record(plan, subjects, &figures, is_complete, recorder);
     Ok(())
 }
 
-fn move_all(subject: &mut dyn Subject, plan: &Plan) -> Result<(Duration, Duration)> {
+fn move_all(subject: &mut dyn Subject, plan: &Plan) -> Result<(Duration, Cpu)> {
     let cpu = subject.cpu()?;
     let start = Instant::now();
     let moved = subject.move_all();
     let time = start.elapsed();
-    let moved = moved.map_err(|error| error.at(subject.name()).at(plan.shape.name()))?;
-    let cpu = subject.cpu()?.saturating_sub(cpu);
+    let moved = moved.map_err(|error| error.at(subject.name()).at(plan.case.clone()))?;
+    let time = subject.own_time().unwrap_or(time);
+    let cpu = subject.cpu()?.since(cpu);
     check_bytes(subject.name(), plan, moved, plan.shape.total_bytes)?;
     Ok((time, cpu))
 }
@@ -87,13 +101,13 @@ fn check_bytes(subject: &str, plan: &Plan, moved: u64, expected: u64) -> Result<
     if moved == expected {
         return Ok(());
     }
-    let name = plan.shape.name();
+    let name = &plan.case;
     let context = format!("{name}: {subject} moved {moved} bytes instead of {expected}");
     Err(Error::new(ErrorKind::Corrupt, context))
 }
 
 fn measure_latency(
-    args: &TransferArgs,
+    effort: &Effort,
     plan: &Plan,
     subjects: &mut [Box<dyn Subject>],
     figures: &mut [Figures],
@@ -102,19 +116,66 @@ fn measure_latency(
     for _ in 0..LATENCY_ROUNDS {
         for (subject, figures) in subjects.iter_mut().zip(&mut *figures) {
             let mut round = Samples::default();
-            for sample in 0..args.latency_samples {
+            let until = Instant::now() + LATENCY_ROUND_MAX;
+            for sample in 0..effort.latency_samples {
                 if stop.is_set() {
                     return Ok(());
                 }
                 let start = Instant::now();
                 let moved = subject.move_block(sample % plan.shape.blocks())?;
-                round.push_us(start.elapsed());
+                let now = Instant::now();
+                round.push_us(subject.own_time().unwrap_or(now - start));
                 check_bytes(subject.name(), plan, moved, plan.shape.block_bytes)?;
+                if now > until {
+                    break;
+                }
             }
             figures.latency.push_round(&round);
         }
     }
     Ok(())
+}
+
+impl Figures {
+    fn push(&mut self, plan: &Plan, subject: &dyn Subject, time: Duration, cpu: Cpu) {
+        let bytes = plan.shape.total_bytes;
+        let per_gb = |time: Duration| time.as_secs_f64() / (bytes as f64 / 1e9);
+        self.bytes += bytes;
+        self.gb_per_s.push(gb_per_s(bytes, time));
+        self.cpu_s_per_gb.push(per_gb(cpu.total()));
+        if let Some(target) = cpu.target {
+            self.initiator_cpu.push(per_gb(cpu.initiator));
+            self.target_cpu.push(per_gb(target));
+        }
+        if let Some(first) = subject.first_done() {
+            self.first_done_us.push_us(first);
+        }
+    }
+
+    fn rows(&self, plan: &Plan, case: &Case<'_>, verified: u32) -> impl Iterator<Item = Row> {
+        let Percentiles {
+            p50,
+            p90,
+            p99,
+            p99_9,
+        } = &self.latency;
+        let first_layer = plan.shape.layers.map(|_| &self.first_done_us);
+        [
+            case.row("gb_per_s", "GB/s", &self.gb_per_s),
+            case.row("cpu_s_per_gb", "s/GB", &self.cpu_s_per_gb),
+            case.detail("cpu_initiator_s_per_gb", "s/GB", &self.initiator_cpu),
+            case.detail("cpu_target_s_per_gb", "s/GB", &self.target_cpu),
+            first_layer.and_then(|first| case.row("first_layer_us", "µs", first)),
+            case.row("p50_us", "µs", p50),
+            case.detail("p90_us", "µs", p90),
+            case.row("p99_us", "µs", p99),
+            case.row("p99_9_us", "µs", p99_9),
+            case.single("bytes", "bytes", self.bytes as f64),
+            case.single("verified_blocks", "blocks", f64::from(verified)),
+        ]
+        .into_iter()
+        .flatten()
+    }
 }
 
 fn record(
@@ -124,19 +185,13 @@ fn record(
     is_complete: bool,
     recorder: &mut Recorder,
 ) {
-    let name = plan.shape.name();
+    let verified = if is_complete { plan.shape.blocks() } else { 0 };
     for (subject, own) in subjects.iter().zip(figures) {
         let case = Case {
             subject: subject.name(),
-            name: &name,
+            name: &plan.case,
         };
-        recorder.extend(case.row("gb_per_s", "GB/s", &own.gb_per_s));
-        recorder.extend(case.row("cpu_s_per_gb", "s/GB", &own.cpu_s_per_gb));
-        recorder.extend(case.row("p50_us", "µs", &own.latency.p50));
-        recorder.extend(case.row("p99_us", "µs", &own.latency.p99));
-        recorder.extend(case.single("bytes", "bytes", own.bytes as f64));
-        let verified = if is_complete { plan.shape.blocks() } else { 0 };
-        recorder.extend(case.single("verified_blocks", "blocks", f64::from(verified)));
+        recorder.extend(own.rows(plan, &case, verified));
     }
     // Pairs of one iteration stand side by side in time, so their ratio outlives a change of the machine's mood.
     let Some((ours, references)) = figures.split_first() else {
@@ -145,10 +200,16 @@ fn record(
     for (subject, reference) in subjects.iter().skip(1).zip(references) {
         let case = Case {
             subject: subjects[0].name(),
-            name: &name,
+            name: &plan.case,
         };
         let ratio = ours.gb_per_s.ratio_to(&reference.gb_per_s);
         let metric = format!("ratio_to_{}", subject.name().replace('-', "_"));
         recorder.extend(case.row(&metric, "ratio", &ratio));
+        let cpu = ours.cpu_s_per_gb.ratio_to(&reference.cpu_s_per_gb);
+        let metric = format!("cpu_{metric}");
+        recorder.extend(case.detail(&metric, "ratio of cost", &cpu));
+        let p50 = ours.latency.p50.ratio_to(&reference.latency.p50);
+        let metric = format!("p50_ratio_to_{}", subject.name().replace('-', "_"));
+        recorder.extend(case.detail(&metric, "ratio of cost", &p50));
     }
 }
