@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 POISON = 0xA5
-# The target looks for work all the time until it has had none for so long; then it sleeps.
+# The target looks for work during a move and for so long after it; then it sleeps.
 AWAKE_SECONDS = 0.05
 # Requests of one block each, made before.
 SINGLES_MAX = 64
@@ -74,15 +74,16 @@ def serve(channel, is_read, places, block_bytes):
     send_bytes(channel, side.agent.get_agent_metadata())
     channel.sendall(struct.pack("Q", side.base))
     side.agent.add_remote_agent(receive_bytes(channel))
-    active = time.monotonic()
+    is_moving, active = False, time.monotonic()
     while True:
         side.agent.get_new_notifs()
-        is_asleep = time.monotonic() - active > AWAKE_SECONDS
+        is_asleep = not is_moving and time.monotonic() - active > AWAKE_SECONDS
         if not select.select([channel], [], [], None if is_asleep else 0)[0]:
             continue
         active = time.monotonic()
         command = receive(channel, 1)
-        if command == b"g":
+        if command in (b"g", b"s"):
+            is_moving = command == b"g"
             continue
         answer = 0
         if command == b"p":
@@ -120,19 +121,17 @@ class Initiator:
 
         self.all = request(0, blocks)
         self.singles = [request(position, 1) for position in range(min(blocks, SINGLES_MAX))]
-        self.last = 0.0
 
     def move(self, request, count):
-        if time.monotonic() - self.last > AWAKE_SECONDS / 2:
-            self.channel.sendall(b"g")
+        self.channel.sendall(b"g")
         begin = time.perf_counter_ns()
         state = self.side.agent.transfer(request)
         while state == "PROC":
             state = self.side.agent.check_xfer_state(request)
         took = time.perf_counter_ns() - begin
+        self.channel.sendall(b"s")
         if state != "DONE":
             raise RuntimeError(f"a transfer ended as {state}")
-        self.last = time.monotonic()
         return count * self.block_bytes, took
 
     def ask(self, command):

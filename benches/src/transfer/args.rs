@@ -46,13 +46,13 @@ pub(crate) struct TransferArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "read,write")]
     pub(super) operation: Vec<Way>,
     /// Sizes of a block, with an optional K, M or G, multiples of 8; a range like 4K..1M doubles.
-    #[arg(long, visible_alias = "sizes", value_delimiter = ',', value_parser = parse_sizes, default_value = "4K,64K,1M")]
+    #[arg(long, visible_alias = "sizes", value_delimiter = ',', value_parser = parse_sizes, default_value = "4K,64K,1M", conflicts_with = "model")]
     pub(super) block_bytes: Vec<Sizes>,
     /// Blocks in one request.
     #[arg(long, visible_alias = "batch", value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(super) blocks: Vec<u32>,
     /// Bytes that one iteration moves, 64M by default; a multiple of each block size.
-    #[arg(long, value_parser = parse_bytes)]
+    #[arg(long, value_parser = parse_bytes, conflicts_with = "model")]
     pub(super) total_bytes: Option<u64>,
     /// Threads that post requests at once; references have as many.
     #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=i64::from(PARALLEL_MAX)))]

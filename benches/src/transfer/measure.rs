@@ -40,99 +40,124 @@ struct Figures {
     bytes: u64,
 }
 
+/// Somebody who is measured.
+struct Entry {
+    subject: Box<dyn Subject>,
+    figures: Figures,
+}
+
 /// Warms all subjects up, lets them move everything in turns, verifies what arrived, then measures single blocks.
 ///
 /// # Errors
-/// `Corrupt` when bytes are wrong or missing; what a subject says.
+/// `Corrupt` when bytes are wrong or missing; what a subject says, unless it is a rival's program.
 pub(super) fn measure(
     effort: &Effort,
     plan: &Plan,
-    subjects: &mut [Box<dyn Subject>],
+    subjects: Vec<Box<dyn Subject>>,
     recorder: &mut Recorder,
 ) -> Result<()> {
     let stop = recorder.stop().clone();
-    let mut figures: Vec<Figures> = subjects.iter().map(|_| Figures::default()).collect();
-    for subject in &mut *subjects {
+    let entry = |subject| Entry {
+        subject,
+        figures: Figures::default(),
+    };
+    let mut entries: Vec<Entry> = subjects.into_iter().map(entry).collect();
+    keep_able(&mut entries, plan, recorder, |entry| {
         for _ in 0..effort.warm_up {
             if !stop.is_set() {
-                move_all(subject.as_mut(), plan)?;
+                move_all(entry.subject.as_mut(), plan)?;
             }
         }
-    }
+        Ok(())
+    })?;
     for iteration in 1..=effort.iterations {
         if stop.is_set() {
             break;
         }
         recorder.say(format!("{} {iteration}/{}", plan.case, effort.iterations));
-        for (subject, figures) in subjects.iter_mut().zip(&mut figures) {
+        keep_able(&mut entries, plan, recorder, |entry| {
             // So the last timed iteration is the one whose bytes are verified.
             if iteration == effort.iterations {
-                subject.poison()?;
+                entry.subject.poison()?;
             }
-            let (time, cpu) = move_all(subject.as_mut(), plan)?;
-            figures.push(plan, subject.as_ref(), time, cpu);
-        }
+            let (time, cpu) = move_all(entry.subject.as_mut(), plan)?;
+            entry.figures.push(plan, entry.subject.as_ref(), time, cpu);
+            Ok(())
+        })?;
     }
     let is_complete = !stop.is_set();
     if is_complete {
-        for subject in &mut *subjects {
-            let name = subject.name();
-            subject.verify().map_err(|error| error.at(name))?;
-        }
-        measure_latency(effort, plan, subjects, &mut figures, &stop)?;
+        keep_able(&mut entries, plan, recorder, |entry| entry.subject.verify())?;
     }
-    record(plan, subjects, &figures, is_complete, recorder);
+    for _ in 0..LATENCY_ROUNDS {
+        if !stop.is_set() {
+            keep_able(&mut entries, plan, recorder, |entry| {
+                measure_latency(effort, plan, entry, &stop)
+            })?;
+        }
+    }
+    record(plan, &entries, is_complete, recorder);
     Ok(())
+}
+
+/// Does something with each; a rival that cannot is left out, which is said aloud.
+fn keep_able(
+    entries: &mut Vec<Entry>,
+    plan: &Plan,
+    recorder: &Recorder,
+    mut body: impl FnMut(&mut Entry) -> Result<()>,
+) -> Result<()> {
+    let mut failed = None;
+    entries.retain_mut(|entry| {
+        let Err(error) = body(entry) else {
+            return true;
+        };
+        let name = entry.subject.name();
+        if entry.subject.is_rival() {
+            recorder.remark(&format!("{}: {name} IS LEFT OUT: {error}", plan.case));
+            return false;
+        }
+        failed = failed.take().or(Some(error.at(name).at(plan.case.clone())));
+        true
+    });
+    failed.map_or(Ok(()), Err)
 }
 
 fn move_all(subject: &mut dyn Subject, plan: &Plan) -> Result<(Duration, Cpu)> {
     let cpu = subject.cpu()?;
     let start = Instant::now();
-    let moved = subject.move_all();
+    let moved = subject.move_all()?;
     let time = start.elapsed();
-    let moved = moved.map_err(|error| error.at(subject.name()).at(plan.case.clone()))?;
     let time = subject.own_time().unwrap_or(time);
     let cpu = subject.cpu()?.since(cpu);
-    check_bytes(subject.name(), plan, moved, plan.shape.total_bytes)?;
+    check_bytes(moved, plan.shape.total_bytes)?;
     Ok((time, cpu))
 }
 
-fn check_bytes(subject: &str, plan: &Plan, moved: u64, expected: u64) -> Result<()> {
+fn check_bytes(moved: u64, expected: u64) -> Result<()> {
     if moved == expected {
         return Ok(());
     }
-    let name = &plan.case;
-    let context = format!("{name}: {subject} moved {moved} bytes instead of {expected}");
+    let context = format!("{moved} bytes moved instead of {expected}");
     Err(Error::new(ErrorKind::Corrupt, context))
 }
 
-fn measure_latency(
-    effort: &Effort,
-    plan: &Plan,
-    subjects: &mut [Box<dyn Subject>],
-    figures: &mut [Figures],
-    stop: &Stop,
-) -> Result<()> {
-    for _ in 0..LATENCY_ROUNDS {
-        for (subject, figures) in subjects.iter_mut().zip(&mut *figures) {
-            let mut round = Samples::default();
-            let until = Instant::now() + LATENCY_ROUND_MAX;
-            for sample in 0..effort.latency_samples {
-                if stop.is_set() {
-                    return Ok(());
-                }
-                let start = Instant::now();
-                let moved = subject.move_block(sample % plan.shape.blocks())?;
-                let now = Instant::now();
-                round.push_us(subject.own_time().unwrap_or(now - start));
-                check_bytes(subject.name(), plan, moved, plan.shape.block_bytes)?;
-                if now > until {
-                    break;
-                }
-            }
-            figures.latency.push_round(&round);
+/// One round.
+fn measure_latency(effort: &Effort, plan: &Plan, entry: &mut Entry, stop: &Stop) -> Result<()> {
+    let subject = entry.subject.as_mut();
+    let mut round = Samples::default();
+    let until = Instant::now() + LATENCY_ROUND_MAX;
+    for sample in 0..effort.latency_samples {
+        let start = Instant::now();
+        let moved = subject.move_block(sample % plan.shape.blocks())?;
+        let now = Instant::now();
+        round.push_us(subject.own_time().unwrap_or(now - start));
+        check_bytes(moved, plan.shape.block_bytes)?;
+        if now > until || stop.is_set() {
+            break;
         }
     }
+    entry.figures.latency.push_round(&round);
     Ok(())
 }
 
@@ -178,38 +203,31 @@ impl Figures {
     }
 }
 
-fn record(
-    plan: &Plan,
-    subjects: &[Box<dyn Subject>],
-    figures: &[Figures],
-    is_complete: bool,
-    recorder: &mut Recorder,
-) {
+fn record(plan: &Plan, entries: &[Entry], is_complete: bool, recorder: &mut Recorder) {
     let verified = if is_complete { plan.shape.blocks() } else { 0 };
-    for (subject, own) in subjects.iter().zip(figures) {
+    for Entry { subject, figures } in entries {
         let case = Case {
             subject: subject.name(),
             name: &plan.case,
         };
-        recorder.extend(own.rows(plan, &case, verified));
+        recorder.extend(figures.rows(plan, &case, verified));
     }
     // Pairs of one iteration stand side by side in time, so their ratio outlives a change of the machine's mood.
-    let Some((ours, references)) = figures.split_first() else {
+    let Some((Entry { subject, figures }, references)) = entries.split_first() else {
         return;
     };
-    for (subject, reference) in subjects.iter().skip(1).zip(references) {
-        let case = Case {
-            subject: subjects[0].name(),
-            name: &plan.case,
-        };
-        let ratio = ours.gb_per_s.ratio_to(&reference.gb_per_s);
-        let metric = format!("ratio_to_{}", subject.name().replace('-', "_"));
-        recorder.extend(case.row(&metric, "ratio", &ratio));
-        let cpu = ours.cpu_s_per_gb.ratio_to(&reference.cpu_s_per_gb);
-        let metric = format!("cpu_{metric}");
-        recorder.extend(case.detail(&metric, "ratio of cost", &cpu));
-        let p50 = ours.latency.p50.ratio_to(&reference.latency.p50);
-        let metric = format!("p50_ratio_to_{}", subject.name().replace('-', "_"));
-        recorder.extend(case.detail(&metric, "ratio of cost", &p50));
+    let case = Case {
+        subject: subject.name(),
+        name: &plan.case,
+    };
+    for reference in references {
+        let other = &reference.figures;
+        let suffix = format!("ratio_to_{}", reference.subject.name().replace('-', "_"));
+        let ratio = figures.gb_per_s.ratio_to(&other.gb_per_s);
+        recorder.extend(case.row(&suffix, "ratio", &ratio));
+        let cpu = figures.cpu_s_per_gb.ratio_to(&other.cpu_s_per_gb);
+        recorder.extend(case.detail(&format!("cpu_{suffix}"), "ratio of cost", &cpu));
+        let p50 = figures.latency.p50.ratio_to(&other.latency.p50);
+        recorder.extend(case.detail(&format!("p50_{suffix}"), "ratio of cost", &p50));
     }
 }

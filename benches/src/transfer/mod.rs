@@ -66,7 +66,7 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
                 subjects.append(&mut references(&plan, at, direct, folder.path())?);
                 subjects.append(&mut beside(&plan, at, &rivals, recorder));
             }
-            measure::measure(&args.effort.effort(), &plan, &mut subjects, recorder)?;
+            measure::measure(&args.effort.effort(), &plan, subjects, recorder)?;
             recorder.step();
         }
     }

@@ -22,7 +22,7 @@ const COUNT_MAX: u32 = 1 << 24;
 pub(super) struct ModelArgs {
     /// Move what an engine sends for one prompt of this model, instead of --sizes: a known one (`transfer models`), one of
     /// --model-file, or `custom`.
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["block_bytes", "total_bytes"])]
+    #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// More models: a JSON list like benches/transfer/models.json.
     #[arg(long, value_name = "FILE")]

@@ -214,6 +214,10 @@ impl Subject for Program {
         })
     }
 
+    fn is_rival(&self) -> bool {
+        true
+    }
+
     fn own_time(&self) -> Option<Duration> {
         self.own_time
     }

@@ -68,6 +68,11 @@ pub(super) trait Subject {
         Ok(Cpu::own())
     }
 
+    /// Whether it is another project's program: when that fails, it is left out and said aloud.
+    fn is_rival(&self) -> bool {
+        false
+    }
+
     /// What the last move took, when it was measured elsewhere than around the call.
     fn own_time(&self) -> Option<Duration> {
         None

@@ -8,10 +8,6 @@ use super::*;
 struct Options {
     #[command(flatten)]
     model: ModelArgs,
-    #[arg(long)]
-    block_bytes: Option<u64>,
-    #[arg(long)]
-    total_bytes: Option<u64>,
 }
 
 fn layout(options: &str) -> Result<Layout> {
