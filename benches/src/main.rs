@@ -78,6 +78,9 @@ fn main() -> ExitCode {
             Some(Role::Mesh(mesh)) => execute("transfer mesh", &mesh.output, |recorder| {
                 transfer::run_mesh(mesh, recorder)
             }),
+            Some(Role::Goals(goals)) => execute("transfer goals", &goals.output, |recorder| {
+                transfer::run_goals(goals, recorder)
+            }),
             Some(Role::Models(models)) => status(transfer::list_models(models)),
         },
         Command::Index(args) => execute("index", &args.output, |recorder| {

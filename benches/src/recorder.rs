@@ -70,6 +70,8 @@ pub(crate) struct Recorder {
     csv: Option<PathBuf>,
     html: Option<PathBuf>,
     comparison: Option<Comparison>,
+    /// Printed after the table.
+    conclusion: String,
     stop: Stop,
     progress: ProgressBar,
 }
@@ -113,6 +115,7 @@ impl Recorder {
             csv: output.csv.clone(),
             html: output.html.clone(),
             comparison: compare.transpose()?,
+            conclusion: String::new(),
             stop: Stop::listen()?,
             progress,
         })
@@ -148,6 +151,16 @@ impl Recorder {
         self.report.rows.extend(rows);
     }
 
+    /// The figures so far.
+    pub(crate) fn rows(&self) -> &[Row] {
+        &self.report.rows
+    }
+
+    /// What is to be printed after all figures.
+    pub(crate) fn conclude(&mut self, text: String) {
+        self.conclusion = text;
+    }
+
     /// Ends the run: prints what there is and, if the run is good, writes the files and compares.
     ///
     /// # Errors
@@ -156,6 +169,9 @@ impl Recorder {
         self.progress.finish_and_clear();
         if !self.report.rows.is_empty() {
             print(&self.report.table());
+        }
+        if !self.conclusion.is_empty() {
+            print(&self.conclusion);
         }
         if !is_good {
             return Ok(Verdict::default());

@@ -340,6 +340,34 @@ fn targets_that_are_none_are_named() {
     );
 }
 
+/// Rivals whose program is missing, or whose package is: they are left out aloud, and ours is measured.
+#[test]
+fn rivals_that_are_missing_are_left_out_aloud() {
+    let options = format!("transfer --backend tcp,shm --operation read --sizes 4K {TINY}");
+    for python in ["python3", "/nowhere/python"] {
+        let mut command = bench(&options);
+        command.args([
+            "--nixl",
+            "/nowhere",
+            "--mooncake",
+            "/nowhere",
+            "--python",
+            python,
+        ]);
+        let output = command.output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        for rival in [
+            "shm-read-4096: nixl",
+            "tcp-read-4096: nixl-tcp",
+            "tcp-read-4096: mooncake",
+        ] {
+            assert!(said.contains(&format!("{rival} IS LEFT OUT")), "{said}");
+        }
+        assert!(text(&output.stdout).contains("shm-read-4096"));
+    }
+}
+
 /// The same figures as values and as a page; then the run beside itself, changed so that it looks better than it can be.
 #[test]
 fn figures_are_written_and_compared() {
@@ -393,6 +421,36 @@ fn figures_are_written_and_compared() {
         said.contains("--compare") && said.contains("a.json"),
         "{said}"
     );
+}
+
+/// All goals on tiny transfers: each is told as met or missed, but for those beside rivals that are not there.
+#[test]
+fn every_goal_is_measured_and_judged() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("goals.json");
+    let mut command =
+        bench("transfer goals --total-bytes 1M --iterations 1 --latency-samples 20 --quiet");
+    let output = command.arg("--json").arg(&json).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let said = text(&output.stdout);
+    let report = read(&json);
+    let rows = report["rows"].as_array().unwrap();
+    let judged = rows.iter().filter(|row| row["metric"] == "is_met").count();
+    let verdicts = said
+        .lines()
+        .filter(|line| line.contains(" met ") || line.contains(" MISSED "));
+    assert_eq!(verdicts.count(), judged, "{said}");
+    assert_eq!(said.matches("not measured: no ").count(), 12, "{said}");
+    assert!(said.contains("12 not measured") && judged > 40, "{said}");
+    for (case, metric) in [
+        ("notification-tcp", "p50_us"),
+        ("first-transfer-shm", "first_transfer_ms"),
+        ("lists", "prepare_and_create_ms"),
+        ("metadata", "of_1000_regions"),
+    ] {
+        assert!(median(rows, "kvfabric", case, metric) > 0.0);
+    }
+    assert!(median(rows, "kvfabric", "idle-agent", "cpu_percent") < 50.0);
 }
 
 /// Options that make no sense are refused by name, and nothing is measured.

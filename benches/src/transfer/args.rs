@@ -10,6 +10,7 @@ use kvfabric_transfer::DirectMode;
 use crate::recorder::OutputArgs;
 use crate::sizes::{Sizes, parse_bytes, parse_sizes};
 
+use super::goals::GoalsArgs;
 use super::listen::TargetArgs;
 use super::measure::Effort;
 use super::mesh::MeshArgs;
@@ -95,6 +96,8 @@ pub(crate) enum Role {
     Target(TargetArgs),
     /// Let several targets move blocks among each other, all at once.
     Mesh(MeshArgs),
+    /// Measure what this project promises of transfers: target, measured, met or missed.
+    Goals(Box<GoalsArgs>),
     /// Show the models that --model knows, and the sizes of their blocks.
     Models(ListArgs),
 }

@@ -2,7 +2,9 @@
 
 mod args;
 mod contents;
+mod control;
 mod fabric;
+mod goals;
 mod listen;
 mod measure;
 mod mesh;
@@ -25,6 +27,7 @@ use kvfabric_transfer::DirectMode;
 use crate::recorder::Recorder;
 
 pub(crate) use self::args::{Role, TransferArgs};
+pub(crate) use self::goals::run as run_goals;
 pub(crate) use self::listen::listen;
 pub(crate) use self::mesh::run as run_mesh;
 pub(crate) use self::models::list as list_models;

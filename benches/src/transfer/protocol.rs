@@ -29,6 +29,8 @@ pub(super) enum Ask {
         region: u64,
         metadata: Vec<u8>,
     },
+    /// Send back every notification of the agent that has this metadata.
+    Echo { metadata: Vec<u8> },
     /// Move all blocks once.
     Move,
     /// Overwrite the memory.

@@ -13,6 +13,7 @@ use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions};
 use crate::clock::process_cpu;
 
 use super::contents::{self, POISON};
+use super::control::Echo;
 use super::fabric::Fabric;
 use super::plan::{BackendKind, Plan, Shape, Way};
 use super::protocol::{Answer, Ask, line, read_line};
@@ -73,6 +74,7 @@ pub(super) struct Session {
     address: IpAddr,
     exposed: Option<Exposed>,
     fabric: Option<Fabric>,
+    echo: Option<Echo>,
 }
 
 impl Session {
@@ -82,6 +84,7 @@ impl Session {
             address,
             exposed: None,
             fabric: None,
+            echo: None,
         }
     }
 
@@ -136,6 +139,12 @@ impl Session {
                 let agent = self.home.agent(shape.backend, self.address)?;
                 let plan = Plan::new(shape)?;
                 self.fabric = Some(Fabric::towards(&plan, agent, region, &metadata)?);
+            }
+            Ask::Echo { metadata } => {
+                let Memory::Region { agent, .. } = &self.exposed()?.memory else {
+                    return Err(nothing());
+                };
+                self.echo = Some(Echo::start(agent, &metadata)?);
             }
             Ask::Move => {
                 let fabric = self.fabric.as_mut().ok_or_else(nothing)?;
