@@ -478,27 +478,11 @@ async fn replica_of(server: &Running, sources: u32) -> Running {
     replica
 }
 
-/// Ranks, groups and larger blocks, of which events have told; to a replica, and to a reader that knows format 1 only.
-#[tokio::test]
-async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
-    let server = start(config()).await;
-    let first_client = client(&server);
-    let (zero, one) = (engine("ranks"), engine("ranks"));
-    let (hybrid, large, tiny) = (engine("hybrid"), engine("large"), engine("tiny"));
-    let source = |name: &str, publisher: &Publisher| publisher.source(name, SourceKind::Vllm);
-    let ranks = [source("dp0", &zero), source("dp1", &one)];
-    let registered = [
-        first_client.register(registration("ranks", ranks)),
-        first_client.register(registration("hybrid", [source("engine", &hybrid)])),
-        first_client.register(registration("large", [source("engine", &large)])),
-        first_client.register(registration("tiny", [source("parts", &tiny)])),
-    ];
-    for registered in &registered {
-        registered.ready(PATIENCE).await.unwrap();
-    }
+/// What each engine says first, and where it is then.
+fn told_first([zero, one, hybrid, large, tiny]: [&Publisher; 5]) -> [(&'static str, Position); 5] {
     let full = (0, "full_attention", None);
     let window = (1, "sliding_window", Some(5));
-    let at = [
+    [
         (
             "ranks/dp0",
             zero.publish_payload(payload(0, &[Told::Stored(&[1], 4, 4, None)])),
@@ -525,7 +509,28 @@ async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
             "tiny/parts",
             tiny.publish_payload(payload(0, &[Told::Stored(&[21, 22, 23, 24], 8, 2, None)])),
         ),
+    ]
+}
+
+/// Ranks, groups, larger and smaller blocks, of which events have told; to a replica, and to readers of older formats.
+#[tokio::test]
+async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
+    let server = start(config()).await;
+    let first_client = client(&server);
+    let (zero, one) = (engine("ranks"), engine("ranks"));
+    let (hybrid, large, tiny) = (engine("hybrid"), engine("large"), engine("tiny"));
+    let source = |name: &str, publisher: &Publisher| publisher.source(name, SourceKind::Vllm);
+    let ranks = [source("dp0", &zero), source("dp1", &one)];
+    let registered = [
+        first_client.register(registration("ranks", ranks)),
+        first_client.register(registration("hybrid", [source("engine", &hybrid)])),
+        first_client.register(registration("large", [source("engine", &large)])),
+        first_client.register(registration("tiny", [source("parts", &tiny)])),
     ];
+    for registered in &registered {
+        registered.ready(PATIENCE).await.unwrap();
+    }
+    let at = told_first([&zero, &one, &hybrid, &large, &tiny]);
     let before = ask(&first_client, &at).await;
     assert_eq!(before.pods.len(), 4);
     assert!(before.pods.iter().all(|pod| pod.depth == 2), "{before:?}");

@@ -62,27 +62,31 @@ fn engine_image() -> ImagePiece {
                 identifiers: vec!["image".to_owned()],
             }),
         }],
-        parts: vec![
-            ImagePart {
-                hash: EngineHash(31),
-                parent: None,
-                namespace: 0,
-                copies: [1, 0, 0, 0],
-                tokens: vec![5],
-                identifiers: vec![],
-                key: None,
-            },
-            ImagePart {
-                hash: EngineHash(32),
-                parent: Some(EngineHash(31)),
-                namespace: 0,
-                copies: [0, 2, 0, 0],
-                tokens: vec![],
-                identifiers: vec!["image".to_owned()],
-                key: Some(IndexKey(41)),
-            },
-        ],
+        parts: parts(),
     }
+}
+
+fn parts() -> Vec<ImagePart> {
+    vec![
+        ImagePart {
+            hash: EngineHash(31),
+            parent: None,
+            namespace: 0,
+            copies: [1, 0, 0, 0],
+            tokens: vec![5],
+            identifiers: vec![],
+            key: None,
+        },
+        ImagePart {
+            hash: EngineHash(32),
+            parent: Some(EngineHash(31)),
+            namespace: 0,
+            copies: [0, 2, 0, 0],
+            tokens: vec![],
+            identifiers: vec!["image".to_owned()],
+            key: Some(IndexKey(41)),
+        },
+    ]
 }
 
 fn node_image() -> ImagePiece {
