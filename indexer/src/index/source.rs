@@ -6,6 +6,7 @@
 mod apart;
 mod evict;
 mod fine;
+mod parts;
 mod remove;
 mod store;
 mod writer;
