@@ -130,6 +130,7 @@ impl Aged {
         let registered = client.register(registration("pod-0", [self.source()]));
         registered.ready(PATIENCE).await.unwrap();
         publish_block(&self.engine, 1);
+        assert_eq!(depth_of_long(client, at(&self.engine)).await, 1);
         publish_block(&self.engine, 2);
         assert_eq!(depth_of_long(client, at(&self.engine)).await, 2);
         registered

@@ -105,6 +105,14 @@ fn batch(hash: u64, parent: Option<u64>, tokens: &[u32]) -> Vec<u8> {
     encode_engine_batch(1.5, &[stored(&[hash], parent, tokens, Tier::Device)])
 }
 
+/// The same from a rank, whose number ends a batch.
+fn batch_of(rank: u8, hash: u64, parent: Option<u64>, tokens: &[u32]) -> Vec<u8> {
+    let mut batch = batch(hash, parent, tokens);
+    assert_eq!(batch.pop(), Some(0));
+    batch.push(rank);
+    batch
+}
+
 async fn depths(client: &IndexClient) -> Vec<(String, u32)> {
     let answer = client
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
@@ -326,8 +334,9 @@ async fn each_rank_of_an_engine_is_known_by_the_port_it_connects_to() {
     engines.open(&format!("zero {}", endpoints[0])).await;
     engines.open(&format!("one {}", endpoints[1])).await;
     engines.send("zero", "kv@pod-0@m", 0, &batch(1, None, &TOKENS[..4]));
-    engines.send("one", "kv@pod-0@m", 0, &batch(1, None, &TOKENS[..4]));
-    engines.send("one", "kv@pod-0@m", 1, &batch(2, Some(1), &TOKENS[4..]));
+    let (first, second) = (&TOKENS[..4], &TOKENS[4..]);
+    engines.send("one", "kv@pod-0@m", 0, &batch_of(1, 1, None, first));
+    engines.send("one", "kv@pod-0@m", 1, &batch_of(1, 2, Some(1), second));
     wait_until(&client, |status| status.entries == 3).await;
     let status = client.status().await.unwrap();
     assert_eq!(status.pods.len(), 1);
@@ -378,8 +387,8 @@ async fn each_rank_of_a_configured_source_is_followed_at_its_port() {
         groups: Vec::new(),
     });
     ranks[0].publish_payload(batch(1, None, &TOKENS[..4]));
-    ranks[1].publish_payload(batch(1, None, &TOKENS[..4]));
-    ranks[1].publish_payload(batch(2, Some(1), &TOKENS[4..]));
+    ranks[1].publish_payload(batch_of(1, 1, None, &TOKENS[..4]));
+    ranks[1].publish_payload(batch_of(1, 2, Some(1), &TOKENS[4..]));
     let server = start(config).await;
     let client = client(&server);
     let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
