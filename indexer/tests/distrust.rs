@@ -15,7 +15,7 @@ use kvcache_core::ports::EventSink;
 use kvcache_core::{ErrorKind, IndexKey, Tier};
 use kvfabric_indexer::adapter::encode_engine_batch;
 use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourceSpec};
-use kvfabric_indexer::publisher::Publisher;
+use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::ServerConfig;
 use kvfabric_proto::v1;
 use rig::*;
@@ -109,6 +109,13 @@ struct Aged {
     replay: Relay,
 }
 
+/// An engine that keeps some batches for replay, as many as it has published while it is heard.
+fn soon_forgetful() -> Publisher {
+    let mut config = PublisherConfig::new(pod("pod-0"), "m", Stream::Engine);
+    config.replay_bytes_max = 1000;
+    Publisher::bind(config).unwrap()
+}
+
 /// Another prompt, of one block.
 const OTHER: [u32; 4] = [71, 72, 73, 74];
 
@@ -142,6 +149,12 @@ impl Aged {
         self.replay.shut();
         let removed = vec![removed(&[2], Tier::Device)];
         self.engine.publish_engine(removed);
+        // More than the forgetful one keeps.
+        for filler in 100..120 {
+            let there = stored(&[filler], None, &[filler as u32; 4], Tier::Device);
+            let gone = rig::removed(&[filler], Tier::Device);
+            self.engine.publish_engine(vec![there, gone]);
+        }
         let stored = stored(&[7], None, &OTHER, Tier::Device);
         self.engine.publish_engine(vec![stored]);
         self.replay.connections()
@@ -190,7 +203,7 @@ async fn a_stale_peer_is_gone_beyond_before_anything_is_answered() {
 /// The same, and the engine has forgotten what happened in between: what the peer said of it is worth nothing.
 #[tokio::test]
 async fn a_stale_peer_of_a_publisher_that_has_forgotten_is_not_believed() {
-    let aged = Aged::new(forgetful("pod-0")).await;
+    let aged = Aged::new(soon_forgetful()).await;
     let first = start(config()).await;
     let stale = client(&first);
     let _registered = aged.teach(&stale).await;
@@ -221,7 +234,7 @@ async fn an_old_file_is_gone_beyond_before_anything_is_answered() {
 async fn an_old_file_of_a_publisher_that_has_forgotten_is_not_believed() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index.snapshot");
-    let aged = Aged::new(forgetful("pod-0")).await;
+    let aged = Aged::new(soon_forgetful()).await;
     let first = start(with_file(&path)).await;
     let asking = client(&first);
     wait_until_serving(&asking).await;

@@ -269,8 +269,9 @@ fn mutated_messages_are_answered_or_refused_with_the_reason() {
         .run(&strategy, |(which, changes)| {
             let Call { path, message } = which.get(&calls);
             let message = changed(message.clone(), &changes);
-            let answered = tokio::time::timeout(PATIENCE, answer(&channel, path, message));
-            let answered = runtime.block_on(async { answered.await });
+            let answered = runtime.block_on(async {
+                tokio::time::timeout(PATIENCE, answer(&channel, path, message)).await
+            });
             let answered = answered.expect("no answer");
             if let Err(status) = answered {
                 let is_undecodable = status.code() == Code::Internal
@@ -298,8 +299,7 @@ fn mutated_messages_are_answered_or_refused_with_the_reason() {
 
 /// The indexer's part of the documentation.
 fn documented() -> String {
-    let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
-    let page = std::fs::read_to_string(page).unwrap();
+    let page = include_str!("../../docs/configuration.md");
     let blocks = page.split("```toml\n").skip(1);
     let mut blocks = blocks.map(|block| block.split("```").next().unwrap());
     let block = blocks.find(|block| block.contains("grpc_listen"));

@@ -25,7 +25,12 @@ pub(super) fn spec(source: usize) -> SourceSpec {
     }
 }
 
-pub(super) fn stored(source: usize, blocks: &[Block], tier: Tier, with_tokens: bool) -> StoredBlocks {
+pub(super) fn stored(
+    source: usize,
+    blocks: &[Block],
+    tier: Tier,
+    with_tokens: bool,
+) -> StoredBlocks {
     let is_node = SOURCES[source].2 == SourceKind::Node;
     let with_tokens = with_tokens && !is_node;
     let salt = SALTS[blocks[0].salt].filter(|_| blocks[0].depth == 1 && !is_node);

@@ -326,6 +326,20 @@ impl Literal {
     }
 }
 
+type Held = (usize, Block, Tier);
+
+fn held(literal: &Literal) -> BTreeSet<Held> {
+    let sources = literal.sources.iter();
+    sources
+        .flat_map(|(source, literal)| {
+            literal
+                .copies
+                .keys()
+                .map(move |(block, tier)| (*source, *block, *tier))
+        })
+        .collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

@@ -114,20 +114,6 @@ impl Reached {
     }
 }
 
-type Held = (usize, Block, Tier);
-
-fn held(literal: &Literal) -> BTreeSet<Held> {
-    let sources = literal.sources.iter();
-    sources
-        .flat_map(|(source, literal)| {
-            literal
-                .copies
-                .keys()
-                .map(move |(block, tier)| (*source, *block, *tier))
-        })
-        .collect()
-}
-
 /// Forty histories from a fixed seed, each state counted: what the generator never reaches the comparison says nothing of.
 #[test]
 fn random_histories_reach_every_state() {

@@ -184,7 +184,7 @@ proptest! {
         version in 0..7_usize,
         mutations in mutations(),
     ) {
-        let text = include_str!("../../../tests/golden/events/legacy_event_encodings.json");
+        let text = include_str!("../../../../tests/golden/events/legacy_event_encodings.json");
         let versions: serde_json::Value = serde_json::from_str(text).unwrap();
         let hex = versions[version]["payload_hex"].as_str().unwrap();
         let mut payload: Vec<u8> = (0..hex.len())
