@@ -129,7 +129,10 @@ fn value_at(told: &Config, error: &ConfigError) -> Option<String> {
     };
     let key = key.as_ref()?;
     let value: config::Value = told.get(key).ok()?;
-    Some(format!("{key} is {value}"))
+    Some(match value.kind {
+        config::ValueKind::String(text) => format!("{key} is {text:?}"),
+        other => format!("{key} is {other}"),
+    })
 }
 
 /// A list, or what an environment variable and a flag can hold: one text with commas.
