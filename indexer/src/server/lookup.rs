@@ -313,7 +313,7 @@ impl Hub {
             if let Some(state) = self.source(&wanted.source, access) {
                 let mut progress = state.progress.subscribe();
                 if !is_reached(progress.borrow().position, wanted.position) {
-                    state.poke.notify_one();
+                    state.want(wanted.position);
                 }
                 // The pod may leave meanwhile, and come back with a new state.
                 tokio::select! {

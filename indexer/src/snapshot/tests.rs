@@ -8,9 +8,9 @@ use prost::Message;
 use super::*;
 use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePart};
 
-const TOKENS_PER_BLOCK: u32 = 2;
+pub(super) const TOKENS_PER_BLOCK: u32 = 2;
 
-fn engine_image() -> ImagePiece {
+pub(super) fn engine_image() -> ImagePiece {
     ImagePiece {
         namespaces: vec![
             ImageNamespace::default(),
@@ -89,7 +89,7 @@ fn parts() -> Vec<ImagePart> {
     ]
 }
 
-fn node_image() -> ImagePiece {
+pub(super) fn node_image() -> ImagePiece {
     ImagePiece {
         blocks: vec![ImageBlock {
             hash: EngineHash(21),
@@ -103,7 +103,7 @@ fn node_image() -> ImagePiece {
     }
 }
 
-fn shared() -> Vec<(IndexKey, Tier)> {
+pub(super) fn shared() -> Vec<(IndexKey, Tier)> {
     vec![(IndexKey(31), Tier::Object), (IndexKey(32), Tier::Object)]
 }
 
