@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use config::{Config, Environment, File, FileFormat};
+use config::{Config, ConfigError, Environment, File, FileFormat};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{Error, ErrorKind, Result};
 use serde::Deserialize;
@@ -13,11 +13,13 @@ use serde::Deserialize;
 use crate::adapter::{BATCH_BYTES_MAX, Media, MediumUse};
 use crate::score::TierWeights;
 
+mod media;
 mod sources;
 mod tenants;
 #[cfg(test)]
 mod tests;
 
+pub use media::MediumConfig;
 pub use sources::{GroupConfig, ListenerConfig, StaticSource};
 pub(crate) use tenants::Tenants;
 pub use tenants::{DEFAULT_TENANT, TENANTS_MAX, TenantConfig};
@@ -48,8 +50,8 @@ pub struct ServerConfig {
     pub block_size: u32,
     /// What a block is worth in each tier, for scores.
     pub tier_weights: TierWeightsConfig,
-    /// What media that engines name are taken for: a tier, `ignore` or `refuse`; in any case of letters.
-    pub media: BTreeMap<String, String>,
+    /// What media that engines name are taken for, in any case of letters, and what blocks there are worth.
+    pub media: BTreeMap<String, MediumConfig>,
     /// The same for all media that are neither named there nor known to the indexer.
     pub unknown_media: String,
     /// How long a source may stay disconnected before its entries are dropped.
@@ -120,6 +122,19 @@ pub struct TokenizerConfig {
     /// Whether to add the special tokens that a completion endpoint adds, like a leading BOS.
     #[serde(default)]
     pub add_special_tokens: bool,
+}
+
+/// The key and the value that an error is about, if it says where.
+fn value_at(told: &Config, error: &ConfigError) -> Option<String> {
+    let (ConfigError::At { key, .. } | ConfigError::Type { key, .. }) = error else {
+        return None;
+    };
+    let key = key.as_ref()?;
+    let value: config::Value = told.get(key).ok()?;
+    Some(match value.kind {
+        config::ValueKind::String(text) => format!("{key} is {text:?}"),
+        other => format!("{key} is {other}"),
+    })
 }
 
 /// A list, or what an environment variable and a flag can hold: one text with commas.
@@ -200,14 +215,9 @@ impl ServerConfig {
         environment: Environment,
         flags: &[(&str, String)],
     ) -> Result<Self> {
-        let invalid = |error: config::ConfigError| {
-            let place = file.map_or_else(String::new, |path| format!(" ({})", path.display()));
-            Error::new(
-                ErrorKind::Invalid,
-                format!("configuration of the indexer{place}"),
-            )
-            .with_source(error)
-        };
+        let place = file.map_or_else(String::new, |path| format!(" ({})", path.display()));
+        let context = format!("configuration of the indexer{place}");
+        let invalid = |error| Error::new(ErrorKind::Invalid, context.clone()).with_source(error);
         let mut builder = Config::builder();
         if let Some(path) = file {
             builder = builder.add_source(File::from(path).format(FileFormat::Toml));
@@ -222,8 +232,14 @@ impl ServerConfig {
                 .set_override(*key, value.as_str())
                 .map_err(invalid)?;
         }
-        let loaded = builder.build().and_then(Config::try_deserialize::<Self>);
-        let config = loaded.map_err(invalid)?;
+        let told = builder.build().map_err(invalid)?;
+        let config = told.clone().try_deserialize::<Self>().map_err(|error| {
+            let context = match value_at(&told, &error) {
+                Some(value) => format!("{context}: {value}"),
+                None => context.clone(),
+            };
+            Error::new(ErrorKind::Invalid, context).with_source(error)
+        })?;
         config.check()?;
         Ok(config)
     }
@@ -342,15 +358,17 @@ impl ServerConfig {
     /// # Errors
     /// [`ErrorKind::Invalid`] naming the key and the value.
     pub fn media(&self) -> Result<Media> {
-        let parse = |(name, told): (&String, &String)| {
-            let told = MediumUse::parse(told);
-            let told = told.map_err(|error| error.at(format_args!("media.{name}")))?;
-            Ok((name.clone(), told))
-        };
-        let configured: Vec<_> = self.media.iter().map(parse).collect::<Result<_>>()?;
+        let (mut configured, mut weights) = (Vec::new(), Vec::new());
+        for (name, told) in &self.media {
+            let (taken_for, weight) = told
+                .parse(name)
+                .map_err(|error| error.at(format_args!("media.{name}")))?;
+            configured.push((name.clone(), taken_for));
+            weights.extend(weight.map(|weight| (name.clone(), weight)));
+        }
         let unknown =
             MediumUse::parse(&self.unknown_media).map_err(|error| error.at("unknown_media"))?;
-        Ok(Media::new(configured, unknown))
+        Ok(Media::new(configured, unknown).with_weights(weights, self.weights()?))
     }
 
     /// How long a source may stay disconnected.

@@ -76,7 +76,7 @@ fn a_name_that_comes_twice_in_an_event_means_the_later_block() {
     assert_eq!(depth(&index, &[1, 2, 3, 4]), 4);
     let removed = SourceEvent::Removed(RemovedBlocks {
         hashes: vec![EngineHash(10)],
-        tier: Some(Tier::Device),
+        tier: Tier::Device,
         group: None,
     });
     index.apply(source, &removed).unwrap();
@@ -86,7 +86,7 @@ fn a_name_that_comes_twice_in_an_event_means_the_later_block() {
 /// Many blocks in a row, then nothing: after some calls that find nothing new the tables are as small as one call makes them.
 #[test]
 fn an_index_at_rest_gives_back_what_it_has_for_growing() {
-    const CHAINS: u32 = 3000;
+    const CHAINS: u32 = 10_000;
     const BLOCKS: u32 = 100;
     let fill = || {
         let (index, source) = index_with_a_source();

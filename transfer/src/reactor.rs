@@ -1,6 +1,6 @@
 //! One thread an agent that sleeps until a socket has something to do.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,7 +36,7 @@ impl Interest {
 
 /// Something with a file descriptor that the reactor watches.
 pub(crate) trait Source: Send + Sync {
-    /// Called on the reactor's thread, and again as long as it holds: must not block.
+    /// Called on the reactor's thread, and again as long as it holds: must not block. With neither, it was nudged.
     fn ready(&self, readiness: Interest);
 
     /// The reactor ends: nothing will be told any more. Called on its thread, once.
@@ -51,6 +51,8 @@ pub(crate) struct Reactor {
     epoll: OwnedFd,
     wake: OwnedFd,
     sources: Mutex<HashMap<u64, Arc<dyn Source>>>,
+    /// Those to be called although their descriptors have nothing to tell; each of them once.
+    nudged: Mutex<BTreeSet<u64>>,
     next: AtomicU64,
     closed: AtomicBool,
 }
@@ -68,6 +70,7 @@ impl Reactor {
             epoll,
             wake,
             sources: Mutex::default(),
+            nudged: Mutex::default(),
             next: AtomicU64::new(WAKE + 1),
             closed: AtomicBool::new(false),
         });
@@ -115,8 +118,38 @@ impl Reactor {
         self.lock().remove(&token.0);
     }
 
+    /// Has the source of a watched descriptor called soon, whatever the descriptor's state.
+    pub(crate) fn nudge(&self, token: Token) {
+        let mut nudged = self.nudged.lock().unwrap_or_else(PoisonError::into_inner);
+        if nudged.insert(token.0) {
+            drop(nudged);
+            self.wake();
+        }
+    }
+
+    fn run_nudged(&self) {
+        // Before the list is taken, so that what is added later wakes the thread again.
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        let mut nudged = self.nudged.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens = std::mem::take(&mut *nudged);
+        drop(nudged);
+        for token in tokens {
+            let source = self.lock().get(&token).cloned();
+            if let Some(source) = source {
+                source.ready(Interest {
+                    readable: false,
+                    writable: false,
+                });
+            }
+        }
+    }
+
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
         // Only fails when the counter is full, and then the thread is awake anyway.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
@@ -136,6 +169,10 @@ impl Reactor {
             for event in &events {
                 // The field is not aligned, so it is copied out.
                 let (data, flags) = ({ event.data }, { event.flags });
+                if data.u64() == WAKE {
+                    self.run_nudged();
+                    continue;
+                }
                 let source = self.lock().get(&data.u64()).cloned();
                 if let Some(source) = source {
                     source.ready(Interest {

@@ -146,6 +146,29 @@ fn a_late_read_touches_no_memory() {
     assert!(contents(&own).iter().all(|&byte| byte == 0xee));
 }
 
+/// As before, with the socket full of a write that nobody takes: the read is settled although nothing can be sent.
+#[test]
+fn a_late_read_is_settled_while_the_socket_is_full() {
+    const BYTES: u64 = 64 << 20;
+    let (pair, proxy) = proxied(BYTES);
+    let warm = pair.moves(Operation::Write, &[(0, 0, 64)], RequestOptions::default());
+    warm.wait(WAIT).unwrap();
+    proxy.stall();
+    let options = RequestOptions::default();
+    let write = pair.moves(Operation::Write, &[(0, 0, BYTES)], options);
+    let late = pair.moves(
+        Operation::Read,
+        &[(0, 0, 1 << 20)],
+        deadline(Duration::from_millis(50)),
+    );
+    assert_eq!(kind(&late), ErrorKind::Timeout);
+    assert!(late.wait_drained(WAIT));
+    // It was not the end of the connection that settled it.
+    assert!(matches!(write.poll(), Status::InFlight));
+    proxy.resume();
+    write.wait(WAIT).unwrap();
+}
+
 /// A write whose deadline passes may still land, so its memory stays in flight until the connection is gone.
 #[test]
 fn a_late_write_keeps_its_memory() {

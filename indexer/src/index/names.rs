@@ -13,6 +13,8 @@
 
 mod bucket;
 mod pages;
+#[cfg(test)]
+mod tests;
 
 use std::hint::black_box;
 
@@ -411,101 +413,5 @@ impl Names {
         self.pages.bytes()
             + size_of_val(&*self.tables)
             + self.scratch.capacity() * size_of::<Bucket>()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-
-    use super::*;
-
-    /// Adds and removes tens of thousands in waves, beside a map; hashes repeat, as engines' may.
-    #[test]
-    fn what_was_added_is_found_until_it_is_removed() {
-        let mut names = Names::new(Fit::Tight);
-        let mut map: HashMap<u64, u32> = HashMap::new();
-        let hash_of = |number: u32| u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        for wave in 0..6_u32 {
-            for number in 0..40_000 {
-                let (position, hash) = (wave * 40_000 + number, hash_of(number * (wave + 1)));
-                map.entry(hash).or_insert_with(|| {
-                    names.insert(hash, position);
-                    position
-                });
-            }
-            for number in 0..200_000 {
-                let hash = hash_of(number);
-                let wanted = map.get(&hash).copied();
-                let found = names.find(hash, |position| wanted == Some(position));
-                assert_eq!(found, wanted);
-            }
-            let gone: Vec<u64> = map
-                .keys()
-                .copied()
-                .filter(|hash| hash % 3 != 0 || wave == 5)
-                .collect();
-            for hash in gone {
-                names.remove(hash, map.remove(&hash).unwrap());
-            }
-        }
-        assert!(
-            names
-                .tables
-                .iter()
-                .all(|table| table.entries == 0 && table.pages == 0)
-        );
-        names.trim();
-        assert!(names.bytes() < 40_000, "{}", names.bytes());
-    }
-
-    /// At a million entries the last pages are not full; at ten million an entry takes about seven and a half bytes.
-    #[test]
-    fn a_million_entries_take_less_than_nine_bytes_each() {
-        let mut names = Names::new(Fit::Tight);
-        for number in 0..1_000_000 {
-            names.insert(u64::from(number) << 20, number);
-        }
-        let bytes = names.bytes() - names.scratch.capacity() * size_of::<Bucket>();
-        assert!(bytes < 8_500_000, "{bytes}");
-    }
-
-    /// Two positions under one hash, as a collision of keys would make them.
-    #[test]
-    fn equal_hashes_are_told_apart_by_the_caller() {
-        let mut names = Names::new(Fit::Tight);
-        names.insert(7, 1);
-        names.insert(7, 2);
-        assert_eq!(names.find(7, |position| position == 2), Some(2));
-        names.remove(7, 1);
-        assert_eq!(names.find(7, |_| true), Some(2));
-    }
-
-    /// Adds with room to spare, then looks twice at all tables: the second time none has got any more. What comes in
-    /// between is left alone.
-    #[test]
-    fn loose_tables_are_made_tight_when_no_more_comes() {
-        let mut names = Names::new(Fit::Loose);
-        let hash_of = |number: u32| u64::from(number) << 20;
-        for number in 0..1_000_000 {
-            names.insert(hash_of(number), number);
-        }
-        let loose = names.bytes();
-        while names.tighten_some() {}
-        assert!(names.bytes() >= loose - names.scratch.capacity() * size_of::<Bucket>() - 600_000);
-        while names.tighten_some() {}
-        assert!(names.bytes() < 8_500_000, "{} of {loose}", names.bytes());
-        for number in 0..1_000_000 {
-            let found = names.find(hash_of(number), |position| position == number);
-            assert_eq!(found, Some(number));
-        }
-        for number in 1_000_000..1_300_000 {
-            names.insert(hash_of(number), number);
-        }
-        for number in 0..1_300_000 {
-            names.remove(hash_of(number), number);
-        }
-        names.trim();
-        assert!(names.bytes() < 40_000, "{}", names.bytes());
     }
 }

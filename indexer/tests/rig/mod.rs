@@ -2,6 +2,7 @@
 // Each test binary uses a part of it.
 #![allow(dead_code)]
 
+use std::path::Path;
 use std::time::Duration;
 
 use kvcache_core::event::EngineEvent;
@@ -12,8 +13,11 @@ use kvfabric_indexer::client::{
     ClientConfig, IndexClient, LookupRequest, Prompt, Registration, SourceKind, SourcePosition,
     SourceSpec,
 };
+use kvfabric_indexer::config::TokenizerConfig;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig, serve};
+use kvfabric_proto::indexer_v1::GetPodScoresRequest;
+use kvfabric_proto::indexer_v1::indexer_service_client::IndexerServiceClient;
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -188,6 +192,57 @@ pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusR
         .expect("the index never got there");
 }
 
+/// Three blocks.
+pub(crate) const LONG: [u32; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+
+/// An engine that keeps nothing but its newest batch for replay: what came before is only in snapshots.
+pub(crate) fn forgetful(name: &str) -> Publisher {
+    let mut config = PublisherConfig::new(pod(name), "m", Stream::Engine);
+    config.replay_bytes_max = 1;
+    Publisher::bind(config).unwrap()
+}
+
+/// One block of [`LONG`] in a batch of its own.
+pub(crate) fn publish_block(engine: &Publisher, number: usize) {
+    let tokens = &LONG[(number - 1) * 4..number * 4];
+    let parent = (number > 1).then(|| number as u64 - 1);
+    engine.publish_engine(vec![stored(&[number as u64], parent, tokens, Tier::Device)]);
+}
+
+pub(crate) fn with_peer(peer: &Running) -> ServerConfig {
+    ServerConfig {
+        bootstrap_peers: vec![peer.grpc_address().to_string()],
+        ..config()
+    }
+}
+
+pub(crate) fn with_file(path: &Path) -> ServerConfig {
+    ServerConfig {
+        snapshot_path: Some(path.to_owned()),
+        ..config()
+    }
+}
+
+pub(crate) async fn wait_until_serving(client: &IndexClient) {
+    wait_until(client, |status| status.serving).await;
+}
+
+pub(crate) async fn depth_of_long(client: &IndexClient, positions: Vec<SourcePosition>) -> u32 {
+    let mut asked = question(Prompt::Tokens(LONG.to_vec()));
+    asked.min_position = positions;
+    asked.deadline = Some(PATIENCE);
+    let answer = client.lookup(asked).await.unwrap();
+    answer.pods.first().map_or(0, |pod| pod.depth)
+}
+
+pub(crate) fn at(engine: &Publisher) -> Vec<SourcePosition> {
+    vec![SourcePosition::new(
+        &pod("pod-0"),
+        "engine",
+        engine.position(),
+    )]
+}
+
 /// What a server says of itself to Prometheus.
 pub(crate) async fn metrics_page(server: &Running) -> String {
     let address = server.metrics_address().unwrap();
@@ -210,4 +265,55 @@ pub(crate) async fn metric(server: &Running, name: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {name} in\n{text}"))
         .parse()
         .unwrap()
+}
+
+/// A vocabulary of the words `t10`, `t11`, … for the tokens of the tests.
+pub(crate) fn tokenizer_file() -> tempfile::NamedTempFile {
+    let words: Vec<String> = TOKENS
+        .iter()
+        .map(|token| format!("\"t{token}\":{token}"))
+        .collect();
+    let text = format!(
+        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
+        "model":{{"type":"WordLevel","vocab":{{"[UNK]":0,{}}},"unk_token":"[UNK]"}}}}"#,
+        words.join(",")
+    );
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    file
+}
+
+pub(crate) fn tokenizer(file: &tempfile::NamedTempFile) -> TokenizerConfig {
+    let path = file.path().to_owned();
+    TokenizerConfig {
+        model: "m".to_owned(),
+        path,
+        add_special_tokens: false,
+    }
+}
+
+/// The prompt of [`TOKENS`] in the words of [`tokenizer_file`].
+pub(crate) fn prompt_text() -> String {
+    TOKENS.map(|token| format!("t{token}")).join(" ")
+}
+
+/// What llm-d's service says of a prompt, by pod.
+pub(crate) async fn scores_of(
+    address: std::net::SocketAddr,
+    prompt: String,
+) -> Result<Vec<(String, f64)>, tonic::Status> {
+    let mut scorer = IndexerServiceClient::connect(format!("http://{address}"))
+        .await
+        .unwrap();
+    let request = GetPodScoresRequest {
+        prompt,
+        model_name: "m".to_owned(),
+        pod_identifiers: Vec::new(),
+    };
+    let scores = scorer.get_pod_scores(request).await?.into_inner().scores;
+    Ok(scores
+        .into_iter()
+        .map(|score| (score.pod, score.score))
+        .collect())
 }

@@ -9,6 +9,7 @@ use kvfabric_transfer::{
     Request, RequestOptions, Side, UcxOptions,
 };
 
+pub(crate) mod child;
 pub(crate) mod proxy;
 
 /// Longer than anything that works takes; shorter than a test run's patience.

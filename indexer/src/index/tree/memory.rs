@@ -20,6 +20,7 @@ impl Tree {
         shared.recency.trim(self.slots.end());
         self.sets.trim();
         self.names.trim();
+        self.apart.trim();
         if let Some(by_key) = &mut self.by_key {
             by_key.trim();
         }
@@ -35,6 +36,7 @@ impl Tree {
     /// Makes tables that grow by steps as small as they can be, which whoever adds to them pays for.
     pub(in crate::index) fn tighten(&mut self) {
         self.names.tighten();
+        self.apart.tighten();
         if let Some(by_key) = &mut self.by_key {
             by_key.tighten();
         }
@@ -42,7 +44,9 @@ impl Tree {
 
     /// The same of some of them, where nobody adds; true if there may be more.
     pub(in crate::index) fn tighten_some(&mut self) -> bool {
-        self.names.tighten_some() || self.by_key.as_mut().is_some_and(Names::tighten_some)
+        self.names.tighten_some()
+            || self.apart.tighten_some()
+            || self.by_key.as_mut().is_some_and(Names::tighten_some)
     }
 
     pub(in crate::index) fn bytes(&self) -> usize {
@@ -56,7 +60,8 @@ impl Tree {
     }
 
     pub(in crate::index) fn names_bytes(&self) -> usize {
-        self.names.bytes() + self.by_key.as_ref().map_or(0, Names::bytes)
+        let by_key = self.by_key.as_ref().map_or(0, Names::bytes);
+        self.names.bytes() + self.apart.bytes() + by_key
     }
 
     pub(in crate::index) fn leaves_bytes(&self) -> usize {

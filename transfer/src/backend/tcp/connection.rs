@@ -222,7 +222,10 @@ impl Connection {
     /// Has the reactor take back memory that is no longer to be used, soon.
     pub(super) fn poke(&self) {
         self.poked.store(true, Ordering::Release);
-        self.pump_later();
+        // Not by asking for room in the socket: a peer that stands still leaves none.
+        if let Some(token) = lock(&self.watch).token {
+            self.reactor.nudge(token);
+        }
     }
 
     /// Sends what waits until the socket is full, or about `budget` bytes.

@@ -83,13 +83,15 @@ pub(crate) fn fabric(
         let text = format!("peers cannot connect to {advertised}: name an address to advertise");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
+    let spare = Spare::default();
+    spare.keep();
     let listener = Arc::new(Listener {
         socket,
         exports: exports.clone(),
         reactor: reactor.clone(),
         token: OnceLock::new(),
         accepted: Mutex::default(),
-        spare: Spare::default(),
+        spare,
     });
     let token = reactor.add(
         listener.socket.as_fd(),
@@ -260,18 +262,28 @@ impl TcpFabric {
             .set_read_timeout(Some(left()))
             .map_err(|e| Error::io("set a timeout", e))?;
         let mut preamble = [0; PREAMBLE_BYTES];
-        stream
-            .read_exact(&mut preamble)
-            .map_err(|e| Error::io("receive the welcome", e))?;
+        stream.read_exact(&mut preamble).map_err(no_welcome)?;
         let mut welcome = vec![0; decode_preamble(&preamble)?];
-        stream
-            .read_exact(&mut welcome)
-            .map_err(|e| Error::io("receive the welcome", e))?;
+        stream.read_exact(&mut welcome).map_err(no_welcome)?;
         decode_outcome(&welcome)??;
         stream
             .set_nonblocking(true)
             .map_err(|e| Error::io("make it non-blocking", e))?;
         Ok(stream)
+    }
+}
+
+/// Why a peer that let this side connect did not let it in.
+fn no_welcome(error: std::io::Error) -> Error {
+    match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => Error::new(
+            ErrorKind::PeerLost,
+            "the peer closed the connection without a welcome: it has no room for more connections",
+        ),
+        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
+            Error::new(ErrorKind::Timeout, "the peer does not answer the greeting")
+        }
+        _ => Error::io("receive the welcome", error),
     }
 }
 

@@ -1,7 +1,6 @@
 //! The end that copies: asks for a peer's regions once, reads and writes them in place.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -9,7 +8,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::call::{Answer, Call, Refused, UNANSWERED_MAX, Unanswered, Waiting};
 use super::held::Held;
-use super::link::{Link, TURN_MESSAGES};
+use super::link::{Link, Received, TURN_MESSAGES};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
@@ -224,13 +223,16 @@ impl<A: Access> UnixChannel<A> {
         }
     }
 
-    fn handle(&self, message: Message, file: Option<OwnedFd>) -> Result<()> {
-        match message {
+    fn handle(&self, received: Received) -> Result<()> {
+        let file = received.file;
+        match received.message {
             Message::Done { id, outcome } => {
                 match self.unanswered.take(id) {
                     // Whoever asked has stopped waiting.
                     None => {}
-                    Some(Waiting::Call(call)) => call.answer(Ok((outcome, file))),
+                    Some(Waiting::Call(call)) => {
+                        call.answer(file.map(|file| (outcome, file)));
+                    }
                     Some(Waiting::Notification(job)) => job.settle(match outcome {
                         Outcome::Done => Ok(()),
                         Outcome::Failed { code, text } => Err(Outcome::failure(code, &text)),
@@ -370,7 +372,7 @@ impl<A: Access> Source for Messages<A> {
         for _ in 0..TURN_MESSAGES {
             let outcome = match channel.link.receive() {
                 Ok(None) => return,
-                Ok(Some((message, file))) => channel.handle(message, file),
+                Ok(Some(received)) => channel.handle(received),
                 Err(error) => Err(error),
             };
             if let Err(error) = outcome {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::Access;
-use super::link::{Link, TURN_MESSAGES, Wake};
+use super::link::{Link, Received, TURN_MESSAGES, Wake};
 use super::message::{Message, Outcome};
 use crate::agent::Exports;
 use crate::backend::Operation;
@@ -235,7 +235,10 @@ impl<A: Access> Client<A> {
                 Wake::Message => {}
             }
             match self.link.receive() {
-                Ok(Some((Message::Unmapped { region }, _))) => self.let_go(region),
+                Ok(Some(Received {
+                    message: Message::Unmapped { region },
+                    ..
+                })) => self.let_go(region),
                 Ok(_) => {}
                 // It may have ended the path and go on using memory: only its death would tell.
                 Err(_) => listens = false,
@@ -272,7 +275,7 @@ impl<A: Access> Source for Messages<A> {
             let outcome = match self.0.link.receive() {
                 Ok(None) => return,
                 // Descriptors that a client sends are closed: none are asked for.
-                Ok(Some((message, _))) => self.0.handle(message),
+                Ok(Some(received)) => self.0.handle(received.message),
                 Err(error) => Err(error),
             };
             if let Err(error) = outcome {

@@ -42,6 +42,13 @@ struct Unsent {
     file: Option<OwnedFd>,
 }
 
+/// A message that came.
+pub(super) struct Received {
+    pub(super) message: Message,
+    /// The descriptor that came along; an error when this process had none left for it.
+    pub(super) file: Result<Option<OwnedFd>>,
+}
+
 #[derive(Default)]
 struct State {
     unsent: VecDeque<Unsent>,
@@ -235,7 +242,7 @@ impl Link {
     ///
     /// # Errors
     /// [`ErrorKind::PeerLost`] at the end, other kinds for malformed messages.
-    pub(super) fn receive(&self) -> Result<Option<(Message, Option<OwnedFd>)>> {
+    pub(super) fn receive(&self) -> Result<Option<Received>> {
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -262,7 +269,15 @@ impl Link {
             let text = format!("a message of more than {MESSAGE_BYTES_MAX} bytes");
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
-        Ok(Some((Message::decode(&buffer[..received.bytes])?, file)))
+        let message = Message::decode(&buffer[..received.bytes])?;
+        let file = if file.is_none() && received.flags.contains(ReturnFlags::CTRUNC) {
+            let text =
+                "this process has no file descriptors left to receive one (Too many open files)";
+            Err(Error::new(ErrorKind::Io, text))
+        } else {
+            Ok(file)
+        };
+        Ok(Some(Received { message, file }))
     }
 }
 
