@@ -214,6 +214,7 @@ unsafe fn parse(
         positions,
         notification,
         deadline,
+        ..RequestOptions::default()
     };
     Ok((operation, options))
 }

@@ -140,6 +140,8 @@ impl AgentBuilder {
             exports: exports.clone(),
             stats: Stats::default(),
             timer,
+            later: Arc::default(),
+            rates: Default::default(),
             copier: copier.clone(),
             reactor: reactor.clone(),
             own: memcpy::own(copier.clone()),

@@ -19,7 +19,7 @@ pub(crate) use self::core::AgentCore;
 pub use builder::AgentBuilder;
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
-pub(crate) use peer::{CONNECT_TIMEOUT, PeerCore};
+pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
 pub use peer::{PathReport, PeerHandle};
 pub(crate) use timer::{Timer, TimerKey};
 
@@ -29,7 +29,7 @@ use crate::backend::{Backend, Operation};
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
 use crate::plan::Plan;
 use crate::region::{Body, Region, RegionCore, RegionId, RegionOptions, RegionUse};
-use crate::request::{Request, RequestOptions, Route};
+use crate::request::{Priority, Request, RequestOptions, Route};
 use crate::stats::AgentStats;
 use crate::sys::memory::HostMemory;
 
@@ -212,7 +212,8 @@ impl Agent {
                 region.mapping()?;
             }
         }
-        let plan = Plan::pair(operation, local, remote, options.positions.as_ref())?;
+        let positions = options.positions.as_ref();
+        let (plan, ends) = Plan::pair(operation, local, remote, positions, &options.parts)?;
         let route = match &remote.0.peer {
             Some(peer) => self.route_to(peer, &plan)?,
             None => {
@@ -225,13 +226,7 @@ impl Agent {
                 Route::Own(backend)
             }
         };
-        Request::new(
-            self.0.clone(),
-            route,
-            plan,
-            options.notification,
-            options.deadline,
-        )
+        Request::new(self.0.clone(), route, (plan, &ends), options)
     }
 
     fn route_to(&self, peer: &Arc<PeerCore>, plan: &Plan) -> Result<Route> {
@@ -304,7 +299,11 @@ impl Agent {
     pub fn notify(&self, peer: &PeerHandle, bytes: Bytes) -> Result<Request> {
         self.0.check()?;
         let route = Route::Peer(peer.core().clone());
-        let request = Request::new(self.0.clone(), route, Plan::empty(), Some(bytes), None)?;
+        let options = RequestOptions {
+            notification: Some(bytes),
+            ..RequestOptions::default()
+        };
+        let request = Request::new(self.0.clone(), route, (Plan::empty(), &[]), options)?;
         request.post()?;
         Ok(request)
     }
@@ -364,13 +363,40 @@ impl Agent {
         peer.core().report_of(&self.0, region)
     }
 
+    /// Limits how fast requests of a priority move, all of them together, in bytes a second; none: not at all. Holds in the
+    /// mean, for what is posted from now on; a request that was made before goes as a whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a rate of 0.
+    pub fn set_rate(&self, priority: Priority, bytes_per_s: Option<u64>) -> Result<()> {
+        self.0.rate(priority).set(check_rate(bytes_per_s)?);
+        Ok(())
+    }
+
+    /// As [`Agent::set_rate`], for all that moves to and from a peer at this agent's request.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a rate of 0.
+    pub fn set_peer_rate(&self, peer: &PeerHandle, bytes_per_s: Option<u64>) -> Result<()> {
+        peer.core().rate().set(check_rate(bytes_per_s)?);
+        Ok(())
+    }
+
     /// What each backend has moved.
     #[must_use]
     pub fn stats(&self) -> AgentStats {
         AgentStats {
             backends: self.0.stats.snapshot(),
             notifications_refused: self.0.exports.inbox().refused(),
+            failovers: self.0.stats.failovers(),
         }
+    }
+}
+
+fn check_rate(bytes_per_s: Option<u64>) -> Result<Option<u64>> {
+    match bytes_per_s {
+        Some(0) => Err(Error::invalid("bytes a second", 0, 1..=u64::MAX)),
+        rate => Ok(rate),
     }
 }
 

@@ -21,7 +21,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use rustix::net::sockopt;
 
 use super::spare::Spare;
-use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
+use super::{Backend, Capabilities, Channel, Fabric, Job, Operation, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::region::{MemoryKind, RegionCore};
@@ -298,6 +298,11 @@ impl Backend for TcpChannel {
         NAME
     }
 
+    /// What was sent of a write may still be on its way when the connection has ended.
+    fn fences(&self, operation: Operation) -> bool {
+        operation == Operation::Read
+    }
+
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
@@ -309,16 +314,17 @@ impl Backend for TcpChannel {
         let Role::Initiator(initiator) = &self.connection.role else {
             return Err(job.refuse(Error::new(ErrorKind::Internal, "a target cannot ask")));
         };
-        let small = job.plan().bytes <= INLINE_BYTES_MAX;
+        let small = job.whole().bytes <= INLINE_BYTES_MAX;
         let mut outbox = self.connection.outbox();
         if outbox.ended {
             return Err(job.refuse(Error::new(ErrorKind::PeerLost, "the connection has ended")));
         }
-        if outbox.jobs.len() >= REQUESTS_WAITING_MAX {
+        if outbox.waiting() >= REQUESTS_WAITING_MAX {
             let text = format!("{REQUESTS_WAITING_MAX} requests wait on this connection");
             return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
         }
-        initiator.start(&self.connection, Arc::new(Active::new(job)), &mut outbox);
+        let active = Arc::new(Active::new(job));
+        initiator.start(&self.connection, active, small, &mut outbox);
         connection::settle(outbox);
         if small {
             self.connection.pump(INLINE_BYTES_MAX);
