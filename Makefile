@@ -58,8 +58,8 @@ bench-build:
 bench: bench-build ## Every figure of docs/benchmarks.md, beside its reference
 	scripts/bench
 
-bench-fabric: setup bench-build ## Transfers beside memcpy, raw TCP, raw UCX and plain disk calls
-	scripts/bench-fabric
+bench-fabric: setup bench-build ## Transfers beside memcpy, raw TCP, raw UCX, plain disk calls, NIXL and Mooncake
+	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/bench-fabric
 
 bench-engines: setup ## Calls from C and Python, idle processes, a prompt from one real vLLM to another, beside NIXL
 	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/bench-engines

@@ -4,10 +4,13 @@
 #![forbid(unsafe_code)]
 
 mod clock;
+mod compare;
 mod doctor;
 mod engines;
 mod host;
+mod html;
 mod index;
+mod plot;
 mod recorder;
 mod replay;
 mod report;
@@ -22,9 +25,12 @@ use clap::{Parser, Subcommand};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::recorder::{OutputArgs, Recorder};
+use crate::transfer::Role;
 
 /// Wrong input, as opposed to a run that failed.
 const EXIT_INVALID: u8 = 2;
+/// One of our figures is worse than the saved one by more than was allowed.
+const EXIT_WORSE: u8 = 3;
 /// What shells say of a program that ended by Ctrl-C.
 const EXIT_INTERRUPTED: u8 = 130;
 
@@ -39,7 +45,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Move blocks over each backend, beside memcpy, raw TCP and plain disk calls.
-    Transfer(transfer::TransferArgs),
+    Transfer(Box<transfer::TransferArgs>),
     /// Fill and ask the index with a fixed workload (KVI-1).
     Index(index::IndexArgs),
     /// Replay a workload as the KV events of some pods; or run the demo and take its figures.
@@ -64,9 +70,19 @@ enum Command {
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Transfer(args) => execute("transfer", &args.output, |recorder| {
-            transfer::run(&args, recorder)
-        }),
+        Command::Transfer(args) => match &args.role {
+            None => execute("transfer", &args.output, |recorder| {
+                transfer::run(&args, recorder)
+            }),
+            Some(Role::Target(target)) => status(transfer::listen(target)),
+            Some(Role::Mesh(mesh)) => execute("transfer mesh", &mesh.output, |recorder| {
+                transfer::run_mesh(mesh, recorder)
+            }),
+            Some(Role::Goals(goals)) => execute("transfer goals", &goals.output, |recorder| {
+                transfer::run_goals(goals, recorder)
+            }),
+            Some(Role::Models(models)) => status(transfer::list_models(models)),
+        },
         Command::Index(args) => execute("index", &args.output, |recorder| {
             index::run(&args, recorder)
         }),
@@ -97,8 +113,9 @@ fn execute(
     let is_interrupted = recorder.stop().is_set();
     let finished = recorder.finish(outcome.is_ok());
     match outcome.and(finished) {
-        Ok(()) if is_interrupted => ExitCode::from(EXIT_INTERRUPTED),
-        outcome => status(outcome),
+        Ok(_) if is_interrupted => ExitCode::from(EXIT_INTERRUPTED),
+        Ok(verdict) if verdict.regressions > 0 => ExitCode::from(EXIT_WORSE),
+        outcome => status(outcome.map(|_| ())),
     }
 }
 

@@ -36,6 +36,9 @@ pub(crate) struct Row {
     pub(crate) max: f64,
     /// How many samples.
     pub(crate) n: u64,
+    /// Whether it is left out of the table on the screen, which would get too wide; never of a file.
+    #[serde(skip)]
+    pub(crate) is_detail: bool,
 }
 
 /// Whose figures the rows to be made are.
@@ -60,6 +63,16 @@ impl Case<'_> {
             min: summary.min,
             max: summary.max,
             n: summary.n,
+            is_detail: false,
+        })
+    }
+
+    /// As [`Case::row`], for files only.
+    pub(crate) fn detail(&self, metric: &str, unit: &str, samples: &Samples) -> Option<Row> {
+        let row = self.row(metric, unit, samples)?;
+        Some(Row {
+            is_detail: true,
+            ..row
         })
     }
 
@@ -76,10 +89,18 @@ impl Case<'_> {
 /// # Errors
 /// `Io` naming the path.
 pub(crate) fn write_json(path: &Path, report: &impl Serialize) -> Result<()> {
-    let failed = |error| Error::io(format!("write {}", path.display()), error);
     let mut text = serde_json::to_string_pretty(report)
         .map_err(|error| Error::new(ErrorKind::Internal, "encode the report").with_source(error))?;
     text.push('\n');
+    write_text(path, &text)
+}
+
+/// Writes a whole file; a reader never sees half of it.
+///
+/// # Errors
+/// `Io` naming the path.
+pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
+    let failed = |error| Error::io(format!("write {}", path.display()), error);
     let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).map_err(failed)?;
     file.write_all(text.as_bytes()).map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
@@ -121,11 +142,39 @@ impl Report {
         write_json(path, self)
     }
 
+    /// Reads a report that was written before.
+    ///
+    /// # Errors
+    /// `Io` or `Invalid`, naming the path.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let place = || format!("read {}", path.display());
+        let text = std::fs::read_to_string(path).map_err(|error| Error::io(place(), error))?;
+        serde_json::from_str(&text)
+            .map_err(|error| Error::new(ErrorKind::Invalid, place()).with_source(error))
+    }
+
+    /// The figures as comma-separated values: a line of names, then one for each row. Text is quoted where it must be.
+    pub(crate) fn csv(&self) -> String {
+        let mut text = "subject,case,metric,unit,median,min,max,n\n".to_owned();
+        for row in &self.rows {
+            let words = [&row.subject, &row.case, &row.metric, &row.unit].map(|word| quoted(word));
+            let Row {
+                median,
+                min,
+                max,
+                n,
+                ..
+            } = row;
+            text.push_str(&format!("{},{median},{min},{max},{n}\n", words.join(",")));
+        }
+        text
+    }
+
     /// The figures for people: a line for each case and subject, a column for each metric; those that are told by the
     /// same figure first stand in one table. A cell has the median, and the range where there are several samples.
     pub(crate) fn table(&self) -> String {
         let mut lines: Vec<Line<'_>> = Vec::new();
-        for row in &self.rows {
+        for row in self.rows.iter().filter(|row| !row.is_detail) {
             let is_same =
                 |line: &&mut Line<'_>| line.case == row.case && line.subject == row.subject;
             let cell = (title_of(row), cell_of(row));
@@ -151,6 +200,14 @@ impl Report {
         }
         let tables: Vec<String> = groups.iter().map(|group| draw(group)).collect();
         tables.join("\n")
+    }
+}
+
+fn quoted(word: &str) -> String {
+    if word.contains([',', '"', '\n']) {
+        format!("\"{}\"", word.replace('"', "\"\""))
+    } else {
+        word.to_owned()
     }
 }
 
@@ -232,7 +289,7 @@ fn cell_of(row: &Row) -> String {
 }
 
 /// Three digits that matter, and no more.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 || size == 0.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
@@ -366,6 +423,25 @@ mod tests {
                 .lines()
                 .any(|line| line.contains("figure_3 ") && line.contains("5.00"))
         );
+    }
+
+    /// Reads the lines back, one of a case that has to be quoted; details are in the file and not in the table.
+    #[test]
+    fn comma_separated_values_have_a_line_for_each_row() {
+        let mut report = report();
+        let case = Case {
+            subject: OURS,
+            name: "a,\"b\"",
+        };
+        let mut samples = Samples::default();
+        samples.push(2.5);
+        report.rows.extend(case.detail("p90_us", "µs", &samples));
+        let csv = report.csv();
+        let lines: Vec<&str> = csv.lines().collect();
+        assert_eq!(lines.len(), 1 + report.rows.len());
+        assert_eq!(lines[1], "kvfabric,shm-read-4096,gb_per_s,GB/s,2,1,3,3");
+        assert_eq!(lines[4], "kvfabric,\"a,\"\"b\"\"\",p90_us,µs,2.5,2.5,2.5,1");
+        assert!(!report.table().contains("p90_us"));
     }
 
     /// A figure that is not a number has no row.

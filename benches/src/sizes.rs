@@ -24,9 +24,46 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64> {
         .ok_or_else(bad)
 }
 
+/// Sizes that one part of a list stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Sizes(pub(crate) Vec<u64>);
+
+/// Reads one size, or a range like `4K..1M`: its first size and every doubling of it up to the last.
+///
+/// # Errors
+/// `Invalid` naming the text.
+pub(crate) fn parse_sizes(text: &str) -> Result<Sizes> {
+    let Some((first, last)) = text.split_once("..") else {
+        return Ok(Sizes(vec![parse_bytes(text)?]));
+    };
+    let (first, last) = (parse_bytes(first)?, parse_bytes(last)?);
+    if first > last {
+        let context = format!("{text:?} begins above its end");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    let doublings = std::iter::successors(Some(first), |size| size.checked_mul(2));
+    Ok(Sizes(doublings.take_while(|size| *size <= last).collect()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A range doubles from its first size; its end need not be met.
+    #[test]
+    fn a_range_of_sizes_doubles_up_to_its_end() {
+        let sizes = |text| parse_sizes(text).map(|sizes| sizes.0);
+        assert_eq!(sizes("4k..16K").unwrap(), [4096, 8192, 16384]);
+        assert_eq!(sizes("4K..7K").unwrap(), [4096]);
+        assert_eq!(sizes("1M").unwrap(), [1 << 20]);
+        for text in ["8K..4K", "..4K", "4K..", "4K..x"] {
+            assert_eq!(
+                sizes(text).unwrap_err().kind(),
+                ErrorKind::Invalid,
+                "{text}"
+            );
+        }
+    }
 
     /// Reads sizes with and without a letter.
     #[test]

@@ -69,27 +69,47 @@ impl Samples {
     /// The smallest sample that at least `percent` of all do not exceed (nearest rank); none without a sample.
     pub(crate) fn percentile(&self, percent: u32) -> Option<f64> {
         assert!((1..=100).contains(&percent), "{percent} % is no percentile");
-        let sorted = self.sorted();
-        let rank = (sorted.len() * percent as usize).div_ceil(100);
-        sorted.get(rank.checked_sub(1)?).copied()
+        nearest_rank(&self.sorted(), percent * 10)
     }
 }
 
-/// Two percentiles of some rounds of measurements: each round gives one sample of each.
+fn nearest_rank(sorted: &[f64], per_mille: u32) -> Option<f64> {
+    let rank = (sorted.len() * per_mille as usize).div_ceil(1000);
+    sorted.get(rank.checked_sub(1)?).copied()
+}
+
+/// So many samples of a round have a 99.9th percentile that is not just their largest.
+const TAIL_SAMPLES_MIN: usize = 1000;
+
+/// Percentiles of some rounds of measurements: each round gives one sample of each.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Percentiles {
     /// Medians of the rounds.
     pub(crate) p50: Samples,
+    /// 90th percentiles of the rounds.
+    pub(crate) p90: Samples,
     /// 99th percentiles of the rounds.
     pub(crate) p99: Samples,
+    /// 99.9th percentiles of the rounds that have a thousand samples or more.
+    pub(crate) p99_9: Samples,
 }
 
 impl Percentiles {
     /// One more round; an empty one tells nothing.
     pub(crate) fn push_round(&mut self, round: &Samples) {
-        if let (Some(p50), Some(p99)) = (round.percentile(50), round.percentile(99)) {
-            self.p50.push(p50);
-            self.p99.push(p99);
+        let sorted = round.sorted();
+        for (samples, per_mille) in [
+            (&mut self.p50, 500),
+            (&mut self.p90, 900),
+            (&mut self.p99, 990),
+        ] {
+            if let Some(value) = nearest_rank(&sorted, per_mille) {
+                samples.push(value);
+            }
+        }
+        if let (true, Some(value)) = (sorted.len() >= TAIL_SAMPLES_MIN, nearest_rank(&sorted, 999))
+        {
+            self.p99_9.push(value);
         }
     }
 }
@@ -161,5 +181,18 @@ mod tests {
         rounds.push_round(&samples(&[5.0]));
         let p50 = rounds.p50.summary().unwrap();
         assert_eq!((p50.min, p50.max, p50.n), (2.0, 5.0, 2));
+        assert_eq!(rounds.p99_9.summary(), None);
+    }
+
+    /// A round of 2,000 numbers, whose tail is known, and one that is too short to have one.
+    #[test]
+    fn the_far_tail_is_told_of_long_rounds_only() {
+        let mut rounds = Percentiles::default();
+        let long: Vec<f64> = (1..=2000).map(f64::from).collect();
+        rounds.push_round(&samples(&long));
+        rounds.push_round(&samples(&long[..999]));
+        let tail = rounds.p99_9.summary().unwrap();
+        assert_eq!((tail.median, tail.n), (1998.0, 1));
+        assert_eq!(rounds.p90.summary().unwrap().max, 1800.0);
     }
 }

@@ -1,10 +1,12 @@
 /*
- * What UCX alone does with the blocks of a plan: two processes that do nothing else, and wait by polling.
+ * What UCX alone does with the blocks of a plan: two processes that do nothing else, and wait by polling. They time their
+ * moves themselves.
  *
  * Arguments: read or write, the number of blocks, bytes of a block. Standard input: the places of all blocks on this side and
  * then on the other one (32-bit numbers of this machine), then commands: a (move all), b and a number (move that one), p
- * (poison the target), v (verify it), c (CPU time of both processes in microseconds). Each is answered by one line: ok and a
- * number, or what went wrong. The program ends with its input.
+ * (poison the target), v (verify it), c (CPU time). Each is answered by one line: ok and two numbers, or what went wrong. The
+ * numbers are bytes and nanoseconds of a move, wrong blocks, or microseconds of CPU of this process and of the other one. The
+ * program ends with its input.
  */
 #define _GNU_SOURCE
 
@@ -107,11 +109,16 @@ static uint64_t cpu_us(void)
            (uint64_t)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
 }
 
-static uint64_t now_us(void)
+static uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t now_us(void)
+{
+    return now_ns() / 1000u;
 }
 
 static void open_ucx(void)
@@ -294,18 +301,21 @@ int main(int argc, char **argv)
     hear_where();
     char command;
     while (read(0, &command, 1) == 1) {
-        uint64_t answer = 0;
+        uint64_t answer = 0, second = 0, start = now_ns();
         uint32_t position = 0;
         switch (command) {
         case 'a':
             answer = move(0, blocks);
+            second = now_ns() - start;
             break;
         case 'b':
             all_of(read, 0, &position, sizeof position, "position");
             if (position >= blocks) {
                 fail("position", "too large");
             }
+            start = now_ns();
             answer = move(position, 1);
+            second = now_ns() - start;
             break;
         case 'p':
             is_read ? (void)memset(memory, POISON, total) : (void)ask('p');
@@ -314,12 +324,13 @@ int main(int argc, char **argv)
             answer = is_read ? wrong(0) : ask('v');
             break;
         case 'c':
-            answer = cpu_us() + ask('c');
+            answer = cpu_us();
+            second = ask('c');
             break;
         default:
             fail("command", "unknown");
         }
-        printf("ok %llu\n", (unsigned long long)answer);
+        printf("ok %llu %llu\n", (unsigned long long)answer, (unsigned long long)second);
         fflush(stdout);
     }
     return 0;

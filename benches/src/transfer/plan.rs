@@ -1,5 +1,7 @@
 //! Which blocks go where.
 
+use std::ops::Range;
+
 use clap::ValueEnum;
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_sim::seed::Random;
@@ -10,6 +12,8 @@ use serde::{Deserialize, Serialize};
 const BLOCKS_MAX: u64 = 1 << 20;
 /// The largest block: more is no block of any model.
 const BLOCK_BYTES_MAX: u64 = 1 << 30;
+/// The most threads that post, and the most requests that each keeps in flight.
+pub(super) const PARALLEL_MAX: u32 = 1024;
 
 /// What moves the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -39,6 +43,11 @@ impl BackendKind {
             Self::Object => "object",
         }
     }
+
+    /// Whether the other side is memory of another process.
+    pub(super) const fn is_to_a_process(self) -> bool {
+        matches!(self, Self::Shm | Self::Tcp | Self::Ucx)
+    }
 }
 
 /// Which way the bytes go.
@@ -51,7 +60,7 @@ pub(super) enum Way {
 }
 
 impl Way {
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
             Self::Write => "write",
@@ -75,6 +84,46 @@ pub(super) enum Order {
     Contiguous,
 }
 
+/// When lists are checked and requests made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub(super) enum Calls {
+    /// Once, before anything is timed; then they are posted again and again.
+    Prepared,
+    /// Each time anew, which is timed too.
+    OneShot,
+}
+
+/// The pages of a model's layers: each layer is one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Layers {
+    /// Layers that look at all tokens, and blocks of each.
+    pub(super) full: u32,
+    pub(super) full_blocks: u32,
+    /// Layers that look at the last tokens only, and blocks of each.
+    pub(super) windowed: u32,
+    pub(super) windowed_blocks: u32,
+}
+
+impl Layers {
+    /// Blocks of each layer in turn; both kinds alternate while both are left.
+    fn counts(self) -> impl Iterator<Item = u32> {
+        let pairs = self.full.min(self.windowed);
+        let alternating = (0..pairs).flat_map(move |_| [self.windowed_blocks, self.full_blocks]);
+        let full = (pairs..self.full).map(move |_| self.full_blocks);
+        let windowed = (pairs..self.windowed).map(move |_| self.windowed_blocks);
+        alternating
+            .chain(full)
+            .chain(windowed)
+            .filter(|count| *count > 0)
+    }
+
+    /// Blocks of all layers.
+    pub(super) fn blocks(self) -> u64 {
+        u64::from(self.full) * u64::from(self.full_blocks)
+            + u64::from(self.windowed) * u64::from(self.windowed_blocks)
+    }
+}
+
 /// One case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Shape {
@@ -85,6 +134,13 @@ pub(super) struct Shape {
     pub(super) request_blocks: u32,
     pub(super) order: Order,
     pub(super) seed: u64,
+    /// Threads that post requests, all at once.
+    pub(super) threads: u32,
+    /// Requests that each thread keeps in flight.
+    pub(super) in_flight: u32,
+    pub(super) calls: Calls,
+    /// Requests are layers, not batches of [`Shape::request_blocks`].
+    pub(super) layers: Option<Layers>,
 }
 
 impl Shape {
@@ -102,12 +158,56 @@ impl Shape {
     pub(super) const fn blocks(&self) -> u32 {
         (self.total_bytes / self.block_bytes) as u32
     }
+
+    /// Positions of the blocks of each request.
+    fn requests(&self) -> Vec<Range<u32>> {
+        let blocks = self.blocks();
+        let Some(layers) = self.layers else {
+            let starts = (0..blocks).step_by(self.request_blocks as usize);
+            return starts
+                .map(|first| first..blocks.min(first.saturating_add(self.request_blocks)))
+                .collect();
+        };
+        let mut next = 0;
+        let layer = |count| {
+            let first = next;
+            next += count;
+            first..next
+        };
+        layers.counts().map(layer).collect()
+    }
+
+    /// Refuses what another process must not ask for.
+    fn check_parts(&self) -> Result<()> {
+        for (name, value, most) in [
+            ("--blocks", self.request_blocks, BLOCKS_MAX as u32),
+            ("--threads", self.threads, PARALLEL_MAX),
+            ("--in-flight", self.in_flight, PARALLEL_MAX),
+        ] {
+            if !(1..=most).contains(&value) {
+                return Err(Error::invalid(name, value, format_args!("1..={most}")));
+            }
+        }
+        let blocks = u64::from(self.blocks());
+        if let Some(layers) = self.layers.filter(|layers| layers.blocks() != blocks) {
+            let context = format!(
+                "{blocks} blocks are not the {} of {layers:?}",
+                layers.blocks()
+            );
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        Ok(())
+    }
 }
 
 /// A case with the place of every block: the i-th goes between `local[i]` and `remote[i]`, counted in blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) shape: Shape,
+    /// As in reports.
+    pub(super) case: String,
+    /// Positions of the blocks of each request.
+    pub(super) requests: Vec<Range<u32>>,
     pub(super) local: Vec<u32>,
     pub(super) remote: Vec<u32>,
 }
@@ -143,6 +243,7 @@ impl Plan {
             );
             return Err(Error::new(ErrorKind::Invalid, context));
         }
+        shape.check_parts()?;
         let places = |stream| {
             let mut places: Vec<u32> = (0..blocks as u32).collect();
             if shape.order == Order::Scattered {
@@ -157,6 +258,8 @@ impl Plan {
         };
         Ok(Self {
             shape,
+            case: shape.name(),
+            requests: shape.requests(),
             local: places(1),
             remote,
         })
@@ -187,9 +290,9 @@ impl Plan {
     pub(super) fn in_order(&self) -> Self {
         let order: Vec<u32> = (0..self.shape.blocks()).collect();
         Self {
-            shape: self.shape,
             local: order.clone(),
             remote: order,
+            ..self.clone()
         }
     }
 }
@@ -204,6 +307,10 @@ pub(super) fn shape(backend: BackendKind, way: Way) -> Shape {
         request_blocks: 3,
         order: Order::Scattered,
         seed: 5,
+        threads: 1,
+        in_flight: 2,
+        calls: Calls::Prepared,
+        layers: None,
     }
 }
 
@@ -224,6 +331,46 @@ mod tests {
         }
         assert_ne!(plan.local, plan.remote);
         assert_eq!(Plan::new(plan.shape).unwrap(), plan);
+    }
+
+    /// Cuts 16 blocks by threes, and into the layers of a model that has both kinds.
+    #[test]
+    fn every_block_is_in_one_request() {
+        let mut one = shape(BackendKind::Shm, Way::Read);
+        let batches = Plan::new(one).unwrap().requests;
+        assert_eq!((batches.len(), batches[5].clone()), (6, 15..16));
+        one.layers = Some(Layers {
+            full: 3,
+            full_blocks: 4,
+            windowed: 2,
+            windowed_blocks: 2,
+        });
+        let layers = Plan::new(one).unwrap().requests;
+        assert_eq!(layers, [0..2, 2..6, 6..8, 8..12, 12..16]);
+        one.total_bytes += 4096;
+        assert_eq!(Plan::new(one).unwrap_err().kind(), ErrorKind::Invalid);
+    }
+
+    /// What another process could send: no blocks in a request, or no thread.
+    #[test]
+    fn shapes_that_cannot_be_run_are_refused() {
+        let good = shape(BackendKind::Shm, Way::Write);
+        let named = |shape| Plan::new(shape).unwrap_err().to_string();
+        assert!(
+            named(Shape {
+                request_blocks: 0,
+                ..good
+            })
+            .contains("--blocks")
+        );
+        assert!(named(Shape { threads: 0, ..good }).contains("--threads"));
+        assert!(
+            named(Shape {
+                in_flight: 9999,
+                ..good
+            })
+            .contains("--in-flight")
+        );
     }
 
     /// What cannot be cut into blocks names the option and both sizes.

@@ -1,27 +1,19 @@
 //! What our transfers stand beside: the same bytes moved by the plainest means.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, DirectMode, HostMemory, Region, RegionOptions};
 use rustix::fs::OFlags;
 
-use crate::clock::process_cpu;
-
 use super::contents::{self, POISON};
 use super::plan::{Plan, Way};
-use super::process::TargetProcess;
+use super::raw_tcp::in_parallel;
 use super::remote::{Contents, Files, at};
 use super::subject::Subject;
-use super::target::RAW_HEADER_BYTES;
 
-/// How long the other end of the raw socket may be silent.
-const RAW_PATIENCE: Duration = Duration::from_secs(120);
 /// What direct I/O asks of addresses, offsets and lengths on the devices we know.
 const DIRECT_ALIGNMENT: usize = 4096;
 
@@ -42,7 +34,7 @@ fn verify(plan: &Plan, target: &[u8]) -> Result<()> {
     })
 }
 
-/// One contiguous copy between two private buffers: what memory gives.
+/// One contiguous copy between two private buffers, a part for each thread: what memory gives.
 pub(super) struct Memcpy {
     plan: Plan,
     source: Vec<u8>,
@@ -71,8 +63,13 @@ impl Subject for Memcpy {
     }
 
     fn move_all(&mut self) -> Result<u64> {
-        self.target.copy_from_slice(&self.source);
-        Ok(std::hint::black_box(&self.target).len() as u64)
+        let each = self.target.len().div_ceil(self.plan.shape.threads as usize);
+        let parts = self.source.chunks(each).zip(self.target.chunks_mut(each));
+        let copy = |(from, to): (&'_ [u8], &'_ mut [u8])| {
+            to.copy_from_slice(from);
+            Ok(std::hint::black_box(to).len() as u64)
+        };
+        in_parallel(parts.map(|part| move || copy(part)).collect())
     }
 
     fn move_block(&mut self, position: u32) -> Result<u64> {
@@ -90,10 +87,56 @@ impl Subject for Memcpy {
     }
 }
 
+/// Which blocks each thread copies: those that lie in its part of the local memory, in the order of the plan.
+struct Shares {
+    /// Positions of each part's blocks.
+    positions: Vec<Vec<u32>>,
+    blocks_each: u32,
+}
+
+impl Shares {
+    fn new(plan: &Plan, threads: u32) -> Self {
+        let blocks_each = plan.shape.blocks().div_ceil(threads);
+        let mut positions = vec![Vec::new(); threads as usize];
+        for (position, place) in (0..).zip(&plan.local) {
+            positions[(place / blocks_each) as usize].push(position);
+        }
+        Self {
+            positions,
+            blocks_each,
+        }
+    }
+
+    /// Lets `copy` have each block: its bytes here and where it is on the other side.
+    fn run(
+        &self,
+        plan: &Plan,
+        local: &mut [u8],
+        copy: &(impl Fn(&mut [u8], u64) -> Result<()> + Sync),
+    ) -> Result<u64> {
+        let part_bytes = plan.offset(self.blocks_each) as usize;
+        let block_bytes = plan.shape.block_bytes as usize;
+        let parts = self.positions.iter().zip(local.chunks_mut(part_bytes));
+        let jobs = parts.zip(0..).map(|((positions, part), number)| {
+            let first = number * self.blocks_each;
+            move || {
+                for &position in positions {
+                    let inner = plan.offset(plan.local[position as usize] - first) as usize;
+                    let other = plan.offset(plan.remote[position as usize]);
+                    copy(&mut part[inner..inner + block_bytes], other)?;
+                }
+                Ok(positions.len() as u64 * plan.shape.block_bytes)
+            }
+        });
+        in_parallel(jobs.collect())
+    }
+}
+
 /// A bare loop of copies, block by block as planned, between a private buffer and shared memory that this process has
 /// mapped: what is left of a transfer when all bookkeeping is taken away.
 pub(super) struct MappedLoop {
     plan: Plan,
+    shares: Shares,
     local: Vec<u8>,
     shared: Region,
     _agent: Agent,
@@ -114,20 +157,11 @@ impl MappedLoop {
         };
         Ok(Self {
             plan: plan.clone(),
+            shares: Shares::new(plan, plan.shape.threads),
             local,
             shared,
             _agent: agent,
         })
-    }
-
-    fn copy(&mut self, position: usize) -> Result<()> {
-        let start = self.plan.offset(self.plan.local[position]) as usize;
-        let own = &mut self.local[start..start + self.plan.shape.block_bytes as usize];
-        let other = self.plan.offset(self.plan.remote[position]);
-        match self.plan.shape.way {
-            Way::Read => self.shared.read_at(other, own),
-            Way::Write => self.shared.write_at(other, own),
-        }
     }
 }
 
@@ -145,15 +179,26 @@ impl Subject for MappedLoop {
     }
 
     fn move_all(&mut self) -> Result<u64> {
-        let blocks = self.plan.shape.blocks();
-        for position in 0..blocks as usize {
-            self.copy(position)?;
+        let shared = &self.shared;
+        match self.plan.shape.way {
+            Way::Read => self.shares.run(&self.plan, &mut self.local, &|own, other| {
+                shared.read_at(other, own)
+            }),
+            Way::Write => self.shares.run(&self.plan, &mut self.local, &|own, other| {
+                shared.write_at(other, own)
+            }),
         }
-        Ok(self.plan.offset(blocks))
     }
 
     fn move_block(&mut self, position: u32) -> Result<u64> {
-        self.copy(position as usize)?;
+        let position = position as usize;
+        let start = self.plan.offset(self.plan.local[position]) as usize;
+        let own = &mut self.local[start..start + self.plan.shape.block_bytes as usize];
+        let other = self.plan.offset(self.plan.remote[position]);
+        match self.plan.shape.way {
+            Way::Read => self.shared.read_at(other, own)?,
+            Way::Write => self.shared.write_at(other, own)?,
+        }
         Ok(self.plan.shape.block_bytes)
     }
 
@@ -167,121 +212,31 @@ impl Subject for MappedLoop {
     }
 }
 
-/// Blocking loopback sockets between two processes: one question, a stream of blocks, one answer.
-pub(super) struct RawTcp {
-    plan: Plan,
-    process: TargetProcess,
-    stream: TcpStream,
-    local: Vec<u8>,
-}
+/// So many `pread` or `pwrite` at once keep a device busy; more queues than this gain nothing on those we know.
+pub(super) const DEEP: u32 = 16;
 
-impl RawTcp {
-    pub(super) fn connect(plan: &Plan) -> Result<Self> {
-        let plan = plan.in_order();
-        let mut process = TargetProcess::start()?;
-        let port = process.listen(plan.shape)?;
-        let failed = |error| Error::io("connect the raw reference", error);
-        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
-        stream
-            .set_read_timeout(Some(RAW_PATIENCE))
-            .map_err(failed)?;
-        stream
-            .set_write_timeout(Some(RAW_PATIENCE))
-            .map_err(failed)?;
-        let local = match plan.shape.way {
-            Way::Write => source(&plan),
-            Way::Read => poisoned(&plan),
-        };
-        Ok(Self {
-            plan,
-            process,
-            stream,
-            local,
-        })
-    }
-
-    fn exchange(&mut self, first: u32, count: u32) -> Result<u64> {
-        let Plan { shape, .. } = self.plan;
-        let is_write = shape.way == Way::Write;
-        let mut header = [0; RAW_HEADER_BYTES];
-        let words = [
-            u64::from(is_write),
-            shape.block_bytes,
-            u64::from(first),
-            u64::from(count),
-        ];
-        for (word, out) in words.iter().zip(header.chunks_exact_mut(8)) {
-            out.copy_from_slice(&word.to_le_bytes());
-        }
-        let start = self.plan.offset(first) as usize;
-        let len = self.plan.offset(count) as usize;
-        let blocks = self.local[start..start + len].chunks_exact_mut(shape.block_bytes as usize);
-        let run = || {
-            self.stream.write_all(&header)?;
-            for block in blocks {
-                if is_write {
-                    self.stream.write_all(block)?;
-                } else {
-                    self.stream.read_exact(block)?;
-                }
-            }
-            if is_write {
-                self.stream.read_exact(&mut [0])?;
-            }
-            Ok(len as u64)
-        };
-        run().map_err(|error| Error::io("the raw reference", error))
-    }
-}
-
-impl Subject for RawTcp {
-    fn name(&self) -> &'static str {
-        "raw-tcp"
-    }
-
-    fn poison(&mut self) -> Result<()> {
-        match self.plan.shape.way {
-            Way::Read => self.local.fill(POISON),
-            Way::Write => self.process.poison()?,
-        }
-        Ok(())
-    }
-
-    fn move_all(&mut self) -> Result<u64> {
-        self.exchange(0, self.plan.shape.blocks())
-    }
-
-    fn move_block(&mut self, position: u32) -> Result<u64> {
-        self.exchange(position, 1)
-    }
-
-    fn verify(&mut self) -> Result<()> {
-        match self.plan.shape.way {
-            Way::Read => verify(&self.plan, &self.local),
-            Way::Write => self.process.verify(),
-        }
-    }
-
-    fn cpu(&mut self) -> Result<Duration> {
-        Ok(process_cpu() + self.process.cpu()?)
-    }
-}
-
-/// A loop of `pread` or `pwrite`, one block at a time, on a file of the same folder, cached or direct like ours.
+/// Loops of `pread` or `pwrite`, one block at a time, on a file of the same folder, cached or direct like ours.
 pub(super) struct Disk {
     plan: Plan,
+    shares: Shares,
     files: Files,
     file: File,
     path: PathBuf,
     local: Vec<u8>,
     /// Where in `local` the first aligned byte is.
     start: usize,
+    /// Loops at once.
+    threads: u32,
 }
 
 impl Disk {
-    pub(super) fn open(plan: &Plan, direct: DirectMode, folder: &Path) -> Result<Self> {
-        let path = folder.join(format!("reference-{}", plan.shape.name()));
+    pub(super) fn open(
+        plan: &Plan,
+        direct: DirectMode,
+        folder: &Path,
+        threads: u32,
+    ) -> Result<Self> {
+        let path = folder.join(format!("reference-{threads}-{}", plan.shape.name()));
         let files = Files {
             paths: vec![path.clone()],
             blocks_each: plan.shape.blocks(),
@@ -305,18 +260,17 @@ impl Disk {
         }
         Ok(Self {
             plan: plan.clone(),
+            shares: Shares::new(plan, threads),
             files,
             file,
             path,
             local,
             start,
+            threads,
         })
     }
 
-    fn copy(&mut self, position: usize) -> Result<()> {
-        let start = self.start + self.plan.offset(self.plan.local[position]) as usize;
-        let block = &mut self.local[start..start + self.plan.shape.block_bytes as usize];
-        let offset = self.plan.offset(self.plan.remote[position]);
+    fn transfer(&self, block: &mut [u8], offset: u64) -> Result<()> {
         let done = match self.plan.shape.way {
             Way::Read => self.file.read_exact_at(block, offset),
             Way::Write => self.file.write_all_at(block, offset),
@@ -348,7 +302,11 @@ fn open(path: &Path, plan: &Plan, direct: DirectMode) -> Result<File> {
 
 impl Subject for Disk {
     fn name(&self) -> &'static str {
-        "disk"
+        if self.threads == 1 {
+            "disk"
+        } else {
+            "disk-deep"
+        }
     }
 
     fn poison(&mut self) -> Result<()> {
@@ -360,16 +318,23 @@ impl Subject for Disk {
     }
 
     fn move_all(&mut self) -> Result<u64> {
-        let blocks = self.plan.shape.blocks();
-        for position in 0..blocks as usize {
-            self.copy(position)?;
-        }
-        Ok(self.plan.offset(blocks))
+        let mut local = std::mem::take(&mut self.local);
+        let aligned = &mut local[self.start..][..self.plan.shape.total_bytes as usize];
+        let moved = self.shares.run(&self.plan, aligned, &|block, offset| {
+            self.transfer(block, offset)
+        });
+        self.local = local;
+        moved
     }
 
     fn move_block(&mut self, position: u32) -> Result<u64> {
-        self.copy(position as usize)?;
-        Ok(self.plan.shape.block_bytes)
+        let position = position as usize;
+        let mut local = std::mem::take(&mut self.local);
+        let start = self.start + self.plan.offset(self.plan.local[position]) as usize;
+        let block = &mut local[start..start + self.plan.shape.block_bytes as usize];
+        let moved = self.transfer(block, self.plan.offset(self.plan.remote[position]));
+        self.local = local;
+        moved.map(|()| self.plan.shape.block_bytes)
     }
 
     fn verify(&mut self) -> Result<()> {
@@ -390,11 +355,15 @@ mod tests {
     fn references_move_every_block() {
         let folder = tempfile::tempdir().unwrap();
         for way in [Way::Read, Way::Write] {
-            let plan = Plan::new(shape(BackendKind::Shm, way)).unwrap();
-            let subjects: [Box<dyn Subject>; 3] = [
+            let mut shape = shape(BackendKind::Shm, way);
+            shape.threads = 3;
+            let plan = Plan::new(shape).unwrap();
+            let disk = |threads| Disk::open(&plan, DirectMode::Auto, folder.path(), threads);
+            let subjects: [Box<dyn Subject>; 4] = [
                 Box::new(Memcpy::new(&plan)),
                 Box::new(MappedLoop::new(&plan).unwrap()),
-                Box::new(Disk::open(&plan, DirectMode::Auto, folder.path()).unwrap()),
+                Box::new(disk(1).unwrap()),
+                Box::new(disk(DEEP).unwrap()),
             ];
             for mut subject in subjects {
                 subject.poison().unwrap();

@@ -10,14 +10,16 @@ use kvfabric_transfer::Region;
 
 use super::contents::{self, POISON};
 use super::plan::{Plan, Way};
-use super::process::TargetProcess;
+use super::process::Target;
 
 /// Where the blocks are that are not in this process's local region.
 pub(super) enum Remote {
     /// Another region of this process.
     Own(Region),
     /// Memory of another process, which looks after it by itself.
-    Process(TargetProcess),
+    Process(Target),
+    /// Memory of another process, which somebody else looks after.
+    Elsewhere,
     /// A file, or the files that objects are.
     Files(Files),
 }
@@ -87,7 +89,7 @@ impl Remote {
             Self::Own(region) => {
                 contents::write_source(plan, |offset, block| region.write_at(offset, block))
             }
-            Self::Process(_) => Ok(()),
+            Self::Process(_) | Self::Elsewhere => Ok(()),
             Self::Files(files) => files.write(plan, Contents::Source),
         }
     }
@@ -97,6 +99,7 @@ impl Remote {
         match self {
             Self::Own(region) => region.fill_at(0, region.bytes(), POISON),
             Self::Process(process) => process.poison(),
+            Self::Elsewhere => Ok(()),
             Self::Files(files) => files.write(plan, Contents::Poison),
         }
     }
@@ -108,15 +111,16 @@ impl Remote {
                 contents::verify(plan, |offset, block| region.read_at(offset, block))
             }
             Self::Process(process) => process.verify(),
+            Self::Elsewhere => Ok(()),
             Self::Files(files) => files.verify(plan),
         }
     }
 
     /// CPU time of the other process, if there is one.
-    pub(super) fn cpu(&mut self) -> Result<Duration> {
+    pub(super) fn cpu(&mut self) -> Result<Option<Duration>> {
         match self {
-            Self::Process(process) => process.cpu(),
-            Self::Own(_) | Self::Files(_) => Ok(Duration::ZERO),
+            Self::Process(process) => process.cpu().map(Some),
+            Self::Own(_) | Self::Files(_) | Self::Elsewhere => Ok(None),
         }
     }
 }

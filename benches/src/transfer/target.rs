@@ -1,9 +1,11 @@
-//! The target's process: memory that the initiator reads and writes.
+//! The other end of transfers: memory that is read and written, and, when it is told to, transfers of its own.
 
-use std::io::{BufRead, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions};
@@ -11,66 +13,183 @@ use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions};
 use crate::clock::process_cpu;
 
 use super::contents::{self, POISON};
+use super::control::Echo;
+use super::fabric::Fabric;
 use super::plan::{BackendKind, Plan, Shape, Way};
-use super::protocol::{Answer, Ask};
+use super::protocol::{Answer, Ask, line, read_line};
+use super::raw_tcp::RawMemory;
+use super::subject::Subject;
 
-/// How long the raw reference may be silent.
-const RAW_PATIENCE: Duration = Duration::from_secs(120);
-/// The raw reference's question: way, block size, first block, number of blocks.
-pub(super) const RAW_HEADER_BYTES: usize = 32;
+/// Memory of one session of a target that the one who started it talks to alone.
+const OWN_BYTES_MAX: u64 = 1 << 40;
 
-/// Serves until the initiator closes the pipe.
+/// Serves over the standard streams until the initiator closes them.
 ///
 /// # Errors
 /// `Io` when a pipe fails.
 pub(crate) fn serve() -> Result<()> {
-    let failed = |error| Error::io("talk to the initiator", error);
-    let mut memory = None;
-    for line in std::io::stdin().lock().lines() {
-        let answer = answer(&line.map_err(failed)?, &mut memory);
-        let answer = answer.unwrap_or_else(|error| Answer::Failed {
-            is_corrupt: error.kind() == ErrorKind::Corrupt,
-            text: error.to_string(),
-        });
-        let mut text = serde_json::to_string(&answer).map_err(|error| {
-            Error::new(ErrorKind::Internal, "encode a message").with_source(error)
-        })?;
-        text.push('\n');
+    let home = Arc::new(Home::new(OWN_BYTES_MAX));
+    let mut session = Session::new(home, IpAddr::from(Ipv4Addr::LOCALHOST));
+    let mut input = std::io::stdin().lock();
+    while let Some(line) = read_line(&mut input)? {
         let mut out = std::io::stdout().lock();
-        out.write_all(text.as_bytes())
-            .and_then(|()| out.flush())
-            .map_err(failed)?;
+        session.answer_to(&line, &mut out)?;
     }
     Ok(())
 }
 
-fn answer(line: &str, memory: &mut Option<Exposed>) -> Result<Answer> {
-    let ask: Ask = serde_json::from_str(line).map_err(|error| {
-        Error::new(ErrorKind::Invalid, format!("message {line:?}")).with_source(error)
-    })?;
-    if let Ask::Cpu = ask {
-        let nanoseconds = process_cpu().as_nanos() as u64;
-        return Ok(Answer::Cpu { nanoseconds });
+/// What all sessions of this process share: one agent for each way of transfer, as an engine would have it.
+pub(super) struct Home {
+    agents: Mutex<Vec<(BackendKind, IpAddr, Agent)>>,
+    bytes_max: u64,
+}
+
+impl Home {
+    /// `bytes_max`: the most memory of one session.
+    pub(super) fn new(bytes_max: u64) -> Self {
+        Self {
+            agents: Mutex::default(),
+            bytes_max,
+        }
     }
-    if let Ask::Expose { shape, is_raw } = ask {
-        let (exposed, answer) = Exposed::new(shape, is_raw)?;
-        *memory = Some(exposed);
-        return Ok(answer);
+
+    fn agent(&self, backend: BackendKind, address: IpAddr) -> Result<Agent> {
+        let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = agents
+            .iter()
+            .find(|(kind, place, _)| (*kind, *place) == (backend, address));
+        if let Some((_, _, agent)) = known {
+            return Ok(agent.clone());
+        }
+        let agent = agent("target", backend, address)?;
+        agents.push((backend, address, agent.clone()));
+        Ok(agent)
     }
-    let Some(exposed) = memory else {
-        return Err(Error::new(ErrorKind::Invalid, "nothing is exposed yet"));
-    };
-    match ask {
-        Ask::Poison => exposed.memory.poison()?,
-        _ => exposed.verify()?,
+}
+
+/// What one who asks has asked for so far.
+pub(super) struct Session {
+    home: Arc<Home>,
+    /// Where agents and the raw reference listen.
+    address: IpAddr,
+    exposed: Option<Exposed>,
+    fabric: Option<Fabric>,
+    echo: Option<Echo>,
+}
+
+impl Session {
+    pub(super) fn new(home: Arc<Home>, address: IpAddr) -> Self {
+        Self {
+            home,
+            address,
+            exposed: None,
+            fabric: None,
+            echo: None,
+        }
     }
-    Ok(Answer::Done)
+
+    /// Does what a line asks for and writes the answer.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be written; what could not be done is an answer too.
+    pub(super) fn answer_to(&mut self, text: &str, out: &mut impl Write) -> Result<()> {
+        let answer = self.answer(text).unwrap_or_else(|error| Answer::Failed {
+            is_corrupt: error.kind() == ErrorKind::Corrupt,
+            text: error.to_string(),
+        });
+        out.write_all(line(&answer)?.as_bytes())
+            .and_then(|()| out.flush())
+            .map_err(|error| Error::io("talk to the initiator", error))
+    }
+
+    fn answer(&mut self, line: &str) -> Result<Answer> {
+        let ask: Ask = serde_json::from_str(line).map_err(|error| {
+            let shown: String = line.chars().take(80).collect();
+            Error::new(ErrorKind::Invalid, format!("message {shown:?}")).with_source(error)
+        })?;
+        match ask {
+            Ask::Hello { version } => {
+                let own = env!("CARGO_PKG_VERSION");
+                if version != own {
+                    let context = format!("this target is of version {own}, not {version}");
+                    return Err(Error::new(ErrorKind::Version, context));
+                }
+            }
+            Ask::Cpu => {
+                let nanoseconds = process_cpu().as_nanos() as u64;
+                return Ok(Answer::Cpu { nanoseconds });
+            }
+            Ask::Expose { shape, is_raw } => {
+                self.check_bytes(&shape)?;
+                // What was there goes first: its memory may be as large.
+                self.exposed = None;
+                let exposed = Exposed::new(shape, is_raw, self)?;
+                let answer = exposed.whereabouts(self.address)?;
+                self.exposed = Some(exposed);
+                return Ok(answer);
+            }
+            Ask::Whereabouts => return self.exposed()?.whereabouts(self.address),
+            Ask::Initiate {
+                shape,
+                region,
+                metadata,
+            } => {
+                self.check_bytes(&shape)?;
+                self.fabric = None;
+                let agent = self.home.agent(shape.backend, self.address)?;
+                let plan = Plan::new(shape)?;
+                self.fabric = Some(Fabric::towards(&plan, agent, region, &metadata)?);
+            }
+            Ask::Echo { metadata } => {
+                let Memory::Region { agent, .. } = &self.exposed()?.memory else {
+                    return Err(nothing());
+                };
+                self.echo = Some(Echo::start(agent, &metadata)?);
+            }
+            Ask::Move => {
+                let fabric = self.fabric.as_mut().ok_or_else(nothing)?;
+                let start = Instant::now();
+                let bytes = fabric.move_all()?;
+                let nanoseconds = start.elapsed().as_nanos() as u64;
+                return Ok(Answer::Moved { bytes, nanoseconds });
+            }
+            Ask::Poison => match &mut self.fabric {
+                Some(fabric) => fabric.poison()?,
+                None => self.exposed()?.memory.poison()?,
+            },
+            Ask::Verify => match &mut self.fabric {
+                Some(fabric) => fabric.verify()?,
+                None => self.exposed()?.verify()?,
+            },
+        }
+        Ok(Answer::Done)
+    }
+
+    fn exposed(&self) -> Result<&Exposed> {
+        self.exposed.as_ref().ok_or_else(nothing)
+    }
+
+    fn check_bytes(&self, shape: &Shape) -> Result<()> {
+        let most = self.home.bytes_max;
+        if shape.total_bytes > most {
+            return Err(Error::invalid(
+                "--total-bytes",
+                shape.total_bytes,
+                format_args!("at most the {most} that this target gives"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn nothing() -> Error {
+    Error::new(ErrorKind::Invalid, "nothing is exposed yet")
 }
 
 /// Memory of this process that both kinds of initiator can reach.
 enum Memory {
-    Region { region: Region, _agent: Agent },
-    Raw(Arc<Mutex<Vec<u8>>>),
+    Region { region: Region, agent: Agent },
+    Raw(Arc<RawMemory>),
 }
 
 struct Exposed {
@@ -79,38 +198,37 @@ struct Exposed {
 }
 
 impl Exposed {
-    fn new(shape: Shape, is_raw: bool) -> Result<(Self, Answer)> {
+    fn new(shape: Shape, is_raw: bool, session: &Session) -> Result<Self> {
         let mut plan = Plan::new(shape)?;
-        let (memory, answer) = if is_raw {
+        let memory = if is_raw {
             plan = plan.in_order();
-            let memory = Arc::new(Mutex::new(vec![POISON; shape.total_bytes as usize]));
-            let port = listen(memory.clone())?;
-            (Memory::Raw(memory), Answer::Listening { port })
+            Memory::Raw(Arc::new(RawMemory::new(&plan)))
         } else {
-            let agent = agent("target", shape.backend)?;
+            let agent = session.home.agent(shape.backend, session.address)?;
             let options = RegionOptions {
                 remote_read: true,
                 remote_write: true,
             };
             let region = agent.register(HostMemory::shared(shape.total_bytes)?, options)?;
-            let metadata = agent.metadata().to_vec();
-            let answer = Answer::Exposed {
-                region: region.id().0,
-                metadata,
-            };
-            (
-                Memory::Region {
-                    region,
-                    _agent: agent,
-                },
-                answer,
-            )
+            Memory::Region { region, agent }
         };
         memory.poison()?;
         if shape.way == Way::Read {
             contents::write_source(&plan, |offset, block| memory.write(offset, block))?;
         }
-        Ok((Self { plan, memory }, answer))
+        Ok(Self { plan, memory })
+    }
+
+    fn whereabouts(&self, address: IpAddr) -> Result<Answer> {
+        Ok(match &self.memory {
+            Memory::Region { region, agent } => Answer::Exposed {
+                region: region.id().0,
+                metadata: agent.metadata().to_vec(),
+            },
+            Memory::Raw(memory) => Answer::Listening {
+                port: memory.listen(address)?,
+            },
+        })
     }
 
     fn verify(&self) -> Result<()> {
@@ -121,98 +239,39 @@ impl Exposed {
 impl Memory {
     fn poison(&self) -> Result<()> {
         match self {
-            Self::Region { region, .. } => region.fill_at(0, region.bytes(), POISON),
-            Self::Raw(memory) => {
-                lock(memory).fill(POISON);
-                Ok(())
-            }
+            Self::Region { region, .. } => region.fill_at(0, region.bytes(), POISON)?,
+            Self::Raw(memory) => memory.fill(POISON),
         }
+        Ok(())
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         match self {
-            Self::Region { region, .. } => region.write_at(offset, bytes),
+            Self::Region { region, .. } => region.write_at(offset, bytes)?,
             Self::Raw(memory) => {
-                lock(memory)[offset as usize..][..bytes.len()].copy_from_slice(bytes);
-                Ok(())
+                memory.block(offset, |block| block[..bytes.len()].copy_from_slice(bytes));
             }
         }
+        Ok(())
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
         match self {
-            Self::Region { region, .. } => region.read_at(offset, bytes),
-            Self::Raw(memory) => {
-                bytes.copy_from_slice(&lock(memory)[offset as usize..][..bytes.len()]);
-                Ok(())
-            }
+            Self::Region { region, .. } => region.read_at(offset, bytes)?,
+            Self::Raw(memory) => memory.block(offset, |block| bytes.copy_from_slice(block)),
         }
+        Ok(())
     }
 }
 
-fn lock(memory: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
-    memory.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An agent that reaches others only by this backend.
-pub(super) fn agent(name: &str, backend: BackendKind) -> Result<Agent> {
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    Agent::builder(name)
+/// An agent that reaches others only by this backend, under a name that no other has.
+pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result<Agent> {
+    let chance = RandomState::new().build_hasher().finish();
+    Agent::builder(&format!("{role}-{chance:016x}"))
         .shm(backend == BackendKind::Shm)
-        .tcp((backend == BackendKind::Tcp).then_some(loopback))
+        .tcp((backend == BackendKind::Tcp).then_some(SocketAddr::new(address, 0)))
         .ucx((backend == BackendKind::Ucx).then(UcxOptions::default))
         .build()
-}
-
-/// Serves memory over a plain socket, one connection; returns the port.
-fn listen(memory: Arc<Mutex<Vec<u8>>>) -> Result<u16> {
-    let failed = |error| Error::io("listen for the raw reference", error);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
-    let port = listener.local_addr().map_err(failed)?.port();
-    let serving = move || {
-        // An end of the stream is how every run ends; the initiator tells of anything else.
-        if let Ok((stream, _)) = listener.accept() {
-            let _ = serve_raw(stream, &memory);
-        }
-    };
-    std::thread::Builder::new()
-        .name("raw".to_owned())
-        .spawn(serving)
-        .map_err(failed)?;
-    Ok(port)
-}
-
-fn serve_raw(mut stream: TcpStream, memory: &Mutex<Vec<u8>>) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(RAW_PATIENCE))?;
-    stream.set_write_timeout(Some(RAW_PATIENCE))?;
-    let mut header = [0; RAW_HEADER_BYTES];
-    loop {
-        stream.read_exact(&mut header)?;
-        let mut words = header.chunks_exact(8).map(|word| {
-            word.iter()
-                .rev()
-                .fold(0, |value, byte| value << 8 | usize::from(*byte))
-        });
-        let mut next = || words.next().unwrap_or(0);
-        let (is_read, block, first, count) = (next() == 0, next(), next(), next());
-        let mut memory = lock(memory);
-        let range = first.checked_mul(block).zip(count.checked_mul(block));
-        let range = range.and_then(|(start, len)| memory.get_mut(start..start.checked_add(len)?));
-        let Some(range) = range else {
-            return Err(std::io::ErrorKind::InvalidInput.into());
-        };
-        for block in range.chunks_mut(block.max(1)) {
-            if is_read {
-                stream.write_all(block)?;
-            } else {
-                stream.read_exact(block)?;
-            }
-        }
-        if !is_read {
-            stream.write_all(&[1])?;
-        }
-    }
 }
 
 #[cfg(test)]
@@ -220,34 +279,38 @@ mod tests {
     use super::super::plan::shape;
     use super::*;
 
-    fn say(ask: &Ask, memory: &mut Option<Exposed>) -> Result<Answer> {
-        answer(&serde_json::to_string(ask).unwrap(), memory)
+    fn session() -> Session {
+        Session::new(
+            Arc::new(Home::new(1 << 20)),
+            IpAddr::from(Ipv4Addr::LOCALHOST),
+        )
+    }
+
+    fn say(session: &mut Session, ask: &Ask) -> Result<Answer> {
+        session.answer(&serde_json::to_string(ask).unwrap())
     }
 
     /// Speaks to a target of each kind: memory that nobody wrote is wrong, as is memory with one changed byte.
     #[test]
     fn a_target_finds_its_memory_corrupted() {
         for (backend, is_raw) in [(BackendKind::Shm, false), (BackendKind::Tcp, true)] {
-            let mut exposed = None;
-            let shape = shape(backend, Way::Write);
-            say(&Ask::Expose { shape, is_raw }, &mut exposed).unwrap();
-            let error = say(&Ask::Verify, &mut exposed).unwrap_err();
+            let mut session = session();
+            let mut shape = shape(backend, Way::Write);
+            shape.threads = 3;
+            say(&mut session, &Ask::Expose { shape, is_raw }).unwrap();
+            let error = say(&mut session, &Ask::Verify).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
             // What a write would leave: each block at its place.
-            let Exposed { plan, memory } = exposed.as_ref().unwrap();
+            let Exposed { plan, memory } = session.exposed.as_ref().unwrap();
             let mut block = vec![0; plan.shape.block_bytes as usize];
             for (&source, &target) in plan.sources().iter().zip(plan.targets()) {
                 contents::fill(plan.shape.seed, plan.offset(source), &mut block);
                 memory.write(plan.offset(target), &block).unwrap();
             }
-            say(&Ask::Verify, &mut exposed).unwrap();
-            exposed
-                .as_ref()
-                .unwrap()
-                .memory
-                .write(4096 * 2, b"wrong")
-                .unwrap();
-            let error = say(&Ask::Verify, &mut exposed).unwrap_err();
+            say(&mut session, &Ask::Verify).unwrap();
+            let memory = &session.exposed.as_ref().unwrap().memory;
+            memory.write(4096 * 2, b"wrong").unwrap();
+            let error = say(&mut session, &Ask::Verify).unwrap_err();
             assert!(
                 error
                     .to_string()
@@ -257,17 +320,32 @@ mod tests {
         }
     }
 
-    /// Messages that make no sense, or come too early, are answered by an error.
+    /// Messages that make no sense, come too early, or ask for too much are answered by an error.
     #[test]
     fn a_target_refuses_what_it_cannot_do() {
-        let error = answer("{", &mut None).unwrap_err();
+        let mut session = session();
+        let error = session.answer("{").unwrap_err();
         assert!(error.to_string().contains("message"), "{error}");
-        assert_eq!(
-            say(&Ask::Poison, &mut None).unwrap_err().kind(),
-            ErrorKind::Invalid
-        );
+        for early in [Ask::Poison, Ask::Verify, Ask::Move, Ask::Whereabouts] {
+            let error = say(&mut session, &early).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{early:?}");
+        }
+        let mut shape = shape(BackendKind::Shm, Way::Write);
+        shape.total_bytes = 2 << 20;
+        let error = say(
+            &mut session,
+            &Ask::Expose {
+                shape,
+                is_raw: false,
+            },
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("2097152"), "{error}");
+        let version = "0.0.1".to_owned();
+        let error = say(&mut session, &Ask::Hello { version }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Version);
         assert!(matches!(
-            say(&Ask::Cpu, &mut None),
+            say(&mut session, &Ask::Cpu),
             Ok(Answer::Cpu { nanoseconds: 1.. })
         ));
     }

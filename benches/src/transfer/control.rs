@@ -1,0 +1,262 @@
+//! What is paid before and beside the bytes: agents, first transfers, notifications, lists, metadata, idleness.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric_sim::seed::Random;
+use kvfabric_transfer::{
+    Agent, Descriptor, HostMemory, Operation, PeerHandle, RegionId, RegionOptions, RequestOptions,
+    Side,
+};
+
+use crate::recorder::Recorder;
+use crate::report::{Case, OURS};
+use crate::statistics::{Percentiles, Samples};
+
+use super::plan::{BackendKind, Calls, Order, Shape, Way};
+use super::process::{Target, TargetAt};
+use super::protocol::Ask;
+use super::target::agent;
+
+/// Bytes of a first transfer.
+const FIRST_BYTES: u64 = 1 << 20;
+/// Blocks of a long list, of 4 KiB each.
+const LIST_BLOCKS: u32 = 65_536;
+const LIST_BLOCK_BYTES: u64 = 4096;
+/// Regions whose metadata are counted.
+const REGIONS: usize = 1000;
+/// How often each step is taken.
+const STEPS: u32 = 20;
+/// Notifications of each round.
+const NOTIFICATIONS: u32 = 1000;
+const NOTIFICATION_ROUNDS: u32 = 5;
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long nothing is done.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// Measures all of it; each figure has a case of its own name, with the way where it matters.
+///
+/// # Errors
+/// What an agent or a target says.
+pub(super) fn measure(recorder: &mut Recorder) -> Result<()> {
+    for backend in [BackendKind::Shm, BackendKind::Tcp] {
+        if recorder.stop().is_set() {
+            return Ok(());
+        }
+        recorder.say(format!(
+            "notifications and first transfers, {}",
+            backend.name()
+        ));
+        notifications(backend, recorder)?;
+        first_transfers(backend, recorder)?;
+        recorder.step();
+    }
+    recorder.say("long lists, metadata");
+    long_lists(recorder)?;
+    metadata(recorder)?;
+    recorder.step();
+    if !recorder.stop().is_set() {
+        recorder.say(format!("nothing, for {IDLE:?}"));
+        idleness(recorder)?;
+    }
+    recorder.step();
+    Ok(())
+}
+
+fn shape(backend: BackendKind, total_bytes: u64) -> Shape {
+    Shape {
+        backend,
+        way: Way::Write,
+        block_bytes: LIST_BLOCK_BYTES,
+        total_bytes,
+        request_blocks: 1,
+        order: Order::Contiguous,
+        seed: 1,
+        threads: 1,
+        in_flight: 1,
+        calls: Calls::Prepared,
+        layers: None,
+    }
+}
+
+fn own_agent(backend: BackendKind) -> Result<Agent> {
+    agent("initiator", backend, IpAddr::from(Ipv4Addr::LOCALHOST))
+}
+
+fn case(name: &str) -> Case<'_> {
+    Case {
+        subject: OURS,
+        name,
+    }
+}
+
+/// Sends back what another process sends, until it is dropped.
+pub(super) struct Echo(Arc<AtomicBool>);
+
+impl Echo {
+    /// Learns of the peer and answers its notifications on a thread.
+    pub(super) fn start(agent: &Agent, metadata: &[u8]) -> Result<Self> {
+        let (agent, peer) = (agent.clone(), agent.load_peer(metadata)?);
+        let ended = Arc::new(AtomicBool::new(false));
+        let is_ended = ended.clone();
+        let answer = move || {
+            while !is_ended.load(Ordering::Relaxed) {
+                for notification in agent.wait_notifications(Duration::from_millis(100)) {
+                    // Whoever waits for it tells that it did not come.
+                    if let Ok(sent) = agent.notify(&peer, notification.bytes) {
+                        drop(sent.wait(PATIENCE));
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("echo".to_owned())
+            .spawn(answer)
+            .map_err(|error| Error::io("start a thread", error))?;
+        Ok(Self(ended))
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
+    let mut target = Target::open(&TargetAt::Spawned)?;
+    let (_, metadata) = target.expose(shape(backend, FIRST_BYTES))?;
+    let agent = own_agent(backend)?;
+    let peer = agent.load_peer(&metadata)?;
+    target.done(&Ask::Echo {
+        metadata: agent.metadata().to_vec(),
+    })?;
+    let mut round_trips = Percentiles::default();
+    for _ in 0..NOTIFICATION_ROUNDS {
+        let mut round = Samples::default();
+        for number in 0..NOTIFICATIONS {
+            let start = Instant::now();
+            round_trip(&agent, &peer, number)?;
+            round.push_us(start.elapsed());
+        }
+        round_trips.push_round(&round);
+    }
+    let name = format!("notification-{}", backend.name());
+    recorder.extend(case(&name).row("p50_us", "µs", &round_trips.p50));
+    recorder.extend(case(&name).row("p99_us", "µs", &round_trips.p99));
+    Ok(())
+}
+
+fn round_trip(agent: &Agent, peer: &PeerHandle, number: u32) -> Result<()> {
+    let bytes = number.to_le_bytes().to_vec();
+    let sent = agent.notify(peer, bytes.clone().into())?;
+    let came = agent.wait_notifications(PATIENCE);
+    if came.len() != 1 || came.iter().any(|one| *one.bytes != *bytes) {
+        let context = format!("notification {number} did not come back: {came:?}");
+        return Err(Error::new(ErrorKind::Corrupt, context));
+    }
+    sent.wait(PATIENCE)?;
+    Ok(())
+}
+
+fn first_transfers(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
+    let mut target = Target::open(&TargetAt::Spawned)?;
+    let (region, metadata) = target.expose(shape(backend, FIRST_BYTES))?;
+    let (mut made, mut first) = (Samples::default(), Samples::default());
+    for _ in 0..STEPS {
+        let start = Instant::now();
+        let agent = own_agent(backend)?;
+        made.push(start.elapsed().as_secs_f64() * 1e3);
+        let local = agent.register(
+            HostMemory::anonymous(FIRST_BYTES)?,
+            RegionOptions::default(),
+        )?;
+        local.fill_at(0, FIRST_BYTES, 1)?;
+        let start = Instant::now();
+        let peer = agent.load_peer(&metadata)?;
+        let other = Descriptor {
+            region: RegionId(region),
+            offset: 0,
+            len: FIRST_BYTES,
+        };
+        let pairs = [(local.descriptor(0, FIRST_BYTES), other)];
+        let options = RequestOptions::default();
+        let request = agent.transfer(Operation::Write, &pairs, Side::Peer(&peer), options)?;
+        request.wait(PATIENCE)?;
+        first.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    let name = format!("first-transfer-{}", backend.name());
+    recorder.extend(case(&name).row("agent_ms", "ms", &made));
+    recorder.extend(case(&name).row("first_transfer_ms", "ms", &first));
+    Ok(())
+}
+
+fn long_lists(recorder: &mut Recorder) -> Result<()> {
+    let total_bytes = u64::from(LIST_BLOCKS) * LIST_BLOCK_BYTES;
+    let mut target = Target::open(&TargetAt::Spawned)?;
+    let (region, metadata) = target.expose(shape(BackendKind::Shm, total_bytes))?;
+    let agent = own_agent(BackendKind::Shm)?;
+    let peer = agent.load_peer(&metadata)?;
+    let local = agent.register(
+        HostMemory::anonymous(total_bytes)?,
+        RegionOptions::default(),
+    )?;
+    let list = |stream, region| -> Vec<Descriptor> {
+        let mut places: Vec<u32> = (0..LIST_BLOCKS).collect();
+        Random::stream(1, stream).shuffle(&mut places);
+        let block = |place| Descriptor {
+            region,
+            offset: u64::from(place) * LIST_BLOCK_BYTES,
+            len: LIST_BLOCK_BYTES,
+        };
+        places.into_iter().map(block).collect()
+    };
+    let (own, other) = (list(1, local.id()), list(2, RegionId(region)));
+    let mut made = Samples::default();
+    for _ in 0..STEPS {
+        let start = Instant::now();
+        let own = agent.prepare(Side::Local, &own)?;
+        let other = agent.prepare(Side::Peer(&peer), &other)?;
+        let request = agent.request(Operation::Read, &own, &other, RequestOptions::default())?;
+        made.push(start.elapsed().as_secs_f64() * 1e3);
+        drop(request);
+    }
+    recorder.extend(case("lists").row("prepare_and_create_ms", "ms", &made));
+    Ok(())
+}
+
+fn metadata(recorder: &mut Recorder) -> Result<()> {
+    let agent = own_agent(BackendKind::Tcp)?;
+    let options = RegionOptions {
+        remote_read: true,
+        remote_write: true,
+    };
+    let regions = (0..REGIONS)
+        .map(|_| agent.register(HostMemory::anonymous(LIST_BLOCK_BYTES)?, options))
+        .collect::<Result<Vec<_>>>()?;
+    let kilobytes = agent.metadata().len() as f64 / 1e3;
+    drop(regions);
+    recorder.extend(case("metadata").single("of_1000_regions", "KB", kilobytes));
+    Ok(())
+}
+
+/// A process with an agent that has a connection and nothing to do.
+fn idleness(recorder: &mut Recorder) -> Result<()> {
+    let mut target = Target::open(&TargetAt::Spawned)?;
+    let (_, metadata) = target.expose(shape(BackendKind::Tcp, FIRST_BYTES))?;
+    let agent = own_agent(BackendKind::Tcp)?;
+    let peer = agent.load_peer(&metadata)?;
+    let _path = agent.path_to(&peer);
+    let before = target.cpu()?;
+    let start = Instant::now();
+    while start.elapsed() < IDLE && !recorder.stop().is_set() {
+        std::thread::sleep(IDLE / 100);
+    }
+    let share = (target.cpu()? - before).as_secs_f64() / start.elapsed().as_secs_f64();
+    recorder.extend(case("idle-agent").single("cpu_percent", "% of a core", share * 100.0));
+    Ok(())
+}

@@ -1,0 +1,137 @@
+//! The other side of our transfers, made by each kind of way.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric_transfer::{
+    Agent, DirectMode, FileOptions, HostMemory, ObjectOptions, PeerHandle, RegionId, RegionOptions,
+};
+
+use super::super::contents::POISON;
+use super::super::plan::{BackendKind, Plan, Shape};
+use super::super::process::{Target, TargetAt};
+use super::super::remote::{Files, Remote};
+use super::super::target::agent;
+use super::Places;
+
+/// How the object store is called.
+const STORE: &str = "bench";
+
+/// An agent, and the other side as it is reached and as descriptors name it.
+pub(super) fn open(
+    plan: &Plan,
+    at: &TargetAt,
+    direct: DirectMode,
+    folder: &Path,
+) -> Result<(Agent, Remote, Places)> {
+    let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+    let own = || agent("initiator", plan.shape.backend, loopback);
+    let (agent, (remote, places)) = match plan.shape.backend {
+        BackendKind::Memcpy => {
+            let agent = own()?;
+            let other = own_remote(plan, &agent)?;
+            (agent, other)
+        }
+        BackendKind::Shm | BackendKind::Tcp | BackendKind::Ucx => peer_remote(plan, at)?,
+        BackendKind::File => {
+            let agent = own()?;
+            let other = file_remote(plan, &agent, direct, folder)?;
+            (agent, other)
+        }
+        BackendKind::Object => {
+            let url = format!("file://{}", folder.display());
+            let agent = Agent::builder("initiator")
+                .object_store(STORE, &url, ObjectOptions::default())
+                .build()?;
+            let other = object_remote(plan, &agent, folder)?;
+            (agent, other)
+        }
+    };
+    Ok((agent, remote, places))
+}
+
+/// Starts another process, and reaches it only the way of this shape; what is told of the path.
+pub(in super::super) fn path_to_another_process(shape: Shape) -> Result<String> {
+    let mut target = Target::open(&TargetAt::Spawned)?;
+    let agent = agent("doctor", shape.backend, target.addresses().0)?;
+    let (_, metadata) = target.expose(shape)?;
+    let peer = agent.load_peer(&metadata)?;
+    check_path(&agent, &peer, shape.backend)
+}
+
+pub(super) fn check_path(agent: &Agent, peer: &PeerHandle, backend: BackendKind) -> Result<String> {
+    let wanted = backend.name();
+    let path = agent.path_to(peer);
+    if path.backend == Some(wanted) {
+        return Ok(path.why);
+    }
+    let reasons = path
+        .refused
+        .iter()
+        .map(|(way, why)| format!("{way}: {why}"));
+    let reasons: Vec<_> = reasons.collect();
+    let context = format!("{wanted} cannot be used here: {}", reasons.join("; "));
+    Err(Error::new(ErrorKind::Unsupported, context))
+}
+
+fn own_remote(plan: &Plan, agent: &Agent) -> Result<(Remote, Places)> {
+    let memory = HostMemory::anonymous(plan.shape.total_bytes)?;
+    let region = agent.register(memory, RegionOptions::default())?;
+    region.fill_at(0, region.bytes(), POISON)?;
+    Ok((Remote::Own(region.clone()), Places::Own(region)))
+}
+
+fn peer_remote(plan: &Plan, at: &TargetAt) -> Result<(Agent, (Remote, Places))> {
+    let mut target = Target::open(at)?;
+    let agent = agent("initiator", plan.shape.backend, target.addresses().0)?;
+    let (region, metadata) = target.expose(plan.shape)?;
+    let peer = agent.load_peer(&metadata)?;
+    check_path(&agent, &peer, plan.shape.backend)?;
+    let places = Places::Peer(peer, RegionId(region));
+    Ok((agent, (Remote::Process(target), places)))
+}
+
+fn file_remote(
+    plan: &Plan,
+    agent: &Agent,
+    direct: DirectMode,
+    folder: &Path,
+) -> Result<(Remote, Places)> {
+    let path = folder.join(format!("ours-{}", plan.shape.name()));
+    let options = FileOptions {
+        create: true,
+        len_bytes: Some(plan.shape.total_bytes),
+        preallocate: true,
+        direct,
+        read_only: false,
+    };
+    let region = agent.open_file(&path, &options)?;
+    let files = Files {
+        paths: vec![path],
+        blocks_each: plan.shape.blocks(),
+    };
+    Ok((Remote::Files(files), Places::Own(region)))
+}
+
+fn object_remote(plan: &Plan, agent: &Agent, folder: &Path) -> Result<(Remote, Places)> {
+    let blocks_each = plan.requests.first().map_or(1, |first| first.end);
+    let is_even = |positions: &Range<u32>| positions.start.is_multiple_of(blocks_each);
+    if !plan.requests.iter().all(is_even) {
+        let text = "objects take requests of one size: a model with a window has others";
+        return Err(Error::new(ErrorKind::Invalid, text));
+    }
+    let key = |name: String| format!("{}/{name}", plan.case);
+    let keys: Vec<String> = (0..plan.requests.len())
+        .map(|number| key(number.to_string()))
+        .collect();
+    let objects = keys
+        .iter()
+        .map(|key| agent.object(STORE, key))
+        .collect::<Result<_>>()?;
+    let single = agent.object(STORE, &key("single".to_owned()))?;
+    let paths: Vec<PathBuf> = keys.iter().map(|key| folder.join(key)).collect();
+    let files = Files { paths, blocks_each };
+    Ok((Remote::Files(files), Places::Objects(objects, single)))
+}

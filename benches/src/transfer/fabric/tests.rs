@@ -1,0 +1,90 @@
+//! What requests leave behind.
+
+use kvcache_core::ErrorKind;
+
+use super::super::plan::{BackendKind, Shape, shape};
+use super::*;
+
+fn fabric(backend: BackendKind, way: Way, folder: &Path) -> Fabric {
+    open(shape(backend, way), folder)
+}
+
+fn open(shape: Shape, folder: &Path) -> Fabric {
+    let plan = Plan::new(shape).unwrap();
+    Fabric::open(&plan, &TargetAt::Spawned, DirectMode::Auto, folder).unwrap()
+}
+
+/// Every backend of one process in both directions: not verified before, verified after.
+#[test]
+fn what_was_moved_is_verified_and_what_was_not_is_refused() {
+    for backend in [BackendKind::Memcpy, BackendKind::File, BackendKind::Object] {
+        for way in [Way::Read, Way::Write] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut fabric = fabric(backend, way, folder.path());
+            fabric.poison().unwrap();
+            let error = fabric.verify().unwrap_err();
+            assert_eq!(
+                error.kind(),
+                ErrorKind::Corrupt,
+                "{backend:?} {way:?}: {error}"
+            );
+            assert_eq!(fabric.move_all().unwrap(), 64 << 10);
+            fabric.verify().unwrap();
+            assert_eq!(fabric.move_block(70).unwrap(), 4096);
+            fabric.verify().unwrap();
+        }
+    }
+}
+
+/// Changes one byte of each kind of target after it was written rightly.
+#[test]
+fn a_corrupted_target_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    for backend in [BackendKind::Memcpy, BackendKind::File, BackendKind::Object] {
+        let mut fabric = fabric(backend, Way::Write, folder.path());
+        fabric.move_all().unwrap();
+        fabric.verify().unwrap();
+        match &fabric.remote {
+            Remote::Own(region) => region.write_at(5000, b"wrong").unwrap(),
+            Remote::Files(files) => {
+                crate::transfer::remote::write_file(&files.paths[0], 5000, b"wrong").unwrap();
+            }
+            Remote::Process(_) | Remote::Elsewhere => {
+                panic!("{backend:?} needs no other process")
+            }
+        }
+        let error = fabric.verify().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(
+            error
+                .to_string()
+                .contains("1 of 16 blocks are wrong, first block 1"),
+            "{error}"
+        );
+    }
+}
+
+/// Requests that are made each time, by three threads with a window of one: every block arrives once.
+#[test]
+fn threads_and_one_shot_requests_move_every_block_once() {
+    let folder = tempfile::tempdir().unwrap();
+    for backend in [BackendKind::Memcpy, BackendKind::File, BackendKind::Object] {
+        for way in [Way::Read, Way::Write] {
+            let mut fabric = open(
+                Shape {
+                    threads: 3,
+                    in_flight: 1,
+                    calls: Calls::OneShot,
+                    ..shape(backend, way)
+                },
+                folder.path(),
+            );
+            fabric.poison().unwrap();
+            assert_eq!(fabric.move_all().unwrap(), 64 << 10);
+            assert!(fabric.first_done().is_some());
+            fabric.verify().unwrap();
+            assert_eq!(fabric.move_block(3).unwrap(), 4096);
+            fabric.verify().unwrap();
+        }
+    }
+}

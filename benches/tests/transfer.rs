@@ -1,0 +1,485 @@
+//! Transfers between processes that are started by hand, as on several hosts, and what is made of their figures. Real
+//! processes over loopback, tiny sizes; times are never looked at.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// Only bounds a failing test.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn bench(arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kv-bench"));
+    command
+        .args(arguments.split_whitespace())
+        .stdin(Stdio::null());
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn read(json: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap()
+}
+
+/// Runs what must succeed; its rows.
+fn rows(arguments: &str) -> Vec<Value> {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("bench.json");
+    let output = bench(arguments).arg("--json").arg(&json).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    read(&json)["rows"].as_array().unwrap().clone()
+}
+
+fn find<'a>(rows: &'a [Value], subject: &str, case: &str, metric: &str) -> Option<&'a Value> {
+    let wanted = [("subject", subject), ("case", case), ("metric", metric)];
+    rows.iter()
+        .find(|row| wanted.iter().all(|(key, value)| row[*key] == *value))
+}
+
+fn median(rows: &[Value], subject: &str, case: &str, metric: &str) -> f64 {
+    let row = find(rows, subject, case, metric);
+    row.unwrap_or_else(|| panic!("no {subject} {case} {metric} in {rows:#?}"))["median"]
+        .as_f64()
+        .unwrap()
+}
+
+/// Runs what must fail; its status and what it says.
+fn failure(arguments: &str) -> (Option<i32>, String) {
+    let output = bench(arguments).output().unwrap();
+    assert!(!output.status.success(), "{arguments}");
+    (output.status.code(), text(&output.stderr))
+}
+
+/// A target that listens, started as a user does; it ends with this.
+struct Listening {
+    child: Child,
+    _input: ChildStdin,
+    address: String,
+}
+
+impl Listening {
+    fn start(options: &str) -> Self {
+        let arguments = "transfer target --listen 127.0.0.1:0 --end-with-input";
+        let mut child = bench(&format!("{arguments} {options}"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let address = line
+            .trim()
+            .strip_prefix("listening on ")
+            .unwrap()
+            .to_owned();
+        Self {
+            _input: child.stdin.take().unwrap(),
+            child,
+            address,
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+}
+
+const TINY: &str = "--total-bytes 256K --iterations 2 --latency-samples 3 --quiet";
+
+/// Two targets, over TCP and shared memory, with the raw reference on the same connection's ends: every block is verified,
+/// and the CPU time of both ends is told apart.
+#[test]
+fn targets_that_listen_are_measured_one_after_the_other() {
+    let (one, two) = (Listening::start(""), Listening::start(""));
+    let (a, b) = (&one.address, &two.address);
+    let rows = rows(&format!(
+        "transfer --to {a},{b} --backend tcp,shm --sizes 4K..16K {TINY}"
+    ));
+    for address in [a, b] {
+        for (backend, reference) in [("tcp", "raw-tcp-stream"), ("shm", "mapped-loop")] {
+            for way in ["read", "write"] {
+                for size in [4096, 8192, 16384] {
+                    let case = format!("{address}-{backend}-{way}-{size}");
+                    for subject in ["kvfabric", reference] {
+                        let verified = median(&rows, subject, &case, "verified_blocks");
+                        assert_eq!(verified, f64::from(262_144 / size), "{subject} {case}");
+                    }
+                    let target = find(&rows, "kvfabric", &case, "cpu_target_s_per_gb");
+                    assert!(target.is_some(), "{case}");
+                }
+            }
+        }
+    }
+}
+
+/// Every combination of what can be swept has a case of its own, and requests made each time move as much.
+#[test]
+fn batches_threads_and_depths_are_swept() {
+    let rows = rows(&format!(
+        "transfer --backend shm,tcp --operation write --sizes 4K --batch 8,64 --threads 1,3 \
+         --in-flight 1,2 --requests one-shot {TINY}"
+    ));
+    for backend in ["shm", "tcp"] {
+        for batch in [8, 64] {
+            for threads in [1, 3] {
+                for depth in [1, 2] {
+                    let case =
+                        format!("{backend}-write-batch{batch}-threads{threads}-depth{depth}-4096");
+                    let subjects = match backend {
+                        "shm" => ["kvfabric", "mapped-loop", "memcpy"],
+                        _ => ["kvfabric", "raw-tcp", "raw-tcp-stream"],
+                    };
+                    for subject in subjects {
+                        assert_eq!(median(&rows, subject, &case, "verified_blocks"), 64.0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A prompt of a model with a window: all pages of all its layers, and when the first layer was there.
+#[test]
+fn a_models_prompt_is_moved_layer_by_layer() {
+    let rows = rows(
+        "transfer --backend shm,tcp --operation read --model gpt-oss-20b --layers 4 --windowed-layers 2 \
+         --isl 512 --tp 4 --iterations 1 --latency-samples 0 --quiet --no-references",
+    );
+    for backend in ["shm", "tcp"] {
+        let case = format!("{backend}-read-gpt-oss-20b-8192");
+        // 32 pages in two layers, 8 in the other two.
+        assert_eq!(median(&rows, "kvfabric", &case, "verified_blocks"), 80.0);
+        assert!(median(&rows, "kvfabric", &case, "first_layer_us") > 0.0);
+    }
+    let listed = bench("transfer models --model llama-3.1-70b --tp 4 --isl 8192")
+        .output()
+        .unwrap();
+    let listed = text(&listed.stdout);
+    for figure in ["16384", "40960", "80 layers", "671088640"] {
+        assert!(listed.contains(figure), "{listed}");
+    }
+}
+
+/// Three named targets and a matrix, both ways: what each pair moved, and that it was verified.
+#[test]
+fn named_processes_move_what_a_matrix_says() {
+    let targets = [0, 1, 2].map(|_| Listening::start(""));
+    let names: Vec<String> = ["a", "b", "c"]
+        .iter()
+        .zip(&targets)
+        .map(|(name, target)| format!("{name}={}", target.address))
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    let matrix = folder.path().join("matrix");
+    std::fs::write(&matrix, "0 64K 4K # a\n0 0 128K\n1K 0 0\n").unwrap();
+    for way in ["write", "read"] {
+        let rows = rows(&format!(
+            "transfer mesh --peers {} --matrix {} --operation {way} --sizes 16K --iterations 2 --alone --quiet",
+            names.join(","),
+            matrix.display()
+        ));
+        let whole = format!("tcp-{way}-matrix-16384");
+        let value = |case: &str, metric: &str| median(&rows, "kvfabric", case, metric);
+        assert_eq!(
+            value(&whole, "verified_bytes"),
+            f64::from((64 + 4 + 128 + 1) << 10)
+        );
+        assert_eq!(value(&whole, "pairs"), 4.0);
+        for pair in ["a-to-b", "a-to-c", "b-to-c", "c-to-a"] {
+            assert!(value(&format!("tcp-{way}-{pair}-16384"), "share_of_alone") > 0.0);
+        }
+        assert!(
+            find(
+                &rows,
+                "kvfabric",
+                &format!("tcp-{way}-b-to-a-16384"),
+                "gb_per_s"
+            )
+            .is_none()
+        );
+    }
+}
+
+/// Each pattern over four targets that the program starts itself.
+#[test]
+fn patterns_run_among_targets_started_here() {
+    for (pattern, pairs) in [
+        ("pairwise", 2.0),
+        ("many-to-one", 3.0),
+        ("one-to-many", 3.0),
+        ("all-to-all", 12.0),
+    ] {
+        let backend = if pattern == "all-to-all" {
+            "shm"
+        } else {
+            "tcp"
+        };
+        let rows = rows(&format!(
+            "transfer mesh --spawn 4 --pattern {pattern} --backend {backend} --total-bytes 128K --iterations 1 --quiet"
+        ));
+        let case = format!("{backend}-write-{pattern}-65536");
+        let value = |metric| median(&rows, "kvfabric", &case, metric);
+        assert_eq!(value("pairs"), pairs);
+        assert_eq!(value("verified_bytes"), pairs * 131_072.0);
+    }
+}
+
+/// One of three targets is killed, and then one is stopped, while a long run is under way: the run ends before its time and
+/// names it.
+#[test]
+fn a_target_that_dies_or_stops_is_named() {
+    for signal in [Signal::KILL, Signal::STOP] {
+        let targets = [0, 1, 2].map(|_| Listening::start(""));
+        let peers: Vec<&str> = targets
+            .iter()
+            .map(|target| target.address.as_str())
+            .collect();
+        let mut run = bench(&format!(
+            "transfer mesh --peers {} --pattern all-to-all --iterations 1000000 --deadline 3 --quiet",
+            peers.join(",")
+        ))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+        wait_for_sessions(&targets[1]);
+        targets[1].signal(signal);
+        let status = wait(&mut run);
+        assert_eq!(status, Some(1));
+        let said = std::io::read_to_string(run.stderr.take().unwrap()).unwrap();
+        let named = format!("no answer any more from {}", targets[1].address);
+        assert!(said.contains(&named), "{signal:?}: {said}");
+        assert!(
+            !said.contains(&format!("from {}", targets[0].address)),
+            "{said}"
+        );
+    }
+}
+
+/// Until it has threads for the sessions of a run.
+fn wait_for_sessions(target: &Listening) {
+    let tasks = format!("/proc/{}/task", target.child.id());
+    let until = Instant::now() + PATIENCE;
+    let is_serving = || {
+        let tasks = std::fs::read_dir(&tasks).unwrap().flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.filter(|name| name.trim() == "session").count() >= 4
+    };
+    while !is_serving() {
+        assert!(Instant::now() < until, "nobody came");
+        std::thread::yield_now();
+    }
+}
+
+fn wait(child: &mut Child) -> Option<i32> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        assert!(Instant::now() < until, "it does not end");
+        std::thread::yield_now();
+    }
+}
+
+/// Nobody there, somebody who speaks otherwise, somebody who is silent, and a target that gives less memory than it takes: each
+/// error names the target.
+#[test]
+fn targets_that_are_none_are_named() {
+    let one = "--backend tcp --operation write --sizes 4K --iterations 1 --quiet";
+    let nobody = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let (_, said) = failure(&format!("transfer --to {nobody} {one}"));
+    assert!(said.contains(&nobody.to_string()), "{said}");
+    let stranger = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = stranger.local_addr().unwrap();
+    let speaking = std::thread::spawn(move || {
+        let (mut stream, _) = stranger.accept().unwrap();
+        stream.write_all(b"220 mail.example ready\n").unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        stranger
+    });
+    let (_, said) = failure(&format!("transfer --to {address} {one}"));
+    assert!(
+        said.contains("220 mail") && said.contains(&address.to_string()),
+        "{said}"
+    );
+    let _silent = speaking.join().unwrap();
+    let (_, said) = failure(&format!("transfer --to {address} --deadline 1 {one}"));
+    assert!(said.contains("does not answer within 1s"), "{said}");
+    let small = Listening::start("--session-bytes 1M");
+    let (_, said) = failure(&format!("transfer --to {} {one}", small.address));
+    assert!(
+        said.contains("--total-bytes") && said.contains(&small.address),
+        "{said}"
+    );
+}
+
+/// Rivals whose program is missing, or whose package is: they are left out aloud, and ours is measured.
+#[test]
+fn rivals_that_are_missing_are_left_out_aloud() {
+    let options = format!("transfer --backend tcp,shm --operation read --sizes 4K {TINY}");
+    for python in ["python3", "/nowhere/python"] {
+        let mut command = bench(&options);
+        command.args([
+            "--nixl",
+            "/nowhere",
+            "--mooncake",
+            "/nowhere",
+            "--python",
+            python,
+        ]);
+        let output = command.output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        for rival in [
+            "shm-read-4096: nixl",
+            "tcp-read-4096: nixl-tcp",
+            "tcp-read-4096: mooncake",
+        ] {
+            assert!(said.contains(&format!("{rival} IS LEFT OUT")), "{said}");
+        }
+        assert!(text(&output.stdout).contains("shm-read-4096"));
+    }
+}
+
+/// The same figures as values and as a page; then the run beside itself, changed so that it looks better than it can be.
+#[test]
+fn figures_are_written_and_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let (json, csv, html) = (place("a.json"), place("a.csv"), place("a.html"));
+    let run = |more: &[&str]| -> Output {
+        let mut command = bench(&format!("transfer --backend memcpy --sizes 4K..16K {TINY}"));
+        command.args(more).output().unwrap()
+    };
+    let paths = [&json, &csv, &html].map(|path| path.display().to_string());
+    let output = run(&["--json", &paths[0], "--csv", &paths[1], "--html", &paths[2]]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report = read(&json);
+    let figures = report["rows"].as_array().unwrap().len();
+    let lines = std::fs::read_to_string(&csv).unwrap();
+    assert_eq!(lines.lines().count(), figures + 1);
+    let page = std::fs::read_to_string(&html).unwrap();
+    assert!(page.contains("memcpy-write: gb_per_s") && page.matches("<circle").count() >= 12);
+    assert!(!page.contains("<script") && !page.contains("src="));
+
+    let same = run(&["--compare", &paths[0]]);
+    assert!(same.status.success() && text(&same.stdout).contains("figures compared"));
+    let mut better = report.clone();
+    for row in better["rows"].as_array_mut().unwrap() {
+        if row["metric"] == "gb_per_s" {
+            row["median"] = Value::from(1e9);
+        }
+    }
+    std::fs::write(&json, better.to_string()).unwrap();
+    let share = [
+        "--compare",
+        &paths[0],
+        "--worse-by",
+        "50",
+        "--compare-only",
+        "gb_per_s",
+    ];
+    let worse = run(&share);
+    assert_eq!(worse.status.code(), Some(3), "{}", text(&worse.stdout));
+    assert_eq!(
+        text(&worse.stdout).matches("WORSE").count(),
+        6,
+        "{}",
+        text(&worse.stdout)
+    );
+    std::fs::write(&json, "{}").unwrap();
+    let (status, said) = failure(&format!("transfer --compare {}", paths[0]));
+    assert_eq!(status, Some(2));
+    assert!(
+        said.contains("--compare") && said.contains("a.json"),
+        "{said}"
+    );
+}
+
+/// All goals on tiny transfers: each is told as met or missed, but for those beside rivals that are not there.
+#[test]
+fn every_goal_is_measured_and_judged() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("goals.json");
+    let mut command =
+        bench("transfer goals --total-bytes 1M --iterations 1 --latency-samples 20 --quiet");
+    let output = command.arg("--json").arg(&json).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let said = text(&output.stdout);
+    let report = read(&json);
+    let rows = report["rows"].as_array().unwrap();
+    let judged = rows.iter().filter(|row| row["metric"] == "is_met").count();
+    let verdicts = said
+        .lines()
+        .filter(|line| line.contains(" met ") || line.contains(" MISSED "));
+    assert_eq!(verdicts.count(), judged, "{said}");
+    assert_eq!(said.matches("not measured: no ").count(), 12, "{said}");
+    assert!(said.contains("12 not measured") && judged > 40, "{said}");
+    for (case, metric) in [
+        ("notification-tcp", "p50_us"),
+        ("first-transfer-shm", "first_transfer_ms"),
+        ("lists", "prepare_and_create_ms"),
+        ("metadata", "of_1000_regions"),
+    ] {
+        assert!(median(rows, "kvfabric", case, metric) > 0.0);
+    }
+    assert!(median(rows, "kvfabric", "idle-agent", "cpu_percent") < 50.0);
+}
+
+/// Options that make no sense are refused by name, and nothing is measured.
+#[test]
+fn bad_options_of_transfers_are_refused_by_name() {
+    for (arguments, named) in [
+        ("transfer --sizes 8K..4K", "8K..4K"),
+        ("transfer --threads 0", "--threads"),
+        ("transfer --to 127.0.0.1:1 --backend file", "--to"),
+        ("transfer --model gpt-7", "gpt-7"),
+        ("transfer --model llama-3.1-8b --sizes 4K", "--model"),
+        ("transfer --worse-by 5", "--compare"),
+        (
+            "transfer --html /nowhere/at/all.html",
+            "--html /nowhere/at/all.html",
+        ),
+        ("transfer target --listen nowhere", "--listen"),
+        ("transfer mesh", "--peers"),
+        ("transfer mesh --peers a=127.0.0.1:1", "--peers"),
+        (
+            "transfer mesh --peers a=127.0.0.1:1,a=127.0.0.1:2",
+            "a is there twice",
+        ),
+        ("transfer mesh --spawn 2 --backend file", "--backend file"),
+        ("transfer mesh --spawn 3", "even"),
+        ("transfer mesh --spawn 2 --matrix /nowhere", "/nowhere"),
+    ] {
+        let (status, said) = failure(arguments);
+        assert!(said.contains(named), "{arguments}: {said}");
+        assert!(matches!(status, Some(1 | 2)), "{arguments}: {said}");
+    }
+}
