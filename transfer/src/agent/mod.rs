@@ -1,5 +1,6 @@
 //! The agent: registers places, knows peers, makes requests.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
@@ -97,10 +98,28 @@ impl Agent {
     /// It contains the regions' keys: whoever has it may do what the regions' options allow.
     #[must_use]
     pub fn metadata(&self) -> Bytes {
-        self.0.exports.card().encode().into()
+        self.0.exports.card(None).encode().into()
     }
 
-    /// Learns of a peer, or what is new about one: its exports are replaced, and a restarted peer is reached anew.
+    /// As [`Agent::metadata`], with these regions alone. A peer that has loaded metadata of this agent before keeps the
+    /// regions that it knows, and the connections: so regions can be added, or shown to some peers only.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a region that is not registered with this agent, or not exported.
+    pub fn metadata_of(&self, regions: &[RegionId]) -> Result<Bytes> {
+        self.0.check()?;
+        let wanted: BTreeSet<RegionId> = regions.iter().copied().collect();
+        let card = self.0.exports.card(Some(&wanted));
+        let told: BTreeSet<RegionId> = card.regions.iter().map(|region| region.id).collect();
+        if let Some(id) = wanted.difference(&told).next() {
+            let text = format!("agent {:?} exports no region {id}", self.name());
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+        Ok(card.encode().into())
+    }
+
+    /// Learns of a peer, or what is new about one: its exports are replaced, or added to by those of
+    /// [`Agent::metadata_of`], and a restarted peer is reached anew.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for damaged metadata, [`ErrorKind::Version`] for another version's (both are

@@ -155,11 +155,17 @@ impl PeerCore {
             .clone()
     }
 
-    /// Newer metadata of the same name. Ways that were refused are tried again.
+    /// Newer metadata of the same name, or a part of it. Ways that were refused are tried again.
     pub(super) fn update(&self, card: PeerCard) {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let restarted = known.card.incarnation != card.incarnation;
-        *known = Known::new(card);
+        let partial = card.partial;
+        let before = std::mem::replace(&mut *known, Known::new(card));
+        if partial && !restarted {
+            for (id, region) in before.regions {
+                known.regions.entry(id).or_insert(region);
+            }
+        }
         drop(known);
         if restarted {
             self.close();
