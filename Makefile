@@ -10,7 +10,7 @@ PREFIX ?= /usr/local
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index bench-engines wheel install
+.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index bench-engines static wheel install
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench-index: bench-build ## Ingestion, lookups and memory of the index, beside o
 
 install: ## Put the C library into PREFIX (/usr/local), below DESTDIR if that is set
 	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' CARGO='$(CARGO)' ffi/c/install
+
+static: ## Build kv-bench as one file that needs no library
+	CACHE='$(CACHE)' PYTHON='$(PYTHON)' CARGO='$(CARGO)' scripts/static
 
 wheel: ## Build the Python wheel, for every Linux with glibc 2.28 or later, and check that it is one
 	CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/wheel

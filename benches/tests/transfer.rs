@@ -3,7 +3,8 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    reason = "a test fails by panicking"
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and skips aloud"
 )]
 
 use std::io::{BufRead, BufReader, Write};
@@ -338,6 +339,91 @@ fn targets_that_are_none_are_named() {
         said.contains("--total-bytes") && said.contains(&small.address),
         "{said}"
     );
+}
+
+/// Two hosts, each a network namespace, and a wire between them; taken down when dropped.
+struct Hosts([String; 2]);
+
+impl Hosts {
+    /// None, and a loud line, where namespaces cannot be made.
+    fn new() -> Option<Self> {
+        let name = |role| format!("kvb-{}-{role}", std::process::id());
+        let hosts = Self(["a", "b"].map(name));
+        let [a, b] = &hosts.0;
+        let steps = [
+            format!("netns add {a}"),
+            format!("netns add {b}"),
+            format!("-n {a} link add eth0 type veth peer name eth0 netns {b}"),
+            format!("-n {a} addr add 10.78.0.1/24 dev eth0"),
+            format!("-n {b} addr add 10.78.0.2/24 dev eth0"),
+            format!("-n {a} link set eth0 up"),
+            format!("-n {b} link set eth0 up"),
+        ];
+        for step in steps {
+            let output = Command::new("ip").args(step.split(' ')).output();
+            let is_done = output.as_ref().is_ok_and(|output| output.status.success());
+            if !is_done {
+                eprintln!("SKIPPED: network namespaces cannot be made here: ip {step}: {output:?}");
+                return None;
+            }
+        }
+        Some(hosts)
+    }
+
+    fn on(&self, host: usize, arguments: &str) -> Command {
+        let mut command = Command::new("ip");
+        command
+            .args([
+                "netns",
+                "exec",
+                &self.0[host],
+                env!("CARGO_BIN_EXE_kv-bench"),
+            ])
+            .args(arguments.split_whitespace());
+        command
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        for host in &self.0 {
+            // It may not have been made.
+            let _ = Command::new("ip").args(["netns", "del", host]).output();
+        }
+    }
+}
+
+/// A target on one host and the initiator on another, which reach each other over a wire only: agents and the raw reference
+/// listen where the target was reached.
+#[test]
+fn hosts_are_measured_over_the_wire_between_them() {
+    let Some(hosts) = Hosts::new() else { return };
+    let mut target = hosts
+        .on(0, "transfer target --listen 0.0.0.0:7700 --end-with-input")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let output = target.stdout.as_mut().unwrap();
+    BufReader::new(output).read_line(&mut line).unwrap();
+    assert_eq!(line, "listening on 0.0.0.0:7700\n");
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("wire.json");
+    let options = format!("transfer --to 10.78.0.1:7700 --backend tcp --sizes 4K,64K {TINY}");
+    let mut run = hosts.on(1, &options);
+    let output = run.arg("--json").arg(&json).output().unwrap();
+    drop(target.stdin.take());
+    assert_eq!(wait(&mut target), Some(0));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report = read(&json);
+    let rows = report["rows"].as_array().unwrap();
+    for subject in ["kvfabric", "raw-tcp", "raw-tcp-stream"] {
+        assert_eq!(
+            median(rows, subject, "tcp-read-65536", "verified_blocks"),
+            4.0
+        );
+    }
 }
 
 /// Rivals whose program is missing, or whose package is: they are left out aloud, and ours is measured.
