@@ -253,6 +253,31 @@ typedef uint32_t kvf_operation;
 #endif // __cplusplus
 
 /*
+ Who goes first where transfers wait for each other.
+ */
+enum kvf_priority
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /*
+     Someone waits for it.
+     */
+    KVF_NORMAL = 0,
+    /*
+     Gives way to the others, such as an offload.
+     */
+    KVF_BACKGROUND = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum kvf_priority kvf_priority;
+#else
+typedef uint32_t kvf_priority;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/*
  Where a block came from.
  */
 enum kvf_source
