@@ -136,43 +136,45 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+            #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Nothing is lost, moved twice, or put into another part, and no piece is larger than the rate wants.
-        #[test]
-        fn the_pieces_are_the_plan(
-            extents in proptest::collection::vec(extent(), 1..40),
-            marks in proptest::collection::btree_set(1..40_usize, 0..6),
-            paced: bool,
-        ) {
-            let count = extents.len();
-            let mut ends: Vec<usize> = marks.into_iter().filter(|&end| end < count).collect();
-            ends.push(count);
-            let plan = Plan {
-                local: targets(),
-                remote: targets(),
-                bytes: extents.iter().map(|extent| extent.len).sum(),
-                operation: Operation::Read,
-                descriptors: count as u32,
-                extents,
-            };
-            let plan = Arc::new(plan);
-            let pieces = cut(&plan, &ends, paced);
-            prop_assert_eq!(
-                moves(pieces.iter().map(|piece| &*piece.plan)),
-                moves(std::iter::once(&*plan))
-            );
-            let mut start = 0;
-            for (part, &end) in ends.iter().enumerate() {
-                let wanted: u64 = plan.extents[start..end].iter().map(|extent| extent.len).sum();
-                let of_part = pieces.iter().filter(|piece| piece.part == part as u32);
-                prop_assert_eq!(of_part.map(|piece| piece.plan.bytes).sum::<u64>(), wanted);
-                start = end;
-            }
-            for piece in &pieces {
-                prop_assert!(!paced || piece.plan.bytes <= PACED_BYTES);
-                prop_assert!(piece.plan.remote.len() <= piece.plan.extents.len());
+            /// Nothing is lost, moved twice, or put into another part, and no piece is larger than the rate wants.
+            #[test]
+            fn the_pieces_are_the_plan(
+                extents in proptest::collection::vec(extent(), 1..40),
+                marks in proptest::collection::btree_set(1..40_usize, 0..6),
+                paced: bool,
+            ) {
+                let count = extents.len();
+                let mut ends: Vec<usize> = marks.into_iter().filter(|&end| end < count).collect();
+                ends.push(count);
+                let plan = Plan {
+                    local: targets(),
+                    remote: targets(),
+                    bytes: extents.iter().map(|extent| extent.len).sum(),
+                    operation: Operation::Read,
+                    descriptors: count as u32,
+                    extents,
+                };
+                let plan = Arc::new(plan);
+                let pieces = cut(&plan, &ends, paced);
+                prop_assert_eq!(
+                    moves(pieces.iter().map(|piece| &*piece.plan)),
+                    moves(std::iter::once(&*plan))
+                );
+                let mut start = 0;
+                for (part, &end) in ends.iter().enumerate() {
+                    let wanted: u64 = plan.extents[start..end].iter().map(|extent| extent.len).sum();
+                    let of_part = pieces.iter().filter(|piece| piece.part == part as u32);
+                    prop_assert_eq!(of_part.map(|piece| piece.plan.bytes).sum::<u64>(), wanted);
+                    start = end;
+                }
+                for piece in &pieces {
+                    prop_assert!(!paced || piece.plan.bytes <= PACED_BYTES);
+    // A piece names no region that it does not need, unless it is the plan itself.
+                    let whole = Arc::ptr_eq(&piece.plan, &plan);
+                    prop_assert!(whole || piece.plan.remote.len() <= piece.plan.extents.len());
+                }
             }
         }
-    }
 }
