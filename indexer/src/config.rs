@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use config::{Config, Environment, File, FileFormat};
+use config::{Config, ConfigError, Environment, File, FileFormat};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::{Error, ErrorKind, Result};
 use serde::Deserialize;
@@ -122,6 +122,19 @@ pub struct TokenizerConfig {
     pub add_special_tokens: bool,
 }
 
+/// The key and the value that an error is about, if it says where.
+fn value_at(told: &Config, error: &ConfigError) -> Option<String> {
+    let (ConfigError::At { key, .. } | ConfigError::Type { key, .. }) = error else {
+        return None;
+    };
+    let key = key.as_ref()?;
+    let value: config::Value = told.get(key).ok()?;
+    Some(match value.kind {
+        config::ValueKind::String(text) => format!("{key} is {text:?}"),
+        other => format!("{key} is {other}"),
+    })
+}
+
 /// A list, or what an environment variable and a flag can hold: one text with commas.
 fn list_or_commas<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
@@ -200,14 +213,9 @@ impl ServerConfig {
         environment: Environment,
         flags: &[(&str, String)],
     ) -> Result<Self> {
-        let invalid = |error: config::ConfigError| {
-            let place = file.map_or_else(String::new, |path| format!(" ({})", path.display()));
-            Error::new(
-                ErrorKind::Invalid,
-                format!("configuration of the indexer{place}"),
-            )
-            .with_source(error)
-        };
+        let place = file.map_or_else(String::new, |path| format!(" ({})", path.display()));
+        let context = format!("configuration of the indexer{place}");
+        let invalid = |error| Error::new(ErrorKind::Invalid, context.clone()).with_source(error);
         let mut builder = Config::builder();
         if let Some(path) = file {
             builder = builder.add_source(File::from(path).format(FileFormat::Toml));
@@ -222,8 +230,14 @@ impl ServerConfig {
                 .set_override(*key, value.as_str())
                 .map_err(invalid)?;
         }
-        let loaded = builder.build().and_then(Config::try_deserialize::<Self>);
-        let config = loaded.map_err(invalid)?;
+        let told = builder.build().map_err(invalid)?;
+        let config = told.clone().try_deserialize::<Self>().map_err(|error| {
+            let context = match value_at(&told, &error) {
+                Some(value) => format!("{context}: {value}"),
+                None => context.clone(),
+            };
+            Error::new(ErrorKind::Invalid, context).with_source(error)
+        })?;
         config.check()?;
         Ok(config)
     }

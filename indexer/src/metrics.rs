@@ -49,6 +49,7 @@ struct TierLabel {
 /// What the index holds at the moment of a scrape.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Holdings {
+    pub(crate) models: u64,
     pub(crate) blocks: u64,
     pub(crate) entries: u64,
     pub(crate) bytes: u64,
@@ -88,6 +89,8 @@ pub(crate) struct Metrics {
     dropped: Counter,
     clears: Family<Reason, Counter>,
     lag_seconds: Histogram,
+    models: Number,
+    models_ended: Counter,
     blocks: Number,
     entries: Number,
     bytes: Number,
@@ -144,6 +147,8 @@ impl Metrics {
             dropped: Counter::default(),
             clears: Family::default(),
             lag_seconds: lag_seconds.clone(),
+            models: Number::default(),
+            models_ended: Counter::default(),
             blocks: Number::default(),
             entries: Number::default(),
             bytes: Number::default(),
@@ -186,6 +191,11 @@ impl Metrics {
     /// A publisher sent what nobody may send, and was disconnected.
     pub(crate) fn publisher_refused(&self) {
         self.publishers_refused.inc();
+    }
+
+    /// A model had no pods and held nothing for long enough to be forgotten.
+    pub(crate) fn model_ended(&self) {
+        self.models_ended.inc();
     }
 
     pub(crate) fn events_rejected(&self, count: u64) {
@@ -305,6 +315,7 @@ impl Metrics {
     /// # Errors
     /// `Internal` when a metric cannot be written as text.
     pub(crate) fn render(&self, holdings: &Holdings) -> Result<String> {
+        self.models.set(holdings.models);
         self.blocks.set(holdings.blocks);
         self.entries.set(holdings.entries);
         self.bytes.set(holdings.bytes);

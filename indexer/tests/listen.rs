@@ -4,13 +4,15 @@
 mod rig;
 
 use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use kvcache_core::Tier;
 use kvfabric_indexer::adapter::encode_engine_batch;
-use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind};
-use kvfabric_indexer::config::ListenerConfig;
-use kvfabric_indexer::server::{Running, ServerConfig};
+use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
+use kvfabric_indexer::config::{ListenerConfig, StaticSource};
+use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
+use kvfabric_indexer::server::{Running, ServerConfig, serve};
 use kvfabric_proto::v1;
 use rig::*;
 
@@ -24,7 +26,7 @@ for line in sys.stdin:
     if word[0] == "open":
         socket = context.socket(zmq.XPUB)
         socket.setsockopt(zmq.RCVTIMEO, 60000)
-        socket.connect(sys.argv[1])
+        socket.connect(word[2] if len(word) > 2 else sys.argv[1])
         print("open", socket.recv().decode(), flush=True)
         sockets[word[1]] = socket
     elif word[0] == "start":
@@ -101,6 +103,14 @@ fn listening() -> ServerConfig {
 
 fn batch(hash: u64, parent: Option<u64>, tokens: &[u32]) -> Vec<u8> {
     encode_engine_batch(1.5, &[stored(&[hash], parent, tokens, Tier::Device)])
+}
+
+/// The same from a rank, whose number ends a batch.
+fn batch_of(rank: u8, hash: u64, parent: Option<u64>, tokens: &[u32]) -> Vec<u8> {
+    let mut batch = batch(hash, parent, tokens);
+    assert_eq!(batch.pop(), Some(0));
+    batch.push(rank);
+    batch
 }
 
 async fn depths(client: &IndexClient) -> Vec<(String, u32)> {
@@ -292,6 +302,147 @@ async fn refused(server: &Running, most: u64) {
     tokio::time::timeout(PATIENCE, counting)
         .await
         .expect("nobody was refused");
+}
+
+/// A server with one listener for each of two ranks, at ports that follow on.
+async fn with_two_ranks(mut config: ServerConfig) -> Running {
+    loop {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let mut listener = ListenerConfig::new(format!("tcp://127.0.0.1:{port}"));
+        listener.data_parallel_size = Some(2);
+        config.listeners = vec![listener];
+        // The next port may be somebody's.
+        if let Ok(server) = serve(config.clone()).await {
+            return server;
+        }
+    }
+}
+
+/// Both ranks of one pod connect, each to its own port; then the deeper one is gone, and what it held with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_rank_of_an_engine_is_known_by_the_port_it_connects_to() {
+    let mut config = config();
+    config.source_ttl_ms = 300;
+    let server = with_two_ranks(config).await;
+    let client = client(&server);
+    let endpoints = server.event_endpoints().to_vec();
+    let Some(mut engines) = Engines::new(&endpoints[0]) else {
+        return;
+    };
+    engines.open(&format!("zero {}", endpoints[0])).await;
+    engines.open(&format!("one {}", endpoints[1])).await;
+    engines.send("zero", "kv@pod-0@m", 0, &batch(1, None, &TOKENS[..4]));
+    let (first, second) = (&TOKENS[..4], &TOKENS[4..]);
+    engines.send("one", "kv@pod-0@m", 0, &batch_of(1, 1, None, first));
+    engines.send("one", "kv@pod-0@m", 1, &batch_of(1, 2, Some(1), second));
+    wait_until(&client, |status| status.entries == 3).await;
+    let status = client.status().await.unwrap();
+    assert_eq!(status.pods.len(), 1);
+    let sources = status.pods[0].sources.iter();
+    let sources: Vec<_> = sources
+        .map(|source| source.position.as_ref().unwrap().source.as_str())
+        .collect();
+    assert_eq!(sources, ["pod-0/engine-0", "pod-0/engine-1"]);
+    let ranks = async || {
+        let asked = question(Prompt::Tokens(TOKENS.to_vec()));
+        let answer = client.lookup(asked).await.unwrap();
+        let pod = &answer.pods[0];
+        let parts = pod.parts.iter().map(|part| (part.rank, part.depth));
+        (pod.depth, parts.collect::<Vec<_>>())
+    };
+    assert_eq!(ranks().await, (2, vec![(Some(0), 1), (Some(1), 2)]));
+    engines.tell("close one");
+    wait_until(&client, |status| status.entries == 1).await;
+    assert_eq!(ranks().await, (1, vec![(Some(0), 1)]));
+}
+
+/// A port of the configuration and the one after it, each of another rank.
+#[tokio::test]
+async fn each_rank_of_a_configured_source_is_followed_at_its_port() {
+    let ranks = loop {
+        let zero = engine("pod-0");
+        let mut config = PublisherConfig::new(pod("pod-0"), "m", Stream::Engine);
+        config.endpoint = next_port(zero.endpoint());
+        config.replay_endpoint = next_port(zero.replay_endpoint());
+        // The next port may be somebody's.
+        if let Ok(one) = Publisher::bind(config) {
+            break [zero, one];
+        }
+    };
+    let mut config = config();
+    config.sources.push(StaticSource {
+        pod: "pod-0".to_owned(),
+        name: "engine".to_owned(),
+        kind: "vllm".to_owned(),
+        endpoint: ranks[0].endpoint().to_owned(),
+        replay_endpoint: Some(ranks[0].replay_endpoint().to_owned()),
+        model: "m".to_owned(),
+        peer_address: None,
+        data_parallel_rank: None,
+        data_parallel_size: Some(2),
+        pool_for: Vec::new(),
+        engine_block_size: None,
+        groups: Vec::new(),
+    });
+    ranks[0].publish_payload(batch(1, None, &TOKENS[..4]));
+    ranks[1].publish_payload(batch_of(1, 1, None, &TOKENS[..4]));
+    ranks[1].publish_payload(batch_of(1, 2, Some(1), &TOKENS[4..]));
+    let server = start(config).await;
+    let client = client(&server);
+    let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
+    asked.deadline = Some(PATIENCE);
+    let position = |rank: usize| {
+        let name = format!("engine-{rank}");
+        SourcePosition::new(&pod("pod-0"), &name, ranks[rank].position())
+    };
+    asked.min_position = vec![position(0), position(1)];
+    let answer = client.lookup(asked).await.unwrap();
+    let parts = answer.pods[0].parts.iter();
+    let parts: Vec<_> = parts.map(|part| (part.rank, part.depth)).collect();
+    assert_eq!(parts, [(Some(0), 1), (Some(1), 2)]);
+}
+
+fn next_port(endpoint: &str) -> String {
+    let (host, port) = endpoint.rsplit_once(':').unwrap();
+    // No publisher binds port 0, where it would be any.
+    format!("{host}:{}", port.parse::<u16>().unwrap().saturating_add(1))
+}
+
+/// As many models as may come to be known are there; the engine of one goes, and when it is forgotten another may come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn models_that_nobody_has_any_more_make_room_for_others() {
+    let mut config = listening();
+    config.source_ttl_ms = 300;
+    config.listeners[0].models_max = 1;
+    config.metrics_listen = Some("127.0.0.1:0".parse().unwrap());
+    let server = start(config).await;
+    let client = client(&server);
+    let Some(mut engines) = Engines::new(&server.event_endpoints()[0]) else {
+        return;
+    };
+    for (number, model) in ["m1", "m2", "m3"].into_iter().enumerate() {
+        engines.open("a").await;
+        let topic = format!("kv@pod-0@{model}");
+        engines.send("a", &topic, 0, &batch(1, None, &TOKENS[..4]));
+        wait_until(&client, |status| next(status, "pod-0") == 1).await;
+        assert_eq!(metric(&server, "kvfabric_indexer_models").await, 1);
+        // It is one too many for now.
+        engines.send("a", "kv@pod-1@other", 0, &batch(1, None, &TOKENS[..4]));
+        refused(&server, number as u64 + 1).await;
+        engines.tell("close a");
+        let ended = async {
+            let name = "kvfabric_indexer_models_ended_total";
+            while metric(&server, name).await < number as u64 + 1 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ended)
+            .await
+            .expect("the model never ended");
+        assert_eq!(metric(&server, "kvfabric_indexer_models").await, 0);
+    }
 }
 
 /// A topic of a model that is not served, and one of a model that is, on the same connection.

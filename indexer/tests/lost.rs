@@ -11,7 +11,6 @@ use kvcache_core::Tier;
 use kvfabric_indexer::client::SourceKind;
 use kvfabric_indexer::index::ORPHAN_BLOCKS_MAX;
 use kvfabric_indexer::publisher::Publisher;
-use kvfabric_indexer::server::ServerConfig;
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use kvfabric_proto::v1::snapshot_piece::Piece;
@@ -123,33 +122,39 @@ async fn blocks_without_their_parent_wait_within_a_bound_and_the_rest_are_counte
     );
 }
 
-/// Two engines say nothing more. One is connected; the other is dead, and its time to live passes after the first one fell
-/// silent.
+/// Engines die one after the other, each until its time to live is over; one that is connected says nothing all the while.
 #[tokio::test]
 async fn idle_is_not_gone() {
     let mut config = config();
     config.source_ttl_ms = 200;
     let server = start(config).await;
     let client = client(&server);
-    let (idle, dead) = (engine("idle"), engine("dead"));
-    let mut kept = Vec::new();
-    for (name, engine) in [("idle", &idle), ("dead", &dead)] {
+    let idle = engine("idle");
+    let join = async |name: &str, engine: &Publisher| {
         engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
         let source = engine.source("engine", SourceKind::Vllm);
         let registered = client.register(registration(name, [source]));
         registered.ready(PATIENCE).await.unwrap();
-        kept.push(registered);
+        registered
+    };
+    let _kept = join("idle", &idle).await;
+    for name in ["first", "second", "third", "fourth"] {
+        let dead = engine(name);
+        let registered = join(name, &dead).await;
+        assert_eq!(client.status().await.unwrap().entries, 2);
+        drop(dead);
+        wait_until(&client, |status| {
+            let pod = status.pods.iter().find(|pod| pod.pod == name);
+            pod.is_some_and(|pod| pod.entries == 0)
+        })
+        .await;
+        drop(registered);
+        wait_until(&client, |status| status.pods.len() == 1).await;
     }
-    assert_eq!(client.status().await.unwrap().entries, 2);
-    drop(dead);
-    wait_until(&client, |status| status.entries == 1).await;
     assert_eq!(depth_at(&client, "idle", &idle).await, 1);
     let status = client.status().await.unwrap();
-    let idle = status.pods.iter().find(|pod| pod.pod == "idle").unwrap();
-    assert_eq!(
-        (idle.sources[0].connected, idle.sources[0].resyncs),
-        (true, 0)
-    );
+    let idle = &status.pods[0].sources[0];
+    assert_eq!((idle.connected, idle.resyncs), (true, 0));
 }
 
 /// As many readers as there may be take one piece of a snapshot and no more: the next one is refused, until they are cut
@@ -208,13 +213,6 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
             !is_whole,
             "a stopped reader had everything in its windows: publish more"
         );
-    }
-}
-
-fn with_file(path: &Path) -> ServerConfig {
-    ServerConfig {
-        snapshot_path: Some(path.to_owned()),
-        ..config()
     }
 }
 

@@ -121,6 +121,112 @@ async fn query_dump_and_top_show_what_the_index_knows() {
     );
 }
 
+/// Two pods, one of which has lost its engine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_lists_pods_and_sources_with_their_state() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let (held, lost) = (engine("pod-0"), engine("pod-1"));
+    let mut kept = Vec::new();
+    for (name, engine) in [("pod-0", &held), ("pod-1", &lost)] {
+        engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
+        let source = engine.source("engine", SourceKind::Vllm);
+        let registered = client.register(registration(name, [source]));
+        registered.ready(PATIENCE).await.unwrap();
+        kept.push(registered);
+    }
+    drop(lost);
+    wait_until(&client, |status| !status.pods[1].sources[0].connected).await;
+    let told = lines(&server, &["pods"]).await;
+    assert_eq!(
+        told[0],
+        "2 pods, 2 blocks, 4 entries; keys xxh3:1337, 4 tokens a block"
+    );
+    assert!(
+        told[1].starts_with("tenant default") && told[1].contains("hbm 4 (bytes "),
+        "{told:?}"
+    );
+    assert_eq!(
+        told[2..],
+        [
+            "pod-0                    entries 2",
+            "  pod-0/engine           connected, epoch 0, sequence 1, gaps 0, resyncs 0",
+            "pod-1                    entries 2",
+            "  pod-1/engine           not connected, epoch 0, sequence 1, gaps 0, resyncs 0",
+        ]
+    );
+    let told = lines(&server, &["pods", "--json"]).await;
+    assert_eq!(told.len(), 1);
+    let told = json(&told[0]);
+    assert_eq!(
+        (&told["entries"], &told["block_size"]),
+        (&4.into(), &4.into())
+    );
+    assert_eq!(told["key_scheme"], "xxh3:1337");
+    let pod = &told["pods"][1];
+    assert_eq!((&pod["pod"], &pod["entries"]), (&"pod-1".into(), &2.into()));
+    assert_eq!(pod["peer_address"], "127.0.0.1:9");
+    let source = &pod["sources"][0];
+    assert_eq!(source["source"], "pod-1/engine");
+    assert_eq!(
+        (&source["connected"], &source["next_sequence"]),
+        (&false.into(), &1.into())
+    );
+    assert_eq!(told["tenants"][0]["tiers"]["hbm"]["entries"], 4);
+}
+
+/// Each command where nobody listens: one line that says what was tried where, and a status that is not success.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_command_says_where_nobody_listens() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = free.local_addr().unwrap().to_string();
+    drop(free);
+    for arguments in [
+        &["query", "--tokens", "1,2,3,4"][..],
+        &["query", "--keys", "ab", "--json"],
+        &["pods"],
+        &["pods", "--json"],
+        &["top", "--count", "1"],
+        &["dump"],
+        &["dump", "--file", "/tmp/never-written.snapshot"],
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
+        command.args(arguments).args(["--address", &nobody]);
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap());
+        let output = output.await.unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        let said: Vec<_> = said.lines().collect();
+        assert!(
+            said.len() == 1 && said[0].starts_with("error: ") && said[0].contains(&nobody),
+            "{arguments:?}: {said:?}"
+        );
+    }
+}
+
+/// Arguments that make no sense are named, with another status than failures have.
+#[test]
+fn arguments_that_make_no_sense_are_named() {
+    for (arguments, named) in [
+        (&["query", "--tokens", "1,x"][..], "'x'"),
+        (&["query"], "--tokens"),
+        (&["query", "--keys", "xyz"], "'xyz'"),
+        (&["query", "--tokens", "1", "--pods", "a b"], "a b"),
+        (&["top", "--interval-ms", "0"], "'0'"),
+        (&["dump", "--file", "x", "--json"], "--json"),
+        (&["pods", "--deadline-ms", "soon"], "'soon'"),
+        (&["serve", "--block-size", "0"], "block_size"),
+        (&["serve", "--key-scheme", "md5"], "md5"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kv-indexer"));
+        let output = command.args(arguments).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(named), "{arguments:?}: {said}");
+    }
+}
+
 /// A dump into a file, from which another index begins.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dumped_file_is_a_snapshot_to_begin_from() {

@@ -296,6 +296,60 @@ async fn a_gap_is_filled_from_the_replay_socket() {
     answering.abort();
 }
 
+/// The last batch never comes live, the probe after the connect is over when it is published, and the source is not silent:
+/// it is asked for because a lookup waits for it.
+#[tokio::test]
+async fn a_lookup_at_a_position_gets_a_tail_that_never_came() {
+    let mut events = PubSocket::new();
+    let endpoint = events.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
+    let mut replay = RouterSocket::new();
+    let replay_endpoint = replay.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
+    let batches = [
+        batch(1, None, &TOKENS[..4]),
+        batch(2, Some(1), &TOKENS[4..]),
+    ];
+    let mut live = ZmqMessage::from("kv@pod-0@m");
+    live.push_back(Bytes::copy_from_slice(&0_u64.to_be_bytes()));
+    live.push_back(Bytes::from(batches[0].clone()));
+    let answering = tokio::spawn(async move {
+        for asked in 0_u64.. {
+            let request = replay.recv().await.unwrap().into_vec();
+            let from = u64::from_be_bytes(request[2].as_ref().try_into().unwrap());
+            let end = if asked < 2 { 1 } else { 2 };
+            for number in from..end {
+                let payload = Bytes::from(batches[number as usize].clone());
+                let number = Bytes::copy_from_slice(&number.to_be_bytes());
+                reply(&mut replay, &request[0], number, payload).await;
+            }
+            let end = Bytes::from_static(&[0xff; 8]);
+            reply(&mut replay, &request[0], end, Bytes::new()).await;
+        }
+    });
+
+    let server = start(config()).await;
+    let client = client(&server);
+    let source = by_hand(endpoint, replay_endpoint);
+    let registered = client.register(registration("pod-0", [source]));
+    registered.ready(PATIENCE).await.unwrap();
+    wait_until(&client, |status| status.pods[0].sources[0].replays >= 2).await;
+    let saying = async {
+        loop {
+            events.send(live.clone()).await.unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let position = kvcache_core::ports::Position {
+        epoch: kvcache_core::Epoch(0),
+        next: kvcache_core::Sequence(2),
+    };
+    let position = SourcePosition::new(&pod("pod-0"), "engine", position);
+    tokio::select! {
+        () = saying => {}
+        depth = depth(&client, vec![position]) => assert_eq!(depth, 2),
+    }
+    answering.abort();
+}
+
 async fn reply(replay: &mut RouterSocket, peer: &Bytes, sequence: Bytes, payload: Bytes) {
     let mut message = ZmqMessage::from(peer.clone());
     for frame in [Bytes::new(), sequence, payload] {

@@ -12,6 +12,8 @@ use kvfabric_indexer::client::{Prompt, SourceKind, SourcePosition};
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_proto::v1;
 use rig::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 /// An engine stores two blocks; the lookup waits for exactly that position.
 #[tokio::test]
@@ -224,6 +226,35 @@ async fn events_of_a_pod_that_left_are_not_applied() {
     registered.ready(PATIENCE).await.unwrap();
     let status = client.status().await.unwrap();
     assert_eq!((status.entries, status.events_applied), (1, applied + 1));
+}
+
+/// The pod has left: its engine is not connected to any more.
+#[tokio::test]
+async fn a_pod_that_left_is_not_followed_any_more() {
+    let server = start(config()).await;
+    let client = client(&server);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut source = by_hand(
+        format!("tcp://{}", listener.local_addr().unwrap()),
+        String::new(),
+    );
+    source.replay_endpoint = None;
+    let registered = client.register(registration("pod-0", [source]));
+    let (mut followed, _) = listener.accept().await.unwrap();
+    let mut handshake = vec![0; 64];
+    (handshake[0], handshake[9], handshake[10]) = (0xff, 0x7f, 3);
+    handshake[12..16].copy_from_slice(b"NULL");
+    handshake.extend(b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03PUB");
+    followed.write_all(&handshake).await.unwrap();
+    registered.ready(PATIENCE).await.unwrap();
+    drop(registered);
+    let ended = async {
+        let mut sink = [0; 4096];
+        while followed.read(&mut sink).await.is_ok_and(|read| read > 0) {}
+    };
+    tokio::time::timeout(PATIENCE, ended)
+        .await
+        .expect("it is still followed");
 }
 
 /// The second registration of a name is the one that counts; the first learns of it.

@@ -89,6 +89,9 @@ impl Metrics {
 
     pub(super) fn register_holdings(&mut self) {
         let to = self.registry.sub_registry_with_prefix("kvfabric_indexer");
+        add(to, "models", "Models known, of all tenants", &self.models);
+        let help = "Models that had no pods and held nothing for so long that they were forgotten";
+        add(to, "models_ended", help, &self.models_ended);
         add(to, "blocks", "Distinct blocks in the index", &self.blocks);
         add(
             to,

@@ -86,7 +86,7 @@ impl Hub {
         let made = self.bound_models.lock();
         let mut made = made.unwrap_or_else(PoisonError::into_inner);
         let most = listener.models_max;
-        if made[place] >= most {
+        if made[place].len() >= most {
             let setting = format!("listeners[{place}].models_max");
             let context = format!(
                 "model {model:?} is one more than the {most} that may come to be known here ({setting})"
@@ -94,7 +94,8 @@ impl Hub {
             return Err(Error::new(ErrorKind::Busy, context));
         }
         let index = self.index_for_pod(registration)?;
-        made[place] += 1;
+        let tenant = self.tenants.of_pod(&registration.pod, model);
+        made[place].insert((tenant, model.clone()));
         Ok(index)
     }
 

@@ -1,6 +1,6 @@
 //! What one server knows: an index per model, the pods that feed them, and who may join.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 
 use kvcache_core::prefix::IndexScheme;
@@ -14,12 +14,12 @@ use tokio::time::Instant;
 use super::models::Models;
 use crate::adapter::Media;
 use crate::config::{ListenerConfig, ServerConfig, StaticSource, Tenants};
-use crate::index::{self, Evicted, KvIndex, SourceId};
+use crate::index::{self, Evicted, KvIndex, SourceId, Usage};
 use crate::ingest::Room;
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Fed, Follower, Limits, Progress, SourceState};
+use crate::source::{Fed, Follower, Limits, Probes, Progress, SourceState};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
 
 /// Bytes that wait in all sources together: live batches behind a replay, and images on their way. One source alone may
@@ -157,8 +157,10 @@ pub(super) struct Hub {
     started: Instant,
     /// For what all sources together keep until it can be applied.
     room: Arc<Room>,
-    /// Models that are here because of what engines said at each listener.
-    pub(super) bound_models: StdMutex<Vec<usize>>,
+    /// Models that are here because of what engines said at each listener, with their tenant.
+    pub(super) bound_models: StdMutex<Vec<BTreeSet<(usize, String)>>>,
+    /// What the indexes of models that ended had counted, by tenant.
+    pub(super) ended_models: StdMutex<Vec<Usage>>,
 }
 
 impl Hub {
@@ -167,7 +169,6 @@ impl Hub {
         let listeners = config.listeners_by_rank()?;
         Ok(Self {
             models: RwLock::new(vec![Models::new(); tenants.all().len()]),
-            tenants,
             scheme: config.scheme()?,
             block_size: TokensPerBlock::try_from(config.block_size)
                 .map_err(|error| error.at("block_size"))?,
@@ -181,7 +182,9 @@ impl Hub {
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
             room: Room::new(WAITING_BYTES_MAX),
-            bound_models: StdMutex::new(vec![0; listeners.len()]),
+            bound_models: StdMutex::new(vec![BTreeSet::new(); listeners.len()]),
+            ended_models: StdMutex::new(vec![Usage::default(); tenants.all().len()]),
+            tenants,
             listeners,
         })
     }
@@ -435,6 +438,7 @@ impl Hub {
             message_bytes_max: self.config.event_bytes_max,
             media: self.media.clone(),
             room: self.room.clone(),
+            probes: Probes::default(),
         };
         let metrics = self.metrics.clone();
         Follower::new(spec.clone(), name.to_owned(), place, state, metrics, limits)
@@ -442,9 +446,6 @@ impl Hub {
 
     /// Forgets the pod: first its entries, so that whoever sees it gone finds nothing of it any more.
     pub(super) async fn remove(&self, pod: &Arc<Pod>) {
-        for source in &pod.sources {
-            source.task.abort();
-        }
         if let Some(index) = self.index_of_pod(&pod.registration) {
             let ids: Vec<_> = pod.sources.iter().map(|source| source.id).collect();
             let removal = tokio::task::spawn_blocking(move || {

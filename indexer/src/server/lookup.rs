@@ -309,7 +309,7 @@ impl Hub {
             if let Some(state) = self.source(&wanted.source) {
                 let mut progress = state.progress.subscribe();
                 if !is_reached(progress.borrow().position, wanted.position) {
-                    state.poke.notify_one();
+                    state.want(wanted.position);
                 }
                 // The pod may leave meanwhile, and come back with a new state.
                 tokio::select! {

@@ -1,13 +1,15 @@
-//! Gives back the memory of pods that are gone, also when no events come that would do it in passing.
+//! Gives back the memory of pods that are gone, also when no events come that would do it in passing, and ends the models
+//! that nobody has any more.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::{spawn_blocking, yield_now};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::hub::Hub;
+use super::models::EmptySince;
 use crate::index::KvIndex;
 
 /// How long what is gone may wait for an event.
@@ -19,6 +21,7 @@ pub(super) async fn keep_tidy(hub: Arc<Hub>, mut stopping: watch::Receiver<bool>
         let stopped = stopping.wait_for(|stopping| *stopping);
         timeout(TIDY_EVERY, stopped).await.is_ok()
     };
+    let mut empty_since = EmptySince::new();
     while !wait_for_stop().await {
         let indexes: Vec<_> = hub
             .models()
@@ -31,6 +34,7 @@ pub(super) async fn keep_tidy(hub: Arc<Hub>, mut stopping: watch::Receiver<bool>
                 yield_now().await;
             }
         }
+        hub.end_models(&mut empty_since, Instant::now());
     }
 }
 

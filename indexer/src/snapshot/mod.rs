@@ -12,6 +12,8 @@ mod file;
 mod image;
 
 #[cfg(test)]
+mod noise;
+#[cfg(test)]
 mod tests;
 
 use kvcache_core::ports::Position;

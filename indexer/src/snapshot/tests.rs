@@ -8,9 +8,9 @@ use prost::Message;
 use super::*;
 use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan};
 
-const TOKENS_PER_BLOCK: u32 = 2;
+pub(super) const TOKENS_PER_BLOCK: u32 = 2;
 
-fn engine_image() -> ImagePiece {
+pub(super) fn engine_image() -> ImagePiece {
     ImagePiece {
         namespaces: vec![
             ImageNamespace::default(),
@@ -47,7 +47,7 @@ fn engine_image() -> ImagePiece {
     }
 }
 
-fn node_image() -> ImagePiece {
+pub(super) fn node_image() -> ImagePiece {
     ImagePiece {
         blocks: vec![ImageBlock {
             hash: EngineHash(21),
@@ -60,7 +60,7 @@ fn node_image() -> ImagePiece {
     }
 }
 
-fn shared() -> Vec<(IndexKey, Tier)> {
+pub(super) fn shared() -> Vec<(IndexKey, Tier)> {
     vec![(IndexKey(31), Tier::Object), (IndexKey(32), Tier::Object)]
 }
 

@@ -1,6 +1,6 @@
 //! Follows publishers of KV events and applies what they say to the index.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -20,9 +20,12 @@ mod apply;
 mod bound;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod withheld;
 mod zmq;
 
 pub(crate) use bound::{FED_QUEUED_MAX, Fed};
+pub(crate) use zmq::Probes;
 
 /// A replay has failed when nothing of it came for so long: an engine serves replays between its steps.
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -101,7 +104,9 @@ pub(crate) struct SourceState {
     /// Held while a batch is applied: whoever holds it sees the index between two batches.
     pub(crate) cursor: Mutex<Cursor>,
     /// Somebody waits for what the source has not said yet: ask the publisher whether it has been missed.
-    pub(crate) poke: Notify,
+    poke: Notify,
+    /// The furthest that anybody waits for, epoch first.
+    wanted: StdMutex<(Epoch, Sequence)>,
 }
 
 /// What the configuration allows a source.
@@ -115,6 +120,8 @@ pub(crate) struct Limits {
     pub(crate) media: Arc<Media>,
     /// What it keeps until it can be applied finds its room here, beside that of all others.
     pub(crate) room: Arc<Room>,
+    /// When its publisher is asked for the tail.
+    pub(crate) probes: Probes,
 }
 
 /// Everything one source's task works on.
@@ -148,6 +155,19 @@ impl SourceState {
             }),
             ..Self::default()
         }
+    }
+
+    /// Somebody waits until the source is as far as that. What has not come by itself after a moment is asked for.
+    pub(crate) fn want(&self, position: Position) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        *wanted = (*wanted).max((position.epoch, position.next));
+        drop(wanted);
+        self.poke.notify_one();
+    }
+
+    fn is_wanted_beyond(&self, position: Position) -> bool {
+        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        *wanted > (position.epoch, position.next)
     }
 }
 

@@ -11,6 +11,18 @@ use crate::index::{IndexConfig, ORPHAN_BLOCKS_MAX};
 use crate::score::TierWeights;
 
 fn follower() -> Follower {
+    follower_of(SourceSpec {
+        name: "node".to_owned(),
+        kind: SourceKind::Node,
+        endpoint: "tcp://127.0.0.1:1".to_owned(),
+        replay_endpoint: Some("tcp://127.0.0.1:1".to_owned()),
+        data_parallel_rank: None,
+        groups: Vec::new(),
+    })
+}
+
+/// Of an index that knows nothing else.
+pub(super) fn follower_of(spec: SourceSpec) -> Follower {
     let index = Arc::new(KvIndex::new(IndexConfig {
         scheme: IndexScheme::default(),
         model: "m".to_owned(),
@@ -21,37 +33,24 @@ fn follower() -> Follower {
     let id = index
         .add_source(crate::index::SourceSpec {
             pod: PodName::new("pod-0").unwrap(),
-            name: "node".to_owned(),
-            kind: SourceKind::Node,
+            name: spec.name.clone(),
+            kind: spec.kind,
             block_size: 16,
         })
         .unwrap();
-    let spec = SourceSpec {
-        name: "node".to_owned(),
-        kind: SourceKind::Node,
-        endpoint: "tcp://127.0.0.1:1".to_owned(),
-        replay_endpoint: Some("tcp://127.0.0.1:1".to_owned()),
-        data_parallel_rank: None,
-        groups: Vec::new(),
-    };
     let limits = Limits {
         ttl: Duration::from_secs(30),
         message_bytes_max: 1 << 20,
         media: Arc::default(),
         room: Room::new(usize::MAX),
+        probes: Probes::default(),
     };
     let (state, metrics) = (
         Arc::new(SourceState::new(None)),
         Arc::new(Metrics::new(&[])),
     );
-    Follower::new(
-        spec,
-        "pod-0/node".to_owned(),
-        (index, id),
-        state,
-        metrics,
-        limits,
-    )
+    let name = format!("pod-0/{}", spec.name);
+    Follower::new(spec, name, (index, id), state, metrics, limits)
 }
 
 fn stored(keys: std::ops::Range<u64>, tier: Tier) -> Vec<NodeEvent> {
@@ -192,6 +191,27 @@ async fn an_image_that_cannot_be_read_empties_the_source() {
         follower.reply(50, &stored(7..8, Tier::Host)).await;
         assert_eq!(follower.index.entries(), 1);
     }
+}
+
+/// The index has removed the source, and another one has come: what the task still has to say is nobody's.
+#[tokio::test]
+async fn events_of_a_source_that_was_removed_are_not_applied() {
+    let mut follower = follower();
+    follower.ingest.handle_connected(Time(0));
+    follower.ingest.handle_replay_end(Time(0));
+    follower.take(0, &stored(0..10, Tier::Host)).await;
+    assert_eq!(follower.index.entries(), 10);
+    follower.index.remove_source(follower.id);
+    let next = crate::index::SourceSpec {
+        pod: PodName::new("pod-1").unwrap(),
+        name: "node".to_owned(),
+        kind: SourceKind::Node,
+        block_size: 16,
+    };
+    follower.index.add_source(next).unwrap();
+    follower.take(1, &stored(10..20, Tier::Host)).await;
+    assert_eq!(follower.index.entries(), 0);
+    assert_eq!(follower.metrics.events(), (10, 10));
 }
 
 proptest! {

@@ -22,12 +22,28 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// The first and the longest pause between attempts that failed at once.
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// The tail is asked for again so long after a connection was made.
-const PROBE_AFTER_CONNECT: Duration = Duration::from_millis(100);
-/// And whenever nothing was heard for so long: batches dropped by a full queue leave no trace if none follows.
-const PROBE_IDLE: Duration = Duration::from_secs(15);
-/// Two lookups that wait make the tail be asked for at most so often.
-const PROBE_PAUSE: Duration = Duration::from_millis(20);
+/// When the tail is asked for though nothing shows that any is missing: batches dropped by a full queue leave no trace if
+/// none follows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Probes {
+    /// So long after a connection was made.
+    pub(crate) after_connect: Duration,
+    /// And whenever nothing was heard for so long.
+    pub(crate) when_silent: Duration,
+    /// And when somebody waits for what has not come after so long: those who wait make it be asked for at most so often.
+    pub(crate) when_waited_for: Duration,
+}
+
+impl Default for Probes {
+    /// 100 ms, as a subscription is in force by then, 15 s, and 20 ms.
+    fn default() -> Self {
+        Self {
+            after_connect: Duration::from_millis(100),
+            when_silent: Duration::from_secs(15),
+            when_waited_for: Duration::from_millis(20),
+        }
+    }
+}
 
 /// The two sockets of one connection.
 struct Link {
@@ -41,6 +57,8 @@ enum Input {
     Reply(Vec<Bytes>),
     /// A socket failed, its peer went away, or it sent what nobody may send.
     Lost(Error),
+    /// Somebody waits for what may have been missed.
+    Wanted,
     /// Ask whether something was missed.
     Probe,
     /// The state machine wanted to be called now.
@@ -133,7 +151,10 @@ impl Follower {
         let now = self.now();
         self.ingest.handle_connected(now);
         let mut is_probing = false;
-        let mut probe_at = Instant::now() + PROBE_AFTER_CONNECT;
+        let probes = self.limits.probes;
+        let mut probe_at = Instant::now() + probes.after_connect;
+        // What comes meanwhile does not put this off: who waits may wait for what comes after it.
+        let mut wanted_at = None;
         let mut replay_from = self.act(false).await;
         let ended = loop {
             if let Some(from) = replay_from.take() {
@@ -141,13 +162,14 @@ impl Follower {
             }
             let is_current = self.ingest.is_current();
             is_probing &= !is_current;
+            let ask_at = wanted_at.map_or(probe_at, |at| probe_at.min(at));
             let input = self
-                .next_input(&mut link, is_current.then_some(probe_at))
+                .next_input(&mut link, is_current.then_some(ask_at))
                 .await;
             let now = self.now();
             match input {
                 Input::Live(frames) => {
-                    probe_at = probe_at.max(Instant::now() + PROBE_IDLE);
+                    probe_at = probe_at.max(Instant::now() + probes.when_silent);
                     self.take_live(&frames);
                 }
                 Input::Reply(frames) => self.take_reply(&frames),
@@ -162,10 +184,18 @@ impl Follower {
                     self.give_up().await;
                     break Error::new(ErrorKind::Timeout, "not verified in time");
                 }
+                Input::Wanted => {
+                    let at = Instant::now() + probes.when_waited_for;
+                    wanted_at = wanted_at.or(Some(at));
+                }
                 Input::Probe => {
-                    is_probing = true;
-                    probe_at = Instant::now() + PROBE_IDLE;
-                    self.ingest.handle_connected(now);
+                    wanted_at = None;
+                    let position = self.ingest.position();
+                    if Instant::now() >= probe_at || self.state.is_wanted_beyond(position) {
+                        is_probing = true;
+                        probe_at = Instant::now() + probes.when_silent;
+                        self.ingest.handle_connected(now);
+                    }
                 }
             }
             replay_from = self.act(is_current).await;
@@ -189,12 +219,11 @@ impl Follower {
             Some(at) => sleep_until(at).await,
             None => pending().await,
         };
-        let poked = async {
+        let wanted = async {
             if probe_at.is_none() {
                 pending::<()>().await;
             }
             self.state.poke.notified().await;
-            tokio::time::sleep(PROBE_PAUSE).await;
         };
         let dealer = link.replay.as_mut().map(Connection::recv);
         tokio::select! {
@@ -205,7 +234,7 @@ impl Follower {
             () = wait(deadline) => Input::Timeout,
             () = wait(probe_at) => Input::Probe,
             () = wait(self.unverified_until) => Input::Unverified,
-            () = poked => Input::Probe,
+            () = wanted => Input::Wanted,
         }
     }
 

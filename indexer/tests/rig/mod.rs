@@ -2,6 +2,7 @@
 // Each test binary uses a part of it.
 #![allow(dead_code)]
 
+use std::path::Path;
 use std::time::Duration;
 
 use kvcache_core::event::EngineEvent;
@@ -186,6 +187,57 @@ pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusR
     tokio::time::timeout(PATIENCE, asking)
         .await
         .expect("the index never got there");
+}
+
+/// Three blocks.
+pub(crate) const LONG: [u32; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+
+/// An engine that keeps nothing but its newest batch for replay: what came before is only in snapshots.
+pub(crate) fn forgetful(name: &str) -> Publisher {
+    let mut config = PublisherConfig::new(pod(name), "m", Stream::Engine);
+    config.replay_bytes_max = 1;
+    Publisher::bind(config).unwrap()
+}
+
+/// One block of [`LONG`] in a batch of its own.
+pub(crate) fn publish_block(engine: &Publisher, number: usize) {
+    let tokens = &LONG[(number - 1) * 4..number * 4];
+    let parent = (number > 1).then(|| number as u64 - 1);
+    engine.publish_engine(vec![stored(&[number as u64], parent, tokens, Tier::Device)]);
+}
+
+pub(crate) fn with_peer(peer: &Running) -> ServerConfig {
+    ServerConfig {
+        bootstrap_peers: vec![peer.grpc_address().to_string()],
+        ..config()
+    }
+}
+
+pub(crate) fn with_file(path: &Path) -> ServerConfig {
+    ServerConfig {
+        snapshot_path: Some(path.to_owned()),
+        ..config()
+    }
+}
+
+pub(crate) async fn wait_until_serving(client: &IndexClient) {
+    wait_until(client, |status| status.serving).await;
+}
+
+pub(crate) async fn depth_of_long(client: &IndexClient, positions: Vec<SourcePosition>) -> u32 {
+    let mut asked = question(Prompt::Tokens(LONG.to_vec()));
+    asked.min_position = positions;
+    asked.deadline = Some(PATIENCE);
+    let answer = client.lookup(asked).await.unwrap();
+    answer.pods.first().map_or(0, |pod| pod.depth)
+}
+
+pub(crate) fn at(engine: &Publisher) -> Vec<SourcePosition> {
+    vec![SourcePosition::new(
+        &pod("pod-0"),
+        "engine",
+        engine.position(),
+    )]
 }
 
 /// What a server says of itself to Prometheus.

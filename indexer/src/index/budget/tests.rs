@@ -1,5 +1,5 @@
 //! The bound, by histories that need several times as much. That only leaves go, and that what is left is answered
-//! exactly, random histories say in `tests/property.rs`.
+//! exactly, random histories say in `tests/property`.
 
 use kvcache_core::EngineHash;
 use kvcache_core::prefix::IndexScheme;

@@ -2,11 +2,13 @@
 
 use kvcache_core::{EngineHash, PodName, Tier};
 use proptest::prelude::*;
+use tokio::time::Instant;
 
 use crate::adapter::{RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
 use crate::config::{ServerConfig, TenantConfig};
 use crate::index::{Answer, KvIndex, Query, SourceId, SourceSpec, Usage};
 use crate::server::hub::Hub;
+use crate::server::models::EmptySince;
 use crate::wire::Registration;
 
 /// Tokens a block.
@@ -166,4 +168,54 @@ proptest! {
         }
         prop_assert!(sources[0].0.0.usage().evicted_blocks > 0, "nothing was given up");
     }
+}
+
+/// A model is ended when it has had no pod and held nothing for the time to live, not before; what it gave up stays counted,
+/// and its bytes are the other models'.
+#[test]
+fn a_model_ends_when_it_has_held_nothing_for_the_time_to_live() {
+    let hub = hub(&["acme"]);
+    let (index, id) = source(&hub, "acme");
+    for prompt in 0..70 {
+        apply(
+            &(index.clone(), id),
+            &Step::Store {
+                prompt,
+                blocks: BLOCKS,
+            },
+        );
+    }
+    let given_up = index.usage().evicted_blocks;
+    assert!(given_up > 0, "nothing was given up");
+    let tenant = hub.tenants.by_name("acme").unwrap();
+    let counted = || {
+        let tenants = hub.holdings().tenants;
+        tenants
+            .iter()
+            .map(|held| held.usage.evicted_blocks)
+            .sum::<u64>()
+    };
+    let (begun, ttl) = (Instant::now(), hub.config.source_ttl());
+    let mut empty_since = EmptySince::new();
+    hub.end_models(&mut empty_since, begun);
+    hub.end_models(&mut empty_since, begun + 10 * ttl);
+    assert_eq!(hub.holdings().models, 1, "it holds something");
+
+    index.remove_source(id);
+    let left = begun + 11 * ttl;
+    hub.end_models(&mut empty_since, left);
+    hub.end_models(&mut empty_since, left + ttl / 2);
+    assert_eq!(hub.holdings().models, 1, "it was there a moment ago");
+    let other = hub.index_of(tenant, "other");
+    assert!(
+        other.is_err(),
+        "a second model has no room: {:?}",
+        other.err()
+    );
+    assert_eq!(counted(), given_up);
+    hub.end_models(&mut empty_since, left + ttl);
+    assert_eq!(hub.holdings().models, 0);
+    assert_eq!(counted(), given_up, "what it gave up is forgotten");
+    let other = hub.index_of(tenant, "other").unwrap();
+    assert_eq!(other.usage().bytes_max, Some(16 << 20));
 }

@@ -63,8 +63,8 @@ class Engine:
     """A running vLLM OpenAI server. Use it in a ``with``, or call :meth:`stop`.
 
     `kv_transfer` is the engine's ``--kv-transfer-config``; `events` makes it publish KV events;
-    `arguments` and `env` come last, so that they win. With `cold` all its processes import vLLM
-    themselves, as a user's do.
+    `begin` is what its Python executes and with which model, and `arguments` and `env` come last, so
+    that they win. With `cold` all its processes import vLLM themselves, as a user's do.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Engine:
         blocks: int = 64,
         max_model_len: int = 512,
         dtype: str = "bfloat16",
+        begin: Optional[Sequence[str]] = None,
         arguments: Sequence[str] = (),
         env: Optional[Mapping[str, str]] = None,
         cold: bool = False,
@@ -87,8 +88,9 @@ class Engine:
         self.address = f"http://127.0.0.1:{self.port}"
         self.model = model
         self.events = events
-        command = ["-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(model), "--served-model-name", MODEL_NAME]
+        # The module that `vllm serve` calls: interpreters that have imported it already are forked.
+        command = list(begin or ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)])
+        command += ["--served-model-name", MODEL_NAME]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype]
         command += ["--max-model-len", str(max_model_len), "--block-size", str(BLOCK_TOKENS)]
         command += ["--num-gpu-blocks-override", str(blocks), "--enforce-eager"]
