@@ -278,14 +278,7 @@ fn mutated_messages_are_answered_or_refused_with_the_reason() {
             });
             let answered = answered.expect("no answer");
             if let Err(status) = answered {
-                let is_undecodable = status.code() == Code::Internal
-                    && status.message().contains("decode Protobuf message");
-                let has_reason = !status.message().is_empty()
-                    && !matches!(
-                        status.code(),
-                        Code::Internal | Code::Unknown | Code::Cancelled | Code::Unavailable
-                    );
-                prop_assert!(is_undecodable || has_reason, "{path}: {status:?}");
+                prop_assert!(is_reasoned(&status), "{path}: {status:?}");
             }
             Ok(())
         })
@@ -299,6 +292,109 @@ fn mutated_messages_are_answered_or_refused_with_the_reason() {
         let answer = client.lookup(asked).await.unwrap();
         assert_eq!((answer.pods.len(), answer.pods[0].depth), (1, 2));
     });
+}
+
+/// Whether a status is of the caller's doing and says why.
+fn is_reasoned(status: &Status) -> bool {
+    let is_broken = matches!(
+        status.code(),
+        Code::Internal | Code::Unknown | Code::Cancelled | Code::Unavailable
+    );
+    let is_undecodable =
+        status.code() == Code::Internal && status.message().contains("decode Protobuf message");
+    is_undecodable || (!is_broken && !status.message().is_empty())
+}
+
+fn any_lookup() -> impl Strategy<Value = v1::LookupRequest> {
+    let keys = prop::collection::vec(any::<u64>(), 0..9);
+    let prompt = prop_oneof![
+        4 => prop::collection::vec(any::<u8>(), 0..40).prop_map(|bytes| Some(Prompt::Tokens(bytes.into()))),
+        2 => keys.prop_map(|keys| Some(Prompt::Keys(v1::BlockKeys { keys }))),
+        1 => Just(None),
+    ];
+    let name = || prop_oneof![Just(String::new()), Just("m".to_owned()), any::<String>()];
+    let position =
+        (any::<String>(), any::<u64>(), any::<u64>()).prop_map(|(source, epoch, next)| {
+            v1::SourcePosition {
+                source,
+                epoch,
+                next_sequence: next,
+            }
+        });
+    let pods = prop::collection::vec(prop_oneof![Just("pod-0".to_owned()), any::<String>()], 0..3);
+    let positions = prop_oneof![9 => Just(Vec::new()), 1 => prop::collection::vec(position, 1..3)];
+    let ranking = prop_oneof![3 => 0..3_i32, 1 => any::<i32>()];
+    let rest = (any::<u32>(), pods, positions, ranking, any::<bool>());
+    (name(), name(), name(), prompt, rest).prop_map(|(model, lora, tenant, prompt, rest)| {
+        let (pods_max, pods, min_position, ranking, explain) = rest;
+        v1::LookupRequest {
+            model,
+            lora,
+            tenant,
+            prompt,
+            pods_max,
+            pods,
+            min_position,
+            ranking,
+            explain,
+            ..v1::LookupRequest::default()
+        }
+    })
+}
+
+/// Questions with anything in each field, one by one and as routing decisions: answers and refusals of each kind are reached.
+#[test]
+fn fields_of_any_value_are_answered_or_refused_with_the_reason() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (server, _engine, _registered) = runtime.block_on(server_with_two_blocks());
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.grpc_address())).unwrap();
+    let channel = runtime.block_on(endpoint.connect()).unwrap();
+    let reached = std::cell::RefCell::new(std::collections::BTreeMap::new());
+    let mut runner = TestRunner::new(ProptestConfig::with_cases(1500));
+    let strategy = (any_lookup(), any::<u32>(), any::<bool>());
+    runner
+        .run(&strategy, |(asked, ttl_ms, is_routing)| {
+            let (path, message) = if is_routing {
+                let prompt = asked.prompt.map(|prompt| match prompt {
+                    Prompt::Tokens(tokens) => RoutedPrompt::Tokens(tokens),
+                    Prompt::Keys(keys) => RoutedPrompt::Keys(keys),
+                });
+                let routing = v1::RecordRoutingRequest {
+                    model: asked.model,
+                    lora: asked.lora,
+                    tenant: asked.tenant,
+                    pod: asked.pods.into_iter().next().unwrap_or_default(),
+                    prompt,
+                    ttl_ms,
+                    ..v1::RecordRoutingRequest::default()
+                };
+                ("/kvfabric.v1.Index/RecordRouting", routing.encode_to_vec())
+            } else {
+                ("/kvfabric.v1.Index/Lookup", asked.encode_to_vec())
+            };
+            let answered = runtime.block_on(async {
+                tokio::time::timeout(PATIENCE, answer(&channel, path, message)).await
+            });
+            let code = match answered.expect("no answer") {
+                Ok(_) => Code::Ok,
+                Err(status) => {
+                    prop_assert!(is_reasoned(&status), "{path}: {status:?}");
+                    status.code()
+                }
+            };
+            *reached.borrow_mut().entry((path, code as i32)).or_insert(0) += 1;
+            Ok(())
+        })
+        .unwrap();
+    let reached = reached.into_inner();
+    for path in [
+        "/kvfabric.v1.Index/RecordRouting",
+        "/kvfabric.v1.Index/Lookup",
+    ] {
+        for code in [Code::Ok, Code::InvalidArgument] {
+            assert!(reached.contains_key(&(path, code as i32)), "{reached:?}");
+        }
+    }
 }
 
 /// The indexer's part of the documentation.

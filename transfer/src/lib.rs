@@ -28,9 +28,11 @@ pub use backend::ucx::UcxOptions;
 pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side, Strided};
 pub use metadata::{AGENT_NAME_BYTES_MAX, EXPORTED_REGIONS_MAX, METADATA_VERSION};
 pub use outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
+pub use plan::PARTS_MAX;
 pub use region::{Deregistration, MemoryKind, Region, RegionId, RegionOptions};
 pub use request::{
-    Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, Request, RequestOptions,
+    Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, PartCompleted, Priority, Request,
+    RequestOptions,
 };
 pub use stats::{AgentStats, BackendStats};
 pub use sys::fork::Process;

@@ -22,6 +22,9 @@ const MAGIC: [u8; 4] = *b"KVFM";
 const ADDRESSES_MAX: usize = 16;
 const CHECKSUM_BYTES: usize = 4;
 
+/// The regions are some of the agent's: those that are known stay.
+const PARTIAL: u16 = 1;
+
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
 const SHAREABLE: u8 = 4;
@@ -77,6 +80,8 @@ pub(crate) struct PeerCard {
     /// By fabric.
     pub(crate) addresses: Vec<(String, Vec<u8>)>,
     pub(crate) regions: Vec<Arc<RemoteRegion>>,
+    /// Whether it has other regions, too.
+    pub(crate) partial: bool,
 }
 
 impl PeerCard {
@@ -90,8 +95,8 @@ impl PeerCard {
         let mut out = Vec::with_capacity(128 + self.regions.len() * 33);
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&METADATA_VERSION.to_le_bytes());
-        // Flags: none yet.
-        out.extend_from_slice(&0_u16.to_le_bytes());
+        let flags = if self.partial { PARTIAL } else { 0 };
+        out.extend_from_slice(&flags.to_le_bytes());
         out.extend_from_slice(&self.incarnation.0.to_le_bytes());
         out.extend_from_slice(&self.host.0);
         put_counted(&mut out, self.name.as_bytes());
@@ -149,7 +154,7 @@ impl PeerCard {
             return Err(Error::new(ErrorKind::Version, text));
         }
         let flags = reader.u16("flags")?;
-        if flags != 0 {
+        if flags & !PARTIAL != 0 {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!("unknown flags {flags:#x}"),
@@ -168,6 +173,7 @@ impl PeerCard {
             host,
             addresses,
             regions,
+            partial: flags & PARTIAL != 0,
         })
     }
 }

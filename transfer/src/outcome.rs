@@ -90,10 +90,12 @@ impl From<TransferError> for Error {
 pub struct Completion {
     /// Bytes moved.
     pub bytes: u64,
-    /// The name of the backend that moved them.
+    /// The name of the backend that moved them, the last of several.
     pub backend: &'static str,
     /// From the post to the terminal completion.
     pub elapsed: Duration,
+    /// How often it, or a piece of it, was tried again after a failure; the backend above is the last one then.
+    pub failovers: u32,
 }
 
 /// What a post that was done took.

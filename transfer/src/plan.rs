@@ -1,11 +1,16 @@
 //! What a request moves: pairs of ranges, neighbours merged.
 
-use kvcache_core::{Error, ErrorKind, Result};
+use std::collections::HashMap;
 use std::sync::Arc;
+
+use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::RemoteRegion;
 use crate::backend::Operation;
 use crate::descriptor::{Cursor, PreparedList, Range, Target};
+
+/// The most parts that a request may have.
+pub const PARTS_MAX: usize = 4096;
 
 /// Bytes to move between one local and one remote range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,13 +63,15 @@ impl Plan {
         }
     }
 
-    /// Pairs descriptors in order: all of both lists, or those at `positions`.
+    /// Pairs descriptors in order: all of both lists, or those at `positions`. `parts` says how many pairs each part has;
+    /// the second value is where each of them ends, in extents.
     pub(crate) fn pair(
         operation: Operation,
         local: &PreparedList,
         remote: &PreparedList,
         positions: Option<&(Vec<u32>, Vec<u32>)>,
-    ) -> Result<Self> {
+        parts: &[u32],
+    ) -> Result<(Self, Vec<usize>)> {
         let (local, remote) = (&*local.0, &*remote.0);
         let (count, remote_count) = match positions {
             None => (local.ranges.len(), remote.ranges.len()),
@@ -75,8 +82,10 @@ impl Plan {
                 format!("{count} local descriptors are paired with {remote_count} remote ones");
             return Err(Error::new(ErrorKind::Invalid, text));
         }
+        let mut part_ends = part_ends(parts, count)?.into_iter().peekable();
         let mut builder = Builder {
             extents: Vec::with_capacity(count),
+            ends: Vec::with_capacity(parts.len()),
             bytes: 0,
         };
         let (mut at, mut remote_at) = (local.ranges.cursor(), remote.ranges.cursor());
@@ -88,15 +97,39 @@ impl Plan {
             let own = range_at(&mut at, own, local.ranges.len(), "local")?;
             let other = range_at(&mut remote_at, other, remote.ranges.len(), "remote")?;
             builder.push(position, &own, &other)?;
+            if part_ends.next_if_eq(&(position + 1)).is_some() {
+                builder.ends.push(builder.extents.len());
+            }
         }
-        Ok(Self {
+        if parts.is_empty() {
+            builder.ends.push(builder.extents.len());
+        }
+        let plan = Self {
             operation,
             local: local.targets.clone(),
             remote: remote.targets.clone(),
             extents: builder.extents,
             bytes: builder.bytes,
             descriptors: count as u32,
-        })
+        };
+        Ok((plan, builder.ends))
+    }
+
+    /// The same move for some extents of this plan, or parts of them: names no region that they don't.
+    pub(crate) fn with(&self, mut extents: Vec<Extent>) -> Self {
+        let (mut local, mut remote) = (Used::new(&self.local), Used::new(&self.remote));
+        for extent in &mut extents {
+            extent.local = local.position(extent.local);
+            extent.remote = remote.position(extent.remote);
+        }
+        Self {
+            operation: self.operation,
+            local: local.targets.into(),
+            remote: remote.targets.into(),
+            bytes: extents.iter().map(|extent| extent.len).sum(),
+            descriptors: extents.len() as u32,
+            extents,
+        }
     }
 
     /// Counts the transfer as a user of every region of this agent that it names.
@@ -133,8 +166,56 @@ fn range_at(list: &mut Cursor<'_>, position: u32, count: usize, side: &str) -> R
         .ok_or_else(|| Error::invalid(&format!("{side} position"), position, 0..count))
 }
 
+/// The regions of a plan that a part of it names.
+struct Used<'a> {
+    all: &'a [Target],
+    positions: HashMap<u32, u32>,
+    targets: Vec<Target>,
+}
+
+impl<'a> Used<'a> {
+    fn new(all: &'a [Target]) -> Self {
+        Self {
+            all,
+            positions: HashMap::new(),
+            targets: Vec::new(),
+        }
+    }
+
+    fn position(&mut self, target: u32) -> u32 {
+        *self.positions.entry(target).or_insert_with(|| {
+            self.targets.push(self.all[target as usize].clone());
+            (self.targets.len() - 1) as u32
+        })
+    }
+}
+
+/// Where parts end, counted in pairs.
+fn part_ends(parts: &[u32], pairs: usize) -> Result<Vec<usize>> {
+    if parts.len() > PARTS_MAX {
+        return Err(Error::invalid("parts", parts.len(), 0..=PARTS_MAX));
+    }
+    let mut end = 0_usize;
+    let mut ends = Vec::with_capacity(parts.len());
+    for (number, &count) in parts.iter().enumerate() {
+        end += count as usize;
+        if count == 0 {
+            let text = format!("part {number} has no pairs");
+            return Err(Error::new(ErrorKind::Invalid, text));
+        }
+        ends.push(end);
+    }
+    if !parts.is_empty() && end != pairs {
+        let text = format!("the parts have {end} pairs together, the request has {pairs}");
+        return Err(Error::new(ErrorKind::Invalid, text));
+    }
+    Ok(ends)
+}
+
 struct Builder {
     extents: Vec<Extent>,
+    /// Where parts end; what follows is not merged with what was before.
+    ends: Vec<usize>,
     bytes: u64,
 }
 
@@ -151,7 +232,9 @@ impl Builder {
             .bytes
             .checked_add(local.len)
             .ok_or_else(|| Error::invalid("bytes of a request", "too many", 0..=u64::MAX))?;
+        let begins = self.ends.last() == Some(&self.extents.len());
         if let Some(last) = self.extents.last_mut()
+            && !begins
             && last.local == local.target
             && last.remote == remote.target
             && last.local_offset + last.len == local.offset

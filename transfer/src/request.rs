@@ -10,14 +10,23 @@ use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::{AgentCore, PeerCore};
-use crate::backend::{Backend, Job};
+use crate::backend::Backend;
 use crate::outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 use crate::plan::Plan;
 
 mod core;
+mod later;
+mod piece;
+mod rate;
+mod state;
+mod ticket;
 
-use self::core::Taken;
-pub(crate) use self::core::{RequestCore, Ticket};
+pub(crate) use self::core::RequestCore;
+pub(crate) use self::later::Later;
+pub(crate) use self::rate::Bucket;
+pub use self::rate::Priority;
+use self::state::{Start, Taken};
+pub(crate) use self::ticket::Ticket;
 
 /// What applies to a request that names no deadline.
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
@@ -34,6 +43,12 @@ pub struct RequestOptions {
     pub notification: Option<Bytes>,
     /// Counted from the post; [`DEADLINE_DEFAULT`] if none.
     pub deadline: Option<Duration>,
+    /// How many pairs each part has, in order; together they are all pairs, at most [`crate::PARTS_MAX`] parts. Parts are
+    /// handed over in this order, and each can be waited for ([`Request::wait_part`]): one for each layer lets a prefill
+    /// begin with the first. None: one part.
+    pub parts: Vec<u32>,
+    /// Who goes first where requests wait for each other.
+    pub priority: Priority,
 }
 
 /// Who moves the bytes.
@@ -57,19 +72,21 @@ impl Request {
     pub(crate) fn new(
         agent: Arc<AgentCore>,
         route: Route,
-        plan: Plan,
-        notification: Option<Bytes>,
-        deadline: Option<Duration>,
+        (plan, ends): (Plan, &[usize]),
+        options: RequestOptions,
     ) -> Result<Self> {
-        check_notification(notification.as_ref())?;
-        let core = RequestCore::new(plan, agent.timer().clone());
-        let deadline = deadline.unwrap_or(DEADLINE_DEFAULT);
+        check_notification(options.notification.as_ref())?;
+        let peer = match &route {
+            Route::Own(_) => None,
+            Route::Peer(peer) => Some(peer),
+        };
+        let core = RequestCore::new(plan, ends, options.priority, &agent, peer);
         Ok(Self {
             core: Arc::new(core),
             agent,
             route,
-            notification,
-            deadline,
+            notification: options.notification,
+            deadline: options.deadline.unwrap_or(DEADLINE_DEFAULT),
         })
     }
 
@@ -98,28 +115,46 @@ impl Request {
     /// deregistered; [`ErrorKind::Forked`] in a forked child.
     pub fn post(&self) -> Result<()> {
         self.agent.check()?;
-        let backend = match &self.route {
-            Route::Own(backend) => backend.clone(),
-            Route::Peer(peer) => peer.channel(&self.agent, &self.core.plan)?,
-        };
+        let mut again = matches!(self.route, Route::Peer(_));
+        loop {
+            let (backend, closings): (Arc<dyn Backend>, u64) = match &self.route {
+                Route::Own(backend) => (backend.clone(), 0),
+                Route::Peer(peer) => {
+                    let closings = peer.closings();
+                    (peer.channel(&self.agent, &self.core.plan)?, closings)
+                }
+            };
+            match self.post_to(&backend, closings) {
+                // The connection was lost after it was chosen: there may be another, or another way.
+                Err(error) if again && error.kind() == ErrorKind::PeerLost => again = false,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn post_to(&self, backend: &Arc<dyn Backend>, closings: u64) -> Result<()> {
         self.core.plan.enter()?;
         let counters = self.agent.stats().counters(backend.name());
-        let number = match self.core.start(&backend, counters, self.deadline) {
+        let started = self.core.start(Start {
+            backend,
+            counters,
+            deadline: self.deadline,
+            notice: self.notification.clone(),
+            closings,
+        });
+        let number = match started {
             Ok(number) => number,
             Err(error) => {
                 self.core.plan.leave();
                 return Err(error);
             }
         };
-        let ticket = Ticket::new(self.core.clone());
-        let job = Job::new(ticket, self.notification.clone());
-        match backend.post(job) {
-            Ok(()) => {
-                self.core.watch(number);
-                Ok(())
-            }
-            Err(refusal) => Err(refusal.into_error()),
+        if let Err(error) = self.core.post_pieces(number, backend) {
+            self.core.withdraw();
+            return Err(error);
         }
+        self.core.watch(number);
+        Ok(())
     }
 
     /// Where it stands.
@@ -154,6 +189,40 @@ impl Request {
                     MemoryFate::InFlight,
                 ))
             }
+        }
+    }
+
+    /// How many parts it has ([`RequestOptions::parts`]), at least one.
+    #[must_use]
+    pub fn parts(&self) -> usize {
+        self.core.parts()
+    }
+
+    /// Waits until all bytes of a part, counted from 0, are in place, at most `timeout`. A part that is in place stays so
+    /// when the request fails later.
+    ///
+    /// # Errors
+    /// Why the request failed before the part was in place; [`ErrorKind::Timeout`] with memory in flight when `timeout` ran
+    /// out first; [`ErrorKind::Invalid`] for a part that there is not, and when it was never posted.
+    pub fn wait_part(&self, part: usize, timeout: Duration) -> Result<(), TransferError> {
+        let until = Instant::now() + timeout;
+        self.core.wait(until, |state| state.part(part).is_some());
+        let found = self.core.lock().part(part);
+        found.unwrap_or_else(|| {
+            let text = format!("part {part} not in place after {timeout:?}");
+            let error = Error::new(ErrorKind::Timeout, text);
+            Err(TransferError::new(error, MemoryFate::InFlight))
+        })
+    }
+
+    /// Resolves as [`Request::wait_part`] does.
+    ///
+    /// # Cancel safety
+    /// Dropping the future changes nothing; ask for another one at any time.
+    pub fn part(&self, part: usize) -> PartCompleted {
+        PartCompleted {
+            core: self.core.clone(),
+            part,
         }
     }
 
@@ -262,6 +331,27 @@ impl Future for Completed {
             // Posted again in between: look again.
             Taken::Pending(_) => {
                 context.waker().wake_by_ref();
+                Poll::Pending
+            }
+        }
+    }
+}
+
+/// Resolves when a part of a request is in place, or the request has failed before.
+pub struct PartCompleted {
+    core: Arc<RequestCore>,
+    part: usize,
+}
+
+impl Future for PartCompleted {
+    type Output = Result<(), TransferError>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.core.lock();
+        match state.part(self.part) {
+            Some(found) => Poll::Ready(found),
+            None => {
+                RequestCore::register(&mut state, context);
                 Poll::Pending
             }
         }

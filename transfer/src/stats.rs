@@ -66,11 +66,14 @@ pub struct AgentStats {
     pub backends: BTreeMap<&'static str, BackendStats>,
     /// Notifications that waited for nobody because the inbox was full: their senders were told `Busy`.
     pub notifications_refused: u64,
+    /// How often a request, or a piece of one, was tried again another way after it had failed. Each is in the log too.
+    pub failovers: u64,
 }
 
 /// The counters of all backends of an agent.
 #[derive(Default)]
 pub(crate) struct Stats {
+    failovers: AtomicU64,
     backends: RwLock<BTreeMap<&'static str, Arc<Counters>>>,
 }
 
@@ -86,6 +89,14 @@ impl Stats {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         known.entry(backend).or_default().clone()
+    }
+
+    pub(crate) fn count_failover(&self) {
+        self.failovers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn failovers(&self) -> u64 {
+        self.failovers.load(Ordering::Relaxed)
     }
 
     pub(crate) fn snapshot(&self) -> BTreeMap<&'static str, BackendStats> {

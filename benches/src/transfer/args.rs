@@ -111,7 +111,7 @@ pub(super) struct EffortArgs {
     /// Measured iterations.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=SAMPLES_MAX))]
     iterations: u32,
-    /// Single blocks in each of the five rounds that latency is measured in; a round ends after a second all the same.
+    /// Single blocks in each of the five rounds that latency is measured in; a round ends after 250 ms all the same.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(0..=SAMPLES_MAX))]
     latency_samples: u32,
 }

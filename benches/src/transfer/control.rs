@@ -12,6 +12,7 @@ use kvfabric_transfer::{
     Side,
 };
 
+use crate::clock::process_cpu;
 use crate::recorder::Recorder;
 use crate::report::{Case, OURS};
 use crate::statistics::{Percentiles, Samples};
@@ -136,18 +137,23 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
         metadata: agent.metadata().to_vec(),
     })?;
     let mut round_trips = Percentiles::default();
+    let mut cpu_us = Samples::default();
     for _ in 0..NOTIFICATION_ROUNDS {
         let mut round = Samples::default();
+        let before = process_cpu() + target.cpu()?;
         for number in 0..NOTIFICATIONS {
             let start = Instant::now();
             round_trip(&agent, &peer, number)?;
             round.push_us(start.elapsed());
         }
+        let spent = process_cpu() + target.cpu()? - before;
+        cpu_us.push_us(spent / NOTIFICATIONS);
         round_trips.push_round(&round);
     }
     let name = format!("notification-{}", backend.name());
     recorder.extend(case(&name).row("p50_us", "µs", &round_trips.p50));
     recorder.extend(case(&name).row("p99_us", "µs", &round_trips.p99));
+    recorder.extend(case(&name).row("cpu_us", "µs", &cpu_us));
     Ok(())
 }
 
@@ -216,16 +222,18 @@ fn long_lists(recorder: &mut Recorder) -> Result<()> {
         places.into_iter().map(block).collect()
     };
     let (own, other) = (list(1, local.id()), list(2, RegionId(region)));
-    let mut made = Samples::default();
+    let (mut made, mut cpu) = (Samples::default(), Samples::default());
     for _ in 0..STEPS {
-        let start = Instant::now();
+        let (start, before) = (Instant::now(), process_cpu());
         let own = agent.prepare(Side::Local, &own)?;
         let other = agent.prepare(Side::Peer(&peer), &other)?;
         let request = agent.request(Operation::Read, &own, &other, RequestOptions::default())?;
         made.push(start.elapsed().as_secs_f64() * 1e3);
+        cpu.push((process_cpu() - before).as_secs_f64() * 1e3);
         drop(request);
     }
     recorder.extend(case("lists").row("prepare_and_create_ms", "ms", &made));
+    recorder.extend(case("lists").row("prepare_and_create_cpu_ms", "ms", &cpu));
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use super::subject::{Cpu, Subject};
 /// Rounds of single blocks, each giving one sample of each percentile.
 const LATENCY_ROUNDS: u32 = 5;
 /// A round ends early after this: large blocks on slow ways would take for ever.
-const LATENCY_ROUND_MAX: Duration = Duration::from_secs(1);
+const LATENCY_ROUND_MAX: Duration = Duration::from_millis(250);
 
 /// How often and how long is measured.
 #[derive(Clone, Copy, Debug)]

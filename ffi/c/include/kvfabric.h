@@ -253,6 +253,31 @@ typedef uint32_t kvf_operation;
 #endif // __cplusplus
 
 /*
+ Who goes first where transfers wait for each other.
+ */
+enum kvf_priority
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /*
+     Someone waits for it.
+     */
+    KVF_NORMAL = 0,
+    /*
+     Gives way to the others, such as an offload.
+     */
+    KVF_BACKGROUND = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum kvf_priority kvf_priority;
+#else
+typedef uint32_t kvf_priority;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/*
  Where a block came from.
  */
 enum kvf_source
@@ -501,6 +526,19 @@ typedef struct kvf_transfer_options {
      Its bytes, at most 65,536.
      */
     size_t notification_len;
+    /*
+     How many pairs of ranges each part has, together all of them; NULL: one part. Parts move in order, and each can be
+     waited for with kvf_transfer_wait_part.
+     */
+    const uint32_t *parts;
+    /*
+     How many parts, at most 4,096; 0: one.
+     */
+    size_t part_count;
+    /*
+     A kvf_priority.
+     */
+    uint32_t priority;
 } kvf_transfer_options;
 
 /*
@@ -1228,6 +1266,18 @@ kvf_status kvf_agent_receive(const struct kvf_agent *agent,
                              size_t *len_out);
 
 /*
+ Limits how fast transfers move, in bytes a second; 0: not at all. Those with `peer`, or if it is NULL all of a
+ kvf_priority. For what is made from now on.
+
+ # Safety
+ `agent` and `peer` are null or live.
+ */
+kvf_status kvf_agent_set_rate(const struct kvf_agent *agent,
+                              const struct kvf_peer *peer,
+                              uint32_t priority,
+                              uint64_t bytes_per_second);
+
+/*
  A descriptor that polls as readable when messages have arrived: then take them with kvf_agent_receive until it answers
  KVF_TIMEOUT, because the first of these calls makes it unreadable again. It belongs to the agent, lives as long as
  that, and must be neither read from nor closed.
@@ -1429,7 +1479,7 @@ kvf_status kvf_list_free(struct kvf_list *list);
 
  # Safety
  Each pointer is null or valid: `agent` and `peer` live, `local` and `remote` for `count` reads, `options` with its
- notification for reads, `transfer_out` for a write.
+ notification and parts for reads, `transfer_out` for a write.
  */
 kvf_status kvf_transfer_create(const struct kvf_agent *agent,
                                const struct kvf_peer *peer,
@@ -1449,7 +1499,7 @@ kvf_status kvf_transfer_create(const struct kvf_agent *agent,
 
  # Safety
  Each pointer is null or valid: `agent`, `local` and `remote` live, the positions for `count` reads, `options` with its
- notification for reads, `transfer_out` for a write.
+ notification and parts for reads, `transfer_out` for a write.
  */
 kvf_status kvf_transfer_create_prepared(const struct kvf_agent *agent,
                                         const struct kvf_list *local,
@@ -1502,6 +1552,20 @@ kvf_status kvf_transfer_poll(const struct kvf_transfer *transfer, kvf_state *sta
  */
 kvf_status kvf_transfer_wait(const struct kvf_transfer *transfer,
                              uint32_t timeout_ms);
+
+/*
+ Waits until all bytes of a part, counted from 0, are in place, at most `timeout_ms`. A part that is in place stays so when
+ the transfer fails later.
+
+ Why the transfer failed before the part was in place; KVF_TIMEOUT also when `timeout_ms` ran out; KVF_INVALID for a part
+ that there is not, and when it was never posted.
+
+ # Safety
+ `transfer` is null or live.
+ */
+kvf_status kvf_transfer_wait_part(const struct kvf_transfer *transfer,
+                                  size_t part,
+                                  uint32_t timeout_ms);
 
 /*
  A descriptor that polls as readable while the last post is decided: done or failed. The next post makes it unreadable

@@ -10,13 +10,14 @@ use kvfabric::transfer::{Agent, PeerHandle, UcxOptions};
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
 
 use crate::boundary::{
-    Handle, Listing, Out, OutArray, boundary, enter, into_raw, milliseconds, optional_text, slice,
-    take, text,
+    Handle, Listing, Out, OutArray, boundary, enter, enter_optional, into_raw, milliseconds,
+    optional_text, slice, take, text,
 };
 use crate::inbox::Inbox;
 use crate::options::{self, SizePrefixed};
 use crate::peer::kvf_peer;
 use crate::status::kvf_status;
+use crate::transfer::parse_priority;
 use kvfabric::life::Life;
 
 /// Moves bytes between registered memory of this process and its peers.
@@ -224,6 +225,29 @@ pub unsafe extern "C" fn kvf_agent_receive(
             }
             Ok(!is_query)
         })
+    })
+}
+
+/// Limits how fast transfers move, in bytes a second; 0: not at all. Those with `peer`, or if it is NULL all of a
+/// kvf_priority. For what is made from now on.
+///
+/// # Safety
+/// `agent` and `peer` are null or live.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_set_rate(
+    agent: *const kvf_agent,
+    peer: *const kvf_peer,
+    priority: u32,
+    bytes_per_second: u64,
+) -> kvf_status {
+    boundary(|| {
+        let agent = enter(agent, "agent")?;
+        let peer = enter_optional(peer, "peer")?;
+        let rate = Some(bytes_per_second).filter(|&rate| rate > 0);
+        match &peer {
+            Some(peer) => agent.agent.set_peer_rate(agent.own(peer)?, rate),
+            None => agent.agent.set_rate(parse_priority(priority)?, rate),
+        }
     })
 }
 

@@ -144,6 +144,28 @@ pub unsafe extern "C" fn kvf_transfer_wait(
     })
 }
 
+/// Waits until all bytes of a part, counted from 0, are in place, at most `timeout_ms`. A part that is in place stays so when
+/// the transfer fails later.
+///
+/// Why the transfer failed before the part was in place; KVF_TIMEOUT also when `timeout_ms` ran out; KVF_INVALID for a part
+/// that there is not, and when it was never posted.
+///
+/// # Safety
+/// `transfer` is null or live.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_transfer_wait_part(
+    transfer: *const kvf_transfer,
+    part: usize,
+    timeout_ms: u32,
+) -> kvf_status {
+    boundary(|| {
+        let transfer = enter(transfer, "transfer")?;
+        let request = transfer.request();
+        request.wait_part(part, milliseconds(timeout_ms))?;
+        Ok(())
+    })
+}
+
 /// A descriptor that polls as readable while the last post is decided: done or failed. The next post makes it unreadable
 /// again. It belongs to the transfer, lives as long as that, and must be neither read from nor closed.
 ///

@@ -1,11 +1,12 @@
 //! Transfers: pairs of byte ranges to read from or write to a peer.
 
 use std::ffi::c_void;
+use std::mem::offset_of;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
 use kvfabric::transfer::{
-    Agent, Descriptor, Operation, RegionId, Request, RequestOptions, Side, Status,
+    Agent, Descriptor, Operation, Priority, RegionId, Request, RequestOptions, Side, Status,
 };
 use kvfabric::{Error, ErrorKind, Result};
 
@@ -41,6 +42,16 @@ pub enum kvf_operation {
     KVF_WRITE = 2,
 }
 
+/// Who goes first where transfers wait for each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum kvf_priority {
+    /// Someone waits for it.
+    KVF_NORMAL = 0,
+    /// Gives way to the others, such as an offload.
+    KVF_BACKGROUND = 1,
+}
+
 /// What a transfer does.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -55,11 +66,18 @@ pub struct kvf_transfer_options {
     pub notification: *const c_void,
     /// Its bytes, at most 65,536.
     pub notification_len: usize,
+    /// How many pairs of ranges each part has, together all of them; NULL: one part. Parts move in order, and each can be
+    /// waited for with kvf_transfer_wait_part.
+    pub parts: *const u32,
+    /// How many parts, at most 4,096; 0: one.
+    pub part_count: usize,
+    /// A kvf_priority.
+    pub priority: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
 unsafe impl SizePrefixed for kvf_transfer_options {
-    const SIZE_MIN: usize = size_of::<Self>();
+    const SIZE_MIN: usize = offset_of!(Self, parts);
     const NAME: &'static str = "kvf_transfer_options";
 }
 
@@ -114,7 +132,7 @@ impl Handle for kvf_transfer {
 ///
 /// # Safety
 /// Each pointer is null or valid: `agent` and `peer` live, `local` and `remote` for `count` reads, `options` with its
-/// notification for reads, `transfer_out` for a write.
+/// notification and parts for reads, `transfer_out` for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_create(
     agent: *const kvf_agent,
@@ -136,7 +154,7 @@ pub unsafe extern "C" fn kvf_transfer_create(
         let options = unsafe { options::read(options) }?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(transfer_out, "transfer_out") }?;
-        // SAFETY: its notification is null or readable, by contract.
+        // SAFETY: its notification and parts are null or readable, by contract.
         let (operation, options) = unsafe { parse(&options, None) }?;
         let peer = peer.as_deref().map(|peer| agent.own(peer)).transpose()?;
         let side = peer.map_or(Side::Local, Side::Peer);
@@ -163,7 +181,7 @@ pub unsafe extern "C" fn kvf_transfer_create(
 ///
 /// # Safety
 /// Each pointer is null or valid: `agent`, `local` and `remote` live, the positions for `count` reads, `options` with its
-/// notification for reads, `transfer_out` for a write.
+/// notification and parts for reads, `transfer_out` for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_create_prepared(
     agent: *const kvf_agent,
@@ -189,7 +207,7 @@ pub unsafe extern "C" fn kvf_transfer_create_prepared(
         let out = unsafe { Out::new(transfer_out, "transfer_out") }?;
         let is_all = local_positions.is_null() && remote_positions.is_null();
         let positions = (!is_all).then(|| (locals.to_vec(), remotes.to_vec()));
-        // SAFETY: its notification is null or readable, by contract.
+        // SAFETY: its notification and parts are null or readable, by contract.
         let (operation, options) = unsafe { parse(&options, positions) }?;
         let (local, remote) = (local.of(&agent, "local")?, remote.of(&agent, "remote")?);
         let request = agent.agent.request(operation, local, remote, options)?;
@@ -199,7 +217,7 @@ pub unsafe extern "C" fn kvf_transfer_create_prepared(
 }
 
 /// # Safety
-/// The notification of `options` is null or readable for its length.
+/// The notification of `options` is null or readable for its length, and its parts for their count.
 unsafe fn parse(
     options: &kvf_transfer_options,
     positions: Option<(Vec<u32>, Vec<u32>)>,
@@ -210,10 +228,20 @@ unsafe fn parse(
         unsafe { optional_bytes(options.notification, options.notification_len, place) }?;
     let operation = parse_operation(options.operation)?;
     let deadline = Some(milliseconds(options.deadline_ms)).filter(|d| !d.is_zero());
+    // SAFETY: null or readable for its count, by this function's contract.
+    let parts = unsafe {
+        slice(
+            options.parts,
+            options.part_count,
+            "kvf_transfer_options.parts",
+        )
+    }?;
     let options = RequestOptions {
         positions,
         notification,
         deadline,
+        parts: parts.to_vec(),
+        priority: parse_priority(options.priority)?,
     };
     Ok((operation, options))
 }
@@ -228,6 +256,19 @@ pub(crate) unsafe fn optional_bytes(
     // SAFETY: null or readable for its length, by this function's contract.
     let message = unsafe { slice(bytes.cast::<u8>(), len, name) }?;
     Ok((!bytes.is_null()).then(|| Bytes::copy_from_slice(message)))
+}
+
+pub(crate) fn parse_priority(priority: u32) -> Result<Priority> {
+    const NORMAL: u32 = kvf_priority::KVF_NORMAL as u32;
+    const BACKGROUND: u32 = kvf_priority::KVF_BACKGROUND as u32;
+    match priority {
+        NORMAL => Ok(Priority::Normal),
+        BACKGROUND => Ok(Priority::Background),
+        other => {
+            let accepted = "KVF_NORMAL or KVF_BACKGROUND";
+            Err(Error::invalid("priority", other, accepted))
+        }
+    }
 }
 
 fn parse_operation(code: u32) -> Result<Operation> {

@@ -81,6 +81,36 @@ static void transfers_from_prepared_lists(void)
     write_all(agent, local, remote, NULL, NULL, 0, &all);
     const uint32_t positions[2][3] = {{31, 0, 5}, {0, 1, 2}};
     write_all(agent, local, remote, positions[0], positions[1], 3, &some);
+    const uint32_t parts[] = {16, 16}, wrong[] = {16, 17};
+    struct kvf_transfer_options layered = {
+        .size = sizeof layered, .operation = KVF_WRITE, .parts = wrong, .part_count = 2, .priority = KVF_BACKGROUND};
+    kvf_transfer *layers = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_create_prepared(agent, local, remote, NULL, NULL, 0, &layered, &layers));
+    layered.parts = parts;
+    layered.priority = 2;
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_create_prepared(agent, local, remote, NULL, NULL, 0, &layered, &layers));
+    layered.priority = KVF_BACKGROUND;
+    EXPECT_STATUS(KVF_OK, kvf_transfer_create_prepared(agent, local, remote, NULL, NULL, 0, &layered, &layers));
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_wait_part(layers, 0, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_post(layers));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait_part(layers, 0, WAIT_MS));
+    EXPECT(to[0] == 1 && to[15 * 64] == 31);
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait_part(layers, 1, WAIT_MS));
+    EXPECT(to[31 * 64] == 63);
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_wait_part(layers, 2, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(layers, WAIT_MS));
+    /* One byte a second: the first goes on credit, the second has to wait for it. */
+    EXPECT_STATUS(KVF_OK, kvf_agent_set_rate(agent, NULL, KVF_BACKGROUND, 1));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_post(layers));
+    kvf_state state = KVF_IDLE;
+    EXPECT_STATUS(KVF_OK, kvf_transfer_poll(layers, &state));
+    EXPECT(state == KVF_IN_FLIGHT);
+    EXPECT_STATUS(KVF_OK, kvf_agent_set_rate(agent, NULL, KVF_BACKGROUND, 0));
+    EXPECT_STATUS(KVF_OK, kvf_agent_set_rate(agent, peer, 0, 1 << 30));
+    EXPECT_STATUS(KVF_INVALID, kvf_agent_set_rate(agent, NULL, 2, 0));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_cancel(layers));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(layers));
+    memset(to, 0, 4096);
     /* The transfers keep what they need. */
     EXPECT_STATUS(KVF_OK, kvf_list_free(local));
     EXPECT_STATUS(KVF_OK, kvf_list_free(remote));

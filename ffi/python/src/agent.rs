@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvfabric::Error;
 use kvfabric::life::Life;
-use kvfabric::transfer::{self, Operation, RegionOptions, RequestOptions};
+use kvfabric::transfer::{self, Operation, Priority, RegionOptions, RequestOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -80,7 +80,15 @@ fn once(notification: Option<&[u8]>, deadline: f64) -> PyResult<RequestOptions> 
         positions: None,
         notification: notification.map(Bytes::copy_from_slice),
         deadline: Some(parse_timeout(deadline)?),
+        ..RequestOptions::default()
     })
+}
+
+fn priority(background: bool) -> Priority {
+    match background {
+        true => Priority::Background,
+        false => Priority::Normal,
+    }
 }
 
 fn parse_operation(text: &str) -> PyResult<Operation> {
@@ -277,8 +285,9 @@ impl Agent {
     }
 
     /// Makes a transfer of the ranges of both lists, or of those at the given positions, paired in order, without posting
-    /// it: "read" moves bytes from `remote` to `local`, "write" the other way.
-    #[pyo3(signature = (operation, local, remote, *, local_positions = None, remote_positions = None, notification = None, deadline = 30.0))]
+    /// it: "read" moves bytes from `remote` to `local`, "write" the other way. `parts` says how many ranges each part has,
+    /// which can be waited for by itself; what is in the `background` gives way to other transfers.
+    #[pyo3(signature = (operation, local, remote, *, local_positions = None, remote_positions = None, notification = None, deadline = 30.0, parts = None, background = false))]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python passes the optional ones by name"
@@ -293,11 +302,15 @@ impl Agent {
         remote_positions: Option<&Bound<'_, PyAny>>,
         notification: Option<&[u8]>,
         deadline: f64,
+        parts: Option<Vec<u32>>,
+        background: bool,
     ) -> PyResult<Transfer> {
         let _call = enter(&self.fabric.life)?;
         let (local, remote) = (local.get(), remote.get());
         let options = RequestOptions {
             positions: positions((local, local_positions), (remote, remote_positions))?,
+            parts: parts.unwrap_or_default(),
+            priority: priority(background),
             ..once(notification, deadline)?
         };
         let wanted = Wanted {
@@ -308,6 +321,27 @@ impl Agent {
         };
         py.detach(|| Transfer::make(&self.fabric, wanted))
             .map_err(to_python)
+    }
+
+    /// Limits how fast transfers move, in bytes a second, or no longer: those with a peer, if one is given, else those in the
+    /// `background`, or all others.
+    #[pyo3(signature = (bytes_per_second, *, background = false, peer = None))]
+    fn set_rate(
+        &self,
+        bytes_per_second: Option<u64>,
+        background: bool,
+        peer: Option<&Bound<'_, Peer>>,
+    ) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        let agent = &self.fabric.agent;
+        let set = match peer {
+            Some(peer) => agent.set_peer_rate(
+                peer.get().of(&self.fabric).map_err(to_python)?,
+                bytes_per_second,
+            ),
+            None => agent.set_rate(priority(background), bytes_per_second),
+        };
+        set.map_err(to_python)
     }
 
     /// Starts to move bytes from `remote` ranges into `local` ones, which pair in order.

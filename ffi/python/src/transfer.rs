@@ -168,6 +168,28 @@ impl Transfer {
         })
     }
 
+    /// How many parts it has, at least one.
+    #[getter]
+    fn parts(&self) -> usize {
+        self.request().parts()
+    }
+
+    /// Waits until all bytes of a part, counted from 0, are in place, at most `timeout` seconds, and raises why the transfer
+    /// failed before. `DeadlineError` also when `timeout` ran out, which does not end the transfer.
+    #[pyo3(signature = (part, timeout = 30.0))]
+    fn wait_part(&self, py: Python<'_>, part: usize, timeout: f64) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        wait(py, parse_timeout(timeout)?, |slice| {
+            let request = self.request();
+            match request.wait_part(part, slice) {
+                Err(failed) if failed.kind() == ErrorKind::Timeout && is_in_flight(&request) => {
+                    None
+                }
+                result => Some(result),
+            }
+        })
+    }
+
     /// Whether it is finished, successfully or not.
     fn done(&self) -> PyResult<bool> {
         let _call = enter(&self.fabric.life)?;

@@ -251,3 +251,42 @@ def test_a_notification_comes_with_its_post(reaching, other):
         transfer.post(notification)
         transfer.wait(TIMEOUT)
         assert other.ask("receive")["messages"] == [["tester", expected]]
+
+
+def test_parts_are_waited_for_one_after_the_other(agent, source, memory):
+    target = agent.register(memory)
+    local = agent.prepare(rows((target.id, 0, BLOCK, BLOCK, BLOCKS)))
+    remote = agent.prepare(rows((source.id, 0, BLOCK, BLOCK, BLOCKS)))
+    transfer = agent.request("read", local, remote, parts=[BLOCKS // 4] * 4, background=True)
+    assert transfer.parts == 4
+    transfer.post()
+    for part in range(4):
+        transfer.wait_part(part, TIMEOUT)
+        assert firsts(memory)[: BLOCKS // 4 * (part + 1)] == list(range(BLOCKS // 4 * (part + 1)))
+    transfer.wait(TIMEOUT)
+    with pytest.raises(kvfabric.InvalidError, match="part"):
+        transfer.wait_part(4, TIMEOUT)
+    with pytest.raises(kvfabric.InvalidError, match="have 3 pairs together"):
+        agent.request("read", local, remote, parts=[1, 2])
+
+
+def test_a_rate_holds_transfers_back_until_it_is_lifted(agent, source, memory):
+    target = agent.register(memory)
+    local = agent.prepare(rows((target.id, 0, BLOCK, BLOCK, BLOCKS)))
+    remote = agent.prepare(rows((source.id, 0, BLOCK, BLOCK, BLOCKS)))
+    agent.set_rate(1, background=True)
+    first, held = (agent.request("read", local, remote, background=True) for _ in range(2))
+    first.post()
+    first.wait(TIMEOUT)
+    held.post()
+    free = agent.request("read", local, remote)
+    free.post()
+    free.wait(TIMEOUT)
+    assert held.state == "in_flight"
+    held.cancel()
+    assert held.settled(TIMEOUT)
+    agent.set_rate(None, background=True)
+    held.post()
+    held.wait(TIMEOUT)
+    with pytest.raises(kvfabric.InvalidError):
+        agent.set_rate(0)

@@ -28,6 +28,7 @@ pub struct AgentBuilder {
     memcpy: bool,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
+    tcp_congestion: Option<String>,
     ucx: Option<UcxOptions>,
     allowed: Option<BTreeSet<String>>,
     fabrics: Vec<MakeFabric>,
@@ -43,6 +44,7 @@ impl AgentBuilder {
             memcpy: true,
             tcp: None,
             tcp_advertised: None,
+            tcp_congestion: None,
             ucx: None,
             allowed: None,
             fabrics: Vec::new(),
@@ -87,6 +89,14 @@ impl AgentBuilder {
         self
     }
 
+    /// The congestion control of TCP connections, both those that are made and those that are accepted, such as "cubic" or
+    /// "bbr". Default: the system's. The path report names what is in force.
+    #[must_use]
+    pub fn tcp_congestion(mut self, name: Option<&str>) -> Self {
+        self.tcp_congestion = name.map(str::to_owned);
+        self
+    }
+
     /// Reaches peers over UCX, and lets them reach this agent. Default: not at all. Tried before TCP. Whoever reaches the
     /// ports that UCX opens can read and write memory: for trusted networks only.
     #[must_use]
@@ -124,7 +134,7 @@ impl AgentBuilder {
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Unsupported`] when UCX is asked for
-    /// and is not there, [`kvcache_core::ErrorKind::Io`] when the
+    /// and is not there, or a congestion control that the system refuses, [`kvcache_core::ErrorKind::Io`] when the
     /// address is in use (it is named) or the system refuses threads or sockets.
     pub fn build(self) -> Result<Agent> {
         check_name(&self.name)?;
@@ -140,6 +150,8 @@ impl AgentBuilder {
             exports: exports.clone(),
             stats: Stats::default(),
             timer,
+            later: Arc::default(),
+            rates: Default::default(),
             copier: copier.clone(),
             reactor: reactor.clone(),
             own: memcpy::own(copier.clone()),
@@ -166,8 +178,11 @@ impl AgentBuilder {
             exports.add_fabric(tcp::fabric(
                 &exports,
                 &reactor,
-                address,
-                self.tcp_advertised,
+                tcp::Listen {
+                    address,
+                    advertised: self.tcp_advertised,
+                    congestion: self.tcp_congestion,
+                },
             )?);
         }
         for step in self.steps {

@@ -12,6 +12,7 @@ use super::{Exports, PeerCore, Timer};
 use crate::backend::copy::Copier;
 use crate::backend::{Backend, memcpy};
 use crate::reactor::Reactor;
+use crate::request::{Bucket, Later, Priority};
 use crate::stats::Stats;
 use crate::sys::fork::Process;
 
@@ -22,6 +23,9 @@ pub(crate) struct AgentCore {
     pub(super) exports: Arc<Exports>,
     pub(super) stats: Stats,
     pub(super) timer: Arc<Timer>,
+    pub(super) later: Arc<Later>,
+    /// Of all that is of a priority, [`Priority::Normal`] first.
+    pub(super) rates: [Arc<Bucket>; 2],
     pub(super) copier: Arc<Copier>,
     pub(super) reactor: Arc<Reactor>,
     /// Copies between regions of this agent.
@@ -55,6 +59,29 @@ impl AgentCore {
         &self.timer
     }
 
+    /// What posts pieces later.
+    pub(crate) fn later(&self) -> &Arc<Later> {
+        &self.later
+    }
+
+    pub(super) fn rate(&self, priority: Priority) -> &Arc<Bucket> {
+        match priority {
+            Priority::Normal => &self.rates[0],
+            Priority::Background => &self.rates[1],
+        }
+    }
+
+    /// What limits a request: the rate of its priority, and its peer's.
+    pub(crate) fn rates(
+        &self,
+        priority: Priority,
+        peer: Option<&Arc<PeerCore>>,
+    ) -> Vec<Arc<Bucket>> {
+        let mut rates = vec![self.rate(priority).clone()];
+        rates.extend(peer.map(|peer| peer.rate().clone()));
+        rates
+    }
+
     /// The one value of this type that belongs to the agent, made at first use: an engine of a backend that is started
     /// only where it is needed.
     pub(crate) fn extension<T: Any + Send + Sync>(
@@ -84,6 +111,7 @@ impl Drop for AgentCore {
         memcpy::leave(&self.exports);
         self.exports.close();
         self.timer.close();
+        let later = self.later.close();
         self.reactor.close();
         self.copier.close();
         let threads = std::mem::take(
@@ -91,7 +119,7 @@ impl Drop for AgentCore {
                 .get_mut()
                 .unwrap_or_else(PoisonError::into_inner),
         );
-        for thread in threads {
+        for thread in threads.into_iter().chain(later) {
             // The last handle may be dropped by a waker that one of these threads calls.
             if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
                 tracing::error!(agent = %self.exports.name(), "a thread of the agent panicked");

@@ -150,11 +150,12 @@ impl Exports {
             .map_err(|e| e.at(format!("agent {:?}", self.name)))
     }
 
-    /// What peers are told.
-    pub(crate) fn card(&self) -> PeerCard {
+    /// What peers are told: of all regions, or of these.
+    pub(crate) fn card(&self, only: Option<&BTreeSet<RegionId>>) -> PeerCard {
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
         let mut exported: Vec<_> = regions
             .values()
+            .filter(|region| only.is_none_or(|only| only.contains(&region.id())))
             .filter(|region| region.options().remote_read || region.options().remote_write)
             .map(|region| {
                 Arc::new(RemoteRegion {
@@ -181,6 +182,7 @@ impl Exports {
             host: self.host,
             addresses: addresses.collect(),
             regions: exported,
+            partial: only.is_some(),
         }
     }
 }

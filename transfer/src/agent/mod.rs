@@ -1,5 +1,6 @@
 //! The agent: registers places, knows peers, makes requests.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
@@ -19,7 +20,7 @@ pub(crate) use self::core::AgentCore;
 pub use builder::AgentBuilder;
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
-pub(crate) use peer::{CONNECT_TIMEOUT, PeerCore};
+pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
 pub use peer::{PathReport, PeerHandle};
 pub(crate) use timer::{Timer, TimerKey};
 
@@ -29,7 +30,7 @@ use crate::backend::{Backend, Operation};
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
 use crate::plan::Plan;
 use crate::region::{Body, Region, RegionCore, RegionId, RegionOptions, RegionUse};
-use crate::request::{Request, RequestOptions, Route};
+use crate::request::{Priority, Request, RequestOptions, Route};
 use crate::stats::AgentStats;
 use crate::sys::memory::HostMemory;
 
@@ -97,10 +98,28 @@ impl Agent {
     /// It contains the regions' keys: whoever has it may do what the regions' options allow.
     #[must_use]
     pub fn metadata(&self) -> Bytes {
-        self.0.exports.card().encode().into()
+        self.0.exports.card(None).encode().into()
     }
 
-    /// Learns of a peer, or what is new about one: its exports are replaced, and a restarted peer is reached anew.
+    /// As [`Agent::metadata`], with these regions alone. A peer that has loaded metadata of this agent before keeps the
+    /// regions that it knows, and the connections: so regions can be added, or shown to some peers only.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a region that is not registered with this agent, or not exported.
+    pub fn metadata_of(&self, regions: &[RegionId]) -> Result<Bytes> {
+        self.0.check()?;
+        let wanted: BTreeSet<RegionId> = regions.iter().copied().collect();
+        let card = self.0.exports.card(Some(&wanted));
+        let told: BTreeSet<RegionId> = card.regions.iter().map(|region| region.id).collect();
+        if let Some(id) = wanted.difference(&told).next() {
+            let text = format!("agent {:?} exports no region {id}", self.name());
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+        Ok(card.encode().into())
+    }
+
+    /// Learns of a peer, or what is new about one: its exports are replaced, or added to by those of
+    /// [`Agent::metadata_of`], and a restarted peer is reached anew.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for damaged metadata, [`ErrorKind::Version`] for another version's (both are
@@ -212,7 +231,8 @@ impl Agent {
                 region.mapping()?;
             }
         }
-        let plan = Plan::pair(operation, local, remote, options.positions.as_ref())?;
+        let positions = options.positions.as_ref();
+        let (plan, ends) = Plan::pair(operation, local, remote, positions, &options.parts)?;
         let route = match &remote.0.peer {
             Some(peer) => self.route_to(peer, &plan)?,
             None => {
@@ -225,13 +245,7 @@ impl Agent {
                 Route::Own(backend)
             }
         };
-        Request::new(
-            self.0.clone(),
-            route,
-            plan,
-            options.notification,
-            options.deadline,
-        )
+        Request::new(self.0.clone(), route, (plan, &ends), options)
     }
 
     fn route_to(&self, peer: &Arc<PeerCore>, plan: &Plan) -> Result<Route> {
@@ -304,7 +318,11 @@ impl Agent {
     pub fn notify(&self, peer: &PeerHandle, bytes: Bytes) -> Result<Request> {
         self.0.check()?;
         let route = Route::Peer(peer.core().clone());
-        let request = Request::new(self.0.clone(), route, Plan::empty(), Some(bytes), None)?;
+        let options = RequestOptions {
+            notification: Some(bytes),
+            ..RequestOptions::default()
+        };
+        let request = Request::new(self.0.clone(), route, (Plan::empty(), &[]), options)?;
         request.post()?;
         Ok(request)
     }
@@ -364,13 +382,40 @@ impl Agent {
         peer.core().report_of(&self.0, region)
     }
 
+    /// Limits how fast requests of a priority move, all of them together, in bytes a second; none: not at all. Holds in the
+    /// mean, for what is posted from now on; a request that was made before goes as a whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a rate of 0.
+    pub fn set_rate(&self, priority: Priority, bytes_per_s: Option<u64>) -> Result<()> {
+        self.0.rate(priority).set(check_rate(bytes_per_s)?);
+        Ok(())
+    }
+
+    /// As [`Agent::set_rate`], for all that moves to and from a peer at this agent's request.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a rate of 0.
+    pub fn set_peer_rate(&self, peer: &PeerHandle, bytes_per_s: Option<u64>) -> Result<()> {
+        peer.core().rate().set(check_rate(bytes_per_s)?);
+        Ok(())
+    }
+
     /// What each backend has moved.
     #[must_use]
     pub fn stats(&self) -> AgentStats {
         AgentStats {
             backends: self.0.stats.snapshot(),
             notifications_refused: self.0.exports.inbox().refused(),
+            failovers: self.0.stats.failovers(),
         }
+    }
+}
+
+fn check_rate(bytes_per_s: Option<u64>) -> Result<Option<u64>> {
+    match bytes_per_s {
+        Some(0) => Err(Error::invalid("bytes a second", 0, 1..=u64::MAX)),
+        rate => Ok(rate),
     }
 }
 

@@ -1,17 +1,19 @@
 //! Peers, and the choice of the way to each.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::AgentCore;
-use crate::backend::Channel;
+use crate::backend::{Backend, Channel};
 use crate::descriptor::Target;
 use crate::metadata::{PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::region::RegionId;
+use crate::request::Bucket;
 
 /// How long connecting to a peer may take, for each way that is tried.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -66,6 +68,15 @@ pub struct PathReport {
     pub refused: Vec<(&'static str, String)>,
 }
 
+/// A piece of a request that failed at completion.
+pub(crate) struct Failure<'a> {
+    /// What moved it.
+    pub(crate) backend: &'a Arc<dyn Backend>,
+    pub(crate) at: Instant,
+    /// How often the caller had ended the peer's connections when the request was posted.
+    pub(crate) closings: u64,
+}
+
 /// One way to the peer, in order of preference.
 struct Link {
     name: &'static str,
@@ -102,8 +113,12 @@ pub(crate) struct PeerCore {
     name: String,
     known: RwLock<Known>,
     links: RwLock<Vec<Link>>,
-    /// Held while connecting, so that it is done once, and readers of `links` don't wait for it.
-    connecting: Mutex<()>,
+    /// Held while connecting, so that it is done once, and readers of `links` don't wait for it. When it was last tried in
+    /// vain, and why.
+    connecting: Mutex<Option<(Instant, String)>>,
+    /// How often all connections were ended on purpose.
+    closings: AtomicU64,
+    rate: Arc<Bucket>,
 }
 
 impl PeerCore {
@@ -112,8 +127,20 @@ impl PeerCore {
             name: card.name.clone(),
             known: RwLock::new(Known::new(card)),
             links: RwLock::default(),
-            connecting: Mutex::new(()),
+            connecting: Mutex::default(),
+            closings: AtomicU64::new(0),
+            rate: Arc::default(),
         }
+    }
+
+    /// What limits all that moves to and from the peer.
+    pub(crate) fn rate(&self) -> &Arc<Bucket> {
+        &self.rate
+    }
+
+    /// How often all connections were ended on purpose: what failed by that is not tried again.
+    pub(crate) fn closings(&self) -> u64 {
+        self.closings.load(Ordering::Acquire)
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -128,11 +155,17 @@ impl PeerCore {
             .clone()
     }
 
-    /// Newer metadata of the same name. Ways that were refused are tried again.
+    /// Newer metadata of the same name, or a part of it. Ways that were refused are tried again.
     pub(super) fn update(&self, card: PeerCard) {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let restarted = known.card.incarnation != card.incarnation;
-        *known = Known::new(card);
+        let partial = card.partial;
+        let before = std::mem::replace(&mut *known, Known::new(card));
+        if partial && !restarted {
+            for (id, region) in before.regions {
+                known.regions.entry(id).or_insert(region);
+            }
+        }
         drop(known);
         if restarted {
             self.close();
@@ -156,6 +189,7 @@ impl PeerCore {
 
     /// Ends all connections; the next use makes new ones.
     pub(super) fn close(&self) {
+        self.closings.fetch_add(1, Ordering::AcqRel);
         let links =
             std::mem::take(&mut *self.links.write().unwrap_or_else(PoisonError::into_inner));
         for link in links {
@@ -171,27 +205,54 @@ impl PeerCore {
         agent: &Arc<AgentCore>,
         plan: &Plan,
     ) -> Result<Arc<dyn Channel>> {
-        if let Some(channel) = self.connected(plan) {
+        if let Some(channel) = self.connected(plan, None) {
             return Ok(channel);
         }
-        let _connecting = self.begin_connecting();
-        if let Some(channel) = self.connected(plan) {
+        let mut connecting = self.begin_connecting();
+        if let Some(channel) = self.connected(plan, None) {
             return Ok(channel);
         }
-        self.connect(agent, plan)
+        self.connect(agent, plan, None, &mut connecting)
     }
 
-    fn begin_connecting(&self) -> MutexGuard<'_, ()> {
+    /// As [`PeerCore::channel`] for what has failed: not over the same connection, and not if connecting was tried in vain
+    /// since.
+    pub(crate) fn channel_after(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+        failure: &Failure<'_>,
+    ) -> Result<Arc<dyn Channel>> {
+        let mut connecting = self.begin_connecting();
+        if self.closings() != failure.closings {
+            let text = format!("the connections to peer {:?} were ended", self.name);
+            return Err(Error::new(ErrorKind::PeerLost, text));
+        }
+        if let Some(channel) = self.connected(plan, Some(failure.backend)) {
+            return Ok(channel);
+        }
+        if let Some((at, text)) = &*connecting
+            && *at > failure.at
+        {
+            return Err(Error::new(ErrorKind::PeerLost, text.clone()));
+        }
+        self.connect(agent, plan, Some(failure.backend), &mut connecting)
+    }
+
+    fn begin_connecting(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
         self.connecting
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn connected(&self, plan: &Plan) -> Option<Arc<dyn Channel>> {
+    /// The best connection that serves the plan, other than `but`.
+    fn connected(&self, plan: &Plan, but: Option<&Arc<dyn Backend>>) -> Option<Arc<dyn Channel>> {
         let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
         links.iter().find_map(|link| match &link.state {
             LinkState::Connected(channel)
-                if channel.check().is_ok() && refusal(&**channel, plan).is_none() =>
+                if channel.check().is_ok()
+                    && refusal(&**channel, plan).is_none()
+                    && !is_same(channel, but) =>
             {
                 Some(channel.clone())
             }
@@ -200,11 +261,21 @@ impl PeerCore {
     }
 
     /// Tries every way that is not connected, best first, until one serves the plan.
-    fn connect(&self, agent: &Arc<AgentCore>, plan: &Plan) -> Result<Arc<dyn Channel>> {
+    fn connect(
+        &self,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+        but: Option<&Arc<dyn Backend>>,
+        in_vain: &mut Option<(Instant, String)>,
+    ) -> Result<Arc<dyn Channel>> {
         let card = self.card();
         let mut refused = Vec::new();
         for (position, fabric) in agent.exports().fabrics().iter().enumerate() {
             let channel = match self.usable(position) {
+                Some(channel) if is_same(&channel, but) => {
+                    refused.push(format!("{}: it has failed just now", fabric.name()));
+                    continue;
+                }
                 Some(channel) => Ok(channel),
                 None => fabric.connect(&card, CONNECT_TIMEOUT),
             };
@@ -233,6 +304,7 @@ impl PeerCore {
             refused.join("; ")
         };
         let text = format!("peer {:?} can't be reached ({reasons})", self.name);
+        *in_vain = Some((Instant::now(), text.clone()));
         Err(Error::new(ErrorKind::PeerLost, text))
     }
 
@@ -307,6 +379,10 @@ impl PeerCore {
             refused,
         }
     }
+}
+
+fn is_same(channel: &Arc<dyn Channel>, other: Option<&Arc<dyn Backend>>) -> bool {
+    other.is_some_and(|other| std::ptr::addr_eq(Arc::as_ptr(channel), Arc::as_ptr(other)))
 }
 
 /// Why a channel cannot carry this plan; none if it can.

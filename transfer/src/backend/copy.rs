@@ -3,12 +3,13 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, select};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::{Job, Operation, Refusal};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
+use crate::request::Priority;
 use crate::sys::memory::Mapping;
 
 /// Up to this many bytes a copy is done by the poster: at 8 GB/s it takes 32 µs, handing it over costs 10 to 60 µs.
@@ -23,51 +24,81 @@ const COPIES_WAITING_MAX: usize = 16_384;
 /// Bytes copied between two looks at whether the caller has given up.
 pub(crate) const STEP_BYTES: u64 = 1 << 20;
 
+type Work = Box<dyn FnOnce(Job, &Turn<'_>) + Send>;
+
 /// A job with all that it needs to run, on any thread.
 struct Task {
     job: Job,
-    work: Box<dyn FnOnce(Job) + Send>,
+    work: Work,
+}
+
+/// Who must be let past while a copy goes on: those that wait for the copying thread, if it is a background copy there.
+pub(crate) struct Turn<'a>(Option<&'a Receiver<Task>>);
+
+impl Turn<'_> {
+    /// Runs copies that go first; then whether to go on. To be asked from time to time.
+    pub(crate) fn go_on(&self, job: &Job) -> Result<()> {
+        if let Some(first) = self.0 {
+            while let Ok(task) = first.try_recv() {
+                (task.work)(task.job, &Turn(None));
+            }
+        }
+        job.go_on()
+    }
+}
+
+/// Copies that wait for the thread, by priority.
+struct Queues {
+    normal: Sender<Task>,
+    background: Sender<Task>,
 }
 
 /// The agent's copying thread.
 pub(crate) struct Copier {
-    queue: RwLock<Option<Sender<Task>>>,
+    queues: RwLock<Option<Queues>>,
 }
 
 impl Copier {
     /// Starts the thread; it ends after [`Copier::close`], once the copies that wait are done.
     pub(crate) fn start() -> Result<(Arc<Self>, JoinHandle<()>)> {
-        let (sender, receiver) = bounded(COPIES_WAITING_MAX);
+        let (normal, first) = bounded(COPIES_WAITING_MAX);
+        let (background, second) = bounded(COPIES_WAITING_MAX);
         let thread = std::thread::Builder::new()
             .name("kvf-copy".into())
-            .spawn(move || run(&receiver))
+            .spawn(move || run(&first, &second))
             .map_err(|e| Error::io("start the copying thread", e))?;
+        let queues = Queues { normal, background };
         Ok((
             Arc::new(Self {
-                queue: RwLock::new(Some(sender)),
+                queues: RwLock::new(Some(queues)),
             }),
             thread,
         ))
     }
 
     pub(crate) fn close(&self) {
-        *self.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.queues.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Runs `work`, which settles the job: here if it is small, else on the copying thread.
     pub(crate) fn post(
         &self,
         job: Job,
-        work: impl FnOnce(Job) + Send + 'static,
+        work: impl FnOnce(Job, &Turn<'_>) + Send + 'static,
     ) -> Result<(), Refusal> {
-        let plan = job.plan();
+        // A part of a large request is large: a post must return soon.
+        let plan = job.whole();
         if plan.bytes <= INLINE_BYTES_MAX && plan.extents.len() <= INLINE_EXTENTS_MAX {
-            work(job);
+            work(job, &Turn(None));
             return Ok(());
         }
-        let queue = self.queue.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(queue) = &*queue else {
+        let queues = self.queues.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(queues) = &*queues else {
             return Err(job.refuse(Error::new(ErrorKind::Cancelled, "the agent is closed")));
+        };
+        let queue = match job.priority() {
+            Priority::Normal => &queues.normal,
+            Priority::Background => &queues.background,
         };
         queue
             .try_send(Task {
@@ -87,9 +118,26 @@ impl Copier {
     }
 }
 
-fn run(queue: &Receiver<Task>) {
-    while let Ok(Task { job, work }) = queue.recv() {
-        work(job);
+fn run(first: &Receiver<Task>, second: &Receiver<Task>) {
+    loop {
+        if let Ok(Task { job, work }) = first.try_recv() {
+            work(job, &Turn(None));
+            continue;
+        }
+        select! {
+            recv(first) -> task => match task {
+                Ok(Task { job, work }) => work(job, &Turn(None)),
+                Err(_) => break,
+            },
+            recv(second) -> task => match task {
+                Ok(Task { job, work }) => work(job, &Turn(Some(first))),
+                Err(_) => break,
+            },
+        }
+    }
+    // Closed: what waits is still done.
+    for Task { job, work } in first.try_iter().chain(second.try_iter()) {
+        work(job, &Turn(None));
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::copy::{Copier, copy_plan};
+use super::copy::{Copier, Turn, copy_plan};
 use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::descriptor::Target;
@@ -62,9 +62,9 @@ impl Backend for Own {
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
-        let work = |job: Job| {
+        let work = |job: Job, turn: &Turn<'_>| {
             let plan = job.plan().clone();
-            let outcome = copy_plan(&plan, &|| job.go_on(), |remote| {
+            let outcome = copy_plan(&plan, &|| turn.go_on(&job), |remote| {
                 match &plan.remote[remote as usize] {
                     Target::Local(region) => region.mapping(),
                     Target::Remote(region) => Err(not_ours(region)),
@@ -175,9 +175,9 @@ impl Backend for Neighbour {
             Err(error) => return Err(job.refuse(error)),
         };
         let own_name = self.own_name.clone();
-        let work = move |job: Job| {
+        let work = move |job: Job, turn: &Turn<'_>| {
             let plan = job.plan().clone();
-            let mut outcome = copy_plan(&plan, &|| job.go_on(), |remote| {
+            let mut outcome = copy_plan(&plan, &|| turn.go_on(&job), |remote| {
                 uses[remote as usize].region().mapping()
             });
             drop(uses);

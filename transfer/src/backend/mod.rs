@@ -10,7 +10,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use crate::agent::{PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::region::MemoryKind;
-use crate::request::Ticket;
+use crate::request::{Priority, Ticket};
 
 pub(crate) mod cma;
 pub mod conformance;
@@ -59,6 +59,13 @@ pub(crate) trait Backend: Send + Sync {
     fn prepare(&self, plan: &Plan) -> Result<()> {
         let _ = plan;
         Ok(())
+    }
+
+    /// Whether a job of this kind that has failed and is settled can have no effect any more, on either side, so that the
+    /// same bytes may be moved another way. See `docs/backends.md`.
+    fn fences(&self, operation: Operation) -> bool {
+        let _ = operation;
+        false
     }
 
     /// Starts the job, or refuses it with `job.refuse(error)`: then nothing has been started.
@@ -136,8 +143,27 @@ impl Job {
         self.ticket.plan()
     }
 
-    /// What to deliver to the peer once the data is in place.
+    /// The whole request that this job is all or a part of.
+    pub(crate) fn whole(&self) -> &Plan {
+        self.ticket.whole()
+    }
+
+    /// Whether it gives way to others.
+    pub(crate) fn priority(&self) -> Priority {
+        self.ticket.priority()
+    }
+
+    /// Whether there is something to deliver to the peer.
+    pub(crate) fn notifies(&self) -> bool {
+        self.notification.is_some()
+    }
+
+    /// What to deliver to the peer once the data is in place. Whoever takes it may send it: the job is then not repeated
+    /// another way.
     pub(crate) fn notification(&self) -> Option<&Bytes> {
+        if self.notification.is_some() {
+            self.ticket.tell();
+        }
         self.notification.as_ref()
     }
 
@@ -167,7 +193,7 @@ impl Job {
 
     /// Nothing was started, and nothing will be.
     pub(crate) fn refuse(self, error: Error) -> Refusal {
-        self.ticket.withdraw();
+        self.ticket.hand_back();
         Refusal(error)
     }
 }

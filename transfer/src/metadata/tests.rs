@@ -37,6 +37,7 @@ proptest! {
             0..4,
         ),
         regions in proptest::collection::vec(region(), 0..20),
+        partial: bool,
     ) {
         let card = PeerCard {
             name,
@@ -44,10 +45,12 @@ proptest! {
             host: HostId(host),
             addresses,
             regions: regions.into_iter().map(Arc::new).collect(),
+            partial,
         };
         let bytes = card.encode();
         let read = PeerCard::decode(&bytes).unwrap();
         prop_assert_eq!(read.encode(), bytes);
+        prop_assert_eq!(read.partial, card.partial);
         prop_assert_eq!(read.name, card.name);
         prop_assert_eq!(read.addresses, card.addresses);
         prop_assert_eq!(read.regions.len(), card.regions.len());
@@ -71,6 +74,7 @@ fn a_region_takes_33_bytes() {
         host: HostId([0; 16]),
         addresses: Vec::new(),
         regions: (0..count).map(|id| Arc::new(region(id))).collect(),
+        partial: false,
     };
     assert_eq!(card(1000).encode().len() - card(0).encode().len(), 33_000);
 }

@@ -1,166 +1,323 @@
-//! The part of a request that its jobs share, and how it ends.
+//! The part of a request that its jobs share: what is posted, what is open, and how it ends.
 
-use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Waker};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
+use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
-use crate::agent::{Timer, TimerKey};
-use crate::backend::Backend;
+use super::later::{Again, Due, Later};
+use super::piece::Piece;
+use super::rate::{Bucket, Priority};
+use super::state::{Finished, PostNumber, State};
+use super::ticket::{Share, Ticket};
+use crate::agent::{AgentCore, PeerCore, Timer};
+use crate::backend::{Backend, Job};
 use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
 use crate::signal::Signal;
-use crate::stats::Counters;
+
+/// How often a piece is tried in all.
+const TRIES_MAX: u32 = 3;
 
 /// The part of a request that its jobs share.
 pub(crate) struct RequestCore {
     pub(super) plan: Arc<Plan>,
-    state: Mutex<State>,
-    changed: Condvar,
-    abandoned: AtomicBool,
-    timer: Arc<Timer>,
+    /// At least one.
+    pub(super) pieces: Vec<Piece>,
+    pub(super) priority: Priority,
+    /// What holds pieces back.
+    pub(super) pace: Vec<Arc<Bucket>>,
+    /// Where a piece that fails may be tried again; none: nowhere.
+    pub(super) retry: Option<(Weak<AgentCore>, Weak<PeerCore>)>,
+    pub(super) later: Arc<Later>,
+    pub(super) timer: Arc<Timer>,
+    pub(super) state: Mutex<State>,
+    pub(super) changed: Condvar,
+    pub(super) abandoned: AtomicBool,
+    /// The notification may have been sent.
+    pub(super) told: AtomicBool,
     /// Raised while the last post is decided.
-    decided: Signal,
+    pub(super) decided: Signal,
 }
 
-/// Which of a request's posts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PostNumber(u64);
-
-/// What is remembered of the last post that was done.
-#[derive(Clone, Copy)]
-pub(super) struct Finished {
-    number: PostNumber,
-    pub(super) started: Instant,
-    pub(super) post: Duration,
-    pub(super) done: Completion,
-}
-
-pub(super) struct State {
-    pub(super) status: Status,
-    number: PostNumber,
-    pub(super) finished: Option<Finished>,
-    /// A job exists that was not settled.
-    posted: bool,
-    started: Instant,
-    /// How long the call that posted took; none while it runs.
-    post: Option<Duration>,
-    due: Instant,
-    backend: Option<Arc<dyn Backend>>,
-    counters: Option<Arc<Counters>>,
-    timer: Option<TimerKey>,
-    wakers: Vec<Waker>,
-}
-
-impl Default for State {
-    fn default() -> Self {
-        let now = Instant::now();
-        Self {
-            status: Status::Idle,
-            number: PostNumber(0),
-            finished: None,
-            posted: false,
-            started: now,
-            post: None,
-            due: now,
-            backend: None,
-            counters: None,
-            timer: None,
-            wakers: Vec::new(),
-        }
-    }
-}
-
-impl State {
-    pub(super) fn is_drained(&self) -> bool {
-        !self.posted
-    }
-}
-
-pub(super) enum Taken {
-    Result(Result<Completion, TransferError>),
-    Pending(Option<Arc<dyn Backend>>),
+/// What comes next of a request's pieces.
+enum Claim {
+    Piece(u32),
+    /// Not before this.
+    Wait(Instant),
+    /// All are posted, or the request has ended.
+    Nothing,
 }
 
 impl RequestCore {
-    pub(super) fn new(plan: Plan, timer: Arc<Timer>) -> Self {
-        Self {
-            plan: Arc::new(plan),
-            state: Mutex::new(State::default()),
-            changed: Condvar::new(),
-            abandoned: AtomicBool::new(false),
-            timer,
-            decided: Signal::default(),
-        }
-    }
-
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn start(
-        &self,
-        backend: &Arc<dyn Backend>,
-        counters: Arc<Counters>,
-        deadline: Duration,
-    ) -> Result<PostNumber> {
-        let mut state = self.lock();
-        if state.posted {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                "the request is still in flight",
-            ));
-        }
-        let now = Instant::now();
-        state.status = Status::InFlight;
-        state.posted = true;
-        state.started = now;
-        state.post = None;
-        state.due = now + deadline;
-        state.backend = Some(backend.clone());
-        state.counters = Some(counters);
-        state.number = PostNumber(state.number.0 + 1);
-        self.abandoned.store(false, Ordering::Release);
-        self.decided.clear();
-        Ok(state.number)
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
     }
 
-    /// The call that posted returns: has the timer watch over the deadline, if the job is not finished yet.
-    pub(super) fn watch(self: &Arc<Self>, number: PostNumber) {
+    pub(super) fn tell(&self) {
+        self.told.store(true, Ordering::Release);
+    }
+
+    pub(super) fn plan_of(&self, piece: u32) -> &Arc<Plan> {
+        &self.pieces[piece as usize].plan
+    }
+
+    fn claim(&self, number: PostNumber) -> Claim {
         let mut state = self.lock();
-        // Another thread may have posted again meanwhile.
-        if let Some(finished) = &mut state.finished
-            && finished.number == number
-        {
-            finished.post = finished.started.elapsed();
+        let goes_on = state.number == number && matches!(state.status, Status::InFlight);
+        if !goes_on || state.next as usize == self.pieces.len() {
+            return Claim::Nothing;
         }
-        if state.number == number && state.posted && matches!(state.status, Status::InFlight) {
-            state.post = Some(state.started.elapsed());
-            state.timer = Some(self.timer.add(state.due, Arc::downgrade(self)));
+        let bytes = self.plan_of(state.next).bytes;
+        if bytes > 0 {
+            let now = Instant::now();
+            let waits = self.pace.iter().map(|bucket| bucket.wait(now));
+            if let Some(wait) = waits.max().filter(|wait| !wait.is_zero()) {
+                return Claim::Wait(now + wait);
+            }
+            self.pace.iter().for_each(|bucket| bucket.take(bytes));
+        }
+        state.next += 1;
+        Claim::Piece(state.next - 1)
+    }
+
+    /// Posts the pieces that are not posted yet, as far as their rate allows; the rest is posted later.
+    ///
+    /// # Errors
+    /// When the very first is refused: nothing was started.
+    pub(super) fn post_pieces(
+        self: &Arc<Self>,
+        number: PostNumber,
+        backend: &Arc<dyn Backend>,
+    ) -> Result<()> {
+        loop {
+            let piece = match self.claim(number) {
+                Claim::Nothing => return Ok(()),
+                Claim::Piece(piece) => piece,
+                Claim::Wait(at) => {
+                    let due = Due::Paced {
+                        core: self.clone(),
+                        number,
+                        backend: backend.clone(),
+                    };
+                    if self.later.add(at, due).is_err() {
+                        let text = "too many requests wait for their rate";
+                        self.fail_unposted(number, Error::new(ErrorKind::Busy, text));
+                    }
+                    return Ok(());
+                }
+            };
+            let share = Share::Piece {
+                number: piece,
+                tries: 1,
+            };
+            let plan = self.plan_of(piece).clone();
+            let ticket = Ticket::new(self.clone(), plan, share, backend.clone());
+            let refused = backend.post(Job::new(ticket, self.notification_of_one()));
+            match refused.map_err(|refusal| refusal.into_error()) {
+                Ok(()) => {}
+                Err(error) if piece == 0 => return Err(error),
+                Err(error) => self.settle_piece(piece, Err(error)),
+            }
+        }
+    }
+
+    /// What goes along with the only piece.
+    pub(super) fn notification_of_one(&self) -> Option<Bytes> {
+        if self.pieces.len() > 1 {
+            return None;
+        }
+        self.lock().notice.clone()
+    }
+
+    /// A piece that failed goes another way: what the new job holds.
+    pub(super) fn again(
+        self: &Arc<Self>,
+        piece: u32,
+        tries: u32,
+        backend: &Arc<dyn Backend>,
+        agent: &AgentCore,
+    ) -> Ticket {
+        let mut state = self.lock();
+        state.failovers += 1;
+        state.counters = Some(agent.stats().counters(backend.name()));
+        state.backends.push(backend.clone());
+        drop(state);
+        agent.stats().count_failover();
+        let share = Share::Piece {
+            number: piece,
+            tries: tries + 1,
+        };
+        let plan = self.plan_of(piece).clone();
+        Ticket::new(self.clone(), plan, share, backend.clone())
+    }
+
+    /// A job is over: nothing touches its memory any more.
+    pub(super) fn settle(self: &Arc<Self>, ticket: &Ticket, outcome: Result<()>) {
+        match (ticket.share, outcome) {
+            (Share::Notice, outcome) => {
+                let failure = outcome.err();
+                let failure = failure.map(|e| TransferError::new(e, MemoryFate::Settled));
+                self.finish(failure);
+            }
+            (Share::Piece { number, .. }, Ok(())) => self.settle_piece(number, Ok(())),
+            (Share::Piece { number, tries }, Err(error)) => {
+                if let Err(error) = self.try_again(ticket, number, tries, error) {
+                    self.settle_piece(number, Err(error));
+                }
+            }
+        }
+    }
+
+    /// Has a piece that failed posted again, if that is safe and of use; the error otherwise.
+    fn try_again(
+        self: &Arc<Self>,
+        ticket: &Ticket,
+        piece: u32,
+        tries: u32,
+        error: Error,
+    ) -> Result<()> {
+        use ErrorKind::{Corrupt, Io, PeerLost};
+        let Some((agent, peer)) = &self.retry else {
+            return Err(error);
+        };
+        let state = self.lock();
+        let hopeless = !matches!(state.status, Status::InFlight)
+            || state.failure.is_some()
+            || Instant::now() >= state.due;
+        let closings = state.closings;
+        drop(state);
+        if hopeless
+            || tries >= TRIES_MAX
+            || !matches!(error.kind(), PeerLost | Io | Corrupt)
+            || !ticket.backend.fences(self.plan.operation)
+            || self.told.load(Ordering::Acquire)
+        {
+            return Err(error);
+        }
+        let now = Instant::now();
+        let again = Again {
+            core: self.clone(),
+            piece,
+            tries,
+            agent: agent.clone(),
+            peer: peer.clone(),
+            closings,
+            failed: ticket.backend.clone(),
+            failed_at: now,
+            error,
+        };
+        match self.later.add(now, Due::Again(again)) {
+            Err(Due::Again(again)) => Err(again.error),
+            _ => Ok(()),
+        }
+    }
+
+    /// A piece is over for good.
+    pub(super) fn settle_piece(self: &Arc<Self>, piece: u32, outcome: Result<()>) {
+        let mut state = self.lock();
+        state.open -= 1;
+        match outcome {
+            Ok(()) => state.left[self.pieces[piece as usize].part as usize] -= 1,
+            Err(error) => {
+                let failed = TransferError::new(error, MemoryFate::InFlight);
+                state.failure.get_or_insert(failed);
+            }
+        }
+        self.go_on(state);
+    }
+
+    /// Pieces that were to be posted later are not.
+    pub(super) fn fail_unposted(self: &Arc<Self>, number: PostNumber, error: Error) {
+        let mut state = self.lock();
+        if state.number == number && (state.next as usize) < self.pieces.len() {
+            let failed = TransferError::new(error, MemoryFate::InFlight);
+            state.failure.get_or_insert(failed);
+            self.go_on(state);
+        }
+    }
+
+    /// What follows from a change of what is open.
+    fn go_on(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+        let failure = state.failure.clone();
+        if failure.is_some() || !matches!(state.status, Status::InFlight) {
+            let unposted = self.pieces.len() as u32 - state.next;
+            state.next += unposted;
+            state.open -= unposted;
+        }
+        if state.open == 0 {
+            let backend = state.backends.last().cloned();
+            let decided = failure.is_some() || !matches!(state.status, Status::InFlight);
+            if !decided
+                && self.pieces.len() > 1
+                && let (Some(notice), Some(backend)) = (state.notice.take(), backend)
+            {
+                state.open = 1;
+                drop(state);
+                return self.send_notice(notice, backend);
+            }
+            drop(state);
+            return self.finish(failure);
+        }
+        match failure {
+            Some(failed) if matches!(state.status, Status::InFlight) => {
+                drop(state);
+                self.give_up_as(failed);
+            }
+            _ if self.pieces.len() > 1 => self.tell_waiters(state),
+            _ => {}
+        }
+    }
+
+    /// All pieces are in place: the notification goes, alone.
+    fn send_notice(self: &Arc<Self>, notice: Bytes, backend: Arc<dyn Backend>) {
+        let plan = Arc::new(Plan::empty());
+        let ticket = Ticket::new(self.clone(), plan, Share::Notice, backend.clone());
+        if let Err(refusal) = backend.post(Job::new(ticket, Some(notice))) {
+            let failed = TransferError::new(refusal.into_error(), MemoryFate::Settled);
+            self.finish(Some(failed));
         }
     }
 
     /// The deadline has passed.
-    pub(crate) fn expire(&self) {
+    pub(crate) fn expire(self: &Arc<Self>) {
         self.give_up(Error::new(
             ErrorKind::Timeout,
             "the deadline of the transfer has passed",
         ));
     }
 
-    pub(super) fn give_up(&self, error: Error) {
-        if self.decide(TransferError::new(error, MemoryFate::InFlight)) {
-            let backend = self.lock().backend.clone();
-            if let Some(backend) = backend {
-                backend.reap();
-            }
-        }
+    pub(super) fn give_up(self: &Arc<Self>, error: Error) {
+        self.give_up_as(TransferError::new(error, MemoryFate::InFlight));
     }
 
-    /// Fails the request while its job goes on. Whether it was in flight.
+    fn give_up_as(self: &Arc<Self>, failed: TransferError) {
+        if !self.decide(failed) {
+            return;
+        }
+        let state = self.lock();
+        let backends = state.backends.clone();
+        let all_posted = state.next as usize == self.pieces.len();
+        match all_posted {
+            true => drop(state),
+            // What was not posted is over.
+            false => self.go_on(state),
+        }
+        backends.iter().for_each(|backend| backend.reap());
+    }
+
+    /// Fails the request while its jobs go on.
+    pub(super) fn abandon(&self, error: Error) {
+        self.decide(TransferError::new(error, MemoryFate::InFlight));
+    }
+
+    /// Whether it was in flight.
     fn decide(&self, failed: TransferError) -> bool {
         let mut state = self.lock();
         if !matches!(state.status, Status::InFlight) {
@@ -175,26 +332,27 @@ impl RequestCore {
         true
     }
 
-    /// The job is over: nothing touches its memory any more.
-    fn settle(&self, outcome: Result<()>) {
+    /// Nothing of it is open any more.
+    fn finish(&self, failure: Option<TransferError>) {
         self.plan.leave();
         let mut state = self.lock();
         state.posted = false;
         if let Some(key) = state.timer.take() {
             self.timer.remove(key);
         }
-        let backend = state.backend.take();
-        match (&state.status, outcome) {
-            (Status::InFlight, Ok(())) => {
+        // Dropped without the lock: the last user of a connection ends it.
+        let backends = std::mem::take(&mut state.backends);
+        match (&state.status, failure) {
+            (Status::InFlight, None) => {
                 let elapsed = state.started.elapsed();
                 if let Some(counters) = &state.counters {
                     counters.complete(self.plan.operation, self.plan.bytes, elapsed);
                 }
-                let name = backend.as_ref().map_or("none", |backend| backend.name());
                 let done = Completion {
                     bytes: self.plan.bytes,
-                    backend: name,
+                    backend: backends.last().map_or("none", |backend| backend.name()),
                     elapsed,
+                    failovers: state.failovers,
                 };
                 state.finished = Some(Finished {
                     number: state.number,
@@ -205,11 +363,11 @@ impl RequestCore {
                 });
                 state.status = Status::Done(done);
             }
-            (Status::InFlight, Err(error)) => {
+            (Status::InFlight, Some(failed)) => {
                 if let Some(counters) = &state.counters {
                     counters.fail();
                 }
-                state.status = Status::Failed(TransferError::new(error, MemoryFate::Settled));
+                state.status = Status::Failed(failed.with_fate(MemoryFate::Settled));
             }
             // The caller was told before; what is new is that the memory is free.
             (Status::Failed(failed), _) => {
@@ -218,124 +376,29 @@ impl RequestCore {
             (Status::Idle | Status::Done(_), _) => {}
         }
         self.wake(state);
+        drop(backends);
     }
 
-    fn withdraw(&self) {
+    /// The post is refused: nothing was started.
+    pub(super) fn withdraw(&self) {
         self.plan.leave();
         let mut state = self.lock();
         state.posted = false;
-        state.backend = None;
+        let backends = std::mem::take(&mut state.backends);
         state.status = Status::Idle;
+        drop(state);
+        drop(backends);
     }
 
-    fn wake(&self, mut state: MutexGuard<'_, State>) {
+    fn wake(&self, state: MutexGuard<'_, State>) {
         self.decided.raise();
+        self.tell_waiters(state);
+    }
+
+    fn tell_waiters(&self, mut state: MutexGuard<'_, State>) {
         let wakers = std::mem::take(&mut state.wakers);
         drop(state);
         self.changed.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
-    }
-
-    /// A descriptor that is readable while the last post is decided.
-    pub(super) fn event_fd(&self) -> Result<BorrowedFd<'_>> {
-        let state = self.lock();
-        if self.decided.open()? && matches!(state.status, Status::Done(_) | Status::Failed(_)) {
-            self.decided.raise();
-        }
-        self.decided
-            .fd()
-            .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
-    }
-
-    pub(super) fn is_decided(&self) -> bool {
-        !matches!(self.lock().status, Status::InFlight)
-    }
-
-    pub(super) fn take_result(&self) -> Taken {
-        let state = self.lock();
-        match &state.status {
-            Status::Done(done) => Taken::Result(Ok(*done)),
-            Status::Failed(failed) => Taken::Result(Err(failed.clone())),
-            Status::InFlight => Taken::Pending(state.backend.clone()),
-            Status::Idle => {
-                let error = Error::new(ErrorKind::Invalid, "the request was not posted");
-                Taken::Result(Err(TransferError::new(error, MemoryFate::Settled)))
-            }
-        }
-    }
-
-    /// Whether `done` became true before `until`.
-    pub(super) fn wait(&self, until: Instant, done: impl Fn(&State) -> bool) -> bool {
-        let mut state = self.lock();
-        loop {
-            if done(&state) {
-                return true;
-            }
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                return false;
-            };
-            state = match self.changed.wait_timeout(state, left) {
-                Ok((state, _)) => state,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
-        }
-    }
-
-    pub(super) fn register(state: &mut State, context: &Context<'_>) {
-        let waker = context.waker();
-        if !state.wakers.iter().any(|known| known.will_wake(waker)) {
-            state.wakers.push(waker.clone());
-        }
-    }
-}
-
-/// A job's hold on its request. If a backend loses it, the request fails and its memory is kept for ever.
-pub(crate) struct Ticket {
-    core: Arc<RequestCore>,
-    open: bool,
-}
-
-impl Ticket {
-    pub(super) fn new(core: Arc<RequestCore>) -> Self {
-        Self { core, open: true }
-    }
-
-    pub(crate) fn plan(&self) -> &Arc<Plan> {
-        &self.core.plan
-    }
-
-    pub(crate) fn is_abandoned(&self) -> bool {
-        self.core.abandoned.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn abandon(&self, error: Error) {
-        self.core
-            .decide(TransferError::new(error, MemoryFate::InFlight));
-    }
-
-    pub(crate) fn settle(mut self, outcome: Result<()>) {
-        self.open = false;
-        self.core.settle(outcome);
-    }
-
-    pub(crate) fn withdraw(mut self) {
-        self.open = false;
-        self.core.withdraw();
-    }
-}
-
-impl Drop for Ticket {
-    #[expect(
-        clippy::mem_forget,
-        reason = "memory that may be in use is leaked, never freed"
-    )]
-    fn drop(&mut self) {
-        if self.open {
-            self.abandon(Error::new(
-                ErrorKind::Internal,
-                "a backend lost track of a transfer",
-            ));
-            std::mem::forget(self.core.plan.clone());
-        }
+        wakers.into_iter().for_each(std::task::Waker::wake);
     }
 }

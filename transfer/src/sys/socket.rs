@@ -35,7 +35,8 @@ fn message(spans: *mut libc::iovec, count: usize) -> libc::msghdr {
     // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = spans;
-    message.msg_iovlen = count;
+    // A C library has it as `size_t`, another as `int`; it is at most `SPANS_MAX`.
+    message.msg_iovlen = count as _;
     message
 }
 

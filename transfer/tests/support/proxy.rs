@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
@@ -18,6 +19,10 @@ struct Shared {
     changed: Condvar,
     /// Bytes after which everything is cut, counted over both directions.
     budget: Mutex<Option<u64>>,
+    /// Bytes after which everything is held back, counted likewise.
+    patience: Mutex<Option<u64>>,
+    passed: AtomicU64,
+    refuses: AtomicBool,
 }
 
 /// Listens before it knows where to pass things on, so that its address can be advertised by the target.
@@ -33,6 +38,9 @@ impl Proxy {
             mode: Mutex::new((Mode::Pass, Vec::new())),
             changed: Condvar::new(),
             budget: Mutex::new(None),
+            patience: Mutex::new(None),
+            passed: AtomicU64::new(0),
+            refuses: AtomicBool::new(false),
         };
         Self {
             listener,
@@ -51,6 +59,9 @@ impl Proxy {
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
+                if shared.refuses.load(Ordering::SeqCst) {
+                    continue;
+                }
                 let server = TcpStream::connect(target).unwrap();
                 let mut state = shared.mode.lock().unwrap();
                 state
@@ -71,6 +82,16 @@ impl Proxy {
         self.shared.mode.lock().unwrap().0 = Mode::Stall;
     }
 
+    /// Holds everything back once about this many bytes more have passed.
+    pub(crate) fn stall_after(&self, bytes: u64) {
+        *self.shared.patience.lock().unwrap() = Some(bytes);
+    }
+
+    /// Bytes that went through it so far, both ways.
+    pub(crate) fn passed(&self) -> u64 {
+        self.shared.passed.load(Ordering::SeqCst)
+    }
+
     /// Passes things on again.
     pub(crate) fn resume(&self) {
         self.shared.mode.lock().unwrap().0 = Mode::Pass;
@@ -79,6 +100,12 @@ impl Proxy {
 
     /// Ends all connections now.
     pub(crate) fn cut(&self) {
+        self.shared.cut();
+    }
+
+    /// Ends all connections now, and those that come later at once.
+    pub(crate) fn refuse(&self) {
+        self.shared.refuses.store(true, Ordering::SeqCst);
         self.shared.cut();
     }
 
@@ -96,6 +123,17 @@ impl Shared {
             let _ = stream.shutdown(Shutdown::Both);
         }
         self.changed.notify_all();
+    }
+
+    fn wear(&self, bytes: u64) {
+        let mut patience = self.patience.lock().unwrap();
+        if let Some(left) = &mut *patience {
+            *left = left.saturating_sub(bytes);
+            if *left == 0 {
+                *patience = None;
+                self.mode.lock().unwrap().0 = Mode::Stall;
+            }
+        }
     }
 
     /// Whether the budget allows it.
@@ -119,10 +157,12 @@ fn pass(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(_) => break,
         };
+        shared.passed.fetch_add(count as u64, Ordering::SeqCst);
         if !shared.spend(count as u64) {
             shared.cut();
             break;
         }
+        shared.wear(count as u64);
         let state = shared.mode.lock().unwrap();
         let state = shared
             .changed

@@ -222,6 +222,8 @@ class Agent:
         remote_positions: Optional[_Integers] = None,
         notification: Optional[bytes] = None,
         deadline: float = 30.0,
+        parts: Optional[Sequence[int]] = None,
+        background: bool = False,
     ) -> Transfer:
         """Makes a transfer of the ranges of both lists, paired in order, without posting it. It can
         be posted any number of times, one after the other.
@@ -230,6 +232,21 @@ class Agent:
         from `remote` to `local`, "write" the other way. `notification` is delivered to the peer
         once all bytes are there. `deadline` is counted from each post. Connects to the peer if
         there is no connection.
+
+        `parts` says how many ranges each part has, such as those of a layer: parts move in order,
+        and each can be waited for with `Transfer.wait_part`. What is in the `background`, such as
+        an offload, gives way to other transfers.
+        """
+
+    def set_rate(
+        self,
+        bytes_per_second: Optional[int],
+        *,
+        background: bool = False,
+        peer: Optional[Peer] = None,
+    ) -> None:
+        """Limits how fast transfers move, or no longer (None): those with a peer, if one is given,
+        else all in the `background`, or all others. For what is made from now on.
         """
 
     def read(
@@ -366,6 +383,15 @@ class Transfer:
         """Waits until it is finished, at most `timeout` seconds, and raises why it failed.
         `DeadlineError` also when `timeout` ran out, which does not end the transfer: `done()`
         tells the two apart.
+        """
+
+    @property
+    def parts(self) -> int:
+        """How many parts it has, at least one."""
+
+    def wait_part(self, part: int, timeout: float = 30.0) -> None:
+        """Waits until all bytes of a part, counted from 0, are in place, at most `timeout` seconds,
+        and raises why the transfer failed before. `DeadlineError` also when `timeout` ran out.
         """
 
     def done(self) -> bool:

@@ -6,6 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use kvcache_core::{Error, ErrorKind};
 
 use super::job::FileJob;
+use crate::request::Priority;
 
 /// The most jobs an engine holds, waiting and under way; more are refused as `Busy`.
 pub const FILE_JOBS_MAX: usize = 16 << 10;
@@ -14,6 +15,8 @@ pub const FILE_JOBS_MAX: usize = 16 << 10;
 #[derive(Default)]
 pub(super) struct Letters {
     pub(super) jobs: VecDeque<FileJob>,
+    /// Those that give way to the others.
+    pub(super) background: VecDeque<FileJob>,
     /// Some job was given up by its caller.
     pub(super) reap: bool,
     /// Set when no more jobs are taken.
@@ -46,7 +49,10 @@ impl Inbox {
             return Err((job, Error::new(ErrorKind::Busy, text)));
         }
         letters.unsettled += 1;
-        letters.jobs.push_back(job);
+        match job.priority {
+            Priority::Normal => letters.jobs.push_back(job),
+            Priority::Background => letters.background.push_back(job),
+        }
         Ok(())
     }
 
@@ -70,7 +76,8 @@ impl Inbox {
     pub(super) fn wait(&self) -> Option<FileJob> {
         let mut letters = self.lock();
         loop {
-            if let Some(job) = letters.jobs.pop_front() {
+            let first = letters.jobs.pop_front();
+            if let Some(job) = first.or_else(|| letters.background.pop_front()) {
                 return Some(job);
             }
             if letters.closed.is_some() {

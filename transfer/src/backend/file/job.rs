@@ -8,6 +8,7 @@ use super::open::OpenFile;
 use crate::backend::{Job, Operation, Refusal};
 use crate::descriptor::Target;
 use crate::plan::Plan;
+use crate::request::Priority;
 
 use super::FileTarget;
 
@@ -57,6 +58,7 @@ pub(super) struct FileJob {
     pub(super) files: Vec<Arc<OpenFile>>,
     /// Where the bytes are; empty for a sync.
     pub(super) pieces: Vec<Piece>,
+    pub(super) priority: Priority,
     pub(super) waiter: Box<dyn Waiter>,
 }
 
@@ -96,6 +98,7 @@ impl FileJob {
             operation,
             files,
             pieces,
+            priority: job.priority(),
             waiter: Box::new(Transfer(job)),
         })
     }

@@ -18,6 +18,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::{Backend, Capabilities, Job, Refusal};
 use crate::agent::Agent;
 use crate::region::{External, MemoryKind, Region};
+use crate::request::Priority;
 
 use answer::Reply;
 use blocking::Blocking;
@@ -159,6 +160,7 @@ impl FileTarget {
             operation: FileOperation::Sync,
             files: vec![Arc::clone(&self.file)],
             pieces: Vec::new(),
+            priority: Priority::Normal,
             waiter: Box::new(SyncWaiter(reply)),
         };
         self.backend.submit(job).map_err(|(_, error)| error)?;

@@ -15,7 +15,7 @@ use super::inbox::{FILE_JOBS_MAX, Inbox};
 use super::job::{FileJob, FileOperation, Piece, Waiter};
 use super::open::{DirectMode, FileOptions, OpenFile};
 use super::plan::calls;
-use super::{FileBackend, FileEngineMode};
+use super::{FileBackend, FileEngineMode, Priority};
 use crate::backend::Refusal;
 
 /// Far beyond what a loaded machine needs.
@@ -65,6 +65,7 @@ fn job(operation: FileOperation, file: &Arc<OpenFile>, pieces: Vec<Piece>) -> (F
         operation,
         files: vec![Arc::clone(file)],
         pieces,
+        priority: Priority::Normal,
         waiter,
     };
     (job, Asked { outcome, abandoned })

@@ -15,10 +15,13 @@ use super::inbox::Inbox;
 use super::job::{FileJob, FileOperation, Waiter};
 use super::plan::{Call, calls};
 use crate::backend::abandoned;
+use crate::request::Priority;
 
 /// Calls in the kernel at once: enough to fill an NVMe drive with 1 MiB calls, few enough that a job does not wait behind
 /// a wall of others.
 const CALLS_MAX: usize = 64;
+/// As [`CALLS_MAX`], for jobs that give way: what others may find in the kernel before them.
+const BACKGROUND_CALLS_MAX: usize = 16;
 /// Submission entries: calls, their cancellations and the wake-up, with room.
 const RING_ENTRIES: u32 = 256;
 /// The wake-up's number; calls have their slot's.
@@ -121,6 +124,7 @@ fn ring() -> io::Result<IoUring> {
 /// A job whose calls are being made.
 struct Active {
     waiting: VecDeque<Call>,
+    priority: Priority,
     in_kernel: usize,
     waiter: Box<dyn Waiter>,
     /// Why no more calls are made; told when the kernel has answered for all of them.
@@ -135,6 +139,9 @@ struct Worker {
     started: u64,
     /// Jobs with calls to make, in turn.
     turns: VecDeque<u64>,
+    /// Those of them that give way to the others, and how many calls they have in the kernel.
+    background: VecDeque<u64>,
+    background_calls: usize,
     /// The calls in the kernel, by slot, with their job.
     slots: Vec<Option<(u64, Call)>>,
     free: Vec<usize>,
@@ -150,6 +157,8 @@ impl Worker {
             jobs: BTreeMap::new(),
             started: 0,
             turns: VecDeque::new(),
+            background: VecDeque::new(),
+            background_calls: 0,
             slots: (0..CALLS_MAX).map(|_| None).collect(),
             free: (0..CALLS_MAX).rev().collect(),
             wake_armed: false,
@@ -176,7 +185,9 @@ impl Worker {
         let (jobs, reap, closed) = {
             let mut letters = self.inbox.lock();
             let reap = std::mem::take(&mut letters.reap);
-            (std::mem::take(&mut letters.jobs), reap, letters.closed)
+            let mut jobs = std::mem::take(&mut letters.jobs);
+            jobs.append(&mut letters.background);
+            (jobs, reap, letters.closed)
         };
         for job in jobs {
             self.admit(job);
@@ -206,12 +217,14 @@ impl Worker {
                 let waiting = calls.into();
                 let active = Active {
                     waiting,
+                    priority: job.priority,
                     in_kernel: 0,
                     waiter: job.waiter,
                     failure: None,
                 };
+                let priority = active.priority;
                 self.jobs.insert(id, active);
-                self.turns.push_back(id);
+                self.turns(priority).push_back(id);
             }
             Err(error) => {
                 self.inbox.settled();
@@ -248,10 +261,26 @@ impl Worker {
         }
     }
 
+    fn turns(&mut self, priority: Priority) -> &mut VecDeque<u64> {
+        match priority {
+            Priority::Normal => &mut self.turns,
+            Priority::Background => &mut self.background,
+        }
+    }
+
+    /// The job whose turn it is.
+    fn next(&mut self) -> Option<u64> {
+        let first = self.turns.pop_front();
+        if first.is_some() || self.background_calls >= BACKGROUND_CALLS_MAX {
+            return first;
+        }
+        self.background.pop_front()
+    }
+
     /// Hands calls to the kernel, one a job in turn, as long as slots are free.
     fn issue(&mut self) {
         while !self.free.is_empty() {
-            let Some(id) = self.turns.pop_front() else {
+            let Some(id) = self.next() else {
                 return;
             };
             let Some(job) = self.jobs.get_mut(&id) else {
@@ -261,8 +290,12 @@ impl Worker {
                 continue;
             };
             job.in_kernel += 1;
-            if !job.waiting.is_empty() {
-                self.turns.push_back(id);
+            let (priority, more) = (job.priority, !job.waiting.is_empty());
+            if more {
+                self.turns(priority).push_back(id);
+            }
+            if priority == Priority::Background {
+                self.background_calls += 1;
             }
             let Some(slot) = self.free.pop() else { return };
             self.enter(slot, id, call);
@@ -354,13 +387,17 @@ impl Worker {
             return;
         };
         job.in_kernel -= 1;
+        let priority = job.priority;
+        if priority == Priority::Background {
+            self.background_calls -= 1;
+        }
         if job.failure.is_none() {
             match call.advance(result) {
                 Ok(true) => {}
                 Ok(false) => {
                     // The rest of a short call goes first: its siblings are done or on their way.
                     job.waiting.push_front(call);
-                    self.turns.push_front(id);
+                    self.turns(priority).push_front(id);
                     return;
                 }
                 Err(error) => self.fail(id, error),

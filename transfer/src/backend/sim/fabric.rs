@@ -158,7 +158,7 @@ impl Backend for SimChannel {
                 Operation::Write => Direction::Write,
             },
             bytes: plan.bytes,
-            notify: job.notification().is_some(),
+            notify: job.notifies(),
             // The agent watches over the deadline, in real time.
             deadline: Time::MAX,
         };

@@ -9,10 +9,12 @@ use super::scatter::Piece;
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
 use crate::plan::Plan;
+use crate::request::Priority;
 
 /// A request on this connection.
 pub(super) struct Active {
     pub(super) plan: Arc<Plan>,
+    pub(super) priority: Priority,
     state: Mutex<ActiveState>,
 }
 
@@ -58,7 +60,7 @@ impl ActiveState {
 impl Active {
     pub(super) fn new(job: Job) -> Self {
         let plan = job.plan().clone();
-        let notify = job.notification().is_some();
+        let (notify, priority) = (job.notifies(), job.priority());
         let state = ActiveState {
             job: Some(job),
             extent: 0,
@@ -70,6 +72,7 @@ impl Active {
         };
         Self {
             plan,
+            priority,
             state: Mutex::new(state),
         }
     }
@@ -81,10 +84,6 @@ impl Active {
     /// Whether the request still owns its memory.
     pub(super) fn is_live(&self) -> bool {
         self.lock().job.is_some()
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.plan.bytes
     }
 
     /// Cuts no more if its caller has given up; what follows from that.

@@ -19,6 +19,7 @@ use super::scatter::Scatter;
 use super::target::TargetSide;
 use crate::backend::Job;
 use crate::reactor::{Interest, Reactor, Source, Token};
+use crate::request::Priority;
 use crate::sys::memory::Span;
 use crate::sys::socket::{self, SPANS_MAX};
 
@@ -69,12 +70,27 @@ pub(super) struct Outbox {
     pub(super) frames: VecDeque<Frame>,
     /// Initiator: requests that are not wholly cut into frames.
     pub(super) jobs: VecDeque<Arc<Active>>,
+    /// Initiator: those of them that give way to the others.
+    pub(super) background: VecDeque<Arc<Active>>,
     pub(super) ended: bool,
     /// Requests that are over; settled without the lock, because that runs wakers of others.
     pub(super) settled: Vec<(Job, Result<()>)>,
 }
 
 impl Outbox {
+    /// Requests that are not wholly cut.
+    pub(super) fn waiting(&self) -> usize {
+        self.jobs.len() + self.background.len()
+    }
+
+    /// Puts a request at the end of its queue.
+    pub(super) fn queue(&mut self, active: Arc<Active>) {
+        match active.priority {
+            Priority::Normal => self.jobs.push_back(active),
+            Priority::Background => self.background.push_back(active),
+        }
+    }
+
     /// One system call's worth of frames.
     fn send(&mut self, socket: BorrowedFd<'_>) -> Result<io::Result<u64>> {
         let mut spans = Vec::with_capacity(16);
@@ -304,10 +320,9 @@ impl Connection {
         }
         let mut outbox = self.outbox();
         outbox.ended = true;
-        let (frames, jobs) = (
-            std::mem::take(&mut outbox.frames),
-            std::mem::take(&mut outbox.jobs),
-        );
+        let frames = std::mem::take(&mut outbox.frames);
+        let mut jobs = std::mem::take(&mut outbox.jobs);
+        jobs.append(&mut outbox.background);
         drop(outbox);
         drop(frames);
         if let Role::Initiator(initiator) = &self.role {

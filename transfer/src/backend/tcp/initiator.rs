@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::{Active, Cut, Next};
-use super::connection::{Connection, Frame, INLINE_BYTES_MAX, Outbox};
+use super::connection::{Connection, Frame, Outbox};
 use super::frame::{FrameKind, HEADER_BYTES, Header, decode_outcome};
 use super::receive::{Intake, Then};
 use super::scatter::{Piece, Scatter};
 use crate::backend::{Job, Operation, abandoned};
+use crate::request::Priority;
 
 /// Bytes asked for or sent and not yet answered; more wait here, not in the network.
 const WINDOW_BYTES: u64 = 16 << 20;
@@ -21,6 +22,12 @@ const WINDOW_FRAMES: usize = 1024;
 
 /// Frames kept ready to send: enough to fill a socket's buffer in one call.
 const FRAMES_READY_MAX: usize = 32;
+
+/// As [`WINDOW_BYTES`], for requests that give way: what others may find in the network before them.
+const BACKGROUND_BYTES: u64 = 4 << 20;
+
+/// Frames that may be ready before one of a request that gives way.
+const BACKGROUND_FRAMES_READY_MAX: usize = 2;
 
 /// A frame that was not answered.
 struct Open {
@@ -42,6 +49,8 @@ struct Table {
 pub(super) struct Initiator {
     table: Mutex<Table>,
     bytes_open: AtomicU64,
+    /// Of requests that give way.
+    background_open: AtomicU64,
     frames_open: AtomicUsize,
 }
 
@@ -52,6 +61,9 @@ impl Initiator {
 
     fn enter(&self, open: Open) -> u64 {
         self.bytes_open.fetch_add(open.bytes, Ordering::AcqRel);
+        if open.active.priority == Priority::Background {
+            self.background_open.fetch_add(open.bytes, Ordering::AcqRel);
+        }
         self.frames_open.fetch_add(1, Ordering::AcqRel);
         let mut table = self.table();
         let id = table.next;
@@ -62,7 +74,22 @@ impl Initiator {
 
     fn leave(&self, open: &Open) {
         self.bytes_open.fetch_sub(open.bytes, Ordering::AcqRel);
+        if open.active.priority == Priority::Background {
+            self.background_open.fetch_sub(open.bytes, Ordering::AcqRel);
+        }
         self.frames_open.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// The request whose turn it is.
+    fn next(&self, outbox: &mut Outbox) -> Option<Arc<Active>> {
+        let first = outbox.jobs.pop_front();
+        if first.is_some()
+            || outbox.frames.len() >= BACKGROUND_FRAMES_READY_MAX
+            || self.background_open.load(Ordering::Acquire) >= BACKGROUND_BYTES
+        {
+            return first;
+        }
+        outbox.background.pop_front()
     }
 
     /// Cuts waiting requests, in turn, into as many frames as the window allows.
@@ -71,7 +98,7 @@ impl Initiator {
             && self.bytes_open.load(Ordering::Acquire) < WINDOW_BYTES
             && self.frames_open.load(Ordering::Acquire) < WINDOW_FRAMES
         {
-            let Some(active) = outbox.jobs.pop_front() else {
+            let Some(active) = self.next(outbox) else {
                 return;
             };
             let mut state = active.lock();
@@ -85,7 +112,7 @@ impl Initiator {
             drop(state);
             outbox.frames.push_back(self.frame(&active, cut));
             if more {
-                outbox.jobs.push_back(active);
+                outbox.queue(active);
             }
         }
     }
@@ -157,10 +184,11 @@ impl Initiator {
 
     /// Takes requests that were given up out of the queue, where a full window would keep them.
     pub(super) fn sweep(&self, outbox: &mut Outbox) {
-        let jobs = std::mem::take(&mut outbox.jobs);
+        let mut jobs = std::mem::take(&mut outbox.jobs);
+        jobs.append(&mut outbox.background);
         for active in jobs {
             match active.give_up() {
-                None => outbox.jobs.push_back(active),
+                None => outbox.queue(active),
                 Some(next) => self.follow(&active, next, outbox),
             }
         }
@@ -278,16 +306,21 @@ impl Initiator {
         }
     }
 
-    /// Starts a request; what the poster does not send itself is left to the reactor.
-    pub(super) fn start(&self, connection: &Connection, active: Arc<Active>, outbox: &mut Outbox) {
+    /// Starts a request; what the poster does not send itself, because it is not `small`, is left to the reactor.
+    pub(super) fn start(
+        &self,
+        connection: &Connection,
+        active: Arc<Active>,
+        small: bool,
+        outbox: &mut Outbox,
+    ) {
         let mut state = active.lock();
         let next = state.next();
         drop(state);
         match next {
             Next::Nothing => {
-                let bytes = active.bytes();
-                outbox.jobs.push_back(active);
-                if bytes > INLINE_BYTES_MAX {
+                outbox.queue(active);
+                if !small {
                     connection.pump_later();
                 }
             }

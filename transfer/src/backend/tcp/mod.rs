@@ -21,7 +21,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use rustix::net::sockopt;
 
 use super::spare::Spare;
-use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
+use super::{Backend, Capabilities, Channel, Fabric, Job, Operation, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::region::{MemoryKind, RegionCore};
@@ -51,7 +51,17 @@ pub(crate) struct TcpFabric {
     exports: Arc<Exports>,
     reactor: Arc<Reactor>,
     advertised: SocketAddr,
+    congestion: Option<String>,
     listener: Arc<Listener>,
+}
+
+/// How connections are served and made.
+pub(crate) struct Listen {
+    pub(crate) address: SocketAddr,
+    /// What peers are told; none: the address itself.
+    pub(crate) advertised: Option<SocketAddr>,
+    /// The congestion control; none: the system's.
+    pub(crate) congestion: Option<String>,
 }
 
 struct Listener {
@@ -63,18 +73,26 @@ struct Listener {
     spare: Spare,
 }
 
-/// Starts listening on `address`; peers are told `advertised`, or the address itself.
+/// Starts listening.
 pub(crate) fn fabric(
     exports: &Arc<Exports>,
     reactor: &Arc<Reactor>,
-    address: SocketAddr,
-    advertised: Option<SocketAddr>,
+    listen: Listen,
 ) -> Result<Arc<dyn Fabric>> {
+    let Listen {
+        address,
+        advertised,
+        congestion,
+    } = listen;
     let socket =
         TcpListener::bind(address).map_err(|e| Error::io(format!("listen on tcp {address}"), e))?;
     socket
         .set_nonblocking(true)
         .map_err(|e| Error::io("make a listener non-blocking", e))?;
+    if let Some(name) = &congestion {
+        // Connections that are accepted have their listener's.
+        set_congestion(&socket, name)?;
+    }
     let bound = socket
         .local_addr()
         .map_err(|e| Error::io("address of a listener", e))?;
@@ -103,6 +121,7 @@ pub(crate) fn fabric(
         exports: exports.clone(),
         reactor: reactor.clone(),
         advertised,
+        congestion,
         listener,
     }))
 }
@@ -164,7 +183,7 @@ impl Source for Listener {
     fn orphaned(&self) {}
 }
 
-/// Small frames go at once; a peer that is gone is noticed. Congestion control is left as the system has it.
+/// Small frames go at once; a peer that is gone is noticed.
 fn tune(stream: &TcpStream) -> Result<()> {
     let failed = |what: &'static str| move |e: rustix::io::Errno| Error::io(what, e.into());
     stream
@@ -175,6 +194,19 @@ fn tune(stream: &TcpStream) -> Result<()> {
     sockopt::set_socket_keepalive(stream, true).map_err(failed("set SO_KEEPALIVE"))?;
     sockopt::set_tcp_keepidle(stream, KEEPALIVE).map_err(failed("set TCP_KEEPIDLE"))?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE).map_err(failed("set TCP_KEEPINTVL"))
+}
+
+fn set_congestion(socket: impl AsFd, name: &str) -> Result<()> {
+    const ALLOWED: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
+    sockopt::set_tcp_congestion(socket, name).map_err(|error| {
+        // Privileged processes may use any that is loaded; the others are told what they may.
+        let allowed = std::fs::read_to_string(ALLOWED).unwrap_or_default();
+        let text = format!(
+            "tcp congestion control {name:?} is refused; this system allows: {}",
+            allowed.trim()
+        );
+        Error::new(ErrorKind::Unsupported, text).with_source(std::io::Error::from(error))
+    })
 }
 
 impl Fabric for TcpFabric {
@@ -247,6 +279,9 @@ impl TcpFabric {
         let mut stream =
             TcpStream::connect_timeout(&address, left()).map_err(|e| Error::io("connect", e))?;
         tune(&stream)?;
+        if let Some(name) = &self.congestion {
+            set_congestion(&stream, name)?;
+        }
         let greeting = Greeting {
             name: self.exports.name().to_string(),
             incarnation: self.exports.incarnation(),
@@ -298,6 +333,11 @@ impl Backend for TcpChannel {
         NAME
     }
 
+    /// What was sent of a write may still be on its way when the connection has ended.
+    fn fences(&self, operation: Operation) -> bool {
+        operation == Operation::Read
+    }
+
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
     }
@@ -309,16 +349,17 @@ impl Backend for TcpChannel {
         let Role::Initiator(initiator) = &self.connection.role else {
             return Err(job.refuse(Error::new(ErrorKind::Internal, "a target cannot ask")));
         };
-        let small = job.plan().bytes <= INLINE_BYTES_MAX;
+        let small = job.whole().bytes <= INLINE_BYTES_MAX;
         let mut outbox = self.connection.outbox();
         if outbox.ended {
             return Err(job.refuse(Error::new(ErrorKind::PeerLost, "the connection has ended")));
         }
-        if outbox.jobs.len() >= REQUESTS_WAITING_MAX {
+        if outbox.waiting() >= REQUESTS_WAITING_MAX {
             let text = format!("{REQUESTS_WAITING_MAX} requests wait on this connection");
             return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
         }
-        initiator.start(&self.connection, Arc::new(Active::new(job)), &mut outbox);
+        let active = Arc::new(Active::new(job));
+        initiator.start(&self.connection, active, small, &mut outbox);
         connection::settle(outbox);
         if small {
             self.connection.pump(INLINE_BYTES_MAX);

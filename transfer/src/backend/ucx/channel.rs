@@ -11,7 +11,7 @@ use super::frame::Session;
 use super::using::Shared;
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
 use crate::backend::unix::Call;
-use crate::backend::{Backend, Capabilities, Channel, Job, Refusal};
+use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
 use crate::descriptor::Target;
 use crate::plan::Plan;
 use crate::region::MemoryKind;
@@ -57,6 +57,11 @@ impl Backend for UcxChannel {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    /// A write that is settled by an error of its endpoint may still be on its way.
+    fn fences(&self, operation: Operation) -> bool {
+        operation == Operation::Read
     }
 
     fn prepare(&self, plan: &Plan) -> Result<()> {

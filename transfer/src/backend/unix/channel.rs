@@ -12,8 +12,8 @@ use super::link::{Link, Received, TURN_MESSAGES};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
-use crate::backend::copy::Copier;
-use crate::backend::{Backend, Capabilities, Channel, Job, Refusal, abandoned};
+use crate::backend::copy::{Copier, Turn};
+use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal, abandoned};
 use crate::descriptor::Target;
 use crate::metadata::Incarnation;
 use crate::plan::Plan;
@@ -187,14 +187,14 @@ impl<A: Access> UnixChannel<A> {
     }
 
     /// Moves a job's bytes, on whatever thread.
-    fn copy(&self, job: &Job, regions: &[Arc<Held<A>>]) -> Result<()> {
+    fn copy(&self, job: &Job, regions: &[Arc<Held<A>>], turn: &Turn<'_>) -> Result<()> {
         let peer = self.peer.get().ok_or_else(|| self.loss())?;
         let go_on = || {
             // Memory that is used in place may be gone with the peer; a mapping of our own stays.
             if A::IN_PLACE && self.lost.get().is_some() {
                 return Err(self.loss());
             }
-            job.go_on()
+            turn.go_on(job)
         };
         let copied = A::copy(peer, job.plan(), regions, &go_on);
         if let Err(error) = &copied
@@ -291,6 +291,11 @@ impl<A: Access> Backend for UnixChannel<A> {
         &self.capabilities
     }
 
+    /// It is this process that copies, and what it copies has ended when the job is settled.
+    fn fences(&self, _operation: Operation) -> bool {
+        true
+    }
+
     fn prepare(&self, plan: &Plan) -> Result<()> {
         for target in &*plan.remote {
             if let Target::Remote(remote) = target {
@@ -311,8 +316,8 @@ impl<A: Access> Backend for UnixChannel<A> {
         let Some(own) = self.own.upgrade() else {
             return Err(job.refuse(self.loss()));
         };
-        self.copier.post(job, move |job: Job| {
-            let outcome = own.copy(&job, &regions);
+        self.copier.post(job, move |job: Job, turn: &Turn<'_>| {
+            let outcome = own.copy(&job, &regions, turn);
             drop(regions);
             match outcome {
                 Ok(()) => own.notify(job),

@@ -63,7 +63,7 @@ class Engine:
     """A running vLLM OpenAI server. Use it in a ``with``, or call :meth:`stop`.
 
     `kv_transfer` is the engine's ``--kv-transfer-config``; `events` makes it publish KV events;
-    `begin` is what its Python executes and with which model, and `arguments` and `env` come last, so
+    `begin` is what its Python executes and with which model; `arguments` and `env` come last, so
     that they win. With `cold` all its processes import vLLM themselves, as a user's do.
     """
 

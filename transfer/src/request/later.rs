@@ -1,0 +1,189 @@
+//! Pieces that are posted later than their request: when their turn comes, or again after a failure.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::core::RequestCore;
+use super::state::PostNumber;
+use crate::agent::{AgentCore, Failure, PeerCore};
+use crate::backend::{Backend, Job};
+
+/// Requests that may wait here; what comes above it is not repeated.
+const WAITING_MAX: usize = 16_384;
+
+/// What is to be posted.
+pub(super) enum Due {
+    /// The next pieces of a request that has a rate.
+    Paced {
+        core: Arc<RequestCore>,
+        number: PostNumber,
+        backend: Arc<dyn Backend>,
+    },
+    /// A piece that failed, over whatever way there is now.
+    Again(Again),
+}
+
+/// A piece that failed.
+pub(super) struct Again {
+    pub(super) core: Arc<RequestCore>,
+    pub(super) piece: u32,
+    /// How often it was tried.
+    pub(super) tries: u32,
+    pub(super) agent: Weak<AgentCore>,
+    pub(super) peer: Weak<PeerCore>,
+    /// How often the peer's connections had been ended when the request was posted.
+    pub(super) closings: u64,
+    pub(super) failed: Arc<dyn Backend>,
+    pub(super) failed_at: Instant,
+    pub(super) error: Error,
+}
+
+/// What waits, and the thread that posts it, which starts with the first that comes.
+#[derive(Default)]
+pub(crate) struct Later {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: BTreeMap<(Instant, u64), Due>,
+    next: u64,
+    thread: Option<JoinHandle<()>>,
+    closed: bool,
+}
+
+impl Later {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Posts it at `at`, or hands it back when there is no room.
+    pub(super) fn add(self: &Arc<Self>, at: Instant, due: Due) -> Result<(), Due> {
+        let mut queue = self.lock();
+        if queue.closed || queue.waiting.len() >= WAITING_MAX {
+            return Err(due);
+        }
+        if queue.thread.is_none() {
+            let own = self.clone();
+            let thread = std::thread::Builder::new().name("kvf-later".into());
+            match thread.spawn(move || own.run()) {
+                Ok(thread) => queue.thread = Some(thread),
+                Err(error) => {
+                    tracing::warn!(%error, "start the thread that posts later");
+                    return Err(due);
+                }
+            }
+        }
+        let key = (at, queue.next);
+        queue.next += 1;
+        queue.waiting.insert(key, due);
+        drop(queue);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Whatever waits fails, and the thread ends.
+    pub(crate) fn close(&self) -> Option<JoinHandle<()>> {
+        let mut queue = self.lock();
+        queue.closed = true;
+        let thread = queue.thread.take();
+        drop(queue);
+        self.changed.notify_one();
+        thread
+    }
+
+    fn run(self: Arc<Self>) {
+        let mut queue = self.lock();
+        while !queue.closed {
+            let now = Instant::now();
+            let first = queue.waiting.first_key_value().map(|(key, _)| key.0);
+            queue = match first {
+                Some(at) if at <= now => {
+                    let due = queue.waiting.pop_first();
+                    drop(queue);
+                    if let Some((_, due)) = due {
+                        self.post(due);
+                    }
+                    self.lock()
+                }
+                Some(at) => {
+                    let left = at.saturating_duration_since(now);
+                    match self.changed.wait_timeout(queue, left) {
+                        Ok((queue, _)) => queue,
+                        Err(poisoned) => poisoned.into_inner().0,
+                    }
+                }
+                None => self
+                    .changed
+                    .wait(queue)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+        let left = std::mem::take(&mut queue.waiting);
+        drop(queue);
+        for due in left.into_values() {
+            let closed = Error::new(ErrorKind::Cancelled, "the agent is closed");
+            match due {
+                Due::Paced { core, number, .. } => core.fail_unposted(number, closed),
+                Due::Again(again) => again.core.settle_piece(again.piece, Err(again.error)),
+            }
+        }
+    }
+
+    fn post(&self, due: Due) {
+        match due {
+            Due::Paced {
+                core,
+                number,
+                backend,
+            } => {
+                if let Err(error) = core.post_pieces(number, &backend) {
+                    core.settle_piece(0, Err(error));
+                }
+            }
+            Due::Again(again) => again.post(),
+        }
+    }
+}
+
+impl Again {
+    fn post(self) {
+        if let Err(error) = self.try_post() {
+            let name = self.failed.name();
+            let text = format!("over {name}: {}; then: {error}", self.error);
+            let error = Error::new(self.error.kind(), text);
+            self.core.settle_piece(self.piece, Err(error));
+        }
+    }
+
+    fn try_post(&self) -> Result<()> {
+        let gone = || {
+            Error::new(
+                ErrorKind::PeerLost,
+                "the agent is closed or the peer forgotten",
+            )
+        };
+        let agent = self.agent.upgrade().ok_or_else(gone)?;
+        let peer = self.peer.upgrade().ok_or_else(gone)?;
+        let plan = self.core.plan_of(self.piece);
+        let failure = Failure {
+            backend: &self.failed,
+            at: self.failed_at,
+            closings: self.closings,
+        };
+        let channel = peer.channel_after(&agent, plan, &failure)?;
+        channel.prepare(plan)?;
+        let backend: Arc<dyn Backend> = channel;
+        let (failed, now) = (self.failed.name(), backend.name());
+        tracing::warn!(peer = peer.name(), failed, error = %self.error, now, "a transfer is tried again");
+        let ticket = self.core.again(self.piece, self.tries, &backend, &agent);
+        let job = Job::new(ticket, self.core.notification_of_one());
+        let posted = backend.post(job);
+        posted.map_err(|refusal| refusal.into_error())
+    }
+}

@@ -1,0 +1,256 @@
+//! Where a request stands, and those who wait for that to change.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::core::RequestCore;
+use super::piece;
+use super::rate::{Bucket, Priority};
+use crate::agent::{AgentCore, PeerCore, TimerKey};
+use crate::backend::Backend;
+use crate::outcome::{Completion, MemoryFate, Status, TransferError};
+use crate::plan::Plan;
+use crate::signal::Signal;
+use crate::stats::Counters;
+
+/// Which of a request's posts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PostNumber(u64);
+
+/// What is remembered of the last post that was done.
+#[derive(Clone, Copy)]
+pub(super) struct Finished {
+    pub(super) number: PostNumber,
+    pub(super) started: Instant,
+    pub(super) post: Duration,
+    pub(super) done: Completion,
+}
+
+pub(super) struct State {
+    pub(super) status: Status,
+    pub(super) number: PostNumber,
+    pub(super) finished: Option<Finished>,
+    /// Something of it was not settled.
+    pub(super) posted: bool,
+    pub(super) started: Instant,
+    /// How long the call that posted took; none while it runs.
+    pub(super) post: Option<Duration>,
+    pub(super) due: Instant,
+    /// Those that have or had pieces of this post, the latest last.
+    pub(super) backends: Vec<Arc<dyn Backend>>,
+    pub(super) counters: Option<Arc<Counters>>,
+    pub(super) timer: Option<TimerKey>,
+    pub(super) wakers: Vec<Waker>,
+    /// The first piece that is not posted.
+    pub(super) next: u32,
+    /// Pieces that are not settled, posted or not.
+    pub(super) open: u32,
+    /// Pieces that are not in place, by part.
+    pub(super) left: Vec<u32>,
+    /// Why it will fail.
+    pub(super) failure: Option<TransferError>,
+    /// To be delivered when all is in place.
+    pub(super) notice: Option<Bytes>,
+    pub(super) failovers: u32,
+    /// How often the peer's connections had been ended by the caller at the post.
+    pub(super) closings: u64,
+}
+
+impl State {
+    fn new(parts: usize) -> Self {
+        let now = Instant::now();
+        Self {
+            status: Status::Idle,
+            number: PostNumber(0),
+            finished: None,
+            posted: false,
+            started: now,
+            post: None,
+            due: now,
+            backends: Vec::new(),
+            counters: None,
+            timer: None,
+            wakers: Vec::new(),
+            next: 0,
+            open: 0,
+            left: vec![0; parts],
+            failure: None,
+            notice: None,
+            failovers: 0,
+            closings: 0,
+        }
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        !self.posted
+    }
+
+    /// Whether a part is in place, as of the last post; none while that is open.
+    pub(super) fn part(&self, part: usize) -> Option<Result<(), TransferError>> {
+        let Some(left) = self.left.get(part) else {
+            let error = Error::invalid("part", part, 0..self.left.len());
+            return Some(Err(TransferError::new(error, MemoryFate::Settled)));
+        };
+        match &self.status {
+            Status::Idle => {
+                let error = Error::new(ErrorKind::Invalid, "the request was not posted");
+                Some(Err(TransferError::new(error, MemoryFate::Settled)))
+            }
+            _ if *left == 0 => Some(Ok(())),
+            Status::Failed(failed) => Some(Err(failed.clone())),
+            Status::InFlight | Status::Done(_) => None,
+        }
+    }
+}
+
+pub(super) enum Taken {
+    Result(Result<Completion, TransferError>),
+    Pending(Option<Arc<dyn Backend>>),
+}
+
+/// What a post begins with.
+pub(super) struct Start<'a> {
+    pub(super) backend: &'a Arc<dyn Backend>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) deadline: Duration,
+    pub(super) notice: Option<Bytes>,
+    pub(super) closings: u64,
+}
+
+impl RequestCore {
+    /// `ends` is where the caller's parts end, in extents of the plan.
+    pub(super) fn new(
+        plan: Plan,
+        ends: &[usize],
+        priority: Priority,
+        agent: &Arc<AgentCore>,
+        peer: Option<&Arc<PeerCore>>,
+    ) -> Self {
+        let plan = Arc::new(plan);
+        let pace: Vec<Arc<Bucket>> = agent.rates(priority, peer);
+        let paced = pace.iter().any(|bucket| bucket.is_limited());
+        Self {
+            pieces: piece::cut(&plan, ends, paced),
+            plan,
+            priority,
+            pace,
+            retry: peer.map(|peer| (Arc::downgrade(agent), Arc::downgrade(peer))),
+            later: agent.later().clone(),
+            timer: agent.timer().clone(),
+            state: Mutex::new(State::new(ends.len().max(1))),
+            changed: Condvar::new(),
+            abandoned: AtomicBool::new(false),
+            told: AtomicBool::new(false),
+            decided: Signal::default(),
+        }
+    }
+
+    pub(super) fn start(&self, start: Start<'_>) -> Result<PostNumber> {
+        let mut state = self.lock();
+        if state.posted {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "the request is still in flight",
+            ));
+        }
+        let now = Instant::now();
+        state.status = Status::InFlight;
+        state.posted = true;
+        state.started = now;
+        state.post = None;
+        state.due = now + start.deadline;
+        state.backends.push(start.backend.clone());
+        state.counters = Some(start.counters);
+        state.number = PostNumber(state.number.0 + 1);
+        (state.next, state.open) = (0, self.pieces.len() as u32);
+        state.left.fill(0);
+        for piece in &self.pieces {
+            state.left[piece.part as usize] += 1;
+        }
+        state.failure = None;
+        state.notice = start.notice;
+        state.failovers = 0;
+        state.closings = start.closings;
+        self.abandoned.store(false, Ordering::Release);
+        self.told.store(false, Ordering::Release);
+        self.decided.clear();
+        Ok(state.number)
+    }
+
+    /// The call that posted returns: has the timer watch over the deadline, if the request is not finished yet.
+    pub(super) fn watch(self: &Arc<Self>, number: PostNumber) {
+        let mut state = self.lock();
+        // Another thread may have posted again meanwhile.
+        if let Some(finished) = &mut state.finished
+            && finished.number == number
+        {
+            finished.post = finished.started.elapsed();
+        }
+        if state.number == number && state.posted && matches!(state.status, Status::InFlight) {
+            state.post = Some(state.started.elapsed());
+            state.timer = Some(self.timer.add(state.due, Arc::downgrade(self)));
+        }
+    }
+
+    /// A descriptor that is readable while the last post is decided.
+    pub(super) fn event_fd(&self) -> Result<BorrowedFd<'_>> {
+        let state = self.lock();
+        if self.decided.open()? && matches!(state.status, Status::Done(_) | Status::Failed(_)) {
+            self.decided.raise();
+        }
+        self.decided
+            .fd()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
+    }
+
+    pub(super) fn is_decided(&self) -> bool {
+        !matches!(self.lock().status, Status::InFlight)
+    }
+
+    pub(super) fn take_result(&self) -> Taken {
+        let state = self.lock();
+        match &state.status {
+            Status::Done(done) => Taken::Result(Ok(*done)),
+            Status::Failed(failed) => Taken::Result(Err(failed.clone())),
+            Status::InFlight => Taken::Pending(state.backends.last().cloned()),
+            Status::Idle => {
+                let error = Error::new(ErrorKind::Invalid, "the request was not posted");
+                Taken::Result(Err(TransferError::new(error, MemoryFate::Settled)))
+            }
+        }
+    }
+
+    pub(super) fn parts(&self) -> usize {
+        self.lock().left.len()
+    }
+
+    /// Whether `done` became true before `until`.
+    pub(super) fn wait(&self, until: Instant, done: impl Fn(&State) -> bool) -> bool {
+        let mut state = self.lock();
+        loop {
+            if done(&state) {
+                return true;
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            state = match self.changed.wait_timeout(state, left) {
+                Ok((state, _)) => state,
+                Err(poisoned) => PoisonError::into_inner(poisoned).0,
+            };
+        }
+    }
+
+    pub(super) fn register(state: &mut State, context: &Context<'_>) {
+        let waker = context.waker();
+        if !state.wakers.iter().any(|known| known.will_wake(waker)) {
+            state.wakers.push(waker.clone());
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What a job holds of its request.
+
+use std::sync::Arc;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::core::RequestCore;
+use super::rate::Priority;
+use crate::backend::Backend;
+use crate::plan::Plan;
+
+/// Which part of a request a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Share {
+    /// A piece, by number, tried for the n-th time.
+    Piece { number: u32, tries: u32 },
+    /// The notification of a request in pieces, after all of them.
+    Notice,
+}
+
+/// A job's hold on its request. If a backend loses it, the request fails and its memory is kept for ever.
+pub(crate) struct Ticket {
+    core: Arc<RequestCore>,
+    plan: Arc<Plan>,
+    pub(super) share: Share,
+    pub(super) backend: Arc<dyn Backend>,
+    open: bool,
+}
+
+impl Ticket {
+    pub(super) fn new(
+        core: Arc<RequestCore>,
+        plan: Arc<Plan>,
+        share: Share,
+        backend: Arc<dyn Backend>,
+    ) -> Self {
+        Self {
+            core,
+            plan,
+            share,
+            backend,
+            open: true,
+        }
+    }
+
+    pub(crate) fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    pub(crate) fn whole(&self) -> &Plan {
+        &self.core.plan
+    }
+
+    pub(crate) fn priority(&self) -> Priority {
+        self.core.priority
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.core.is_abandoned()
+    }
+
+    /// The notification may be on its way from now on.
+    pub(crate) fn tell(&self) {
+        self.core.tell();
+    }
+
+    pub(crate) fn abandon(&self, error: Error) {
+        self.core.abandon(error);
+    }
+
+    pub(crate) fn settle(mut self, outcome: Result<()>) {
+        self.open = false;
+        self.core.settle(&self, outcome);
+    }
+
+    /// Nothing was started; whoever posted deals with that.
+    pub(crate) fn hand_back(mut self) {
+        self.open = false;
+    }
+}
+
+impl Drop for Ticket {
+    #[expect(
+        clippy::mem_forget,
+        reason = "memory that may be in use is leaked, never freed"
+    )]
+    fn drop(&mut self) {
+        if self.open {
+            self.abandon(Error::new(
+                ErrorKind::Internal,
+                "a backend lost track of a transfer",
+            ));
+            std::mem::forget(self.core.plan.clone());
+        }
+    }
+}
