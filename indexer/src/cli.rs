@@ -187,12 +187,18 @@ fn fail(error: &Error) -> ExitCode {
 
 async fn serve_until_signal(serve: &Serve) -> Result<()> {
     let running = server::serve(serve.settings()?).await?;
-    let listening = json!({
+    let mut listening = json!({
         "event": "listening",
         "grpc": running.grpc_address().to_string(),
         "events": running.event_endpoints(),
         "metrics": running.metrics_address().map(|address| address.to_string()),
     });
+    let tenants = running.tenant_addresses();
+    if !tenants.is_empty() {
+        let tenants = tenants.iter();
+        let tenants = tenants.map(|(tenant, address)| (tenant.clone(), address.to_string().into()));
+        listening["tenants"] = serde_json::Value::Object(tenants.collect());
+    }
     print_line(&listening.to_string())?;
     stop_signal().await?;
     tracing::info!("shutting down");

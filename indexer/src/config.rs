@@ -13,11 +13,13 @@ use serde::Deserialize;
 use crate::adapter::{BATCH_BYTES_MAX, Media, MediumUse};
 use crate::score::TierWeights;
 
+mod media;
 mod sources;
 mod tenants;
 #[cfg(test)]
 mod tests;
 
+pub use media::MediumConfig;
 pub use sources::{GroupConfig, ListenerConfig, StaticSource};
 pub(crate) use tenants::Tenants;
 pub use tenants::{DEFAULT_TENANT, TENANTS_MAX, TenantConfig};
@@ -48,8 +50,8 @@ pub struct ServerConfig {
     pub block_size: u32,
     /// What a block is worth in each tier, for scores.
     pub tier_weights: TierWeightsConfig,
-    /// What media that engines name are taken for: a tier, `ignore` or `refuse`; in any case of letters.
-    pub media: BTreeMap<String, String>,
+    /// What media that engines name are taken for, in any case of letters, and what blocks there are worth.
+    pub media: BTreeMap<String, MediumConfig>,
     /// The same for all media that are neither named there nor known to the indexer.
     pub unknown_media: String,
     /// How long a source may stay disconnected before its entries are dropped.
@@ -356,15 +358,17 @@ impl ServerConfig {
     /// # Errors
     /// [`ErrorKind::Invalid`] naming the key and the value.
     pub fn media(&self) -> Result<Media> {
-        let parse = |(name, told): (&String, &String)| {
-            let told = MediumUse::parse(told);
-            let told = told.map_err(|error| error.at(format_args!("media.{name}")))?;
-            Ok((name.clone(), told))
-        };
-        let configured: Vec<_> = self.media.iter().map(parse).collect::<Result<_>>()?;
+        let (mut configured, mut weights) = (Vec::new(), Vec::new());
+        for (name, told) in &self.media {
+            let (taken_for, weight) = told
+                .parse(name)
+                .map_err(|error| error.at(format_args!("media.{name}")))?;
+            configured.push((name.clone(), taken_for));
+            weights.extend(weight.map(|weight| (name.clone(), weight)));
+        }
         let unknown =
             MediumUse::parse(&self.unknown_media).map_err(|error| error.at("unknown_media"))?;
-        Ok(Media::new(configured, unknown))
+        Ok(Media::new(configured, unknown).with_weights(weights, self.weights()?))
     }
 
     /// How long a source may stay disconnected.

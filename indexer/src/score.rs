@@ -53,9 +53,104 @@ impl TierWeights {
     }
 }
 
+/// A medium that a source's events have named, and what a block in it is worth.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MediumWeight {
+    /// As engines name it, in upper case.
+    pub medium: String,
+    /// What it is taken for.
+    pub tier: Tier,
+    /// Its own weight, or its tier's.
+    pub weight: f64,
+}
+
+/// What a pod's blocks are worth where media have weights of their own, and which media say so.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodWeights {
+    weights: TierWeights,
+    media: [Option<String>; TIERS],
+}
+
+impl PodWeights {
+    /// Of several media that a pod has for one tier, the one that is worth least counts: which of them a block is in is
+    /// not kept, and a score may be too small, but never too large.
+    ///
+    /// None when every tier is worth what it is without.
+    #[must_use]
+    pub fn of<'a>(
+        named: impl Iterator<Item = &'a MediumWeight>,
+        weights: &TierWeights,
+    ) -> Option<Self> {
+        let mut least: [Option<&MediumWeight>; TIERS] = [None; TIERS];
+        for medium in named {
+            let known = &mut least[medium.tier as usize];
+            let order = |other: &&MediumWeight| {
+                let by_weight = medium.weight.total_cmp(&other.weight);
+                by_weight
+                    .then_with(|| medium.medium.cmp(&other.medium))
+                    .is_lt()
+            };
+            if known.as_ref().is_none_or(order) {
+                *known = Some(medium);
+            }
+        }
+        let mut found = Self {
+            weights: *weights,
+            media: Default::default(),
+        };
+        for (place, least) in least.into_iter().enumerate() {
+            let Some(least) = least.filter(|least| least.weight != weights.0[place]) else {
+                continue;
+            };
+            found.weights.0[place] = least.weight;
+            found.media[place] = Some(least.medium.clone());
+        }
+        (found.weights != *weights).then_some(found)
+    }
+
+    /// What a block of the pod is worth, by tier.
+    #[must_use]
+    pub const fn weights(&self) -> &TierWeights {
+        &self.weights
+    }
+
+    /// The medium whose weight a tier's is; none when it is the tier's own.
+    #[must_use]
+    pub fn medium(&self, tier: Tier) -> Option<&str> {
+        self.media[tier as usize].as_deref()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A tier with two media, one with a medium that weighs what the tier does, and one without any.
+    #[test]
+    fn of_several_media_of_a_tier_the_least_counts() {
+        let medium = |medium: &str, tier, weight| MediumWeight {
+            medium: medium.to_owned(),
+            tier,
+            weight,
+        };
+        let plain = TierWeights::default();
+        let named = [
+            medium("CPU", Tier::Host, 0.8),
+            medium("CXL", Tier::Host, 0.6),
+            medium("GPU", Tier::Device, 1.0),
+        ];
+        let found = PodWeights::of(named.iter(), &plain).unwrap();
+        assert_eq!(found.weights().score(&[2, 10, 4, 0]), 2.0 + 6.0 + 2.0);
+        assert_eq!(found.medium(Tier::Host), Some("CXL"));
+        assert_eq!(found.medium(Tier::Device), None);
+        assert_eq!(PodWeights::of(named[2..].iter(), &plain), None);
+        let faster = [
+            medium("CPU", Tier::Host, 0.8),
+            medium("NEAR", Tier::Host, 0.9),
+        ];
+        assert_eq!(PodWeights::of(faster.iter(), &plain), None);
+        assert_eq!(PodWeights::of([].iter(), &plain), None);
+    }
 
     /// Two counts by hand.
     #[test]

@@ -267,7 +267,7 @@ pub(crate) fn tier_from_wire(raw: i32) -> Result<Tier> {
 }
 
 /// The newest format of snapshots that this build writes and reads.
-pub(crate) const SNAPSHOT_FORMAT: u32 = 2;
+pub(crate) const SNAPSHOT_FORMAT: u32 = 3;
 
 /// The longest gRPC message either side accepts, in bytes: four million tokens.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 16 << 20;

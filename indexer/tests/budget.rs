@@ -27,6 +27,7 @@ fn config_with_tenant() -> ServerConfig {
         max_bytes: Some(BYTES_MIN.to_string()),
         pods: vec!["acme-".to_owned()],
         models: Vec::new(),
+        ..TenantConfig::default()
     };
     ServerConfig {
         metrics_listen: Some("127.0.0.1:0".parse().unwrap()),

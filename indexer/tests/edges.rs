@@ -8,7 +8,6 @@ use std::process::{Command, Stdio};
 
 use kvcache_core::{ErrorKind, Tier};
 use kvfabric_indexer::client::{Prompt, SourceKind, SourcePosition};
-use kvfabric_indexer::config::TokenizerConfig;
 use kvfabric_indexer::publisher::Publisher;
 use kvfabric_indexer::server::{Running, serve};
 use kvfabric_proto::indexer_v1::GetPodScoresRequest;
@@ -32,32 +31,6 @@ async fn channel(server: &Running) -> Channel {
         .connect()
         .await
         .unwrap()
-}
-
-/// A vocabulary of the words `t10`, `t11`, … for the tokens of the tests.
-fn tokenizer_file() -> tempfile::NamedTempFile {
-    let words: Vec<String> = TOKENS
-        .iter()
-        .map(|token| format!("\"t{token}\":{token}"))
-        .collect();
-    let text = format!(
-        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-        "model":{{"type":"WordLevel","vocab":{{"[UNK]":0,{}}},"unk_token":"[UNK]"}}}}"#,
-        words.join(",")
-    );
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(text.as_bytes()).unwrap();
-    file
-}
-
-fn tokenizer(file: &tempfile::NamedTempFile) -> TokenizerConfig {
-    let path = file.path().to_owned();
-    TokenizerConfig {
-        model: "m".to_owned(),
-        path,
-        add_special_tokens: false,
-    }
 }
 
 fn scores_request(prompt: &str, model: &str, pods: &[&str]) -> GetPodScoresRequest {

@@ -10,7 +10,7 @@ use kvfabric_indexer::adapter::{
     CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks,
 };
 use kvfabric_indexer::index::{
-    Answer, BYTES_MIN, IndexConfig, KvIndex, Query, SourceId, SourceSpec,
+    Answer, BYTES_MIN, ImagePart, IndexConfig, KvIndex, Query, SourceId, SourceSpec,
 };
 use kvfabric_indexer::score::TierWeights;
 use proptest::prelude::*;
@@ -91,6 +91,8 @@ enum Step {
     Clear(usize),
     Restart(usize),
     Replace(usize),
+    /// Another source goes on from its image.
+    Resume(usize),
 }
 
 fn end() -> impl Strategy<Value = End> {
@@ -113,7 +115,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(engine, end, tier)| Step::Remove { engine, end, tier }),
         1 => engine.clone().prop_map(Step::Clear),
         1 => engine.clone().prop_map(Step::Restart),
-        1 => engine.prop_map(Step::Replace),
+        1 => engine.clone().prop_map(Step::Replace),
+        2 => engine.prop_map(Step::Resume),
     ]
 }
 
@@ -206,6 +209,18 @@ impl Both {
                 self.index.remove_source(self.ids[engine]);
                 self.ids[engine] = self.add(engine);
                 self.literal[engine].clear();
+            }
+            Step::Resume(engine) => {
+                let image = self.index.export(self.ids[engine]).unwrap();
+                self.index.remove_source(self.ids[engine]);
+                self.ids[engine] = self.add(engine);
+                let id = self.ids[engine];
+                self.index.take_learnt(id, &image.learnt).unwrap();
+                for piece in &image.pieces {
+                    let applied = self.index.import(id, piece).unwrap();
+                    assert_eq!(applied.refused, 0, "{piece:?}");
+                }
+                self.index.tidy();
             }
         }
     }
@@ -407,4 +422,38 @@ fn sizes_that_cannot_be_meant_are_refused_with_both_sizes() {
         .unwrap_err()
         .to_string();
     assert!(said.contains("cache group 1"), "{said}");
+}
+
+/// Parts that begin elsewhere than they say, with tokens that are not theirs, without what they follow, or twice: each is
+/// refused by itself, and what follows it too.
+#[test]
+fn parts_of_an_image_that_do_not_fit_are_refused() {
+    let mut both = Both::new(KvIndex::new(config()));
+    both.store(1, 0, End::new(8, 0), Tier::Device);
+    let image = both.index.export(both.ids[1]).unwrap();
+    let piece = &image.pieces[0];
+    assert_eq!(
+        (image.pieces.len(), piece.parts.len(), piece.blocks.len()),
+        (1, 4, 0)
+    );
+    let refused = |change: &dyn Fn(&mut Vec<ImagePart>)| {
+        let both = Both::new(KvIndex::new(config()));
+        let mut piece = piece.clone();
+        change(&mut piece.parts);
+        let applied = both.index.import(both.ids[1], &piece).unwrap();
+        (applied.refused, applied.stored)
+    };
+    assert_eq!(refused(&|_| ()), (0, 2));
+    assert_eq!(refused(&|parts| drop(parts.remove(0))), (3, 0));
+    assert_eq!(refused(&|parts| parts[2].tokens.push(1)), (2, 1));
+    assert_eq!(refused(&|parts| parts[3].key = None), (1, 1));
+    assert_eq!(refused(&|parts| parts[1].parent = None), (3, 0));
+    assert_eq!(refused(&|parts| parts.push(parts[3].clone())), (1, 2));
+    assert_eq!(refused(&|parts| parts[3].copies = [0; 4]), (0, 1));
+    let mut astray = piece.clone();
+    astray.parts[0].namespace = 7;
+    let error = both.index.import(both.ids[1], &astray).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    // The source's blocks are not smaller, as far as is known.
+    assert_eq!(both.index.import(both.ids[0], piece).unwrap().refused, 4);
 }

@@ -9,7 +9,9 @@ use kvcache_core::{EngineHash, PodName, Tier};
 use kvfabric_indexer::adapter::{
     CacheGroup, GroupRule, RemovedBlocks, SourceEvent, SourceKind, StoredBlocks,
 };
-use kvfabric_indexer::index::{Answer, IndexConfig, KvIndex, Query, SourceId, SourceSpec};
+use kvfabric_indexer::index::{
+    Answer, BYTES_MIN, IndexConfig, KvIndex, Query, SourceId, SourceSpec,
+};
 use kvfabric_indexer::score::TierWeights;
 use proptest::prelude::*;
 
@@ -117,6 +119,8 @@ enum Step {
     Clear(usize),
     Restart(usize),
     Replace(usize),
+    /// Another source goes on from its image.
+    Resume(usize),
 }
 
 fn end() -> impl Strategy<Value = End> {
@@ -137,7 +141,8 @@ fn step() -> impl Strategy<Value = Step> {
         }),
         1 => engine.clone().prop_map(Step::Clear),
         1 => engine.clone().prop_map(Step::Restart),
-        1 => engine.prop_map(Step::Replace),
+        1 => engine.clone().prop_map(Step::Replace),
+        2 => engine.prop_map(Step::Resume),
     ]
 }
 
@@ -174,15 +179,19 @@ fn groups_of(engine: usize) -> Vec<CacheGroup> {
         .collect()
 }
 
+fn config() -> IndexConfig {
+    IndexConfig {
+        scheme: IndexScheme::default(),
+        model: String::new(),
+        block_size: UNIT.try_into().unwrap(),
+        weights: TierWeights::default(),
+        orphan_blocks_max: 10_000,
+    }
+}
+
 impl Both {
     fn new() -> Self {
-        let index = KvIndex::new(IndexConfig {
-            scheme: IndexScheme::default(),
-            model: String::new(),
-            block_size: UNIT.try_into().unwrap(),
-            weights: TierWeights::default(),
-            orphan_blocks_max: 10_000,
-        });
+        let index = KvIndex::new(config());
         let mut both = Self {
             index,
             ids: Vec::new(),
@@ -245,6 +254,18 @@ impl Both {
                 self.index.remove_source(self.ids[engine]);
                 self.ids[engine] = self.add(engine);
                 self.literal[engine].clear();
+            }
+            Step::Resume(engine) => {
+                let image = self.index.export(self.ids[engine]).unwrap();
+                self.index.remove_source(self.ids[engine]);
+                let id = self.add(engine);
+                self.ids[engine] = id;
+                self.index.follow_group(id, image.group).unwrap();
+                self.index.take_learnt(id, &image.learnt).unwrap();
+                for piece in &image.pieces {
+                    self.index.import(id, piece).unwrap();
+                }
+                self.index.tidy();
             }
         }
     }
@@ -456,4 +477,133 @@ fn a_larger_block_takes_no_more_memory_than_any_other() {
         large <= plain + plain / 4,
         "{large} bytes, {plain} of others"
     );
+}
+
+/// Ten blocks of a long prompt, of one of an engine's groups.
+fn ten_blocks(engine: usize, first: u32, group: usize) -> SourceEvent {
+    let (number, rule, _) = ENGINES[engine].groups[group];
+    let hashes = (first..first + 10).map(|block| EngineHash(u64::from(block) + 1));
+    SourceEvent::Stored(StoredBlocks {
+        hashes: hashes.collect(),
+        parent: (first > 0).then(|| EngineHash(u64::from(first))),
+        tokens: (first * UNIT..(first + 10) * UNIT).collect(),
+        block_size: UNIT,
+        tier: Tier::Device,
+        group: number.map(|number| CacheGroup {
+            number,
+            rule,
+            block_size: UNIT,
+        }),
+        lora: None,
+        cache_salt: None,
+        identifiers: vec![],
+    })
+}
+
+/// What a block of a window takes beside one of the main group: of a window that keeps every block, and of one that keeps
+/// the last 64 of a prompt that grows.
+#[test]
+fn a_block_of_a_window_takes_little_beside_the_main_groups() {
+    const BLOCKS: u32 = 100_000;
+    // In bytes.
+    const BLOCK_MAX: u64 = 60;
+    let window = ENGINES
+        .iter()
+        .position(|engine| engine.pod == "window")
+        .unwrap();
+    let fill = |both: &Both, groups: usize, kept: u32| {
+        let before = both.index.bytes();
+        for first in (0..BLOCKS).step_by(10) {
+            for group in 0..groups {
+                both.index
+                    .apply(both.ids[window], &ten_blocks(window, first, group))
+                    .unwrap();
+            }
+            if groups == 2 && first >= kept {
+                let gone = first - kept..first - kept + 10;
+                let event = SourceEvent::Removed(RemovedBlocks {
+                    hashes: gone.map(|block| EngineHash(u64::from(block) + 1)).collect(),
+                    tier: Tier::Device,
+                    group: ENGINES[window].groups[1].0,
+                });
+                assert_eq!(
+                    both.index.apply(both.ids[window], &event).unwrap().removed,
+                    10
+                );
+            }
+        }
+        both.index.bytes() - before
+    };
+    let (main, whole, sliding) = (Both::new(), Both::new(), Both::new());
+    let alone = fill(&main, 1, 0);
+    let beside = fill(&whole, 2, u32::MAX) - alone;
+    let each = beside / u64::from(BLOCKS);
+    assert!(
+        each <= BLOCK_MAX,
+        "{each} bytes a block beside the main group's"
+    );
+    // Of what slid out of the window nothing is left but what tables take in steps of megabytes.
+    let slid = fill(&sliding, 2, 60).saturating_sub(alone);
+    assert!(slid <= 3 << 20, "{slid} bytes of a window of 60 blocks");
+    println!("{each} bytes a block of a window; {slid} bytes of one that slides");
+    for both in [&whole, &sliding] {
+        let mut keys = Vec::new();
+        both.index.keys_of(
+            None,
+            None,
+            &(0..BLOCKS * UNIT).collect::<Vec<u32>>(),
+            &mut keys,
+        );
+        let mut answer = Answer::default();
+        both.index.lookup(&keys, &Query::default(), &mut answer);
+        assert_eq!(answer.pods[0].depth, BLOCKS);
+    }
+}
+
+/// A window and a main group in an index with a bound, which takes what was used least recently of both.
+#[test]
+fn windows_are_given_up_like_other_blocks() {
+    let index = KvIndex::bounded(config(), BYTES_MIN).unwrap();
+    let window = ENGINES
+        .iter()
+        .position(|engine| engine.pod == "window")
+        .unwrap();
+    let id = index.add_source(spec(window)).unwrap();
+    index.set_groups(id, &groups_of(window)).unwrap();
+    const PROMPT: u32 = 100;
+    let tokens =
+        |prompt: u32| -> Vec<u32> { (0..PROMPT * UNIT).map(|token| token + prompt).collect() };
+    let depth = |prompt: u32| {
+        let (mut keys, mut answer) = (Vec::new(), Answer::default());
+        index.keys_of(None, None, &tokens(prompt), &mut keys);
+        index.lookup(&keys, &Query::default(), &mut answer);
+        answer.pods.first().map_or(0, |found| found.depth)
+    };
+    for prompt in 0..5_000 {
+        for group in groups_of(window) {
+            let first = u64::from(prompt * PROMPT);
+            let event = SourceEvent::Stored(StoredBlocks {
+                hashes: (first..first + u64::from(PROMPT))
+                    .map(|hash| EngineHash(hash + 1))
+                    .collect(),
+                parent: None,
+                tokens: tokens(prompt),
+                block_size: UNIT,
+                tier: Tier::Device,
+                group: Some(group),
+                lora: None,
+                cache_salt: None,
+                identifiers: vec![],
+            });
+            index.apply(id, &event).unwrap();
+            assert!(index.bytes() <= BYTES_MIN);
+        }
+        assert_eq!(depth(prompt), PROMPT, "what was stored last is there");
+    }
+    assert!(index.usage().evicted_blocks > 0);
+    // Whatever is left of the first ones is nothing that the rule does not allow.
+    assert_eq!(depth(0), 0);
+    index.remove_source(id);
+    index.tidy();
+    assert_eq!((index.entries(), index.blocks()), (0, 0));
 }

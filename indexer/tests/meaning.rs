@@ -441,11 +441,11 @@ async fn the_ranks_of_a_configured_engine_are_found_at_the_ports_that_follow() {
     server.shutdown(PATIENCE).await.unwrap();
 }
 
-/// The sources that a reader which knows format 1 only could go on with: that format cannot say what others are.
-async fn continued_in_format_1(server: &Running) -> Vec<String> {
+/// The sources that a reader which knows formats up to one could go on with: older ones cannot say what some are.
+async fn continued(server: &Running, format: u32) -> Vec<String> {
     let request = v1::SnapshotRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,
-        format: 0,
+        format,
     };
     let mut pieces = raw(server)
         .await
@@ -457,7 +457,7 @@ async fn continued_in_format_1(server: &Running) -> Vec<String> {
     while let Some(piece) = pieces.message().await.unwrap() {
         use v1::snapshot_piece::Piece;
         match piece.piece.unwrap() {
-            Piece::Start(start) => assert_eq!(start.format, 1),
+            Piece::Start(start) => assert_eq!(start.format, format.max(1)),
             Piece::Source(source) if !source.last_batch.is_empty() => continued.push(source.name),
             _ => {}
         }
@@ -478,26 +478,11 @@ async fn replica_of(server: &Running, sources: u32) -> Running {
     replica
 }
 
-/// Ranks, groups and larger blocks, of which events have told; to a replica, and to a reader that knows format 1 only.
-#[tokio::test]
-async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
-    let server = start(config()).await;
-    let first_client = client(&server);
-    let (zero, one) = (engine("ranks"), engine("ranks"));
-    let (hybrid, large) = (engine("hybrid"), engine("large"));
-    let source = |name: &str, publisher: &Publisher| publisher.source(name, SourceKind::Vllm);
-    let ranks = [source("dp0", &zero), source("dp1", &one)];
-    let registered = [
-        first_client.register(registration("ranks", ranks)),
-        first_client.register(registration("hybrid", [source("engine", &hybrid)])),
-        first_client.register(registration("large", [source("engine", &large)])),
-    ];
-    for registered in &registered {
-        registered.ready(PATIENCE).await.unwrap();
-    }
+/// What each engine says first, and where it is then.
+fn told_first([zero, one, hybrid, large, tiny]: [&Publisher; 5]) -> [(&'static str, Position); 5] {
     let full = (0, "full_attention", None);
     let window = (1, "sliding_window", Some(5));
-    let at = [
+    [
         (
             "ranks/dp0",
             zero.publish_payload(payload(0, &[Told::Stored(&[1], 4, 4, None)])),
@@ -520,12 +505,37 @@ async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
             "large/engine",
             large.publish_payload(payload(0, &[Told::Stored(&[7], 8, 8, None)])),
         ),
+        (
+            "tiny/parts",
+            tiny.publish_payload(payload(0, &[Told::Stored(&[21, 22, 23, 24], 8, 2, None)])),
+        ),
+    ]
+}
+
+/// Ranks, groups, larger and smaller blocks, of which events have told; to a replica, and to readers of older formats.
+#[tokio::test]
+async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
+    let server = start(config()).await;
+    let first_client = client(&server);
+    let (zero, one) = (engine("ranks"), engine("ranks"));
+    let (hybrid, large, tiny) = (engine("hybrid"), engine("large"), engine("tiny"));
+    let source = |name: &str, publisher: &Publisher| publisher.source(name, SourceKind::Vllm);
+    let ranks = [source("dp0", &zero), source("dp1", &one)];
+    let registered = [
+        first_client.register(registration("ranks", ranks)),
+        first_client.register(registration("hybrid", [source("engine", &hybrid)])),
+        first_client.register(registration("large", [source("engine", &large)])),
+        first_client.register(registration("tiny", [source("parts", &tiny)])),
     ];
+    for registered in &registered {
+        registered.ready(PATIENCE).await.unwrap();
+    }
+    let at = told_first([&zero, &one, &hybrid, &large, &tiny]);
     let before = ask(&first_client, &at).await;
-    assert_eq!(before.pods.len(), 3);
+    assert_eq!(before.pods.len(), 4);
     assert!(before.pods.iter().all(|pod| pod.depth == 2), "{before:?}");
 
-    let second = replica_of(&server, 4).await;
+    let second = replica_of(&server, 5).await;
     let replica = client(&second);
     assert_eq!(ask(&replica, &at).await.pods, before.pods);
     // What comes later means the same to both.
@@ -533,6 +543,7 @@ async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
     let at = [
         ("hybrid/engine", hybrid.publish_payload(end(2, Some(1)))),
         ("large/engine", large.publish_payload(end(7, None))),
+        ("tiny/parts", tiny.publish_payload(end(23, None))),
         (
             "ranks/dp1",
             one.publish_payload(payload(1, &[Told::Removed(&[2], None)])),
@@ -544,10 +555,13 @@ async fn a_snapshot_has_what_events_told_of_ranks_groups_and_sizes() {
         .iter()
         .map(|pod| (pod.pod.as_str(), pod.depth))
         .collect();
-    assert_eq!(depths, [("ranks", 1)]);
+    assert_eq!(depths, [("ranks", 1), ("tiny", 1)]);
     assert_eq!(ask(&replica, &at).await.pods, after.pods);
 
-    assert_eq!(continued_in_format_1(&server).await, Vec::<String>::new());
+    assert_eq!(continued(&server, 0).await, Vec::<String>::new());
+    let but_parts = ["engine", "engine", "dp0", "dp1"];
+    assert_eq!(continued(&server, 2).await, but_parts);
+    assert_eq!(continued(&server, 3).await.len(), 5);
     second.shutdown(PATIENCE).await.unwrap();
     server.shutdown(PATIENCE).await.unwrap();
 }

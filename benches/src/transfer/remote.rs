@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kvcache_core::{Error, Result};
+use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::Region;
 
 use super::contents::{self, POISON};
@@ -99,7 +99,7 @@ impl Remote {
         match self {
             Self::Own(region) => region.fill_at(0, region.bytes(), POISON),
             Self::Process(process) => process.poison(),
-            Self::Elsewhere => Ok(()),
+            Self::Elsewhere => Err(not_here()),
             Self::Files(files) => files.write(plan, Contents::Poison),
         }
     }
@@ -111,7 +111,7 @@ impl Remote {
                 contents::verify(plan, |offset, block| region.read_at(offset, block))
             }
             Self::Process(process) => process.verify(),
-            Self::Elsewhere => Ok(()),
+            Self::Elsewhere => Err(not_here()),
             Self::Files(files) => files.verify(plan),
         }
     }
@@ -123,6 +123,12 @@ impl Remote {
             Self::Own(_) | Self::Files(_) | Self::Elsewhere => Ok(None),
         }
     }
+}
+
+/// Nobody may take silence for bytes that were compared.
+fn not_here() -> Error {
+    let text = "whoever exposed this memory overwrites and verifies it";
+    Error::new(ErrorKind::Internal, text)
 }
 
 pub(super) fn at(path: &Path, error: std::io::Error) -> Error {

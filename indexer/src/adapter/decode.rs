@@ -4,7 +4,7 @@ use kvcache_core::{Error, Result};
 
 use super::event::{Found, NAME_BYTES_MAX, event_of_array, event_of_map};
 use super::msgpack::{Head, Reader};
-use super::{Batch, Media, SourceKind};
+use super::{Batch, Media, SourceEvent, SourceKind};
 
 /// The largest payload accepted, in bytes.
 pub const BATCH_BYTES_MAX: usize = 64 << 20;
@@ -13,6 +13,8 @@ pub const EVENTS_MAX: u32 = 1 << 16;
 
 /// The most unknown media that are named of one batch.
 pub const UNKNOWN_MEDIA_MAX: usize = 16;
+/// The most media with weights that are named of one batch; further ones weigh what their tiers do.
+pub const WEIGHED_MEDIA_MAX: usize = 64;
 
 /// How a batch is read.
 #[derive(Clone, Copy)]
@@ -51,6 +53,7 @@ pub fn decode_batch_with(payload: &[u8], kind: SourceKind, media: &Media) -> Res
         rank: None,
         events: Vec::new(),
         unknown_media: Vec::new(),
+        weighed_media: Vec::new(),
     };
     let place = reader;
     match reader.head()? {
@@ -132,6 +135,10 @@ fn events(reader: &mut Reader<'_>, how: Reading<'_>, batch: &mut Batch) -> Resul
         if let Some(medium) = found.unknown_medium {
             note_medium(&mut batch.unknown_media, medium);
         }
+        if how.media.has_weights() && matches!(found.event, Ok(Some(SourceEvent::Stored(_)))) {
+            // As where it becomes a tier.
+            weigh_medium(&mut batch.weighed_media, found.medium.unwrap_or("GPU"), how);
+        }
         let is_bad = found.event.is_err();
         let event = found
             .event
@@ -145,6 +152,15 @@ fn events(reader: &mut Reader<'_>, how: Reading<'_>, batch: &mut Batch) -> Resul
         }
     }
     Ok(true)
+}
+
+/// Notes a medium that blocks were stored in.
+fn weigh_medium(media: &mut Vec<String>, medium: &str, how: Reading<'_>) {
+    let is_known = media.iter().any(|known| known.eq_ignore_ascii_case(medium));
+    if is_known || media.len() == WEIGHED_MEDIA_MAX {
+        return;
+    }
+    media.extend(how.media.weight_of(medium).map(|found| found.medium));
 }
 
 /// Counts an event about a medium that nobody has told of.

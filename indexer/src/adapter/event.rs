@@ -81,7 +81,9 @@ const SGLANG_FIELDS: usize = 6;
 pub(super) struct Found<'a> {
     /// None when it is to be passed over.
     pub(super) event: Result<Option<SourceEvent>>,
-    /// The medium that it names, if nobody has told of that.
+    /// The medium that it names.
+    pub(super) medium: Option<&'a str>,
+    /// The same, if nobody has told of that.
     pub(super) unknown_medium: Option<&'a str>,
 }
 
@@ -89,6 +91,7 @@ impl Found<'_> {
     pub(super) const fn none(error: Error) -> Self {
         Self {
             event: Err(error),
+            medium: None,
             unknown_medium: None,
         }
     }
@@ -233,6 +236,7 @@ impl<'a> RawEvent<'a> {
         let unknown_medium = self.medium.filter(|medium| !how.media.of(medium).1);
         Found {
             event,
+            medium: self.medium,
             unknown_medium,
         }
     }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use kvcache_core::{Error, ErrorKind, Result, Tier};
 
+use crate::score::{MediumWeight, TierWeights};
+
 /// The tier that an event's `medium` means, in any case; `None` for a name not known here.
 ///
 /// An unknown medium is not guessed at: calling it fast would send requests to blocks that are far away.
@@ -76,11 +78,15 @@ impl MediumUse {
 }
 
 /// What each medium is taken for: configured ones first, then those known here, then all others alike.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Media {
     /// By name in upper case.
     configured: BTreeMap<String, MediumUse>,
     unknown: MediumUse,
+    /// Of those with a weight of their own, by name in upper case.
+    weights: BTreeMap<String, f64>,
+    /// What all others weigh.
+    by_tier: TierWeights,
 }
 
 impl Default for Media {
@@ -89,6 +95,8 @@ impl Default for Media {
         Self {
             configured: BTreeMap::new(),
             unknown: MediumUse::Refuse,
+            weights: BTreeMap::new(),
+            by_tier: TierWeights::default(),
         }
     }
 }
@@ -105,7 +113,51 @@ impl Media {
         Self {
             configured: configured.collect(),
             unknown,
+            ..Self::default()
         }
+    }
+
+    /// The same where some media, by names in any case, weigh something else than their tiers do.
+    #[must_use]
+    pub fn with_weights(
+        self,
+        weights: impl IntoIterator<Item = (String, f64)>,
+        by_tier: TierWeights,
+    ) -> Self {
+        let weights = weights.into_iter();
+        let weights = weights.map(|(name, weight)| (name.to_ascii_uppercase(), weight));
+        Self {
+            weights: weights.collect(),
+            by_tier,
+            ..self
+        }
+    }
+
+    /// What a block in a medium is worth; none where no medium of its tier has a weight of its own.
+    #[must_use]
+    pub fn weight_of(&self, medium: &str) -> Option<MediumWeight> {
+        if self.weights.is_empty() {
+            return None;
+        }
+        let MediumUse::Tier(tier) = self.of(medium).0 else {
+            return None;
+        };
+        let is_of_tier = |name: &String| self.of(name).0 == MediumUse::Tier(tier);
+        if !self.weights.keys().any(is_of_tier) {
+            return None;
+        }
+        let medium = medium.to_ascii_uppercase();
+        let own = self.weights.get(&medium).copied();
+        Some(MediumWeight {
+            tier,
+            weight: own.unwrap_or_else(|| self.by_tier.of(tier)),
+            medium,
+        })
+    }
+
+    /// Whether any medium has a weight of its own.
+    pub(super) fn has_weights(&self) -> bool {
+        !self.weights.is_empty()
     }
 
     /// What a medium is taken for, and whether somebody has said so: false for an unknown one.

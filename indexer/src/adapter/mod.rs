@@ -19,7 +19,10 @@ mod tests;
 
 use kvcache_core::{EngineHash, Result, Tier};
 
-pub use decode::{BATCH_BYTES_MAX, EVENTS_MAX, UNKNOWN_MEDIA_MAX, decode_batch, decode_batch_with};
+pub use decode::{
+    BATCH_BYTES_MAX, EVENTS_MAX, UNKNOWN_MEDIA_MAX, WEIGHED_MEDIA_MAX, decode_batch,
+    decode_batch_with,
+};
 pub use encode::{
     BatchOwner, OWNER_BYTES_MAX, encode_engine_batch, encode_engine_batch_of, encode_node_batch,
 };
@@ -82,6 +85,9 @@ pub struct Batch {
     /// Media that nobody has told of, whatever they are taken for, and how many events named each; at most
     /// [`UNKNOWN_MEDIA_MAX`].
     pub unknown_media: Vec<(String, u32)>,
+    /// The media that blocks were stored in, each once, in upper case, as far as any medium of their tiers has a weight
+    /// of its own; at most [`WEIGHED_MEDIA_MAX`].
+    pub weighed_media: Vec<String>,
 }
 
 /// One event of a source, as all encodings tell it.

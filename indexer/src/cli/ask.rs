@@ -160,7 +160,7 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
             .collect();
         print_line(&format!(
             "{:<24} depth {:>6}  score {:>10.2}  {}{}",
-            pod.pod,
+            pod.pod.as_str(),
             pod.depth,
             pod.score,
             tiers.join(", "),
@@ -172,8 +172,13 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
                     tier,
                     blocks,
                     weight,
+                    medium,
                 } = term;
-                format!("{blocks} in {tier} x {weight}")
+                let medium = medium.as_ref().map(|medium| format!(" ({medium})"));
+                format!(
+                    "{blocks} in {tier}{} x {weight}",
+                    medium.unwrap_or_default()
+                )
             });
             let terms: Vec<_> = terms.collect();
             print_line(&format!("  score = {}", terms.join(" + ")))?;
@@ -185,7 +190,7 @@ fn print(answer: &LookupAnswer, explain: bool) -> Result<()> {
         let users: Vec<_> = pool.pods.iter().map(PodName::as_str).collect();
         print_line(&format!(
             "pool {:<19} depth {:>6}  blocks {}  for {}",
-            pool.pool,
+            pool.pool.as_str(),
             pool.depth,
             held.join(", "),
             users.join(", ")
@@ -270,6 +275,7 @@ fn to_json(answer: &LookupAnswer) -> serde_json::Value {
                 "tier": term.tier.name(),
                 "blocks": term.blocks,
                 "weight": term.weight,
+                "medium": term.medium,
             })).collect::<Vec<_>>(),
             "peer_address": pod.peer_address,
             "expected_depth": pod.expected_depth,

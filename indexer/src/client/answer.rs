@@ -48,7 +48,7 @@ pub struct PartDepth {
 }
 
 /// Blocks × weight.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ScoreTerm {
     /// Where the blocks are.
     pub tier: Tier,
@@ -56,6 +56,8 @@ pub struct ScoreTerm {
     pub blocks: u32,
     /// What one is worth there.
     pub weight: f64,
+    /// The medium whose weight it is; none when it is the tier's own.
+    pub medium: Option<String>,
 }
 
 /// How much the position of a source is worth.
@@ -212,6 +214,7 @@ fn pod_from_wire(wire: v1::PodDepth) -> Result<PodDepth> {
                     tier: wire::tier_from_wire(term.tier)?,
                     blocks: term.blocks,
                     weight: term.weight,
+                    medium: Some(term.medium.clone()).filter(|medium| !medium.is_empty()),
                 })
             })
             .collect::<Result<_>>()?,

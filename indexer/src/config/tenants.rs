@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use std::net::SocketAddr;
+
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 use serde::Deserialize;
 
@@ -27,6 +29,8 @@ pub struct TenantConfig {
     pub pods: Vec<String>,
     /// Its models: their pods are its own, unless `pods` of another tenant has them, and so are lookups that name no tenant.
     pub models: Vec<String>,
+    /// An address of its own: callers there are this tenant, and see and register nothing of others. Port 0: any free one.
+    pub grpc_listen: Option<SocketAddr>,
 }
 
 /// One tenant, settled.

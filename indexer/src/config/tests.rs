@@ -196,15 +196,31 @@ fn media_are_taken_for_what_is_configured() {
     assert_eq!(media.of("tape"), (MediumUse::Tier(Tier::Disk), true));
     assert_eq!(media.of("CPU"), (MediumUse::Tier(Tier::Host), true));
     assert_eq!(media.of("else"), (MediumUse::Ignore, false));
-    for (key, text) in [
-        ("unknown_media", "unknown_media = \"fast\""),
-        ("media", "[media]\nX = \"fast\""),
+    for (key, value, text) in [
+        ("unknown_media", "fast", "unknown_media = \"fast\""),
+        ("media.x", "fast", "[media]\nX = \"fast\""),
+        ("media.x", "absent", "[media]\nX = { weight = 0.5 }"),
+        ("media.cpu", "-0.5", "[media]\nCPU = { weight = -0.5 }"),
+        ("media.cpu", "inf", "[media]\nCPU = { weight = inf }"),
+        (
+            "media.cpu",
+            "ignore",
+            "[media]\nCPU = { tier = \"ignore\", weight = 1.0 }",
+        ),
+        ("media.obj", "object", "[media]\nOBJ = { weight = 1.0 }"),
+        ("media", "wait", "[media]\nCPU = { wait = 1.0 }"),
     ] {
-        let file = self::file(text);
-        let error = ServerConfig::load_with(Some(file.path()), self::environment(&[]), &[]);
-        let said = error.unwrap_err().to_string();
-        assert!(said.contains(key) && said.contains("fast"), "{said}");
+        let said = load(text).unwrap_err().to_string().to_lowercase();
+        assert!(said.contains(key) && said.contains(value), "{said}");
     }
+    let media = load("[media]\nCPU = { weight = 0.7 }\nX = { tier = \"nvme\" }").unwrap();
+    let media = media.media().unwrap();
+    let weight = |medium| media.weight_of(medium).map(|found| found.weight);
+    assert_eq!((weight("cpu"), weight("DRAM")), (Some(0.7), Some(0.8)));
+    assert_eq!(
+        (weight("GPU"), weight("X"), weight("else")),
+        (None, None, None)
+    );
 }
 
 const RANKS: &str = "[[sources]]\npod = \"p\"\nendpoint = \"tcp://10.0.0.7:5557\"\n\

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use kvcache_core::{IndexKey, PodName, Tier};
 
@@ -10,7 +11,7 @@ use super::compose::PartDepth;
 use super::config::IndexConfig;
 use super::lookup::{Depth, Depths, Torn, Wanted};
 use super::pods::PodNumber;
-use crate::score::TIERS;
+use crate::score::{PodWeights, TIERS};
 
 /// What to leave out of an answer.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,6 +34,8 @@ pub struct PodDepth {
     pub by_tier: [u32; TIERS],
     /// Σ weight × `by_tier`.
     pub score: f64,
+    /// What the pod's blocks are worth where its media have weights of their own; none: what their tiers are.
+    pub weights: Option<Arc<PodWeights>>,
     /// What the depth is made of, where the pod has data-parallel ranks (it is then the deepest rank's), several cache
     /// groups or blocks larger than the index's; empty otherwise.
     pub parts: Vec<PartDepth>,
@@ -154,12 +157,15 @@ impl Answer {
                 by_tier,
             } = found[rank.place];
             if let Some(name) = view.pods.name(pod.0) {
+                let own = view.pods.weights.get(&pod.0);
+                let weights = own.map_or(weights, |own| own.weights());
                 let score = weights.score(&by_tier);
                 self.pods.push(PodDepth {
                     pod: name.clone(),
                     depth,
                     by_tier,
                     score,
+                    weights: own.cloned(),
                     parts: self.parts.remove(&pod.0).unwrap_or_default(),
                     expected_depth: 0,
                     is_approximate: false,

@@ -80,12 +80,10 @@ const OWN: Lane = Lane {
 
 fn lane_of(part: &Part, group: &Group) -> Lane {
     let is_main = part.main == Some(group.number);
-    let (apart, step) = match (is_main, group.stride, group.rule) {
-        (true, 1, _) => (None, 1),
-        (true, stride, _) => (Some(Apart::Large(stride)), stride),
-        // A state may be at the end of any block.
-        (false, _, GroupRule::State) => (Some(Apart::Group(group.number)), 1),
-        (false, stride, _) => (Some(Apart::Group(group.number)), stride),
+    let (apart, step) = match (is_main, group.stride) {
+        (true, 1) => (None, 1),
+        (true, stride) => (Some(Apart::Large(stride)), stride),
+        (false, _) => (Some(Apart::Group(group.number)), group.step()),
     };
     Lane { apart, step }
 }

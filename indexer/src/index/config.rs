@@ -50,6 +50,8 @@ pub struct Learnt {
     pub groups: Vec<CacheGroup>,
     /// Tokens a block of the source; 0 while nothing was told.
     pub block_size: u32,
+    /// The media that its events have named, where media have weights of their own.
+    pub media: Vec<String>,
 }
 
 impl Learnt {

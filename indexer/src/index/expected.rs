@@ -4,18 +4,20 @@
 //! anew or goes. Of an approximate pod, which publishes nothing, these expectations are all there is: the blocks routed
 //! there last, as many as it is thought to keep.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Time};
 
+use self::routed::Routed;
 use super::answer::{Answer, PodDepth, Query};
-use super::hash::KeyState;
 use super::{KvIndex, lock};
 use crate::adapter::SourceKind;
 use crate::score::TIERS;
 use crate::sync::{AtomicU64, Ordering, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+mod routed;
 
 /// The most blocks that are expected of one pod that publishes events.
 pub const EXPECTED_BLOCKS_MAX: usize = 1 << 16;
@@ -40,57 +42,9 @@ pub struct Recorded {
     pub expected: u32,
 }
 
-/// When a block is given up, and how far from the start of its prompt it is: tails go before heads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Turn {
-    until: Time,
-    from_start: std::cmp::Reverse<u32>,
-}
-
-#[derive(Default)]
-struct OfPod {
-    blocks: HashMap<IndexKey, Turn, KeyState>,
-    turns: BTreeSet<(Turn, IndexKey)>,
-}
-
-impl OfPod {
-    fn insert(&mut self, key: IndexKey, turn: Turn) {
-        if let Some(before) = self.blocks.insert(key, turn) {
-            self.turns.remove(&(before, key));
-        }
-        self.turns.insert((turn, key));
-    }
-
-    fn remove(&mut self, key: IndexKey) {
-        if let Some(turn) = self.blocks.remove(&key) {
-            self.turns.remove(&(turn, key));
-        }
-    }
-
-    fn pop(&mut self) {
-        if let Some((_, key)) = self.turns.pop_first() {
-            self.blocks.remove(&key);
-        }
-    }
-
-    fn expire(&mut self, now: Time) {
-        while self
-            .turns
-            .first()
-            .is_some_and(|(turn, _)| turn.until <= now)
-        {
-            self.pop();
-        }
-    }
-
-    fn is_expected(&self, key: IndexKey, now: Time) -> bool {
-        self.blocks.get(&key).is_some_and(|turn| turn.until > now)
-    }
-}
-
 /// All expectations of one index.
 pub(super) struct Expected {
-    pods: RwLock<BTreeMap<PodName, OfPod>>,
+    pods: RwLock<Routed>,
     /// Pods in there: where there are none, nobody takes the lock.
     count: AtomicU64,
 }
@@ -98,17 +52,17 @@ pub(super) struct Expected {
 impl Expected {
     pub(super) fn new() -> Self {
         Self {
-            pods: RwLock::new(BTreeMap::new()),
+            pods: RwLock::new(Routed::default()),
             count: AtomicU64::new(0),
         }
     }
 
     // Nothing in there is ever half-way changed for long: a panic elsewhere need not end every answer.
-    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<PodName, OfPod>> {
+    fn read(&self) -> RwLockReadGuard<'_, Routed> {
         self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<PodName, OfPod>> {
+    fn write(&self) -> RwLockWriteGuard<'_, Routed> {
         self.pods.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -118,14 +72,12 @@ impl Expected {
     }
 
     pub(super) fn of_pod(&self, pod: &PodName) -> bool {
-        !self.is_empty() && self.read().contains_key(pod)
+        !self.is_empty() && self.read().by_name.contains_key(pod)
     }
 
     /// Events have confirmed these.
     pub(super) fn confirm(&self, pod: &PodName, keys: &[IndexKey]) {
-        if let Some(of_pod) = self.write().get_mut(pod) {
-            keys.iter().for_each(|key| of_pod.remove(*key));
-        }
+        self.write().confirm(pod, keys);
     }
 
     pub(super) fn forget(&self, pod: &PodName) {
@@ -133,28 +85,19 @@ impl Expected {
             return;
         }
         let mut pods = self.write();
-        pods.remove(pod);
-        self.count.store(pods.len() as u64, Ordering::Relaxed);
+        pods.forget(pod);
+        self.count
+            .store(pods.by_name.len() as u64, Ordering::Relaxed);
     }
 
     fn record(&self, pod: &PodName, blocks: &[(u32, IndexKey)], most: usize, with: &Expectation) {
         let mut pods = self.write();
         // Whoever is not routed to any more is let go here: the map stays as large as the traffic.
-        pods.retain(|_, of_pod| {
-            of_pod.expire(with.now);
-            !of_pod.blocks.is_empty()
-        });
+        pods.expire(with.now);
         let ttl = u64::try_from(with.ttl.as_nanos()).unwrap_or(u64::MAX);
-        let until = Time(with.now.0.saturating_add(ttl));
-        let of_pod = pods.entry(pod.clone()).or_default();
-        for (from_start, key) in blocks.iter().take(most) {
-            let from_start = std::cmp::Reverse(*from_start);
-            of_pod.insert(*key, Turn { until, from_start });
-        }
-        while of_pod.blocks.len() > most {
-            of_pod.pop();
-        }
-        self.count.store(pods.len() as u64, Ordering::Relaxed);
+        pods.record(pod, blocks, most, Time(with.now.0.saturating_add(ttl)));
+        self.count
+            .store(pods.by_name.len() as u64, Ordering::Relaxed);
     }
 }
 
@@ -195,7 +138,8 @@ impl KvIndex {
     #[must_use]
     pub fn expected_blocks(&self) -> u64 {
         let pods = self.expected.read();
-        pods.values().map(|of_pod| of_pod.blocks.len() as u64).sum()
+        let blocks = pods.by_name.values().map(|of_pod| of_pod.blocks.len());
+        blocks.map(|blocks| blocks as u64).sum()
     }
 
     /// As [`Self::lookup`], with what is expected at `now` beside what is held.
@@ -203,28 +147,61 @@ impl KvIndex {
     /// Pods that are only expected to hold something come after those that hold, most expected first; those that
     /// publish nothing come where their expected depth puts them.
     pub fn lookup_at(&self, now: Time, keys: &[IndexKey], query: &Query<'_>, answer: &mut Answer) {
+        // Whoever is expected to hold nothing more is never before who was already before them, so the best of all and
+        // those with expectations are enough.
+        self.lookup(keys, query, answer);
         if self.expected.is_empty() {
-            self.lookup(keys, query, answer);
             return;
         }
-        // The best may be among those that only expectations know.
-        self.lookup(
-            keys,
-            &Query {
+        let expecting = self.expected.read().expecting(keys, query.pods);
+        if expecting.is_empty() {
+            return;
+        }
+        let mut held = Answer::default();
+        if query.pods_max != 0 {
+            let only = Query {
                 pods_max: 0,
-                ..*query
-            },
-            answer,
-        );
-        let places: HashMap<PodName, usize> = (0..)
+                pods: &expecting,
+            };
+            self.lookup(keys, &only, &mut held);
+        }
+        let mut places: HashMap<PodName, usize> = (0..)
             .zip(&answer.pods)
             .map(|(at, found)| (found.pod.clone(), at))
             .collect();
-        let pods = self.expected.read();
-        for (pod, of_pod) in pods.iter() {
-            if !query.pods.is_empty() && !query.pods.contains(pod) {
-                continue;
+        // Those that the best have left out.
+        for found in held.pods {
+            if !places.contains_key(&found.pod) {
+                places.insert(found.pod.clone(), answer.pods.len());
+                answer.pods.push(found);
             }
+        }
+        self.add_expected(now, keys, &expecting, &places, answer);
+        answer.pods.sort_by(|one, other| {
+            let of = |found: &PodDepth| std::cmp::Reverse((found.depth, found.expected_depth));
+            of(one)
+                .cmp(&of(other))
+                .then_with(|| one.pod.cmp(&other.pod))
+        });
+        if query.pods_max != 0 {
+            answer.pods.truncate(query.pods_max);
+        }
+    }
+
+    /// Adds what these pods are expected to hold beyond what they do; `places` says where those that hold anything are.
+    fn add_expected(
+        &self,
+        now: Time,
+        keys: &[IndexKey],
+        expecting: &[PodName],
+        places: &HashMap<PodName, usize>,
+        answer: &mut Answer,
+    ) {
+        let pods = self.expected.read();
+        for pod in expecting {
+            let Some(of_pod) = pods.by_name.get(pod) else {
+                continue;
+            };
             let place = places.get(pod).copied();
             let held = place.map_or(0, |place| answer.pods[place].depth);
             let more = keys[held as usize..].iter();
@@ -239,16 +216,6 @@ impl KvIndex {
                 None => answer.pods.push(self.only_expected(pod, more)),
             }
         }
-        drop(pods);
-        answer.pods.sort_by(|one, other| {
-            let of = |found: &PodDepth| std::cmp::Reverse((found.depth, found.expected_depth));
-            of(one)
-                .cmp(&of(other))
-                .then_with(|| one.pod.cmp(&other.pod))
-        });
-        if query.pods_max != 0 {
-            answer.pods.truncate(query.pods_max);
-        }
     }
 
     fn only_expected(&self, pod: &PodName, blocks: u32) -> PodDepth {
@@ -257,6 +224,7 @@ impl KvIndex {
             depth: 0,
             by_tier: [0; TIERS],
             score: 0.0,
+            weights: None,
             parts: Vec::new(),
             expected_depth: blocks,
             is_approximate: false,

@@ -96,6 +96,13 @@ impl Fine {
         self.ends.values().copied().collect()
     }
 
+    /// The parts at the start of a chain.
+    pub(super) fn starts(&self) -> Vec<EngineHash> {
+        let parts = self.by_name.iter();
+        let starts = parts.filter(|(_, part)| part.parent.is_none());
+        starts.map(|(name, _)| *name).collect()
+    }
+
     pub(super) fn roots(&self) -> impl Iterator<Item = u32> + '_ {
         self.by_name.values().map(|part| part.root)
     }

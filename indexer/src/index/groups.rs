@@ -22,6 +22,17 @@ pub(super) struct Group {
     pub(super) stride: u32,
 }
 
+impl Group {
+    /// At every how many of the index's blocks one of a group that is apart may end.
+    pub(super) const fn step(&self) -> u32 {
+        match self.rule {
+            // A state may be at the end of any block.
+            GroupRule::State => 1,
+            _ => self.stride,
+        }
+    }
+}
+
 /// All groups of a source that are known, ascending by number.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Groups {

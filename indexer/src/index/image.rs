@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 
-use kvcache_core::shape::TokensPerBlock;
-use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result, Tier};
+use kvcache_core::{EngineHash, Error, IndexKey, Result, Tier};
 
 use super::config::{Applied, Learnt, SourceId, SourceSpec};
 use super::orphans::Content;
@@ -40,6 +39,8 @@ pub struct ImagePiece {
     pub blocks: Vec<ImageBlock>,
     /// Blocks that wait for the block before them or for their tokens.
     pub orphans: Vec<ImageOrphan>,
+    /// Of a source whose blocks are smaller than the index's, these instead of blocks: each after the one it follows.
+    pub parts: Vec<ImagePart>,
 }
 
 /// What keeps equal tokens apart.
@@ -60,6 +61,8 @@ pub struct ImageBlock {
     pub key: IndexKey,
     /// Whether it comes directly after the block before it in this piece.
     pub follows: bool,
+    /// Whether it is kept apart from blocks of main groups, as windows and states are.
+    pub is_apart: bool,
     /// Its place in the piece's namespaces; none where nobody has told it, as nodes do not.
     pub namespace: Option<u32>,
     /// Copies by tier, by `Tier as usize`: of shared tiers 1 when the source has announced it.
@@ -75,6 +78,25 @@ pub struct ImageOrphan {
     pub copies: [u32; TIERS],
     /// What places it once the block before it is placed; none when its tokens have not been told.
     pub content: Option<ImageContent>,
+}
+
+/// A block of the engine's, where several make one of the index's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImagePart {
+    /// The source's name for it.
+    pub hash: EngineHash,
+    /// The one before; none at the start of a chain.
+    pub parent: Option<EngineHash>,
+    /// Its place in the piece's namespaces.
+    pub namespace: u32,
+    /// Copies by tier.
+    pub copies: [u32; TIERS],
+    /// Its own; none of the last one of a block of the index.
+    pub tokens: Vec<u32>,
+    /// Identifiers of images and the like.
+    pub identifiers: Vec<String>,
+    /// Of the last one of a block of the index, the block.
+    pub key: Option<IndexKey>,
 }
 
 /// What shaped a waiting block.
@@ -96,10 +118,22 @@ impl ImageNamespace {
 }
 
 impl ImagePiece {
+    /// Blocks of all kinds.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.blocks.len() + self.orphans.len() + self.parts.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// # Errors
     /// `Invalid` naming what exceeds a bound or points nowhere.
-    pub(super) fn check(&self, block_size: TokensPerBlock) -> Result<()> {
-        let blocks = self.blocks.len() + self.orphans.len();
+    pub(super) fn check(&self) -> Result<()> {
+        let blocks = self.len();
         if blocks > IMAGE_BLOCKS_MAX || self.namespaces.len() > IMAGE_BLOCKS_MAX {
             return Err(Error::invalid(
                 "blocks of a piece",
@@ -107,10 +141,10 @@ impl ImagePiece {
                 0..=IMAGE_BLOCKS_MAX,
             ));
         }
-        for block in &self.blocks {
-            if let Some(namespace) = block.namespace
-                && namespace as usize >= self.namespaces.len()
-            {
+        let of_blocks = self.blocks.iter().filter_map(|block| block.namespace);
+        let of_parts = self.parts.iter().map(|part| part.namespace);
+        for namespace in of_blocks.chain(of_parts) {
+            if namespace as usize >= self.namespaces.len() {
                 return Err(Error::invalid(
                     "namespace of a block",
                     namespace,
@@ -118,20 +152,19 @@ impl ImagePiece {
                 ));
             }
         }
-        for content in self
-            .orphans
-            .iter()
-            .filter_map(|orphan| orphan.content.as_ref())
-        {
-            if content.tokens.len() != block_size.get() as usize {
-                return Err(Error::invalid(
-                    "tokens of a waiting block",
-                    content.tokens.len(),
-                    block_size.get(),
-                ));
-            }
-        }
         Ok(())
+    }
+
+    /// # Errors
+    /// `Invalid` naming the tokens of a block that waits when they are not as many as the source's blocks have.
+    fn check_waiting(&self, tokens: u32) -> Result<()> {
+        let contents = self.orphans.iter();
+        let contents = contents.filter_map(|orphan| orphan.content.as_ref());
+        let mut lengths = contents.map(|content| content.tokens.len());
+        match lengths.find(|length| *length != tokens as usize) {
+            Some(length) => Err(Error::invalid("tokens of a waiting block", length, tokens)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -139,10 +172,19 @@ impl Source {
     /// Everything that is needed to go on with this source elsewhere.
     pub(super) fn image(&self, writer: &Writer, shared: &Shared) -> SourceImage {
         let mut pieces = Pieces::default();
+        if self.is_fine() {
+            // What the index holds because of them follows from them.
+            self.parts(|part, root| pieces.push_part(part, writer.roots.name(root)));
+            for orphan in self.orphans.images() {
+                pieces.push_orphan(orphan);
+            }
+            return self.image_with(writer, pieces);
+        }
         let names = self.own_names();
         let mut runs: Vec<u32> = self.runs().collect();
         runs.sort_unstable();
         for run in runs {
+            let is_apart = writer.tree.is_apart(shared, run);
             let mut last = None;
             for (start, span) in writer.tree.spans(shared, run) {
                 let held = Tier::ALL.map(|tier| {
@@ -170,6 +212,7 @@ impl Source {
                                 .unwrap_or(EngineHash(key.0)),
                             key,
                             follows: last.is_some_and(|last| last + 1 == block),
+                            is_apart,
                             namespace: None,
                             copies,
                         },
@@ -183,6 +226,10 @@ impl Source {
         for orphan in self.orphans.images() {
             pieces.push_orphan(orphan);
         }
+        self.image_with(writer, pieces)
+    }
+
+    fn image_with(&self, writer: &Writer, pieces: Pieces) -> SourceImage {
         SourceImage {
             spec: self.spec.clone(),
             group: self.groups.main(),
@@ -220,6 +267,10 @@ impl Source {
             let place = self.take_up_block(writer, shared, previous, block, root);
             self.add_copies(writer, shared, place, &block.copies, &mut applied);
             last = Some(place);
+        }
+        for part in &piece.parts {
+            let root = roots[part.namespace as usize];
+            self.take_up_part(writer, shared, part, root, &mut applied);
         }
         for orphan in &piece.orphans {
             self.take_up_orphan(orphan, &mut applied);
@@ -264,10 +315,8 @@ struct Pieces {
 
 impl Pieces {
     fn last(&mut self) -> &mut ImagePiece {
-        let is_full = self
-            .pieces
-            .last()
-            .is_none_or(|piece| piece.blocks.len() + piece.orphans.len() >= IMAGE_BLOCKS_MAX);
+        let last = self.pieces.last();
+        let is_full = last.is_none_or(|piece| piece.len() >= IMAGE_BLOCKS_MAX);
         if is_full {
             self.numbers.clear();
             self.pieces.push(ImagePiece::default());
@@ -278,20 +327,29 @@ impl Pieces {
 
     fn push_block(&mut self, block: ImageBlock, namespace: Option<&ImageNamespace>) {
         let is_first = self.last().blocks.is_empty();
-        let namespace = namespace.map(|name| match self.numbers.get(name) {
-            Some(number) => *number,
-            None => {
-                let number = self.numbers.len() as u32;
-                self.numbers.insert(name.clone(), number);
-                self.last().namespaces.push(name.clone());
-                number
-            }
-        });
+        let namespace = namespace.map(|name| self.number(name));
         self.last().blocks.push(ImageBlock {
             follows: block.follows && !is_first,
             namespace,
             ..block
         });
+    }
+
+    /// The place of a namespace in the piece that is being filled.
+    fn number(&mut self, name: &ImageNamespace) -> u32 {
+        if let Some(number) = self.numbers.get(name) {
+            return *number;
+        }
+        let number = self.numbers.len() as u32;
+        self.numbers.insert(name.clone(), number);
+        self.last().namespaces.push(name.clone());
+        number
+    }
+
+    fn push_part(&mut self, part: ImagePart, namespace: &ImageNamespace) {
+        self.last();
+        let namespace = self.number(namespace);
+        self.last().parts.push(ImagePart { namespace, ..part });
     }
 
     fn push_orphan(&mut self, orphan: ImageOrphan) {
@@ -303,15 +361,10 @@ impl KvIndex {
     /// The source as of one moment between two events.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Unsupported`] when its
-    /// blocks are smaller than the index's, whose parts an image does not have.
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone.
     pub fn export(&self, id: SourceId) -> Result<SourceImage> {
         let state = lock(&self.state);
         let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
-        if source.is_fine() {
-            let context = "an image of blocks smaller than the index's";
-            return Err(Error::new(ErrorKind::Unsupported, context));
-        }
         Ok(source.image(&state.writer, &read(&self.view).tree))
     }
 
@@ -321,14 +374,16 @@ impl KvIndex {
     /// [`kvcache_core::ErrorKind::Invalid`] naming what contradicts itself or exceeds a bound (nothing of the piece was taken);
     /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Busy`] when the index is full.
     pub fn import(&self, id: SourceId, piece: &ImagePiece) -> Result<Applied> {
-        piece.check(self.config.block_size)?;
+        piece.check()?;
         let mut state = lock(&self.state);
-        self.admit_import(&mut state, piece.blocks.len() + piece.orphans.len())?;
+        let source = state.sources.get(&id).ok_or_else(|| gone(id))?;
+        piece.check_waiting(source.tokens_told(self.config.block_size.get()))?;
+        self.admit_import(&mut state, piece.len())?;
         let State {
             writer, sources, ..
         } = &mut *state;
         let source = sources.get_mut(&id).ok_or_else(|| gone(id))?;
-        let most = piece.blocks.len() + piece.orphans.len() + source.orphans.len();
+        let most = piece.len() + source.orphans.len();
         let view = self.make_room(writer, read(&self.view), most)?;
         // A piece does not say what its first block follows, which may be in the index already.
         writer.tree.index_keys(&view.tree);

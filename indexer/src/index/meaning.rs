@@ -1,13 +1,17 @@
 //! What the index knows of sources beside their blocks: ranks, cache groups, sizes; and which pods are composed of
 //! parts because of it.
 
-use kvcache_core::{Error, PodName, Result};
+use std::sync::Arc;
+
+use kvcache_core::{Error, ErrorKind, PodName, Result};
 
 use super::compose::Part;
 use super::config::{Learnt, SourceId};
 use super::groups::{GROUPS_MAX, Group};
+use super::source::Size;
 use super::{KvIndex, State, gone, lock, read, write};
-use crate::adapter::{CacheGroup, GroupRule, SourceKind, StoredBlocks};
+use crate::adapter::{CacheGroup, GroupRule, SourceKind, StoredBlocks, WEIGHED_MEDIA_MAX};
+use crate::score::{MediumWeight, PodWeights};
 
 impl KvIndex {
     /// Says which data-parallel rank of its pod a source tells of; none when it tells of the whole pod.
@@ -56,16 +60,61 @@ impl KvIndex {
         self.compose_pod(&state, pod);
     }
 
+    /// Says that a source's events have named a medium, where media have weights of their own.
+    ///
+    /// The pod's blocks in that tier are worth what the least of its media there is ([`PodWeights::of`]), until the source
+    /// begins anew.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Busy`] when it has named
+    /// too many.
+    pub fn weigh_medium(&self, id: SourceId, named: &MediumWeight) -> Result<()> {
+        let mut state = lock(&self.state);
+        let source = state.sources.get_mut(&id).ok_or_else(|| gone(id))?;
+        if source.media.contains(named) {
+            return Ok(());
+        }
+        if source.media.len() >= WEIGHED_MEDIA_MAX {
+            let context = format!("a source with {WEIGHED_MEDIA_MAX} media of different weights");
+            return Err(Error::new(ErrorKind::Busy, context));
+        }
+        source.media.push(named.clone());
+        let pod = source.spec.pod.clone();
+        self.weigh_pod(&state, &pod);
+        Ok(())
+    }
+
+    /// Finds out anew what a pod's blocks are worth.
+    fn weigh_pod(&self, state: &State, pod: &PodName) {
+        let Some(number) = read(&self.view).pods.number(pod) else {
+            return;
+        };
+        let of_pod = state.by_pod.get(pod).map_or(&[][..], Vec::as_slice);
+        let sources = of_pod.iter().filter_map(|id| state.sources.get(id));
+        let named = sources.flat_map(|source| &source.media);
+        let weights = PodWeights::of(named, &self.config.weights);
+        let known = read(&self.view).pods.weights.get(&number).cloned();
+        if known.as_deref() == weights.as_ref() {
+            return;
+        }
+        let mut view = write(&self.view);
+        match weights {
+            Some(weights) => view.pods.weights.insert(number, Arc::new(weights)),
+            None => view.pods.weights.remove(&number),
+        };
+    }
+
     /// Takes in what another index had learnt of a source from its events.
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::NotFound`] when the source is gone; [`kvcache_core::ErrorKind::Invalid`] naming what
-    /// does not fit: a size that is no multiple of the index's, or too many groups.
+    /// does not fit: a size that is neither a multiple nor a divisor of the index's, or too many groups.
     pub fn take_learnt(&self, id: SourceId, learnt: &Learnt) -> Result<()> {
         let own = self.config.block_size.get();
         let size = learnt.block_size;
-        if size > 0 && !size.is_multiple_of(own) {
-            let fitting = format!("a multiple of {own}");
+        let told = Size::of(size, own);
+        if size > 0 && told.is_none() {
+            let fitting = format!("a multiple or a divisor of {own}");
             return Err(Error::invalid("tokens a block of a source", size, fitting));
         }
         let mut state = lock(&self.state);
@@ -77,8 +126,8 @@ impl KvIndex {
                 return Err(Error::invalid("cache group", group.number, most));
             }
         }
-        if size > 0 {
-            source.set_size(size / own);
+        if let Some(size) = told {
+            source.set_size(size);
         }
         let pod = source.spec.pod.clone();
         self.compose_pod(&state, &pod);
@@ -134,6 +183,7 @@ impl KvIndex {
 
     /// Finds out anew what a pod is composed of.
     pub(super) fn compose_pod(&self, state: &State, pod: &PodName) {
+        self.weigh_pod(state, pod);
         let Some(number) = read(&self.view).pods.number(pod) else {
             return;
         };

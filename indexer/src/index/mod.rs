@@ -76,7 +76,7 @@ pub use config::{
 };
 pub use expected::{EXPECTED_BLOCKS_MAX, Expectation, Recorded};
 pub use image::{
-    IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
+    IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePart, ImagePiece,
     SourceImage,
 };
 pub use lookup::{Depth, Depths};

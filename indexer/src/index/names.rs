@@ -183,7 +183,8 @@ impl Pages {
     fn find(&self, table: &Table, tag: Tag, is_it: impl Fn(u32) -> bool) -> Option<(u32, u32)> {
         let high = tag.rest(0);
         let mut at = table.home(tag);
-        loop {
+        // Of a small table every bucket may have been passed by entries of which some are gone since.
+        for _ in 0..table.buckets() {
             let bucket = self.bucket(table, at);
             let mut alike = alike(bucket, tag.low());
             while alike != 0 {
@@ -198,6 +199,7 @@ impl Pages {
             }
             at = table.after(at);
         }
+        None
     }
 
     /// Puts an entry into the first bucket from its home on that has room.
@@ -470,6 +472,31 @@ mod tests {
         }
         let bytes = names.bytes() - names.scratch.capacity() * size_of::<Bucket>();
         assert!(bytes < 8_500_000, "{bytes}");
+    }
+
+    /// One table, always nearly full of entries that come and go, so that every bucket is passed; what was never there is
+    /// asked for after each.
+    #[test]
+    fn a_search_ends_in_a_table_whose_buckets_were_all_passed() {
+        let mut names = Names::new();
+        let is_of_table = |hash: &u64| Tag::of(names.hash.mix(*hash)).table == 7;
+        let hashes: Vec<u64> = (0..2_000_000).filter(is_of_table).collect();
+        let (absent, hashes) = hashes.split_at(hashes.len() / 2);
+        let kept = entries_max(1) as usize;
+        for (position, hash) in (0..).zip(hashes) {
+            names.insert(*hash, position);
+            if let Some(before) = (position as usize).checked_sub(kept) {
+                names.remove(hashes[before], before as u32);
+            }
+            for absent in absent
+                .iter()
+                .skip(position as usize % 16)
+                .step_by(16)
+                .take(32)
+            {
+                assert_eq!(names.find(*absent, |_| false), None);
+            }
+        }
     }
 
     /// Two positions under one hash, as a collision of keys would make them.

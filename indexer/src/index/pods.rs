@@ -1,12 +1,14 @@
 //! Pods and their sources, by number.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, PodName, Result};
 
 use super::compose::Part;
 use super::hash::KeyState;
 use super::sets::{POD_SOURCES_MAX, PODS_MAX, SourceNumber};
+use crate::score::PodWeights;
 
 /// A pod by number: good while the pod has sources, afterwards another pod may have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,6 +36,8 @@ pub(super) struct Pods {
     pub(super) composed: HashMap<u32, Vec<Part>>,
     /// Those that are no pods but pools, which answers have apart; all are among `composed`.
     pub(super) pools: HashSet<u32>,
+    /// Of pods with media that weigh something else than their tiers.
+    pub(super) weights: HashMap<u32, Arc<PodWeights>>,
 }
 
 impl Pods {
@@ -45,6 +49,7 @@ impl Pods {
             leaving: HashSet::default(),
             composed: HashMap::new(),
             pools: HashSet::new(),
+            weights: HashMap::new(),
         }
     }
 

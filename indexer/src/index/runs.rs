@@ -44,7 +44,9 @@ const _: () = assert!(HEADER_WORDS == 32);
 const IS_TOLD: u32 = 1 << 31;
 /// Blocks other than the first are found by their keys too.
 const HAS_DOORS: u32 = 1 << 30;
-const ROOT_MASK: u32 = HAS_DOORS - 1;
+/// The blocks are apart from those of main groups.
+const IS_APART: u32 = 1 << 29;
+const ROOT_MASK: u32 = IS_APART - 1;
 
 /// What readers see of a run.
 #[derive(Default)]
@@ -124,13 +126,21 @@ impl Header {
         set(&self.0[ROOT], get(&self.0[ROOT]) | HAS_DOORS);
     }
 
+    pub(super) fn is_apart(&self) -> bool {
+        get(&self.0[ROOT]) & IS_APART != 0
+    }
+
+    pub(super) fn set_apart(&self) {
+        set(&self.0[ROOT], get(&self.0[ROOT]) | IS_APART);
+    }
+
     /// The root of the chain, once somebody has said which.
     pub(super) fn root(&self) -> Option<u32> {
         (get(&self.0[ROOT]) & ROOT_MASK).checked_sub(1)
     }
 
     pub(super) fn set_root(&self, root: u32) {
-        assert!(root + 1 < ROOT_MASK, "the index has 2^30 roots");
+        assert!(root + 1 < ROOT_MASK, "the index has 2^29 roots");
         set(&self.0[ROOT], get(&self.0[ROOT]) & !ROOT_MASK | (root + 1));
     }
 

@@ -6,6 +6,7 @@
 mod apart;
 mod evict;
 mod fine;
+mod parts;
 mod remove;
 mod store;
 mod writer;
@@ -24,6 +25,7 @@ use super::orphans::Orphans;
 use super::sets::SourceNumber;
 use super::tree::{Place, Shared, Stretch};
 use crate::adapter::SourceKind;
+use crate::score::MediumWeight;
 
 pub use self::evict::Evicted;
 pub(super) use self::writer::Writer;
@@ -76,6 +78,8 @@ pub(super) struct Source {
     is_sized: bool,
     /// The data-parallel rank that it tells of, once known.
     pub(super) rank: Option<u32>,
+    /// The media that its events have named, where media have weights of their own.
+    pub(super) media: Vec<MediumWeight>,
     /// How many entries and claims of the source a run has.
     runs: HashMap<u32, u32, KeyState>,
     /// Copies beyond the first, by position and tier.
@@ -115,6 +119,7 @@ impl Source {
             fine: size.fine(),
             is_sized: false,
             rank: None,
+            media: Vec::new(),
             runs: HashMap::with_hasher(state),
             more: HashMap::with_hasher(state),
             names: HashMap::with_hasher(state),
@@ -209,7 +214,12 @@ impl Source {
         if self.is_node() {
             return writer.tree.place(shared, previous, block.key, true);
         }
-        let place = self.seat(writer, shared, block.hash, previous, block.key);
+        let place = if block.is_apart {
+            let before = previous.map(|previous| writer.tree.key(shared, previous.position));
+            self.seat_before(writer, shared, (block.hash, block.key), before)
+        } else {
+            self.seat(writer, shared, block.hash, previous, block.key)
+        };
         if let Some(root) = root {
             self.keep_root(writer, shared, Stretch::of(place), root);
         }

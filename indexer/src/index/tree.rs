@@ -1,6 +1,7 @@
 //! The writer's side of the runs: where a block goes.
 
 mod along;
+mod apart;
 mod evict;
 mod holders;
 mod memory;
@@ -122,6 +123,8 @@ pub(super) struct Tree {
     names: Names,
     /// From keys to positions, all of them, while some source speaks keys without telling where they belong.
     by_key: Option<Names>,
+    /// From keys to positions of blocks that are apart.
+    apart: Names,
     /// What may be evicted; none without a budget.
     leaves: Option<Box<Leaves>>,
     /// The runs that readers must keep out of until the event is through.
@@ -151,6 +154,7 @@ impl Tree {
             doors: DoorCount::default(),
             names: Names::new(),
             by_key: None,
+            apart: Names::new(),
             leaves: is_bounded.then(Box::default),
             closed: Vec::new(),
             ended_roots: Vec::new(),

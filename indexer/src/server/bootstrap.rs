@@ -342,6 +342,12 @@ impl<'a> Taking<'a> {
                 // Only engines with several cache groups have one, and only they keep it.
                 let followed = coming.index.follow_group(id, group);
                 let followed = followed.and_then(|()| coming.index.take_learnt(id, learnt));
+                let media = learnt.media.iter();
+                let media = media.filter_map(|medium| self.hub.media.weight_of(medium));
+                let followed = followed.and_then(|()| {
+                    let mut media = media;
+                    media.try_for_each(|named| coming.index.weigh_medium(id, &named))
+                });
                 if let Err(error) = &followed {
                     tracing::warn!(%error, "a source of the snapshot does not fit");
                 }

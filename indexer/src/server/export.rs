@@ -14,7 +14,9 @@ use tonic::Status;
 use super::hub::{Hub, Origin, Pod, PodSource};
 use super::native::Shared;
 use crate::index::{Learnt, SourceImage};
-use crate::snapshot::{self, FORMAT, Mark, image_to_wire, shared_to_wire, source_to_wire};
+use crate::snapshot::{
+    self, FORMAT, FORMAT_OF_PARTS, Mark, image_to_wire, shared_to_wire, source_to_wire,
+};
 use crate::wire::{SourceSpec, registration_to_wire, status_from_error};
 
 /// Snapshots that are sent at once; further ones are refused as busy.
@@ -92,14 +94,14 @@ impl Hub {
         emit(out, source_to_wire(&spec.name, mark, group, &learnt))?;
         let mut blocks = 0;
         for piece in image.iter().flat_map(|image| &image.pieces) {
-            blocks += (piece.blocks.len() + piece.orphans.len()) as u64;
+            blocks += piece.len() as u64;
             emit(out, Piece::Image(image_to_wire(piece, spec.kind)))?;
         }
         Ok(blocks)
     }
 
-    /// None when the source could not be continued: nothing applied, part of it missing, nobody to ask, blocks smaller than
-    /// the index's, or a pod that is more than one prefix cache where the format cannot say so.
+    /// None when the source could not be continued: nothing applied, part of it missing, nobody to ask, or a pod that is more
+    /// than one prefix cache, or blocks smaller than the index's, where the format cannot say so.
     fn image_of(
         &self,
         pod: &Pod,
@@ -118,7 +120,9 @@ impl Hub {
         // The pod may have left meanwhile.
         let image = index.export(source.id).ok()?;
         drop(cursor);
-        Some((mark, image))
+        let has_parts = image.pieces.iter().any(|piece| !piece.parts.is_empty());
+        let is_told = format >= FORMAT_OF_PARTS || !has_parts;
+        is_told.then_some((mark, image))
     }
 
     /// Writes a snapshot to disk.

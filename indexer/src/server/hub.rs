@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use super::access::Access;
 use super::models::Models;
 use crate::adapter::Media;
 use crate::config::{ListenerConfig, ServerConfig, StaticSource, Tenants};
@@ -142,7 +143,7 @@ pub(super) struct Hub {
     pub(super) scheme: IndexScheme,
     pub(super) block_size: TokensPerBlock,
     pub(super) weights: TierWeights,
-    media: Arc<Media>,
+    pub(super) media: Arc<Media>,
     pub(super) tenants: Tenants,
     /// The configured ones, one a rank.
     pub(super) listeners: Vec<ListenerConfig>,
@@ -207,12 +208,15 @@ impl Hub {
         self.scheme.name()
     }
 
-    /// The state of the source with this full name, if it is known.
-    pub(super) fn source(&self, full_name: &str) -> Option<Arc<SourceState>> {
+    /// The state of the source with this full name, if it is known and the caller may see it.
+    pub(super) fn source(&self, full_name: &str, access: Access) -> Option<Arc<SourceState>> {
         let pods = self.pods();
         // Pod names may contain slashes, so every cut is tried.
         full_name.match_indices('/').find_map(|(cut, _)| {
             let pod = pods.get(&PodName::new(&full_name[..cut]).ok()?)?;
+            if !self.may_see(access, pod) {
+                return None;
+            }
             let source = pod.sources.iter().find(|source| source.name == full_name)?;
             Some(source.state.clone())
         })
@@ -221,10 +225,16 @@ impl Hub {
     /// Takes a pod in, in the place of an earlier registration of the same name.
     ///
     /// # Errors
-    /// `Invalid` naming what does not fit the index; `Busy` when there are too many pods or models.
-    pub(super) async fn join(&self, registration: &Registration) -> Result<Arc<Pod>> {
+    /// `Invalid` naming what does not fit the index; `Busy` when there are too many pods or models; `Denied` at the address
+    /// of another tenant.
+    pub(super) async fn join(
+        &self,
+        registration: &Registration,
+        access: Access,
+    ) -> Result<Arc<Pod>> {
         self.check(registration)?;
         let joining = self.joining.lock().await;
+        self.may_register(access, registration)?;
         let known = self.pods().get(&registration.pod).cloned();
         if let Some(known) = known {
             match known.origin() {

@@ -10,11 +10,11 @@ use kvfabric_proto::v1;
 use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
+use super::access::Access;
 use super::hub::Hub;
-use super::pools::pools_to_wire;
 use super::positions::Positions;
-use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, Query};
-use crate::score::TIERS;
+use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, PodDepth, Query};
+use crate::score::{PodWeights, TIERS, TierWeights};
 use crate::wire::{CacheGroup, SourcePosition, group_to_wire, tier_to_wire};
 
 /// The most positions one lookup may wait for.
@@ -223,21 +223,21 @@ impl Hub {
                 .and_then(|pod| pod.registration.peer_address.clone())
                 .unwrap_or_default(),
             terms: if question.explain {
-                self.terms(&found.by_tier)
+                self.terms(found)
             } else {
                 Vec::new()
             },
             parts: found
                 .parts
                 .iter()
-                .map(|part| self.part_to_wire(part, question.explain))
+                .map(|part| part_to_wire(part, self.weights_of(found), question.explain))
                 .collect(),
             expected_depth: found.expected_depth,
             approximate: found.is_approximate,
         });
         let pools = match answer.pools.as_slice() {
             [] => Vec::new(),
-            pools => pools_to_wire(&self.pods(), pools, &question.pods),
+            pools => self.pools_to_wire(pools, &question.pods),
         };
         let (positions, freshness) = positions.to_wire(std::time::Instant::now());
         v1::LookupResponse {
@@ -251,25 +251,25 @@ impl Hub {
         }
     }
 
-    fn part_to_wire(&self, part: &PartDepth, explain: bool) -> v1::PartDepth {
-        let groups = part.groups.iter().filter(|_| explain);
-        v1::PartDepth {
-            data_parallel_rank: part.rank,
-            depth: part.depth,
-            by_tier: tiers_to_wire(&part.by_tier),
-            score: self.weights.score(&part.by_tier),
-            groups: groups.map(group_depth_to_wire).collect(),
-        }
+    /// What a pod's blocks are worth.
+    fn weights_of<'a>(&'a self, found: &'a PodDepth) -> &'a TierWeights {
+        let own = found.weights.as_deref();
+        own.map_or(&self.weights, PodWeights::weights)
     }
 
     /// How a score comes about.
-    fn terms(&self, by_tier: &[u32; TIERS]) -> Vec<v1::ScoreTerm> {
-        let held = Tier::ALL.into_iter().zip(*by_tier);
+    fn terms(&self, found: &PodDepth) -> Vec<v1::ScoreTerm> {
+        let (weights, own) = (self.weights_of(found), found.weights.as_deref());
+        let held = Tier::ALL.into_iter().zip(found.by_tier);
         held.filter(|(_, blocks)| *blocks > 0)
             .map(|(tier, blocks)| v1::ScoreTerm {
                 tier: tier_to_wire(tier).into(),
                 blocks,
-                weight: self.weights.of(tier),
+                weight: weights.of(tier),
+                medium: own
+                    .and_then(|own| own.medium(tier))
+                    .unwrap_or_default()
+                    .to_owned(),
             })
             .collect()
     }
@@ -282,6 +282,7 @@ impl Hub {
         &self,
         wanted: &[SourcePosition],
         deadline: Instant,
+        access: Access,
     ) -> Result<()> {
         if wanted.len() > MIN_POSITIONS_MAX {
             return Err(Error::invalid(
@@ -292,8 +293,11 @@ impl Hub {
         }
         let started = Instant::now();
         for wanted in wanted {
-            if timeout_at(deadline, self.reach(wanted)).await.is_err() {
-                return Err(self.not_reached(wanted));
+            if timeout_at(deadline, self.reach(wanted, access))
+                .await
+                .is_err()
+            {
+                return Err(self.not_reached(wanted, access));
             }
         }
         if !wanted.is_empty() {
@@ -302,11 +306,11 @@ impl Hub {
         Ok(())
     }
 
-    async fn reach(&self, wanted: &SourcePosition) {
+    async fn reach(&self, wanted: &SourcePosition, access: Access) {
         let mut membership = self.membership.subscribe();
         loop {
             membership.mark_unchanged();
-            if let Some(state) = self.source(&wanted.source) {
+            if let Some(state) = self.source(&wanted.source, access) {
                 let mut progress = state.progress.subscribe();
                 if !is_reached(progress.borrow().position, wanted.position) {
                     state.want(wanted.position);
@@ -326,8 +330,8 @@ impl Hub {
         }
     }
 
-    fn not_reached(&self, wanted: &SourcePosition) -> Error {
-        let now = match self.source(&wanted.source) {
+    fn not_reached(&self, wanted: &SourcePosition, access: Access) -> Error {
+        let now = match self.source(&wanted.source, access) {
             Some(state) => {
                 let progress = *state.progress.borrow();
                 let connected = if progress.is_connected {
@@ -371,6 +375,17 @@ pub(super) fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
             blocks,
         })
         .collect()
+}
+
+fn part_to_wire(part: &PartDepth, weights: &TierWeights, explain: bool) -> v1::PartDepth {
+    let groups = part.groups.iter().filter(|_| explain);
+    v1::PartDepth {
+        data_parallel_rank: part.rank,
+        depth: part.depth,
+        by_tier: tiers_to_wire(&part.by_tier),
+        score: weights.score(&part.by_tier),
+        groups: groups.map(group_depth_to_wire).collect(),
+    }
 }
 
 fn group_depth_to_wire(found: &GroupDepth) -> v1::GroupDepth {

@@ -10,6 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout};
 use tonic::{Status, Streaming};
 
+use super::access::Access;
 use super::native::Shared;
 use crate::wire::{MESSAGE_BYTES_MAX, kind_of_status};
 
@@ -29,6 +30,7 @@ impl Shared {
         &self,
         questions: Vec<v1::LookupRequest>,
         deadline: Instant,
+        access: Access,
     ) -> Result<v1::LookupBatchResponse> {
         if questions.len() > QUESTIONS_MAX {
             return Err(Error::invalid(
@@ -41,7 +43,7 @@ impl Shared {
         // The client refuses longer messages, so that one wide answer would cost all others.
         let mut room = MESSAGE_BYTES_MAX - QUESTIONS_MAX * FAILURE_BYTES;
         for question in questions {
-            let mut reply = self.reply(question, deadline).await;
+            let mut reply = self.reply(question, deadline, access).await;
             let bytes = reply.encoded_len();
             if bytes > room {
                 let context = format!(
@@ -58,8 +60,13 @@ impl Shared {
         Ok(v1::LookupBatchResponse { replies })
     }
 
-    async fn reply(&self, question: v1::LookupRequest, deadline: Instant) -> v1::LookupReply {
-        match self.answer_one(question, deadline).await {
+    async fn reply(
+        &self,
+        question: v1::LookupRequest,
+        deadline: Instant,
+        access: Access,
+    ) -> v1::LookupReply {
+        match self.answer_one(question, deadline, access).await {
             Ok(answer) => v1::LookupReply {
                 outcome: Some(Outcome::Answer(answer)),
             },
@@ -80,7 +87,7 @@ fn failure(status: &Status) -> v1::LookupReply {
 
 /// Answers until the client has no more questions, stops reading, or the server stops.
 pub(super) async fn answer_stream(
-    shared: Arc<Shared>,
+    (shared, access): (Arc<Shared>, Access),
     mut questions: Streaming<v1::LookupRequest>,
     replies: mpsc::Sender<Result<v1::LookupReply, Status>>,
     _room: OwnedSemaphorePermit,
@@ -101,7 +108,7 @@ pub(super) async fn answer_stream(
             Err(status) => break status,
         };
         let deadline = Instant::now() + shared.hub.config.lookup_deadline();
-        let reply = shared.reply(question, deadline).await;
+        let reply = shared.reply(question, deadline, access).await;
         match timeout(patience, replies.send(Ok(reply))).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) | Err(_) => return,

@@ -1,5 +1,6 @@
 //! The index as a gRPC service, with health, reflection and metrics.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +27,7 @@ use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
 use crate::zmtp::{Endpoint, Listener};
 
+mod access;
 mod admission;
 mod bootstrap;
 mod bound;
@@ -41,6 +43,7 @@ mod routing;
 mod scores;
 mod tidy;
 
+use access::Access;
 use bootstrap::bootstrap;
 use bound::{Door, listen};
 use export::{SNAPSHOTS_MAX, keep_saved};
@@ -60,6 +63,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Running {
     grpc_address: SocketAddr,
     metrics_address: Option<SocketAddr>,
+    tenant_addresses: BTreeMap<String, SocketAddr>,
     event_endpoints: Vec<String>,
     stopping: watch::Sender<bool>,
     tasks: JoinSet<()>,
@@ -76,6 +80,12 @@ impl Running {
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
+    }
+
+    /// Where gRPC listens for one tenant each, by the tenant's name, with the ports that were really bound.
+    #[must_use]
+    pub fn tenant_addresses(&self) -> &BTreeMap<String, SocketAddr> {
+        &self.tenant_addresses
     }
 
     /// Where engines connect by themselves, in the order of the configuration, with the ports that were really bound.
@@ -113,13 +123,14 @@ impl Drop for Running {
 /// `Invalid` naming the setting; `Io` naming the address when it is in use.
 pub async fn serve(config: ServerConfig) -> Result<Running> {
     config.check()?;
-    let tokenizers = Tokenizers::load(&config.tokenizers)?;
+    let tokenizers = Arc::new(Tokenizers::load(&config.tokenizers)?);
     let (grpc, grpc_address) = bind("grpc_listen", config.grpc_listen).await?;
     let metrics = match config.metrics_listen {
         Some(address) => Some(bind("metrics_listen", address).await?),
         None => None,
     };
     let (doors, event_endpoints) = open_doors(&config).await?;
+    let (for_tenants, tenant_addresses) = bind_for_tenants(&config).await?;
     let lookups = Semaphore::new(config.lookups_in_flight_max);
     let hub = Arc::new(Hub::new(config)?);
     let configured = hub.configured()?;
@@ -162,13 +173,17 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
         });
     }
     tasks.spawn(keep_tidy(hub.clone(), stopping.subscribe()));
-    tasks.spawn(serve_grpc(shared, tokenizers, grpc, stopping.subscribe()));
+    for (listener, access) in with_access(&hub, grpc, for_tenants)? {
+        let service = (shared.clone(), access, tokenizers.clone());
+        tasks.spawn(serve_grpc(service, listener, stopping.subscribe()));
+    }
     if let Some((listener, _)) = metrics {
         tasks.spawn(serve_metrics(hub, listener, stopping.subscribe()));
     }
     Ok(Running {
         grpc_address,
         metrics_address,
+        tenant_addresses,
         event_endpoints,
         stopping,
         tasks,
@@ -188,6 +203,42 @@ async fn open_doors(config: &ServerConfig) -> Result<(Vec<Door>, Vec<String>)> {
     Ok((doors, endpoints))
 }
 
+/// What is bound for tenants, by their names.
+type ForTenants = BTreeMap<String, TcpListener>;
+
+/// What may be had at each address.
+///
+/// # Errors
+/// `Denied` for an address of the default tenant where everybody must belong to another one.
+fn with_access(
+    hub: &Hub,
+    grpc: TcpListener,
+    for_tenants: ForTenants,
+) -> Result<Vec<(TcpListener, Access)>> {
+    let for_tenants = for_tenants.into_iter().map(|(name, listener)| {
+        let tenant = hub.tenants.of_question(&name, "")?;
+        Ok((listener, Access::Tenant(tenant)))
+    });
+    let all = std::iter::once(Ok((grpc, Access::Any))).chain(for_tenants);
+    all.collect()
+}
+
+/// Binds the addresses that are tenants' own.
+async fn bind_for_tenants(
+    config: &ServerConfig,
+) -> Result<(ForTenants, BTreeMap<String, SocketAddr>)> {
+    let (mut bound, mut addresses) = (BTreeMap::new(), BTreeMap::new());
+    for (name, tenant) in &config.tenants {
+        if let Some(address) = tenant.grpc_listen {
+            let key = format!("tenants.{name}.grpc_listen");
+            let (listener, address) = bind(&key, address).await?;
+            bound.insert(name.clone(), listener);
+            addresses.insert(name.clone(), address);
+        }
+    }
+    Ok((bound, addresses))
+}
+
 async fn bind(key: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
     let failed = |error: std::io::Error| {
         let context = match error.kind() {
@@ -202,8 +253,7 @@ async fn bind(key: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr
 }
 
 async fn serve_grpc(
-    shared: Arc<Shared>,
-    tokenizers: Tokenizers,
+    (shared, access, tokenizers): (Arc<Shared>, Access, Arc<Tokenizers>),
     listener: TcpListener,
     stopping: watch::Receiver<bool>,
 ) {
@@ -223,10 +273,17 @@ async fn serve_grpc(
             None
         }
     };
-    let index =
-        IndexServer::new(IndexService(shared.clone())).max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let scores = IndexerServiceServer::new(ScoreService { shared, tokenizers })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let index = IndexService {
+        shared: shared.clone(),
+        access,
+    };
+    let index = IndexServer::new(index).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let scores = ScoreService {
+        shared,
+        access,
+        tokenizers,
+    };
+    let scores = IndexerServiceServer::new(scores).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let stopped = async move {
         let stopped = until_stopped(stopping);
         tokio::select! {
@@ -283,7 +340,7 @@ async fn report_changes(health: &HealthReporter, mut not_serving: watch::Receive
 }
 
 async fn serve_metrics(hub: Arc<Hub>, listener: TcpListener, mut stopping: watch::Receiver<bool>) {
-    let page = async move || match hub.metrics.render(&hub.holdings()) {
+    let page = async move || match hub.metrics.render(&hub.holdings(Access::Any)) {
         Ok(text) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, kind)], text).into_response()

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use kvcache_core::{Error, ErrorKind, Result};
 use tokio::time::Instant;
 
+use super::access::Access;
 use super::hub::{Hub, Pod, PodSource};
 use crate::index::{self, BYTES_MIN, KvIndex, ORPHAN_BLOCKS_MAX, Usage};
 use crate::metrics::{Holdings, TenantHoldings};
@@ -179,13 +180,17 @@ impl Hub {
         self.models().get(tenant)?.get(&registration.model).cloned()
     }
 
-    /// What all indexes hold now.
-    pub(super) fn holdings(&self) -> Holdings {
+    /// What the indexes hold now that a caller may see.
+    pub(super) fn holdings(&self, access: Access) -> Holdings {
         let mut holdings = Holdings {
             is_serving: self.not_serving.borrow().is_none(),
             ..Holdings::default()
         };
-        for (place, models) in self.models().iter().enumerate() {
+        let models = self.models();
+        for (place, models) in models.iter().enumerate() {
+            if !access.allows(place) {
+                continue;
+            }
             let tenant = &self.tenants.all()[place];
             let mut held = TenantHoldings::new(&tenant.name, tenant.bytes_max);
             let ended = self.ended_models.lock();
@@ -200,7 +205,9 @@ impl Hub {
             holdings.bytes += held.usage.bytes;
             holdings.tenants.push(held);
         }
-        let pods: Vec<_> = self.pods().values().cloned().collect();
+        drop(models);
+        let mut pods: Vec<_> = self.pods().values().cloned().collect();
+        pods.retain(|pod| self.may_see(access, pod));
         holdings.pods = pods.len() as u64;
         for pod in &pods {
             holdings.sources += pod.sources.len() as u64;

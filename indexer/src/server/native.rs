@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::access::Access;
 use super::hub::{Hub, Pod};
 use super::lookup::{Question, deadline};
 use super::many::{STREAMS_MAX, answer_stream};
@@ -55,12 +56,14 @@ impl Shared {
         &self,
         mut question: v1::LookupRequest,
         deadline: Instant,
+        access: Access,
     ) -> Result<v1::LookupResponse> {
         let _room = self.admit()?;
+        question.tenant = self.hub.named_tenant(access, question.tenant)?;
         let wanted = std::mem::take(&mut question.min_position);
         let wanted: Vec<_> = wanted.into_iter().map(SourcePosition::from_wire).collect();
         let question = Question::parse(&question)?;
-        self.hub.wait_for(&wanted, deadline).await?;
+        self.hub.wait_for(&wanted, deadline, access).await?;
         self.hub.answer(&question)
     }
 
@@ -72,7 +75,11 @@ impl Shared {
     }
 }
 
-pub(super) struct IndexService(pub(super) Arc<Shared>);
+/// The service at one address.
+pub(super) struct IndexService {
+    pub(super) shared: Arc<Shared>,
+    pub(super) access: Access,
+}
 
 #[tonic::async_trait]
 impl Index for IndexService {
@@ -80,9 +87,11 @@ impl Index for IndexService {
         &self,
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
-        let shared = &self.0;
+        let shared = &self.shared;
         let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
-        let answer = shared.answer_one(request.into_inner(), deadline).await;
+        let answer = shared
+            .answer_one(request.into_inner(), deadline, self.access)
+            .await;
         answer
             .map(Response::new)
             .map_err(|error| shared.refuse(&error))
@@ -92,10 +101,10 @@ impl Index for IndexService {
         &self,
         request: Request<v1::LookupBatchRequest>,
     ) -> Result<Response<v1::LookupBatchResponse>, Status> {
-        let shared = &self.0;
+        let shared = &self.shared;
         let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
         let questions = request.into_inner().questions;
-        let answer = shared.answer_batch(questions, deadline).await;
+        let answer = shared.answer_batch(questions, deadline, self.access).await;
         answer
             .map(Response::new)
             .map_err(|error| shared.refuse(&error))
@@ -105,9 +114,10 @@ impl Index for IndexService {
         &self,
         request: Request<v1::RecordRoutingRequest>,
     ) -> Result<Response<v1::RecordRoutingResponse>, Status> {
-        let shared = &self.0;
+        let shared = &self.shared;
         let recorded = shared.admit().and_then(|_room| {
-            let request = request.into_inner();
+            let mut request = request.into_inner();
+            request.tenant = shared.hub.named_tenant(self.access, request.tenant)?;
             shared.hub.record_routing(request)
         });
         recorded
@@ -121,14 +131,20 @@ impl Index for IndexService {
         &self,
         request: Request<Streaming<v1::LookupRequest>>,
     ) -> Result<Response<Self::LookupStreamStream>, Status> {
-        let shared = self.0.clone();
+        let shared = self.shared.clone();
         let room = shared.streams.clone().try_acquire_owned().map_err(|_| {
             let context = format!("{STREAMS_MAX} streams of lookups are open");
             shared.refuse(&Error::new(ErrorKind::Busy, context))
         })?;
         // One reply at a time: what the client does not take is not computed either.
         let (replies, stream) = mpsc::channel(1);
-        tokio::spawn(answer_stream(shared, request.into_inner(), replies, room));
+        let questions = request.into_inner();
+        tokio::spawn(answer_stream(
+            (shared, self.access),
+            questions,
+            replies,
+            room,
+        ));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -138,9 +154,10 @@ impl Index for IndexService {
         &self,
         request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        let shared = &self.0;
-        shared
-            .send_snapshot(&request.into_inner())
+        let shared = &self.shared;
+        let allowed = shared.hub.may_see_all(self.access, "a snapshot");
+        allowed
+            .and_then(|()| shared.send_snapshot(&request.into_inner()))
             .map(|pieces| Response::new(ReceiverStream::new(pieces)))
             .map_err(|error| shared.refuse(&error))
     }
@@ -151,7 +168,7 @@ impl Index for IndexService {
         &self,
         request: Request<Streaming<v1::RegisterRequest>>,
     ) -> Result<Response<Self::RegisterStream>, Status> {
-        let shared = self.0.clone();
+        let shared = self.shared.clone();
         let mut messages = request.into_inner();
         let first = match timeout(FIRST_MESSAGE_TIMEOUT, messages.message()).await {
             Ok(Ok(Some(first))) => first,
@@ -161,7 +178,8 @@ impl Index for IndexService {
                 return Err(shared.refuse(&Error::new(ErrorKind::Invalid, context)));
             }
         };
-        let joined = async { shared.hub.join(&registration_from_wire(first)?).await };
+        let registration = registration_from_wire(first);
+        let joined = async { shared.hub.join(&registration?, self.access).await };
         let pod = joined.await.map_err(|error| shared.refuse(&error))?;
         let (answers, stream) = mpsc::channel(2);
         tokio::spawn(hold(shared, pod, messages, answers));
@@ -172,7 +190,7 @@ impl Index for IndexService {
         &self,
         _request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusResponse>, Status> {
-        Ok(Response::new(self.0.hub.status()))
+        Ok(Response::new(self.shared.hub.status(self.access)))
     }
 }
 
@@ -228,10 +246,15 @@ async fn report_ready(pod: &Pod, answers: &mpsc::Sender<Result<v1::RegisterRespo
 }
 
 impl Hub {
-    fn status(&self) -> v1::StatusResponse {
-        let holdings = self.holdings();
-        let (events_applied, events_rejected) = self.metrics.events();
-        let pods: Vec<_> = self.pods().values().cloned().collect();
+    fn status(&self, access: Access) -> v1::StatusResponse {
+        let holdings = self.holdings(access);
+        let mut pods: Vec<_> = self.pods().values().cloned().collect();
+        pods.retain(|pod| self.may_see(access, pod));
+        let of_process = match access {
+            Access::Any => self.status_of_process(),
+            // How busy others are is not this tenant's to know.
+            Access::Tenant(_) => v1::StatusResponse::default(),
+        };
         v1::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             protocol_version: PROTOCOL_VERSION,
@@ -240,21 +263,30 @@ impl Hub {
             pods: pods.iter().map(|pod| self.pod_status(pod)).collect(),
             blocks: holdings.blocks,
             entries: holdings.entries,
-            events_applied,
-            events_rejected,
-            lookups: self.metrics.lookups(),
             bytes: holdings.bytes,
-            lag_p50_us: self.metrics.lag.quantile_us(0.50),
-            lag_p99_us: self.metrics.lag.quantile_us(0.99),
             serving: self.not_serving.borrow().is_none(),
             not_serving_reason: self.not_serving.borrow().clone().unwrap_or_default(),
             expected_blocks: holdings.expected_blocks,
-            routings: self.metrics.routings(),
             tenants: holdings
                 .tenants
                 .iter()
                 .map(TenantHoldings::to_wire)
                 .collect(),
+            ..of_process
+        }
+    }
+
+    /// What is counted over all tenants.
+    fn status_of_process(&self) -> v1::StatusResponse {
+        let (events_applied, events_rejected) = self.metrics.events();
+        v1::StatusResponse {
+            events_applied,
+            events_rejected,
+            lookups: self.metrics.lookups(),
+            lag_p50_us: self.metrics.lag.quantile_us(0.50),
+            lag_p99_us: self.metrics.lag.quantile_us(0.99),
+            routings: self.metrics.routings(),
+            ..v1::StatusResponse::default()
         }
     }
 

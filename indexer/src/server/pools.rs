@@ -17,52 +17,57 @@ impl Hub {
         let pods = self.pods();
         pools.retain(|found| {
             let pool = pods.get(&found.pool);
-            pool.is_some_and(|pool| !users_of(&pods, &pool.registration, asked).is_empty())
+            pool.is_some_and(|pool| !self.users_of(&pods, &pool.registration, asked).is_empty())
         });
     }
-}
 
-/// The pools, and of those who were asked about, who may use each.
-pub(super) fn pools_to_wire(
-    pods: &BTreeMap<PodName, Arc<Pod>>,
-    pools: &[PoolDepth],
-    asked: &[PodName],
-) -> Vec<v1::PoolDepth> {
-    let to_wire = |found: &PoolDepth| {
-        let pool = &pods.get(&found.pool)?.registration;
-        let users = users_of(pods, pool, asked);
-        Some(v1::PoolDepth {
-            pool: found.pool.as_str().to_owned(),
-            depth: found.depth,
-            held: ranges_to_wire(&found.held),
-            by_tier: tiers_to_wire(&found.by_tier),
-            pods: users.into_iter().map(str::to_owned).collect(),
-            peer_address: pool.peer_address.clone().unwrap_or_default(),
-        })
-    };
-    pools.iter().filter_map(to_wire).collect()
-}
-
-/// The known pods of the pool's model that may use it, of those that were asked about if any were named.
-fn users_of<'a>(
-    pods: &'a BTreeMap<PodName, Arc<Pod>>,
-    pool: &Registration,
-    asked: &[PodName],
-) -> BTreeSet<&'a str> {
-    let mut users = BTreeSet::new();
-    for beginning in &pool.pool_for {
-        // A name that is the beginning itself comes first of all that begin so.
-        let Ok(first) = PodName::new(beginning) else {
-            continue;
+    /// The pools, and of those who were asked about, who may use each.
+    pub(super) fn pools_to_wire(
+        &self,
+        pools: &[PoolDepth],
+        asked: &[PodName],
+    ) -> Vec<v1::PoolDepth> {
+        let pods = self.pods();
+        let to_wire = |found: &PoolDepth| {
+            let pool = &pods.get(&found.pool)?.registration;
+            let users = self.users_of(&pods, pool, asked);
+            Some(v1::PoolDepth {
+                pool: found.pool.as_str().to_owned(),
+                depth: found.depth,
+                held: ranges_to_wire(&found.held),
+                by_tier: tiers_to_wire(&found.by_tier),
+                pods: users.into_iter().map(str::to_owned).collect(),
+                peer_address: pool.peer_address.clone().unwrap_or_default(),
+            })
         };
-        let fitting = pods.range(first..);
-        let fitting = fitting.take_while(|(name, _)| name.as_str().starts_with(beginning.as_str()));
-        let fitting = fitting.filter(|(name, pod)| {
-            pod.registration.model == pool.model
-                && pod.registration.pool_for.is_empty()
-                && (asked.is_empty() || asked.contains(name))
-        });
-        users.extend(fitting.map(|(name, _)| name.as_str()));
+        pools.iter().filter_map(to_wire).collect()
     }
-    users
+
+    /// The known pods of the pool's model and tenant that may use it, of those that were asked about if any were named.
+    fn users_of<'a>(
+        &self,
+        pods: &'a BTreeMap<PodName, Arc<Pod>>,
+        pool: &Registration,
+        asked: &[PodName],
+    ) -> BTreeSet<&'a str> {
+        let mut users = BTreeSet::new();
+        let tenant = self.tenant_of(pool);
+        for beginning in &pool.pool_for {
+            // A name that is the beginning itself comes first of all that begin so.
+            let Ok(first) = PodName::new(beginning) else {
+                continue;
+            };
+            let fitting = pods.range(first..);
+            let fitting =
+                fitting.take_while(|(name, _)| name.as_str().starts_with(beginning.as_str()));
+            let fitting = fitting.filter(|(name, pod)| {
+                pod.registration.model == pool.model
+                    && pod.registration.pool_for.is_empty()
+                    && self.tenant_of(&pod.registration) == tenant
+                    && (asked.is_empty() || asked.contains(name))
+            });
+            users.extend(fitting.map(|(name, _)| name.as_str()));
+        }
+        users
+    }
 }

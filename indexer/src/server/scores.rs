@@ -11,13 +11,15 @@ use tonic::{Code, Request, Response, Status};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::access::Access;
 use super::lookup::{Prompt, Question, deadline, parse_pods};
 use super::native::Shared;
 use crate::tokenize::Tokenizers;
 
 pub(super) struct ScoreService {
     pub(super) shared: Arc<Shared>,
-    pub(super) tokenizers: Tokenizers,
+    pub(super) access: Access,
+    pub(super) tokenizers: Arc<Tokenizers>,
 }
 
 #[tonic::async_trait]
@@ -32,6 +34,7 @@ impl IndexerService for ScoreService {
         let model = request.model_name.as_str();
         let scores = async {
             let _room = self.shared.admit()?;
+            let tenant = hub.named_tenant(self.access, String::new())?;
             let started = Instant::now();
             let tokens = timeout_at(deadline, self.tokenizers.tokens(model, &request.prompt)).await;
             let tokens = tokens.map_err(|_| {
@@ -50,7 +53,7 @@ impl IndexerService for ScoreService {
                 .flat_map(|token| token.to_le_bytes())
                 .collect();
             let question = Question {
-                tenant: "",
+                tenant: &tenant,
                 model,
                 lora: None,
                 cache_salt: None,

@@ -5,7 +5,7 @@ use kvfabric_proto::v1;
 
 use super::corrupt;
 use crate::index::{
-    IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePiece,
+    IMAGE_BLOCKS_MAX, ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePart, ImagePiece,
 };
 use crate::score::TIERS;
 use crate::wire::SourceKind;
@@ -31,9 +31,24 @@ pub(crate) fn image_to_wire(piece: &ImagePiece, kind: SourceKind) -> v1::Snapsho
     image.namespace_positions = namespaces
         .map(|place| place.map_or(0, |place| place + 1))
         .collect();
-    image.follows = piece.blocks.iter().map(|block| block.follows).collect();
+    // Who does not know of blocks that are apart takes each for the first of its chain, which it may be.
+    let follows = piece.blocks.iter();
+    let follows = follows.map(|block| block.follows && !block.is_apart);
+    image.follows = follows.collect();
+    if piece.blocks.iter().any(|block| block.is_apart) {
+        image.apart = piece.blocks.iter().map(apart_to_wire).collect();
+    }
     image.orphans = piece.orphans.iter().map(orphan_to_wire).collect();
+    image.parts = piece.parts.iter().map(part_to_wire).collect();
     image
+}
+
+const fn apart_to_wire(block: &ImageBlock) -> u32 {
+    match (block.is_apart, block.follows) {
+        (false, _) => 0,
+        (true, false) => 1,
+        (true, true) => 2,
+    }
 }
 
 fn namespace_to_wire(namespace: &ImageNamespace) -> v1::SnapshotNamespace {
@@ -46,11 +61,7 @@ fn namespace_to_wire(namespace: &ImageNamespace) -> v1::SnapshotNamespace {
 fn orphan_to_wire(orphan: &ImageOrphan) -> v1::SnapshotOrphan {
     let content = orphan.content.as_ref().map(|content| v1::SnapshotContent {
         parent: content.parent.0,
-        tokens: content
-            .tokens
-            .iter()
-            .flat_map(|token| token.to_le_bytes())
-            .collect(),
+        tokens: tokens_to_wire(&content.tokens).into(),
         identifiers: content.identifiers.clone(),
     });
     v1::SnapshotOrphan {
@@ -70,7 +81,7 @@ pub(super) fn image_from_wire(
     let count = image.hashes.len();
     within(
         "blocks in an image",
-        count + image.orphans.len(),
+        count + image.orphans.len() + image.parts.len(),
         IMAGE_BLOCKS_MAX,
     )?;
     within(
@@ -80,6 +91,7 @@ pub(super) fn image_from_wire(
     )?;
     let is_node = kind == SourceKind::Node;
     let columns = if is_node { 0 } else { count };
+    let apart = if image.apart.is_empty() { 0 } else { columns };
     let lengths = [
         ("keys", image.keys.len(), columns),
         (
@@ -89,6 +101,7 @@ pub(super) fn image_from_wire(
         ),
         ("follows", image.follows.len(), columns),
         ("copies", image.copies.len(), count * TIERS),
+        ("marks of what is apart", image.apart.len(), apart),
     ];
     for (name, length, expected) in lengths {
         if length != expected {
@@ -97,9 +110,10 @@ pub(super) fn image_from_wire(
             )));
         }
     }
-    if is_node && !(image.orphans.is_empty() && image.namespaces.is_empty()) {
+    let is_bare = image.orphans.is_empty() && image.namespaces.is_empty() && image.parts.is_empty();
+    if is_node && !is_bare {
         return Err(corrupt(
-            "a node's image with namespaces or blocks that wait",
+            "a node's image with namespaces, parts or blocks that wait",
         ));
     }
     let namespaces = std::mem::take(&mut image.namespaces)
@@ -109,12 +123,16 @@ pub(super) fn image_from_wire(
     let blocks = (0..count)
         .map(|position| block_from_wire(&image, position, namespaces.len()))
         .collect::<Result<_>>()?;
+    let parts = image.parts.into_iter();
+    let parts = parts.map(|part| part_from_wire(part, namespaces.len(), tokens_per_block));
+    let parts = parts.collect::<Result<_>>()?;
     let orphans = image.orphans.into_iter();
     let orphans = orphans.map(|orphan| orphan_from_wire(orphan, tokens_per_block));
     Ok(ImagePiece {
         namespaces,
         blocks,
         orphans: orphans.collect::<Result<_>>()?,
+        parts,
     })
 }
 
@@ -134,10 +152,17 @@ fn block_from_wire(
         }
     };
     let hash = image.hashes[position];
+    let apart = image.apart.get(position).copied().unwrap_or(0);
+    if apart > 2 {
+        let told = format!("block {position} is apart in the way {apart}, expected 0 to 2");
+        return Err(corrupt(told));
+    }
+    let follows = image.follows.get(position).copied().unwrap_or(false);
     Ok(ImageBlock {
         hash: EngineHash(hash),
         key: IndexKey(image.keys.get(position).copied().unwrap_or(hash)),
-        follows: image.follows.get(position).copied().unwrap_or(false),
+        follows: follows && apart == 0 || apart == 2,
+        is_apart: apart > 0,
         namespace,
         copies: copies_from_wire(&image.copies[position * TIERS..][..TIERS]),
     })
@@ -171,26 +196,17 @@ fn orphan_from_wire(orphan: v1::SnapshotOrphan, tokens_per_block: u32) -> Result
         )));
     }
     let content = orphan.content.map(|content| {
-        let (bytes, expected) = (content.tokens.len(), tokens_per_block as usize * 4);
-        if bytes != expected {
+        // Exactly how many, the index knows of each source.
+        let (bytes, most) = (content.tokens.len(), tokens_per_block as usize * 4);
+        if bytes == 0 || !bytes.is_multiple_of(4) || bytes > most {
             return Err(corrupt(format!(
-                "{bytes} bytes of tokens of a block that waits, expected {expected}"
+                "{bytes} bytes of tokens of a block that waits, expected 4 a token and at most {most}"
             )));
         }
-        within(
-            "identifiers of a block",
-            content.identifiers.len(),
-            IDENTIFIERS_MAX,
-        )?;
-        for text in &content.identifiers {
-            within("bytes of an identifier", text.len(), TEXT_BYTES_MAX)?;
-        }
-        let tokens = content.tokens.chunks_exact(4);
+        check_identifiers(&content.identifiers)?;
         Ok(ImageContent {
             parent: EngineHash(content.parent),
-            tokens: tokens
-                .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]))
-                .collect(),
+            tokens: tokens_from_wire(&content.tokens),
             identifiers: content.identifiers,
         })
     });
@@ -199,6 +215,67 @@ fn orphan_from_wire(orphan: v1::SnapshotOrphan, tokens_per_block: u32) -> Result
         copies: copies_from_wire(&orphan.copies),
         content: content.transpose()?,
     })
+}
+
+fn part_to_wire(part: &ImagePart) -> v1::SnapshotPart {
+    v1::SnapshotPart {
+        hash: part.hash.0,
+        parent: part.parent.map(|parent| parent.0),
+        namespace_position: part.namespace + 1,
+        copies: part.copies.to_vec(),
+        tokens: tokens_to_wire(&part.tokens).into(),
+        identifiers: part.identifiers.clone(),
+        key: part.key.map(|key| key.0),
+    }
+}
+
+fn part_from_wire(
+    part: v1::SnapshotPart,
+    namespaces: usize,
+    tokens_per_block: u32,
+) -> Result<ImagePart> {
+    let number = part.namespace_position;
+    if number == 0 || number as usize > namespaces {
+        let told = format!("a part is in namespace {number} of {namespaces}");
+        return Err(corrupt(told));
+    }
+    let (copies, bytes) = (part.copies.len(), part.tokens.len());
+    let most = (tokens_per_block as usize).saturating_mul(4);
+    if copies != TIERS || !bytes.is_multiple_of(4) || bytes > most {
+        return Err(corrupt(format!(
+            "a part with {copies} copies and {bytes} bytes of tokens, expected {TIERS} and at most {most}"
+        )));
+    }
+    check_identifiers(&part.identifiers)?;
+    Ok(ImagePart {
+        hash: EngineHash(part.hash),
+        parent: part.parent.map(EngineHash),
+        namespace: number - 1,
+        copies: copies_from_wire(&part.copies),
+        tokens: tokens_from_wire(&part.tokens),
+        identifiers: part.identifiers,
+        key: part.key.map(IndexKey),
+    })
+}
+
+fn tokens_to_wire(tokens: &[u32]) -> Vec<u8> {
+    tokens
+        .iter()
+        .flat_map(|token| token.to_le_bytes())
+        .collect()
+}
+
+fn tokens_from_wire(bytes: &[u8]) -> Vec<u32> {
+    let tokens = bytes.chunks_exact(4);
+    tokens
+        .map(|raw| u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]))
+        .collect()
+}
+
+fn check_identifiers(identifiers: &[String]) -> Result<()> {
+    within("identifiers of a block", identifiers.len(), IDENTIFIERS_MAX)?;
+    let longest = identifiers.iter().map(String::len).max().unwrap_or(0);
+    within("bytes of an identifier", longest, TEXT_BYTES_MAX)
 }
 
 /// A piece of what shared tiers hold, as it is sent.

@@ -21,6 +21,7 @@ use kvcache_core::{Epoch, Error, ErrorKind, IndexKey, Result, Sequence, Tier};
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::snapshot_piece::Piece;
 
+use crate::adapter::{NAME_BYTES_MAX, WEIGHED_MEDIA_MAX};
 use crate::index::{ImagePiece, Learnt};
 use crate::ingest::BatchDigest;
 use crate::wire::{self, Registration};
@@ -31,9 +32,11 @@ pub(crate) use image::{image_to_wire, shared_to_wire};
 /// The version of the format that is written.
 ///
 /// 2 says of each source what its events have told of it, so that those of several ranks, cache groups or block sizes have
-/// images, too.
+/// images, too. 3 has the blocks of engines that are smaller than the index's.
 pub(crate) const FORMAT: u32 = wire::SNAPSHOT_FORMAT;
-/// The versions that are read: the one that is written and the one before.
+/// The first version that has blocks smaller than the index's.
+pub(crate) const FORMAT_OF_PARTS: u32 = 3;
+/// The versions that are read.
 const FORMATS_READ: std::ops::RangeInclusive<u32> = 1..=FORMAT;
 /// The most pods that are taken from a snapshot.
 const PODS_MAX: u32 = 1 << 20;
@@ -127,7 +130,7 @@ impl Reader {
                     .kind
                     .ok_or_else(|| corrupt("an image of a source that cannot be continued"))?;
                 let image = image::image_from_wire(image, kind, self.tokens_per_block)?;
-                self.counts.blocks += (image.blocks.len() + image.orphans.len()) as u64;
+                self.counts.blocks += image.len() as u64;
                 Ok(Step::Image(image))
             }
             (
@@ -234,9 +237,21 @@ impl Reader {
                     .map(wire::group_from_wire)
                     .collect::<Result<_>>()?,
                 block_size: source.block_size,
+                media: media_from_wire(source.media)?,
             },
         })
     }
+}
+
+fn media_from_wire(media: Vec<String>) -> Result<Vec<String>> {
+    let longest = media.iter().map(String::len).max().unwrap_or(0);
+    if media.len() > WEIGHED_MEDIA_MAX || longest > NAME_BYTES_MAX {
+        return Err(corrupt(format!(
+            "{} media, the longest name of {longest} bytes",
+            media.len()
+        )));
+    }
+    Ok(media)
 }
 
 fn mark_from_wire(source: &v1::SnapshotSource) -> Result<Mark> {
@@ -277,6 +292,7 @@ pub(crate) fn source_to_wire(
         data_parallel_rank: learnt.rank,
         groups: learnt.groups.iter().map(wire::group_to_wire).collect(),
         block_size: learnt.block_size,
+        media: learnt.media.clone(),
     })
 }
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::*;
-use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan};
+use crate::index::{ImageBlock, ImageContent, ImageNamespace, ImageOrphan, ImagePart};
 
 pub(super) const TOKENS_PER_BLOCK: u32 = 2;
 
@@ -24,6 +24,7 @@ pub(super) fn engine_image() -> ImagePiece {
                 hash: EngineHash(1),
                 key: IndexKey(11),
                 follows: false,
+                is_apart: false,
                 namespace: Some(0),
                 copies: [2, 0, 0, 0],
             },
@@ -31,8 +32,25 @@ pub(super) fn engine_image() -> ImagePiece {
                 hash: EngineHash(2),
                 key: IndexKey(12),
                 follows: true,
+                is_apart: false,
                 namespace: None,
                 copies: [1, 1, 0, 1],
+            },
+            ImageBlock {
+                hash: EngineHash(4),
+                key: IndexKey(14),
+                follows: false,
+                is_apart: true,
+                namespace: None,
+                copies: [1, 0, 0, 0],
+            },
+            ImageBlock {
+                hash: EngineHash(5),
+                key: IndexKey(15),
+                follows: true,
+                is_apart: true,
+                namespace: Some(1),
+                copies: [1, 0, 0, 0],
             },
         ],
         orphans: vec![ImageOrphan {
@@ -44,7 +62,31 @@ pub(super) fn engine_image() -> ImagePiece {
                 identifiers: vec!["image".to_owned()],
             }),
         }],
+        parts: parts(),
     }
+}
+
+fn parts() -> Vec<ImagePart> {
+    vec![
+        ImagePart {
+            hash: EngineHash(31),
+            parent: None,
+            namespace: 0,
+            copies: [1, 0, 0, 0],
+            tokens: vec![5],
+            identifiers: vec![],
+            key: None,
+        },
+        ImagePart {
+            hash: EngineHash(32),
+            parent: Some(EngineHash(31)),
+            namespace: 0,
+            copies: [0, 2, 0, 0],
+            tokens: vec![],
+            identifiers: vec!["image".to_owned()],
+            key: Some(IndexKey(41)),
+        },
+    ]
 }
 
 pub(super) fn node_image() -> ImagePiece {
@@ -53,6 +95,7 @@ pub(super) fn node_image() -> ImagePiece {
             hash: EngineHash(21),
             key: IndexKey(21),
             follows: false,
+            is_apart: false,
             namespace: None,
             copies: [0, 1, 1, 0],
         }],
@@ -126,7 +169,7 @@ fn pieces() -> Vec<v1::SnapshotPiece> {
         piece(Piece::End(v1::SnapshotEnd {
             pods: 1,
             sources: 2,
-            blocks: 6,
+            blocks: 10,
             models: 1,
         })),
     ]
@@ -145,6 +188,7 @@ fn learnt() -> Learnt {
             group(2, wire::GroupRule::Window { tokens: 9 }),
         ],
         block_size: 2 * TOKENS_PER_BLOCK,
+        media: vec!["CPU".to_owned(), "CXL_POOL".to_owned()],
     }
 }
 
@@ -205,7 +249,7 @@ fn a_snapshot_comes_back_as_it_was_written() {
 
 /// The file of each format, as it was written then: `KVFABRIC_REGENERATE=1` writes the newest, once.
 #[test]
-fn this_format_and_the_one_before_are_read() {
+fn this_format_and_those_before_are_read() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/snapshot/golden");
     let before = read_file(&folder.join("format-1.snapshot")).unwrap();
     assert_eq!(before.len(), 9);
@@ -214,7 +258,11 @@ fn this_format_and_the_one_before_are_read() {
         "nothing was told of it: {:?}",
         before[2]
     );
-    let golden = folder.join("format-2.snapshot");
+    assert_eq!(
+        read_file(&folder.join("format-2.snapshot")).unwrap().len(),
+        9
+    );
+    let golden = folder.join("format-3.snapshot");
     if std::env::var_os("KVFABRIC_REGENERATE").is_some() {
         write_file(&golden, pieces());
     }
@@ -391,5 +439,87 @@ proptest! {
         std::fs::write(&path, &bytes).unwrap();
         let is_whole = read_file(&path).is_ok();
         prop_assert!(!is_whole || bytes.starts_with(&written), "a change was not found");
+    }
+}
+
+/// An image with blocks that are apart goes and comes back; those who do not know of them see each begin a chain; marks
+/// that are none, too few or of a node are refused.
+#[test]
+fn blocks_that_are_apart_stay_so() {
+    let block = |key, follows, is_apart| ImageBlock {
+        hash: EngineHash(key),
+        key: IndexKey(key),
+        follows,
+        is_apart,
+        namespace: None,
+        copies: [1, 0, 0, 0],
+    };
+    let piece = ImagePiece {
+        blocks: vec![
+            block(1, false, false),
+            block(2, true, false),
+            block(3, false, true),
+            block(4, true, true),
+        ],
+        ..ImagePiece::default()
+    };
+    let sent = image_to_wire(&piece, wire::SourceKind::Vllm);
+    assert_eq!(sent.follows, [false, true, false, false]);
+    let read =
+        |image: v1::SnapshotImage, kind| image::image_from_wire(image, kind, TOKENS_PER_BLOCK);
+    assert_eq!(read(sent.clone(), wire::SourceKind::Vllm).unwrap(), piece);
+    for apart in [vec![0, 0, 3, 0], vec![1]] {
+        let image = v1::SnapshotImage {
+            apart,
+            ..sent.clone()
+        };
+        let refusal = read(image, wire::SourceKind::Vllm).unwrap_err();
+        assert!(refusal.context().contains("apart"), "{refusal}");
+    }
+    let of_node = v1::SnapshotImage {
+        apart: vec![1],
+        ..image_to_wire(&node_image(), wire::SourceKind::Node)
+    };
+    assert!(read(of_node, wire::SourceKind::Node).is_err());
+}
+
+/// A source's media, and names of media that are too many or too long.
+#[test]
+fn the_media_of_a_source_come_back() {
+    let source = |media: Vec<String>| {
+        let learnt = Learnt { media, ..learnt() };
+        let piece = source_to_wire("engine", None, None, &learnt);
+        let mut pieces = pieces();
+        pieces[2] = v1::SnapshotPiece { piece: Some(piece) };
+        read_all(pieces.into_iter().take(3))
+    };
+    let media = vec!["CPU".to_owned(), "CXL_POOL".to_owned()];
+    let steps = source(media.clone()).unwrap();
+    assert!(matches!(&steps[2], Step::Source { learnt, .. } if learnt.media == media));
+    for bad in [vec!["M".to_owned(); 65], vec!["M".repeat(5000)]] {
+        let refusal = source(bad).unwrap_err();
+        assert!(refusal.context().contains("media"), "{refusal}");
+    }
+}
+
+/// A part in a namespace that is not there, with too few copies, too many tokens, half a token, too long an identifier.
+#[test]
+fn parts_that_make_no_sense_are_refused() {
+    let read = |change: &dyn Fn(&mut v1::SnapshotPart)| {
+        let mut image = image_to_wire(&engine_image(), wire::SourceKind::Vllm);
+        change(&mut image.parts[0]);
+        image::image_from_wire(image, wire::SourceKind::Vllm, TOKENS_PER_BLOCK)
+    };
+    assert_eq!(read(&|_| ()).unwrap(), engine_image());
+    let refused: [&dyn Fn(&mut v1::SnapshotPart); 6] = [
+        &|part| part.namespace_position = 0,
+        &|part| part.namespace_position = 3,
+        &|part| part.copies.push(1),
+        &|part| part.tokens = vec![0; 12].into(),
+        &|part| part.tokens = vec![0; 3].into(),
+        &|part| part.identifiers = vec!["i".repeat(5000)],
+    ];
+    for change in refused {
+        assert!(read(change).is_err());
     }
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use kvcache_core::{EngineHash, ErrorKind, Result, Tier};
 
 use super::{Cursor, Follower, age};
-use crate::adapter::{RemovedBlocks, SourceEvent, decode_batch_with};
+use crate::adapter::{Batch, RemovedBlocks, SourceEvent, decode_batch_with};
 use crate::index::SourceId;
 use crate::ingest::Action;
 use crate::snapshot::Mark;
@@ -101,6 +101,7 @@ impl Follower {
                 tracing::warn!(source = %self.name, medium, taken_for, "a medium that is not known");
             }
         }
+        self.weigh(&batch);
         if let Err(error) = self.learn_rank(batch.rank) {
             tracing::warn!(source = %self.name, %error, "batch not applied");
             self.metrics.events_rejected(batch.events.len() as u64);
@@ -127,6 +128,17 @@ impl Follower {
         if is_live {
             self.lag = age(batch.timestamp);
             self.metrics.lag.record(self.lag);
+        }
+    }
+
+    /// Takes in what the media are worth that a batch stores in.
+    fn weigh(&self, batch: &Batch) {
+        for medium in &batch.weighed_media {
+            if let Some(named) = self.limits.media.weight_of(medium)
+                && let Err(error) = self.index.weigh_medium(self.id, &named)
+            {
+                tracing::warn!(source = %self.name, medium, %error, "a medium weighs what its tier does");
+            }
         }
     }
 
@@ -168,10 +180,11 @@ impl Follower {
     /// # Errors
     /// What [`decode_batch_with`] refuses; `Corrupt` for an event that stores nothing.
     async fn try_replace(&self, pieces: &[Bytes]) -> Result<usize> {
-        let mut stored = Vec::new();
+        let (mut stored, mut media) = (Vec::new(), Vec::new());
         let mut wanted: HashMap<u64, [bool; Tier::ALL.len()]> = HashMap::new();
         for piece in pieces {
-            for event in decode_batch_with(piece, self.spec.kind, &self.limits.media)?.events {
+            let mut batch = decode_batch_with(piece, self.spec.kind, &self.limits.media)?;
+            for event in std::mem::take(&mut batch.events) {
                 let event = event?;
                 let SourceEvent::Stored(blocks) = &event else {
                     let what = "an image with an event that stores nothing";
@@ -182,6 +195,7 @@ impl Follower {
                 }
                 stored.push(event);
             }
+            media.push(batch);
             tokio::task::yield_now().await;
         }
         let (index, id) = (self.index.clone(), self.id);
@@ -216,6 +230,7 @@ impl Follower {
                 }
             }
         }
+        media.iter().for_each(|batch| self.weigh(batch));
         for event in &stored {
             self.apply_event(event);
             turn.used(event).await;

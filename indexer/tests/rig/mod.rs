@@ -13,8 +13,11 @@ use kvfabric_indexer::client::{
     ClientConfig, IndexClient, LookupRequest, Prompt, Registration, SourceKind, SourcePosition,
     SourceSpec,
 };
+use kvfabric_indexer::config::TokenizerConfig;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig, serve};
+use kvfabric_proto::indexer_v1::GetPodScoresRequest;
+use kvfabric_proto::indexer_v1::indexer_service_client::IndexerServiceClient;
 use kvfabric_proto::v1;
 use kvfabric_proto::v1::index_client::IndexClient as Grpc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -262,4 +265,55 @@ pub(crate) async fn metric(server: &Running, name: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {name} in\n{text}"))
         .parse()
         .unwrap()
+}
+
+/// A vocabulary of the words `t10`, `t11`, … for the tokens of the tests.
+pub(crate) fn tokenizer_file() -> tempfile::NamedTempFile {
+    let words: Vec<String> = TOKENS
+        .iter()
+        .map(|token| format!("\"t{token}\":{token}"))
+        .collect();
+    let text = format!(
+        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
+        "model":{{"type":"WordLevel","vocab":{{"[UNK]":0,{}}},"unk_token":"[UNK]"}}}}"#,
+        words.join(",")
+    );
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    file
+}
+
+pub(crate) fn tokenizer(file: &tempfile::NamedTempFile) -> TokenizerConfig {
+    let path = file.path().to_owned();
+    TokenizerConfig {
+        model: "m".to_owned(),
+        path,
+        add_special_tokens: false,
+    }
+}
+
+/// The prompt of [`TOKENS`] in the words of [`tokenizer_file`].
+pub(crate) fn prompt_text() -> String {
+    TOKENS.map(|token| format!("t{token}")).join(" ")
+}
+
+/// What llm-d's service says of a prompt, by pod.
+pub(crate) async fn scores_of(
+    address: std::net::SocketAddr,
+    prompt: String,
+) -> Result<Vec<(String, f64)>, tonic::Status> {
+    let mut scorer = IndexerServiceClient::connect(format!("http://{address}"))
+        .await
+        .unwrap();
+    let request = GetPodScoresRequest {
+        prompt,
+        model_name: "m".to_owned(),
+        pod_identifiers: Vec::new(),
+    };
+    let scores = scorer.get_pod_scores(request).await?.into_inner().scores;
+    Ok(scores
+        .into_iter()
+        .map(|score| (score.pod, score.score))
+        .collect())
 }

@@ -336,7 +336,7 @@ pub struct TierDepth {
     pub blocks: u32,
 }
 /// blocks x weight.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ScoreTerm {
     #[prost(enumeration = "Tier", tag = "1")]
     pub tier: i32,
@@ -344,6 +344,9 @@ pub struct ScoreTerm {
     pub blocks: u32,
     #[prost(double, tag = "3")]
     pub weight: f64,
+    /// The medium whose weight it is, of those in this tier that the pod's events have named; empty: the tier's own.
+    #[prost(string, tag = "4")]
+    pub medium: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Source {
@@ -583,6 +586,9 @@ pub struct SnapshotSource {
     pub groups: ::prost::alloc::vec::Vec<CacheGroup>,
     #[prost(uint32, tag = "8")]
     pub block_size: u32,
+    /// The media that its events have named, as far as any medium of their tiers has a weight of its own.
+    #[prost(string, repeated, tag = "9")]
+    pub media: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// What shared tiers hold of a model, whoever put it there: an image with hashes (which are keys) and copies only.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -593,7 +599,7 @@ pub struct SnapshotShared {
     #[prost(string, tag = "2")]
     pub tenant: ::prost::alloc::string::String,
 }
-/// At most 4,096 blocks, orphans included. The columns of blocks are equally long, but where noted.
+/// At most 4,096 blocks, orphans and parts included. The columns of blocks are equally long, but where noted.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SnapshotImage {
     #[prost(message, repeated, tag = "1")]
@@ -615,6 +621,37 @@ pub struct SnapshotImage {
     pub copies: ::prost::alloc::vec::Vec<u32>,
     #[prost(message, repeated, tag = "7")]
     pub orphans: ::prost::alloc::vec::Vec<SnapshotOrphan>,
+    /// Blocks that are kept apart, those of windows and states among them: 0 not, 1 apart, 2 apart and directly after the one
+    /// before it in this image (then follows is false). Empty when none is.
+    #[prost(uint32, repeated, tag = "8")]
+    pub apart: ::prost::alloc::vec::Vec<u32>,
+    /// Since format 3: of a source whose blocks are smaller than the index's, these instead of blocks of the index; each
+    /// after the one that it follows.
+    #[prost(message, repeated, tag = "9")]
+    pub parts: ::prost::alloc::vec::Vec<SnapshotPart>,
+}
+/// A block of an engine, where several make one of the index's.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotPart {
+    #[prost(fixed64, tag = "1")]
+    pub hash: u64,
+    /// The one before; absent at the start of a chain.
+    #[prost(fixed64, optional, tag = "2")]
+    pub parent: ::core::option::Option<u64>,
+    /// 1 + the position in namespaces.
+    #[prost(uint32, tag = "3")]
+    pub namespace_position: u32,
+    /// Four numbers: HBM, DRAM, NVMe, object.
+    #[prost(uint32, repeated, tag = "4")]
+    pub copies: ::prost::alloc::vec::Vec<u32>,
+    /// u32 little-endian each; none of the last one of a block of the index.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub tokens: ::prost::bytes::Bytes,
+    #[prost(string, repeated, tag = "6")]
+    pub identifiers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the last one of a block of the index, the block's key.
+    #[prost(fixed64, optional, tag = "7")]
+    pub key: ::core::option::Option<u64>,
 }
 /// What keeps equal tokens apart.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -5,7 +5,7 @@ use kvcache_core::{EngineHash, Error, ErrorKind, IndexKey, Result};
 
 use super::super::config::{Applied, Learnt};
 use super::super::groups::{Apart, Seat};
-use super::super::tree::{Place, Shared, Stretch};
+use super::super::tree::{Place, Shared, Stretch, Tree};
 use super::store::push;
 use super::{Size, Source, Writer};
 use crate::adapter::StoredBlocks;
@@ -39,9 +39,14 @@ impl Source {
         self.fine.is_some()
     }
 
-    /// Takes the size of the source's blocks from an image: so many of the index's.
-    pub(in crate::index) fn set_size(&mut self, stride: u32) {
-        (self.is_sized, self.stride, self.fine) = (true, stride, None);
+    /// Takes the size of the source's blocks from an image, before any of them.
+    pub(in crate::index) fn set_size(&mut self, size: Size) {
+        (self.is_sized, self.stride, self.fine) = (true, size.stride, size.fine());
+    }
+
+    /// Tokens that a block has which waits, in an index whose blocks have so many.
+    pub(in crate::index) fn tokens_told(&self, own: u32) -> u32 {
+        self.fine.as_ref().map_or(own, |fine| own / fine.parts())
     }
 
     /// What the source's events have told of it, in an index whose blocks have so many tokens.
@@ -49,7 +54,16 @@ impl Source {
         Learnt {
             rank: self.rank,
             groups: self.groups.told(own),
-            block_size: if self.is_sized { self.stride * own } else { 0 },
+            media: self
+                .media
+                .iter()
+                .map(|known| known.medium.clone())
+                .collect(),
+            block_size: match &self.fine {
+                _ if !self.is_sized => 0,
+                Some(fine) => own / fine.parts(),
+                None => self.stride * own,
+            },
         }
     }
 
@@ -131,19 +145,57 @@ impl Source {
         let (name, main) = (Apart::Group(group), self.main_apart());
         let of_main = self.find_held(writer, shared, main.map_or(hash, |main| main.name(hash)))?;
         let key = writer.tree.key(shared, of_main.position);
-        let key = name.key(main.map_or(key, |main| main.key(key)));
-        Some(self.seat_apart(writer, shared, name.name(hash), key))
+        let key = main.map_or(key, |main| main.key(key));
+        let before = self.key_before(writer, shared, of_main, group);
+        Some(self.seat_apart(writer, shared, name, (hash, key), before))
+    }
+
+    /// The key that lookups look for directly before a group's block, which is beside a block of the main group.
+    fn key_before(
+        &self,
+        writer: &Writer,
+        shared: &Shared,
+        of_main: Place,
+        group: u32,
+    ) -> Option<IndexKey> {
+        if self.step_of(group) != self.stride {
+            return None;
+        }
+        let key = writer.tree.key_before(shared, of_main)?;
+        let key = self.main_apart().map_or(key, |main| main.key(key));
+        Some(Apart::Group(group).key(key))
+    }
+
+    /// At every how many of the index's blocks lookups look for one of a group.
+    fn step_of(&self, group: u32) -> u32 {
+        let known = self.groups.known().iter();
+        let group = known.into_iter().find(|known| known.number == group);
+        group.map_or(1, |group| group.step())
     }
 
     fn seat_apart(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
-        name: EngineHash,
-        key: IndexKey,
+        apart: Apart,
+        (hash, key): (EngineHash, IndexKey),
+        before: Option<IndexKey>,
     ) -> Place {
-        // Each in a run of its own: what comes before it in its group may be missing.
-        self.seat(writer, shared, name, None, key)
+        self.seat_before(writer, shared, (apart.name(hash), apart.key(key)), before)
+    }
+
+    /// The seat of a block that is apart, by its own name and key; lookups that come from `before` find it.
+    pub(super) fn seat_before(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        block: (EngineHash, IndexKey),
+        before: Option<IndexKey>,
+    ) -> Place {
+        let place = |tree: &mut Tree| tree.place_apart(shared, before, block.1);
+        let place = self.seat_with(writer, shared, block, place);
+        writer.tree.let_in(shared, before, place);
+        place
     }
 
     /// Takes blocks in that only their tokens can place.
@@ -195,12 +247,16 @@ impl Source {
                 noted.extend(keys);
             }
             let name = apart.name(hash);
-            let previous = match apart {
+            let place = match apart {
                 // Their chain is whole, as that of blocks of the index's size is.
-                Apart::Large(_) => last,
-                Apart::Group(_) => None,
+                Apart::Large(_) => self.seat(writer, shared, name, last, apart.key(key)),
+                Apart::Group(group) => {
+                    let is_next = self.step_of(group) * size == blocks.block_size;
+                    let before = last.filter(|_| is_next);
+                    let before = before.map(|before| writer.tree.key(shared, before.position));
+                    self.seat_apart(writer, shared, apart, (hash, key), before)
+                }
             };
-            let place = self.seat(writer, shared, name, previous, apart.key(key));
             let known = apart.key(writer.tree.key(shared, place.position));
             if known != key {
                 // What follows, follows the block as it was placed first.
@@ -213,27 +269,30 @@ impl Source {
                 self.add_copies(writer, shared, place, &copies, applied);
             }
             if !self.orphans.is_empty() {
-                self.settle_apart(writer, shared, hash, key, applied);
+                let of_main = matches!(apart, Apart::Large(_)).then_some(place);
+                self.settle_apart(writer, shared, (hash, key), of_main, applied);
             }
         }
         writer.roots.release(open.root);
         Ok(())
     }
 
-    /// Places blocks of other groups that waited for the main group's block of the same hash.
+    /// Places blocks of other groups that waited for the main group's block of the same hash, which may be told.
     pub(super) fn settle_apart(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,
-        hash: EngineHash,
-        key: IndexKey,
+        (hash, key): (EngineHash, IndexKey),
+        of_main: Option<Place>,
         applied: &mut Applied,
     ) {
         let groups: Vec<u32> = self.groups.apart().collect();
         for group in groups {
             let apart = Apart::Group(group);
             if let Some(copies) = self.orphans.forget(apart.name(hash)) {
-                let at = self.seat_apart(writer, shared, apart.name(hash), apart.key(key));
+                let before =
+                    of_main.and_then(|place| self.key_before(writer, shared, place, group));
+                let at = self.seat_apart(writer, shared, apart, (hash, key), before);
                 self.add_copies(writer, shared, at, &copies, applied);
             }
         }

@@ -223,7 +223,7 @@ impl Source {
     }
 
     /// Makes the index hold what the parts say of these blocks, by their last parts, and of those that follow them.
-    fn refresh(
+    pub(super) fn refresh(
         &mut self,
         writer: &mut Writer,
         shared: &Shared,

@@ -328,6 +328,7 @@ impl Source {
         self.orphans = Orphans::new(self.orphans.blocks_max());
         self.groups.reset(writer.keys.block_size.get());
         (self.newest, self.is_sized) = (None, false);
+        self.media.clear();
         self.evicted.set(0);
     }
 

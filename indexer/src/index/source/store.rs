@@ -7,7 +7,7 @@ use super::super::config::Applied;
 use super::super::groups::Seat;
 use super::super::orphans::{Content, Copies};
 use super::super::sets::Holder;
-use super::super::tree::{Place, Shared, Stretch};
+use super::super::tree::{Place, Shared, Stretch, Tree};
 use super::{Source, Writer};
 use crate::adapter::StoredBlocks;
 
@@ -231,15 +231,28 @@ impl Source {
         key: IndexKey,
     ) -> Place {
         let tree = &mut writer.tree;
-        if self.names.is_empty() {
-            if let Some(last) = last
-                && let Some(next) = tree.beside(shared, last, true)
-                && tree.name(next.position) == Some(hash)
-                && tree.key(shared, next.position) == key
-            {
-                return next;
-            }
-        } else if self.names.contains_key(&hash)
+        if self.names.is_empty()
+            && let Some(last) = last
+            && let Some(next) = tree.beside(shared, last, true)
+            && tree.name(next.position) == Some(hash)
+            && tree.key(shared, next.position) == key
+        {
+            return next;
+        }
+        let place = |tree: &mut Tree| tree.place(shared, last, key, false);
+        self.seat_with(writer, shared, (hash, key), place)
+    }
+
+    /// Where the source has put a block of this name already, else where `place` puts it.
+    pub(super) fn seat_with(
+        &mut self,
+        writer: &mut Writer,
+        shared: &Shared,
+        (hash, key): (EngineHash, IndexKey),
+        place: impl FnOnce(&mut Tree) -> Place,
+    ) -> Place {
+        if !self.names.is_empty()
+            && self.names.contains_key(&hash)
             && let Some(known) = self.find_held(writer, shared, hash)
         {
             return known;
@@ -253,7 +266,7 @@ impl Source {
                 return known;
             }
         }
-        let place = tree.place(shared, last, key, false);
+        let place = place(tree);
         if named.is_none() && tree.name(place.position).is_none() {
             tree.set_name(place.position, hash);
         } else {
@@ -346,7 +359,7 @@ impl Source {
         let mut settled = vec![placed];
         while let Some((hash, place)) = settled.pop() {
             let key = writer.tree.key(shared, place.position);
-            self.settle_apart(writer, shared, hash, key, applied);
+            self.settle_apart(writer, shared, (hash, key), Some(place), applied);
             // Counted while it waited itself.
             if let Some(copies) = self.orphans.forget(hash) {
                 self.add_copies(writer, shared, place, &copies, applied);

@@ -107,6 +107,7 @@ fn a_piece_that_contradicts_itself_is_refused_whole() {
         hash: EngineHash(1),
         key: IndexKey(1),
         follows: false,
+        is_apart: false,
         namespace: Some(0),
         copies: [1, 0, 0, 0],
     };

@@ -229,12 +229,15 @@ impl Tree {
     pub(super) fn shorten(&mut self, shared: &Shared, run: u32, kept: u32, end: u32) {
         let header = shared.run(run);
         let first_key = self.key(shared, shared.position(run, 0));
-        if self.by_key.is_some() || header.has_doors() {
+        if self.by_key.is_some() || header.has_doors() || header.is_apart() {
             for block in kept..end {
                 let position = shared.position(run, block);
                 let key = self.key(shared, position);
                 if let Some(by_key) = &mut self.by_key {
                     by_key.remove(key.0, position);
+                }
+                if header.is_apart() {
+                    self.apart.remove(key.0, position);
                 }
                 if block > 0 && header.has_doors() {
                     self.doors.remove(&shared.doors, key, Door { run, block });

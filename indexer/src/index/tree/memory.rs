@@ -20,6 +20,7 @@ impl Tree {
         shared.recency.trim(self.slots.end());
         self.sets.trim();
         self.names.trim();
+        self.apart.trim();
         if let Some(by_key) = &mut self.by_key {
             by_key.trim();
         }
@@ -43,7 +44,8 @@ impl Tree {
     }
 
     pub(in crate::index) fn names_bytes(&self) -> usize {
-        self.names.bytes() + self.by_key.as_ref().map_or(0, Names::bytes)
+        let by_key = self.by_key.as_ref().map_or(0, Names::bytes);
+        self.names.bytes() + self.apart.bytes() + by_key
     }
 
     pub(in crate::index) fn leaves_bytes(&self) -> usize {

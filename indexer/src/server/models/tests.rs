@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use crate::adapter::{RemovedBlocks, SourceEvent, SourceKind, StoredBlocks};
 use crate::config::{ServerConfig, TenantConfig};
 use crate::index::{Answer, KvIndex, Query, SourceId, SourceSpec, Usage};
+use crate::server::access::Access;
 use crate::server::hub::Hub;
 use crate::server::models::EmptySince;
 use crate::wire::Registration;
@@ -29,6 +30,7 @@ fn hub(tenants: &[&str]) -> Hub {
             max_bytes: Some("16MiB".to_owned()),
             pods: vec![format!("{name}-")],
             models: Vec::new(),
+            ..TenantConfig::default()
         };
         config.tenants.insert((*name).to_owned(), rules);
     }
@@ -189,7 +191,7 @@ fn a_model_ends_when_it_has_held_nothing_for_the_time_to_live() {
     assert!(given_up > 0, "nothing was given up");
     let tenant = hub.tenants.by_name("acme").unwrap();
     let counted = || {
-        let tenants = hub.holdings().tenants;
+        let tenants = hub.holdings(Access::Any).tenants;
         tenants
             .iter()
             .map(|held| held.usage.evicted_blocks)
@@ -199,13 +201,17 @@ fn a_model_ends_when_it_has_held_nothing_for_the_time_to_live() {
     let mut empty_since = EmptySince::new();
     hub.end_models(&mut empty_since, begun);
     hub.end_models(&mut empty_since, begun + 10 * ttl);
-    assert_eq!(hub.holdings().models, 1, "it holds something");
+    assert_eq!(hub.holdings(Access::Any).models, 1, "it holds something");
 
     index.remove_source(id);
     let left = begun + 11 * ttl;
     hub.end_models(&mut empty_since, left);
     hub.end_models(&mut empty_since, left + ttl / 2);
-    assert_eq!(hub.holdings().models, 1, "it was there a moment ago");
+    assert_eq!(
+        hub.holdings(Access::Any).models,
+        1,
+        "it was there a moment ago"
+    );
     let other = hub.index_of(tenant, "other");
     assert!(
         other.is_err(),
@@ -214,7 +220,7 @@ fn a_model_ends_when_it_has_held_nothing_for_the_time_to_live() {
     );
     assert_eq!(counted(), given_up);
     hub.end_models(&mut empty_since, left + ttl);
-    assert_eq!(hub.holdings().models, 0);
+    assert_eq!(hub.holdings(Access::Any).models, 0);
     assert_eq!(counted(), given_up, "what it gave up is forgotten");
     let other = hub.index_of(tenant, "other").unwrap();
     assert_eq!(other.usage().bytes_max, Some(16 << 20));
