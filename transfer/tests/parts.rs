@@ -14,8 +14,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{
-    Agent, FileOptions, HostMemory, MemoryFate, Operation, Priority, RegionOptions, Request,
-    RequestOptions, Side, Status,
+    Agent, FileEngineMode, FileOptions, HostMemory, MemoryFate, Operation, Priority, RegionOptions,
+    Request, RequestOptions, Side, Status,
 };
 
 use support::proxy::Proxy;
@@ -237,10 +237,11 @@ fn a_fetch_overtakes_offloads() {
     }
 }
 
-/// The same for files, whose queue is the engine's.
+/// The same for files, on four threads, each of which does a whole request: the fetch is next when one of them is free.
 #[test]
 fn a_fetch_from_a_file_overtakes_offloads_to_it() {
     let agent = Agent::builder("files").build().unwrap();
+    agent.start_file_engine(FileEngineMode::Blocking).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let options = FileOptions {
         create: true,
@@ -269,7 +270,7 @@ fn a_fetch_from_a_file_overtakes_offloads_to_it() {
         .iter()
         .filter(|request| done_at(request) < fetched)
         .count();
-    assert!(before < 4, "{before} offloads were done first");
+    assert!(before <= 4, "{before} offloads were done first");
 }
 
 /// Eight requests of 1 MiB at 16 MiB a second cannot all be done before 7 of them are paid for, by any way; without the
