@@ -28,10 +28,10 @@ async fn a_new_replica_goes_on_where_its_peer_is() {
     let registration = registration("pod-0", [engine.source("engine", SourceKind::Vllm)]);
     let registered = client.register(registration.clone());
     registered.ready(PATIENCE).await.unwrap();
-    publish_block(&engine, 1);
-    assert_eq!(depth_of_long(&client, at(&engine)).await, 1);
-    publish_block(&engine, 2);
-    assert_eq!(depth_of_long(&client, at(&engine)).await, 2);
+    for block in 1..=2 {
+        publish_block(&engine, block);
+        until_depth_of_long(&client, block as u32).await;
+    }
 
     let second = start(with_peer(&first)).await;
     let replica = rig::client(&second);
@@ -89,7 +89,11 @@ async fn everything_that_was_told_is_in_the_snapshot() {
     registered.ready(PATIENCE).await.unwrap();
     // The child before its parent, in a batch that the publisher forgets.
     publish_block(&engine, 2);
-    depth_of_long(&client, at(&engine)).await;
+    wait_until(&client, |status| {
+        let sources = status.pods.iter().flat_map(|pod| &pod.sources);
+        sources.map(|source| source.orphans).sum::<u64>() == 1
+    })
+    .await;
     publish_block(&engine, 2);
     let answered = |answer: kvfabric_indexer::client::LookupAnswer| {
         let pods = answer.pods.into_iter().map(|pod| (pod.depth, pod.by_tier));
@@ -170,10 +174,10 @@ async fn a_restarted_index_goes_on_from_its_own_disk() {
         [engine.source("engine", SourceKind::Vllm)],
     ));
     registered.ready(PATIENCE).await.unwrap();
-    publish_block(&engine, 1);
-    assert_eq!(depth_of_long(&client, at(&engine)).await, 1);
-    publish_block(&engine, 2);
-    assert_eq!(depth_of_long(&client, at(&engine)).await, 2);
+    for block in 1..=2 {
+        publish_block(&engine, block);
+        until_depth_of_long(&client, block as u32).await;
+    }
     first.shutdown(PATIENCE).await.unwrap();
     drop(registered);
 

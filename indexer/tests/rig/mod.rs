@@ -235,6 +235,19 @@ pub(crate) async fn depth_of_long(client: &IndexClient, positions: Vec<SourcePos
     answer.pods.first().map_or(0, |pod| pod.depth)
 }
 
+/// Waits for a depth without a position: who waits for one has the publisher asked, and what a [`forgetful`] one has dropped
+/// by the time it answers is taken for lost.
+pub(crate) async fn until_depth_of_long(client: &IndexClient, depth: u32) {
+    let asking = async {
+        while depth_of_long(client, Vec::new()).await != depth {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking)
+        .await
+        .expect("the blocks never got there");
+}
+
 pub(crate) fn at(engine: &Publisher) -> Vec<SourcePosition> {
     vec![SourcePosition::new(
         &pod("pod-0"),
