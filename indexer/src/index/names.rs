@@ -138,8 +138,13 @@ pub(super) struct Names {
     next: usize,
 }
 
-/// The position of the entry with this tag for which `is_it` holds, among those that seem to be alike.
-fn exact(bucket: &Bucket, tag: Tag, alike: [u64; 3], is_it: &impl Fn(u32) -> bool) -> Option<u32> {
+/// The entry with this tag for whose position `is_it` holds, among those that seem to be alike.
+fn exact(
+    bucket: &Bucket,
+    tag: Tag,
+    alike: [u64; 3],
+    is_it: &impl Fn(u32) -> bool,
+) -> Option<usize> {
     for (word, mut alike) in alike.into_iter().enumerate() {
         while alike != 0 {
             let entry = entry_of(word, alike);
@@ -150,7 +155,7 @@ fn exact(bucket: &Bucket, tag: Tag, alike: [u64; 3], is_it: &impl Fn(u32) -> boo
                 && bucket[REST + entry] == tag.rest(position)
                 && is_it(position)
             {
-                return Some(position);
+                return Some(entry);
             }
             alike &= alike - 1;
         }
@@ -158,10 +163,18 @@ fn exact(bucket: &Bucket, tag: Tag, alike: [u64; 3], is_it: &impl Fn(u32) -> boo
     None
 }
 
+/// Where an entry is.
+struct Place {
+    tag: Tag,
+    bucket: u32,
+    line: u32,
+    entry: usize,
+    position: u32,
+}
+
 /// How a search ended.
 enum Found {
-    /// At this position, an entry of this bucket.
-    At(u32, u32),
+    At(Place),
     Nowhere(Vacancy),
 }
 
@@ -221,9 +234,15 @@ impl Names {
             let content = self.pages.bucket(line);
             let alike = alike(content, tag.low());
             if alike != [0; 3]
-                && let Some(position) = exact(content, tag, alike, &is_it)
+                && let Some(entry) = exact(content, tag, alike, &is_it)
             {
-                return Found::At(position, bucket);
+                return Found::At(Place {
+                    tag,
+                    bucket,
+                    line,
+                    entry,
+                    position: content[REST + entry] & POSITION_MASK,
+                });
             }
             if !was_passed(content, tag) {
                 break;
@@ -237,7 +256,7 @@ impl Names {
     #[inline]
     pub(super) fn find(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Option<u32> {
         match self.search(hash, is_it) {
-            Found::At(position, _) => Some(position),
+            Found::At(place) => Some(place.position),
             Found::Nowhere(_) => None,
         }
     }
@@ -249,7 +268,7 @@ impl Names {
     #[inline]
     pub(super) fn vacancy(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Result<Vacancy, u32> {
         match self.search(hash, is_it) {
-            Found::At(position, _) => Err(position),
+            Found::At(place) => Err(place.position),
             Found::Nowhere(vacancy) => Ok(vacancy),
         }
     }
@@ -289,17 +308,12 @@ impl Names {
 
     /// Removes a position that was added with this hash; without effect when it was not.
     pub(super) fn remove(&mut self, hash: u64, position: u32) {
-        let Found::At(_, at) = self.search(hash, |other| other == position) else {
+        let Found::At(place) = self.search(hash, |other| other == position) else {
             return;
         };
-        let tag = Tag::of(self.hash.mix(hash));
-        let line = self.pages.line(tag.table, at);
-        if let Some(bucket) = self.pages.bucket_mut(line) {
-            let rest = tag.rest(position);
+        let Place { tag, entry, .. } = place;
+        if let Some(bucket) = self.pages.bucket_mut(place.line) {
             let last = used(bucket) - 1;
-            let is_it =
-                |entry: &usize| bucket[REST + entry] == rest && tags(bucket)[*entry] == tag.low();
-            let entry = (0..last).find(is_it).unwrap_or(last);
             bucket[REST + entry] = bucket[REST + last];
             let tags = tags_mut(bucket);
             tags[entry] = tags[last];
@@ -307,7 +321,7 @@ impl Names {
         }
         let table = &mut self.tables[tag.table];
         // Its bits where it went past stay; when too many do, the table is made anew.
-        table.stale += u32::from(at != home(tag, table.buckets()));
+        table.stale += u32::from(place.bucket != home(tag, table.buckets()));
         table.entries -= 1;
         let sparse = table.pages * PAGE_ENTRIES * SPARSE_PERCENT / 100;
         if table.entries == 0 || table.entries < sparse && table.pages > 1 {
