@@ -22,8 +22,16 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Lines that a program may say beside its answers, before it is given up.
 const CHATTER_MAX: usize = 1000;
 
-const NIXL: &str = include_str!("../../transfer/nixl.py");
-const MOONCAKE: &str = include_str!("../../transfer/mooncake.py");
+const NIXL: &str = concat!(
+    include_str!("../../transfer/rival.py"),
+    "\n\n",
+    include_str!("../../transfer/nixl.py")
+);
+const MOONCAKE: &str = concat!(
+    include_str!("../../transfer/rival.py"),
+    "\n\n",
+    include_str!("../../transfer/mooncake.py")
+);
 
 /// A program that can be asked.
 #[derive(Clone, Debug)]
