@@ -212,12 +212,11 @@ async fn a_stale_peer_of_a_publisher_that_has_forgotten_is_not_believed() {
     aged.is_asked_first(&client(&second), before, 0).await;
 }
 
-/// The index was away while a block was removed and another stored.
-#[tokio::test]
-async fn an_old_file_is_gone_beyond_before_anything_is_answered() {
+/// An index is away while a block is removed and another stored; what it answers then of its old file.
+async fn come_back_with_an_old_file(engine: Publisher, depth: u32) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index.snapshot");
-    let aged = Aged::new(engine("pod-0")).await;
+    let aged = Aged::new(engine).await;
     let first = start(with_file(&path)).await;
     let asking = client(&first);
     wait_until_serving(&asking).await;
@@ -226,24 +225,19 @@ async fn an_old_file_is_gone_beyond_before_anything_is_answered() {
     drop(registered);
     let before = aged.go_on_unheard();
     let second = start(with_file(&path)).await;
-    aged.is_asked_first(&client(&second), before, 1).await;
+    aged.is_asked_first(&client(&second), before, depth).await;
 }
 
-/// The same, and the engine has forgotten what happened in between.
+/// The engine tells what happened in between.
+#[tokio::test]
+async fn an_old_file_is_gone_beyond_before_anything_is_answered() {
+    come_back_with_an_old_file(engine("pod-0"), 1).await;
+}
+
+/// The engine has forgotten it.
 #[tokio::test]
 async fn an_old_file_of_a_publisher_that_has_forgotten_is_not_believed() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("index.snapshot");
-    let aged = Aged::new(soon_forgetful()).await;
-    let first = start(with_file(&path)).await;
-    let asking = client(&first);
-    wait_until_serving(&asking).await;
-    let registered = aged.teach(&asking).await;
-    first.shutdown(PATIENCE).await.unwrap();
-    drop(registered);
-    let before = aged.go_on_unheard();
-    let second = start(with_file(&path)).await;
-    aged.is_asked_first(&client(&second), before, 0).await;
+    come_back_with_an_old_file(soon_forgetful(), 0).await;
 }
 
 /// Nobody is left whom the index could ask.
