@@ -70,7 +70,7 @@ impl Fit {
         pages * PAGE_ENTRIES * self.full_percent() / 100
     }
 
-    /// So many entries need so many pages, with a fifth more until they are full.
+    /// So many entries need so many pages, with room for a quarter more until they are full.
     const fn pages_for(self, entries: u32) -> u32 {
         (entries * 5 / 4).div_ceil(self.entries_max(1))
     }
