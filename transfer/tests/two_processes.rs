@@ -9,10 +9,10 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,113 +21,43 @@ use kvfabric_transfer::{
     Agent, HostMemory, MemoryFate, Operation, PeerHandle, Region, RegionId, RegionOptions,
     RequestOptions, Side,
 };
-use rustix::process::{
-    DumpableBehavior, Pid, Signal, WaitOptions, kill_process, set_dumpable_behavior, waitpid,
-};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
+use support::child::{Again, ROLE, hex, unhex};
 use support::{OPEN, WAIT, Way, contents, pattern};
 
 const WAYS: [Way; 4] = [Way::Shm, Way::Cma, Way::Tcp, Way::Ucx];
 const BYTES: u64 = 8 << 20;
 const SEED: u64 = 99;
 
-/// What the other process is.
-const ROLE: &str = "KVFABRIC_TEST_ROLE";
 /// Which way it is reached.
 const WAY: &str = "KVFABRIC_TEST_WAY";
 /// Metadata for it, in hexadecimal digits.
 const PEER: &str = "KVFABRIC_TEST_PEER";
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Vec<u8> {
-    let pairs = text.as_bytes().chunks(2);
-    pairs
-        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
-        .collect()
-}
-
 fn this_program() -> PathBuf {
     std::env::current_exe().unwrap()
 }
 
-/// The other process; killed when dropped.
-struct Other {
-    child: Child,
-    lines: BufReader<ChildStdout>,
+/// The other process, killed when dropped.
+fn start(role: &str, way: Way, peer: &[u8]) -> Again {
+    start_with(Command::new(this_program()), role, way, peer)
 }
 
-impl Other {
-    fn start(role: &str, way: Way, peer: &[u8]) -> Self {
-        Self::run(Command::new(this_program()), role, way, peer)
+/// As another user, if this one may become anyone.
+fn start_as(user: Option<u32>, role: &str, way: Way, peer: &[u8]) -> Again {
+    let mut command = Command::new(this_program());
+    if let Some(user) = user {
+        command.uid(user).gid(user);
     }
-
-    /// As another user, if this one may become anyone.
-    fn start_as(user: Option<u32>, role: &str, way: Way, peer: &[u8]) -> Self {
-        let mut command = Command::new(this_program());
-        if let Some(user) = user {
-            command.uid(user).gid(user);
-        }
-        Self::run(command, role, way, peer)
-    }
-
-    /// `command` starts this program, with whatever arguments follow.
-    fn run(mut command: Command, role: &str, way: Way, peer: &[u8]) -> Self {
-        let mut child = command
-            .args(["the_other_process", "--exact", "--nocapture"])
-            .env(ROLE, role)
-            .env(WAY, way.name())
-            .env(PEER, hex(peer))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
-        Self { child, lines }
-    }
-
-    /// The rest of the line that starts with `word`.
-    fn expect(&mut self, word: &str) -> String {
-        let mut line = String::new();
-        loop {
-            line.clear();
-            assert!(
-                self.lines.read_line(&mut line).unwrap() > 0,
-                "it ended before {word}"
-            );
-            // The test harness writes without line ends in front of it.
-            if let Some(at) = line.find(word) {
-                return line[at + word.len()..].trim().to_owned();
-            }
-        }
-    }
-
-    /// Stops it, and returns once all of its threads stand still.
-    fn stop(&self) {
-        let pid = Pid::from_child(&self.child);
-        kill_process(pid, Signal::STOP).unwrap();
-        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
-        assert!(status.stopped(), "{status:?}");
-    }
-
-    fn go_on(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::CONT).unwrap();
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
+    start_with(command, role, way, peer)
 }
 
-impl Drop for Other {
-    fn drop(&mut self) {
-        // It may be dead already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// `command` starts this program, with whatever arguments follow.
+fn start_with(command: Command, role: &str, way: Way, peer: &[u8]) -> Again {
+    let peer = hex(peer);
+    let told = [(WAY, way.name()), (PEER, &peer)];
+    Again::run(command, "the_other_process", role, &told)
 }
 
 /// The body of the other process; in the process that runs all tests there is nothing to do.
@@ -226,15 +156,15 @@ struct Reached {
     local: Region,
     peer: PeerHandle,
     remote: RegionId,
-    other: Other,
+    other: Again,
 }
 
 impl Reached {
     fn new(way: Way) -> Self {
-        Self::through(way, Other::start("target", way, &[]))
+        Self::through(way, start("target", way, &[]))
     }
 
-    fn through(way: Way, mut other: Other) -> Self {
+    fn through(way: Way, mut other: Again) -> Self {
         let remote = RegionId(other.expect("REGION").parse().unwrap());
         let metadata = unhex(&other.expect("METADATA"));
         let agent = way.agent("this");
@@ -347,7 +277,7 @@ fn notifications_to_a_process_that_stands_still_arrive_when_it_goes_on() {
 #[test]
 fn every_request_settles_when_the_peer_is_killed() {
     for way in WAYS {
-        every_request_settles(way, Reached::new(way), Other::kill);
+        every_request_settles(way, Reached::new(way), Again::kill);
     }
 }
 
@@ -355,7 +285,7 @@ fn every_request_settles_when_the_peer_is_killed() {
 #[test]
 fn every_request_settles_when_the_peer_becomes_another_program() {
     for way in [Way::Cma, Way::Tcp] {
-        let reached = Reached::through(way, Other::start("changeling", way, &[]));
+        let reached = Reached::through(way, start("changeling", way, &[]));
         every_request_settles(way, reached, |other| {
             let mut input = other.child.stdin.take().unwrap();
             input.write_all(b"now\n").unwrap();
@@ -363,7 +293,7 @@ fn every_request_settles_when_the_peer_becomes_another_program() {
     }
 }
 
-fn every_request_settles(way: Way, mut reached: Reached, end: fn(&mut Other)) {
+fn every_request_settles(way: Way, mut reached: Reached, end: fn(&mut Again)) {
     let mut requests = Vec::new();
     for round in 0..40 {
         let operation = if round % 2 == 0 {
@@ -414,7 +344,7 @@ fn private_memory_of_another_user_s_process_is_refused_with_the_reason() {
         println!("SKIPPED: only root can start a process of another user");
         return;
     }
-    let mut other = Other::start_as(Some(NOBODY), "target", Way::Cma, &[]);
+    let mut other = start_as(Some(NOBODY), "target", Way::Cma, &[]);
     let metadata = unhex(&other.expect("METADATA"));
     let agent = Way::Cma.agent("this");
     let peer = agent.load_peer(&metadata).unwrap();
@@ -430,9 +360,9 @@ fn private_memory_of_another_user_s_process_is_refused_with_the_reason() {
 fn memory_that_the_kernel_closes_is_refused_with_the_reason() {
     let user = rustix::process::geteuid().is_root().then_some(NOBODY);
     for (role, refused) in [("closed", true), ("target", false)] {
-        let mut target = Other::start_as(user, role, Way::Cma, &[]);
+        let mut target = start_as(user, role, Way::Cma, &[]);
         let metadata = unhex(&target.expect("METADATA"));
-        let mut reporter = Other::start_as(user, "reporter", Way::Cma, &metadata);
+        let mut reporter = start_as(user, "reporter", Way::Cma, &metadata);
         let report = reporter.expect("REPORT");
         let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope");
         let scoped = scope.is_ok_and(|scope| scope.trim() != "0");
@@ -459,7 +389,7 @@ fn a_process_of_an_invisible_namespace_is_refused_with_the_reason() {
         let _region = agent.register(way.memory(4096), OPEN).unwrap();
         let mut command = Command::new("unshare");
         command.args(arguments).arg(this_program());
-        let mut other = Other::run(command, "reporter", way, &agent.metadata());
+        let mut other = start_with(command, "reporter", way, &agent.metadata());
         let report = other.expect("REPORT");
         assert!(report.contains("another pid namespace"), "{report}");
     }
@@ -481,7 +411,7 @@ fn memory_used_in_place_is_in_use_until_its_user_gives_it_back_or_is_dead() {
         let export = agent.register(way.memory(4096), OPEN).unwrap();
         export.write_at(0, &pattern(4096, SEED)).unwrap();
         let metadata = agent.metadata();
-        let mut other = Other::start("initiator", way, &metadata);
+        let mut other = start("initiator", way, &metadata);
         let checksum: u32 = other.expect("CHECKSUM").parse().unwrap();
         assert_eq!(checksum, export.checksum(0, 4096).unwrap());
         if dies {
@@ -509,7 +439,7 @@ fn memory_used_in_place_outlives_its_agent_while_it_is_used() {
     ] {
         let agent = way.agent("this");
         let export = agent.register(way.memory(4096), OPEN).unwrap();
-        let mut other = Other::start("initiator", way, &agent.metadata());
+        let mut other = start("initiator", way, &agent.metadata());
         other.expect("CHECKSUM");
         if stopped {
             other.stop();

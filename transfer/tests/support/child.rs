@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
 /// What the other process is to do; the test that is run again reads it.
 pub(crate) const ROLE: &str = "KVFABRIC_TEST_ROLE";
 
@@ -13,7 +15,7 @@ pub(crate) const NOBODY: u32 = 65_534;
 
 /// Another process of this program; killed when dropped.
 pub(crate) struct Again {
-    child: Child,
+    pub(crate) child: Child,
     lines: BufReader<ChildStdout>,
 }
 
@@ -29,9 +31,15 @@ impl Again {
         if let Some(user) = user {
             command.uid(user).gid(user);
         }
+        Self::run(command, body, role, &[])
+    }
+
+    /// `command` starts this program, with whatever arguments follow; `told` is in its environment too.
+    pub(crate) fn run(mut command: Command, body: &str, role: &str, told: &[(&str, &str)]) -> Self {
         let mut child = command
             .args([body, "--exact", "--nocapture"])
             .env(ROLE, role)
+            .envs(told.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -61,6 +69,23 @@ impl Again {
         let input = self.child.stdin.as_mut().unwrap();
         writeln!(input, "{line}").unwrap();
         self.expect(answer)
+    }
+
+    /// Stops it, and returns once all of its threads stand still.
+    pub(crate) fn stop(&self) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::STOP).unwrap();
+        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
+        assert!(status.stopped(), "{status:?}");
+    }
+
+    pub(crate) fn go_on(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::CONT).unwrap();
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits for its end; what it still says is shown.
