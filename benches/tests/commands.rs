@@ -5,61 +5,15 @@
     reason = "a test fails by panicking"
 )]
 
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
 
-/// Only bounds a failing test.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-fn bench(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kv-bench"));
-    command
-        .args(arguments.split_whitespace())
-        .stdin(Stdio::null());
-    command
-}
-
-/// Runs it with `--json`; the rows, after a look at everything around them.
-fn rows(arguments: &str) -> Vec<Value> {
-    let folder = tempfile::tempdir().unwrap();
-    let json = folder.path().join("bench.json");
-    let output = bench(arguments).arg("--json").arg(&json).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let report = read(&json);
-    assert_eq!(report["tool"], "kv-bench");
-    assert_eq!(report["command"], arguments.split(' ').next().unwrap());
-    let rows = report["rows"].as_array().unwrap().clone();
-    let table = String::from_utf8(output.stdout).unwrap();
-    for row in &rows {
-        assert!(
-            table.contains(row["case"].as_str().unwrap()),
-            "{row} is not in\n{table}"
-        );
-    }
-    rows
-}
-
-fn read(json: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap()
-}
-
-fn median(rows: &[Value], subject: &str, case: &str, metric: &str) -> f64 {
-    let wanted = [("subject", subject), ("case", case), ("metric", metric)];
-    let row = rows
-        .iter()
-        .find(|row| wanted.iter().all(|(key, value)| row[*key] == *value));
-    row.unwrap_or_else(|| panic!("no {wanted:?} in {rows:#?}"))["median"]
-        .as_f64()
-        .unwrap()
-}
+use support::{PATIENCE, bench, median, read, rows};
 
 /// Runs what must be refused; what it says.
 fn refusal(arguments: &str) -> String {

@@ -7,55 +7,17 @@
     reason = "a test fails by panicking, and skips aloud"
 )]
 
+mod support;
+
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// Only bounds a failing test.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-fn bench(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kv-bench"));
-    command
-        .args(arguments.split_whitespace())
-        .stdin(Stdio::null());
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn read(json: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap()
-}
-
-/// Runs what must succeed; its rows.
-fn rows(arguments: &str) -> Vec<Value> {
-    let folder = tempfile::tempdir().unwrap();
-    let json = folder.path().join("bench.json");
-    let output = bench(arguments).arg("--json").arg(&json).output().unwrap();
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    read(&json)["rows"].as_array().unwrap().clone()
-}
-
-fn find<'a>(rows: &'a [Value], subject: &str, case: &str, metric: &str) -> Option<&'a Value> {
-    let wanted = [("subject", subject), ("case", case), ("metric", metric)];
-    rows.iter()
-        .find(|row| wanted.iter().all(|(key, value)| row[*key] == *value))
-}
-
-fn median(rows: &[Value], subject: &str, case: &str, metric: &str) -> f64 {
-    let row = find(rows, subject, case, metric);
-    row.unwrap_or_else(|| panic!("no {subject} {case} {metric} in {rows:#?}"))["median"]
-        .as_f64()
-        .unwrap()
-}
+use support::{PATIENCE, bench, find, median, read, rows, text};
 
 /// Runs what must fail; its status and what it says.
 fn failure(arguments: &str) -> (Option<i32>, String) {
