@@ -13,11 +13,12 @@ mod builder;
 mod core;
 mod exports;
 mod inbox;
+mod links;
 mod peer;
 mod timer;
 
 pub(crate) use self::core::AgentCore;
-pub use builder::AgentBuilder;
+pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
@@ -254,7 +255,7 @@ impl Agent {
                 region.check(plan.operation)?;
             }
         }
-        peer.channel(&self.0, plan)?.prepare(plan)?;
+        peer.ready_channel(&self.0, plan)?;
         Ok(Route::Peer(peer.clone()))
     }
 
