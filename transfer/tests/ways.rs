@@ -233,7 +233,7 @@ const SMALL: u64 = 1 << 20;
 
 /// Two agents on a simulated network and, if there is to be another way, TCP.
 fn simulated(tcp: bool, slow_after: Duration) -> (SimNetwork, Pair) {
-    let config = ExchangeConfig::over(LinkProfile::default());
+    let config = ExchangeConfig::over(LinkProfile::perfect());
     let network = SimNetwork::new(7, config).unwrap();
     let build = |name| {
         Agent::builder(name)
