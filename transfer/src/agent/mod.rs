@@ -127,7 +127,10 @@ impl Agent {
     /// named), [`ErrorKind::Busy`] above [`PEERS_MAX`].
     pub fn load_peer(&self, metadata: &[u8]) -> Result<PeerHandle> {
         self.0.check()?;
-        let card = PeerCard::decode(metadata)?;
+        self.load_card(PeerCard::decode(metadata)?)
+    }
+
+    fn load_card(&self, card: PeerCard) -> Result<PeerHandle> {
         let mut peers = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(peer) = peers.get(&card.name) {
             peer.update(card);
@@ -425,3 +428,6 @@ impl std::fmt::Debug for Agent {
         f.debug_struct("Agent").field("name", &self.name()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests;
