@@ -73,7 +73,9 @@ pub(crate) fn cut_unix(child: &Child, which: usize, door: bool) {
 pub(crate) fn cut_all_but(child: &Child, address: SocketAddr) {
     for (_, socket) in sockets(child) {
         let name = getsockname(&socket).unwrap();
-        if SocketAddr::try_from(name).is_ok_and(|name| name != address) {
+        // A library that listens need not bear that it stops.
+        let connected = !sockopt::socket_acceptconn(&socket).unwrap();
+        if connected && SocketAddr::try_from(name).is_ok_and(|name| name != address) {
             cut(&socket);
         }
     }
