@@ -17,6 +17,7 @@ mod connection;
 pub mod identity;
 mod index;
 pub mod life;
+mod logs;
 mod metrics;
 pub mod names;
 mod node;

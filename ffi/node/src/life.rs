@@ -19,9 +19,11 @@ pub struct Life {
 }
 
 impl Life {
-    /// A life that begins in this process.
+    /// A life that begins in this process. With the first one, the library begins to write what it has to say on standard
+    /// error, as the variable `KVFABRIC_LOG` wants it.
     #[must_use]
     pub fn begin() -> Arc<Self> {
+        crate::logs::start();
         Arc::new(Self {
             process: Process::current(),
             poisoned: AtomicBool::new(false),
