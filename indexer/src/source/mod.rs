@@ -1,5 +1,6 @@
 //! Follows publishers of KV events and applies what they say to the index.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -109,6 +110,22 @@ pub(crate) struct SourceState {
     wanted: StdMutex<(Epoch, Sequence)>,
 }
 
+/// Counts whenever a source among several is further than before, or begins anew: what was read between two equal counts
+/// was so at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Steps(AtomicU64);
+
+impl Steps {
+    pub(crate) fn count(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// The index has what a source's new position promises, which nobody has been told yet.
+    fn take(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
 /// What the configuration allows a source.
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
@@ -120,6 +137,8 @@ pub(crate) struct Limits {
     pub(crate) media: Arc<Media>,
     /// What it keeps until it can be applied finds its room here, beside that of all others.
     pub(crate) room: Arc<Room>,
+    /// Shared by all sources.
+    pub(crate) steps: Arc<Steps>,
     /// When its publisher is asked for the tail.
     pub(crate) probes: Probes,
 }
@@ -242,6 +261,7 @@ impl Follower {
         self.reported = stats;
         let position = self.ingest.position();
         let is_current = self.ingest.is_current();
+        self.limits.steps.take();
         self.state.progress.send_if_modified(|progress| {
             let is_synced = progress.is_connected && (progress.is_synced || is_current);
             let new = Progress {
