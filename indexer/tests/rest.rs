@@ -18,15 +18,24 @@ fn index_with_a_source() -> (KvIndex, SourceId) {
         weights: TierWeights::default(),
         orphan_blocks_max: ORPHAN_BLOCKS_MAX,
     });
-    let source = index
+    let source = add_source(&index, "pod");
+    (index, source)
+}
+
+fn add_source(index: &KvIndex, pod: &str) -> SourceId {
+    index
         .add_source(SourceSpec {
-            pod: PodName::new("pod").unwrap(),
+            pod: PodName::new(pod).unwrap(),
             name: "engine".into(),
             kind: SourceKind::Vllm,
             block_size: 1,
         })
-        .unwrap();
-    (index, source)
+        .unwrap()
+}
+
+fn scrambled(number: u32) -> u64 {
+    let word = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (word ^ word >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93)
 }
 
 fn stored(names: &[u64], tokens: &[u32], parent: Option<u64>) -> SourceEvent {
@@ -120,5 +129,36 @@ fn an_index_at_rest_gives_back_what_it_has_for_growing() {
         let tokens: Vec<u32> = (0..BLOCKS).map(|block| chain << 8 | block).collect();
         assert_eq!(depth(&compacted, &tokens), BLOCKS);
         assert_eq!(depth(&rested, &tokens), BLOCKS);
+    }
+}
+
+/// A million pairs at rest, each name a pod's own and then each four pods' together: what docs/benchmarks.md says of ten
+/// million, and some room for tables that are a page too large here.
+#[test]
+fn a_pair_takes_no_more_bytes_than_is_promised() {
+    const BLOCKS: u32 = 100;
+    for (holders, chains, bytes_max) in [(1, 10_000, 24), (4, 2_500, 8)] {
+        let (index, first) = index_with_a_source();
+        let others = (1..holders).map(|number| add_source(&index, &format!("pod-{number}")));
+        let sources: Vec<_> = std::iter::once(first).chain(others).collect();
+        for chain in 0..chains {
+            let tokens: Vec<u32> = (0..BLOCKS).map(|block| chain << 8 | block).collect();
+            // As engines name blocks: nothing of one name is in the next.
+            let names: Vec<u64> = tokens.iter().copied().map(scrambled).collect();
+            for source in &sources {
+                index
+                    .apply(*source, &stored(&names, &tokens, None))
+                    .unwrap();
+            }
+        }
+        index.compact();
+        let pairs = u64::from(holders * chains * BLOCKS);
+        assert_eq!(index.entries(), pairs);
+        let bytes = index.bytes();
+        assert!(
+            bytes <= pairs * bytes_max,
+            "{bytes} bytes for {pairs} pairs: {:?}",
+            index.parts()
+        );
     }
 }

@@ -1,4 +1,5 @@
 //! The committed code is what the `.proto` files generate.
+#![cfg(test)]
 
 use std::fs;
 use std::path::Path;

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result, Time};
-use kvfabric_proto::v1;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -20,7 +19,7 @@ use crate::ingest::Room;
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Fed, Follower, Limits, Probes, Progress, SourceState, Steps};
+use crate::source::{Fed, Follower, Limits, Probes, Seen, SourceState, Steps};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
 
 /// Bytes that wait in all sources together: live batches behind a replay, and images on their way. One source alone may
@@ -100,16 +99,11 @@ impl PodSource {
         }
     }
 
-    /// How much its position is worth at `now`, as of `progress`.
-    pub(super) fn freshness(
-        &self,
-        progress: &Progress,
-        now: std::time::Instant,
-    ) -> v1::SourceFreshness {
-        v1::SourceFreshness {
-            evicted: self.evicted.entries(),
-            ..progress.freshness(now)
-        }
+    /// What answers say of it at `now`.
+    pub(super) fn seen(&self, now: std::time::Instant) -> Seen {
+        let mut seen = self.state.seen(now);
+        seen.freshness.evicted = self.evicted.entries();
+        seen
     }
 }
 
@@ -437,9 +431,10 @@ impl Hub {
         }
         let task = if spec.kind == SourceKind::Approximate {
             // Nothing is published that could be waited for.
-            state
-                .progress
-                .send_modify(|progress| progress.is_synced = true);
+            state.change(|progress| {
+                progress.is_synced = true;
+                true
+            });
             tokio::spawn(std::future::ready(())).abort_handle()
         } else {
             tokio::spawn(follower.run()).abort_handle()

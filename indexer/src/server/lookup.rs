@@ -294,7 +294,7 @@ impl Hub {
         loop {
             membership.mark_unchanged();
             if let Some(state) = self.source(&wanted.source, access) {
-                let mut progress = state.progress.subscribe();
+                let mut progress = state.subscribe();
                 if !is_reached(progress.borrow().position, wanted.position) {
                     state.want(wanted.position);
                 }
@@ -316,7 +316,7 @@ impl Hub {
     fn not_reached(&self, wanted: &SourcePosition, access: Access) -> Error {
         let now = match self.source(&wanted.source, access) {
             Some(state) => {
-                let progress = *state.progress.borrow();
+                let progress = state.progress();
                 let connected = if progress.is_connected {
                     "connected"
                 } else {

@@ -238,7 +238,7 @@ async fn report_ready(pod: &Pod, answers: &mpsc::Sender<Result<v1::RegisterRespo
     // A client that is gone is noticed by the others.
     let _ = answers.send(opened).await;
     for source in &pod.sources {
-        let mut progress = source.state.progress.subscribe();
+        let mut progress = source.state.subscribe();
         let _ = progress.wait_for(|progress| progress.is_synced).await;
     }
     let _ = answers.send(Ok(v1::RegisterResponse { ready: true })).await;
@@ -293,7 +293,7 @@ impl Hub {
     fn pod_status(&self, pod: &Pod) -> v1::PodStatus {
         let now = std::time::Instant::now();
         let sources = pod.sources.iter().map(|source| {
-            let progress = *source.state.progress.borrow();
+            let progress = source.state.progress();
             let position = SourcePosition {
                 source: source.name.clone(),
                 position: progress.position,
@@ -305,7 +305,7 @@ impl Hub {
                 replays: progress.stats.replays,
                 resyncs: progress.stats.resyncs,
                 orphans: self.orphans_of(pod, source),
-                freshness: Some(source.freshness(&progress, now)),
+                freshness: Some(source.seen(now).freshness),
             }
         });
         v1::PodStatus {

@@ -7,9 +7,10 @@ use kvcache_core::PodName;
 use tokio::time::Instant;
 
 use super::fields::Fields;
-use super::hub::{Pod, Pods};
+use super::hub::{Pod, PodSource, Pods};
 use super::lookup::answered;
 use crate::index::Answer;
+use crate::source::Seen;
 
 /// What is said of one pod: nothing of one that is not known any more.
 #[derive(Clone, Debug, Default)]
@@ -47,33 +48,34 @@ impl Positions {
         now: Instant,
     ) {
         self.clear();
-        for name in names {
+        // What belongs to a pod is behind several pointers, and rarely in the cache: in steps that go through all pods, the
+        // memory of many is waited for at once.
+        let known: Vec<Option<&Pod>> = names.map(|name| Some(&**pods.get(name)?)).collect();
+        let sources = known.iter().flatten().flat_map(|pod| &pod.sources);
+        let sources: Vec<&PodSource> = sources.collect();
+        let seen = sources.iter().map(|source| source.seen(now.into_std()));
+        let seen: Vec<Seen> = seen.collect();
+        let mut seen = sources.into_iter().zip(&seen);
+        for pod in known {
             let from = self.ends();
-            if let Some(pod) = pods.get(name) {
-                self.read_pod(pod, now);
+            if let Some(pod) = pod {
+                let address = pod.registration.peer_address.as_deref();
+                self.addresses.push_str(address.unwrap_or_default());
+                for (source, seen) in seen.by_ref().take(pod.sources.len()) {
+                    self.add_source(source, seen);
+                }
             }
             self.add_place(&from);
         }
     }
 
-    fn read_pod(&mut self, pod: &Pod, now: Instant) {
-        if let Some(address) = &pod.registration.peer_address {
-            self.addresses.push_str(address);
-        }
-        for source in &pod.sources {
-            let progress = source.state.progress.borrow();
-            let (position, freshness) = (
-                progress.position,
-                source.freshness(&progress, now.into_std()),
-            );
-            drop(progress);
-            self.positions.nested(5, |fields| {
-                fields.text(1, &source.name);
-                fields.uint(2, position.epoch.0);
-                fields.uint(3, position.next.0);
-            });
-            self.freshness.message(7, &freshness);
-        }
+    fn add_source(&mut self, source: &PodSource, seen: &Seen) {
+        self.positions.nested(5, |fields| {
+            fields.text(1, &source.name);
+            fields.uint(2, seen.position.epoch.0);
+            fields.uint(3, seen.position.next.0);
+        });
+        self.freshness.message(7, &seen.freshness);
     }
 
     /// Where the next pod begins.

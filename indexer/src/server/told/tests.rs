@@ -184,7 +184,7 @@ async fn hub(known: &[Option<Known>], now: Instant) -> Hub {
         };
         let pod = hub.join(&registration, Access::Any).await.unwrap();
         for (source, standing) in pod.sources.iter().zip(&known.sources) {
-            source.state.progress.send_modify(|progress| {
+            source.state.change(|progress| {
                 progress.position = Position {
                     epoch: Epoch(standing.position.0),
                     next: Sequence(standing.position.1),
@@ -195,10 +195,64 @@ async fn hub(known: &[Option<Known>], now: Instant) -> Hub {
                     .map(|ago| now.into_std() - Duration::from_micros(ago));
                 progress.is_connected = standing.connected;
                 progress.is_current = standing.current;
+                true
             });
         }
     }
     hub
+}
+
+fn tiers_plainly(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
+    let wire = [
+        v1::Tier::Hbm,
+        v1::Tier::Dram,
+        v1::Tier::Nvme,
+        v1::Tier::Object,
+    ];
+    let held = wire.into_iter().zip(*by_tier);
+    let held = held.filter(|(_, blocks)| *blocks > 0);
+    held.map(|(tier, blocks)| v1::TierDepth {
+        tier: tier.into(),
+        blocks,
+    })
+    .collect()
+}
+
+fn pod_plainly(found: &PodDepth, address: Option<&String>, explain: bool) -> v1::PodDepth {
+    let own = found.weights.as_deref();
+    let weights = own.map_or(TierWeights::default(), |own| *own.weights());
+    let terms = tiers_plainly(&found.by_tier).into_iter().map(|held| {
+        let tier = Tier::ALL[held.tier as usize - 1];
+        let medium = own.and_then(|own| own.medium(tier));
+        v1::ScoreTerm {
+            tier: held.tier,
+            blocks: held.blocks,
+            weight: weights.of(tier),
+            medium: medium.unwrap_or("").to_owned(),
+        }
+    });
+    let parts = found.parts.iter().map(|part| v1::PartDepth {
+        data_parallel_rank: part.rank,
+        depth: part.depth,
+        by_tier: tiers_plainly(&part.by_tier),
+        score: weights.score(&part.by_tier),
+        groups: if explain {
+            part.groups.iter().map(group_depth_to_wire).collect()
+        } else {
+            Vec::new()
+        },
+    });
+    v1::PodDepth {
+        pod: found.pod.as_str().to_owned(),
+        depth: found.depth,
+        by_tier: tiers_plainly(&found.by_tier),
+        score: found.score,
+        peer_address: address.cloned().unwrap_or_default(),
+        terms: terms.filter(|_| explain).collect(),
+        parts: parts.collect(),
+        expected_depth: found.expected_depth,
+        approximate: found.is_approximate,
+    }
 }
 
 /// The answer as the generated message has it.
@@ -207,61 +261,11 @@ fn plainly(
     known: &BTreeMap<PodName, &Known>,
     told: &Told<'_>,
 ) -> v1::LookupResponse {
-    let weights = TierWeights::default();
-    let of_tiers = |by_tier: &[u32; TIERS]| -> Vec<v1::TierDepth> {
-        let wire = [
-            v1::Tier::Hbm,
-            v1::Tier::Dram,
-            v1::Tier::Nvme,
-            v1::Tier::Object,
-        ];
-        let held = wire.into_iter().zip(*by_tier);
-        let held = held.filter(|(_, blocks)| *blocks > 0);
-        held.map(|(tier, blocks)| v1::TierDepth {
-            tier: tier.into(),
-            blocks,
-        })
-        .collect()
-    };
     let pods = answer.pods.iter().map(|found| {
-        let own = found.weights.as_deref();
-        let weights = own.map_or(&weights, PodWeights::weights);
-        let terms = of_tiers(&found.by_tier).into_iter().map(|held| {
-            let tier = Tier::ALL[held.tier as usize - 1];
-            v1::ScoreTerm {
-                tier: held.tier,
-                blocks: held.blocks,
-                weight: weights.of(tier),
-                medium: own
-                    .and_then(|own| own.medium(tier))
-                    .unwrap_or("")
-                    .to_owned(),
-            }
-        });
-        let parts = found.parts.iter().map(|part| v1::PartDepth {
-            data_parallel_rank: part.rank,
-            depth: part.depth,
-            by_tier: of_tiers(&part.by_tier),
-            score: weights.score(&part.by_tier),
-            groups: match told.explain {
-                true => part.groups.iter().map(group_depth_to_wire).collect(),
-                false => Vec::new(),
-            },
-        });
         let address = known
             .get(&found.pod)
-            .and_then(|known| known.address.clone());
-        v1::PodDepth {
-            pod: found.pod.as_str().to_owned(),
-            depth: found.depth,
-            by_tier: of_tiers(&found.by_tier),
-            score: found.score,
-            peer_address: address.unwrap_or_default(),
-            terms: terms.filter(|_| told.explain).collect(),
-            parts: parts.collect(),
-            expected_depth: found.expected_depth,
-            approximate: found.is_approximate,
-        }
+            .and_then(|known| known.address.as_ref());
+        pod_plainly(found, address, told.explain)
     });
     let sources: Vec<_> = answered(answer)
         .filter_map(|name| Some((name, known.get(name)?)))
