@@ -16,6 +16,7 @@ use crate::agent::{AgentCore, PeerCore, TimerKey};
 use crate::backend::Backend;
 use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
+use crate::reactor::Reactor;
 use crate::signal::Signal;
 use crate::stats::Counters;
 
@@ -47,6 +48,8 @@ pub(super) struct State {
     pub(super) counters: Option<Arc<Counters>>,
     pub(super) timer: Option<TimerKey>,
     pub(super) wakers: Vec<Waker>,
+    /// Kicked when something has changed: somebody who waits may lead it.
+    pub(super) led: Option<Arc<Reactor>>,
     /// The first piece that is not posted.
     pub(super) next: u32,
     /// Pieces that are not settled, posted or not.
@@ -77,6 +80,7 @@ impl State {
             counters: None,
             timer: None,
             wakers: Vec::new(),
+            led: None,
             next: 0,
             open: 0,
             left: vec![0; parts],
@@ -207,6 +211,11 @@ impl RequestCore {
         self.decided
             .fd()
             .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
+    }
+
+    /// Who is to be kicked when it is decided.
+    pub(super) fn set_led(&self, reactor: Option<&Arc<Reactor>>) {
+        self.lock().led = reactor.cloned();
     }
 
     pub(super) fn is_decided(&self) -> bool {

@@ -326,6 +326,13 @@ impl<A: Access> Backend for UnixChannel<A> {
         })
     }
 
+    /// Copies are another thread's work; answers to notifications come by the reactor.
+    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        if self.unanswered.is_notifying() {
+            self.link.assist(until, done);
+        }
+    }
+
     fn reap(&self) {
         // Copies look for themselves. A notification's job holds memory that is no longer in use.
         for job in self.unanswered.take_abandoned() {

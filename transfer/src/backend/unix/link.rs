@@ -133,6 +133,11 @@ impl Link {
         }
     }
 
+    /// Reads the agent's sockets in the calling thread until `done`, in place of the reactor's.
+    pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        self.reactor.lead(until, done);
+    }
+
     /// Has the reactor tell of messages, and of the other process's death.
     pub(super) fn watch(&self, messages: Arc<dyn Source>, death: Arc<dyn Source>) -> Result<()> {
         let mut state = self.lock();
