@@ -5,7 +5,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -13,6 +13,13 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 const EVENTS_MAX: usize = 64;
 const WAKE: u64 = 0;
+
+/// How long the reactor's thread leaves the sockets to those who lead in quick succession before it looks after them: as
+/// long as what comes between two of them may wait.
+const LINGER: Duration = Duration::from_micros(100);
+
+/// Leads between two looks of the thread that are a quick succession.
+const QUICK: u64 = 2;
 
 /// What is to be told of a file descriptor. Hang-ups and errors are told as readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +60,9 @@ pub(crate) struct Token(u64);
 ///
 /// Somebody who waits for what a socket brings leads: reads the sockets in the reactor's place for as long as the wait lasts,
 /// which saves waking the reactor's thread, and by it the one who waits. The thread does not watch the sockets themselves
-/// but a gate, which is closed meanwhile, so that it is neither woken to give up its place nor to get it back.
+/// but a gate, which is closed meanwhile, so that it is neither woken to give up its place nor to get it back. While waits
+/// follow each other quickly, as in a caller's loop, the gate stays closed between them, and the thread looks from time to
+/// time whether they still do: else what comes right after a wait, or right before one, would wake the thread to no purpose.
 pub(crate) struct Reactor {
     epoll: OwnedFd,
     /// Readable while `epoll` is, unless somebody leads.
@@ -62,6 +71,10 @@ pub(crate) struct Reactor {
     lead: Mutex<()>,
     /// Names the thread that leads; 0 if none does.
     leader: AtomicUsize,
+    /// How often somebody has led.
+    leads: AtomicU64,
+    /// The thread keeps the gate closed, and looks after [`LINGER`].
+    lingers: AtomicBool,
     wake: OwnedFd,
     sources: Mutex<HashMap<u64, Arc<dyn Source>>>,
     /// Those to be called although their descriptors have nothing to tell; each of them once.
@@ -88,6 +101,8 @@ impl Reactor {
             gate,
             lead: Mutex::new(()),
             leader: AtomicUsize::new(0),
+            leads: AtomicU64::new(0),
+            lingers: AtomicBool::new(false),
             wake,
             sources: Mutex::default(),
             nudged: Mutex::default(),
@@ -186,7 +201,10 @@ impl Reactor {
             return;
         };
         self.leader.store(this_thread(), Ordering::Release);
-        self.set_gate(EventFlags::empty());
+        self.leads.fetch_add(1, Ordering::Relaxed);
+        if !self.lingers.load(Ordering::SeqCst) {
+            self.set_gate(EventFlags::empty());
+        }
         // Given back even if a source panics.
         let _leading = Leading {
             reactor: self,
@@ -258,15 +276,34 @@ impl Reactor {
         Ok(())
     }
 
-    /// Sleeps until sockets have something to tell and nobody leads, and calls their sources.
-    fn turn(&self, events: &mut Vec<epoll::Event>) -> rustix::io::Result<()> {
+    /// Sleeps until sockets have something to tell and nobody leads, and calls their sources. `seen` is how often somebody
+    /// had led at the last look.
+    fn turn(&self, events: &mut Vec<epoll::Event>, seen: &mut u64) -> rustix::io::Result<()> {
+        let lingers = self.lingers.load(Ordering::SeqCst);
+        let linger = Timespec::try_from(LINGER).ok();
         events.clear();
-        match epoll::wait(&self.gate, rustix::buffer::spare_capacity(events), None) {
+        let spare = rustix::buffer::spare_capacity(events);
+        match epoll::wait(&self.gate, spare, linger.as_ref().filter(|_| lingers)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error),
         }
+        let before = std::mem::replace(seen, self.leads.load(Ordering::Relaxed));
+        let led = seen.wrapping_sub(before);
+        match lingers {
+            true if led == 0 => {
+                self.lingers.store(false, Ordering::SeqCst);
+                // Also if somebody leads now: whoever has just left may have left the gate to this thread.
+                self.set_gate(EventFlags::IN);
+                return Ok(());
+            }
+            false if led >= QUICK => {
+                self.lingers.store(true, Ordering::SeqCst);
+                self.set_gate(EventFlags::empty());
+            }
+            _ => {}
+        }
         let mut lead = self.try_lead();
-        if lead.is_none() {
+        if lead.is_none() && !self.lingers.load(Ordering::SeqCst) {
             // Whoever began to lead has not closed the gate yet, and may have left before it is closed here.
             self.set_gate(EventFlags::empty());
             lead = self.try_lead();
@@ -282,8 +319,9 @@ impl Reactor {
 
     fn run(&self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
+        let mut seen = 0;
         while !self.closed.load(Ordering::Acquire) {
-            if let Err(error) = self.turn(&mut events) {
+            if let Err(error) = self.turn(&mut events, &mut seen) {
                 tracing::error!(%error, "wait for sockets; the agent's connections end");
                 break;
             }
@@ -304,7 +342,9 @@ impl Drop for Leading<'_> {
         self.reactor.leader.store(0, Ordering::Release);
         // Before the gate is opened: the thread that it wakes finds the place free.
         drop(self.lead.take());
-        self.reactor.set_gate(EventFlags::IN);
+        if !self.reactor.lingers.load(Ordering::SeqCst) {
+            self.reactor.set_gate(EventFlags::IN);
+        }
     }
 }
 

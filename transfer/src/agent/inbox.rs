@@ -42,6 +42,8 @@ struct State {
     bytes: usize,
     refused: u64,
     wakers: Vec<Waker>,
+    /// Threads that sleep until one arrives.
+    sleepers: u32,
     /// Kicked when there is a notification: somebody who waits for one may lead it.
     led: Option<Arc<Reactor>>,
 }
@@ -67,8 +69,11 @@ impl Inbox {
         self.waits.raise();
         let wakers = std::mem::take(&mut state.wakers);
         let led = state.led.clone();
+        let sleepers = state.sleepers;
         drop(state);
-        self.arrived.notify_all();
+        if sleepers > 0 {
+            self.arrived.notify_all();
+        }
         if let Some(reactor) = led {
             reactor.kick();
         }
@@ -101,10 +106,12 @@ impl Inbox {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return false;
             };
+            state.sleepers += 1;
             state = match self.arrived.wait_timeout(state, left) {
                 Ok((state, _)) => state,
                 Err(poisoned) => poisoned.into_inner().0,
             };
+            state.sleepers -= 1;
         }
         true
     }

@@ -48,6 +48,8 @@ pub(super) struct State {
     pub(super) counters: Option<Arc<Counters>>,
     pub(super) timer: Option<TimerKey>,
     pub(super) wakers: Vec<Waker>,
+    /// Threads that sleep until something changes.
+    pub(super) sleepers: u32,
     /// Kicked when something has changed: somebody who waits may lead it.
     pub(super) led: Option<Arc<Reactor>>,
     /// The first piece that is not posted.
@@ -80,6 +82,7 @@ impl State {
             counters: None,
             timer: None,
             wakers: Vec::new(),
+            sleepers: 0,
             led: None,
             next: 0,
             open: 0,
@@ -249,10 +252,12 @@ impl RequestCore {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return false;
             };
+            state.sleepers += 1;
             state = match self.changed.wait_timeout(state, left) {
                 Ok((state, _)) => state,
                 Err(poisoned) => PoisonError::into_inner(poisoned).0,
             };
+            state.sleepers -= 1;
         }
     }
 

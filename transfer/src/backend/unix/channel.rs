@@ -8,7 +8,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::call::{Answer, Call, Refused, UNANSWERED_MAX, Unanswered, Waiting};
 use super::held::Held;
-use super::link::{Link, Received, TURN_MESSAGES};
+use super::link::{Link, Received};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
@@ -381,15 +381,14 @@ impl<A: Access> Source for Messages<A> {
         {
             return channel.lose(&error.to_string());
         }
-        for _ in 0..TURN_MESSAGES {
-            let outcome = match channel.link.receive() {
-                Ok(None) => return,
-                Ok(Some(received)) => channel.handle(received),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = outcome {
-                return channel.lose(&error.to_string());
-            }
+        // One of them: whether there is another is asked with all other sockets.
+        let outcome = match channel.link.receive() {
+            Ok(None) => Ok(()),
+            Ok(Some(received)) => channel.handle(received),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            channel.lose(&error.to_string());
         }
     }
 

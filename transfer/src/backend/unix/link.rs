@@ -23,9 +23,6 @@ use crate::sys::process::credentials;
 /// Messages that may wait for room in the socket; above it, sending is refused.
 const UNSENT_MAX: usize = 8192;
 
-/// Messages that one peer gets handled before others get their turn.
-pub(super) const TURN_MESSAGES: usize = 64;
-
 const ROOT: u32 = 0;
 
 /// What ended a wait.
