@@ -141,3 +141,6 @@ impl Positions {
         self.freshness.as_slice()
     }
 }
+
+#[cfg(test)]
+mod tests;

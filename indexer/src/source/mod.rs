@@ -126,7 +126,7 @@ impl Steps {
     }
 
     /// The index has what a source's new position promises, which nobody has been told yet.
-    fn take(&self) {
+    pub(crate) fn take(&self) {
         self.0.fetch_add(1, Ordering::AcqRel);
     }
 }
