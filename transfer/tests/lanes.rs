@@ -7,9 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{
-    Agent, AgentBuilder, ConnectionReport, Operation, RequestOptions,
-};
+use kvfabric_transfer::{Agent, AgentBuilder, ConnectionReport, Operation, RequestOptions};
 
 use support::child::Again;
 use support::proxy::Proxy;
@@ -199,7 +197,7 @@ fn a_read_over_several_connections_that_is_given_up_touches_no_memory() {
     proxy.resume();
     // Answers come in order, so this one comes after those that are dropped.
     for _ in 0..8 {
-    XX        let again = pair.moves(Operation::Write, &[(0, 0, 64 * MIB)], options);
+        let again = whole(&pair, Operation::Write, RequestOptions::default());
         again.wait(WAIT).unwrap();
     }
     assert!(contents(&pair.local) == before);
