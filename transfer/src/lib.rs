@@ -17,6 +17,7 @@ mod region;
 mod request;
 mod signal;
 mod stats;
+mod sync;
 mod sys;
 mod wire;
 
