@@ -34,7 +34,7 @@ mod signal;
 mod stats;
 mod sync;
 
-use neighbours::{agent, backend, plan};
+use neighbours::{agent, backend, plan, reactor};
 
 /// Runs a scenario in every order with at most so many interruptions.
 fn explore(interruptions: usize, scenario: impl Fn() + Sync + Send + 'static) {

@@ -109,7 +109,10 @@ pub(crate) mod backend {
 
         /// Takes one job out, if there is one.
         pub(crate) fn take(&self) -> Option<Job> {
-            self.jobs.lock().unwrap_or_else(PoisonError::into_inner).pop()
+            self.jobs
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pop()
         }
     }
 
@@ -145,7 +148,9 @@ pub(crate) mod backend {
                 jobs.drain(..).partition(Job::is_abandoned);
             *jobs = kept;
             drop(jobs);
-            given_up.into_iter().for_each(|job| job.settle(Err(abandoned())));
+            given_up
+                .into_iter()
+                .for_each(|job| job.settle(Err(abandoned())));
         }
 
         fn give_way(&self) {
@@ -154,6 +159,16 @@ pub(crate) mod backend {
     }
 
     impl Channel for Shelf {}
+}
+
+pub(crate) mod reactor {
+    //! A reactor that nobody leads.
+
+    pub(crate) struct Reactor;
+
+    impl Reactor {
+        pub(crate) fn kick(&self) {}
+    }
 }
 
 pub(crate) mod agent {

@@ -33,7 +33,9 @@ pub fn nobody_is_inside_when_the_wait_is_over() {
         assert!(gate.wait(Duration::MAX / 4));
         assert_eq!(inside.load(loom::sync::atomic::Ordering::Relaxed), 0);
         assert!(!gate.enter());
-        users.into_iter().for_each(|user| user.join().expect("it ends"));
+        users
+            .into_iter()
+            .for_each(|user| user.join().expect("it ends"));
     });
 }
 

@@ -65,7 +65,9 @@ impl Scene {
     }
 
     fn wait(&self) -> Result<Completion, TransferError> {
-        let over = self.request.wait(Instant::now() + FOR_EVER, |state| state.is_drained());
+        let over = self
+            .request
+            .wait(Instant::now() + FOR_EVER, |state| state.is_drained());
         assert!(over);
         assert_eq!(self.request.plan.left.load(Ordering::Relaxed), 1);
         match self.request.take_result() {
@@ -122,7 +124,8 @@ pub fn the_notification_goes_once_after_all_parts() {
         let done = [(); 2].map(|()| settles(&scene.first, || Ok(())));
         let until = Instant::now() + FOR_EVER;
         assert!(scene.request.wait(until, |state| state.part(0).is_some()));
-        done.into_iter().for_each(|done| done.join().expect("it ends"));
+        done.into_iter()
+            .for_each(|done| done.join().expect("it ends"));
         let notice = scene.first.take().expect("it was posted");
         assert!(notice.notification().is_some());
         assert!(scene.first.take().is_none());
@@ -140,7 +143,9 @@ pub fn a_part_that_fails_ends_the_request_when_the_others_have_settled() {
         let fails = settles(&scene.first, denied);
         let failed = scene.wait().expect_err("a part was denied");
         assert_eq!(failed.kind(), ErrorKind::Denied);
-        [done, fails].into_iter().for_each(|thread| thread.join().expect("it ends"));
+        [done, fails]
+            .into_iter()
+            .for_each(|thread| thread.join().expect("it ends"));
         assert!(scene.first.take().is_none(), "no notification of a failure");
     });
 }
@@ -179,7 +184,10 @@ pub fn a_lost_way_is_followed_by_the_next() {
             job.settle(Ok(()));
         }
         match scene.wait() {
-            Ok(done) => assert_eq!((was_posted, done.backend, done.failovers), (true, "second", 1)),
+            Ok(done) => assert_eq!(
+                (was_posted, done.backend, done.failovers),
+                (true, "second", 1)
+            ),
             Err(failed) => assert_eq!((was_posted, failed.kind()), (false, ErrorKind::PeerLost)),
         }
     });
@@ -235,7 +243,9 @@ pub fn a_request_is_posted_again_when_it_is_over() {
         let number = scene.request.start(start).expect("it is idle");
         scene.request.post_pieces(number).expect("it is taken");
         settles(&scene.second, || Ok(())).join().expect("it ends");
-        [done, late].into_iter().for_each(|thread| thread.join().expect("it ends"));
+        [done, late]
+            .into_iter()
+            .for_each(|thread| thread.join().expect("it ends"));
         match scene.request.take_result() {
             Taken::Result(result) => assert_eq!(result.expect("it is done").backend, "second"),
             Taken::Pending(_) => unreachable!("it was settled"),
