@@ -13,6 +13,7 @@
 
 mod bucket;
 mod pages;
+mod sweep;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +21,7 @@ use std::hint::black_box;
 
 use self::bucket::{
     BUCKET_ENTRIES, Bucket, COUNTS, EMPTY, LOW_TAG_BITS, POSITION_BITS, POSITION_MASK, REST,
-    TABLE_BITS, TAG_BITS, Tag, alike, entry_of, tags, tags_mut, try_push, used, was_passed,
+    TABLE_BITS, TAG_BITS, Tag, alike, entry_of, tags, take, try_push, used, was_passed,
 };
 use self::pages::{PAGE_BUCKETS, Pages};
 use super::hash::KeyState;
@@ -136,6 +137,8 @@ pub(super) struct Names {
     is_loose: bool,
     /// The next one to be looked at.
     next: usize,
+    /// The next one to be swept.
+    swept: usize,
 }
 
 /// The entry with this tag for whose position `is_it` holds, among those that seem to be alike.
@@ -189,6 +192,7 @@ impl Names {
             bytes: 0,
             is_loose: false,
             next: 0,
+            swept: 0,
         };
         names.bytes = names.count_bytes();
         names
@@ -311,31 +315,39 @@ impl Names {
         let Found::At(place) = self.search(hash, |other| other == position) else {
             return;
         };
-        let Place { tag, entry, .. } = place;
+        let tag = place.tag;
         if let Some(bucket) = self.pages.bucket_mut(place.line) {
-            let last = used(bucket) - 1;
-            bucket[REST + entry] = bucket[REST + last];
-            let tags = tags_mut(bucket);
-            tags[entry] = tags[last];
-            bucket[COUNTS] -= 1;
+            take(bucket, place.entry);
         }
         let table = &mut self.tables[tag.table];
         // Its bits where it went past stay; when too many do, the table is made anew.
         table.stale += u32::from(place.bucket != home(tag, table.buckets()));
         table.entries -= 1;
+        self.refit(tag.table);
+    }
+
+    /// Makes a table anew that has lost many entries.
+    fn refit(&mut self, number: usize) {
+        let table = self.tables[number];
         let sparse = table.pages * PAGE_ENTRIES * SPARSE_PERCENT / 100;
         if table.entries == 0 || table.entries < sparse && table.pages > 1 {
-            let pages = self.fit.pages_for(table.entries);
-            self.rebuild(tag.table, pages, self.fit);
+            self.rebuild(number, self.fit.pages_for(table.entries), self.fit);
         } else if table.stale > table.entries / STALE_PART {
-            let pages = table.pages;
-            self.rebuild(tag.table, pages, self.fit);
+            self.rebuild(number, table.pages, self.fit);
         }
+    }
+
+    /// Reads all of a table at once, where whoever goes through it would wait for most lines.
+    fn read_ahead(&self, number: usize) {
+        let pages = 0..self.tables[number].pages as usize;
+        let buckets = pages.flat_map(|place| self.pages.page(number, place));
+        black_box(buckets.fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
     }
 
     /// Gives a table so many pages. It is made anew in one piece, which is written from its start to its end, as entries
     /// keep their order.
     fn rebuild(&mut self, number: usize, pages: u32, fit: Fit) {
+        self.read_ahead(number);
         let Self {
             tables,
             pages: memory,
@@ -349,8 +361,6 @@ impl Names {
         scratch.resize((pages * PAGE_BUCKETS) as usize, EMPTY);
         let buckets = scratch.len() as u32;
         let had = (0..table.pages as usize).flat_map(|place| memory.page(number, place));
-        // All at once, where the loop below would wait for most of them.
-        black_box(had.clone().fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
         for bucket in had {
             let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
             for (low, rest) in entries.take(used(bucket)) {

@@ -2,6 +2,7 @@
 
 mod along;
 mod apart;
+mod bury;
 mod evict;
 mod holders;
 mod memory;
@@ -230,9 +231,8 @@ impl Tree {
     /// The position that a hash names.
     #[inline]
     pub(super) fn find_name(&self, name: EngineHash) -> Option<u32> {
-        self.names.find(name.0, |position| {
-            self.segments.raw_name(position) == name.0
-        })
+        let is_it = |position| self.segments.is_named(position, name.0);
+        self.names.find(name.0, is_it)
     }
 
     /// Gives a position that has no name one that nothing has.
@@ -250,6 +250,12 @@ impl Tree {
             block,
             position,
         }
+    }
+
+    /// The same, if it is still some block's.
+    pub(super) fn place_if_there(&self, position: u32) -> Option<Place> {
+        let is_there = self.segments.is_owned(position);
+        is_there.then(|| self.place_of(position))
     }
 
     /// The block before or after another one of its run.

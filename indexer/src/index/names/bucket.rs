@@ -80,6 +80,24 @@ pub(super) fn try_push(bucket: &mut Bucket, tag: Tag, position: u32) -> bool {
     true
 }
 
+/// The tag of an entry of a table.
+pub(super) fn tag_of(table: usize, bucket: &Bucket, entry: usize) -> Tag {
+    let high = bucket[REST + entry] >> POSITION_BITS << LOW_TAG_BITS;
+    Tag {
+        table,
+        bits: high | u32::from(tags(bucket)[entry]),
+    }
+}
+
+/// Takes an entry of a bucket out; the last one comes in its place.
+pub(super) fn take(bucket: &mut Bucket, entry: usize) {
+    let last = used(bucket) - 1;
+    bucket[REST + entry] = bucket[REST + last];
+    let tags = tags_mut(bucket);
+    tags[entry] = tags[last];
+    bucket[COUNTS] -= 1;
+}
+
 /// What a table keeps of a hash.
 #[derive(Clone, Copy)]
 pub(super) struct Tag {

@@ -54,6 +54,36 @@ fn a_million_entries_take_less_than_nine_bytes_each() {
     assert!(bytes < 8_500_000, "{bytes}");
 }
 
+/// Sweeps every third position out, a few tables at a time, while others are added; beside a map.
+#[test]
+fn a_sweep_takes_out_what_is_dead_and_nothing_else() {
+    for fit in [Fit::Tight, Fit::Loose] {
+        let mut names = Names::new(fit);
+        let hash_of = |number: u32| u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let is_dead = |position: u32| position < 400_000 && position.is_multiple_of(3);
+        (0..400_000).for_each(|number| names.insert(hash_of(number), number));
+        let mut more = 400_000;
+        while names.sweep_some(7, is_dead) {
+            names.insert(hash_of(more), more);
+            more += 1;
+        }
+        let live = (0..more).filter(|position| !is_dead(*position));
+        assert_eq!(names.len(), live.count() as u64);
+        for number in 0..more + 1000 {
+            let found = names.find(hash_of(number), |position| position == number);
+            let wanted = (number < more && !is_dead(number)).then_some(number);
+            assert_eq!(found, wanted);
+        }
+        while names.sweep_some(100, |_| true) {}
+        names.trim();
+        assert!(
+            names.len() == 0 && names.bytes() < 40_000,
+            "{}",
+            names.bytes()
+        );
+    }
+}
+
 /// One table, always nearly full of entries that come and go, so that every bucket is passed; what was never there is
 /// asked for after each.
 #[test]

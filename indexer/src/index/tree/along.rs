@@ -131,7 +131,7 @@ impl Tree {
         if self.doors.find(&shared.doors, key).is_some() {
             return None;
         }
-        let is_it = |position| self.segments.raw_name(position) == name.0;
+        let is_it = |position| self.segments.is_named(position, name.0);
         self.names.vacancy(name.0, is_it).ok()
     }
 
