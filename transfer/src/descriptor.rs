@@ -10,7 +10,7 @@ use crate::region::{RegionCore, RegionId};
 
 mod ranges;
 
-pub(crate) use ranges::{Cursor, Range, Ranges, Run};
+pub(crate) use ranges::{Lookup, Range, Ranges, Run};
 
 /// The most descriptors that one list may have.
 pub const DESCRIPTORS_MAX: usize = 1 << 20;
@@ -115,7 +115,7 @@ impl PreparedList {
             return Err(Error::invalid("descriptors", count, 0..=DESCRIPTORS_MAX));
         }
         let mut table = Table::new(find);
-        let mut ranges = Vec::with_capacity(count);
+        let mut ranges = Ranges::with_capacity(count);
         for (position, descriptor) in descriptors.enumerate() {
             let Descriptor {
                 region,
@@ -128,13 +128,14 @@ impl PreparedList {
                 return Err(bad_range(region, offset, len, size).at(place(position)));
             }
             table.count(len)?;
-            ranges.push(Range {
+            let range = Range {
                 target,
                 offset,
                 len,
-            });
+            };
+            ranges.push(range, count);
         }
-        Ok(table.finish(peer, Ranges::Listed(ranges)))
+        Ok(table.finish(peer, ranges))
     }
 
     /// As [`PreparedList::build`], for descriptors at equal steps.

@@ -20,7 +20,9 @@ mod stats;
 mod sys;
 mod wire;
 
-pub use agent::{Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle};
+pub use agent::{
+    Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle, SLOW_AFTER_DEFAULT,
+};
 pub use backend::Operation;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};

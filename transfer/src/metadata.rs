@@ -6,11 +6,13 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::backend::Operation;
-use crate::region::{RegionId, RegionKey};
+use crate::region::{REGION_SECRET_BYTES, RegionId, RegionKey, RegionSecret};
 use crate::wire::{Reader, put_counted};
 
+mod regions;
+
 /// The version of the metadata format that this build writes, and the only one that it reads.
-pub const METADATA_VERSION: u16 = 1;
+pub const METADATA_VERSION: u16 = 2;
 
 /// The longest agent name, in bytes.
 pub const AGENT_NAME_BYTES_MAX: usize = 255;
@@ -24,10 +26,6 @@ const CHECKSUM_BYTES: usize = 4;
 
 /// The regions are some of the agent's: those that are known stay.
 const PARTIAL: u16 = 1;
-
-const READABLE: u8 = 1;
-const WRITABLE: u8 = 2;
-const SHAREABLE: u8 = 4;
 
 /// One life of an agent: random, so that a restarted one is not taken for the old.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +44,8 @@ pub(crate) struct HostId(pub(crate) [u8; 16]);
 /// A region that a peer exported.
 #[derive(Debug)]
 pub(crate) struct RemoteRegion {
+    /// What the two below are made of.
+    pub(crate) secret: RegionSecret,
     pub(crate) id: RegionId,
     pub(crate) key: RegionKey,
     pub(crate) bytes: u64,
@@ -92,7 +92,7 @@ impl PeerCard {
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(128 + self.regions.len() * 33);
+        let mut out = Vec::with_capacity(256 + self.regions.len() * REGION_SECRET_BYTES);
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&METADATA_VERSION.to_le_bytes());
         let flags = if self.partial { PARTIAL } else { 0 };
@@ -105,21 +105,7 @@ impl PeerCard {
             put_counted(&mut out, fabric.as_bytes());
             put_counted(&mut out, address);
         }
-        out.extend_from_slice(&(self.regions.len() as u32).to_le_bytes());
-        for region in &self.regions {
-            out.extend_from_slice(&region.id.0.to_le_bytes());
-            out.extend_from_slice(&region.key.0);
-            out.extend_from_slice(&region.bytes.to_le_bytes());
-            let mut flags = 0;
-            for (set, flag) in [
-                (region.readable, READABLE),
-                (region.writable, WRITABLE),
-                (region.shareable, SHAREABLE),
-            ] {
-                flags |= if set { flag } else { 0 };
-            }
-            out.push(flags);
-        }
+        regions::encode(&self.regions, &mut out);
         let checksum = crc32c(&out);
         out.extend_from_slice(&checksum.to_le_bytes());
         out
@@ -165,8 +151,7 @@ impl PeerCard {
         let name = reader.text("name")?.to_owned();
         check_name(&name)?;
         let addresses = decode_addresses(&mut reader)?;
-        let regions = decode_regions(&mut reader)?;
-        reader.end("metadata")?;
+        let regions = regions::decode(&mut reader)?;
         Ok(Self {
             name,
             incarnation,
@@ -193,38 +178,6 @@ fn decode_addresses(reader: &mut Reader<'_>) -> Result<Vec<(String, Vec<u8>)>> {
         addresses.push((fabric, reader.counted("address")?.to_vec()));
     }
     Ok(addresses)
-}
-
-fn decode_regions(reader: &mut Reader<'_>) -> Result<Vec<Arc<RemoteRegion>>> {
-    let count = reader.u32("number of regions")? as usize;
-    if count > EXPORTED_REGIONS_MAX {
-        return Err(Error::invalid(
-            "number of regions",
-            count,
-            0..=EXPORTED_REGIONS_MAX,
-        ));
-    }
-    // 33 bytes each: the rest of the input bounds what is allocated.
-    let mut regions = Vec::with_capacity(count.min(reader.left() / 33));
-    for position in 0..count {
-        let id = RegionId(reader.u64("region id")?);
-        let key = RegionKey(reader.array("region key")?);
-        let bytes = reader.u64("region size")?;
-        let flags = reader.u8("region flags")?;
-        if flags & !(READABLE | WRITABLE | SHAREABLE) != 0 {
-            let text = format!("region {position} has unknown flags {flags:#x}");
-            return Err(Error::new(ErrorKind::Corrupt, text));
-        }
-        regions.push(Arc::new(RemoteRegion {
-            id,
-            key,
-            bytes,
-            readable: flags & READABLE != 0,
-            writable: flags & WRITABLE != 0,
-            shareable: flags & SHAREABLE != 0,
-        }));
-    }
-    Ok(regions)
 }
 
 /// # Errors

@@ -7,7 +7,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::RemoteRegion;
 use crate::backend::Operation;
-use crate::descriptor::{Cursor, PreparedList, Range, Target};
+use crate::descriptor::{Lookup, PreparedList, Range, Ranges, Target};
 
 /// The most parts that a request may have.
 pub const PARTS_MAX: usize = 4096;
@@ -82,37 +82,24 @@ impl Plan {
                 format!("{count} local descriptors are paired with {remote_count} remote ones");
             return Err(Error::new(ErrorKind::Invalid, text));
         }
-        let mut part_ends = part_ends(parts, count)?.into_iter().peekable();
-        let mut builder = Builder {
-            extents: Vec::with_capacity(count),
-            ends: Vec::with_capacity(parts.len()),
-            bytes: 0,
+        let pairing = Pairing {
+            positions,
+            part_ends: part_ends(parts, count)?,
+            counts: [local.ranges.len(), remote.ranges.len()],
         };
-        let (mut at, mut remote_at) = (local.ranges.cursor(), remote.ranges.cursor());
-        for position in 0..count {
-            let (own, other) = match positions {
-                None => (position as u32, position as u32),
-                Some((locals, remotes)) => (locals[position], remotes[position]),
-            };
-            let own = range_at(&mut at, own, local.ranges.len(), "local")?;
-            let other = range_at(&mut remote_at, other, remote.ranges.len(), "remote")?;
-            builder.push(position, &own, &other)?;
-            if part_ends.next_if_eq(&(position + 1)).is_some() {
-                builder.ends.push(builder.extents.len());
-            }
-        }
-        if parts.is_empty() {
-            builder.ends.push(builder.extents.len());
-        }
+        let paired = match (&local.ranges, &remote.ranges) {
+            (Ranges::Uniform(local), Ranges::Uniform(remote)) => pairing.pair(local, remote),
+            (local, remote) => pairing.pair(local.cursor(), remote.cursor()),
+        }?;
         let plan = Self {
             operation,
             local: local.targets.clone(),
             remote: remote.targets.clone(),
-            extents: builder.extents,
-            bytes: builder.bytes,
+            extents: paired.extents,
+            bytes: paired.bytes,
             descriptors: count as u32,
         };
-        Ok((plan, builder.ends))
+        Ok((plan, paired.ends))
     }
 
     /// The same move for some extents of this plan, or parts of them: names no region that they don't.
@@ -161,11 +148,6 @@ impl Plan {
     }
 }
 
-fn range_at(list: &mut Cursor<'_>, position: u32, count: usize, side: &str) -> Result<Range> {
-    list.at(position)
-        .ok_or_else(|| Error::invalid(&format!("{side} position"), position, 0..count))
-}
-
 /// The regions of a plan that a part of it names.
 struct Used<'a> {
     all: &'a [Target],
@@ -190,7 +172,7 @@ impl<'a> Used<'a> {
     }
 }
 
-/// Where parts end, counted in pairs.
+/// Where parts end, counted in pairs; all pairs are one part if there are none.
 fn part_ends(parts: &[u32], pairs: usize) -> Result<Vec<usize>> {
     if parts.len() > PARTS_MAX {
         return Err(Error::invalid("parts", parts.len(), 0..=PARTS_MAX));
@@ -205,51 +187,113 @@ fn part_ends(parts: &[u32], pairs: usize) -> Result<Vec<usize>> {
         }
         ends.push(end);
     }
-    if !parts.is_empty() && end != pairs {
+    if parts.is_empty() {
+        return Ok(vec![pairs]);
+    }
+    if end != pairs {
         let text = format!("the parts have {end} pairs together, the request has {pairs}");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
     Ok(ends)
 }
 
-struct Builder {
+/// How two lists are paired.
+struct Pairing<'a> {
+    /// Which ranges of both; none: all, in order.
+    positions: Option<&'a (Vec<u32>, Vec<u32>)>,
+    /// Where the parts end, in pairs; the last is where all end.
+    part_ends: Vec<usize>,
+    /// How many ranges the lists have, the local one's first.
+    counts: [usize; 2],
+}
+
+struct Paired {
     extents: Vec<Extent>,
-    /// Where parts end; what follows is not merged with what was before.
+    /// Where parts end, in extents; what follows is not merged with what was before.
     ends: Vec<usize>,
     bytes: u64,
 }
 
-impl Builder {
-    fn push(&mut self, position: usize, local: &Range, remote: &Range) -> Result<()> {
-        if local.len != remote.len {
-            let text = format!(
-                "pair {position}: {} local bytes against {} remote ones",
-                local.len, remote.len
-            );
-            return Err(Error::new(ErrorKind::Invalid, text));
+impl Pairing<'_> {
+    /// Made for each kind of list by itself: there may be a million ranges.
+    fn pair(&self, mut local: impl Lookup, mut remote: impl Lookup) -> Result<Paired> {
+        let count = self.part_ends.last().copied().unwrap_or(0);
+        let mut paired = Paired {
+            extents: Vec::with_capacity(count),
+            ends: Vec::with_capacity(self.part_ends.len()),
+            bytes: 0,
+        };
+        let mut start = 0;
+        for &end in &self.part_ends {
+            let mut open: Option<Extent> = None;
+            for position in start..end {
+                let (own, other) = match self.positions {
+                    None => (position as u32, position as u32),
+                    Some((locals, remotes)) => (locals[position], remotes[position]),
+                };
+                let (Some(own), Some(other)) = (local.at(own), remote.at(other)) else {
+                    return Err(self.missing((own, local.at(own)), other));
+                };
+                if own.len != other.len {
+                    return Err(unequal(position, own.len, other.len));
+                }
+                paired.bytes = paired.bytes.checked_add(own.len).ok_or_else(too_much)?;
+                if let Some(last) = &mut open {
+                    if last.continues(&own, &other) {
+                        last.len += own.len;
+                        continue;
+                    }
+                    paired.extents.push(*last);
+                }
+                open = Some(Extent::of(&own, &other));
+            }
+            paired.extents.extend(open);
+            paired.ends.push(paired.extents.len());
+            start = end;
         }
-        self.bytes = self
-            .bytes
-            .checked_add(local.len)
-            .ok_or_else(|| Error::invalid("bytes of a request", "too many", 0..=u64::MAX))?;
-        let begins = self.ends.last() == Some(&self.extents.len());
-        if let Some(last) = self.extents.last_mut()
-            && !begins
-            && last.local == local.target
-            && last.remote == remote.target
-            && last.local_offset + last.len == local.offset
-            && last.remote_offset + last.len == remote.offset
-        {
-            last.len += local.len;
-            return Ok(());
+        Ok(paired)
+    }
+
+    #[cold]
+    fn missing(&self, (own, found): (u32, Option<Range>), other: u32) -> Error {
+        let [local, remote] = self.counts;
+        match found {
+            None => Error::invalid("local position", own, 0..local),
+            Some(_) => Error::invalid("remote position", other, 0..remote),
         }
-        self.extents.push(Extent {
+    }
+}
+
+impl Extent {
+    fn of(local: &Range, remote: &Range) -> Self {
+        Self {
             local: local.target,
             remote: remote.target,
             local_offset: local.offset,
             remote_offset: remote.offset,
             len: local.len,
-        });
-        Ok(())
+        }
+    }
+
+    /// Whether both sides go on where this ends.
+    fn continues(&self, local: &Range, remote: &Range) -> bool {
+        self.local_offset + self.len == local.offset
+            && self.remote_offset + self.len == remote.offset
+            && self.local == local.target
+            && self.remote == remote.target
     }
 }
+
+#[cold]
+fn unequal(position: usize, local: u64, remote: u64) -> Error {
+    let text = format!("pair {position}: {local} local bytes against {remote} remote ones");
+    Error::new(ErrorKind::Invalid, text)
+}
+
+#[cold]
+fn too_much() -> Error {
+    Error::invalid("bytes of a request", "too many", 0..=u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

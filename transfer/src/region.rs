@@ -12,9 +12,11 @@ use crate::sys::memory::Mapping;
 mod core;
 mod gate;
 
-pub(crate) use self::core::{Body, External, RegionCore, RegionKey, RegionUse};
+pub(crate) use self::core::{
+    Body, External, REGION_SECRET_BYTES, RegionCore, RegionKey, RegionSecret, RegionUse,
+};
 
-/// Names a region; random, so that a stale name meets nothing rather than the wrong memory.
+/// Names a region; as good as random, so that a stale name meets nothing rather than the wrong memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionId(pub u64);
 

@@ -18,10 +18,11 @@ mod core;
 mod later;
 mod piece;
 mod rate;
+mod slow;
 mod state;
 mod ticket;
 
-pub(crate) use self::core::RequestCore;
+pub(crate) use self::core::{RequestCore, TRIES_MAX};
 pub(crate) use self::later::Later;
 pub(crate) use self::rate::Bucket;
 pub use self::rate::Priority;
@@ -115,20 +116,23 @@ impl Request {
     /// deregistered; [`ErrorKind::Forked`] in a forked child.
     pub fn post(&self) -> Result<()> {
         self.agent.check()?;
-        let mut again = matches!(self.route, Route::Peer(_));
+        match &self.route {
+            Route::Own(backend) => self.post_to(backend, 0),
+            Route::Peer(peer) => self.post_to_peer(peer),
+        }
+    }
+
+    fn post_to_peer(&self, peer: &Arc<PeerCore>) -> Result<()> {
+        let (agent, plan) = (&self.agent, &self.core.plan);
+        let mut channel = peer.channel(agent, plan)?;
+        let mut tries = 1;
         loop {
-            let (backend, closings): (Arc<dyn Backend>, u64) = match &self.route {
-                Route::Own(backend) => (backend.clone(), 0),
-                Route::Peer(peer) => {
-                    let closings = peer.closings();
-                    (peer.channel(&self.agent, &self.core.plan)?, closings)
-                }
+            let backend: Arc<dyn Backend> = channel.clone();
+            let Err(error) = self.post_to(&backend, peer.closings()) else {
+                return Ok(());
             };
-            match self.post_to(&backend, closings) {
-                // The connection was lost after it was chosen: there may be another, or another way.
-                Err(error) if again && error.kind() == ErrorKind::PeerLost => again = false,
-                outcome => return outcome,
-            }
+            tries += 1;
+            channel = peer.after_refusal(agent, plan, (channel, tries), error)?;
         }
     }
 
@@ -149,11 +153,11 @@ impl Request {
                 return Err(error);
             }
         };
-        if let Err(error) = self.core.post_pieces(number, backend) {
+        if let Err(error) = self.core.post_pieces(number) {
             self.core.withdraw();
             return Err(error);
         }
-        self.core.watch(number);
+        self.core.watch(number, backend);
         Ok(())
     }
 
@@ -176,7 +180,9 @@ impl Request {
             Taken::Pending(backend) => backend,
         };
         if let Some(backend) = backend {
+            self.core.set_led(Some(self.agent.reactor()));
             backend.assist(until, &|| self.core.is_decided());
+            self.core.set_led(None);
         }
         self.core
             .wait(until, |state| !matches!(state.status, Status::InFlight));
@@ -262,6 +268,7 @@ impl Request {
             bytes: finished.done.bytes,
             descriptors: self.core.plan.descriptors,
             path: finished.done.backend,
+            left: finished.left,
         })
     }
 

@@ -54,6 +54,26 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(self.array(field)?))
     }
 
+    /// A number in as many bytes as it needs, seven bits in each, the lowest first; the top bit says that more follow.
+    pub(crate) fn varint(&mut self, field: &str) -> Result<u64> {
+        let at = self.at;
+        let mut value = 0_u64;
+        for shift in (0..u64::BITS).step_by(7) {
+            let byte = self.u8(field)?;
+            let bits = u64::from(byte & 0x7f);
+            // The tenth byte has room for one bit, and a last byte of 0 would be one too many.
+            if bits > u64::MAX >> shift || (byte == 0 && shift > 0) {
+                break;
+            }
+            value |= bits << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        let text = format!("{field} at byte {at} is not a number of 64 bits in its shortest form");
+        Err(Error::new(ErrorKind::Corrupt, text))
+    }
+
     /// Bytes after their count (u16).
     pub(crate) fn counted(&mut self, field: &str) -> Result<&'a [u8]> {
         let count = self.u16(field)?;
@@ -82,6 +102,15 @@ impl<'a> Reader<'a> {
         );
         Err(Error::new(ErrorKind::Corrupt, text))
     }
+}
+
+/// Appends a number as [`Reader::varint`] reads it.
+pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value > 0x7f {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
 }
 
 /// Appends bytes after their count (u16); longer ones are cut, so callers check first.

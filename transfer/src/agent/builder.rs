@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::Result;
 
@@ -15,6 +15,9 @@ use crate::metadata::check_name;
 use crate::reactor::Reactor;
 use crate::stats::Stats;
 use crate::sys::fork::Process;
+
+/// How long a path may stand still before requests go another way, unless [`AgentBuilder::slow_after`] says otherwise.
+pub const SLOW_AFTER_DEFAULT: Duration = Duration::from_secs(2);
 
 type Step = Box<dyn FnOnce(&Agent) -> Result<()> + Send>;
 type MakeFabric = Box<dyn FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Send>;
@@ -30,6 +33,7 @@ pub struct AgentBuilder {
     tcp_advertised: Option<SocketAddr>,
     tcp_congestion: Option<String>,
     ucx: Option<UcxOptions>,
+    slow_after: Option<Duration>,
     allowed: Option<BTreeSet<String>>,
     fabrics: Vec<MakeFabric>,
     steps: Vec<Step>,
@@ -46,6 +50,7 @@ impl AgentBuilder {
             tcp_advertised: None,
             tcp_congestion: None,
             ucx: None,
+            slow_after: Some(SLOW_AFTER_DEFAULT),
             allowed: None,
             fabrics: Vec::new(),
             steps: Vec::new(),
@@ -105,6 +110,14 @@ impl AgentBuilder {
         self
     }
 
+    /// How long a path to a peer may stand still, with nothing of it arriving, before the requests on it that can be repeated
+    /// go another way, if there is one; none: for ever. Default: [`SLOW_AFTER_DEFAULT`].
+    #[must_use]
+    pub fn slow_after(mut self, after: Option<Duration>) -> Self {
+        self.slow_after = after;
+        self
+    }
+
     /// Only agents of these names may connect. Default: all that know a region's key.
     #[must_use]
     pub fn allow_peers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
@@ -156,6 +169,7 @@ impl AgentBuilder {
             reactor: reactor.clone(),
             own: memcpy::own(copier.clone()),
             extensions: Mutex::new(HashMap::new()),
+            slow_after: self.slow_after,
             peers: Mutex::new(HashMap::new()),
             threads: Mutex::new(vec![timer_thread, copier_thread, reactor_thread]),
         }));

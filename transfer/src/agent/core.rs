@@ -4,7 +4,7 @@ use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::Result;
 
@@ -31,6 +31,8 @@ pub(crate) struct AgentCore {
     /// Copies between regions of this agent.
     pub(super) own: Arc<dyn Backend>,
     pub(super) extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
+    /// How long a path may stand still under a request.
+    pub(super) slow_after: Option<Duration>,
     pub(super) peers: Mutex<HashMap<String, Arc<PeerCore>>>,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -59,9 +61,19 @@ impl AgentCore {
         &self.timer
     }
 
+    /// How long a path may stand still under a request before it goes another way; none: for ever.
+    pub(crate) fn slow_after(&self) -> Option<Duration> {
+        self.slow_after
+    }
+
     /// What posts pieces later.
     pub(crate) fn later(&self) -> &Arc<Later> {
         &self.later
+    }
+
+    /// Reads the agent's sockets.
+    pub(crate) fn reactor(&self) -> &Arc<Reactor> {
+        &self.reactor
     }
 
     pub(super) fn rate(&self, priority: Priority) -> &Arc<Bucket> {

@@ -159,6 +159,7 @@ impl Exports {
             .filter(|region| region.options().remote_read || region.options().remote_write)
             .map(|region| {
                 Arc::new(RemoteRegion {
+                    secret: region.secret(),
                     id: region.id(),
                     key: region.key(),
                     bytes: region.bytes(),
@@ -169,7 +170,7 @@ impl Exports {
             })
             .collect();
         drop(regions);
-        exported.sort_by_key(|region| region.id);
+        exported.sort_by_key(|region| region.order());
         let fabrics = self.fabrics();
         let addresses = fabrics.iter().filter_map(|fabric| {
             fabric

@@ -13,11 +13,12 @@ mod builder;
 mod core;
 mod exports;
 mod inbox;
+mod links;
 mod peer;
 mod timer;
 
 pub(crate) use self::core::AgentCore;
-pub use builder::AgentBuilder;
+pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
@@ -126,7 +127,10 @@ impl Agent {
     /// named), [`ErrorKind::Busy`] above [`PEERS_MAX`].
     pub fn load_peer(&self, metadata: &[u8]) -> Result<PeerHandle> {
         self.0.check()?;
-        let card = PeerCard::decode(metadata)?;
+        self.load_card(PeerCard::decode(metadata)?)
+    }
+
+    fn load_card(&self, card: PeerCard) -> Result<PeerHandle> {
         let mut peers = self.0.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(peer) = peers.get(&card.name) {
             peer.update(card);
@@ -254,7 +258,7 @@ impl Agent {
                 region.check(plan.operation)?;
             }
         }
-        peer.channel(&self.0, plan)?.prepare(plan)?;
+        peer.ready_channel(&self.0, plan)?;
         Ok(Route::Peer(peer.clone()))
     }
 
@@ -354,7 +358,7 @@ impl Agent {
     /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.
     #[must_use]
     pub fn wait_notifications(&self, timeout: Duration) -> Vec<Notification> {
-        self.0.exports.inbox().wait(timeout);
+        self.0.exports.inbox().wait(timeout, &self.0.reactor);
         self.notifications()
     }
 
@@ -424,3 +428,6 @@ impl std::fmt::Debug for Agent {
         f.debug_struct("Agent").field("name", &self.name()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests;

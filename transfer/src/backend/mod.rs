@@ -75,6 +75,18 @@ pub(crate) trait Backend: Send + Sync {
     /// [`Job::is_abandoned`] and settle them as soon as their memory is no longer in use. Never blocks.
     fn reap(&self) {}
 
+    /// A number that grows whenever something of the connection arrives; none where that cannot be said, and a request is
+    /// then never called slow. Takes no lock.
+    fn progress(&self) -> Option<u64> {
+        None
+    }
+
+    /// The connection stands still, and jobs of it were given up to go another way: as [`Backend::reap`]; ends the
+    /// connection where they cannot be settled otherwise.
+    fn give_way(&self) {
+        self.reap();
+    }
+
     /// Lends the calling thread to the backend until `done` or `until`, if it can be used to make progress sooner
     /// than a thread of the backend would. The default does nothing, and the caller sleeps.
     fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
@@ -186,9 +198,9 @@ impl Job {
         self.ticket.settle(outcome);
     }
 
-    /// Reports a failure now, although the job's memory may still be in use; `settle` must follow.
+    /// Reports a failure now, although the job's memory may still be in use; `settle` must follow, with the same error.
     pub(crate) fn report(&self, error: Error) {
-        self.ticket.abandon(error);
+        self.ticket.report(error);
     }
 
     /// Nothing was started, and nothing will be.

@@ -11,7 +11,41 @@ use super::{MemoryKind, RegionId, RegionOptions};
 use crate::backend::{Backend, Operation};
 use crate::sys::memory::{HostMemory, Mapping};
 
-/// What lets a peer reach a region: 128 random bits.
+/// Bytes of a [`RegionSecret`].
+pub(crate) const REGION_SECRET_BYTES: usize = 12;
+
+/// What a region's name and key are made of: 96 random bits, told to those who may use it. Short, because metadata have
+/// one for each region.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct RegionSecret(pub(crate) [u8; REGION_SECRET_BYTES]);
+
+impl RegionSecret {
+    fn random() -> Result<Self> {
+        let mut secret = [0; REGION_SECRET_BYTES];
+        getrandom::fill(&mut secret)
+            .map_err(|e| Error::new(ErrorKind::Io, format!("draw a region key: {e}")))?;
+        Ok(Self(secret))
+    }
+
+    /// Hashed, so that neither tells the other or the secret, and no region's tell another's.
+    pub(crate) fn derive(&self) -> (RegionId, RegionKey) {
+        let mut input = *b"kvfabric region ............";
+        input[16..].copy_from_slice(&self.0);
+        let hash = blake3::hash(&input);
+        let (mut id, mut key) = ([0; 8], [0; 16]);
+        id.copy_from_slice(&hash.as_bytes()[..8]);
+        key.copy_from_slice(&hash.as_bytes()[8..24]);
+        (RegionId(u64::from_le_bytes(id)), RegionKey(key))
+    }
+}
+
+impl fmt::Debug for RegionSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RegionSecret(secret)")
+    }
+}
+
+/// What lets a peer reach a region: 128 bits that nobody guesses, of a [`RegionSecret`].
 #[derive(Clone, Copy)]
 pub(crate) struct RegionKey(pub(crate) [u8; 16]);
 
@@ -53,6 +87,7 @@ pub(crate) enum Body {
 
 /// A registered place, kept alive by every request that names it.
 pub(crate) struct RegionCore {
+    secret: RegionSecret,
     id: RegionId,
     key: RegionKey,
     options: RegionOptions,
@@ -62,15 +97,12 @@ pub(crate) struct RegionCore {
 
 impl RegionCore {
     pub(crate) fn new(body: Body, options: RegionOptions) -> Result<Self> {
-        let mut random = [0; 24];
-        getrandom::fill(&mut random)
-            .map_err(|e| Error::new(ErrorKind::Io, format!("draw a region key: {e}")))?;
-        let (mut id, mut key) = ([0; 8], [0; 16]);
-        id.copy_from_slice(&random[..8]);
-        key.copy_from_slice(&random[8..]);
+        let secret = RegionSecret::random()?;
+        let (id, key) = secret.derive();
         Ok(Self {
-            id: RegionId(u64::from_le_bytes(id)),
-            key: RegionKey(key),
+            secret,
+            id,
+            key,
             options,
             body,
             gate: Gate::default(),
@@ -79,6 +111,10 @@ impl RegionCore {
 
     pub(crate) fn id(&self) -> RegionId {
         self.id
+    }
+
+    pub(crate) fn secret(&self) -> RegionSecret {
+        self.secret
     }
 
     pub(crate) fn key(&self) -> RegionKey {

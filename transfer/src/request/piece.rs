@@ -73,12 +73,13 @@ mod tests {
     use crate::agent::RemoteRegion;
     use crate::backend::Operation;
     use crate::descriptor::Target;
-    use crate::region::{RegionId, RegionKey};
+    use crate::region::{RegionId, RegionKey, RegionSecret};
 
     const REGIONS: u32 = 3;
 
     fn targets() -> Arc<[Target]> {
         let region = |id| RemoteRegion {
+            secret: RegionSecret([0; 12]),
             id: RegionId(id),
             key: RegionKey([0; 16]),
             bytes: u64::MAX,

@@ -64,6 +64,7 @@ impl Bench {
 
     fn plan(&self, operation: Operation, extents: &[(u64, u64, u64)]) -> Plan {
         let remote = RemoteRegion {
+            secret: self.peer.secret(),
             id: self.peer.id(),
             key: self.peer.key(),
             bytes: BYTES,

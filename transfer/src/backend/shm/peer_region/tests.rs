@@ -3,7 +3,7 @@
 use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::*;
-use crate::region::{RegionId, RegionKey};
+use crate::region::{RegionId, RegionKey, RegionSecret};
 
 const BYTES: u64 = 8192;
 
@@ -18,6 +18,7 @@ fn memory(bytes: u64, seals: SealFlags) -> OwnedFd {
 /// How mapping `file` ends, when the metadata promised `BYTES` and the peer grants `granted`.
 fn map_granted(file: &OwnedFd, granted: u64) -> Result<Mapping> {
     let remote = RemoteRegion {
+        secret: RegionSecret([0; 12]),
         id: RegionId(1),
         key: RegionKey([0; 16]),
         bytes: BYTES,
