@@ -5,6 +5,7 @@ mod apart;
 mod bury;
 mod evict;
 mod holders;
+mod keys;
 mod memory;
 mod touch;
 
@@ -14,7 +15,7 @@ use super::arena::{WordLists, Words};
 use super::blocks::{KeyColumn, SEGMENT_BLOCKS, Segments};
 use super::doors::{Door, DoorCount, Doors};
 use super::leaves::Leaves;
-use super::names::{Fit, Names};
+use super::names::{Fit, Names, Starts};
 use super::recency::Recency;
 use super::runs::{Header, RUN_BLOCKS_MAX, RunSlots, Runs, Span, ordinal};
 use super::sets::{Holder, SetId, Sets, SourceNumber};
@@ -133,10 +134,14 @@ pub(super) struct Tree {
     /// The roots of runs that have ended.
     pub(super) ended_roots: Vec<u32>,
     spans: Vec<Span>,
-    /// Where names are that are about to be searched for.
-    lines: Vec<u32>,
+    /// Where searches for the names of the events at hand begin.
+    starts: Starts,
+    /// Which of them is the first of the event that is on.
+    first_start: usize,
     /// Whether that was done for all events at hand.
     is_touched: bool,
+    /// The same of other searches.
+    other_starts: Starts,
     /// Names that go, with their positions.
     forgotten: Vec<(u64, u32)>,
     dead: Vec<(u32, u32)>,
@@ -161,8 +166,10 @@ impl Tree {
             closed: Vec::new(),
             ended_roots: Vec::new(),
             spans: Vec::new(),
-            lines: Vec::new(),
+            starts: Starts::default(),
+            first_start: 0,
             is_touched: false,
+            other_starts: Starts::default(),
             forgotten: Vec::new(),
             dead: Vec::new(),
             blocks: 0,
@@ -352,36 +359,6 @@ impl Tree {
 
     pub(super) fn set_root(&mut self, shared: &Shared, run: u32, root: u32) {
         shared.run(run).set_root(root);
-    }
-
-    /// From now on any key is found, wherever it is.
-    pub(super) fn index_keys(&mut self, shared: &Shared) {
-        if self.by_key.is_some() {
-            return;
-        }
-        let mut by_key = Names::new(self.names.fit());
-        for run in 0..self.slots.end() {
-            let Some(header) = shared.runs.get(run) else {
-                continue;
-            };
-            for block in 0..header.blocks() {
-                let position = shared.position(run, block);
-                by_key.insert(self.key(shared, position).0, position);
-            }
-        }
-        self.by_key = Some(by_key);
-    }
-
-    /// Undoes [`Self::index_keys`].
-    pub(super) fn forget_keys(&mut self) {
-        self.by_key = None;
-    }
-
-    /// The block with this key, wherever it is; only with [`Self::index_keys`].
-    pub(super) fn find_key(&self, shared: &Shared, key: IndexKey) -> Option<Place> {
-        let by_key = self.by_key.as_ref()?;
-        let found = by_key.find(key.0, |position| shared.keys.get(position) == Some(key.0))?;
-        Some(self.place_of(found))
     }
 
     /// The block with this key after another one, or at the start of a chain; it is made where it is not there yet.

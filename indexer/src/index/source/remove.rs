@@ -72,7 +72,7 @@ impl Source {
         tier: Tier,
     ) -> Applied {
         let mut applied = Applied::default();
-        writer.tree.touch_names(hashes.iter().copied());
+        writer.tree.touch_names(hashes);
         writer
             .tree
             .touch_keys(hashes.iter().map(|hash| IndexKey(hash.0)));

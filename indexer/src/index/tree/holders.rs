@@ -208,7 +208,8 @@ impl Tree {
         }
         for some in forgotten.chunks(NAMES_AT_ONCE) {
             let names = some.iter().map(|(name, _)| *name);
-            self.names.touch_all(names, &mut self.lines);
+            self.names
+                .touch_all([names].into_iter(), &mut self.other_starts);
             for &(name, position) in some {
                 self.names.remove(name, position);
             }
