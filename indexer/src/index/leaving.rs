@@ -2,7 +2,7 @@
 //!
 //! A removal must not keep events waiting for as long as a pod's hundreds of thousands of blocks take. So it only marks
 //! the source, and every event that comes later takes some of its runs out. Until then they cost memory, and nothing else:
-//! holders that lookups skip. Names of blocks that nobody holds any more stay longer, until they are an eighth of all or no
+//! holders that lookups skip. Names of blocks that nobody holds any more stay longer, until they are a quarter of all or no
 //! events come; then they are swept out, table by table. An index with a bound takes all of that out before it gives up
 //! anything that is held.
 
@@ -99,7 +99,7 @@ impl KvIndex {
     /// Takes out what sources that are gone held, and gives back what imports needed and any memory that nothing is in; to
     /// be called when all imports are done, and when no events come.
     ///
-    /// Names of what they held, as long as they are less than an eighth of all, stay with the memory of their blocks.
+    /// Names of what they held, as long as they are less than a quarter of all, stay with the memory of their blocks.
     pub fn tidy(&self) {
         let mut state = lock(&self.state);
         self.tidy_all(&mut state);
