@@ -21,7 +21,8 @@ mod sys;
 mod wire;
 
 pub use agent::{
-    Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle, SLOW_AFTER_DEFAULT,
+    Agent, AgentBuilder, ConnectionReport, Notification, Notified, PathReport, PeerHandle,
+    SLOW_AFTER_DEFAULT,
 };
 pub use backend::Operation;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
