@@ -17,15 +17,18 @@ mod region;
 mod request;
 mod signal;
 mod stats;
+mod sync;
 mod sys;
 mod wire;
 
 pub use agent::{
-    Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle, SLOW_AFTER_DEFAULT,
+    Agent, AgentBuilder, ConnectionReport, Notification, Notified, PathReport, PeerHandle,
+    SLOW_AFTER_DEFAULT,
 };
 pub use backend::Operation;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};
+pub use backend::tcp::TlsOptions;
 pub use backend::ucx::UcxOptions;
 pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side, Strided};
 pub use metadata::{AGENT_NAME_BYTES_MAX, EXPORTED_REGIONS_MAX, METADATA_VERSION};

@@ -11,7 +11,8 @@ use kvfabric_transfer::backend::conformance::{
 };
 use kvfabric_transfer::backend::sim::{ExchangeConfig, LinkProfile, SimNetwork};
 use kvfabric_transfer::{
-    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, UcxOptions,
+    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, TlsOptions,
+    UcxOptions,
 };
 
 /// How many cases the suite has.
@@ -68,6 +69,40 @@ fn cma_over_shared_memory_conforms() {
 fn tcp_conforms() {
     let listen = "127.0.0.1:0".parse().expect("address");
     check(&pair("tcp", |name| alone(name).tcp(Some(listen))), 0);
+}
+
+/// The same over two addresses and five connections, over which requests above 1 MiB are striped.
+#[test]
+fn tcp_over_several_connections_conforms() {
+    let listen = "127.0.0.1:0".parse().expect("address");
+    let rail = "127.0.0.2:0".parse().expect("address");
+    let build = |name: &str| {
+        alone(name)
+            .tcp(Some(listen))
+            .tcp_rails([rail])
+            .tcp_connections(5)
+    };
+    check(&pair("tcp", build), 0);
+}
+
+/// The same, encrypted, over one connection and over three.
+#[test]
+fn tcp_over_tls_conforms() {
+    let listen = "127.0.0.1:0".parse().expect("address");
+    let tls = TlsOptions {
+        authorities: include_bytes!("tls/own-ca.pem").to_vec(),
+        certificates: include_bytes!("tls/member.pem").to_vec(),
+        key: include_bytes!("tls/member.key").to_vec(),
+    };
+    for connections in [1, 3] {
+        let build = |name: &str| {
+            alone(name)
+                .tcp(Some(listen))
+                .tcp_connections(connections)
+                .tcp_tls(Some(tls.clone()))
+        };
+        check(&pair("tcp", build), 0);
+    }
 }
 
 /// Two agents of this process over UCX, by whatever it chooses here.

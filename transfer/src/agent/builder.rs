@@ -9,6 +9,7 @@ use kvcache_core::Result;
 
 use super::{Agent, AgentCore, Exports, Timer};
 use crate::backend::copy::Copier;
+use crate::backend::tcp::TlsOptions;
 use crate::backend::ucx::{self, UcxOptions};
 use crate::backend::{Fabric, cma, memcpy, shm, tcp};
 use crate::metadata::check_name;
@@ -31,7 +32,10 @@ pub struct AgentBuilder {
     memcpy: bool,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
+    tcp_rails: Vec<SocketAddr>,
+    tcp_connections: usize,
     tcp_congestion: Option<String>,
+    tcp_tls: Option<TlsOptions>,
     ucx: Option<UcxOptions>,
     slow_after: Option<Duration>,
     allowed: Option<BTreeSet<String>>,
@@ -48,7 +52,10 @@ impl AgentBuilder {
             memcpy: true,
             tcp: None,
             tcp_advertised: None,
+            tcp_rails: Vec::new(),
+            tcp_connections: 1,
             tcp_congestion: None,
+            tcp_tls: None,
             ucx: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
             allowed: None,
@@ -80,7 +87,8 @@ impl AgentBuilder {
     }
 
     /// Serves and reaches peers over TCP, listening on this address (port 0: any free one). Default: not at all.
-    /// Traffic is neither encrypted nor authenticated beyond region keys: stay on loopback or a trusted network.
+    /// Without [`AgentBuilder::tcp_tls`], traffic is neither encrypted nor authenticated beyond region keys: stay on loopback
+    /// or a trusted network.
     #[must_use]
     pub fn tcp(mut self, listen: Option<SocketAddr>) -> Self {
         self.tcp = listen;
@@ -94,11 +102,37 @@ impl AgentBuilder {
         self
     }
 
+    /// Further addresses to serve TCP on, at most 15: those of other network cards of this host. Peers are told all of them,
+    /// and spread their connections over them. Default: none.
+    #[must_use]
+    pub fn tcp_rails(mut self, addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.tcp_rails = addresses.into_iter().collect();
+        self
+    }
+
+    /// How many TCP connections are made to a peer, at most 16; at least one to each of its addresses is. Large requests are
+    /// striped over them, in frames of 1 MiB, and those of middle size take turns; small ones and notifications stay on the
+    /// first. Default: 1.
+    #[must_use]
+    pub fn tcp_connections(mut self, count: usize) -> Self {
+        self.tcp_connections = count;
+        self
+    }
+
     /// The congestion control of TCP connections, both those that are made and those that are accepted, such as "cubic" or
     /// "bbr". Default: the system's. The path report names what is in force.
     #[must_use]
     pub fn tcp_congestion(mut self, name: Option<&str>) -> Self {
         self.tcp_congestion = name.map(str::to_owned);
+        self
+    }
+
+    /// Encrypts all TCP connections, both those that are made and those that are accepted, with TLS 1.3, and has both sides
+    /// show certificates: each one's must come from an authority that the other believes, and have the name of its agent.
+    /// Who does not is told why and turned away, as is who does not speak TLS. Default: neither.
+    #[must_use]
+    pub fn tcp_tls(mut self, options: Option<TlsOptions>) -> Self {
+        self.tcp_tls = options;
         self
     }
 
@@ -195,7 +229,10 @@ impl AgentBuilder {
                 tcp::Listen {
                     address,
                     advertised: self.tcp_advertised,
+                    rails: self.tcp_rails,
+                    connections: self.tcp_connections,
                     congestion: self.tcp_congestion,
+                    tls: self.tcp_tls,
                 },
             )?);
         }

@@ -22,7 +22,7 @@ pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
-pub use peer::{PathReport, PeerHandle};
+pub use peer::{ConnectionReport, PathReport, PeerHandle};
 pub(crate) use timer::{Timer, TimerKey};
 
 pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
@@ -358,7 +358,7 @@ impl Agent {
     /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.
     #[must_use]
     pub fn wait_notifications(&self, timeout: Duration) -> Vec<Notification> {
-        self.0.exports.inbox().wait(timeout);
+        self.0.exports.inbox().wait(timeout, &self.0.reactor);
         self.notifications()
     }
 

@@ -23,6 +23,8 @@ struct Shared {
     patience: Mutex<Option<u64>>,
     passed: AtomicU64,
     refuses: AtomicBool,
+    /// A byte of what passes next is changed.
+    damages: AtomicBool,
 }
 
 /// Listens before it knows where to pass things on, so that its address can be advertised by the target.
@@ -41,6 +43,7 @@ impl Proxy {
             patience: Mutex::new(None),
             passed: AtomicU64::new(0),
             refuses: AtomicBool::new(false),
+            damages: AtomicBool::new(false),
         };
         Self {
             listener,
@@ -103,6 +106,20 @@ impl Proxy {
         self.shared.cut();
     }
 
+    /// Changes the last byte of what passes next, whichever way.
+    pub(crate) fn damage(&self) {
+        self.shared.damages.store(true, Ordering::SeqCst);
+    }
+
+    /// Ends the oldest connection now.
+    pub(crate) fn cut_one(&self) {
+        let mut state = self.shared.mode.lock().unwrap();
+        // One towards each side.
+        for stream in state.1.drain(..2) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Ends all connections now, and those that come later at once.
     pub(crate) fn refuse(&self) {
         self.shared.refuses.store(true, Ordering::SeqCst);
@@ -163,6 +180,9 @@ fn pass(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
             break;
         }
         shared.wear(count as u64);
+        if shared.damages.swap(false, Ordering::SeqCst) {
+            bytes[count - 1] ^= 1;
+        }
         let state = shared.mode.lock().unwrap();
         let state = shared
             .changed

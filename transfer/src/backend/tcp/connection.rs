@@ -6,10 +6,9 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use rustix::event::{PollFd, PollFlags, poll};
 
 use super::active::Active;
 use super::frame::Header;
@@ -17,10 +16,11 @@ use super::initiator::Initiator;
 use super::receive::{Handler, Intake, Receiver, Stopped};
 use super::scatter::Scatter;
 use super::target::TargetSide;
+use super::tls::Session;
 use crate::backend::Job;
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::request::Priority;
-use crate::sys::memory::Span;
+use crate::sys::memory::{Sink, Span};
 use crate::sys::socket::{self, SPANS_MAX};
 
 /// Bytes that one connection moves before others get their turn.
@@ -28,9 +28,6 @@ const TURN_BYTES: u64 = 4 << 20;
 
 /// Bytes that a poster sends by itself; the rest is the reactor's work.
 pub(super) const INLINE_BYTES_MAX: u64 = 64 << 10;
-
-/// How long a waiting caller takes the reactor's place; then it sleeps, so that cancelling reaches it.
-const ASSIST_MAX: Duration = Duration::from_millis(1);
 
 /// A frame to send: encoded bytes, then memory.
 pub(super) struct Frame {
@@ -91,8 +88,16 @@ impl Outbox {
         }
     }
 
+    /// Puts a request back at the head of its queue.
+    pub(super) fn put_back(&mut self, active: Arc<Active>) {
+        match active.priority {
+            Priority::Normal => self.jobs.push_front(active),
+            Priority::Background => self.background.push_front(active),
+        }
+    }
+
     /// One system call's worth of frames.
-    fn send(&mut self, socket: BorrowedFd<'_>) -> Result<io::Result<u64>> {
+    fn send(&mut self, wire: &Wire<'_>) -> Result<io::Result<u64>> {
         let mut spans = Vec::with_capacity(16);
         let mut bytes = 0;
         for frame in &self.frames {
@@ -116,7 +121,7 @@ impl Outbox {
                 }
             }
         }
-        let sent = match socket::send(socket, &spans) {
+        let sent = match wire.send(&spans) {
             Ok(sent) => sent as u64,
             Err(error) => return Ok(Err(error)),
         };
@@ -140,6 +145,34 @@ pub(super) enum Role {
     Target(TargetSide),
 }
 
+/// A socket, with or without encryption.
+pub(super) struct Wire<'a> {
+    socket: BorrowedFd<'a>,
+    tls: Option<&'a Session>,
+}
+
+impl Wire<'_> {
+    fn send(&self, spans: &[Span<'_>]) -> io::Result<usize> {
+        match self.tls {
+            None => socket::send(self.socket, spans),
+            Some(tls) => tls.send(self.socket, spans),
+        }
+    }
+
+    /// Whether all that was taken to be sent is.
+    fn flush(&self) -> io::Result<bool> {
+        self.tls.map_or(Ok(true), |tls| tls.flush(self.socket))
+    }
+
+    /// Fills the sinks in order with what is there; 0 is the end.
+    pub(super) fn receive(&self, sinks: &[Sink<'_>]) -> io::Result<usize> {
+        match self.tls {
+            None => socket::receive(self.socket, sinks),
+            Some(tls) => tls.receive(self.socket, sinks),
+        }
+    }
+}
+
 struct Watch {
     token: Option<Token>,
     interest: Interest,
@@ -148,16 +181,17 @@ struct Watch {
 /// One TCP connection.
 pub(super) struct Connection {
     stream: TcpStream,
+    tls: Option<Session>,
     reactor: Arc<Reactor>,
     watch: Mutex<Watch>,
     receiver: Mutex<Receiver>,
     outbox: Mutex<Outbox>,
     pub(super) role: Role,
-    /// How often something was received.
-    received: AtomicU64,
     /// Someone wants memory back.
     poked: AtomicBool,
     lost: OnceLock<String>,
+    /// Bytes sent and received, frames and all.
+    moved: [AtomicU64; 2],
 }
 
 /// Settles what is over, after letting go of the outbox.
@@ -176,7 +210,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Connection {
     /// Takes over a non-blocking stream and has the reactor watch it.
     pub(super) fn start(
-        stream: TcpStream,
+        (stream, tls): (TcpStream, Option<Session>),
         reactor: &Arc<Reactor>,
         role: Role,
     ) -> Result<Arc<Self>> {
@@ -186,6 +220,7 @@ impl Connection {
         };
         let connection = Arc::new(Self {
             stream,
+            tls,
             reactor: reactor.clone(),
             watch: Mutex::new(Watch {
                 token: None,
@@ -194,9 +229,9 @@ impl Connection {
             receiver: Mutex::new(receiver),
             outbox: Mutex::default(),
             role,
-            received: AtomicU64::new(0),
             poked: AtomicBool::new(false),
             lost: OnceLock::new(),
+            moved: Default::default(),
         });
         let mut watch = lock(&connection.watch);
         let source: Arc<dyn Source> = connection.clone();
@@ -207,6 +242,19 @@ impl Connection {
 
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+
+    fn wire(&self) -> Wire<'_> {
+        Wire {
+            socket: self.stream.as_fd(),
+            tls: self.tls.as_ref(),
+        }
+    }
+
+    /// # Errors
+    /// When the other side is known by a certificate, and that is not one of this name.
+    pub(super) fn check_name(&self, name: &str) -> Result<()> {
+        self.tls.as_ref().map_or(Ok(()), |tls| tls.check_name(name))
     }
 
     pub(super) fn outbox(&self) -> MutexGuard<'_, Outbox> {
@@ -222,9 +270,11 @@ impl Connection {
         }
     }
 
-    /// Grows with what is received.
-    pub(super) fn progress(&self) -> u64 {
-        self.received.load(Ordering::Relaxed)
+    /// Bytes sent and received so far, frames and all.
+    pub(super) fn moved(&self) -> [u64; 2] {
+        self.moved
+            .each_ref()
+            .map(|bytes| bytes.load(Ordering::Relaxed))
     }
 
     fn set_interest(&self, change: impl FnOnce(&mut Interest)) {
@@ -246,6 +296,10 @@ impl Connection {
     /// Has the reactor take back memory that is no longer to be used, soon.
     pub(super) fn poke(&self) {
         self.poked.store(true, Ordering::Release);
+        self.call_again();
+    }
+
+    fn call_again(&self) {
         // Not by asking for room in the socket: a peer that stands still leaves none.
         if let Some(token) = lock(&self.watch).token {
             self.reactor.nudge(token);
@@ -262,6 +316,11 @@ impl Connection {
     fn pump_locked(&self, outbox: &mut Outbox, budget: u64) {
         let mut left = budget;
         while !outbox.ended {
+            match self.wire().flush() {
+                Ok(true) => {}
+                Ok(false) => return self.pump_later(),
+                Err(error) => return self.lose(&format!("send to the other side: {error}")),
+            }
             if let Role::Initiator(initiator) = &self.role {
                 initiator.refill(outbox);
             }
@@ -273,8 +332,11 @@ impl Connection {
                 self.pump_later();
                 return;
             }
-            match outbox.send(self.socket()) {
-                Ok(Ok(sent)) => left = left.saturating_sub(sent),
+            match outbox.send(&self.wire()) {
+                Ok(Ok(sent)) => {
+                    self.moved[0].fetch_add(sent, Ordering::Relaxed);
+                    left = left.saturating_sub(sent);
+                }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.pump_later();
                     return;
@@ -298,10 +360,15 @@ impl Connection {
         if receiver.has_ended() {
             return None;
         }
-        self.received.fetch_add(1, Ordering::Relaxed);
-        match receiver.run(self.socket(), self, TURN_BYTES) {
+        let outcome = receiver.run(&self.wire(), self, TURN_BYTES);
+        self.moved[1].store(receiver.received(), Ordering::Relaxed);
+        match outcome {
             Ok(stopped) => {
                 self.pump(TURN_BYTES);
+                if let (Stopped::Budget, Some(_)) = (&stopped, &self.tls) {
+                    // What is decrypted shows at no socket.
+                    self.call_again();
+                }
                 Some(stopped)
             }
             Err(error) => {
@@ -339,33 +406,13 @@ impl Connection {
                 .lost
                 .get()
                 .map_or("the connection ended", String::as_str);
-            initiator.fail_all(jobs, reason);
+            initiator.end(jobs, reason);
         }
     }
 
-    /// Receives in the calling thread until `done`, in place of the reactor.
+    /// Reads the agent's sockets in the calling thread until `done`, in place of the reactor's.
     pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
-        let Ok(mut receiver) = self.receiver.try_lock() else {
-            return;
-        };
-        self.set_interest(|interest| interest.readable = false);
-        let until = until.min(Instant::now() + ASSIST_MAX);
-        while !receiver.has_ended() && !done() {
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                break;
-            };
-            let timeout = rustix::event::Timespec {
-                tv_sec: 0,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            let mut polled = [PollFd::from_borrowed_fd(self.socket(), PollFlags::IN)];
-            match poll(&mut polled, Some(&timeout)) {
-                Ok(0) | Err(_) => break,
-                Ok(_) => self.receive(&mut receiver),
-            };
-        }
-        drop(receiver);
-        self.set_interest(|interest| interest.readable = true);
+        self.reactor.lead(until, done);
     }
 }
 
@@ -416,11 +463,8 @@ impl Source for Connection {
         if readiness.writable {
             self.pump(TURN_BYTES);
         }
-        // A caller who assists receives what there is.
-        if readiness.readable
-            && let Ok(mut receiver) = self.receiver.try_lock()
-        {
-            self.receive(&mut receiver);
+        if readiness.readable || self.tls.is_some() {
+            self.receive(&mut lock(&self.receiver));
         }
     }
 
