@@ -134,6 +134,16 @@ impl Hub {
         question: &Question<'_>,
         tell: impl FnOnce(&Told<'_>, &mut Fields) -> R,
     ) -> Result<R> {
+        self.answer_amid(question, tell, || {})
+    }
+
+    /// The same, with something that happens whenever the index has been asked.
+    pub(super) fn answer_amid<R>(
+        &self,
+        question: &Question<'_>,
+        tell: impl FnOnce(&Told<'_>, &mut Fields) -> R,
+        amid: impl FnMut(),
+    ) -> Result<R> {
         let started = Instant::now();
         let index = self.index_for(question.tenant, question.model)?;
         let told = SCRATCH.with_borrow_mut(|scratch| {
@@ -141,7 +151,7 @@ impl Hub {
             match index {
                 Some(index) => {
                     question.keys(&index, scratch);
-                    self.find(&index, &pods, question, scratch, started);
+                    self.find(&index, &pods, question, scratch, started, amid);
                 }
                 None => {
                     scratch.answer = Answer::default();
@@ -200,6 +210,7 @@ impl Hub {
         question: &Question<'_>,
         scratch: &mut Scratch,
         now: Instant,
+        mut amid: impl FnMut(),
     ) {
         let Scratch {
             keys,
@@ -211,6 +222,7 @@ impl Hub {
         for _ in 0..FINDS_MAX {
             let step = self.steps.count();
             self.ask(index, pods, question, keys, answer, now);
+            amid();
             if positions.are_of(answer) {
                 return;
             }
@@ -224,6 +236,7 @@ impl Hub {
         positions.read(pods, pods.keys(), now);
         positions.remember(pods.keys());
         self.ask(index, pods, question, keys, answer, now);
+        amid();
         positions.keep(answer);
     }
 
