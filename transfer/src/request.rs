@@ -49,6 +49,14 @@ pub struct RequestOptions {
     pub parts: Vec<u32>,
     /// Who goes first where requests wait for each other.
     pub priority: Priority,
+    /// Whether the CRC-32C of each descriptor is compared, as it is in the source's memory and as it has arrived in the
+    /// other's, each computed where the memory is. A difference is [`ErrorKind::Corrupt`] and names the descriptor; what
+    /// may be tried again is. Parts count as in place, and the notification goes, when they are compared. The source must
+    /// not change meanwhile, and the peer must let its region be read. Not over `ucx`, files and objects.
+    pub checksum: bool,
+    /// The names of the backends that may be used, such as "shm"; all if there are none. Which of them goes first is the
+    /// agent's ([`crate::AgentBuilder::prefer`]).
+    pub backends: Vec<String>,
 }
 
 /// Who moves the bytes.

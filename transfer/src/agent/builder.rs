@@ -5,16 +5,20 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use kvcache_core::Result;
+use kvcache_core::{Error, Result};
 
 use super::{Agent, AgentCore, Exports, Timer};
-use crate::backend::copy::Copier;
+use crate::backend::copy::{COPY_THREADS_MAX, Copier};
 use crate::backend::ucx::{self, UcxOptions};
 use crate::backend::{Fabric, cma, memcpy, shm, tcp};
+use crate::estimate::PathCost;
 use crate::metadata::check_name;
 use crate::reactor::Reactor;
 use crate::stats::Stats;
 use crate::sys::fork::Process;
+
+/// Threads that share a large copy, unless told otherwise: more fill a memory channel, and leave less to others.
+const COPY_THREADS_DEFAULT_MAX: usize = 4;
 
 type Step = Box<dyn FnOnce(&Agent) -> Result<()> + Send>;
 type MakeFabric = Box<dyn FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Send>;
@@ -26,11 +30,14 @@ pub struct AgentBuilder {
     shm: bool,
     cma: Option<bool>,
     memcpy: bool,
+    copy_threads: Option<usize>,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
     tcp_congestion: Option<String>,
     ucx: Option<UcxOptions>,
     allowed: Option<BTreeSet<String>>,
+    preferred: Vec<String>,
+    costs: Vec<(String, PathCost)>,
     fabrics: Vec<MakeFabric>,
     steps: Vec<Step>,
 }
@@ -42,11 +49,14 @@ impl AgentBuilder {
             shm: true,
             cma: None,
             memcpy: true,
+            copy_threads: None,
             tcp: None,
             tcp_advertised: None,
             tcp_congestion: None,
             ucx: None,
             allowed: None,
+            preferred: Vec::new(),
+            costs: Vec::new(),
             fabrics: Vec::new(),
             steps: Vec::new(),
         }
@@ -71,6 +81,14 @@ impl AgentBuilder {
     #[must_use]
     pub fn memcpy(mut self, enabled: bool) -> Self {
         self.memcpy = enabled;
+        self
+    }
+
+    /// How many threads share a copy of 8 MiB or more between regions of this process, from 1 to [`COPY_THREADS_MAX`].
+    /// Default: half of the processors, from 1 to 4.
+    #[must_use]
+    pub fn copy_threads(mut self, threads: usize) -> Self {
+        self.copy_threads = Some(threads);
         self
     }
 
@@ -112,6 +130,21 @@ impl AgentBuilder {
         self
     }
 
+    /// Which ways to peers go first, by name and the best first; the others follow in the usual order. Each must be
+    /// enabled.
+    #[must_use]
+    pub fn prefer(mut self, backends: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.preferred = backends.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// What a backend is taken to cost in estimates ([`crate::Request::estimate`]) until transfers have shown it.
+    #[must_use]
+    pub fn assume_cost(mut self, backend: &str, cost: PathCost) -> Self {
+        self.costs.push((backend.to_owned(), cost));
+        self
+    }
+
     /// Adds a step that ends the building of the agent.
     pub(crate) fn on_build(
         mut self,
@@ -141,7 +174,7 @@ impl AgentBuilder {
         let process = Process::current();
         let exports = Arc::new(Exports::new(&self.name, self.allowed)?);
         let (timer, timer_thread) = Timer::start()?;
-        let (copier, copier_thread) = Copier::start()?;
+        let (copier, copier_thread) = Copier::start(copy_threads(self.copy_threads)?)?;
         let (reactor, reactor_thread) = Reactor::start()?;
         // From here on the agent owns what was started, so that its drop ends it when the rest fails.
         let agent = Agent(Arc::new(AgentCore {
@@ -185,10 +218,29 @@ impl AgentBuilder {
                 },
             )?);
         }
+        exports.order(&self.preferred)?;
+        for (backend, cost) in self.costs {
+            agent.core().stats.assume(&backend, cost)?;
+        }
         for step in self.steps {
             step(&agent)?;
         }
         Ok(agent)
+    }
+}
+
+fn copy_threads(wanted: Option<usize>) -> Result<usize> {
+    match wanted {
+        Some(threads) if (1..=COPY_THREADS_MAX).contains(&threads) => Ok(threads),
+        Some(threads) => Err(Error::invalid(
+            "copy threads",
+            threads,
+            1..=COPY_THREADS_MAX,
+        )),
+        None => {
+            let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+            Ok((processors / 2).clamp(1, COPY_THREADS_DEFAULT_MAX))
+        }
     }
 }
 

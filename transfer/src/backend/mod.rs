@@ -18,6 +18,7 @@ pub(crate) mod copy;
 pub mod file;
 pub(crate) mod memcpy;
 pub mod object;
+mod shared_copy;
 pub(crate) mod shm;
 pub mod sim;
 pub(crate) mod spare;
@@ -41,6 +42,8 @@ pub(crate) struct Capabilities {
     pub(crate) remote: &'static [MemoryKind],
     /// Whether it carries notifications.
     pub(crate) notifications: bool,
+    /// Whether it takes plans of checksums ([`Plan::sums`]).
+    pub(crate) checksums: bool,
 }
 
 /// Something that moves bytes: the connection to one peer, or the engine behind files or objects.
@@ -53,6 +56,15 @@ pub(crate) trait Backend: Send + Sync {
 
     /// What it can do.
     fn capabilities(&self) -> &Capabilities;
+
+    /// Why it does not do what a plan asks for beside moving bytes; none if it does.
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        let checked = plan.is_checked() || plan.sums;
+        if !plan.wants(self.name()) {
+            return Some("the request wants other backends".to_owned());
+        }
+        (checked && !self.capabilities().checksums).then(|| "compares no checksums".to_owned())
+    }
 
     /// Makes ready for requests with this plan (resolves keys, maps memory). May block, up to a deadline of its own;
     /// called when a request is made, not when it is posted.

@@ -8,7 +8,7 @@ use super::frame::{Access, CHUNK_BYTES_MAX, CHUNK_RANGES_MAX, WireRange};
 use super::scatter::Piece;
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
-use crate::plan::Plan;
+use crate::plan::{Plan, SUM_BYTES, SUM_BYTES_MAX};
 use crate::request::Priority;
 
 /// A request on this connection.
@@ -117,6 +117,10 @@ impl Active {
                 break;
             };
             let len = (extent.len - state.skip).min(CHUNK_BYTES_MAX - cut.bytes);
+            if self.plan.sums && len < extent.len {
+                // A range has one checksum.
+                break;
+            }
             let region = match targets.iter().rposition(|&target| target == extent.remote) {
                 Some(position) => position as u32,
                 None => {
@@ -137,7 +141,7 @@ impl Active {
             cut.pieces.push(Piece {
                 region: extent.local,
                 offset,
-                len,
+                len: if self.plan.sums { SUM_BYTES } else { len },
             });
             cut.bytes += len;
             state.skip += len;
@@ -157,6 +161,8 @@ impl Active {
         Some(cut)
     }
 }
+
+const _: () = assert!(SUM_BYTES_MAX <= CHUNK_BYTES_MAX);
 
 /// The part of a request that one frame asks for or brings.
 #[derive(Default)]

@@ -251,6 +251,7 @@ impl Fabric for TcpFabric {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: true,
             },
         }))
     }

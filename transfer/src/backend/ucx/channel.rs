@@ -34,6 +34,7 @@ impl UcxChannel {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: false,
             },
         }
     }
