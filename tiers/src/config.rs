@@ -106,7 +106,8 @@ pub struct PeerLimits {
     pub leases_per_peer_max: u32,
     /// The deadline of one call to a peer: greeting it, or giving a lease back.
     pub call_timeout: Duration,
-    /// How long a peer that failed is left alone at first; doubles with each failure in a row.
+    /// How long a peer is left alone when it could not be reached, or greeted us and then failed; doubles with each failure
+    /// in a row. One that had served us is tried anew at once.
     pub backoff: Duration,
     /// How long a peer is left alone at most.
     pub backoff_max: Duration,

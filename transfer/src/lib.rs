@@ -21,7 +21,10 @@ mod stats;
 mod sys;
 mod wire;
 
-pub use agent::{Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle};
+pub use agent::{
+    Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle, RegisteredRange,
+    SLOW_AFTER_DEFAULT,
+};
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};

@@ -11,17 +11,21 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::{AgentCore, PeerCore};
 use crate::backend::Backend;
+use crate::estimate::Estimate;
 use crate::outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 use crate::plan::Plan;
+use crate::stats::Counters;
 
+mod check;
 mod core;
 mod later;
 mod piece;
 mod rate;
+mod slow;
 mod state;
 mod ticket;
 
-pub(crate) use self::core::RequestCore;
+pub(crate) use self::core::{RequestCore, TRIES_MAX};
 pub(crate) use self::later::Later;
 pub(crate) use self::rate::Bucket;
 pub use self::rate::Priority;
@@ -123,26 +127,29 @@ impl Request {
     /// deregistered; [`ErrorKind::Forked`] in a forked child.
     pub fn post(&self) -> Result<()> {
         self.agent.check()?;
-        let mut again = matches!(self.route, Route::Peer(_));
+        match &self.route {
+            Route::Own(backend) => self.post_to(backend, 0),
+            Route::Peer(peer) => self.post_to_peer(peer),
+        }
+    }
+
+    fn post_to_peer(&self, peer: &Arc<PeerCore>) -> Result<()> {
+        let (agent, plan) = (&self.agent, &self.core.plan);
+        let mut channel = peer.channel(agent, plan)?;
+        let mut tries = 1;
         loop {
-            let (backend, closings): (Arc<dyn Backend>, u64) = match &self.route {
-                Route::Own(backend) => (backend.clone(), 0),
-                Route::Peer(peer) => {
-                    let closings = peer.closings();
-                    (peer.channel(&self.agent, &self.core.plan)?, closings)
-                }
+            let backend: Arc<dyn Backend> = channel.clone();
+            let Err(error) = self.post_to(&backend, peer.closings()) else {
+                return Ok(());
             };
-            match self.post_to(&backend, closings) {
-                // The connection was lost after it was chosen: there may be another, or another way.
-                Err(error) if again && error.kind() == ErrorKind::PeerLost => again = false,
-                outcome => return outcome,
-            }
+            tries += 1;
+            channel = peer.after_refusal(agent, plan, (channel, tries), error)?;
         }
     }
 
     fn post_to(&self, backend: &Arc<dyn Backend>, closings: u64) -> Result<()> {
         self.core.plan.enter()?;
-        let counters = self.agent.stats().counters(backend.name());
+        let counters = self.counters(backend.name());
         let started = self.core.start(Start {
             backend,
             counters,
@@ -157,12 +164,53 @@ impl Request {
                 return Err(error);
             }
         };
-        if let Err(error) = self.core.post_pieces(number, backend) {
+        if let Err(error) = self.core.post_pieces(number) {
             self.core.withdraw();
             return Err(error);
         }
-        self.core.watch(number);
+        self.core.watch(number, backend);
         Ok(())
+    }
+
+    fn counters(&self, backend: &'static str) -> Arc<Counters> {
+        match &self.route {
+            Route::Own(_) => self.agent.stats().counters(backend),
+            Route::Peer(peer) => peer.counters(&self.agent, backend),
+        }
+    }
+
+    /// What a post would take now, and which way it would go; connects if there is no connection.
+    ///
+    /// By what requests took before, to this peer or else to others, from the post to the completion: those of about the
+    /// same size, or corrected from the nearest size by what the backend usually costs
+    /// ([`crate::AgentBuilder::assume_cost`]). A rate that limits the request counts; what waits before it, what is
+    /// scattered more than usual, and checksums do not.
+    ///
+    /// # Errors
+    /// As [`Request::post`] when the peer can't be reached.
+    pub fn estimate(&self) -> Result<Estimate> {
+        self.agent.check()?;
+        let plan = &self.core.plan;
+        let (backend, refused) = match &self.route {
+            Route::Own(backend) => (backend.name(), Vec::new()),
+            Route::Peer(peer) => {
+                let report = peer.report_for(&self.agent, plan)?;
+                (report.backend.unwrap_or("none"), report.refused)
+            }
+        };
+        let usual = self.agent.stats().assumed(backend);
+        let all = self.agent.stats().counters(backend);
+        let seen = [self.counters(backend), all]
+            .map(|counters| counters.costs(plan.operation).expect(plan.bytes, &usual));
+        let (ns, measured) = if seen[0].1 { seen[0] } else { seen[1] };
+        let paced = self.core.pace.iter().filter_map(|rate| rate.bytes_per_s());
+        let paced = paced.map(|rate| plan.bytes as f64 * 1e9 / rate as f64);
+        Ok(Estimate {
+            backend,
+            expected: Duration::from_nanos(paced.fold(ns, f64::max) as u64),
+            measured,
+            refused,
+        })
     }
 
     /// Where it stands.
@@ -270,6 +318,8 @@ impl Request {
             bytes: finished.done.bytes,
             descriptors: self.core.plan.descriptors,
             path: finished.done.backend,
+            failovers: finished.done.failovers,
+            left: finished.left,
         })
     }
 

@@ -33,11 +33,18 @@ impl Counters {
         if let Some(whole) = &self.whole {
             whole.complete(operation, bytes, elapsed);
         }
-        self.costs(operation).saw(bytes, elapsed);
         moved.fetch_add(bytes, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.busy_ns
             .fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// An undisturbed transfer took this long.
+    pub(crate) fn saw(&self, operation: Operation, bytes: u64, elapsed: Duration) {
+        self.costs(operation).saw(bytes, elapsed);
+        if let Some(whole) = &self.whole {
+            whole.saw(operation, bytes, elapsed);
+        }
     }
 
     /// What its transfers took.

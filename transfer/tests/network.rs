@@ -1,4 +1,4 @@
-//! TCP over a network that is cut and healed: two hosts, each a network namespace, and a switch between them. A namespace
+//! Networks that are cut and healed: two hosts, each a network namespace, and a switch between them, or two. A namespace
 //! belongs to a thread, so both agents are in this process and share nothing but the wire.
 #![allow(
     clippy::unwrap_used,
@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{Agent, MemoryFate, Operation, Request, RequestOptions};
+use kvfabric_transfer::{Agent, MemoryFate, Operation, Request, RequestOptions, UcxOptions};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use support::{OPEN, Pair, WAIT, contents, pattern};
@@ -27,9 +27,11 @@ const LOST: Duration = Duration::from_secs(60);
 
 const BYTES: u64 = 32 << 20;
 
-/// Two hosts on a switch; taken down when dropped.
+/// Two hosts, on as many networks as they have links; taken down when dropped.
 struct Network {
+    /// What switches, and the hosts.
     names: [String; 3],
+    links: u8,
 }
 
 fn ip(arguments: &str) -> Result<(), String> {
@@ -46,10 +48,11 @@ fn ip(arguments: &str) -> Result<(), String> {
 
 impl Network {
     /// None, and a loud line, where namespaces cannot be made.
-    fn new(name: &str) -> Option<Self> {
+    fn new(name: &str, links: u8) -> Option<Self> {
         let name = format!("kvf-{}-{name}", std::process::id());
         let network = Self {
             names: ["switch", "a", "b"].map(|role| format!("{name}-{role}")),
+            links,
         };
         match network.set_up() {
             Ok(()) => Some(network),
@@ -61,40 +64,44 @@ impl Network {
     }
 
     fn set_up(&self) -> Result<(), String> {
-        let switch = &self.names[0];
+        let [switch, hosts @ ..] = &self.names;
         ip(&format!("netns add {switch}"))?;
-        ip(&format!("-n {switch} link add br0 type bridge"))?;
-        ip(&format!("-n {switch} link set br0 up"))?;
-        for (number, host) in [(1, &self.names[1]), (2, &self.names[2])] {
+        for host in hosts {
             ip(&format!("netns add {host}"))?;
             ip(&format!("-n {host} link set lo up"))?;
-            ip(&format!(
-                "-n {host} link add eth0 type veth peer name port{number} netns {switch}"
-            ))?;
-            ip(&format!("-n {switch} link set port{number} master br0 up"))?;
-            ip(&format!("-n {host} addr add 10.77.0.{number}/24 dev eth0"))?;
-            ip(&format!("-n {host} link set eth0 up"))?;
+        }
+        for link in 0..self.links {
+            ip(&format!("-n {switch} link add br{link} type bridge"))?;
+            ip(&format!("-n {switch} link set br{link} up"))?;
+            for (number, host) in (1..).zip(hosts) {
+                let port = format!("port{link}{number}");
+                ip(&format!(
+                    "-n {host} link add eth{link} type veth peer name {port} netns {switch}"
+                ))?;
+                ip(&format!("-n {switch} link set {port} master br{link} up"))?;
+                let address = address(link, number);
+                ip(&format!("-n {host} addr add {address}/24 dev eth{link}"))?;
+                ip(&format!("-n {host} link set eth{link} up"))?;
+            }
         }
         Ok(())
     }
 
-    /// An agent on one of the two hosts, 1 or 2.
+    /// An agent on one of the two hosts, 1 or 2, that listens on its last link, and uses UCX on the first if there are two.
     fn agent(&self, host: u8, name: &str) -> Agent {
-        let place = format!("/run/netns/{}", self.names[usize::from(host)]);
-        let name = name.to_owned();
-        let build = move || {
-            let namespace = File::open(place).unwrap();
-            let kind = LinkNameSpaceType::Network;
-            move_into_link_name_space(namespace.as_fd(), Some(kind)).unwrap();
-            let address = IpAddr::V4(Ipv4Addr::new(10, 77, 0, host));
-            Agent::builder(&name)
-                .memcpy(false)
-                .shm(false)
-                .tcp(Some(SocketAddr::new(address, 0)))
-                .build()
-                .unwrap()
+        let listen = SocketAddr::new(address(self.links - 1, host), 0);
+        let settings = [("TLS", "tcp,self"), ("NET_DEVICES", "eth0")];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let ucx = UcxOptions {
+            settings: settings.to_vec(),
         };
-        thread::spawn(build).join().unwrap()
+        let builder = Agent::builder(name)
+            .memcpy(false)
+            .shm(false)
+            .ucx((self.links > 1).then_some(ucx))
+            .tcp(Some(listen))
+            .slow_after(Some(Duration::from_millis(500)));
+        self.on(host, || builder.build().unwrap())
     }
 
     /// Runs `body` on a host: sockets that it makes are there.
@@ -111,13 +118,13 @@ impl Network {
         })
     }
 
-    /// From now on nothing arrives at either side, and neither is told.
+    /// From now on nothing arrives at either side of the first link, and neither is told.
     fn cut(&self) {
-        ip(&format!("-n {} link set port2 nomaster", self.names[0])).unwrap();
+        ip(&format!("-n {} link set port02 nomaster", self.names[0])).unwrap();
     }
 
     fn heal(&self) {
-        ip(&format!("-n {} link set port2 master br0", self.names[0])).unwrap();
+        ip(&format!("-n {} link set port02 master br0", self.names[0])).unwrap();
     }
 }
 
@@ -128,6 +135,11 @@ impl Drop for Network {
             let _ = ip(&format!("netns del {name}"));
         }
     }
+}
+
+/// Of a host, 1 or 2, on a link.
+fn address(link: u8, host: u8) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(10, 77 + link, 0, host))
 }
 
 fn within(deadline: Duration) -> RequestOptions {
@@ -156,7 +168,7 @@ fn all(pair: &Pair, operation: Operation, deadline: Duration) -> Request {
 /// connection goes on: what was late is dropped, and the write's memory is settled by its answers.
 #[test]
 fn a_network_that_is_cut_and_healed_goes_on() {
-    let Some(network) = Network::new("heal") else {
+    let Some(network) = Network::new("heal", 1) else {
         return;
     };
     let data = pattern(BYTES as usize, 3);
@@ -187,7 +199,7 @@ fn a_network_that_is_cut_and_healed_goes_on() {
 /// request to the same peer goes over a new connection.
 #[test]
 fn a_peer_that_was_lost_is_reached_again_with_the_same_handle() {
-    let Some(network) = Network::new("lost") else {
+    let Some(network) = Network::new("lost", 1) else {
         return;
     };
     let data = pattern(BYTES as usize, 4);
@@ -215,7 +227,7 @@ fn a_peer_that_was_lost_is_reached_again_with_the_same_handle() {
 /// connection that is left is found dead by the first request or, without one, by the probes of an idle connection.
 #[test]
 fn a_half_open_connection_is_found_out() {
-    let Some(network) = Network::new("half") else {
+    let Some(network) = Network::new("half", 1) else {
         return;
     };
     let data = pattern(BYTES as usize, 5);
@@ -250,6 +262,39 @@ fn a_half_open_connection_is_found_out() {
         let read = network.on(1, || all(&pair, Operation::Read, WAIT));
         read.wait(WAIT).unwrap();
         assert!(contents(&pair.local) == data);
+    }
+}
+
+/// Two hosts with two links, UCX on one and TCP on the other. The first is cut: a read that stands still goes on over the
+/// second before anything has found the first one dead. Healed, the first is used again.
+#[test]
+fn a_read_goes_on_over_the_other_link_when_one_is_cut() {
+    let Some(network) = Network::new("links", 2) else {
+        return;
+    };
+    let data = pattern(BYTES as usize, 6);
+    let pair = pair(&network, &data);
+    let read = network.on(1, || all(&pair, Operation::Read, LOST));
+    assert_eq!(read.wait(WAIT).unwrap().backend, "ucx");
+    network.cut();
+    pair.local.fill_at(0, BYTES, 0).unwrap();
+    network.on(1, || read.post()).unwrap();
+    let done = read.wait(LOST).unwrap();
+    assert_eq!((done.backend, done.failovers), ("tcp", 1));
+    let left = read.telemetry().unwrap().left;
+    assert_eq!(left, Some(("ucx", ErrorKind::Timeout)));
+    assert!(contents(&pair.local) == data);
+    let report = network.on(1, || pair.initiator.path_to(&pair.peer));
+    assert_eq!(report.backend, Some("tcp"));
+    assert!(
+        report.refused.iter().any(|(way, _)| *way == "ucx"),
+        "{report:?}"
+    );
+    network.heal();
+    let until = Instant::now() + LOST;
+    while read.wait(LOST).unwrap().backend != "ucx" {
+        assert!(Instant::now() < until, "ucx is not used again");
+        network.on(1, || read.post()).unwrap();
     }
 }
 

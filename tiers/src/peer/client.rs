@@ -1,6 +1,7 @@
 //! Connections to peers, made on first use, and the leases that peers granted us.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,8 @@ pub(crate) struct Link {
     pub(crate) handle: PeerHandle,
     incarnation: u64,
     client: PeerClient<Channel>,
+    /// Whether it was of use: a peer that greets and then hangs is not one that lives.
+    answered: AtomicBool,
 }
 
 /// A lease that a peer granted, and through which connection its blocks are read.
@@ -57,6 +60,7 @@ struct Slot {
 #[derive(Debug, Default)]
 struct State {
     link: Option<Arc<Link>>,
+    /// Attempts in a row of which none was of use.
     failures: u32,
     retry_at: Option<Instant>,
 }
@@ -90,8 +94,8 @@ impl Peers {
         let deadline = tokio::time::Instant::from_std(deadline);
         let asked = tokio::time::timeout_at(deadline, self.ask(peer, keys, ttl)).await;
         asked.unwrap_or_else(|_| {
-            // A peer that hangs would cost every fetch its time: leave it alone for a while.
-            self.unlink(peer, |_| true);
+            // A peer that hangs would cost every fetch its time.
+            self.hangs(peer);
             let context = format!("pod {} did not answer in time", self.name(peer));
             Err(Error::new(ErrorKind::Timeout, context))
         })
@@ -131,7 +135,10 @@ impl Peers {
                 .await;
         }
         let message = match answer {
-            Ok(response) => response.into_inner(),
+            Ok(response) => {
+                link.answered.store(true, Ordering::Relaxed);
+                response.into_inner()
+            }
             Err(status) => {
                 let error = wire::error_of(&status, link.pod.as_str());
                 if error.kind() == ErrorKind::PeerLost {
@@ -200,23 +207,47 @@ impl Peers {
         }
     }
 
-    /// The connection turned out to be dead: the next use makes a new one, after the back-off.
+    /// The connection turned out to be dead: the next use makes a new one.
     pub(crate) fn lost(&self, link: &Arc<Link>) {
-        self.unlink(link.peer, |current| Arc::ptr_eq(current, link));
-    }
-
-    fn unlink(&self, peer: PeerId, is_dead: impl FnOnce(&Arc<Link>) -> bool) {
-        let slot = self.slot(peer);
+        let slot = self.slot(link.peer);
         // Whoever holds the lock is connecting anew at this moment.
         let Ok(mut state) = slot.state.try_lock() else {
             return;
         };
-        if state.link.as_ref().is_some_and(is_dead) {
-            let link = state.link.take();
-            self.back_off(&mut state);
-            link.iter()
-                .for_each(|link| self.agent.forget_peer(&link.handle));
+        if state
+            .link
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, link))
+        {
+            self.unlink(&mut state);
         }
+    }
+
+    /// The peer took too long to answer, or to be connected to.
+    fn hangs(&self, peer: PeerId) {
+        let slot = self.slot(peer);
+        let Ok(mut state) = slot.state.try_lock() else {
+            return;
+        };
+        if state.link.is_some() {
+            self.unlink(&mut state);
+        } else {
+            self.back_off(&mut state);
+        }
+    }
+
+    /// Gives the connection up. If it was of use, the next one is tried at once: a peer that was halted for a moment, or
+    /// restarted, serves again as soon as it can. If it was not, or there will be none, the peer is left alone for a while.
+    fn unlink(&self, state: &mut State) {
+        let Some(link) = state.link.take() else {
+            return;
+        };
+        if link.answered.load(Ordering::Relaxed) {
+            state.failures = 0;
+        } else {
+            self.back_off(state);
+        }
+        self.agent.forget_peer(&link.handle);
     }
 
     /// Ends the connection to a pod that has left, if there is one.
@@ -256,11 +287,8 @@ impl Peers {
         match self.connect(peer).await {
             Ok(link) => {
                 let link = Arc::new(link);
-                *state = State {
-                    link: Some(link.clone()),
-                    failures: 0,
-                    retry_at: None,
-                };
+                state.link = Some(link.clone());
+                state.retry_at = None;
                 Ok(link)
             }
             Err(error) => {
@@ -316,6 +344,7 @@ impl Peers {
             handle,
             incarnation: hello.incarnation,
             client,
+            answered: AtomicBool::new(false),
         })
     }
 

@@ -199,6 +199,40 @@ async fn a_restarted_peer_is_found_out_and_greeted_anew() {
         .expect("the new run is found");
 }
 
+/// A holder whose service stands still for a while, as when its host halts it. It is fetched from again at once, though
+/// peers that fail are left alone for long; one that stands still also when it is tried anew is left alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_stood_still_serves_again_as_soon_as_it_goes_on() {
+    let holder = Node::open(config("holder", 16), agent("holder", Way::Shm, None)).await;
+    let mut reader = config("reader", 16);
+    reader.peers.backoff = PATIENCE * 100;
+    reader.peers.backoff_max = PATIENCE * 100;
+    reader.limits.lease_wait = Duration::from_millis(500);
+    let reader = Node::open(reader, agent("reader", Way::Shm, None)).await;
+    let gate = Gate::before(holder.cache.peer_address().unwrap()).await;
+    let blocks = chain(1, 4);
+    holder.store(&blocks).await;
+    let mut hints = holder.hints(4);
+    hints.holders[0].peer_address = Some(gate.address.to_string());
+    let expected = vec![from(&holder, Tier::Host); 4];
+    let missed = vec![Source::Miss; 4];
+    for _ in 0..2 {
+        assert_eq!(reader.fetch(&blocks, hints.clone()).await, expected);
+        gate.open.send_replace(false);
+        assert_eq!(reader.fetch(&blocks, hints.clone()).await, missed);
+        gate.open.send_replace(true);
+    }
+    assert_eq!(reader.fetch(&blocks, hints.clone()).await, expected);
+    gate.open.send_replace(false);
+    for _ in 0..2 {
+        assert_eq!(reader.fetch(&blocks, hints.clone()).await, missed);
+    }
+    let connections = gate.connections.load(Ordering::Relaxed);
+    gate.open.send_replace(true);
+    assert_eq!(reader.fetch(&blocks, hints.clone()).await, missed);
+    assert_eq!(gate.connections.load(Ordering::Relaxed), connections);
+}
+
 /// What a pod leased, and the connection to it, end when it is known to have left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_forgotten_peer_is_reached_again_when_it_comes_back() {

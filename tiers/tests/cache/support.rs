@@ -1,5 +1,6 @@
 //! Nodes to test with: a cache, its agent, an engine's memory, and everything it announced.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +16,8 @@ use kvfabric_tiers::{
     StoreReport,
 };
 use kvfabric_transfer::{Agent, DirectMode, HostMemory, ObjectOptions, Region, RegionOptions};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 /// Bytes of a block in these tests: not a multiple of a page, which is the harder case.
@@ -206,6 +209,50 @@ pub(crate) fn cold() -> Option<ObjectConfig> {
         store_name: "cold".to_owned(),
         prefix: "kv".to_owned(),
     })
+}
+
+/// A relay in front of a service, which passes bytes on while it is open and holds them back while it is not.
+pub(crate) struct Gate {
+    pub(crate) address: SocketAddr,
+    pub(crate) open: Arc<watch::Sender<bool>>,
+    /// How many connections it accepted.
+    pub(crate) connections: Arc<AtomicU64>,
+}
+
+impl Gate {
+    pub(crate) async fn before(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let gate = Self {
+            address: listener.local_addr().unwrap(),
+            open: Arc::new(watch::channel(true).0),
+            connections: Arc::default(),
+        };
+        let (open, connections) = (gate.open.clone(), gate.connections.clone());
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                connections.fetch_add(1, Ordering::Relaxed);
+                let (near_in, near_out) = near.into_split();
+                let (far_in, far_out) = TcpStream::connect(target).await.unwrap().into_split();
+                tokio::spawn(pass(near_in, far_out, open.subscribe()));
+                tokio::spawn(pass(far_in, near_out, open.subscribe()));
+            }
+        });
+        gate
+    }
+}
+
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut open: watch::Receiver<bool>,
+) {
+    let mut bytes = vec![0; 4096];
+    while let Ok(count @ 1..) = from.read(&mut bytes).await {
+        let opened = open.wait_for(|open| *open).await.is_ok();
+        if !opened || to.write_all(&bytes[..count]).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// A cache and everything around it.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 
@@ -20,6 +20,9 @@ use crate::sys::fork::Process;
 /// Threads that share a large copy, unless told otherwise: more fill a memory channel, and leave less to others.
 const COPY_THREADS_DEFAULT_MAX: usize = 4;
 
+/// How long a path may stand still before requests go another way, unless [`AgentBuilder::slow_after`] says otherwise.
+pub const SLOW_AFTER_DEFAULT: Duration = Duration::from_secs(2);
+
 type Step = Box<dyn FnOnce(&Agent) -> Result<()> + Send>;
 type MakeFabric = Box<dyn FnOnce(&Arc<Exports>) -> Result<Arc<dyn Fabric>> + Send>;
 
@@ -35,6 +38,7 @@ pub struct AgentBuilder {
     tcp_advertised: Option<SocketAddr>,
     tcp_congestion: Option<String>,
     ucx: Option<UcxOptions>,
+    slow_after: Option<Duration>,
     allowed: Option<BTreeSet<String>>,
     preferred: Vec<String>,
     costs: Vec<(String, PathCost)>,
@@ -54,6 +58,7 @@ impl AgentBuilder {
             tcp_advertised: None,
             tcp_congestion: None,
             ucx: None,
+            slow_after: Some(SLOW_AFTER_DEFAULT),
             allowed: None,
             preferred: Vec::new(),
             costs: Vec::new(),
@@ -123,6 +128,14 @@ impl AgentBuilder {
         self
     }
 
+    /// How long a path to a peer may stand still, with nothing of it arriving, before the requests on it that can be repeated
+    /// go another way, if there is one; none: for ever. Default: [`SLOW_AFTER_DEFAULT`].
+    #[must_use]
+    pub fn slow_after(mut self, after: Option<Duration>) -> Self {
+        self.slow_after = after;
+        self
+    }
+
     /// Only agents of these names may connect. Default: all that know a region's key.
     #[must_use]
     pub fn allow_peers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
@@ -189,6 +202,8 @@ impl AgentBuilder {
             reactor: reactor.clone(),
             own: memcpy::own(copier.clone()),
             extensions: Mutex::new(HashMap::new()),
+            slow_after: self.slow_after,
+            ranges: Default::default(),
             peers: Mutex::new(HashMap::new()),
             threads: Mutex::new(vec![timer_thread, copier_thread, reactor_thread]),
         }));

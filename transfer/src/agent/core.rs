@@ -4,10 +4,11 @@ use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::Result;
 
+use super::ranges::Ranges;
 use super::{Exports, PeerCore, Timer};
 use crate::backend::copy::Copier;
 use crate::backend::{Backend, memcpy};
@@ -31,6 +32,9 @@ pub(crate) struct AgentCore {
     /// Copies between regions of this agent.
     pub(super) own: Arc<dyn Backend>,
     pub(super) extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
+    /// How long a path may stand still under a request.
+    pub(super) slow_after: Option<Duration>,
+    pub(super) ranges: Ranges,
     pub(super) peers: Mutex<HashMap<String, Arc<PeerCore>>>,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -57,6 +61,11 @@ impl AgentCore {
 
     pub(crate) fn timer(&self) -> &Arc<Timer> {
         &self.timer
+    }
+
+    /// How long a path may stand still under a request before it goes another way; none: for ever.
+    pub(crate) fn slow_after(&self) -> Option<Duration> {
+        self.slow_after
     }
 
     /// What posts pieces later.

@@ -13,15 +13,18 @@ mod builder;
 mod core;
 mod exports;
 mod inbox;
+mod links;
 mod peer;
+mod ranges;
 mod timer;
 
 pub(crate) use self::core::AgentCore;
-pub use builder::AgentBuilder;
+pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
 pub use peer::{PathReport, PeerHandle};
+pub use ranges::RegisteredRange;
 pub(crate) use timer::{Timer, TimerKey};
 
 pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
@@ -266,7 +269,7 @@ impl Agent {
                 }
             }
         }
-        peer.channel(&self.0, plan)?.prepare(plan)?;
+        peer.ready_channel(&self.0, plan)?;
         Ok(Route::Peer(peer.clone()))
     }
 

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::AgentCore;
-use crate::backend::{Backend, Channel};
-use crate::descriptor::Target;
+use super::links::{Links, is_same, refusal};
+use crate::backend::{Backend, Channel, NOT_WANTED};
 use crate::metadata::{PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::region::RegionId;
-use crate::request::Bucket;
+use crate::request::{Bucket, TRIES_MAX};
+use crate::stats::{Counters, Stats};
 
 /// How long connecting to a peer may take, for each way that is tried.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -77,18 +78,6 @@ pub(crate) struct Failure<'a> {
     pub(crate) closings: u64,
 }
 
-/// One way to the peer, in order of preference.
-struct Link {
-    name: &'static str,
-    state: LinkState,
-}
-
-enum LinkState {
-    Untried,
-    Connected(Arc<dyn Channel>),
-    Refused(String),
-}
-
 struct Known {
     card: Arc<PeerCard>,
     regions: HashMap<RegionId, Arc<RemoteRegion>>,
@@ -112,13 +101,15 @@ impl Known {
 pub(crate) struct PeerCore {
     name: String,
     known: RwLock<Known>,
-    links: RwLock<Vec<Link>>,
+    links: Links,
     /// Held while connecting, so that it is done once, and readers of `links` don't wait for it. When it was last tried in
     /// vain, and why.
     connecting: Mutex<Option<(Instant, String)>>,
     /// How often all connections were ended on purpose.
     closings: AtomicU64,
     rate: Arc<Bucket>,
+    /// What requests of this agent have moved to and from the peer.
+    stats: Stats,
 }
 
 impl PeerCore {
@@ -126,11 +117,27 @@ impl PeerCore {
         Self {
             name: card.name.clone(),
             known: RwLock::new(Known::new(card)),
-            links: RwLock::default(),
+            links: Links::default(),
             connecting: Mutex::default(),
             closings: AtomicU64::new(0),
             rate: Arc::default(),
+            stats: Stats::default(),
         }
+    }
+
+    /// What a backend has moved to and from the peer; counted for the agent, too.
+    pub(crate) fn counters(&self, agent: &AgentCore, backend: &'static str) -> Arc<Counters> {
+        agent.stats().part(&self.stats, backend)
+    }
+
+    /// Which way a plan would go now, and why not another; connects if there is no connection.
+    pub(crate) fn report_for(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+    ) -> Result<PathReport> {
+        let channel = self.choose(agent, plan)?;
+        Ok(self.links.explain(Ok(channel), plan))
     }
 
     /// What limits all that moves to and from the peer.
@@ -171,12 +178,7 @@ impl PeerCore {
             self.close();
             return;
         }
-        let mut links = self.links.write().unwrap_or_else(PoisonError::into_inner);
-        for link in links.iter_mut() {
-            if matches!(link.state, LinkState::Refused(_)) {
-                link.state = LinkState::Untried;
-            }
-        }
+        self.links.forgive();
     }
 
     pub(super) fn find(&self, id: RegionId) -> Result<Arc<RemoteRegion>> {
@@ -190,12 +192,8 @@ impl PeerCore {
     /// Ends all connections; the next use makes new ones.
     pub(super) fn close(&self) {
         self.closings.fetch_add(1, Ordering::AcqRel);
-        let links =
-            std::mem::take(&mut *self.links.write().unwrap_or_else(PoisonError::into_inner));
-        for link in links {
-            if let LinkState::Connected(channel) = link.state {
-                channel.close();
-            }
+        for channel in self.links.take() {
+            channel.close();
         }
     }
 
@@ -205,14 +203,61 @@ impl PeerCore {
         agent: &Arc<AgentCore>,
         plan: &Plan,
     ) -> Result<Arc<dyn Channel>> {
-        if let Some(channel) = self.connected(plan, None) {
+        if let Some(channel) = self.links.connected(plan, None) {
+            self.try_better(agent, &channel);
             return Ok(channel);
         }
         let mut connecting = self.begin_connecting();
-        if let Some(channel) = self.connected(plan, None) {
+        if let Some(channel) = self.links.connected(plan, None) {
             return Ok(channel);
         }
         self.connect(agent, plan, None, &mut connecting)
+    }
+
+    /// As [`PeerCore::channel`], made ready for the plan. A way that cannot be made ready is left for the next.
+    pub(crate) fn ready_channel(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+    ) -> Result<Arc<dyn Channel>> {
+        let mut channel = self.channel(agent, plan)?;
+        let mut tries = 1;
+        loop {
+            let Err(error) = channel.prepare(plan) else {
+                return Ok(channel);
+            };
+            tries += 1;
+            channel = self.after_refusal(agent, plan, (channel, tries), error)?;
+        }
+    }
+
+    /// Another way for what one would not take: nothing was started. The error if there is none, or it is not the way's.
+    pub(crate) fn after_refusal(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+        (refusing, tries): (Arc<dyn Channel>, u32),
+        error: Error,
+    ) -> Result<Arc<dyn Channel>> {
+        if tries > TRIES_MAX || !is_of_the_way(error.kind()) {
+            return Err(error);
+        }
+        let failure = Failure {
+            backend: &(refusing as Arc<dyn Backend>),
+            at: Instant::now(),
+            closings: self.closings(),
+        };
+        self.leave(failure.backend, &error.to_string());
+        match self.channel_after(agent, plan, &failure) {
+            Ok(other) => Ok(other),
+            // What kept the others from being used is in the path report.
+            Err(_) => Err(error),
+        }
+    }
+
+    /// A connection failed or stands still: its way is avoided for a while.
+    pub(crate) fn leave(&self, failed: &Arc<dyn Backend>, why: &str) {
+        self.links.leave(failed, why);
     }
 
     /// As [`PeerCore::channel`] for what has failed: not over the same connection, and not if connecting was tried in vain
@@ -228,7 +273,8 @@ impl PeerCore {
             let text = format!("the connections to peer {:?} were ended", self.name);
             return Err(Error::new(ErrorKind::PeerLost, text));
         }
-        if let Some(channel) = self.connected(plan, Some(failure.backend)) {
+        let but = Some(failure.backend);
+        if let Some(channel) = self.links.connected(plan, but) {
             return Ok(channel);
         }
         if let Some((at, text)) = &*connecting
@@ -236,7 +282,21 @@ impl PeerCore {
         {
             return Err(Error::new(ErrorKind::PeerLost, text.clone()));
         }
-        self.connect(agent, plan, Some(failure.backend), &mut connecting)
+        self.connect(agent, plan, but, &mut connecting)
+    }
+
+    /// Another connection for what stands still on one, whose way is avoided then. It may be the way itself again only after
+    /// a while.
+    pub(crate) fn channel_beside(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+        slow: &Failure<'_>,
+        why: &str,
+    ) -> Result<Arc<dyn Channel>> {
+        let other = self.channel_after(agent, plan, slow)?;
+        self.leave(slow.backend, why);
+        Ok(other)
     }
 
     fn begin_connecting(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
@@ -245,22 +305,7 @@ impl PeerCore {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The best connection that serves the plan, other than `but`.
-    fn connected(&self, plan: &Plan, but: Option<&Arc<dyn Backend>>) -> Option<Arc<dyn Channel>> {
-        let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
-        links.iter().find_map(|link| match &link.state {
-            LinkState::Connected(channel)
-                if channel.check().is_ok()
-                    && refusal(&**channel, plan).is_none()
-                    && !is_same(channel, but) =>
-            {
-                Some(channel.clone())
-            }
-            _ => None,
-        })
-    }
-
-    /// Tries every way that is not connected, best first, until one serves the plan.
+    /// Tries every way that is not connected, best first, until one serves the plan. Those that were left come last.
     fn connect(
         &self,
         agent: &Arc<AgentCore>,
@@ -269,34 +314,42 @@ impl PeerCore {
         in_vain: &mut Option<(Instant, String)>,
     ) -> Result<Arc<dyn Channel>> {
         let card = self.card();
+        let fabrics = agent.exports().fabrics();
+        self.links.know(fabrics.iter().map(|fabric| fabric.name()));
+        let (left, others): (Vec<usize>, Vec<usize>) =
+            (0..fabrics.len()).partition(|&position| self.links.is_left(position));
         let mut refused = Vec::new();
-        for (position, fabric) in agent.exports().fabrics().iter().enumerate() {
-            let channel = match self.usable(position) {
+        for &position in others.iter().chain(&left) {
+            let fabric = &fabrics[position];
+            let (name, usable) = (fabric.name(), self.links.usable(position));
+            if !plan.wants(name) {
+                refused.push(format!("{name}: {NOT_WANTED}"));
+                continue;
+            }
+            let channel = match usable {
                 Some(channel) if is_same(&channel, but) => {
-                    refused.push(format!("{}: it has failed just now", fabric.name()));
+                    refused.push(format!("{name}: it has failed just now"));
                     continue;
                 }
                 Some(channel) => Ok(channel),
-                None => fabric.connect(&card, CONNECT_TIMEOUT),
+                None => {
+                    let made = fabric.connect(&card, CONNECT_TIMEOUT);
+                    self.links.set(position, made.as_ref());
+                    self.warn_of(name, made.as_ref().err());
+                    made
+                }
             };
-            let state = match &channel {
-                Ok(channel) => LinkState::Connected(channel.clone()),
-                Err(reason) => LinkState::Refused(reason.to_string()),
-            };
-            self.set_link(
-                position,
-                Link {
-                    name: fabric.name(),
-                    state,
-                },
-            );
-            match channel {
+            let reason = match channel {
                 Ok(channel) => match refusal(&*channel, plan) {
-                    None => return Ok(channel),
-                    Some(reason) => refused.push(format!("{}: {reason}", fabric.name())),
+                    None => {
+                        self.links.take_back(position);
+                        return Ok(channel);
+                    }
+                    Some(reason) => reason,
                 },
-                Err(reason) => refused.push(format!("{}: {reason}", fabric.name())),
-            }
+                Err(reason) => reason.to_string(),
+            };
+            refused.push(format!("{name}: {reason}"));
         }
         let reasons = if refused.is_empty() {
             "no way is enabled".into()
@@ -304,27 +357,50 @@ impl PeerCore {
             refused.join("; ")
         };
         let text = format!("peer {:?} can't be reached ({reasons})", self.name);
-        *in_vain = Some((Instant::now(), text.clone()));
+        // Of those that this request wants nothing follows for others.
+        if plan.ways.is_empty() {
+            *in_vain = Some((Instant::now(), text.clone()));
+        }
         Err(Error::new(ErrorKind::PeerLost, text))
     }
 
-    fn usable(&self, position: usize) -> Option<Arc<dyn Channel>> {
-        let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
-        match &links.get(position)?.state {
-            LinkState::Connected(channel) if channel.check().is_ok() => Some(channel.clone()),
-            _ => None,
+    /// A way that both sides have, and that did not come about.
+    fn warn_of(&self, way: &'static str, refused: Option<&Error>) {
+        match refused {
+            None => {}
+            Some(error) if error.kind() == ErrorKind::Unsupported => {
+                tracing::debug!(peer = self.name, way, %error, "a way to a peer is not there");
+            }
+            Some(error) => {
+                tracing::warn!(peer = self.name, way, %error, "a way to a peer was refused");
+            }
         }
     }
 
-    fn set_link(&self, position: usize, link: Link) {
-        let mut links = self.links.write().unwrap_or_else(PoisonError::into_inner);
-        while links.len() <= position {
-            links.push(Link {
-                name: link.name,
-                state: LinkState::Untried,
-            });
+    /// Has better ways that were left tried again, if it is time.
+    fn try_better(self: &Arc<Self>, agent: &Arc<AgentCore>, used: &Arc<dyn Channel>) {
+        let due = self.links.due(used);
+        if !due.is_empty() {
+            agent.later().reconnect(agent, self, due);
         }
-        links[position] = link;
+    }
+
+    /// Tries ways again that were left, without anybody waiting for it.
+    pub(crate) fn reconnect(&self, agent: &AgentCore, positions: &[usize]) {
+        let _connecting = self.begin_connecting();
+        let card = self.card();
+        let fabrics = agent.exports().fabrics();
+        for &position in positions {
+            if let Some(fabric) = fabrics.get(position)
+                && self.links.usable(position).is_none()
+            {
+                let made = fabric.connect(&card, CONNECT_TIMEOUT);
+                self.links.set(position, made.as_ref());
+                if let Err(error) = made {
+                    self.links.leave_longer(position, &error.to_string());
+                }
+            }
+        }
     }
 
     /// The way to all regions that it exports, or if there is none, to the peer as such.
@@ -334,9 +410,9 @@ impl PeerCore {
         drop(known);
         let chosen = self.choose(agent, &all);
         if chosen.is_err() && !all.remote.is_empty() {
-            return self.explain(self.choose(agent, &Plan::empty()), &all);
+            return self.links.explain(self.choose(agent, &Plan::empty()), &all);
         }
-        self.explain(chosen, &all)
+        self.links.explain(chosen, &all)
     }
 
     /// The way to one of its regions.
@@ -346,49 +422,16 @@ impl PeerCore {
         region: RegionId,
     ) -> Result<PathReport> {
         let plan = Plan::touching([self.find(region)?]);
-        Ok(self.explain(self.choose(agent, &plan), &plan))
+        Ok(self.links.explain(self.choose(agent, &plan), &plan))
     }
 
     fn choose(self: &Arc<Self>, agent: &Arc<AgentCore>, plan: &Plan) -> Result<Arc<dyn Channel>> {
         agent.check().and_then(|()| self.channel(agent, plan))
     }
-
-    /// What was chosen for a plan, and what kept better ways from being chosen.
-    fn explain(&self, chosen: Result<Arc<dyn Channel>>, plan: &Plan) -> PathReport {
-        let links = self.links.read().unwrap_or_else(PoisonError::into_inner);
-        let mut refused = Vec::new();
-        for link in links.iter() {
-            match &link.state {
-                LinkState::Untried => refused.push((link.name, "not tried".to_owned())),
-                LinkState::Refused(reason) => refused.push((link.name, reason.clone())),
-                LinkState::Connected(channel) => {
-                    if let Ok(chosen) = &chosen
-                        && Arc::ptr_eq(chosen, channel)
-                    {
-                        break;
-                    }
-                    let reason = channel.check().err().map(|error| error.to_string());
-                    let reason = reason.or_else(|| refusal(&**channel, plan));
-                    refused.extend(reason.map(|reason| (link.name, reason)));
-                }
-            }
-        }
-        PathReport {
-            backend: chosen.as_ref().ok().map(|channel| channel.name()),
-            why: chosen.map_or_else(|_| String::new(), |channel| channel.detail()),
-            refused,
-        }
-    }
 }
 
-fn is_same(channel: &Arc<dyn Channel>, other: Option<&Arc<dyn Backend>>) -> bool {
-    other.is_some_and(|other| std::ptr::addr_eq(Arc::as_ptr(channel), Arc::as_ptr(other)))
-}
-
-/// Why a channel cannot carry this plan; none if it can.
-fn refusal(channel: &dyn Channel, plan: &Plan) -> Option<String> {
-    plan.remote.iter().find_map(|target| match target {
-        Target::Local(_) => None,
-        Target::Remote(region) => channel.reaches(region).err(),
-    })
+/// Whether an error is of the way that gave it, so that another one may do better.
+fn is_of_the_way(kind: ErrorKind) -> bool {
+    use ErrorKind::{Corrupt, Io, PeerLost, Timeout, Unsupported};
+    matches!(kind, PeerLost | Io | Corrupt | Timeout | Unsupported)
 }

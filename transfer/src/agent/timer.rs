@@ -1,4 +1,4 @@
-//! Watches over the deadlines of requests in flight.
+//! Watches over requests in flight: their deadlines, and whether their paths stand still.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -13,7 +13,7 @@ use crate::request::RequestCore;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct TimerKey(Instant, u64);
 
-/// Deadlines in order, and the thread that waits for the first one.
+/// When to look at which request, in order, and the thread that waits for the first one.
 ///
 /// The thread is woken only for a deadline before the one it waits for; those of finished requests are taken out
 /// without waking it. An idle agent's thread sleeps for good.
@@ -75,11 +75,11 @@ impl Timer {
             if let Some(entry) = queue.entries.first_entry()
                 && entry.key().0 <= now
             {
-                let request = entry.remove();
+                let (key, request) = entry.remove_entry();
                 // Not under the lock: the request takes its own first when it adds itself.
                 drop(queue);
                 if let Some(request) = request.upgrade() {
-                    request.expire();
+                    request.ring(key);
                 }
                 queue = self.lock();
                 continue;

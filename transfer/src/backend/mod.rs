@@ -46,6 +46,9 @@ pub(crate) struct Capabilities {
     pub(crate) checksums: bool,
 }
 
+/// Why a backend that a request does not name is not used.
+pub(crate) const NOT_WANTED: &str = "the request wants other backends";
+
 /// Something that moves bytes: the connection to one peer, or the engine behind files or objects.
 ///
 /// Every accepted [`Job`] is settled exactly once, whatever happens. Nothing here blocks for long: work that does
@@ -61,7 +64,7 @@ pub(crate) trait Backend: Send + Sync {
     fn refusal(&self, plan: &Plan) -> Option<String> {
         let checked = plan.is_checked() || plan.sums;
         if !plan.wants(self.name()) {
-            return Some("the request wants other backends".to_owned());
+            return Some(NOT_WANTED.to_owned());
         }
         (checked && !self.capabilities().checksums).then(|| "compares no checksums".to_owned())
     }
@@ -86,6 +89,18 @@ pub(crate) trait Backend: Send + Sync {
     /// Some job of this backend was given up by its caller (deadline or cancel): look for jobs with
     /// [`Job::is_abandoned`] and settle them as soon as their memory is no longer in use. Never blocks.
     fn reap(&self) {}
+
+    /// A number that grows whenever something of the connection arrives; none where that cannot be said, and a request is
+    /// then never called slow. Takes no lock.
+    fn progress(&self) -> Option<u64> {
+        None
+    }
+
+    /// The connection stands still, and jobs of it were given up to go another way: as [`Backend::reap`]; ends the
+    /// connection where they cannot be settled otherwise.
+    fn give_way(&self) {
+        self.reap();
+    }
 
     /// Lends the calling thread to the backend until `done` or `until`, if it can be used to make progress sooner
     /// than a thread of the backend would. The default does nothing, and the caller sleeps.
@@ -198,9 +213,9 @@ impl Job {
         self.ticket.settle(outcome);
     }
 
-    /// Reports a failure now, although the job's memory may still be in use; `settle` must follow.
+    /// Reports a failure now, although the job's memory may still be in use; `settle` must follow, with the same error.
     pub(crate) fn report(&self, error: Error) {
-        self.ticket.abandon(error);
+        self.ticket.report(error);
     }
 
     /// Nothing was started, and nothing will be.

@@ -2,11 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::check::Compare;
 use super::later::{Again, Due, Later};
 use super::piece::Piece;
 use super::rate::{Bucket, Priority};
@@ -18,8 +19,8 @@ use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
 use crate::signal::Signal;
 
-/// How often a piece is tried in all.
-const TRIES_MAX: u32 = 3;
+/// How often a piece is tried in all: enough for every way between two hosts.
+pub(crate) const TRIES_MAX: u32 = 4;
 
 /// The part of a request that its jobs share.
 pub(crate) struct RequestCore {
@@ -36,15 +37,37 @@ pub(crate) struct RequestCore {
     pub(super) state: Mutex<State>,
     pub(super) changed: Condvar,
     pub(super) abandoned: AtomicBool,
+    /// Some backend is being left.
+    pub(super) leaving: AtomicBool,
+    /// How long the path may stand still.
+    pub(super) slow_after: Option<Duration>,
     /// The notification may have been sent.
     pub(super) told: AtomicBool,
     /// Raised while the last post is decided.
     pub(super) decided: Signal,
 }
 
+/// A piece that its backend did not move.
+pub(super) struct Failed<'a> {
+    pub(super) backend: &'a Arc<dyn Backend>,
+    pub(super) piece: u32,
+    /// How often it was tried.
+    pub(super) tries: u32,
+    pub(super) error: Error,
+    /// Something of it may have been moved.
+    pub(super) began: bool,
+}
+
+/// Whether another way, or another connection, may do better.
+fn is_of_the_way(kind: ErrorKind) -> bool {
+    use ErrorKind::{Corrupt, Io, PeerLost};
+    matches!(kind, PeerLost | Io | Corrupt)
+}
+
 /// What comes next of a request's pieces.
 enum Claim {
-    Piece(u32),
+    /// Goes to this backend: the one of the post, or what took its place.
+    Piece(u32, Arc<dyn Backend>),
     /// Not before this.
     Wait(Instant),
     /// All are posted, or the request has ended.
@@ -71,9 +94,11 @@ impl RequestCore {
     fn claim(&self, number: PostNumber) -> Claim {
         let mut state = self.lock();
         let goes_on = state.number == number && matches!(state.status, Status::InFlight);
-        if !goes_on || state.next as usize == self.pieces.len() {
+        let backend = state.backends.last().cloned();
+        let Some(backend) = backend.filter(|_| goes_on && state.next < self.pieces.len() as u32)
+        else {
             return Claim::Nothing;
-        }
+        };
         let bytes = self.plan_of(state.next).bytes;
         if bytes > 0 {
             let now = Instant::now();
@@ -83,28 +108,26 @@ impl RequestCore {
             }
             self.pace.iter().for_each(|bucket| bucket.take(bytes));
         }
+        if state.next > 0 {
+            state.moved_at = Instant::now();
+        }
         state.next += 1;
-        Claim::Piece(state.next - 1)
+        Claim::Piece(state.next - 1, backend)
     }
 
     /// Posts the pieces that are not posted yet, as far as their rate allows; the rest is posted later.
     ///
     /// # Errors
     /// When the very first is refused: nothing was started.
-    pub(super) fn post_pieces(
-        self: &Arc<Self>,
-        number: PostNumber,
-        backend: &Arc<dyn Backend>,
-    ) -> Result<()> {
+    pub(super) fn post_pieces(self: &Arc<Self>, number: PostNumber) -> Result<()> {
         loop {
-            let piece = match self.claim(number) {
+            let (piece, backend) = match self.claim(number) {
                 Claim::Nothing => return Ok(()),
-                Claim::Piece(piece) => piece,
+                Claim::Piece(piece, backend) => (piece, backend),
                 Claim::Wait(at) => {
                     let due = Due::Paced {
                         core: self.clone(),
                         number,
-                        backend: backend.clone(),
                     };
                     if self.later.add(at, due).is_err() {
                         let text = "too many requests wait for their rate";
@@ -123,14 +146,29 @@ impl RequestCore {
             match refused.map_err(|refusal| refusal.into_error()) {
                 Ok(()) => {}
                 Err(error) if piece == 0 => return Err(error),
-                Err(error) => self.settle_piece(piece, Err(error)),
+                Err(error) => self.piece_failed(Failed {
+                    backend: &backend,
+                    piece,
+                    tries: 1,
+                    error,
+                    began: false,
+                }),
             }
         }
     }
 
+    fn is_paced(&self) -> bool {
+        self.pace.iter().any(|rate| rate.is_limited())
+    }
+
+    /// Whether the notification goes after all else, by itself.
+    fn ends_alone(&self) -> bool {
+        self.pieces.len() > 1 || self.plan.is_checked()
+    }
+
     /// What goes along with the only piece.
     pub(super) fn notification_of_one(&self) -> Option<Bytes> {
-        if self.pieces.len() > 1 {
+        if self.ends_alone() {
             return None;
         }
         self.lock().notice.clone()
@@ -139,14 +177,17 @@ impl RequestCore {
     /// A piece that failed goes another way: what the new job holds.
     pub(super) fn again(
         self: &Arc<Self>,
-        piece: u32,
-        tries: u32,
+        failed: &Again,
         backend: &Arc<dyn Backend>,
         agent: &AgentCore,
     ) -> Ticket {
+        let (piece, tries) = (failed.piece, failed.tries);
         let mut state = self.lock();
         state.failovers += 1;
-        state.counters = Some(agent.stats().counters(backend.name()));
+        state.came_from = Some((failed.failed.name(), failed.error.kind()));
+        (state.seen, state.moved_at) = (None, Instant::now());
+        let peer = self.retry.as_ref().and_then(|(_, peer)| peer.upgrade());
+        state.counters = peer.map(|peer| peer.counters(agent, backend.name()));
         state.backends.push(backend.clone());
         drop(state);
         agent.stats().count_failover();
@@ -166,52 +207,83 @@ impl RequestCore {
                 let failure = failure.map(|e| TransferError::new(e, MemoryFate::Settled));
                 self.finish(failure);
             }
+            (Share::Piece { number, tries }, Ok(())) if self.plan.is_checked() => {
+                self.check(&ticket.backend, number, tries);
+            }
             (Share::Piece { number, .. }, Ok(())) => self.settle_piece(number, Ok(())),
-            (Share::Piece { number, tries }, Err(error)) => {
-                if let Err(error) = self.try_again(ticket, number, tries, error) {
-                    self.settle_piece(number, Err(error));
-                }
+            (Share::Check { number, tries }, outcome) => {
+                let sums = ticket.plan().clone();
+                self.sums_came(
+                    Compare {
+                        core: self.clone(),
+                        backend: ticket.backend.clone(),
+                        piece: number,
+                        tries,
+                        sums,
+                    },
+                    outcome,
+                );
+            }
+            (Share::Piece { number, tries }, Err(error)) => self.piece_failed(Failed {
+                backend: &ticket.backend,
+                piece: number,
+                tries,
+                error: self.why_left(&ticket.backend, error),
+                began: true,
+            }),
+        }
+    }
+
+    pub(super) fn piece_failed(self: &Arc<Self>, failed: Failed<'_>) {
+        let piece = failed.piece;
+        if let Err(error) = self.try_again(failed) {
+            self.settle_piece(piece, Err(error));
+        }
+    }
+
+    /// Whether a job's failure need not be its request's.
+    pub(super) fn may_try_again(&self, ticket: &Ticket, kind: ErrorKind) -> bool {
+        match ticket.share {
+            Share::Notice => false,
+            Share::Piece { tries, .. } | Share::Check { tries, .. } => {
+                let fenced = ticket.backend.fences(self.plan.operation);
+                fenced && is_of_the_way(kind) && self.has_hope(tries)
             }
         }
     }
 
-    /// Has a piece that failed posted again, if that is safe and of use; the error otherwise.
-    fn try_again(
-        self: &Arc<Self>,
-        ticket: &Ticket,
-        piece: u32,
-        tries: u32,
-        error: Error,
-    ) -> Result<()> {
-        use ErrorKind::{Corrupt, Io, PeerLost};
-        let Some((agent, peer)) = &self.retry else {
-            return Err(error);
-        };
+    /// Whether a piece that was tried so often may be tried once more.
+    fn has_hope(&self, tries: u32) -> bool {
         let state = self.lock();
-        let hopeless = !matches!(state.status, Status::InFlight)
-            || state.failure.is_some()
-            || Instant::now() >= state.due;
-        let closings = state.closings;
-        drop(state);
-        if hopeless
-            || tries >= TRIES_MAX
-            || !matches!(error.kind(), PeerLost | Io | Corrupt)
-            || !ticket.backend.fences(self.plan.operation)
-            || self.told.load(Ordering::Acquire)
-        {
-            return Err(error);
+        let open = matches!(state.status, Status::InFlight) && state.failure.is_none();
+        open && Instant::now() < state.due
+            && tries < TRIES_MAX
+            && self.retry.is_some()
+            && !self.told.load(Ordering::Acquire)
+    }
+
+    /// Has a piece that failed posted again, if that is safe and of use; the error otherwise.
+    fn try_again(self: &Arc<Self>, failed: Failed<'_>) -> Result<()> {
+        let left = self.is_left(failed.backend);
+        let fenced = !failed.began || failed.backend.fences(self.plan.operation);
+        let Some((agent, peer)) = &self.retry else {
+            return Err(failed.error);
+        };
+        let of_the_way = left || is_of_the_way(failed.error.kind());
+        if !fenced || !of_the_way || !self.has_hope(failed.tries) {
+            return Err(failed.error);
         }
         let now = Instant::now();
         let again = Again {
             core: self.clone(),
-            piece,
-            tries,
+            piece: failed.piece,
+            tries: failed.tries,
             agent: agent.clone(),
             peer: peer.clone(),
-            closings,
-            failed: ticket.backend.clone(),
+            closings: self.lock().closings,
+            failed: failed.backend.clone(),
             failed_at: now,
-            error,
+            error: failed.error,
         };
         match self.later.add(now, Due::Again(again)) {
             Err(Due::Again(again)) => Err(again.error),
@@ -223,6 +295,9 @@ impl RequestCore {
     pub(super) fn settle_piece(self: &Arc<Self>, piece: u32, outcome: Result<()>) {
         let mut state = self.lock();
         state.open -= 1;
+        if self.pieces.len() > 1 {
+            state.moved_at = Instant::now();
+        }
         match outcome {
             Ok(()) => state.left[self.pieces[piece as usize].part as usize] -= 1,
             Err(error) => {
@@ -255,7 +330,7 @@ impl RequestCore {
             let backend = state.backends.last().cloned();
             let decided = failure.is_some() || !matches!(state.status, Status::InFlight);
             if !decided
-                && self.pieces.len() > 1
+                && self.ends_alone()
                 && let (Some(notice), Some(backend)) = (state.notice.take(), backend)
             {
                 state.open = 1;
@@ -286,7 +361,7 @@ impl RequestCore {
     }
 
     /// The deadline has passed.
-    pub(crate) fn expire(self: &Arc<Self>) {
+    pub(super) fn expire(self: &Arc<Self>) {
         self.give_up(Error::new(
             ErrorKind::Timeout,
             "the deadline of the transfer has passed",
@@ -342,11 +417,17 @@ impl RequestCore {
         }
         // Dropped without the lock: the last user of a connection ends it.
         let backends = std::mem::take(&mut state.backends);
+        let left = std::mem::take(&mut state.leaving);
         match (&state.status, failure) {
             (Status::InFlight, None) => {
                 let elapsed = state.started.elapsed();
                 if let Some(counters) = &state.counters {
-                    counters.complete(self.plan.operation, self.plan.bytes, elapsed);
+                    let (operation, bytes) = (self.plan.operation, self.plan.bytes);
+                    counters.complete(operation, bytes, elapsed);
+                    // What was held back, moved twice or checked says nothing of the path.
+                    if state.failovers == 0 && !self.is_paced() && !self.plan.is_checked() {
+                        counters.saw(operation, bytes, elapsed);
+                    }
                 }
                 let done = Completion {
                     bytes: self.plan.bytes,
@@ -360,6 +441,7 @@ impl RequestCore {
                     // While the call still runs, it has taken as long as the transfer.
                     post: state.post.unwrap_or(elapsed),
                     done,
+                    left: state.came_from,
                 });
                 state.status = Status::Done(done);
             }
@@ -376,7 +458,7 @@ impl RequestCore {
             (Status::Idle | Status::Done(_), _) => {}
         }
         self.wake(state);
-        drop(backends);
+        drop((backends, left));
     }
 
     /// The post is refused: nothing was started.

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::core::RequestCore;
+use super::check::Compare;
+use super::core::{RequestCore, TRIES_MAX};
+use super::slow::Slow;
 use super::state::PostNumber;
 use crate::agent::{AgentCore, Failure, PeerCore};
 use crate::backend::{Backend, Job};
@@ -21,10 +23,19 @@ pub(super) enum Due {
     Paced {
         core: Arc<RequestCore>,
         number: PostNumber,
-        backend: Arc<dyn Backend>,
     },
     /// A piece that failed, over whatever way there is now.
     Again(Again),
+    /// A piece that was moved and is to be checked.
+    Compare(Compare),
+    /// A request whose path stands still.
+    Slow(Slow),
+    /// Ways to a peer that were left are tried again.
+    Reconnect {
+        agent: Weak<AgentCore>,
+        peer: Weak<PeerCore>,
+        ways: Vec<usize>,
+    },
 }
 
 /// A piece that failed.
@@ -87,6 +98,23 @@ impl Later {
         Ok(())
     }
 
+    /// Has ways to a peer that were left tried again.
+    pub(crate) fn reconnect(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        peer: &Arc<PeerCore>,
+        ways: Vec<usize>,
+    ) {
+        let due = Due::Reconnect {
+            agent: Arc::downgrade(agent),
+            peer: Arc::downgrade(peer),
+            ways,
+        };
+        if self.add(Instant::now(), due).is_err() {
+            tracing::debug!(peer = peer.name(), "no room to try a way again");
+        }
+    }
+
     /// Whatever waits fails, and the thread ends.
     pub(crate) fn close(&self) -> Option<JoinHandle<()>> {
         let mut queue = self.lock();
@@ -129,44 +157,57 @@ impl Later {
         for due in left.into_values() {
             let closed = Error::new(ErrorKind::Cancelled, "the agent is closed");
             match due {
-                Due::Paced { core, number, .. } => core.fail_unposted(number, closed),
+                Due::Paced { core, number } => core.fail_unposted(number, closed),
                 Due::Again(again) => again.core.settle_piece(again.piece, Err(again.error)),
+                Due::Compare(compare) => compare.run(),
+                Due::Slow(_) | Due::Reconnect { .. } => {}
             }
         }
     }
 
     fn post(&self, due: Due) {
         match due {
-            Due::Paced {
-                core,
-                number,
-                backend,
-            } => {
-                if let Err(error) = core.post_pieces(number, &backend) {
+            Due::Paced { core, number } => {
+                if let Err(error) = core.post_pieces(number) {
                     core.settle_piece(0, Err(error));
                 }
             }
             Due::Again(again) => again.post(),
+            Due::Compare(compare) => compare.run(),
+            Due::Slow(slow) => slow.leave(),
+            Due::Reconnect { agent, peer, ways } => {
+                if let (Some(agent), Some(peer)) = (agent.upgrade(), peer.upgrade()) {
+                    peer.reconnect(&agent, &ways);
+                }
+            }
         }
     }
 }
 
+/// Why a piece was not posted, and the backend that would not take it, if it came to that.
+type NotPosted = (Error, Option<Arc<dyn Backend>>);
+
 impl Again {
-    fn post(self) {
-        if let Err(error) = self.try_post() {
-            let name = self.failed.name();
+    fn post(mut self) {
+        while let Err((error, refused)) = self.try_post() {
+            let (name, kind) = (self.failed.name(), self.error.kind());
             let text = format!("over {name}: {}; then: {error}", self.error);
-            let error = Error::new(self.error.kind(), text);
-            self.core.settle_piece(self.piece, Err(error));
+            self.error = Error::new(kind, text);
+            match refused {
+                // Nothing was started there.
+                Some(backend) if self.tries + 1 < TRIES_MAX && error.kind() != ErrorKind::Busy => {
+                    self.tries += 1;
+                    (self.failed, self.failed_at) = (backend, Instant::now());
+                }
+                _ => return self.core.settle_piece(self.piece, Err(self.error)),
+            }
         }
     }
 
-    fn try_post(&self) -> Result<()> {
+    fn try_post(&self) -> Result<(), NotPosted> {
         let gone = || {
-            Error::new(
-                ErrorKind::PeerLost,
-                "the agent is closed or the peer forgotten",
-            )
+            let text = "the agent is closed or the peer forgotten";
+            (Error::new(ErrorKind::PeerLost, text), None)
         };
         let agent = self.agent.upgrade().ok_or_else(gone)?;
         let peer = self.peer.upgrade().ok_or_else(gone)?;
@@ -176,14 +217,17 @@ impl Again {
             at: self.failed_at,
             closings: self.closings,
         };
-        let channel = peer.channel_after(&agent, plan, &failure)?;
-        channel.prepare(plan)?;
-        let backend: Arc<dyn Backend> = channel;
+        peer.leave(&self.failed, &self.error.to_string());
+        let channel = peer.channel_after(&agent, plan, &failure);
+        let channel = channel.map_err(|error| (error, None))?;
+        let backend: Arc<dyn Backend> = channel.clone();
+        let refused = |error| (error, Some(backend.clone()));
+        channel.prepare(plan).map_err(refused)?;
         let (failed, now) = (self.failed.name(), backend.name());
         tracing::warn!(peer = peer.name(), failed, error = %self.error, now, "a transfer is tried again");
-        let ticket = self.core.again(self.piece, self.tries, &backend, &agent);
+        let ticket = self.core.again(self, &backend, &agent);
         let job = Job::new(ticket, self.core.notification_of_one());
         let posted = backend.post(job);
-        posted.map_err(|refusal| refusal.into_error())
+        posted.map_err(|refusal| refused(refusal.into_error()))
     }
 }

@@ -30,6 +30,7 @@ pub(super) struct Finished {
     pub(super) started: Instant,
     pub(super) post: Duration,
     pub(super) done: Completion,
+    pub(super) left: Option<(&'static str, ErrorKind)>,
 }
 
 pub(super) struct State {
@@ -60,6 +61,14 @@ pub(super) struct State {
     pub(super) failovers: u32,
     /// How often the peer's connections had been ended by the caller at the post.
     pub(super) closings: u64,
+    /// Connections that stand still: what was posted to them goes another way.
+    pub(super) leaving: Vec<Arc<dyn Backend>>,
+    /// The progress of the last backend when it was looked at.
+    pub(super) seen: Option<u64>,
+    /// When something of the request was posted or settled.
+    pub(super) moved_at: Instant,
+    /// The last way that was left, and why.
+    pub(super) came_from: Option<(&'static str, ErrorKind)>,
 }
 
 impl State {
@@ -84,6 +93,10 @@ impl State {
             notice: None,
             failovers: 0,
             closings: 0,
+            leaving: Vec::new(),
+            seen: None,
+            moved_at: now,
+            came_from: None,
         }
     }
 
@@ -141,11 +154,13 @@ impl RequestCore {
             priority,
             pace,
             retry: peer.map(|peer| (Arc::downgrade(agent), Arc::downgrade(peer))),
+            slow_after: peer.and(agent.slow_after()),
             later: agent.later().clone(),
             timer: agent.timer().clone(),
             state: Mutex::new(State::new(ends.len().max(1))),
             changed: Condvar::new(),
             abandoned: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             told: AtomicBool::new(false),
             decided: Signal::default(),
         }
@@ -177,14 +192,17 @@ impl RequestCore {
         state.notice = start.notice;
         state.failovers = 0;
         state.closings = start.closings;
+        (state.seen, state.moved_at, state.came_from) = (None, now, None);
         self.abandoned.store(false, Ordering::Release);
         self.told.store(false, Ordering::Release);
+        self.leaving.store(false, Ordering::Release);
         self.decided.clear();
         Ok(state.number)
     }
 
-    /// The call that posted returns: has the timer watch over the deadline, if the request is not finished yet.
-    pub(super) fn watch(self: &Arc<Self>, number: PostNumber) {
+    /// The call that posted returns: has the timer watch over the deadline and the path, if the request is not finished yet.
+    pub(super) fn watch(self: &Arc<Self>, number: PostNumber, backend: &Arc<dyn Backend>) {
+        let seen = self.slow_after.and_then(|_| backend.progress());
         let mut state = self.lock();
         // Another thread may have posted again meanwhile.
         if let Some(finished) = &mut state.finished
@@ -193,9 +211,18 @@ impl RequestCore {
             finished.post = finished.started.elapsed();
         }
         if state.number == number && state.posted && matches!(state.status, Status::InFlight) {
-            state.post = Some(state.started.elapsed());
-            state.timer = Some(self.timer.add(state.due, Arc::downgrade(self)));
+            let post = state.started.elapsed();
+            (state.post, state.seen) = (Some(post), seen);
+            let now = state.started + post;
+            self.set_timer(&mut state, now);
         }
+    }
+
+    /// Has the timer look again, at the latest at the deadline.
+    pub(super) fn set_timer(self: &Arc<Self>, state: &mut State, now: Instant) {
+        let look = self.slow_after.map(|after| now + after);
+        let at = look.map_or(state.due, |look| look.min(state.due));
+        state.timer = Some(self.timer.add(at, Arc::downgrade(self)));
     }
 
     /// A descriptor that is readable while the last post is decided.

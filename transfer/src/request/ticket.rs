@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::core::RequestCore;
+use super::core::{RequestCore, TRIES_MAX};
 use super::rate::Priority;
 use crate::backend::Backend;
 use crate::plan::Plan;
@@ -14,6 +14,8 @@ use crate::plan::Plan;
 pub(super) enum Share {
     /// A piece, by number, tried for the n-th time.
     Piece { number: u32, tries: u32 },
+    /// The checksums of a piece that was moved.
+    Check { number: u32, tries: u32 },
     /// The notification of a request in pieces, after all of them.
     Notice,
 }
@@ -56,7 +58,21 @@ impl Ticket {
     }
 
     pub(crate) fn is_abandoned(&self) -> bool {
-        self.core.is_abandoned()
+        self.core.is_abandoned() || self.is_left()
+    }
+
+    /// Whether it is to go on another way.
+    fn is_left(&self) -> bool {
+        let again = matches!(self.share, Share::Piece { tries, .. } if tries < TRIES_MAX);
+        again && self.core.is_left(&self.backend)
+    }
+
+    /// A failure that the backend knows of before nothing can land any more. Kept for the settlement where the job may then
+    /// go another way.
+    pub(crate) fn report(&self, error: Error) {
+        if !self.is_left() && !self.core.may_try_again(self, error.kind()) {
+            self.abandon(error);
+        }
     }
 
     /// The notification may be on its way from now on.
@@ -64,7 +80,7 @@ impl Ticket {
         self.core.tell();
     }
 
-    pub(crate) fn abandon(&self, error: Error) {
+    fn abandon(&self, error: Error) {
         self.core.abandon(error);
     }
 
@@ -90,7 +106,7 @@ impl Drop for Ticket {
                 ErrorKind::Internal,
                 "a backend lost track of a transfer",
             ));
-            std::mem::forget(self.core.plan.clone());
+            std::mem::forget((self.core.plan.clone(), self.plan.clone()));
         }
     }
 }

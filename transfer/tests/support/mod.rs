@@ -11,6 +11,7 @@ use kvfabric_transfer::{
 
 pub(crate) mod child;
 pub(crate) mod proxy;
+pub(crate) mod sockets;
 
 /// Longer than anything that works takes; shorter than a test run's patience.
 pub(crate) const WAIT: Duration = Duration::from_secs(20);

@@ -298,6 +298,9 @@ def test_an_engine_finds_a_peers_blocks_through_the_index(pair):
 
 def test_a_peer_that_stops_answering_costs_a_deadline_and_no_wrong_token(pair):
     """The prefill engine is halted after its hand-off; the blocks are computed."""
+    # One that never served is left alone for a while when it does not answer.
+    served = pair.hand_off(162)
+    pair.decode.complete(prompt(162, TOKENS), kv_transfer_params=served)
     params = pair.hand_off(160)
     with stopped(pair.prefill), Counted(pair.decode) as counted:
         answer = pair.decode.complete(prompt(160, TOKENS), kv_transfer_params=params)

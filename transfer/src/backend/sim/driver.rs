@@ -4,6 +4,7 @@
 //! it is paused only [`SimNetwork::advance`] does, so that a test decides what is in flight when.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,6 +31,8 @@ pub(super) struct Shared {
     /// Tells this network from others in metadata.
     pub(super) id: u64,
     state: Mutex<State>,
+    /// How often something was due and done.
+    pub(super) steps: AtomicU64,
     pub(super) changed: Condvar,
 }
 
@@ -72,6 +75,7 @@ impl SimNetwork {
         let shared = Arc::new(Shared {
             id: u64::from_le_bytes(id),
             state: Mutex::new(state),
+            steps: AtomicU64::new(0),
             changed: Condvar::new(),
         });
         let driven = Arc::clone(&shared);
@@ -219,6 +223,7 @@ impl Shared {
             };
             let settled = state.step(due);
             drop(state);
+            self.steps.fetch_add(1, Ordering::Relaxed);
             settle(settled);
             state = self.lock();
         }

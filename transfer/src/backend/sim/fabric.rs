@@ -1,5 +1,6 @@
 //! The simulated network as a fabric between agents.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -183,6 +184,15 @@ impl Backend for SimChannel {
         drop(state);
         self.network.0.shared.changed.notify_all();
         Ok(())
+    }
+
+    /// Drained before it is settled.
+    fn fences(&self, _operation: Operation) -> bool {
+        true
+    }
+
+    fn progress(&self) -> Option<u64> {
+        Some(self.network.0.shared.steps.load(Ordering::Relaxed))
     }
 
     fn reap(&self) {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -153,6 +153,8 @@ pub(super) struct Connection {
     receiver: Mutex<Receiver>,
     outbox: Mutex<Outbox>,
     pub(super) role: Role,
+    /// How often something was received.
+    received: AtomicU64,
     /// Someone wants memory back.
     poked: AtomicBool,
     lost: OnceLock<String>,
@@ -192,6 +194,7 @@ impl Connection {
             receiver: Mutex::new(receiver),
             outbox: Mutex::default(),
             role,
+            received: AtomicU64::new(0),
             poked: AtomicBool::new(false),
             lost: OnceLock::new(),
         });
@@ -217,6 +220,11 @@ impl Connection {
             None => Ok(()),
             Some(reason) => Err(Error::new(ErrorKind::PeerLost, reason.clone())),
         }
+    }
+
+    /// Grows with what is received.
+    pub(super) fn progress(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     fn set_interest(&self, change: impl FnOnce(&mut Interest)) {
@@ -290,6 +298,7 @@ impl Connection {
         if receiver.has_ended() {
             return None;
         }
+        self.received.fetch_add(1, Ordering::Relaxed);
         match receiver.run(self.socket(), self, TURN_BYTES) {
             Ok(stopped) => {
                 self.pump(TURN_BYTES);

@@ -320,13 +320,11 @@ impl Initiator {
         let next = state.next();
         drop(state);
         match next {
-            Next::Nothing => {
-                outbox.queue(active);
-                if !small {
-                    connection.pump_later();
-                }
-            }
+            Next::Nothing => outbox.queue(active),
             next => self.follow(&active, next, outbox),
+        }
+        if !small {
+            connection.pump_later();
         }
     }
 }

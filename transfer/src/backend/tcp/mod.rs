@@ -372,6 +372,10 @@ impl Backend for TcpChannel {
         self.connection.poke();
     }
 
+    fn progress(&self) -> Option<u64> {
+        Some(self.connection.progress())
+    }
+
     fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
         self.connection.assist(until, done);
     }

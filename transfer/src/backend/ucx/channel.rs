@@ -1,6 +1,7 @@
 //! The path to one peer.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use kvcache_core::Result;
@@ -98,6 +99,15 @@ impl Backend for UcxChannel {
 
     fn reap(&self) {
         self.driver.reap();
+    }
+
+    fn progress(&self) -> Option<u64> {
+        Some(self.shared.arrived.load(Ordering::Relaxed))
+    }
+
+    fn give_way(&self) {
+        self.driver.reap();
+        self.driver.with(|state| state.give_way(self.session));
     }
 
     fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -168,6 +169,9 @@ impl State {
             },
             Event::Over { job, outcome } => {
                 if let Some(active) = self.jobs.get_mut(&job) {
+                    if let Some(using) = self.using.get(&active.session) {
+                        using.shared.arrived.fetch_add(1, Ordering::Relaxed);
+                    }
                     active.open -= 1;
                     if let Err(error) = outcome {
                         active.error.get_or_insert(error);
@@ -200,6 +204,9 @@ impl State {
                 self.lend(session, message);
             }
             To::Known(session) if self.using.contains_key(&session) => {
+                if let Some(using) = self.using.get(&session) {
+                    using.shared.arrived.fetch_add(1, Ordering::Relaxed);
+                }
                 self.answered(session, from, message);
             }
             // Late, for someone who is gone.
@@ -230,6 +237,15 @@ impl State {
         let jobs = self.jobs.iter();
         let of_it = jobs.filter_map(|(number, job)| (job.session == session).then_some(*number));
         self.ready.extend(of_it);
+    }
+
+    /// The path stands still, and UCX withdraws nothing that was begun: the path ends, unless somebody still wants of it what
+    /// could not be repeated.
+    pub(super) fn give_way(&mut self, session: Session) {
+        let mut of_it = self.jobs.values().filter(|job| job.session == session);
+        if of_it.all(|active| active.job.is_abandoned()) {
+            self.lose(session, "it stood still");
+        }
     }
 
     /// Ends paths that are over, once nothing is under way on them or their time has run out; gives up regions.

@@ -1,6 +1,7 @@
 //! A peer whose memory this agent uses.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -17,6 +18,8 @@ use crate::sys::ucx::EndpointId;
 pub(super) struct Shared {
     /// Why nothing goes this way any more.
     lost: OnceLock<String>,
+    /// How often something of the peer arrived, or was found to have.
+    pub(super) arrived: AtomicU64,
     /// The greeting (0), and notifications.
     pub(super) unanswered: Unanswered,
 }
