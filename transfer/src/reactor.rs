@@ -1,17 +1,25 @@
-//! One thread an agent that sleeps until a socket has something to do.
+//! One thread an agent that sleeps until a socket has something to do, and those who do its work while they wait.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 const EVENTS_MAX: usize = 64;
 const WAKE: u64 = 0;
+
+/// How long the reactor's thread leaves the sockets to those who lead in quick succession before it looks after them: as
+/// long as what comes between two of them may wait.
+const LINGER: Duration = Duration::from_micros(100);
+
+/// Leads between two looks of the thread that are a quick succession.
+const QUICK: u64 = 2;
 
 /// What is to be told of a file descriptor. Hang-ups and errors are told as readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +44,8 @@ impl Interest {
 
 /// Something with a file descriptor that the reactor watches.
 pub(crate) trait Source: Send + Sync {
-    /// Called on the reactor's thread, and again as long as it holds: must not block. With neither, it was nudged.
+    /// Called on the reactor's thread or on one that leads, never on two at once, and again as long as it holds: must not
+    /// block. With neither, it was nudged.
     fn ready(&self, readiness: Interest);
 
     /// The reactor ends: nothing will be told any more. Called on its thread, once.
@@ -47,8 +56,25 @@ pub(crate) trait Source: Send + Sync {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Token(u64);
 
+/// Watches sockets, and calls those who own them.
+///
+/// Somebody who waits for what a socket brings leads: reads the sockets in the reactor's place for as long as the wait lasts,
+/// which saves waking the reactor's thread, and by it the one who waits. The thread does not watch the sockets themselves
+/// but a gate, which is closed meanwhile, so that it is neither woken to give up its place nor to get it back. While waits
+/// follow each other quickly, as in a caller's loop, the gate stays closed between them, and the thread looks from time to
+/// time whether they still do: else what comes right after a wait, or right before one, would wake the thread to no purpose.
 pub(crate) struct Reactor {
     epoll: OwnedFd,
+    /// Readable while `epoll` is, unless somebody leads.
+    gate: OwnedFd,
+    /// Held by whoever reads the sockets.
+    lead: Mutex<()>,
+    /// Names the thread that leads; 0 if none does.
+    leader: AtomicUsize,
+    /// How often somebody has led.
+    leads: AtomicU64,
+    /// The thread keeps the gate closed, and looks after [`LINGER`].
+    lingers: AtomicBool,
     wake: OwnedFd,
     sources: Mutex<HashMap<u64, Arc<dyn Source>>>,
     /// Those to be called although their descriptors have nothing to tell; each of them once.
@@ -66,8 +92,17 @@ impl Reactor {
             .map_err(|e| Error::io("create an eventfd", e.into()))?;
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)
             .map_err(|e| Error::io("watch an eventfd", e.into()))?;
+        let gate = epoll::create(CreateFlags::CLOEXEC)
+            .map_err(|e| Error::io("create an epoll instance", e.into()))?;
+        epoll::add(&gate, &epoll, EventData::new_u64(WAKE), EventFlags::IN)
+            .map_err(|e| Error::io("watch an epoll instance", e.into()))?;
         let reactor = Arc::new(Self {
             epoll,
+            gate,
+            lead: Mutex::new(()),
+            leader: AtomicUsize::new(0),
+            leads: AtomicU64::new(0),
+            lingers: AtomicBool::new(false),
             wake,
             sources: Mutex::default(),
             nudged: Mutex::default(),
@@ -128,6 +163,10 @@ impl Reactor {
     }
 
     fn run_nudged(&self) {
+        if self.closed.load(Ordering::Acquire) {
+            // Left readable, so that the thread sees it whoever leads.
+            return;
+        }
         // Before the list is taken, so that what is added later wakes the thread again.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         let mut nudged = self.nudged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -154,37 +193,165 @@ impl Reactor {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
+    /// Does the reactor's work in the calling thread until `done` or `until`, or not at all if somebody else does just now.
+    ///
+    /// What makes it `done` happens either in that work, or is followed by a [`Reactor::kick`]. `done` synchronises with it.
+    pub(crate) fn lead(&self, until: Instant, done: &dyn Fn() -> bool) {
+        let Some(lead) = self.try_lead() else {
+            return;
+        };
+        self.leader.store(this_thread(), Ordering::Release);
+        self.leads.fetch_add(1, Ordering::Relaxed);
+        if !self.lingers.load(Ordering::SeqCst) {
+            self.set_gate(EventFlags::empty());
+        }
+        // Given back even if a source panics.
+        let _leading = Leading {
+            reactor: self,
+            lead: Some(lead),
+        };
+        let mut events = Vec::with_capacity(EVENTS_MAX);
+        while !done() && !self.closed.load(Ordering::Acquire) {
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return;
+            };
+            let left = Timespec::try_from(left).ok();
+            if self.serve(&mut events, left.as_ref()).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Has whoever leads look whether it is done. Costs nothing if that is this thread, or nobody.
+    pub(crate) fn kick(&self) {
+        let leader = self.leader.load(Ordering::Acquire);
+        if leader != 0 && leader != this_thread() {
+            self.wake();
+        }
+    }
+
+    fn try_lead(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.lead.try_lock() {
+            Ok(lead) => Some(lead),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn set_gate(&self, flags: EventFlags) {
+        if let Err(error) = epoll::modify(&self.gate, &self.epoll, EventData::new_u64(WAKE), flags)
+        {
+            tracing::error!(%error, "change what the reactor's thread watches");
+        }
+    }
+
+    /// Waits for sockets, at most so long, and calls their sources.
+    fn serve(
+        &self,
+        events: &mut Vec<epoll::Event>,
+        left: Option<&Timespec>,
+    ) -> rustix::io::Result<()> {
+        events.clear();
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), left) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        for event in &*events {
+            // The field is not aligned, so it is copied out.
+            let (data, flags) = ({ event.data }, { event.flags });
+            if data.u64() == WAKE {
+                self.run_nudged();
+                continue;
+            }
+            let source = self.lock().get(&data.u64()).cloned();
+            if let Some(source) = source {
+                source.ready(Interest {
+                    readable: flags.intersects(
+                        EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR,
+                    ),
+                    writable: flags.contains(EventFlags::OUT),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until sockets have something to tell and nobody leads, and calls their sources. `seen` is how often somebody
+    /// had led at the last look.
+    fn turn(&self, events: &mut Vec<epoll::Event>, seen: &mut u64) -> rustix::io::Result<()> {
+        let lingers = self.lingers.load(Ordering::SeqCst);
+        let linger = Timespec::try_from(LINGER).ok();
+        events.clear();
+        let spare = rustix::buffer::spare_capacity(events);
+        match epoll::wait(&self.gate, spare, linger.as_ref().filter(|_| lingers)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        let before = std::mem::replace(seen, self.leads.load(Ordering::Relaxed));
+        let led = seen.wrapping_sub(before);
+        match lingers {
+            true if led == 0 => {
+                self.lingers.store(false, Ordering::SeqCst);
+                // Also if somebody leads now: whoever has just left may have left the gate to this thread.
+                self.set_gate(EventFlags::IN);
+                return Ok(());
+            }
+            false if led >= QUICK => {
+                self.lingers.store(true, Ordering::SeqCst);
+                self.set_gate(EventFlags::empty());
+            }
+            _ => {}
+        }
+        let mut lead = self.try_lead();
+        if lead.is_none() && !self.lingers.load(Ordering::SeqCst) {
+            // Whoever began to lead has not closed the gate yet, and may have left before it is closed here.
+            self.set_gate(EventFlags::empty());
+            lead = self.try_lead();
+            if lead.is_some() {
+                self.set_gate(EventFlags::IN);
+            }
+        }
+        match lead {
+            None => Ok(()),
+            Some(_lead) => self.serve(events, Some(&Timespec::default())),
+        }
+    }
+
     fn run(&self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
+        let mut seen = 0;
         while !self.closed.load(Ordering::Acquire) {
-            events.clear();
-            let buffer = rustix::buffer::spare_capacity(&mut events);
-            match epoll::wait(self.epoll.as_fd(), buffer, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "wait for sockets; the agent's connections end");
-                    break;
-                }
-            }
-            for event in &events {
-                // The field is not aligned, so it is copied out.
-                let (data, flags) = ({ event.data }, { event.flags });
-                if data.u64() == WAKE {
-                    self.run_nudged();
-                    continue;
-                }
-                let source = self.lock().get(&data.u64()).cloned();
-                if let Some(source) = source {
-                    source.ready(Interest {
-                        readable: flags.intersects(
-                            EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR,
-                        ),
-                        writable: flags.contains(EventFlags::OUT),
-                    });
-                }
+            if let Err(error) = self.turn(&mut events, &mut seen) {
+                tracing::error!(%error, "wait for sockets; the agent's connections end");
+                break;
             }
         }
         let sources = std::mem::take(&mut *self.lock());
         sources.into_values().for_each(|source| source.orphaned());
     }
+}
+
+/// Gives the reactor's work back to its thread.
+struct Leading<'a> {
+    reactor: &'a Reactor,
+    lead: Option<MutexGuard<'a, ()>>,
+}
+
+impl Drop for Leading<'_> {
+    fn drop(&mut self) {
+        self.reactor.leader.store(0, Ordering::Release);
+        // Before the gate is opened: the thread that it wakes finds the place free.
+        drop(self.lead.take());
+        if !self.reactor.lingers.load(Ordering::SeqCst) {
+            self.reactor.set_gate(EventFlags::IN);
+        }
+    }
+}
+
+/// Tells threads apart; never 0.
+fn this_thread() -> usize {
+    thread_local! {
+        static PLACE: u8 = const { 0 };
+    }
+    PLACE.with(|place| std::ptr::from_ref(place).addr())
 }

@@ -232,7 +232,9 @@ impl Request {
             Taken::Pending(backend) => backend,
         };
         if let Some(backend) = backend {
+            self.core.set_led(Some(self.agent.reactor()));
             backend.assist(until, &|| self.core.is_decided());
+            self.core.set_led(None);
         }
         self.core
             .wait(until, |state| !matches!(state.status, Status::InFlight));

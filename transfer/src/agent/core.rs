@@ -73,6 +73,11 @@ impl AgentCore {
         &self.later
     }
 
+    /// Reads the agent's sockets.
+    pub(crate) fn reactor(&self) -> &Arc<Reactor> {
+        &self.reactor
+    }
+
     pub(super) fn rate(&self, priority: Priority) -> &Arc<Bucket> {
         match priority {
             Priority::Normal => &self.rates[0],

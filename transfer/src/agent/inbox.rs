@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
+use crate::reactor::Reactor;
 use crate::signal::Signal;
 
 /// Notifications that an agent keeps until they are taken; above it, senders are told `Busy`.
@@ -41,6 +42,10 @@ struct State {
     bytes: usize,
     refused: u64,
     wakers: Vec<Waker>,
+    /// Threads that sleep until one arrives.
+    sleepers: u32,
+    /// Kicked when there is a notification: somebody who waits for one may lead it.
+    led: Option<Arc<Reactor>>,
 }
 
 impl Inbox {
@@ -63,8 +68,15 @@ impl Inbox {
         });
         self.waits.raise();
         let wakers = std::mem::take(&mut state.wakers);
+        let led = state.led.clone();
+        let sleepers = state.sleepers;
         drop(state);
-        self.arrived.notify_all();
+        if sleepers > 0 {
+            self.arrived.notify_all();
+        }
+        if let Some(reactor) = led {
+            reactor.kick();
+        }
         wakers.into_iter().for_each(Waker::wake);
         Ok(())
     }
@@ -80,17 +92,26 @@ impl Inbox {
         self.lock().refused
     }
 
-    pub(crate) fn wait(&self, timeout: Duration) -> bool {
+    /// Whether there is one before time runs out. Who waits reads the sockets meanwhile, if nobody else does.
+    pub(crate) fn wait(&self, timeout: Duration, reactor: &Arc<Reactor>) -> bool {
         let until = Instant::now() + timeout;
         let mut state = self.lock();
+        if state.waiting.is_empty() {
+            state.led = Some(reactor.clone());
+            drop(state);
+            reactor.lead(until, &|| !self.lock().waiting.is_empty());
+            state = self.lock();
+        }
         while state.waiting.is_empty() {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return false;
             };
+            state.sleepers += 1;
             state = match self.arrived.wait_timeout(state, left) {
                 Ok((state, _)) => state,
                 Err(poisoned) => poisoned.into_inner().0,
             };
+            state.sleepers -= 1;
         }
         true
     }

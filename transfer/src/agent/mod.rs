@@ -390,7 +390,7 @@ impl Agent {
     /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.
     #[must_use]
     pub fn wait_notifications(&self, timeout: Duration) -> Vec<Notification> {
-        self.0.exports.inbox().wait(timeout);
+        self.0.exports.inbox().wait(timeout, &self.0.reactor);
         self.notifications()
     }
 

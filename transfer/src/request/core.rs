@@ -479,8 +479,15 @@ impl RequestCore {
 
     fn tell_waiters(&self, mut state: MutexGuard<'_, State>) {
         let wakers = std::mem::take(&mut state.wakers);
+        let led = state.led.clone();
+        let sleepers = state.sleepers;
         drop(state);
-        self.changed.notify_all();
+        if sleepers > 0 {
+            self.changed.notify_all();
+        }
+        if let Some(reactor) = led {
+            reactor.kick();
+        }
         wakers.into_iter().for_each(std::task::Waker::wake);
     }
 }

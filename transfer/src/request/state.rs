@@ -16,6 +16,7 @@ use crate::agent::{AgentCore, PeerCore, TimerKey};
 use crate::backend::Backend;
 use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
+use crate::reactor::Reactor;
 use crate::signal::Signal;
 use crate::stats::Counters;
 
@@ -48,6 +49,10 @@ pub(super) struct State {
     pub(super) counters: Option<Arc<Counters>>,
     pub(super) timer: Option<TimerKey>,
     pub(super) wakers: Vec<Waker>,
+    /// Threads that sleep until something changes.
+    pub(super) sleepers: u32,
+    /// Kicked when something has changed: somebody who waits may lead it.
+    pub(super) led: Option<Arc<Reactor>>,
     /// The first piece that is not posted.
     pub(super) next: u32,
     /// Pieces that are not settled, posted or not.
@@ -86,6 +91,8 @@ impl State {
             counters: None,
             timer: None,
             wakers: Vec::new(),
+            sleepers: 0,
+            led: None,
             next: 0,
             open: 0,
             left: vec![0; parts],
@@ -236,6 +243,11 @@ impl RequestCore {
             .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
     }
 
+    /// Who is to be kicked when it is decided.
+    pub(super) fn set_led(&self, reactor: Option<&Arc<Reactor>>) {
+        self.lock().led = reactor.cloned();
+    }
+
     pub(super) fn is_decided(&self) -> bool {
         !matches!(self.lock().status, Status::InFlight)
     }
@@ -267,10 +279,12 @@ impl RequestCore {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return false;
             };
+            state.sleepers += 1;
             state = match self.changed.wait_timeout(state, left) {
                 Ok((state, _)) => state,
                 Err(poisoned) => PoisonError::into_inner(poisoned).0,
             };
+            state.sleepers -= 1;
         }
     }
 

@@ -6,10 +6,9 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use rustix::event::{PollFd, PollFlags, poll};
 
 use super::active::Active;
 use super::frame::Header;
@@ -28,9 +27,6 @@ const TURN_BYTES: u64 = 4 << 20;
 
 /// Bytes that a poster sends by itself; the rest is the reactor's work.
 pub(super) const INLINE_BYTES_MAX: u64 = 64 << 10;
-
-/// How long a waiting caller takes the reactor's place; then it sleeps, so that cancelling reaches it.
-const ASSIST_MAX: Duration = Duration::from_millis(1);
 
 /// A frame to send: encoded bytes, then memory.
 pub(super) struct Frame {
@@ -343,29 +339,9 @@ impl Connection {
         }
     }
 
-    /// Receives in the calling thread until `done`, in place of the reactor.
+    /// Reads the agent's sockets in the calling thread until `done`, in place of the reactor's.
     pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
-        let Ok(mut receiver) = self.receiver.try_lock() else {
-            return;
-        };
-        self.set_interest(|interest| interest.readable = false);
-        let until = until.min(Instant::now() + ASSIST_MAX);
-        while !receiver.has_ended() && !done() {
-            let Some(left) = until.checked_duration_since(Instant::now()) else {
-                break;
-            };
-            let timeout = rustix::event::Timespec {
-                tv_sec: 0,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            let mut polled = [PollFd::from_borrowed_fd(self.socket(), PollFlags::IN)];
-            match poll(&mut polled, Some(&timeout)) {
-                Ok(0) | Err(_) => break,
-                Ok(_) => self.receive(&mut receiver),
-            };
-        }
-        drop(receiver);
-        self.set_interest(|interest| interest.readable = true);
+        self.reactor.lead(until, done);
     }
 }
 
@@ -416,11 +392,8 @@ impl Source for Connection {
         if readiness.writable {
             self.pump(TURN_BYTES);
         }
-        // A caller who assists receives what there is.
-        if readiness.readable
-            && let Ok(mut receiver) = self.receiver.try_lock()
-        {
-            self.receive(&mut receiver);
+        if readiness.readable {
+            self.receive(&mut lock(&self.receiver));
         }
     }
 

@@ -104,6 +104,14 @@ impl Unanswered {
         Ok(())
     }
 
+    /// Whether a notification waits for its answer.
+    pub(in crate::backend) fn is_notifying(&self) -> bool {
+        let waits = |who: &Waiting| matches!(who, Waiting::Notification(_));
+        self.lock()
+            .as_ref()
+            .is_some_and(|open| open.values().any(waits))
+    }
+
     pub(in crate::backend) fn take(&self, id: u64) -> Option<Waiting> {
         self.lock().as_mut()?.remove(&id)
     }

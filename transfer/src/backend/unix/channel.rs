@@ -8,7 +8,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::call::{Answer, Call, Refused, UNANSWERED_MAX, Unanswered, Waiting};
 use super::held::Held;
-use super::link::{Link, Received, TURN_MESSAGES};
+use super::link::{Link, Received};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
@@ -327,6 +327,13 @@ impl<A: Access> Backend for UnixChannel<A> {
         })
     }
 
+    /// Copies are another thread's work; answers to notifications come by the reactor.
+    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        if self.unanswered.is_notifying() {
+            self.link.assist(until, done);
+        }
+    }
+
     fn reap(&self) {
         // Copies look for themselves. A notification's job holds memory that is no longer in use.
         for job in self.unanswered.take_abandoned() {
@@ -375,15 +382,14 @@ impl<A: Access> Source for Messages<A> {
         {
             return channel.lose(&error.to_string());
         }
-        for _ in 0..TURN_MESSAGES {
-            let outcome = match channel.link.receive() {
-                Ok(None) => return,
-                Ok(Some(received)) => channel.handle(received),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = outcome {
-                return channel.lose(&error.to_string());
-            }
+        // One of them: whether there is another is asked with all other sockets.
+        let outcome = match channel.link.receive() {
+            Ok(None) => Ok(()),
+            Ok(Some(received)) => channel.handle(received),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            channel.lose(&error.to_string());
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::Access;
-use super::link::{Link, Received, TURN_MESSAGES, Wake};
+use super::link::{Link, Received, Wake};
 use super::message::{Message, Outcome};
 use crate::agent::Exports;
 use crate::backend::Operation;
@@ -271,19 +271,18 @@ impl<A: Access> Source for Messages<A> {
         if readiness.writable && self.0.link.flush().is_err() {
             return self.0.hang_up();
         }
-        for _ in 0..TURN_MESSAGES {
-            let outcome = match self.0.link.receive() {
-                Ok(None) => return,
-                // Descriptors that a client sends are closed: none are asked for.
-                Ok(Some(received)) => self.0.handle(received.message),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = outcome {
-                if error.kind() != ErrorKind::PeerLost {
-                    tracing::warn!(%error, pid = self.0.link.pid(), "a path within this host");
-                }
-                return self.0.hang_up();
+        // One of them: whether there is another is asked with all other sockets.
+        let outcome = match self.0.link.receive() {
+            Ok(None) => Ok(()),
+            // Descriptors that a client sends are closed: none are asked for.
+            Ok(Some(received)) => self.0.handle(received.message),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            if error.kind() != ErrorKind::PeerLost {
+                tracing::warn!(%error, pid = self.0.link.pid(), "a path within this host");
             }
+            self.0.hang_up();
         }
     }
 

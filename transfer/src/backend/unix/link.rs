@@ -23,9 +23,6 @@ use crate::sys::process::credentials;
 /// Messages that may wait for room in the socket; above it, sending is refused.
 const UNSENT_MAX: usize = 8192;
 
-/// Messages that one peer gets handled before others get their turn.
-pub(super) const TURN_MESSAGES: usize = 64;
-
 const ROOT: u32 = 0;
 
 /// What ended a wait.
@@ -131,6 +128,11 @@ impl Link {
                 Ok(_) => return Wake::Message,
             }
         }
+    }
+
+    /// Reads the agent's sockets in the calling thread until `done`, in place of the reactor's.
+    pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        self.reactor.lead(until, done);
     }
 
     /// Has the reactor tell of messages, and of the other process's death.
