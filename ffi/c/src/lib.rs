@@ -14,7 +14,7 @@ mod begin;
 pub mod blocks;
 mod boundary;
 pub mod estimate;
-mod events;
+pub mod events;
 mod handles;
 mod inbox;
 pub mod index;

@@ -53,14 +53,20 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
     }
     let agent = builder.build()?;
     for (priority, rate, key) in [
-        (Priority::Normal, config.fabric.bytes_per_second, "fabric.bytes_per_second"),
+        (
+            Priority::Normal,
+            config.fabric.bytes_per_second,
+            "fabric.bytes_per_second",
+        ),
         (
             Priority::Background,
             config.fabric.background_bytes_per_second,
             "fabric.background_bytes_per_second",
         ),
     ] {
-        agent.set_rate(priority, rate).map_err(|error| error.at(key))?;
+        agent
+            .set_rate(priority, rate)
+            .map_err(|error| error.at(key))?;
     }
     Ok(agent)
 }

@@ -9,9 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvfabric::Error;
 use kvfabric::life::Life;
-use kvfabric::transfer::{
-    self, Operation, Priority, RegionId, RegionOptions, RequestOptions,
-};
+use kvfabric::transfer::{self, Operation, Priority, RegionId, RegionOptions, RequestOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 

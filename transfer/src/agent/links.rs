@@ -142,11 +142,7 @@ impl Links {
     }
 
     /// What came of connecting over a way, which is known.
-    pub(super) fn set(
-        &self,
-        position: usize,
-        connected: Result<&Arc<dyn Channel>, &Error>,
-    ) {
+    pub(super) fn set(&self, position: usize, connected: Result<&Arc<dyn Channel>, &Error>) {
         let state = match connected {
             Ok(channel) => LinkState::Connected(channel.clone()),
             Err(reason) => LinkState::Refused(reason.to_string()),
