@@ -61,6 +61,9 @@ pub struct Estimate {
 /// Sizes are told apart by their power of two, below the last.
 const SIZES: usize = 41;
 
+/// From here on it is mostly bytes that take time.
+const LONG_BYTES_MIN: u64 = 64 << 10;
+
 /// How much of an average the latest transfer is: one part in this many.
 const WEIGHT: u64 = 8;
 
@@ -81,9 +84,12 @@ impl Costs {
     /// A transfer is done. Racing threads may lose one to another.
     pub(crate) fn saw(&self, bytes: u64, elapsed: Duration) {
         let entry = &self.0[Self::size(bytes)];
-        // As if it had been of the middle of its kind: averages are of one size.
-        let size = 1_u64 << Self::size(bytes);
-        let ns = elapsed.as_nanos() as f64 * size as f64 / bytes.max(1) as f64;
+        let ns = elapsed.as_nanos() as f64;
+        // Of long ones as if they had been of the least of their sizes: averages are of one size.
+        let ns = match bytes {
+            ..LONG_BYTES_MIN => ns,
+            _ => ns * (1_u64 << Self::size(bytes)) as f64 / bytes as f64,
+        };
         let ns = (ns as u64).max(1);
         let average = match entry.load(Ordering::Relaxed) {
             0 => ns,
@@ -106,7 +112,10 @@ impl Costs {
         let Some((near, ns)) = nearest else {
             return (usual.ns(bytes), false);
         };
-        // Both are of one kind, or differ as they usually would.
+        if near == size && bytes < LONG_BYTES_MIN {
+            return (ns, true);
+        }
+        // They differ as they usually would.
         let expected = ns * usual.ns(bytes) / usual.ns(1 << near);
         (expected, near == size)
     }
@@ -145,6 +154,8 @@ mod tests {
         }
         assert_eq!(expect(&costs, 4096), (50_000, true));
         assert_eq!(expect(&costs, 1 << 24), (4_000_000, true));
+        costs.saw(7000, Duration::from_micros(50));
+        assert_eq!(expect(&costs, 7000), (50_000, true));
         // Larger than what was seen, by as much as is usual.
         let (ns, measured) = expect(&costs, 1 << 30);
         assert!(!measured);

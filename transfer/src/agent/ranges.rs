@@ -48,10 +48,12 @@ impl Known {
     fn around(&self, start: u64, end: u64, options: RegionOptions) -> Option<(u64, u64)> {
         let first = start.saturating_sub(self.longest);
         let candidates = self.all.range((first, 0)..=(start, u64::MAX)).rev();
-        let found = candidates
-            .filter(|(_, entry)| entry.options == options && entry.end >= end)
-            .map(|(key, _)| *key);
-        found.into_iter().next()
+        // Whoever holds a range may have deregistered its region by itself.
+        let serves = |entry: &Entry| {
+            entry.options == options && entry.end >= end && !entry.region.core().is_closed()
+        };
+        let mut found = candidates.filter(|(_, entry)| serves(entry));
+        found.next().map(|(key, _)| *key)
     }
 }
 

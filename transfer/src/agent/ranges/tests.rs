@@ -80,6 +80,18 @@ fn the_last_holder_ends_the_registration() {
     assert_eq!(again.region().bytes(), 64);
 }
 
+/// A holder ends the region itself: the next one gets another.
+#[test]
+fn a_region_that_was_deregistered_is_not_shared() {
+    let (pool, agent) = (Pool::new(), agent());
+    let first = agent.register_range(pool.range(0, BYTES), OPEN).unwrap();
+    let gone = first.region().deregister();
+    gone.wait(Duration::from_secs(30)).unwrap();
+    let second = agent.register_range(pool.range(0, 64), OPEN).unwrap();
+    second.region().fill_at(0, 1, 1).unwrap();
+    assert_ne!(second.region().id(), first.region().id());
+}
+
 /// Ranges that touch, overlap or may do other things are regions of their own, as is memory of the agent's.
 #[test]
 fn what_is_not_within_is_by_itself() {
