@@ -22,8 +22,8 @@ mod sys;
 mod wire;
 
 pub use agent::{
-    Agent, AgentBuilder, Notification, Notified, PathReport, PeerHandle, RegisteredRange,
-    SLOW_AFTER_DEFAULT,
+    Agent, AgentBuilder, ConnectionReport, Notification, Notified, PathReport, PeerHandle,
+    RegisteredRange, SLOW_AFTER_DEFAULT,
 };
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;

@@ -70,6 +70,20 @@ fn tcp_conforms() {
     check(&pair("tcp", |name| alone(name).tcp(Some(listen))), 0);
 }
 
+/// The same over two addresses and five connections, over which requests above 1 MiB are striped.
+#[test]
+fn tcp_over_several_connections_conforms() {
+    let listen = "127.0.0.1:0".parse().expect("address");
+    let rail = "127.0.0.2:0".parse().expect("address");
+    let build = |name: &str| {
+        alone(name)
+            .tcp(Some(listen))
+            .tcp_rails([rail])
+            .tcp_connections(5)
+    };
+    check(&pair("tcp", build), 0);
+}
+
 /// Two agents of this process over UCX, by whatever it chooses here.
 #[test]
 fn ucx_conforms() {

@@ -36,6 +36,8 @@ pub struct AgentBuilder {
     copy_threads: Option<usize>,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
+    tcp_rails: Vec<SocketAddr>,
+    tcp_connections: usize,
     tcp_congestion: Option<String>,
     ucx: Option<UcxOptions>,
     slow_after: Option<Duration>,
@@ -56,6 +58,8 @@ impl AgentBuilder {
             copy_threads: None,
             tcp: None,
             tcp_advertised: None,
+            tcp_rails: Vec::new(),
+            tcp_connections: 1,
             tcp_congestion: None,
             ucx: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
@@ -109,6 +113,23 @@ impl AgentBuilder {
     #[must_use]
     pub fn tcp_advertise(mut self, address: Option<SocketAddr>) -> Self {
         self.tcp_advertised = address;
+        self
+    }
+
+    /// Further addresses to serve TCP on, at most 15: those of other network cards of this host. Peers are told all of them,
+    /// and spread their connections over them. Default: none.
+    #[must_use]
+    pub fn tcp_rails(mut self, addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.tcp_rails = addresses.into_iter().collect();
+        self
+    }
+
+    /// How many TCP connections are made to a peer, at most 16; at least one to each of its addresses is. Large requests are
+    /// striped over them, in frames of 1 MiB, and those of middle size take turns; small ones and notifications stay on the
+    /// first. Default: 1.
+    #[must_use]
+    pub fn tcp_connections(mut self, count: usize) -> Self {
+        self.tcp_connections = count;
         self
     }
 
@@ -229,6 +250,8 @@ impl AgentBuilder {
                 tcp::Listen {
                     address,
                     advertised: self.tcp_advertised,
+                    rails: self.tcp_rails,
+                    connections: self.tcp_connections,
                     congestion: self.tcp_congestion,
                 },
             )?);

@@ -279,6 +279,9 @@ impl Links {
         }
         PathReport {
             backend: chosen.as_ref().ok().map(|channel| channel.name()),
+            connections: chosen
+                .as_ref()
+                .map_or_else(|_| Vec::new(), |channel| channel.connections()),
             why: chosen.map_or_else(|_| String::new(), |channel| channel.detail()),
             refused,
         }

@@ -23,7 +23,7 @@ pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
-pub use peer::{PathReport, PeerHandle};
+pub use peer::{ConnectionReport, PathReport, PeerHandle};
 pub use ranges::RegisteredRange;
 pub(crate) use timer::{Timer, TimerKey};
 

@@ -110,7 +110,7 @@ impl RegisteredRange {
         }
         let Some(agent) = self.agent.upgrade() else {
             // Nobody can find it there any more.
-            let _ = self.region.deregister();
+            drop(self.region.deregister());
             return;
         };
         let mut known = agent.ranges.lock();
@@ -121,7 +121,7 @@ impl RegisteredRange {
         if entry.holders == 0 {
             // Under the lock: whoever registers the same memory next must not find it open.
             known.all.remove(&self.key);
-            let _ = self.region.deregister();
+            drop(self.region.deregister());
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
-use crate::agent::{PeerCard, RemoteRegion};
+use crate::agent::{ConnectionReport, PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::region::MemoryKind;
 use crate::request::{Priority, Ticket};
@@ -119,6 +119,11 @@ pub(crate) trait Channel: Backend {
 
     /// What is worth telling about it, such as the congestion control in force.
     fn detail(&self) -> String;
+
+    /// The network connections that it has, in the order in which they are used.
+    fn connections(&self) -> Vec<ConnectionReport> {
+        Vec::new()
+    }
 
     /// Ends it: jobs in flight fail with `PeerLost`.
     fn close(&self);

@@ -103,6 +103,15 @@ impl Proxy {
         self.shared.cut();
     }
 
+    /// Ends the oldest connection now.
+    pub(crate) fn cut_one(&self) {
+        let mut state = self.shared.mode.lock().unwrap();
+        // One towards each side.
+        for stream in state.1.drain(..2) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Ends all connections now, and those that come later at once.
     pub(crate) fn refuse(&self) {
         self.shared.refuses.store(true, Ordering::SeqCst);

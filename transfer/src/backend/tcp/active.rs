@@ -1,4 +1,4 @@
-//! A request on a connection: how much of it is cut into frames, and how many of those are open.
+//! A request on one connection or several: how much of it is cut into frames, and how many of those are open.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,25 +11,44 @@ use crate::descriptor::Target;
 use crate::plan::{Plan, SUM_BYTES, SUM_BYTES_MAX};
 use crate::request::Priority;
 
-/// A request on this connection.
+/// A request. Each connection that it is queued on cuts from it what that has room for.
 pub(super) struct Active {
     pub(super) plan: Arc<Plan>,
     pub(super) priority: Priority,
+    /// Bytes that a connection may have open when it takes more of this request, so that one does not take what others could.
+    pub(super) share: u64,
     state: Mutex<ActiveState>,
 }
 
 pub(super) struct ActiveState {
     /// None once it is settled.
     pub(super) job: Option<Job>,
-    /// The first extent that is not wholly cut, and the bytes of it that are.
-    extent: usize,
-    skip: u64,
-    pub(super) all_cut: bool,
-    /// Frames not answered.
-    pub(super) open: usize,
-    pub(super) error: Option<Error>,
+    /// Up to where it is cut.
+    at: Place,
+    /// Chunks of a read that a connection did not bring before it ended.
+    returned: Vec<Chunk>,
+    all_cut: bool,
+    /// Frames not answered, on all connections.
+    open: usize,
+    error: Option<Error>,
+    /// Its caller wants the memory back: what still arrives is dropped.
+    yields: bool,
     /// A notification has still to be sent, alone.
     notify: bool,
+}
+
+/// A place between the bytes of a plan: an extent, and bytes of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Place {
+    extent: usize,
+    skip: u64,
+}
+
+/// What one frame moves.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Chunk {
+    from: Place,
+    pub(super) bytes: u64,
 }
 
 /// What follows from a change of a request's state; done without its lock.
@@ -40,6 +59,39 @@ pub(super) enum Next {
 }
 
 impl ActiveState {
+    /// A frame is over.
+    pub(super) fn close(&mut self) {
+        self.open -= 1;
+    }
+
+    /// Nothing more is cut, and it ends with this error, or one that came before.
+    pub(super) fn fail(&mut self, error: impl FnOnce() -> Error) {
+        self.all_cut = true;
+        self.error.get_or_insert_with(error);
+    }
+
+    /// A connection has ended before it brought this.
+    pub(super) fn hand_back(&mut self, chunk: Chunk) {
+        if self.error.is_none() {
+            self.returned.push(chunk);
+            self.all_cut = false;
+        }
+    }
+
+    /// Has what still arrives dropped, if its caller has given up. Whether that is so.
+    pub(super) fn yield_memory(&mut self) -> bool {
+        let given_up = self.job.as_ref().is_some_and(Job::is_abandoned);
+        if given_up {
+            self.yields = true;
+            self.fail(abandoned);
+        }
+        given_up
+    }
+
+    pub(super) fn is_all_cut(&self) -> bool {
+        self.all_cut
+    }
+
     /// Whether the request is over, or its notification due.
     pub(super) fn next(&mut self) -> Next {
         if !self.all_cut || self.open > 0 {
@@ -58,21 +110,28 @@ impl ActiveState {
 }
 
 impl Active {
-    pub(super) fn new(job: Job) -> Self {
+    /// A request that is queued on so many connections.
+    pub(super) fn new(job: Job, connections: usize) -> Self {
         let plan = job.plan().clone();
+        let share_bytes = plan.bytes.div_ceil(connections.max(1) as u64);
         let (notify, priority) = (job.notifies(), job.priority());
         let state = ActiveState {
             job: Some(job),
-            extent: 0,
-            skip: 0,
+            at: Place::default(),
+            returned: Vec::new(),
             all_cut: plan.extents.is_empty(),
             open: 0,
             error: None,
+            yields: false,
             notify,
         };
         Self {
             plan,
             priority,
+            share: match connections {
+                1 => u64::MAX,
+                _ => share_bytes.max(CHUNK_BYTES_MAX),
+            },
             state: Mutex::new(state),
         }
     }
@@ -81,9 +140,10 @@ impl Active {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the request still owns its memory.
+    /// Whether what arrives is to be put into its memory.
     pub(super) fn is_live(&self) -> bool {
-        self.lock().job.is_some()
+        let state = self.lock();
+        state.job.is_some() && !state.yields
     }
 
     /// Cuts no more if its caller has given up; what follows from that.
@@ -92,31 +152,45 @@ impl Active {
         if !state.job.as_ref().is_none_or(Job::is_abandoned) {
             return None;
         }
-        state.all_cut = true;
-        state.error.get_or_insert_with(abandoned);
+        state.fail(abandoned);
         Some(state.next())
     }
 
     /// Cuts the next chunk; none when there is nothing left to cut.
     pub(super) fn cut(&self, state: &mut ActiveState) -> Option<Cut> {
-        if let Some(job) = &state.job
-            && job.is_abandoned()
-        {
-            state.all_cut = true;
-            state.error.get_or_insert_with(abandoned);
+        if state.job.as_ref().is_some_and(Job::is_abandoned) {
+            state.fail(abandoned);
         }
         if state.all_cut || state.job.is_none() {
             return None;
         }
-        let whole = state.extent == 0 && state.skip == 0;
+        let whole = state.at == Place::default();
+        let mut cut = match state.returned.pop() {
+            Some(mut chunk) => self.cut_from(&mut chunk.from, chunk.bytes),
+            None => self.cut_from(&mut state.at, CHUNK_BYTES_MAX),
+        };
+        state.all_cut = state.at.extent == self.plan.extents.len() && state.returned.is_empty();
+        state.open += 1;
+        // What fits one write carries its notification along: one round trip instead of two.
+        if whole && state.all_cut && self.plan.operation == Operation::Write && state.notify {
+            state.notify = false;
+            let notification = state.job.as_ref().and_then(Job::notification);
+            cut.access.notification = notification.map(|bytes| bytes.to_vec());
+        }
+        Some(cut)
+    }
+
+    /// A chunk that begins at `at`, which moves to its end.
+    fn cut_from(&self, at: &mut Place, bytes_max: u64) -> Cut {
         let mut cut = Cut::default();
+        cut.chunk.from = *at;
         // Targets of the plan, by position in the access table.
         let mut targets: Vec<u32> = Vec::new();
-        while cut.bytes < CHUNK_BYTES_MAX && cut.access.ranges.len() < CHUNK_RANGES_MAX {
-            let Some(extent) = self.plan.extents.get(state.extent) else {
+        while cut.chunk.bytes < bytes_max && cut.access.ranges.len() < CHUNK_RANGES_MAX {
+            let Some(extent) = self.plan.extents.get(at.extent) else {
                 break;
             };
-            let len = (extent.len - state.skip).min(CHUNK_BYTES_MAX - cut.bytes);
+            let len = (extent.len - at.skip).min(bytes_max - cut.chunk.bytes);
             if self.plan.sums && len < extent.len {
                 // A range has one checksum.
                 break;
@@ -131,34 +205,24 @@ impl Active {
                     (targets.len() - 1) as u32
                 }
             };
-            let offset = extent.remote_offset + state.skip;
             cut.access.ranges.push(WireRange {
                 region,
                 len: len as u32,
-                offset,
+                offset: extent.remote_offset + at.skip,
             });
-            let offset = extent.local_offset + state.skip;
             cut.pieces.push(Piece {
                 region: extent.local,
-                offset,
+                offset: extent.local_offset + at.skip,
                 len: if self.plan.sums { SUM_BYTES } else { len },
             });
-            cut.bytes += len;
-            state.skip += len;
-            if state.skip == extent.len {
-                state.extent += 1;
-                state.skip = 0;
+            cut.chunk.bytes += len;
+            at.skip += len;
+            if at.skip == extent.len {
+                at.extent += 1;
+                at.skip = 0;
             }
         }
-        state.all_cut = state.extent == self.plan.extents.len();
-        state.open += 1;
-        // What fits one write carries its notification along: one round trip instead of two.
-        if whole && state.all_cut && self.plan.operation == Operation::Write && state.notify {
-            state.notify = false;
-            let notification = state.job.as_ref().and_then(Job::notification);
-            cut.access.notification = notification.map(|bytes| bytes.to_vec());
-        }
-        Some(cut)
+        cut
     }
 }
 
@@ -169,5 +233,5 @@ const _: () = assert!(SUM_BYTES_MAX <= CHUNK_BYTES_MAX);
 pub(super) struct Cut {
     pub(super) access: Access,
     pub(super) pieces: Vec<Piece>,
-    pub(super) bytes: u64,
+    pub(super) chunk: Chunk,
 }

@@ -87,6 +87,14 @@ impl Outbox {
         }
     }
 
+    /// Puts a request back at the head of its queue.
+    pub(super) fn put_back(&mut self, active: Arc<Active>) {
+        match active.priority {
+            Priority::Normal => self.jobs.push_front(active),
+            Priority::Background => self.background.push_front(active),
+        }
+    }
+
     /// One system call's worth of frames.
     fn send(&mut self, socket: BorrowedFd<'_>) -> Result<io::Result<u64>> {
         let mut spans = Vec::with_capacity(16);
@@ -149,11 +157,11 @@ pub(super) struct Connection {
     receiver: Mutex<Receiver>,
     outbox: Mutex<Outbox>,
     pub(super) role: Role,
-    /// How often something was received.
-    received: AtomicU64,
     /// Someone wants memory back.
     poked: AtomicBool,
     lost: OnceLock<String>,
+    /// Bytes sent and received, frames and all.
+    moved: [AtomicU64; 2],
 }
 
 /// Settles what is over, after letting go of the outbox.
@@ -190,9 +198,9 @@ impl Connection {
             receiver: Mutex::new(receiver),
             outbox: Mutex::default(),
             role,
-            received: AtomicU64::new(0),
             poked: AtomicBool::new(false),
             lost: OnceLock::new(),
+            moved: Default::default(),
         });
         let mut watch = lock(&connection.watch);
         let source: Arc<dyn Source> = connection.clone();
@@ -218,9 +226,11 @@ impl Connection {
         }
     }
 
-    /// Grows with what is received.
-    pub(super) fn progress(&self) -> u64 {
-        self.received.load(Ordering::Relaxed)
+    /// Bytes sent and received so far, frames and all.
+    pub(super) fn moved(&self) -> [u64; 2] {
+        self.moved
+            .each_ref()
+            .map(|bytes| bytes.load(Ordering::Relaxed))
     }
 
     fn set_interest(&self, change: impl FnOnce(&mut Interest)) {
@@ -270,7 +280,10 @@ impl Connection {
                 return;
             }
             match outbox.send(self.socket()) {
-                Ok(Ok(sent)) => left = left.saturating_sub(sent),
+                Ok(Ok(sent)) => {
+                    self.moved[0].fetch_add(sent, Ordering::Relaxed);
+                    left = left.saturating_sub(sent);
+                }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.pump_later();
                     return;
@@ -294,8 +307,9 @@ impl Connection {
         if receiver.has_ended() {
             return None;
         }
-        self.received.fetch_add(1, Ordering::Relaxed);
-        match receiver.run(self.socket(), self, TURN_BYTES) {
+        let outcome = receiver.run(self.socket(), self, TURN_BYTES);
+        self.moved[1].store(receiver.received(), Ordering::Relaxed);
+        match outcome {
             Ok(stopped) => {
                 self.pump(TURN_BYTES);
                 Some(stopped)
@@ -335,7 +349,7 @@ impl Connection {
                 .lost
                 .get()
                 .map_or("the connection ended", String::as_str);
-            initiator.fail_all(jobs, reason);
+            initiator.end(jobs, reason);
         }
     }
 

@@ -1,17 +1,18 @@
 //! The side that asks: cuts requests into frames, keeps a window of them in flight, matches answers.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::active::{Active, Cut, Next};
+use super::active::{Active, Chunk, Cut, Next};
+use super::channel::Lanes;
 use super::connection::{Connection, Frame, Outbox};
 use super::frame::{FrameKind, HEADER_BYTES, Header, decode_outcome};
 use super::receive::{Intake, Then};
 use super::scatter::{Piece, Scatter};
-use crate::backend::{Job, Operation, abandoned};
+use crate::backend::{Job, Operation};
 use crate::request::Priority;
 
 /// Bytes asked for or sent and not yet answered; more wait here, not in the network.
@@ -33,7 +34,9 @@ const BACKGROUND_FRAMES_READY_MAX: usize = 2;
 struct Open {
     active: Arc<Active>,
     kind: FrameKind,
-    bytes: u64,
+    chunk: Chunk,
+    /// Whether the request counts it among its open ones.
+    counts: bool,
     /// Read: where the bytes go.
     pieces: Vec<Piece>,
 }
@@ -52,6 +55,8 @@ pub(super) struct Initiator {
     /// Of requests that give way.
     background_open: AtomicU64,
     frames_open: AtomicUsize,
+    /// The connections to the same peer, this one among them.
+    pub(super) lanes: OnceLock<Weak<Lanes>>,
 }
 
 impl Initiator {
@@ -60,9 +65,11 @@ impl Initiator {
     }
 
     fn enter(&self, open: Open) -> u64 {
-        self.bytes_open.fetch_add(open.bytes, Ordering::AcqRel);
+        self.bytes_open
+            .fetch_add(open.chunk.bytes, Ordering::AcqRel);
         if open.active.priority == Priority::Background {
-            self.background_open.fetch_add(open.bytes, Ordering::AcqRel);
+            self.background_open
+                .fetch_add(open.chunk.bytes, Ordering::AcqRel);
         }
         self.frames_open.fetch_add(1, Ordering::AcqRel);
         let mut table = self.table();
@@ -73,9 +80,11 @@ impl Initiator {
     }
 
     fn leave(&self, open: &Open) {
-        self.bytes_open.fetch_sub(open.bytes, Ordering::AcqRel);
+        self.bytes_open
+            .fetch_sub(open.chunk.bytes, Ordering::AcqRel);
         if open.active.priority == Priority::Background {
-            self.background_open.fetch_sub(open.bytes, Ordering::AcqRel);
+            self.background_open
+                .fetch_sub(open.chunk.bytes, Ordering::AcqRel);
         }
         self.frames_open.fetch_sub(1, Ordering::AcqRel);
     }
@@ -101,6 +110,10 @@ impl Initiator {
             let Some(active) = self.next(outbox) else {
                 return;
             };
+            if self.bytes_open.load(Ordering::Acquire) >= active.share {
+                // Goes on when something of it is answered, unless others have taken the rest by then.
+                return outbox.put_back(active);
+            }
             let mut state = active.lock();
             let Some(cut) = active.cut(&mut state) else {
                 let next = state.next();
@@ -108,7 +121,7 @@ impl Initiator {
                 self.follow(&active, next, outbox);
                 continue;
             };
-            let more = !state.all_cut;
+            let more = !state.is_all_cut();
             drop(state);
             outbox.frames.push_back(self.frame(&active, cut));
             if more {
@@ -125,13 +138,14 @@ impl Initiator {
             Operation::Read => (FrameKind::Read, 0, cut.pieces, None),
             Operation::Write => {
                 let scatter = Scatter::of_plan(active.plan.clone(), cut.pieces);
-                (FrameKind::Write, cut.bytes, Vec::new(), Some(scatter))
+                (FrameKind::Write, cut.chunk.bytes, Vec::new(), Some(scatter))
             }
         };
         let id = self.enter(Open {
             active: active.clone(),
             kind,
-            bytes: cut.bytes,
+            chunk: cut.chunk,
+            counts: true,
             pieces,
         });
         let header = Header {
@@ -158,7 +172,8 @@ impl Initiator {
         let open = Open {
             active: active.clone(),
             kind,
-            bytes: 0,
+            chunk: Chunk::default(),
+            counts: true,
             pieces: Vec::new(),
         };
         let id = self.enter(open);
@@ -210,7 +225,7 @@ impl Initiator {
                 if outcome.is_ok() && open.kind.asks_for_bytes() {
                     return Err(breach(header, "a read is answered without bytes"));
                 }
-                self.complete(connection, &open.active, outcome);
+                self.complete(connection, &open, outcome);
                 Ok(Intake::NOTHING)
             }
             _ => Err(breach(header, "not an answer")),
@@ -243,9 +258,9 @@ impl Initiator {
         header: &Header,
         intake: Intake,
     ) -> Result<()> {
-        if let Then::Arrived(active) = intake.then {
-            self.answered(header.id)?;
-            self.complete(connection, &active, Ok(()));
+        if let Then::Arrived(_) = intake.then {
+            let open = self.answered(header.id)?;
+            self.complete(connection, &open, Ok(()));
         }
         Ok(())
     }
@@ -260,12 +275,13 @@ impl Initiator {
         Ok(open)
     }
 
-    fn complete(&self, connection: &Connection, active: &Arc<Active>, outcome: Result<()>) {
-        let mut state = active.lock();
-        state.open -= 1;
+    fn complete(&self, connection: &Connection, open: &Open, outcome: Result<()>) {
+        let mut state = open.active.lock();
+        if open.counts {
+            state.close();
+        }
         if let Err(error) = outcome {
-            state.all_cut = true;
-            state.error.get_or_insert(error);
+            state.fail(|| error);
         }
         let next = state.next();
         drop(state);
@@ -273,58 +289,91 @@ impl Initiator {
             Next::Nothing => {}
             Next::Settle(job, outcome) => job.settle(outcome),
             Next::Notify => {
-                let frame = self.notification(active);
+                let frame = self.notification(&open.active);
                 connection.outbox().frames.push_back(frame);
             }
         }
     }
 
-    /// Settles reads that were given up: what still arrives for them is dropped. The caller holds the receiver, so
-    /// nothing is being received. Writes that were given up end with the answers to what was sent of them.
+    /// Lets go of the memory of reads that were given up: what still arrives for them is dropped. The caller holds the
+    /// receiver, so nothing is being received. The last connection that does so settles them. Writes that were given up end
+    /// with the answers to what was sent of them.
     pub(super) fn reap(&self) {
-        let mut given_up = Vec::new();
-        for open in self.table().open.values() {
+        let mut ended = Vec::new();
+        for open in self.table().open.values_mut() {
             let mut state = open.active.lock();
             let reads = open.active.plan.operation == Operation::Read;
-            if reads && state.job.as_ref().is_some_and(Job::is_abandoned) {
-                state.all_cut = true;
-                given_up.extend(state.job.take());
+            if reads && open.counts && state.yield_memory() {
+                open.counts = false;
+                state.close();
+                if let Next::Settle(job, outcome) = state.next() {
+                    ended.push((job, outcome));
+                }
             }
         }
-        given_up
+        ended
             .into_iter()
-            .for_each(|job| job.settle(Err(abandoned())));
+            .for_each(|(job, outcome)| job.settle(outcome));
     }
 
-    /// The connection has ended: nothing of any request is sent or received any more.
-    pub(super) fn fail_all(&self, jobs: VecDeque<Arc<Active>>, reason: &str) {
+    /// The connection has ended: nothing of any request is sent or received on it any more. What is left of requests goes
+    /// to the other connections, if there are any; of what was sent, only reads: a write may still land.
+    pub(super) fn end(&self, jobs: VecDeque<Arc<Active>>, reason: &str) {
+        let lanes = self.lanes.get().and_then(Weak::upgrade);
+        let lanes = lanes.filter(|lanes| lanes.is_alive());
+        if lanes.is_some() {
+            tracing::warn!(
+                reason,
+                "a tcp connection was lost; the others to the peer go on"
+            );
+        }
+        let lost = || Error::new(ErrorKind::PeerLost, reason.to_owned());
         let open = std::mem::take(&mut self.table().open);
-        let waiting = jobs.into_iter();
-        for active in waiting.chain(open.into_values().map(|open| open.active)) {
-            let job = active.lock().job.take();
-            if let Some(job) = job {
-                job.settle(Err(Error::new(ErrorKind::PeerLost, reason.to_owned())));
+        let (mut rest, mut ended) = (Vec::from(jobs), Vec::new());
+        for open in open.into_values().filter(|open| open.counts) {
+            let mut state = open.active.lock();
+            state.close();
+            match &lanes {
+                Some(_) if open.kind.asks_for_bytes() => {
+                    state.hand_back(open.chunk);
+                    rest.push(open.active.clone());
+                }
+                _ => state.fail(lost),
             }
+            if let Next::Settle(job, outcome) = state.next() {
+                ended.push((job, outcome));
+            }
+        }
+        let mut seen = HashSet::new();
+        rest.retain(|active| seen.insert(Arc::as_ptr(active)));
+        for active in rest {
+            if !lanes.as_ref().is_some_and(|lanes| lanes.queue(&active)) {
+                let mut state = active.lock();
+                state.fail(lost);
+                if let Next::Settle(job, outcome) = state.next() {
+                    ended.push((job, outcome));
+                }
+            }
+        }
+        for (job, outcome) in ended {
+            job.settle(outcome);
         }
     }
 
-    /// Starts a request; what the poster does not send itself, because it is not `small`, is left to the reactor.
-    pub(super) fn start(
-        &self,
-        connection: &Connection,
-        active: Arc<Active>,
-        small: bool,
-        outbox: &mut Outbox,
-    ) {
+    /// Starts a request. Whether there is something to cut.
+    pub(super) fn start(&self, active: &Arc<Active>, outbox: &mut Outbox) -> bool {
         let mut state = active.lock();
         let next = state.next();
         drop(state);
         match next {
-            Next::Nothing => outbox.queue(active),
-            next => self.follow(&active, next, outbox),
-        }
-        if !small {
-            connection.pump_later();
+            Next::Nothing => {
+                outbox.queue(active.clone());
+                true
+            }
+            next => {
+                self.follow(active, next, outbox);
+                false
+            }
         }
     }
 }

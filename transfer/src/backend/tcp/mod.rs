@@ -4,41 +4,39 @@
 //! Payload moves between socket and region without a copy in between.
 
 mod active;
+mod channel;
 mod connection;
 mod frame;
 mod initiator;
+mod listen;
 mod receive;
 mod scatter;
 mod target;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::net::sockopt;
 
-use super::spare::Spare;
-use super::{Backend, Capabilities, Channel, Fabric, Job, Operation, Refusal};
-use crate::agent::{Exports, PeerCard, RemoteRegion};
-use crate::reactor::{Interest, Reactor, Source, Token};
-use crate::region::{MemoryKind, RegionCore};
+use super::{Channel, Fabric};
+use crate::agent::{Exports, PeerCard};
+use crate::reactor::Reactor;
+use crate::region::RegionCore;
 
-use active::Active;
-use connection::{Connection, INLINE_BYTES_MAX, Role};
+use channel::{Lane, TcpChannel};
+use connection::{Connection, Role};
 use frame::{Greeting, PREAMBLE_BYTES, decode_outcome, decode_preamble};
 use initiator::Initiator;
-use target::TargetSide;
+use listen::Listener;
 
 const NAME: &str = "tcp";
 
-/// Connections that an agent accepts.
-const CONNECTIONS_MAX: usize = 4096;
-
-/// Requests that may wait on one connection; posts above it are told `Busy`.
-const REQUESTS_WAITING_MAX: usize = 16_384;
+/// The most connections that an agent makes to one peer, and the most addresses that it listens on.
+pub(crate) const LANES_MAX: usize = 16;
 
 /// How long sent bytes may stay unacknowledged before the peer counts as lost.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
@@ -50,9 +48,11 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 pub(crate) struct TcpFabric {
     exports: Arc<Exports>,
     reactor: Arc<Reactor>,
-    advertised: SocketAddr,
+    /// What peers are told.
+    advertised: Vec<SocketAddr>,
     congestion: Option<String>,
-    listener: Arc<Listener>,
+    connections: usize,
+    listeners: Vec<Arc<Listener>>,
 }
 
 /// How connections are served and made.
@@ -60,17 +60,12 @@ pub(crate) struct Listen {
     pub(crate) address: SocketAddr,
     /// What peers are told; none: the address itself.
     pub(crate) advertised: Option<SocketAddr>,
+    /// Further addresses, such as those of other network cards.
+    pub(crate) rails: Vec<SocketAddr>,
+    /// How many connections are made to a peer; at least one for each of its addresses.
+    pub(crate) connections: usize,
     /// The congestion control; none: the system's.
     pub(crate) congestion: Option<String>,
-}
-
-struct Listener {
-    socket: TcpListener,
-    exports: Arc<Exports>,
-    reactor: Arc<Reactor>,
-    token: OnceLock<Token>,
-    accepted: Mutex<Vec<Weak<Connection>>>,
-    spare: Spare,
 }
 
 /// Starts listening.
@@ -82,105 +77,40 @@ pub(crate) fn fabric(
     let Listen {
         address,
         advertised,
+        rails,
+        connections,
         congestion,
     } = listen;
-    let socket =
-        TcpListener::bind(address).map_err(|e| Error::io(format!("listen on tcp {address}"), e))?;
-    socket
-        .set_nonblocking(true)
-        .map_err(|e| Error::io("make a listener non-blocking", e))?;
-    if let Some(name) = &congestion {
-        // Connections that are accepted have their listener's.
-        set_congestion(&socket, name)?;
+    if connections == 0 || connections > LANES_MAX {
+        return Err(Error::invalid(
+            "tcp connections to a peer",
+            connections,
+            1..=LANES_MAX,
+        ));
     }
-    let bound = socket
-        .local_addr()
-        .map_err(|e| Error::io("address of a listener", e))?;
-    let advertised = advertised.unwrap_or(bound);
-    if advertised.ip().is_unspecified() {
-        let text = format!("peers cannot connect to {advertised}: name an address to advertise");
+    if rails.len() >= LANES_MAX {
+        return Err(Error::invalid("tcp rails", rails.len(), 0..LANES_MAX));
+    }
+    let start = |address| Listener::start(exports, reactor, address, congestion.as_deref());
+    let mut listeners = vec![start(address)?];
+    let mut told = vec![advertised.map_or_else(|| listeners[0].address(), Ok)?];
+    for rail in rails {
+        let listener = start(rail)?;
+        told.push(listener.address()?);
+        listeners.push(listener);
+    }
+    if let Some(unspecified) = told.iter().find(|address| address.ip().is_unspecified()) {
+        let text = format!("peers cannot connect to {unspecified}: name an address to advertise");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
-    let spare = Spare::default();
-    spare.keep();
-    let listener = Arc::new(Listener {
-        socket,
-        exports: exports.clone(),
-        reactor: reactor.clone(),
-        token: OnceLock::new(),
-        accepted: Mutex::default(),
-        spare,
-    });
-    let token = reactor.add(
-        listener.socket.as_fd(),
-        Interest::READABLE,
-        listener.clone(),
-    )?;
-    let _ = listener.token.set(token);
     Ok(Arc::new(TcpFabric {
         exports: exports.clone(),
         reactor: reactor.clone(),
-        advertised,
+        advertised: told,
         congestion,
-        listener,
+        connections,
+        listeners,
     }))
-}
-
-impl Listener {
-    fn accepted(&self) -> MutexGuard<'_, Vec<Weak<Connection>>> {
-        self.accepted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn accept(&self, stream: TcpStream) -> Result<()> {
-        let mut accepted = self.accepted();
-        accepted.retain(|connection| connection.strong_count() > 0);
-        for connection in accepted.iter().filter_map(Weak::upgrade) {
-            if let Role::Target(target) = &connection.role
-                && target.is_stale()
-            {
-                connection.lose("no greeting in time");
-            }
-        }
-        if accepted.len() >= CONNECTIONS_MAX {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("{CONNECTIONS_MAX} connections"),
-            ));
-        }
-        tune(&stream)?;
-        stream
-            .set_nonblocking(true)
-            .map_err(|e| Error::io("make it non-blocking", e))?;
-        let role = Role::Target(TargetSide::new(self.exports.clone()));
-        let connection = Connection::start(stream, &self.reactor, role)?;
-        accepted.push(Arc::downgrade(&connection));
-        drop(accepted);
-        Ok(())
-    }
-}
-
-impl Source for Listener {
-    fn ready(&self, _readiness: Interest) {
-        loop {
-            match self.socket.accept() {
-                Ok((stream, from)) => {
-                    if let Err(error) = self.accept(stream) {
-                        tracing::warn!(%error, %from, "a tcp connection was not accepted");
-                    }
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!(%error, "accept a tcp connection");
-                    // Whoever is shed sees the connection closed, and tries again or elsewhere.
-                    if !self.spare.shed(|| drop(self.socket.accept())) {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-
-    fn orphaned(&self) {}
 }
 
 /// Small frames go at once; a peer that is gone is noticed.
@@ -215,63 +145,113 @@ impl Fabric for TcpFabric {
     }
 
     fn address(&self) -> Option<Vec<u8>> {
-        Some(self.advertised.to_string().into_bytes())
+        let told: Vec<String> = self.advertised.iter().map(SocketAddr::to_string).collect();
+        Some(told.join(",").into_bytes())
     }
 
     fn listening(&self) -> Option<SocketAddr> {
-        self.listener.socket.local_addr().ok()
+        self.listeners.first()?.address().ok()
     }
 
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {
-        let Some(address) = peer.address(NAME) else {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "the peer does not listen on tcp",
-            ));
-        };
-        let address = std::str::from_utf8(address)
-            .ok()
-            .and_then(|text| text.parse().ok());
-        let Some(address) = address else {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                "the peer's tcp address is malformed",
-            ));
-        };
+        let addresses = addresses_of(peer)?;
+        let count = self.connections.max(addresses.len()).min(LANES_MAX);
+        let targets: Vec<SocketAddr> = addresses.iter().copied().cycle().take(count).collect();
+        let (mut lanes, mut failed): (Vec<Lane>, Vec<Error>) = (Vec::new(), Vec::new());
+        let mut congestion = String::new();
         let until = Instant::now() + timeout;
-        let stream = self
-            .greet(address, peer, until)
-            .map_err(|e| e.at(format!("tcp {address}")))?;
-        let congestion = sockopt::tcp_congestion(&stream).unwrap_or_else(|_| "unknown".into());
-        let role = Role::Initiator(Initiator::default());
-        let connection = Connection::start(stream, &self.reactor, role)?;
-        Ok(Arc::new(TcpChannel {
-            connection,
-            detail: format!("tcp to {address}, congestion control {congestion}"),
-            capabilities: Capabilities {
-                remote: &[MemoryKind::Host],
-                notifications: true,
-                checksums: true,
-            },
-        }))
+        for (to, outcome) in self.greet_all(&targets, peer, until) {
+            let started = outcome.and_then(|stream| {
+                congestion = sockopt::tcp_congestion(&stream).unwrap_or_else(|_| "unknown".into());
+                let role = Role::Initiator(Initiator::default());
+                Connection::start(stream, &self.reactor, role)
+            });
+            match started {
+                Ok(connection) => lanes.push(Lane { connection, to }),
+                Err(error) => failed.push(error.at(format!("tcp {to}"))),
+            }
+        }
+        if lanes.is_empty() {
+            let none = || Error::new(ErrorKind::Internal, "no address was tried");
+            return Err(failed.into_iter().next().unwrap_or_else(none));
+        }
+        for error in &failed {
+            tracing::warn!(%error, peer = %peer.name, "one connection of several was not made");
+        }
+        let shown: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
+        let mut detail = format!("tcp to {}", shown.join(" and "));
+        if targets.len() > 1 {
+            detail = format!("{detail}, {} of {} connections", lanes.len(), targets.len());
+        }
+        detail = format!("{detail}, congestion control {congestion}");
+        if let Some(error) = failed.first() {
+            detail = format!("{detail}; {error}");
+        }
+        Ok(Arc::new(TcpChannel::new(lanes, detail)))
     }
 
     fn withdraw(&self, _region: &Arc<RegionCore>) {
-        let accepted = self.listener.accepted().clone();
-        accepted
-            .iter()
-            .filter_map(Weak::upgrade)
-            .for_each(|connection| connection.poke());
+        self.listeners.iter().for_each(|listener| listener.poke());
     }
 
     fn close(&self) {
-        if let Some(token) = self.listener.token.get() {
-            self.reactor.remove(*token, self.listener.socket.as_fd());
-        }
+        self.listeners.iter().for_each(|listener| listener.close());
     }
 }
 
+/// Where a peer listens.
+fn addresses_of(peer: &PeerCard) -> Result<Vec<SocketAddr>> {
+    let Some(told) = peer.address(NAME) else {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "the peer does not listen on tcp",
+        ));
+    };
+    let malformed = || Error::new(ErrorKind::Corrupt, "the peer's tcp address is malformed");
+    let text = std::str::from_utf8(told).map_err(|_| malformed())?;
+    let parse = |text: &str| text.parse().map_err(|_| malformed());
+    let addresses: Vec<SocketAddr> = text.split(',').map(parse).collect::<Result<_>>()?;
+    if addresses.len() > LANES_MAX {
+        return Err(Error::invalid(
+            "tcp addresses of a peer",
+            addresses.len(),
+            1..=LANES_MAX,
+        ));
+    }
+    Ok(addresses)
+}
+
 impl TcpFabric {
+    /// All connections at once, so that an address that does not answer delays no other.
+    fn greet_all(
+        &self,
+        targets: &[SocketAddr],
+        peer: &PeerCard,
+        until: Instant,
+    ) -> Vec<(SocketAddr, Result<TcpStream>)> {
+        if let [target] = targets {
+            return vec![(*target, self.greet(*target, peer, until))];
+        }
+        std::thread::scope(|scope| {
+            let begin = |&target: &SocketAddr| {
+                let greeting = std::thread::Builder::new()
+                    .name("kvf-connect".into())
+                    .spawn_scoped(scope, move || self.greet(target, peer, until));
+                (target, greeting)
+            };
+            let begun: Vec<_> = targets.iter().map(begin).collect();
+            let end = |greeting: std::io::Result<std::thread::ScopedJoinHandle<'_, _>>| {
+                let greeting = greeting.map_err(|e| Error::io("start a thread", e))?;
+                let panicked = |_| Error::new(ErrorKind::Internal, "connecting panicked");
+                greeting.join().map_err(panicked)?
+            };
+            begun
+                .into_iter()
+                .map(|(target, greeting)| (target, end(greeting)))
+                .collect()
+        })
+    }
+
     fn greet(&self, address: SocketAddr, peer: &PeerCard, until: Instant) -> Result<TcpStream> {
         let left = || {
             let left = until.saturating_duration_since(Instant::now());
@@ -320,87 +300,5 @@ fn no_welcome(error: std::io::Error) -> Error {
             Error::new(ErrorKind::Timeout, "the peer does not answer the greeting")
         }
         _ => Error::io("receive the welcome", error),
-    }
-}
-
-struct TcpChannel {
-    connection: Arc<Connection>,
-    detail: String,
-    capabilities: Capabilities,
-}
-
-impl Backend for TcpChannel {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    /// What was sent of a write may still be on its way when the connection has ended.
-    fn fences(&self, operation: Operation) -> bool {
-        operation == Operation::Read
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        &self.capabilities
-    }
-
-    fn post(&self, job: Job) -> Result<(), Refusal> {
-        if let Err(error) = self.connection.check() {
-            return Err(job.refuse(error));
-        }
-        let Role::Initiator(initiator) = &self.connection.role else {
-            return Err(job.refuse(Error::new(ErrorKind::Internal, "a target cannot ask")));
-        };
-        let small = job.whole().bytes <= INLINE_BYTES_MAX;
-        let mut outbox = self.connection.outbox();
-        if outbox.ended {
-            return Err(job.refuse(Error::new(ErrorKind::PeerLost, "the connection has ended")));
-        }
-        if outbox.waiting() >= REQUESTS_WAITING_MAX {
-            let text = format!("{REQUESTS_WAITING_MAX} requests wait on this connection");
-            return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
-        }
-        let active = Arc::new(Active::new(job));
-        initiator.start(&self.connection, active, small, &mut outbox);
-        connection::settle(outbox);
-        if small {
-            self.connection.pump(INLINE_BYTES_MAX);
-        }
-        Ok(())
-    }
-
-    fn reap(&self) {
-        self.connection.poke();
-    }
-
-    fn progress(&self) -> Option<u64> {
-        Some(self.connection.progress())
-    }
-
-    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
-        self.connection.assist(until, done);
-    }
-}
-
-impl Channel for TcpChannel {
-    fn check(&self) -> Result<()> {
-        self.connection.check()
-    }
-
-    fn reaches(&self, _region: &RemoteRegion) -> Result<(), String> {
-        Ok(())
-    }
-
-    fn detail(&self) -> String {
-        self.detail.clone()
-    }
-
-    fn close(&self) {
-        self.connection.lose("the peer was forgotten");
-    }
-}
-
-impl Drop for TcpChannel {
-    fn drop(&mut self) {
-        self.connection.lose("nobody uses the connection any more");
     }
 }

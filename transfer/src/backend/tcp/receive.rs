@@ -87,6 +87,7 @@ pub(super) struct Receiver {
     start: usize,
     end: usize,
     state: State,
+    received: u64,
 }
 
 /// Why receiving stopped.
@@ -114,7 +115,13 @@ impl Receiver {
             start: 0,
             end: 0,
             state,
+            received: 0,
         }
+    }
+
+    /// Bytes that came so far.
+    pub(super) fn received(&self) -> u64 {
+        self.received
     }
 
     pub(super) fn has_ended(&self) -> bool {
@@ -288,6 +295,7 @@ impl Receiver {
             *left -= placed;
         }
         self.end += (count - placed) as usize;
+        self.received += count;
         Ok(Got {
             count,
             short: count < asked,

@@ -1,0 +1,237 @@
+//! The connections to one peer, and how requests are spread over them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::NAME;
+use super::active::Active;
+use super::connection::{self, Connection, INLINE_BYTES_MAX, Role};
+use super::frame::CHUNK_BYTES_MAX;
+use crate::agent::{ConnectionReport, RemoteRegion};
+use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
+use crate::region::MemoryKind;
+
+/// Requests that may wait on one connection; posts above it are told `Busy`.
+const REQUESTS_WAITING_MAX: usize = 16_384;
+
+/// One connection.
+pub(super) struct Lane {
+    pub(super) connection: Arc<Connection>,
+    pub(super) to: SocketAddr,
+}
+
+/// All connections to one incarnation of a peer, in the order in which small requests use them.
+pub(super) struct Lanes {
+    all: Vec<Lane>,
+    /// Which of them the next request of middle size goes to.
+    turn: AtomicUsize,
+}
+
+impl Lanes {
+    pub(super) fn new(all: Vec<Lane>) -> Arc<Self> {
+        let lanes = Arc::new(Self {
+            all,
+            turn: AtomicUsize::new(0),
+        });
+        for lane in &lanes.all {
+            if let Role::Initiator(initiator) = &lane.connection.role {
+                // Each connection is in one group, and put there once.
+                let _ = initiator.lanes.set(Arc::downgrade(&lanes));
+            }
+        }
+        lanes
+    }
+
+    fn alive(&self) -> impl Iterator<Item = &Lane> {
+        let is_alive = |lane: &&Lane| lane.connection.check().is_ok();
+        self.all.iter().filter(is_alive)
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        self.alive().next().is_some()
+    }
+
+    /// Puts what is left of a request at the end of every connection's queue. Whether there is one that takes it.
+    pub(super) fn queue(&self, active: &Arc<Active>) -> bool {
+        self.queue_but(active, None)
+    }
+
+    fn queue_but(&self, active: &Arc<Active>, but: Option<&Arc<Connection>>) -> bool {
+        let mut queued = false;
+        for lane in self.alive() {
+            if but.is_some_and(|but| Arc::ptr_eq(but, &lane.connection)) {
+                continue;
+            }
+            let mut outbox = lane.connection.outbox();
+            if !outbox.ended {
+                outbox.queue(active.clone());
+                drop(outbox);
+                lane.connection.pump_later();
+                queued = true;
+            }
+        }
+        queued
+    }
+
+    /// Who is asked first: always the same one for small requests, which then go out in one call, others in turn.
+    fn first(&self, small: bool) -> usize {
+        if small || self.all.len() == 1 {
+            return 0;
+        }
+        self.turn.fetch_add(1, Ordering::Relaxed) % self.all.len()
+    }
+
+    fn post(&self, job: Job) -> Result<(), Refusal> {
+        let small = job.whole().bytes <= INLINE_BYTES_MAX;
+        let striped = job.plan().bytes > CHUNK_BYTES_MAX && self.all.len() > 1;
+        let first = self.first(small);
+        for position in 0..self.all.len() {
+            let lane = &self.all[(first + position) % self.all.len()];
+            let Role::Initiator(initiator) = &lane.connection.role else {
+                continue;
+            };
+            let mut outbox = lane.connection.outbox();
+            if outbox.ended || lane.connection.check().is_err() {
+                continue;
+            }
+            if outbox.waiting() >= REQUESTS_WAITING_MAX {
+                let text = format!("{REQUESTS_WAITING_MAX} requests wait on this connection");
+                return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
+            }
+            let connections = if striped { self.all.len() } else { 1 };
+            let active = Arc::new(Active::new(job, connections));
+            let more = initiator.start(&active, &mut outbox);
+            connection::settle(outbox);
+            if small {
+                lane.connection.pump(INLINE_BYTES_MAX);
+            } else {
+                lane.connection.pump_later();
+                if more && striped {
+                    self.queue_but(&active, Some(&lane.connection));
+                }
+            }
+            return Ok(());
+        }
+        let error = self.check().err();
+        let ended = || Error::new(ErrorKind::PeerLost, "the connection has ended");
+        Err(job.refuse(error.unwrap_or_else(ended)))
+    }
+
+    /// # Errors
+    /// Why none of them can be used any more.
+    fn check(&self) -> Result<()> {
+        let mut lost = None;
+        for lane in &self.all {
+            match lane.connection.check() {
+                Ok(()) => return Ok(()),
+                Err(error) => lost = lost.or(Some(error)),
+            }
+        }
+        lost.map_or(Ok(()), Err)
+    }
+
+    fn lose(&self, reason: &str) {
+        self.all
+            .iter()
+            .for_each(|lane| lane.connection.lose(reason));
+    }
+}
+
+/// The way to one peer.
+pub(super) struct TcpChannel {
+    lanes: Arc<Lanes>,
+    detail: String,
+    capabilities: Capabilities,
+}
+
+impl TcpChannel {
+    pub(super) fn new(lanes: Vec<Lane>, detail: String) -> Self {
+        Self {
+            lanes: Lanes::new(lanes),
+            detail,
+            capabilities: Capabilities {
+                remote: &[MemoryKind::Host],
+                notifications: true,
+                checksums: true,
+            },
+        }
+    }
+}
+
+impl Backend for TcpChannel {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    /// What was sent of a write may still be on its way when the connection has ended.
+    fn fences(&self, operation: Operation) -> bool {
+        operation == Operation::Read
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn post(&self, job: Job) -> Result<(), Refusal> {
+        self.lanes.post(job)
+    }
+
+    fn reap(&self) {
+        self.lanes
+            .all
+            .iter()
+            .for_each(|lane| lane.connection.poke());
+    }
+
+    fn progress(&self) -> Option<u64> {
+        let received = self.lanes.all.iter();
+        Some(received.map(|lane| lane.connection.moved()[1]).sum())
+    }
+
+    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        if let Some(lane) = self.lanes.all.first() {
+            lane.connection.assist(until, done);
+        }
+    }
+}
+
+impl Channel for TcpChannel {
+    fn check(&self) -> Result<()> {
+        self.lanes.check()
+    }
+
+    fn reaches(&self, _region: &RemoteRegion) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn detail(&self) -> String {
+        self.detail.clone()
+    }
+
+    fn connections(&self) -> Vec<ConnectionReport> {
+        let report = |lane: &Lane| {
+            let [sent, received] = lane.connection.moved();
+            ConnectionReport {
+                to: lane.to,
+                sent,
+                received,
+                lost: lane.connection.check().err().map(|e| e.to_string()),
+            }
+        };
+        self.lanes.all.iter().map(report).collect()
+    }
+
+    fn close(&self) {
+        self.lanes.lose("the peer was forgotten");
+    }
+}
+
+impl Drop for TcpChannel {
+    fn drop(&mut self) {
+        self.lanes.lose("nobody uses the connection any more");
+    }
+}
