@@ -10,7 +10,7 @@ PREFIX ?= /usr/local
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-long demo bench-build bench bench-fabric bench-index bench-engines static wheel install
+.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-sanitize test-long demo bench-build bench bench-fabric bench-index bench-engines static wheel install
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ test: setup check test-rust test-c test-python test-engines ## Everything CI run
 test-rust: setup ## Unit, property, conformance, simulation and integration tests
 	$(STEP) "build the programs" $(CARGO) build --bins
 	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' $(CARGO) test --workspace --exclude kvfabric-python
+
+test-sanitize: ## The tests of `transfer` under AddressSanitizer; builds all it needs anew
+	$(STEP) "AddressSanitizer" scripts/sanitize
 
 test-c: setup ## The C programs, built with the system's compiler
 	$(STEP) "C ABI" ffi/c/tests/run

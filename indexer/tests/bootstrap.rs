@@ -76,17 +76,14 @@ async fn everything_that_was_told_is_in_the_snapshot() {
     };
     gone.publish(of_node(Tier::Object, &keys));
     node.publish(of_node(Tier::Host, &keys[..2]));
-    let source = gone.source("node", SourceKind::Node);
-    let leaving = client.register(registration("pod-1", [source]));
-    leaving.ready(PATIENCE).await.unwrap();
+    let leaving = join(&client, "pod-1", [gone.source("node", SourceKind::Node)]).await;
     drop(leaving);
     wait_until(&client, |status| status.pods.is_empty()).await;
     let sources = [
         engine.source("engine", SourceKind::Vllm),
         node.source("node", SourceKind::Node),
     ];
-    let registered = client.register(registration("pod-0", sources));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", sources).await;
     // The child before its parent, in a batch that the publisher forgets.
     publish_block(&engine, 2);
     wait_until(&client, |status| {
@@ -129,9 +126,7 @@ async fn a_snapshot_is_of_one_moment_however_fast_the_events_come() {
     let first = start(config()).await;
     let engine = std::sync::Arc::new(engine("pod-0"));
     let client = client(&first);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     let publishing = std::thread::spawn({
         let engine = engine.clone();
         move || {
@@ -169,11 +164,7 @@ async fn a_restarted_index_goes_on_from_its_own_disk() {
     let first = start(with_file(&path)).await;
     let client = client(&first);
     wait_until_serving(&client).await;
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let registered = join_engine(&client, "pod-0", &engine).await;
     for block in 1..=2 {
         publish_block(&engine, block);
         until_depth_of_long(&client, block as u32).await;
@@ -198,8 +189,7 @@ async fn what_a_snapshot_says_of_another_publisher_is_never_answered() {
     let first = start(with_file(&path)).await;
     let client = client(&first);
     wait_until_serving(&client).await;
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [source]).await;
     publish_block(&engine, 1);
     publish_block(&engine, 2);
     publish_block(&engine, 3);

@@ -182,11 +182,7 @@ async fn where_a_tenant_is_required_nothing_belongs_to_nobody() {
     let refused = refused.ready(PATIENCE).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Denied);
     assert!(refused.to_string().contains("big-0"), "{refused}");
-    let registered = client.register(registration(
-        "acme-0",
-        [own.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "acme-0", &own).await;
     for tenant in ["", "default"] {
         let refused = ask(&mut raw, tenant, 7).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");

@@ -134,8 +134,7 @@ impl Aged {
 
     /// Teaches the index two blocks.
     async fn teach(&self, client: &IndexClient) -> kvfabric_indexer::client::Registered {
-        let registered = client.register(registration("pod-0", [self.source()]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join(client, "pod-0", [self.source()]).await;
         publish_block(&self.engine, 1);
         assert_eq!(depth_of_long(client, at(&self.engine)).await, 1);
         publish_block(&self.engine, 2);
@@ -249,11 +248,7 @@ async fn what_nobody_confirms_in_time_is_dropped_before_anything_is_answered() {
     let first = start(with_file(&path)).await;
     let client = client(&first);
     wait_until_serving(&client).await;
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let registered = join_engine(&client, "pod-0", &engine).await;
     publish_block(&engine, 1);
     assert_eq!(depth_of_long(&client, at(&engine)).await, 1);
     first.shutdown(PATIENCE).await.unwrap();
@@ -330,8 +325,7 @@ async fn what_a_publisher_does_not_get_round_to_confirming_is_dropped() {
     let first = start(with_file(&path)).await;
     let asking = client(&first);
     wait_until_serving(&asking).await;
-    let registered = asking.register(registration("pod-0", [by_hand(endpoint, replay_endpoint)]));
-    registered.ready(PATIENCE).await.unwrap();
+    let registered = join(&asking, "pod-0", [by_hand(endpoint, replay_endpoint)]).await;
     assert_eq!(depth_of_long(&asking, Vec::new()).await, 1);
     first.shutdown(PATIENCE).await.unwrap();
     drop(registered);
@@ -383,9 +377,7 @@ async fn a_damaged_file_is_not_taken_up_in_part() {
     let mut kept = Vec::new();
     for (number, engine) in engines.iter().enumerate() {
         publish_block(engine, 1);
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = asking.register(registration(&format!("pod-{number}"), [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&asking, &format!("pod-{number}"), engine).await;
         kept.push(registered);
     }
     assert_eq!(asking.status().await.unwrap().entries, 2);
@@ -419,8 +411,7 @@ async fn a_snapshot_of_other_settings_is_refused() {
         engine.source("engine", SourceKind::Vllm),
         node.source("node", SourceKind::Node),
     ];
-    let registered = client.register(registration("pod-0", sources));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", sources).await;
     assert_eq!(client.status().await.unwrap().blocks, 2);
     for change in [
         |config: &mut ServerConfig| config.block_size = 8,
@@ -448,11 +439,7 @@ async fn a_peer_that_is_not_there_is_passed_over() {
     let first = start(config()).await;
     let engine = node("pod-0", 1);
     let client = client(&first);
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("node", SourceKind::Node)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [engine.source("node", SourceKind::Node)]).await;
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let nobody = free.local_addr().unwrap().to_string();
     drop(free);

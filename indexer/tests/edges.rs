@@ -58,9 +58,7 @@ async fn llm_d_scores_text_prompts_with_the_configured_tokenizer() {
     second.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
     let mut kept = Vec::new();
     for (name, engine) in [("pod-0", &first), ("pod-1", &second)] {
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, name, engine).await;
         kept.push(registered);
     }
     let mut scorer = IndexerServiceClient::connect(url(&server)).await.unwrap();
@@ -183,9 +181,7 @@ async fn metrics_are_exported_under_their_documented_names() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     client
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
         .await
@@ -478,8 +474,7 @@ async fn the_index_follows_a_publisher_made_with_libzmq() {
         data_parallel_rank: None,
         groups: Vec::new(),
     };
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [source]).await;
     let answer = client
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
         .await

@@ -9,7 +9,6 @@ use std::sync::mpsc;
 
 use kvcache_core::Tier;
 use kvfabric_indexer::adapter::encode_engine_batch;
-use kvfabric_indexer::client::SourceKind;
 use kvfabric_indexer::config::StaticSource;
 use rig::*;
 
@@ -141,8 +140,7 @@ async fn a_source_whose_place_a_stranger_took_is_forgotten_after_its_ttl() {
     let address = engine.endpoint().strip_prefix("tcp://").unwrap().to_owned();
     let replay = twin.replay_endpoint().to_owned();
     let source = by_hand(engine.endpoint().to_owned(), replay);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [source]).await;
     assert_eq!(client.status().await.unwrap().entries, 1);
     drop(engine);
     let sent = [
@@ -165,9 +163,7 @@ async fn the_longest_message_is_configured() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     assert_eq!(depth_at(&client, "pod-0", &engine).await, 1);
     engine.publish_payload(vec![0; 65 << 10]);
     // It is refused live and by replay, so the source cannot be followed any more.

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use kvcache_core::Tier;
 use kvfabric_indexer::adapter::encode_engine_batch;
-use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourcePosition};
+use kvfabric_indexer::client::{IndexClient, Prompt, SourcePosition};
 use kvfabric_indexer::config::{ListenerConfig, StaticSource};
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use kvfabric_indexer::server::{Running, ServerConfig, serve};
@@ -282,11 +282,7 @@ async fn strangers_use_up_neither_the_models_nor_the_pods_of_others() {
     wait_until(&client, |status| status.pods.len() == 3).await;
     refused(&server, 2).await;
     let own = engine("own");
-    let registered = client.register(registration(
-        "own",
-        [own.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "own", &own).await;
     let status = client.status().await.unwrap();
     let names: Vec<_> = status.pods.iter().map(|pod| pod.pod.as_str()).collect();
     assert_eq!(names, ["own", "pod-0", "pod-1", "pod-2"]);

@@ -42,9 +42,7 @@ async fn a_flood_of_one_source_holds_up_neither_the_others_nor_lookups() {
     let (flood, calm) = (Arc::new(engine("flood")), engine("calm"));
     let mut kept = Vec::new();
     for (name, engine) in [("flood", flood.as_ref()), ("calm", &calm)] {
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, name, engine).await;
         kept.push(registered);
     }
     let is_over = Arc::new(AtomicBool::new(false));
@@ -88,9 +86,7 @@ async fn blocks_without_their_parent_wait_within_a_bound_and_the_rest_are_counte
     let server = start(config).await;
     let client = client(&server);
     let engine = engine("pod-0");
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     // The prompt's second block first, then others.
     engine.publish_engine(vec![stored(&[2], Some(1), &TOKENS[4..], Tier::Device)]);
     let most = ORPHAN_BLOCKS_MAX as u64;
@@ -132,10 +128,7 @@ async fn idle_is_not_gone() {
     let idle = engine("idle");
     let join = async |name: &str, engine: &Publisher| {
         engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
-        registered
+        join_engine(&client, name, engine).await
     };
     let _kept = join("idle", &idle).await;
     for name in ["first", "second", "third", "fourth"] {
@@ -167,9 +160,7 @@ async fn readers_of_snapshots_that_stop_are_cut_off() {
     let client = client(&server);
     let engine = engine("pod-0");
     publish_many(&engine);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     assert_eq!(client.status().await.unwrap().entries, MANY);
     let request = v1::SnapshotRequest {
         protocol_version: kvfabric_proto::PROTOCOL_VERSION,

@@ -33,9 +33,7 @@ async fn three_pods(server: &Running) -> (IndexClient, Vec<(Publisher, Registere
             held.map(|key| NodeEvent::Stored { key, parent, tier })
                 .collect(),
         );
-        let source = node.source("node", SourceKind::Node);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join(&client, name, [node.source("node", SourceKind::Node)]).await;
         kept.push((node, registered));
     }
     (client, kept)
@@ -263,9 +261,7 @@ async fn an_answer_says_how_fresh_each_source_is() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));
     asked.min_position = vec![SourcePosition::new(
         &pod("pod-0"),

@@ -110,8 +110,7 @@ async fn a_pod_is_as_deep_as_its_deepest_rank_and_the_answer_names_the_ranks() {
             ..second.source("dp1", SourceKind::Vllm)
         },
     ];
-    let registered = client.register(registration("pod-0", sources));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", sources).await;
     let at_first = first.publish_payload(payload(0, &[Told::Stored(&[1], 4, 4, None)]));
     let both = Told::Stored(&[1, 2], 8, 4, None);
     let at_second = second.publish_payload(payload(1, &[both, Told::Removed(&[1], None)]));
@@ -162,8 +161,7 @@ async fn a_hybrid_models_prefix_counts_as_far_as_each_group_allows() {
         groups: vec![state],
         ..engine.source("engine", SourceKind::Vllm)
     };
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [source]).await;
 
     // The window's event comes before the group is known by whose blocks its own are placed.
     let at = engine.publish_payload(payload(0, &[window(&[2]), full(&[1, 2])]));
@@ -275,8 +273,7 @@ async fn what_a_router_decided_is_expected_until_it_is_confirmed_or_over() {
     let client = client(&server);
     let engine = engine("pod-0");
     let spec = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [spec]));
-    registered.ready(PATIENCE).await.unwrap();
+    let registered = join(&client, "pod-0", [spec]).await;
     let prompt = || question(Prompt::Tokens(TOKENS.to_vec()));
     let long = Some(PATIENCE);
     let refusal = client
@@ -354,8 +351,7 @@ async fn a_pod_that_publishes_nothing_is_answered_by_where_prompts_went() {
         data_parallel_rank: None,
         groups: Vec::new(),
     };
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [source]).await;
     let pod_0 = pod("pod-0");
     let prompt = |tokens: &[u32]| question(Prompt::Tokens(tokens.to_vec()));
     client

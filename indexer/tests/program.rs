@@ -6,7 +6,6 @@ mod rig;
 use std::process::Command;
 
 use kvcache_core::Tier;
-use kvfabric_indexer::client::SourceKind;
 use rig::*;
 
 /// Runs a command beside the server of this test; what it printed, by line.
@@ -50,9 +49,7 @@ async fn query_dump_and_top_show_what_the_index_knows() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
 
     let tokens: Vec<_> = TOKENS.iter().map(u32::to_string).collect();
     let tokens = tokens.join(",");
@@ -130,9 +127,7 @@ async fn pods_lists_pods_and_sources_with_their_state() {
     let mut kept = Vec::new();
     for (name, engine) in [("pod-0", &held), ("pod-1", &lost)] {
         engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, name, engine).await;
         kept.push(registered);
     }
     drop(lost);
@@ -234,9 +229,7 @@ async fn a_dumped_file_is_a_snapshot_to_begin_from() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("dump.snapshot");
     let told = lines(&server, &["dump", "--file", path.to_str().unwrap()]).await;

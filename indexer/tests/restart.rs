@@ -55,9 +55,7 @@ async fn a_publisher_that_comes_back_with_the_same_batches_keeps_its_entries() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_payload(batch(1, None, &TOKENS[..4]));
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
 
     let engine = reborn(engine);
     engine.publish_payload(batch(1, None, &TOKENS[..4]));
@@ -75,9 +73,7 @@ async fn a_publisher_that_comes_back_with_other_batches_is_begun_anew() {
     let engine = engine("pod-0");
     engine.publish_payload(batch(1, None, &TOKENS[..4]));
     engine.publish_payload(batch(2, Some(1), &TOKENS[4..]));
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     assert_eq!(depth(&client, Vec::new()).await, 2);
 
     let engine = reborn(engine);
@@ -104,9 +100,7 @@ async fn a_node_with_a_new_epoch_is_begun_anew() {
         tier: Tier::Host,
     };
     old.publish(vec![held(keys[0]), held(keys[1])]);
-    let source = old.source("node", SourceKind::Node);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [old.source("node", SourceKind::Node)]).await;
     assert_eq!(depth(&client, Vec::new()).await, 2);
 
     let stream = Stream::Node {
@@ -129,9 +123,7 @@ async fn a_replay_that_is_too_old_clears_the_source() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_payload(batch(1, None, &TOKENS[..4]));
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     assert_eq!(depth(&client, at(&engine)).await, 1);
 
     let mut config = PublisherConfig::new(pod("pod-0"), "m", Stream::Engine);
@@ -180,9 +172,7 @@ async fn a_node_whose_replay_is_too_old_tells_what_it_holds() {
     let first = node_batch(&[held(keys[0], Tier::Host), held(keys[1], Tier::Host)]);
     let node = node_again(None, 1 << 20);
     node.publish_payload(first.clone());
-    let source = node.source("node", SourceKind::Node);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [node.source("node", SourceKind::Node)]).await;
     assert_eq!(depth(&client, Vec::new()).await, 2);
 
     let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
@@ -231,9 +221,7 @@ async fn a_newcomer_learns_all_that_a_node_holds() {
     }
     let server = start(config()).await;
     let client = client(&server);
-    let source = node.source("node", SourceKind::Node);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [node.source("node", SourceKind::Node)]).await;
     assert_eq!(depth(&client, Vec::new()).await, 2);
 }
 
@@ -329,8 +317,7 @@ async fn a_lookup_at_a_position_gets_a_tail_that_never_came() {
     let server = start(config()).await;
     let client = client(&server);
     let source = by_hand(endpoint, replay_endpoint);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join(&client, "pod-0", [source]).await;
     wait_until(&client, |status| status.pods[0].sources[0].replays >= 2).await;
     let saying = async {
         loop {
@@ -367,9 +354,7 @@ async fn a_source_that_does_not_come_back_is_forgotten_after_its_ttl() {
     let client = client(&server);
     let engine = engine("pod-0");
     engine.publish_payload(batch(1, None, &TOKENS[..4]));
-    let source = engine.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     assert_eq!(client.status().await.unwrap().entries, 1);
     let endpoints = (
         engine.endpoint().to_owned(),

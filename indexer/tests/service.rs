@@ -21,11 +21,7 @@ async fn a_lookup_at_a_position_sees_everything_published_before_it() {
     let server = start(config()).await;
     let client = client(&server);
     let engine = engine("pod-0");
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
 
     let position = engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
     let mut question = question(Prompt::Tokens(TOKENS.to_vec()));
@@ -69,8 +65,7 @@ async fn engine_and_node_tiers_of_a_pod_add_up_and_shared_tiers_stand_alone() {
         engine.source("engine", SourceKind::Vllm),
         node.source("node", SourceKind::Node),
     ];
-    let registered = client.register(registration("pod-0", sources));
-    registered.ready(PATIENCE).await.unwrap();
+    let registered = join(&client, "pod-0", sources).await;
 
     let keys = keys_of(&TOKENS);
     let on_device = engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
@@ -113,11 +108,7 @@ async fn a_position_that_never_comes_is_a_timeout_that_names_the_source() {
     let server = start(config()).await;
     let client = client(&server);
     let engine = engine("pod-0");
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     let mut beyond = engine.position();
     beyond.next.0 += 1;
     for (source, said) in [
@@ -165,11 +156,7 @@ async fn a_late_registration_replays_what_was_published_before() {
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
     engine.publish_engine(vec![stored(&[2], Some(1), &TOKENS[4..8], Tier::Device)]);
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     let answer = client
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
         .await
@@ -186,9 +173,7 @@ async fn a_dropped_registration_removes_the_pod_and_its_entries() {
     let mut registrations = Vec::new();
     for (name, engine) in [("pod-0", &first), ("pod-1", &second)] {
         engine.publish_engine(vec![stored(&[1, 2], None, &TOKENS, Tier::Device)]);
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, name, engine).await;
         registrations.push(registered);
     }
     let prompt = || question(Prompt::Tokens(TOKENS.to_vec()));
@@ -207,9 +192,7 @@ async fn events_of_a_pod_that_left_are_not_applied() {
     let server = start(config()).await;
     let client = client(&server);
     let (gone, other) = (engine("pod-0"), engine("pod-1"));
-    let source = gone.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-0", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let registered = join_engine(&client, "pod-0", &gone).await;
     for hash in 0..500 {
         gone.publish_engine(vec![stored(&[hash], None, &[hash as u32; 4], Tier::Device)]);
     }
@@ -221,9 +204,7 @@ async fn events_of_a_pod_that_left_are_not_applied() {
     }
     // Another pod is followed from beginning to end meanwhile.
     other.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
-    let source = other.source("engine", SourceKind::Vllm);
-    let registered = client.register(registration("pod-1", [source]));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-1", &other).await;
     let status = client.status().await.unwrap();
     assert_eq!((status.entries, status.events_applied), (1, applied + 1));
 }
@@ -270,11 +251,7 @@ async fn a_pod_that_registers_anew_replaces_its_old_self() {
     let (_keep, mut stream) = register_raw(&mut raw, request).await.unwrap();
     while !stream.message().await.unwrap().unwrap().ready {}
 
-    let registered = client.register(registration(
-        "pod-0",
-        [new.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &new).await;
     let status = stream.message().await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::Aborted);
     let answer = client
@@ -365,11 +342,7 @@ async fn a_restarted_index_gets_its_pods_back() {
     let client = client(&first);
     let engine = engine("pod-0");
     engine.publish_engine(vec![stored(&[1], None, &TOKENS[..4], Tier::Device)]);
-    let registered = client.register(registration(
-        "pod-0",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "pod-0", &engine).await;
     first.shutdown(PATIENCE).await.unwrap();
     let error = client
         .lookup(question(Prompt::Tokens(TOKENS.to_vec())))
@@ -446,9 +419,7 @@ async fn questions_are_narrowed_and_malformed_ones_refused() {
             &TOKENS[..4 * depth],
             Tier::Device,
         )]);
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, name, &engine).await;
         kept.push((engine, registered));
     }
     let mut asked = question(Prompt::Tokens(TOKENS.to_vec()));

@@ -11,7 +11,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use kvcache_core::Tier;
-use kvfabric_indexer::client::{Prompt, SourceKind, SourcePosition};
+use kvfabric_indexer::client::{Prompt, SourcePosition};
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
 use rig::*;
 
@@ -114,9 +114,7 @@ async fn memory_stays_flat_while_pods_come_flood_restart_and_go() {
         for number in 0..PODS {
             let name = format!("pod-{number}");
             let first = engine(&name);
-            let source = first.source("engine", SourceKind::Vllm);
-            let registered = client.register(registration(&name, [source]));
-            registered.ready(PATIENCE).await.unwrap();
+            let registered = join_engine(&client, &name, &first).await;
             flood(&first, round, number);
             // Every other pod's engine begins anew in the middle of it.
             let last = if number % 2 == 0 {

@@ -6,7 +6,7 @@ mod rig;
 
 use kvcache_core::Tier;
 use kvfabric_indexer::client::{
-    IndexClient, LookupOptions, PodDepth, Prompt, Ranking, SourceKind, SourcePosition,
+    IndexClient, LookupOptions, PodDepth, Prompt, Ranking, SourcePosition,
 };
 use kvfabric_indexer::config::MediumConfig;
 use kvfabric_indexer::publisher::Publisher;
@@ -87,11 +87,7 @@ async fn a_medium_counts_as_configured_and_an_unknown_one_as_all_unknown_ones_do
         let server = start(config).await;
         let client = client(&server);
         let engine = engine("p");
-        let registered = client.register(registration(
-            "p",
-            [engine.source("engine", SourceKind::Vllm)],
-        ));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, "p", &engine).await;
         engine.publish_payload(payload(vec![
             event("BlockStored", 1, "GPU"),
             event("BlockStored", 2, "CXL_POOL"),
@@ -175,9 +171,7 @@ async fn a_medium_weighs_in_every_score_what_is_configured() {
     let (far, near) = (engine("far"), engine("near"));
     let mut kept = Vec::new();
     for (name, engine) in [("far", &far), ("near", &near)] {
-        let source = engine.source("engine", SourceKind::Vllm);
-        let registered = client.register(registration(name, [source]));
-        registered.ready(PATIENCE).await.unwrap();
+        let registered = join_engine(&client, name, engine).await;
         kept.push(registered);
     }
     far.publish_payload(payload(vec![
@@ -219,11 +213,7 @@ async fn a_medium_weighs_in_every_score_what_is_configured() {
     kept.clear();
     wait_until(&client, |status| status.pods.is_empty()).await;
     let far = engine("far");
-    let registered = client.register(registration(
-        "far",
-        [far.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&client, "far", &far).await;
     far.publish_payload(payload(vec![
         event("BlockStored", 1, "GPU"),
         event("BlockStored", 2, "STORAGE"),
@@ -241,11 +231,7 @@ async fn what_a_medium_weighs_goes_on_from_a_snapshot() {
     let server = start(config.clone()).await;
     let asked = client(&server);
     let engine = engine("p");
-    let registered = asked.register(registration(
-        "p",
-        [engine.source("engine", SourceKind::Vllm)],
-    ));
-    registered.ready(PATIENCE).await.unwrap();
+    let _registered = join_engine(&asked, "p", &engine).await;
     engine.publish_payload(payload(vec![
         event("BlockStored", 1, "CXL_POOL"),
         event("BlockStored", 2, "CXL_POOL"),

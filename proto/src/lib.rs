@@ -7,6 +7,10 @@
 //! This crate does not contain logic.
 #![forbid(unsafe_code)]
 
+mod message;
+
+pub use message::Encoded;
+
 /// The version of the gRPC protocols of `kvfabric.v1`. Peers with another one are refused with both versions named.
 pub const PROTOCOL_VERSION: u32 = 1;
 
@@ -18,6 +22,13 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin
 #[rustfmt::skip]
 #[path = "generated/kvfabric.v1.rs"]
 pub mod v1;
+
+/// The service of `kvfabric.v1.Index` for who writes answers to lookups himself: `LookupResponse` is [`Encoded`] here, by itself
+/// and in `LookupReply`; all else is as in [`v1`].
+#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]
+#[rustfmt::skip]
+#[path = "generated/kvfabric.v1.encoded.rs"]
+pub mod v1_encoded;
 
 /// Package `indexer.v1`, llm-d's: pod scores for a text prompt.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub)]

@@ -1,7 +1,10 @@
 //! The committed code is what the `.proto` files generate.
+#![cfg(test)]
 
 use std::fs;
 use std::path::Path;
+
+use prost_types::FileDescriptorSet;
 
 const PROTOS: [&str; 4] = [
     "kvfabric/v1/types.proto",
@@ -9,7 +12,42 @@ const PROTOS: [&str; 4] = [
     "kvfabric/v1/peer.proto",
     "indexer/v1/indexer.proto",
 ];
-const GENERATED: [&str; 3] = ["kvfabric.v1.rs", "indexer.v1.rs", "descriptors.bin"];
+const GENERATED: [&str; 4] = [
+    "kvfabric.v1.rs",
+    "kvfabric.v1.encoded.rs",
+    "indexer.v1.rs",
+    "descriptors.bin",
+];
+
+/// The index's service, whose answers to lookups are bytes.
+fn generate_encoded(mut descriptors: FileDescriptorSet, out: &Path) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut builder = tonic_prost_build::configure()
+        .build_client(false)
+        .out_dir(folder.path());
+    descriptors
+        .file
+        .retain(|file| file.package() == "kvfabric.v1");
+    for file in &mut descriptors.file {
+        if file.name() != "kvfabric/v1/index.proto" {
+            file.service.clear();
+        }
+        let messages = file.message_type.iter().map(|message| message.name());
+        let enums = file.enum_type.iter().map(|one| one.name());
+        for name in messages.chain(enums) {
+            let known = match name {
+                "LookupResponse" => "crate::Encoded".to_owned(),
+                // They have answers in them.
+                "LookupReply" | "LookupBatchResponse" => continue,
+                _ => format!("crate::v1::{name}"),
+            };
+            builder = builder.extern_path(format!(".kvfabric.v1.{name}"), known);
+        }
+    }
+    builder.compile_fds(descriptors).unwrap();
+    let generated = folder.path().join("kvfabric.v1.rs");
+    fs::copy(generated, out.join("kvfabric.v1.encoded.rs")).unwrap();
+}
 
 /// Generates into a temporary folder and compares byte for byte.
 #[test]
@@ -22,6 +60,7 @@ fn generated_code_matches_the_proto_files() {
         prost::Message::encode_to_vec(&descriptors),
     )
     .unwrap();
+    generate_encoded(descriptors.clone(), out.path());
     tonic_prost_build::configure()
         .bytes(".")
         .out_dir(out.path())

@@ -18,6 +18,7 @@ mod region;
 mod request;
 mod signal;
 mod stats;
+mod sync;
 mod sys;
 mod wire;
 
@@ -29,6 +30,7 @@ pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};
+pub use backend::tcp::TlsOptions;
 pub use backend::ucx::UcxOptions;
 pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side, Strided};
 pub use estimate::{Estimate, PathCost};

@@ -11,7 +11,8 @@ use kvfabric_transfer::backend::conformance::{
 };
 use kvfabric_transfer::backend::sim::{ExchangeConfig, LinkProfile, SimNetwork};
 use kvfabric_transfer::{
-    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, UcxOptions,
+    Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, TlsOptions,
+    UcxOptions,
 };
 
 /// How many cases the suite has.
@@ -82,6 +83,26 @@ fn tcp_over_several_connections_conforms() {
             .tcp_connections(5)
     };
     check(&pair("tcp", build), 0);
+}
+
+/// The same, encrypted, over one connection and over three.
+#[test]
+fn tcp_over_tls_conforms() {
+    let listen = "127.0.0.1:0".parse().expect("address");
+    let tls = TlsOptions {
+        authorities: include_bytes!("tls/own-ca.pem").to_vec(),
+        certificates: include_bytes!("tls/member.pem").to_vec(),
+        key: include_bytes!("tls/member.key").to_vec(),
+    };
+    for connections in [1, 3] {
+        let build = |name: &str| {
+            alone(name)
+                .tcp(Some(listen))
+                .tcp_connections(connections)
+                .tcp_tls(Some(tls.clone()))
+        };
+        check(&pair("tcp", build), 0);
+    }
 }
 
 /// Two agents of this process over UCX, by whatever it chooses here.

@@ -133,6 +133,8 @@ fn a_forgotten_peer_is_not_met_again_by_itself() {
     proxy.stall();
     let read = pair.moves(Operation::Read, &[(0, 0, BYTES)], RequestOptions::default());
     pair.initiator.forget_peer(&pair.peer);
+    // A new connection would be served.
+    proxy.resume();
     assert_eq!(read.wait(WAIT).unwrap_err().kind(), ErrorKind::PeerLost);
     assert_eq!(pair.initiator.stats().failovers, 0);
 }

@@ -29,7 +29,7 @@ const PART: u64 = 1 << 20;
 const SEED: u64 = 41;
 
 /// So fast a request moves that shall be under way for a while.
-const RATE: u64 = 128 << 20;
+const RATE: u64 = 8 << 20;
 
 fn builder(name: &str, role: &str) -> AgentBuilder {
     let (host, ucx) = (role != "remote", role == "remote");
@@ -123,7 +123,12 @@ impl Reached {
         self.agent.set_peer_rate(&self.peer, Some(RATE)).unwrap();
         let request = self.moves(operation);
         request.wait_part(0, WAIT).unwrap();
+        let before = self.agent.stats().failovers;
         cut();
+        // Mapped memory works without its connection, so the rest waits until the loss is seen.
+        until("it goes another way", || {
+            self.agent.stats().failovers > before
+        });
         self.agent.set_peer_rate(&self.peer, None).unwrap();
         request
     }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::Args;
 use kvcache_core::{Error, Result};
 
+use crate::clock::process_cpu;
 use crate::host::resident_bytes;
 use crate::report::{Case, OURS, Row};
 use crate::statistics::Samples;
@@ -115,7 +116,28 @@ pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
     }
     rows.extend(case.single("pairs", "pairs", pairs));
     rows.extend(case.single("blocks", "blocks", filled.index.blocks() as f64));
+    let removal = remove_all(&filled)?;
+    if args.replicas == 1 {
+        rows.extend(removal);
+        // What is left of what the index took; the allocator is not asked to give anything back.
+        let after = Case {
+            subject: OURS,
+            name: "after-removal",
+        };
+        let left = resident_bytes().saturating_sub(base) as f64;
+        rows.extend(after.single("rss_ratio", "ratio", left / grown));
+        rows.extend(after.single("index_bytes", "bytes", filled.index.bytes() as f64));
+    }
+    print_rows(&rows)
+}
+
+/// Removes one pod after the other.
+///
+/// # Errors
+/// `Internal` when the index holds anything then.
+fn remove_all(filled: &Filled) -> Result<Vec<Row>> {
     let (mut calls, mut all) = (Samples::default(), Samples::default());
+    let before = process_cpu();
     for (position, pod) in filled.pods.iter().enumerate() {
         let start = Instant::now();
         filled.index.remove_pod(pod);
@@ -127,29 +149,24 @@ pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
             all.push(start.elapsed().as_secs_f64() * 1e3);
         }
     }
+    // Names go together after several pods, so one pod's time alone does not say what it costs.
+    let cpu = process_cpu().saturating_sub(before);
     if (filled.index.entries(), filled.index.blocks()) != (0, 0) {
         let left = (filled.index.entries(), filled.index.blocks());
         return Err(wrong(format!(
             "(entries, blocks) without pods are {left:?}"
         )));
     }
-    if args.replicas == 1 {
-        let removal = Case {
-            subject: OURS,
-            name: "remove-pod",
-        };
-        rows.extend(removal.row("ms", "ms", &calls));
-        rows.extend(removal.row("taken_out_ms", "ms", &all));
-        // What is left of what the index took; the allocator is not asked to give anything back.
-        let after = Case {
-            subject: OURS,
-            name: "after-removal",
-        };
-        let left = resident_bytes().saturating_sub(base) as f64;
-        rows.extend(after.single("rss_ratio", "ratio", left / grown));
-        rows.extend(after.single("index_bytes", "bytes", filled.index.bytes() as f64));
-    }
-    print_rows(&rows)
+    let removal = Case {
+        subject: OURS,
+        name: "remove-pod",
+    };
+    let mut rows: Vec<Row> = Vec::new();
+    rows.extend(removal.row("ms", "ms", &calls));
+    rows.extend(removal.row("taken_out_ms", "ms", &all));
+    let of_each = cpu.as_secs_f64() * 1e3 / filled.pods.len() as f64;
+    rows.extend(removal.single("taken_out_cpu_ms", "ms", of_each));
+    Ok(rows)
 }
 
 fn print_rows(rows: &[Row]) -> Result<()> {

@@ -32,6 +32,8 @@ mod runs;
 pub mod scenarios;
 #[path = "../../src/index/sets.rs"]
 mod sets;
+#[path = "../../src/source/shown.rs"]
+mod shown;
 pub mod sync;
 
 /// What runs need to know of their blocks; the keys themselves are not in these scenarios.

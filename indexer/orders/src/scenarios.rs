@@ -9,6 +9,7 @@ use super::arena::{WordLists, Words, get};
 use super::doors::{Door, DoorCount, Doors};
 use super::runs::{Header, RunSlots, Runs, Span};
 use super::sets::{Holder, SetId, Sets, SourceNumber, members};
+use super::shown::Shown;
 use super::sync::{Ordering, fence};
 
 fn holder(pod: u32) -> Holder {
@@ -151,6 +152,22 @@ pub fn a_list_that_is_used_again_is_not_believed() {
             let before = [1, 2].map(|pod| holder(pod).raw());
             let after = [holder(3).raw()];
             assert!(held == before || held == after, "{held:?}");
+        }
+    });
+}
+
+/// How a source stands changes twice while it is read: all of one change is seen, or nothing.
+pub fn what_is_shown_is_of_one_moment() {
+    loom::model(|| {
+        let shown = Arc::new(Shown::<2>::new());
+        let reader = {
+            let shown = shown.clone();
+            thread::spawn(move || shown.get())
+        };
+        shown.set([1; 2]);
+        shown.set([2; 2]);
+        if let Some(words) = reader.join().expect("the reader ends") {
+            assert_eq!(words[0], words[1]);
         }
     });
 }

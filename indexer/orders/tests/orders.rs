@@ -26,3 +26,9 @@ fn entries_change_whole_or_not_at_all() {
 fn a_list_that_is_used_again_is_not_believed() {
     scenarios::a_list_that_is_used_again_is_not_believed();
 }
+
+/// The version of what lookups are shown of a source.
+#[test]
+fn what_is_shown_is_of_one_moment() {
+    scenarios::what_is_shown_is_of_one_moment();
+}

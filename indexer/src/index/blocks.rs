@@ -3,6 +3,7 @@
 use kvcache_core::{EngineHash, IndexKey};
 
 use super::arena::Chunks;
+use super::buried::Buried;
 use super::huge::Huge;
 use crate::sync::{AtomicU64, CHUNK_BITS, CHUNKS_BITS, Ordering};
 
@@ -66,6 +67,9 @@ impl KeyColumn {
     }
 }
 
+/// The run of a segment that is nobody's.
+const NO_RUN: u32 = u32::MAX;
+
 /// Whose a segment is.
 #[derive(Clone, Copy, Default)]
 struct Owner {
@@ -88,6 +92,8 @@ struct WriterChunk {
 pub(super) struct Segments {
     chunks: Vec<Option<WriterChunk>>,
     free: Vec<u32>,
+    /// Those that are not free yet, as there are names that lead to them.
+    buried: Buried,
     /// Segments that were ever given out.
     end: u32,
     used: u32,
@@ -134,11 +140,41 @@ impl Segments {
         segment
     }
 
+    /// Gives a segment back; one that has names left is buried.
     pub(super) fn release(&mut self, segment: u32) {
+        if let Some(Some(chunk)) = self.chunks.get_mut((segment / SEGMENTS_PER_CHUNK) as usize) {
+            let owner = &mut chunk.owners[(segment % SEGMENTS_PER_CHUNK) as usize];
+            owner.run = NO_RUN;
+            let named = std::mem::take(&mut owner.named);
+            if named == 0 {
+                self.free(segment);
+            } else {
+                self.buried.add(segment, named.count_ones());
+            }
+        }
+    }
+
+    fn free(&mut self, segment: u32) {
         if let Some(Some(chunk)) = self.chunks.get_mut((segment / SEGMENTS_PER_CHUNK) as usize) {
             chunk.used -= 1;
             self.used -= 1;
             self.free.push(segment);
+        }
+    }
+
+    pub(super) const fn buried(&self) -> &Buried {
+        &self.buried
+    }
+
+    /// A sweep begins, of what is buried now.
+    pub(super) fn begin_sweep(&mut self) {
+        self.buried.begin();
+    }
+
+    /// Frees what was buried when the sweep began: no name leads there any more.
+    pub(super) fn end_sweep(&mut self) {
+        for segment in self.buried.end() {
+            self.free(segment);
         }
     }
 
@@ -156,6 +192,19 @@ impl Segments {
         let owner = self.owner(position / SEGMENT_BLOCKS);
         let offset = u32::from(owner.ordinal) * SEGMENT_BLOCKS + position % SEGMENT_BLOCKS;
         (owner.run, offset)
+    }
+
+    /// Whether a position is some run's.
+    pub(super) fn is_owned(&self, position: u32) -> bool {
+        let segment = position / SEGMENT_BLOCKS;
+        let chunk = self.chunks.get((segment / SEGMENTS_PER_CHUNK) as usize);
+        chunk.is_some_and(Option::is_some) && self.owner(segment).run != NO_RUN
+    }
+
+    /// Whether a position has this name, of those that names lead to.
+    #[inline]
+    pub(super) fn is_named(&self, position: u32, name: u64) -> bool {
+        self.raw_name(position) == name && !self.buried.contains(position / SEGMENT_BLOCKS)
     }
 
     /// The names of a segment's positions, and which of them have one, a bit each.
@@ -299,7 +348,9 @@ impl Segments {
     pub(super) fn bytes(&self) -> usize {
         let of_chunk = CHUNK_BLOCKS as usize * size_of::<u64>()
             + SEGMENTS_PER_CHUNK as usize * size_of::<Owner>();
-        self.there as usize * of_chunk + self.free.capacity() * size_of::<u32>()
+        self.there as usize * of_chunk
+            + self.free.capacity() * size_of::<u32>()
+            + self.buried.bytes()
     }
 }
 

@@ -294,8 +294,8 @@ impl KvIndex {
             if self.bytes_fit(state, positions * KEY_BYTES) {
                 break;
             }
-            if !state.leaving.is_empty() {
-                self.take_out_all(state);
+            if Self::has_gone(state) {
+                self.take_out_everything(state);
                 continue;
             }
             let step = (positions / 16).max(STEP_BLOCKS);
@@ -331,8 +331,8 @@ impl KvIndex {
             if growth == 0 || self.bytes_fit(state, growth + reserve) {
                 return Ok(());
             }
-            if !state.leaving.is_empty() {
-                self.take_out_all(state);
+            if Self::has_gone(state) {
+                self.take_out_everything(state);
                 continue;
             }
             spare = SPARE_BLOCKS;
@@ -397,7 +397,7 @@ impl KvIndex {
     /// Gives blocks up until so many bytes more fit; false when even without any block they do not.
     fn give_back(&self, state: &mut State, more: usize) -> bool {
         if !self.bytes_fit(state, more) {
-            self.take_out_all(state);
+            self.take_out_everything(state);
         }
         let mut is_first = true;
         while !self.bytes_fit(state, more) {

@@ -2,7 +2,9 @@
 //!
 //! A removal must not keep events waiting for as long as a pod's hundreds of thousands of blocks take. So it only marks
 //! the source, and every event that comes later takes some of its runs out. Until then they cost memory, and nothing else:
-//! holders that lookups skip. An index with a bound takes all of them out before it gives up anything that is held.
+//! holders that lookups skip. Names of blocks that nobody holds any more stay longer, until they are a quarter of all or no
+//! events come; then they are swept out, table by table. An index with a bound takes all of that out before it gives up
+//! anything that is held.
 
 use kvcache_core::PodName;
 
@@ -17,6 +19,10 @@ const LEAVING_MAX: usize = 64;
 
 /// Blocks that are taken out under one lock while no events come.
 const TIDY_BLOCKS: u32 = 16 * TURN_BLOCKS;
+
+/// Tables of names that are swept with an event, and under one lock while no events come.
+const SWEPT_TABLES: usize = 1;
+const TIDY_TABLES: usize = 32;
 
 /// A source that is gone for everybody outside.
 pub(super) struct Leaving {
@@ -92,19 +98,30 @@ impl KvIndex {
 
     /// Takes out what sources that are gone held, and gives back what imports needed and any memory that nothing is in; to
     /// be called when all imports are done, and when no events come.
+    ///
+    /// Names of what they held, as long as they are less than a quarter of all, stay with the memory of their blocks.
     pub fn tidy(&self) {
         let mut state = lock(&self.state);
-        self.take_out_all(&mut state);
-        self.forget_keys(&mut state);
-        self.trim(&mut state.writer);
-        self.settle(&mut state, None);
+        self.tidy_all(&mut state);
     }
 
-    /// As [`Self::tidy`], and gives back what tables have for growing too: for an index that hardly anything will be added
-    /// to. [`Self::tidy_some`] comes to the same in time.
+    fn tidy_all(&self, state: &mut State) {
+        self.take_out_all(state);
+        while state.writer.tree.is_sweep_due() {
+            self.sweep(state, usize::MAX);
+        }
+        self.forget_keys(state);
+        self.trim(&mut state.writer);
+        self.settle(state, None);
+    }
+
+    /// As [`Self::tidy`], and gives back those names too, and what tables have for growing: for an index that hardly
+    /// anything will be added to. [`Self::tidy_some`] comes to the same in time.
     pub fn compact(&self) {
-        lock(&self.state).writer.tree.tighten();
-        self.tidy();
+        let mut state = lock(&self.state);
+        self.take_out_everything(&mut state);
+        state.writer.tree.tighten();
+        self.tidy_all(&mut state);
     }
 
     /// Takes out some of what sources that are gone held, and with the last of it gives back the memory that nothing is in,
@@ -112,13 +129,18 @@ impl KvIndex {
     /// more to do now. For when no events come.
     pub fn tidy_some(&self) -> bool {
         let mut state = lock(&self.state);
+        if state.leaving.is_empty() && state.writer.tree.has_buried() {
+            self.sweep(&mut state, TIDY_TABLES);
+            self.settle(&mut state, None);
+            return true;
+        }
         if state.leaving.is_empty() {
             let has_more = state.writer.tree.tighten_some();
             self.settle(&mut state, None);
             return has_more;
         }
         self.take_out(&mut state, TIDY_BLOCKS);
-        let has_more = !state.leaving.is_empty();
+        let has_more = !state.leaving.is_empty() || state.writer.tree.has_buried();
         if !has_more {
             self.trim(&mut state.writer);
         }
@@ -126,11 +148,46 @@ impl KvIndex {
         has_more
     }
 
-    /// Takes out some of what sources that are gone held.
+    /// Takes out some of what sources that are gone held, or of the names that it had.
     pub(super) fn take_out_some(&self, state: &mut State) {
         if !state.leaving.is_empty() {
             self.take_out(state, TURN_BLOCKS);
+        } else if state.writer.tree.is_swept() {
+            self.sweep(state, SWEPT_TABLES);
         }
+    }
+
+    /// Sweeps names out of so many tables that lead nowhere, and gives back the memory of which nothing is left.
+    fn sweep(&self, state: &mut State, tables: usize) {
+        if !state.writer.tree.sweep_some(tables) {
+            self.trim(&mut state.writer);
+        }
+    }
+
+    /// Begins to sweep names out when enough of them lead nowhere; when most do, that is done at once.
+    pub(super) fn begin_sweep(&self, state: &mut State) {
+        let tree = &state.writer.tree;
+        if tree.is_sweep_due() && !tree.is_swept() {
+            let tables = if tree.are_most_buried() {
+                usize::MAX
+            } else {
+                SWEPT_TABLES
+            };
+            self.sweep(state, tables);
+        }
+    }
+
+    /// Takes out whatever nobody holds.
+    pub(super) fn take_out_everything(&self, state: &mut State) {
+        self.take_out_all(state);
+        while state.writer.tree.has_buried() {
+            self.sweep(state, usize::MAX);
+        }
+    }
+
+    /// Whether [`Self::take_out_everything`] has anything to do.
+    pub(super) fn has_gone(state: &State) -> bool {
+        !state.leaving.is_empty() || state.writer.tree.has_buried()
     }
 
     pub(super) fn take_out_all(&self, state: &mut State) {
@@ -164,6 +221,7 @@ impl KvIndex {
             view.pods.remove(number);
         }
         self.forget_keys(state);
+        self.begin_sweep(state);
         self.trim(&mut state.writer);
     }
 

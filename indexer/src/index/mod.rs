@@ -16,6 +16,7 @@ mod arena;
 mod best;
 mod blocks;
 mod budget;
+mod buried;
 mod compose;
 mod config;
 mod counts;
@@ -301,7 +302,8 @@ impl KvIndex {
             self.expected.confirm(&source.spec.pod, &noted);
         }
         if *event == SourceEvent::Cleared {
-            self.trim(writer);
+            self.begin_sweep(state);
+            self.trim(&mut state.writer);
         }
         self.take_out_some(state);
         Ok(applied)
@@ -353,8 +355,9 @@ impl KvIndex {
             return;
         };
         self.forget(writer, source);
-        self.trim(writer);
         let pod = source.spec.pod.clone();
+        self.begin_sweep(&mut state);
+        self.trim(&mut state.writer);
         self.expected.forget(&pod);
         self.compose_pod(&state, &pod);
         self.settle(&mut state, Some(id));

@@ -13,6 +13,8 @@
 
 mod bucket;
 mod pages;
+mod starts;
+mod sweep;
 #[cfg(test)]
 mod tests;
 
@@ -20,9 +22,11 @@ use std::hint::black_box;
 
 use self::bucket::{
     BUCKET_ENTRIES, Bucket, COUNTS, EMPTY, LOW_TAG_BITS, POSITION_BITS, POSITION_MASK, REST,
-    TABLE_BITS, TAG_BITS, Tag, alike, entry_of, tags, tags_mut, try_push, used, was_passed,
+    TABLE_BITS, TAG_BITS, Tag, alike, entry_of, is_unknown, tags, take, try_push, used, was_passed,
 };
 use self::pages::{PAGE_BUCKETS, Pages};
+use self::starts::Start;
+pub(super) use self::starts::Starts;
 use super::hash::KeyState;
 
 const TABLES: usize = 1 << TABLE_BITS;
@@ -113,7 +117,7 @@ impl Table {
 /// The first bucket, of so many, that an entry may be in.
 #[inline]
 fn home(tag: Tag, buckets: u32) -> u32 {
-    ((u64::from(tag.bits) * u64::from(buckets)) >> TAG_BITS) as u32
+    ((u64::from(tag.bits()) * u64::from(buckets)) >> TAG_BITS) as u32
 }
 
 /// The one after it.
@@ -136,6 +140,10 @@ pub(super) struct Names {
     is_loose: bool,
     /// The next one to be looked at.
     next: usize,
+    /// The next one to be swept.
+    swept: usize,
+    /// Changes whenever an entry may have got another line to begin at.
+    moves: u32,
 }
 
 /// The entry with this tag for whose position `is_it` holds, among those that seem to be alike.
@@ -166,7 +174,8 @@ fn exact(
 /// Where an entry is.
 struct Place {
     tag: Tag,
-    bucket: u32,
+    /// Whether it is in the first bucket where it may be.
+    is_home: bool,
     line: u32,
     entry: usize,
     position: u32,
@@ -189,48 +198,21 @@ impl Names {
             bytes: 0,
             is_loose: false,
             next: 0,
+            swept: 0,
+            moves: 0,
         };
         names.bytes = names.count_bytes();
         names
     }
 
-    /// Reads where hashes would be, so that later searches find that in the cache.
-    ///
-    /// Where they are is worked out first, into `lines`: the loop that then reads is so short that the processor has
-    /// dozens of these reads under way, each of which would be a wait of its own.
-    pub(super) fn touch_all(&self, hashes: impl Iterator<Item = u64>, lines: &mut Vec<u32>) {
-        lines.clear();
-        if self.pages.is_empty() {
-            return;
-        }
-        lines.extend(hashes.map(|hash| {
-            let tag = Tag::of(self.hash.mix(hash));
-            let buckets = self.tables[tag.table].buckets();
-            // Of a table without pages this is a line of another one, which does no harm.
-            self.pages.line(tag.table, home(tag, buckets))
-        }));
-        // Then the next one for those that are full, as far as it is beside them, and so on.
-        while !lines.is_empty() {
-            let mut full = 0;
-            for place in 0..lines.len() {
-                let line = lines[place];
-                lines[full] = line + 1;
-                let is_full = used(self.pages.bucket(line)) == BUCKET_ENTRIES;
-                full += usize::from(is_full && !(line + 1).is_multiple_of(PAGE_BUCKETS));
-            }
-            lines.truncate(full);
-        }
-    }
-
-    /// Searches for a position with this hash for which `is_it` holds.
+    /// Searches for a position with this tag for which `is_it` holds.
     #[inline]
-    fn search(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Found {
-        let tag = Tag::of(self.hash.mix(hash));
-        let buckets = self.tables[tag.table].buckets();
-        let (mut bucket, mut line) = (home(tag, buckets), 0);
+    fn search(&self, start: Start, is_it: impl Fn(u32) -> bool) -> Found {
+        let Start { tag, mut line } = start;
+        let buckets = self.tables[tag.table()].buckets();
+        let mut bucket = home(tag, buckets);
         // Of a small table every bucket may have been passed by entries of which some are gone since.
         for _ in 0..buckets {
-            line = self.pages.line(tag.table, bucket);
             let content = self.pages.bucket(line);
             let alike = alike(content, tag.low());
             if alike != [0; 3]
@@ -238,7 +220,7 @@ impl Names {
             {
                 return Found::At(Place {
                     tag,
-                    bucket,
+                    is_home: line == start.line,
                     line,
                     entry,
                     position: content[REST + entry] & POSITION_MASK,
@@ -248,6 +230,7 @@ impl Names {
                 break;
             }
             bucket = after(bucket, buckets);
+            line = self.pages.line(tag.table(), bucket);
         }
         Found::Nowhere(Vacancy { tag, bucket, line })
     }
@@ -255,21 +238,59 @@ impl Names {
     /// The position with this hash for which `is_it` holds.
     #[inline]
     pub(super) fn find(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Option<u32> {
-        match self.search(hash, is_it) {
+        match self.search(self.start(hash), is_it) {
             Found::At(place) => Some(place.position),
             Found::Nowhere(_) => None,
         }
     }
 
-    /// Where a hash goes that has no position for which `is_it` holds; that position where there is one.
-    ///
-    /// # Errors
-    /// The position.
+    /// Where a hash goes that has no position for which `is_it` holds; where its search begins may be noted in a place.
     #[inline]
-    pub(super) fn vacancy(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Result<Vacancy, u32> {
-        match self.search(hash, is_it) {
-            Found::At(place) => Err(place.position),
-            Found::Nowhere(vacancy) => Ok(vacancy),
+    pub(super) fn vacancy(
+        &self,
+        hash: u64,
+        noted: (&Starts, usize),
+        is_it: impl Fn(u32) -> bool,
+    ) -> Option<Vacancy> {
+        let start = self.noted(hash, noted.0, noted.1);
+        match self.search(start, is_it) {
+            Found::At(_) => None,
+            Found::Nowhere(vacancy) => Some(vacancy),
+        }
+    }
+
+    /// Adds a position under a hash that has none for which `is_it` holds; false when it has one. As
+    /// [`Self::vacancy`] and [`Self::fill`], but mostly with one look at one bucket.
+    #[inline]
+    pub(super) fn add(
+        &mut self,
+        hash: u64,
+        noted: (&Starts, usize),
+        position: u32,
+        is_it: impl Fn(u32) -> bool,
+    ) -> bool {
+        let start = self.noted(hash, noted.0, noted.1);
+        let tag = start.tag;
+        let table = &mut self.tables[tag.table()];
+        if table.entries + 1 < table.entries_max
+            && let Some(bucket) = self.pages.bucket_mut(start.line)
+            && is_unknown(bucket, tag)
+            && try_push(bucket, tag, position)
+        {
+            table.entries += 1;
+            return true;
+        }
+        self.add_elsewhere(start, position, is_it)
+    }
+
+    #[inline(never)]
+    fn add_elsewhere(&mut self, start: Start, position: u32, is_it: impl Fn(u32) -> bool) -> bool {
+        match self.search(start, is_it) {
+            Found::At(_) => false,
+            Found::Nowhere(vacancy) => {
+                self.fill(vacancy, position);
+                true
+            }
         }
     }
 
@@ -278,69 +299,78 @@ impl Names {
     pub(super) fn fill(&mut self, mut vacancy: Vacancy, position: u32) {
         assert!(position <= POSITION_MASK, "position {position}");
         let tag = vacancy.tag;
-        if self.tables[tag.table].pages == 0 {
-            self.rebuild(tag.table, 1, self.fit);
+        if self.tables[tag.table()].pages == 0 {
+            self.rebuild(tag.table(), 1, self.fit);
             vacancy.bucket = home(tag, PAGE_BUCKETS);
-            vacancy.line = self.pages.line(tag.table, vacancy.bucket);
+            vacancy.line = self.pages.line(tag.table(), vacancy.bucket);
         }
-        let table = &mut self.tables[tag.table];
+        let table = &mut self.tables[tag.table()];
         while let Some(bucket) = self.pages.bucket_mut(vacancy.line)
             && !try_push(bucket, tag, position)
         {
             vacancy.bucket = after(vacancy.bucket, table.buckets());
-            vacancy.line = self.pages.line(tag.table, vacancy.bucket);
+            vacancy.line = self.pages.line(tag.table(), vacancy.bucket);
         }
         table.entries += 1;
         if table.entries >= table.entries_max {
             let part = self.fit.growth_part();
-            let more = (table.pages + tag.table as u32 % part) / part;
+            let more = (table.pages + tag.table() as u32 % part) / part;
             let pages = table.pages + more.max(1);
-            self.rebuild(tag.table, pages, self.fit);
+            self.rebuild(tag.table(), pages, self.fit);
         }
     }
 
     /// Adds a position; it must not be there with this hash.
     pub(super) fn insert(&mut self, hash: u64, position: u32) {
-        if let Found::Nowhere(vacancy) = self.search(hash, |_| false) {
+        if let Found::Nowhere(vacancy) = self.search(self.start(hash), |_| false) {
             self.fill(vacancy, position);
         }
     }
 
     /// Removes a position that was added with this hash; without effect when it was not.
     pub(super) fn remove(&mut self, hash: u64, position: u32) {
-        let Found::At(place) = self.search(hash, |other| other == position) else {
+        let Found::At(place) = self.search(self.start(hash), |other| other == position) else {
             return;
         };
-        let Place { tag, entry, .. } = place;
+        let tag = place.tag;
         if let Some(bucket) = self.pages.bucket_mut(place.line) {
-            let last = used(bucket) - 1;
-            bucket[REST + entry] = bucket[REST + last];
-            let tags = tags_mut(bucket);
-            tags[entry] = tags[last];
-            bucket[COUNTS] -= 1;
+            take(bucket, place.entry);
         }
-        let table = &mut self.tables[tag.table];
+        let table = &mut self.tables[tag.table()];
         // Its bits where it went past stay; when too many do, the table is made anew.
-        table.stale += u32::from(place.bucket != home(tag, table.buckets()));
+        table.stale += u32::from(!place.is_home);
         table.entries -= 1;
+        self.refit(tag.table());
+    }
+
+    /// Makes a table anew that has lost many entries.
+    fn refit(&mut self, number: usize) {
+        let table = self.tables[number];
         let sparse = table.pages * PAGE_ENTRIES * SPARSE_PERCENT / 100;
         if table.entries == 0 || table.entries < sparse && table.pages > 1 {
-            let pages = self.fit.pages_for(table.entries);
-            self.rebuild(tag.table, pages, self.fit);
+            self.rebuild(number, self.fit.pages_for(table.entries), self.fit);
         } else if table.stale > table.entries / STALE_PART {
-            let pages = table.pages;
-            self.rebuild(tag.table, pages, self.fit);
+            self.rebuild(number, table.pages, self.fit);
         }
+    }
+
+    /// Reads all of a table at once, where whoever goes through it would wait for most lines.
+    fn read_ahead(&self, number: usize) {
+        let pages = 0..self.tables[number].pages as usize;
+        let buckets = pages.flat_map(|place| self.pages.page(number, place));
+        black_box(buckets.fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
     }
 
     /// Gives a table so many pages. It is made anew in one piece, which is written from its start to its end, as entries
     /// keep their order.
     fn rebuild(&mut self, number: usize, pages: u32, fit: Fit) {
+        self.read_ahead(number);
         let Self {
             tables,
             pages: memory,
             scratch,
             is_loose,
+            moves,
             ..
         } = self;
         let table = &mut tables[number];
@@ -349,22 +379,21 @@ impl Names {
         scratch.resize((pages * PAGE_BUCKETS) as usize, EMPTY);
         let buckets = scratch.len() as u32;
         let had = (0..table.pages as usize).flat_map(|place| memory.page(number, place));
-        // All at once, where the loop below would wait for most of them.
-        black_box(had.clone().fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
         for bucket in had {
             let entries = tags(bucket).iter().zip(&bucket[REST..COUNTS]);
             for (low, rest) in entries.take(used(bucket)) {
-                let tag = Tag {
-                    table: number,
-                    bits: rest >> POSITION_BITS << LOW_TAG_BITS | u32::from(*low),
-                };
+                let bits = rest >> POSITION_BITS << LOW_TAG_BITS | u32::from(*low);
+                let tag = Tag::new(number, bits);
                 let mut at = home(tag, buckets);
                 while !try_push(&mut scratch[at as usize], tag, rest & POSITION_MASK) {
                     at = after(at, buckets);
                 }
             }
         }
-        memory.resize(number, table.pages, pages);
+        if pages != table.pages {
+            memory.resize(number, table.pages, pages);
+            *moves = moves.wrapping_add(1);
+        }
         table.pages = pages;
         table.entries_max = fit.entries_max(pages);
         table.stale = 0;
@@ -411,6 +440,7 @@ impl Names {
     /// Gives back memory in which nothing is kept.
     pub(super) fn trim(&mut self) {
         self.scratch = Vec::new();
+        self.moves = self.moves.wrapping_add(1);
         self.pages.trim(self.tables.iter().map(|table| table.pages));
         self.bytes = self.count_bytes();
     }

@@ -148,12 +148,13 @@ impl Source {
         if self.is_node() {
             return tree.find_key(shared, IndexKey(hash.0));
         }
-        if let Some(&(position, key)) = self.names.get(&hash) {
-            let place = tree.place_of(position);
-            // The position may be another block's by now.
-            if tree.key(shared, position) == key && tree.holds(shared, place, self.number) {
-                return Some(place);
-            }
+        // The position may be another block's by now, or nobody's.
+        if let Some(&(position, key)) = self.names.get(&hash)
+            && let Some(place) = tree.place_if_there(position)
+            && tree.key(shared, position) == key
+            && tree.holds(shared, place, self.number)
+        {
+            return Some(place);
         }
         tree.find_name(hash).map(|position| tree.place_of(position))
     }

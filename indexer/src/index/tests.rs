@@ -1,6 +1,7 @@
 //! Tests of the index by hand-made histories; random ones are in `tests/property`.
 
 mod amounts;
+mod buried;
 mod images;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -31,9 +31,12 @@ impl KvIndex {
             });
             let (now, later) = left.split_at(few.count().max(1));
             let mut state = lock(&self.state);
-            let names = now.iter().flat_map(|(_, event)| event.borrow().names());
-            state.writer.tree.touch_ahead(names.copied());
+            let names = now.iter().map(|(_, event)| event.borrow().names());
+            state.writer.tree.touch_ahead(names);
+            let mut touched = 0;
             for (id, event) in now {
+                state.writer.tree.go_to_touched(touched);
+                touched += event.borrow().names().len();
                 outcomes.push(self.apply_one(&mut state, *id, event.borrow()));
             }
             state.writer.tree.forget_touched();

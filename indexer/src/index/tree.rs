@@ -2,8 +2,10 @@
 
 mod along;
 mod apart;
+mod bury;
 mod evict;
 mod holders;
+mod keys;
 mod memory;
 mod touch;
 
@@ -13,7 +15,7 @@ use super::arena::{WordLists, Words};
 use super::blocks::{KeyColumn, SEGMENT_BLOCKS, Segments};
 use super::doors::{Door, DoorCount, Doors};
 use super::leaves::Leaves;
-use super::names::{Fit, Names};
+use super::names::{Fit, Names, Starts};
 use super::recency::Recency;
 use super::runs::{Header, RUN_BLOCKS_MAX, RunSlots, Runs, Span, ordinal};
 use super::sets::{Holder, SetId, Sets, SourceNumber};
@@ -132,10 +134,14 @@ pub(super) struct Tree {
     /// The roots of runs that have ended.
     pub(super) ended_roots: Vec<u32>,
     spans: Vec<Span>,
-    /// Where names are that are about to be searched for.
-    lines: Vec<u32>,
+    /// Where searches for the names of the events at hand begin.
+    starts: Starts,
+    /// Which of them is the first of the event that is on.
+    first_start: usize,
     /// Whether that was done for all events at hand.
     is_touched: bool,
+    /// The same of other searches.
+    other_starts: Starts,
     /// Names that go, with their positions.
     forgotten: Vec<(u64, u32)>,
     dead: Vec<(u32, u32)>,
@@ -160,8 +166,10 @@ impl Tree {
             closed: Vec::new(),
             ended_roots: Vec::new(),
             spans: Vec::new(),
-            lines: Vec::new(),
+            starts: Starts::default(),
+            first_start: 0,
             is_touched: false,
+            other_starts: Starts::default(),
             forgotten: Vec::new(),
             dead: Vec::new(),
             blocks: 0,
@@ -230,9 +238,8 @@ impl Tree {
     /// The position that a hash names.
     #[inline]
     pub(super) fn find_name(&self, name: EngineHash) -> Option<u32> {
-        self.names.find(name.0, |position| {
-            self.segments.raw_name(position) == name.0
-        })
+        let is_it = |position| self.segments.is_named(position, name.0);
+        self.names.find(name.0, is_it)
     }
 
     /// Gives a position that has no name one that nothing has.
@@ -250,6 +257,12 @@ impl Tree {
             block,
             position,
         }
+    }
+
+    /// The same, if it is still some block's.
+    pub(super) fn place_if_there(&self, position: u32) -> Option<Place> {
+        let is_there = self.segments.is_owned(position);
+        is_there.then(|| self.place_of(position))
     }
 
     /// The block before or after another one of its run.
@@ -346,36 +359,6 @@ impl Tree {
 
     pub(super) fn set_root(&mut self, shared: &Shared, run: u32, root: u32) {
         shared.run(run).set_root(root);
-    }
-
-    /// From now on any key is found, wherever it is.
-    pub(super) fn index_keys(&mut self, shared: &Shared) {
-        if self.by_key.is_some() {
-            return;
-        }
-        let mut by_key = Names::new(self.names.fit());
-        for run in 0..self.slots.end() {
-            let Some(header) = shared.runs.get(run) else {
-                continue;
-            };
-            for block in 0..header.blocks() {
-                let position = shared.position(run, block);
-                by_key.insert(self.key(shared, position).0, position);
-            }
-        }
-        self.by_key = Some(by_key);
-    }
-
-    /// Undoes [`Self::index_keys`].
-    pub(super) fn forget_keys(&mut self) {
-        self.by_key = None;
-    }
-
-    /// The block with this key, wherever it is; only with [`Self::index_keys`].
-    pub(super) fn find_key(&self, shared: &Shared, key: IndexKey) -> Option<Place> {
-        let by_key = self.by_key.as_ref()?;
-        let found = by_key.find(key.0, |position| shared.keys.get(position) == Some(key.0))?;
-        Some(self.place_of(found))
     }
 
     /// The block with this key after another one, or at the start of a chain; it is made where it is not there yet.

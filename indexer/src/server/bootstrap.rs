@@ -442,7 +442,7 @@ async fn settle(hub: &Hub, pods: &[Arc<Pod>], verify_by: Instant) {
 
 /// Waits until the source is so, or its pod is no longer known.
 async fn reach(pod: &Pod, source: &PodSource, is_so: impl FnMut(&Progress) -> bool) {
-    let mut progress = source.state.progress.subscribe();
+    let mut progress = source.state.subscribe();
     let mut ended = pod.ended.subscribe();
     tokio::select! {
         _ = progress.wait_for(is_so) => {}
@@ -459,7 +459,7 @@ pub(super) async fn watch_given_up(hub: &Hub, pod: &Arc<Pod>, origin: Origin) {
         if *pod.ended.borrow() || pod.origin() != origin {
             return;
         }
-        let is_gone = |source: &PodSource| source.state.progress.borrow().is_given_up;
+        let is_gone = |source: &PodSource| source.state.progress().is_given_up;
         if pod.sources.iter().all(is_gone) {
             tracing::info!(pod = %pod.name, "all sources of the pod are gone");
             hub.leave(pod).await;

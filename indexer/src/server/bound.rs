@@ -110,7 +110,7 @@ impl Hub {
             let is_connected = known
                 .sources
                 .iter()
-                .any(|source| source.state.progress.borrow().is_connected);
+                .any(|source| source.state.progress().is_connected);
             if known.origin() != Origin::Bound {
                 let context = format!(
                     "pod {} is known by registration or configuration",

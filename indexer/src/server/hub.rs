@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError, RwLock, RwLockReadGuard};
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{Error, ErrorKind, PodName, Result, Time};
-use kvfabric_proto::v1;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -20,12 +19,15 @@ use crate::ingest::Room;
 use crate::metrics::Metrics;
 use crate::score::TierWeights;
 use crate::snapshot::Mark;
-use crate::source::{Fed, Follower, Limits, Probes, Progress, SourceState};
+use crate::source::{Fed, Follower, Limits, Probes, Seen, SourceState, Steps};
 use crate::wire::{Registration, SourceKind, SourceSpec, source_name};
 
 /// Bytes that wait in all sources together: live batches behind a replay, and images on their way. One source alone may
 /// have half of it.
 const WAITING_BYTES_MAX: usize = 512 << 20;
+
+/// The pods that are known.
+pub(super) type Pods = BTreeMap<PodName, Arc<Pod>>;
 
 /// A pod while it is known.
 #[derive(Debug)]
@@ -97,16 +99,11 @@ impl PodSource {
         }
     }
 
-    /// How much its position is worth at `now`, as of `progress`.
-    pub(super) fn freshness(
-        &self,
-        progress: &Progress,
-        now: std::time::Instant,
-    ) -> v1::SourceFreshness {
-        v1::SourceFreshness {
-            evicted: self.evicted.entries(),
-            ..progress.freshness(now)
-        }
+    /// What answers say of it at `now`.
+    pub(super) fn seen(&self, now: std::time::Instant) -> Seen {
+        let mut seen = self.state.seen(now);
+        seen.freshness.evicted = self.evicted.entries();
+        seen
     }
 }
 
@@ -149,13 +146,15 @@ pub(super) struct Hub {
     pub(super) listeners: Vec<ListenerConfig>,
     /// One a tenant, in their order.
     pub(super) models: RwLock<Vec<Models>>,
-    pods: RwLock<BTreeMap<PodName, Arc<Pod>>>,
+    pods: RwLock<Pods>,
     /// Held while a pod joins or leaves, removal of its entries included, and while a snapshot is taken up; never by a
     /// lookup.
     pub(super) joining: Mutex<()>,
     /// Why lookups are not answered; none when they are.
     pub(super) not_serving: watch::Sender<Option<String>>,
     started: Instant,
+    /// Counts up whenever any source is further, or begins anew.
+    pub(super) steps: Arc<Steps>,
     /// For what all sources together keep until it can be applied.
     room: Arc<Room>,
     /// Models that are here because of what engines said at each listener, with their tenant.
@@ -182,6 +181,7 @@ impl Hub {
             joining: Mutex::default(),
             not_serving: watch::Sender::new(None),
             started: Instant::now(),
+            steps: Arc::default(),
             room: Room::new(WAITING_BYTES_MAX),
             bound_models: StdMutex::new(vec![BTreeSet::new(); listeners.len()]),
             ended_models: StdMutex::new(vec![Usage::default(); tenants.all().len()]),
@@ -192,11 +192,17 @@ impl Hub {
 
     /// The time by which expectations end.
     pub(super) fn now(&self) -> Time {
-        Time(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
+        self.time_at(Instant::now())
+    }
+
+    /// The same, of a moment.
+    pub(super) fn time_at(&self, moment: Instant) -> Time {
+        let elapsed = moment.duration_since(self.started);
+        Time(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX))
     }
 
     // Nothing in either map is ever half-way changed, so a panic elsewhere need not end every answer.
-    pub(super) fn pods(&self) -> RwLockReadGuard<'_, BTreeMap<PodName, Arc<Pod>>> {
+    pub(super) fn pods(&self) -> RwLockReadGuard<'_, Pods> {
         self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -425,9 +431,10 @@ impl Hub {
         }
         let task = if spec.kind == SourceKind::Approximate {
             // Nothing is published that could be waited for.
-            state
-                .progress
-                .send_modify(|progress| progress.is_synced = true);
+            state.change(|progress| {
+                progress.is_synced = true;
+                true
+            });
             tokio::spawn(std::future::ready(())).abort_handle()
         } else {
             tokio::spawn(follower.run()).abort_handle()
@@ -448,6 +455,7 @@ impl Hub {
             message_bytes_max: self.config.event_bytes_max,
             media: self.media.clone(),
             room: self.room.clone(),
+            steps: self.steps.clone(),
             probes: Probes::default(),
         };
         let metrics = self.metrics.clone();

@@ -1,21 +1,22 @@
 //! Lookups: waiting for positions, then one walk through the index.
 
 use std::cell::RefCell;
-use std::ops::Range;
 use std::time::Duration;
 
 use kvcache_core::ports::Position;
-use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result, Tier};
-use kvfabric_proto::v1;
+use kvcache_core::{Error, ErrorKind, IndexKey, PodName, Result};
+use kvfabric_proto::{Encoded, v1};
 use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
 use super::access::Access;
-use super::hub::Hub;
+use super::fields::Fields;
+use super::hub::{Hub, Pods};
 use super::positions::Positions;
-use crate::index::{Answer, GroupDepth, KvIndex, PartDepth, PodDepth, Query};
-use crate::score::{PodWeights, TIERS, TierWeights};
-use crate::wire::{CacheGroup, SourcePosition, group_to_wire, tier_to_wire};
+use super::told::Told;
+use crate::index::{Answer, KvIndex, Query};
+use crate::score::TIERS;
+use crate::wire::SourcePosition;
 
 /// The most positions one lookup may wait for.
 const MIN_POSITIONS_MAX: usize = 4096;
@@ -32,6 +33,7 @@ pub(super) struct Scratch {
     pub(super) keys: Vec<IndexKey>,
     answer: Answer,
     positions: Positions,
+    fields: Fields,
 }
 
 thread_local! {
@@ -123,70 +125,116 @@ pub(super) fn parse_pods(names: &[String]) -> Result<Vec<PodName>> {
 }
 
 impl Hub {
-    /// Asks the index; nothing in here waits.
+    /// Asks the index and has the answer told; nothing in here waits.
     ///
     /// # Errors
     /// `Invalid` when no model is named and several are served.
-    pub(super) fn answer(&self, question: &Question<'_>) -> Result<v1::LookupResponse> {
+    pub(super) fn answer<R>(
+        &self,
+        question: &Question<'_>,
+        tell: impl FnOnce(&Told<'_>, &mut Fields) -> R,
+    ) -> Result<R> {
         let started = Instant::now();
         let index = self.index_for(question.tenant, question.model)?;
-        let mut response = match index {
-            Some(index) => SCRATCH.with_borrow_mut(|scratch| {
-                question.keys(&index, scratch);
-                self.find(&index, question, scratch);
-                let response = self.response(question, scratch);
-                scratch.positions.clear();
-                response
-            }),
-            None => v1::LookupResponse::default(),
-        };
-        response.blocks = match question.prompt {
-            Prompt::Tokens(bytes) => (bytes.len() / 4) as u32 / self.config.block_size,
-            Prompt::Keys(keys) => keys.len() as u32,
-        };
-        response.block_size = self.config.block_size;
-        let best = response.pods.first();
-        let deepest = best.map_or(0, |pod| pod.depth).max(response.shared_depth);
-        let mut by_tier = [0; TIERS];
-        for held in best.iter().flat_map(|pod| &pod.by_tier) {
-            // Tiers are numbered from 1 on the wire, in the order of `Tier::ALL`.
-            by_tier[held.tier as usize - 1] = held.blocks;
-        }
+        let told = SCRATCH.with_borrow_mut(|scratch| {
+            let pods = self.pods();
+            match index {
+                Some(index) => {
+                    question.keys(&index, scratch);
+                    self.find(&index, &pods, question, scratch, started);
+                }
+                None => {
+                    scratch.answer = Answer::default();
+                    scratch.positions.clear();
+                }
+            }
+            let Scratch {
+                answer,
+                positions,
+                fields,
+                ..
+            } = scratch;
+            let told = Told {
+                answer,
+                positions,
+                weights: &self.weights,
+                blocks: match question.prompt {
+                    Prompt::Tokens(bytes) => (bytes.len() / 4) as u32 / self.config.block_size,
+                    Prompt::Keys(keys) => keys.len() as u32,
+                },
+                block_size: self.config.block_size,
+                explain: question.explain,
+                pools: match answer.pools.as_slice() {
+                    [] => Vec::new(),
+                    pools => self.pools_to_wire(&pods, pools, &question.pods),
+                },
+            };
+            let result = tell(&told, fields);
+            let best = answer.pods.first();
+            let by_tier = best.map_or([0; TIERS], |best| best.by_tier);
+            let deepest = best.map_or(0, |best| best.depth).max(answer.shared_depth);
+            (result, deepest, by_tier)
+        });
+        let (result, deepest, by_tier) = told;
         self.metrics.looked_up(started.elapsed(), deepest, &by_tier);
-        Ok(response)
+        Ok(result)
     }
 
-    /// Asks until how far the answered pods' sources are applied was read before the answer was found: what is applied in
-    /// between is in the answer without being promised.
+    /// The same as the message that goes over the wire.
     ///
-    /// To read it of all pods first would cost as much as there are pods, however few are asked for.
-    fn find(&self, index: &KvIndex, question: &Question<'_>, scratch: &mut Scratch) {
+    /// # Errors
+    /// As [`Hub::answer`].
+    pub(super) fn answer_encoded(&self, question: &Question<'_>) -> Result<Encoded> {
+        self.answer(question, |told, fields| told.encode(fields))
+    }
+
+    /// Asks until how far the answered pods' sources are applied is known of a moment that the answer is not older than:
+    /// what is applied in between is in the answer without being promised.
+    ///
+    /// To read it of all pods first would cost as much as there are pods, however few are asked for. So it is read
+    /// afterwards, which will do as long as nothing was applied meanwhile.
+    fn find(
+        &self,
+        index: &KvIndex,
+        pods: &Pods,
+        question: &Question<'_>,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) {
         let Scratch {
             keys,
             answer,
             positions,
+            ..
         } = scratch;
+        positions.clear();
         for _ in 0..FINDS_MAX {
-            self.ask(index, question, keys, answer);
+            let step = self.steps.count();
+            self.ask(index, pods, question, keys, answer, now);
             if positions.are_of(answer) {
                 return;
             }
-            positions.read(&self.pods(), answered(answer));
+            positions.read(pods, answered(answer), now);
+            if self.steps.count() == step {
+                return;
+            }
+            positions.remember(answered(answer));
         }
         // Who is best changes from one walk to the next.
-        let pods = self.pods();
-        positions.read(&pods, pods.keys());
-        drop(pods);
-        self.ask(index, question, keys, answer);
+        positions.read(pods, pods.keys(), now);
+        positions.remember(pods.keys());
+        self.ask(index, pods, question, keys, answer, now);
         positions.keep(answer);
     }
 
     fn ask(
         &self,
         index: &KvIndex,
+        pods: &Pods,
         question: &Question<'_>,
         keys: &[IndexKey],
         answer: &mut Answer,
+        now: Instant,
     ) {
         let is_by_score = question.ranking == v1::Ranking::Score;
         let query = Query {
@@ -194,9 +242,9 @@ impl Hub {
             pods_max: if is_by_score { 0 } else { question.pods_max },
             pods: &question.pods,
         };
-        index.lookup_at(self.now(), keys, &query, answer);
+        index.lookup_at(self.time_at(now), keys, &query, answer);
         if !answer.pools.is_empty() && !question.pods.is_empty() {
-            self.leave_usable(&mut answer.pools, &question.pods);
+            self.leave_usable(pods, &mut answer.pools, &question.pods);
         }
         if is_by_score {
             // Stable, and the answer comes by depth and name.
@@ -207,71 +255,6 @@ impl Hub {
                 answer.pods.truncate(question.pods_max);
             }
         }
-    }
-
-    fn response(&self, question: &Question<'_>, scratch: &Scratch) -> v1::LookupResponse {
-        let Scratch {
-            answer, positions, ..
-        } = scratch;
-        let pods = answer.pods.iter().zip(positions.pods());
-        let depths = pods.map(|(found, pod)| v1::PodDepth {
-            pod: found.pod.as_str().to_owned(),
-            depth: found.depth,
-            by_tier: tiers_to_wire(&found.by_tier),
-            score: found.score,
-            peer_address: pod
-                .and_then(|pod| pod.registration.peer_address.clone())
-                .unwrap_or_default(),
-            terms: if question.explain {
-                self.terms(found)
-            } else {
-                Vec::new()
-            },
-            parts: found
-                .parts
-                .iter()
-                .map(|part| part_to_wire(part, self.weights_of(found), question.explain))
-                .collect(),
-            expected_depth: found.expected_depth,
-            approximate: found.is_approximate,
-        });
-        let pools = match answer.pools.as_slice() {
-            [] => Vec::new(),
-            pools => self.pools_to_wire(pools, &question.pods),
-        };
-        let (positions, freshness) = positions.to_wire(std::time::Instant::now());
-        v1::LookupResponse {
-            pools,
-            pods: depths.collect(),
-            shared_depth: answer.shared_depth,
-            shared: ranges_to_wire(&answer.shared),
-            positions,
-            freshness,
-            ..v1::LookupResponse::default()
-        }
-    }
-
-    /// What a pod's blocks are worth.
-    fn weights_of<'a>(&'a self, found: &'a PodDepth) -> &'a TierWeights {
-        let own = found.weights.as_deref();
-        own.map_or(&self.weights, PodWeights::weights)
-    }
-
-    /// How a score comes about.
-    fn terms(&self, found: &PodDepth) -> Vec<v1::ScoreTerm> {
-        let (weights, own) = (self.weights_of(found), found.weights.as_deref());
-        let held = Tier::ALL.into_iter().zip(found.by_tier);
-        held.filter(|(_, blocks)| *blocks > 0)
-            .map(|(tier, blocks)| v1::ScoreTerm {
-                tier: tier_to_wire(tier).into(),
-                blocks,
-                weight: weights.of(tier),
-                medium: own
-                    .and_then(|own| own.medium(tier))
-                    .unwrap_or_default()
-                    .to_owned(),
-            })
-            .collect()
     }
 
     /// Waits until every position is applied.
@@ -311,7 +294,7 @@ impl Hub {
         loop {
             membership.mark_unchanged();
             if let Some(state) = self.source(&wanted.source, access) {
-                let mut progress = state.progress.subscribe();
+                let mut progress = state.subscribe();
                 if !is_reached(progress.borrow().position, wanted.position) {
                     state.want(wanted.position);
                 }
@@ -333,7 +316,7 @@ impl Hub {
     fn not_reached(&self, wanted: &SourcePosition, access: Access) -> Error {
         let now = match self.source(&wanted.source, access) {
             Some(state) => {
-                let progress = *state.progress.borrow();
+                let progress = state.progress();
                 let connected = if progress.is_connected {
                     "connected"
                 } else {
@@ -357,47 +340,6 @@ impl Hub {
 pub(super) fn answered(answer: &Answer) -> impl Iterator<Item = &PodName> {
     let pods = answer.pods.iter().map(|found| &found.pod);
     pods.chain(answer.pools.iter().map(|found| &found.pool))
-}
-
-pub(super) fn ranges_to_wire(ranges: &[Range<u32>]) -> Vec<v1::BlockRange> {
-    let ranges = ranges.iter().map(|range| v1::BlockRange {
-        start: range.start,
-        end: range.end,
-    });
-    ranges.collect()
-}
-
-pub(super) fn tiers_to_wire(by_tier: &[u32; TIERS]) -> Vec<v1::TierDepth> {
-    let held = Tier::ALL.into_iter().zip(*by_tier);
-    held.filter(|(_, blocks)| *blocks > 0)
-        .map(|(tier, blocks)| v1::TierDepth {
-            tier: tier_to_wire(tier).into(),
-            blocks,
-        })
-        .collect()
-}
-
-fn part_to_wire(part: &PartDepth, weights: &TierWeights, explain: bool) -> v1::PartDepth {
-    let groups = part.groups.iter().filter(|_| explain);
-    v1::PartDepth {
-        data_parallel_rank: part.rank,
-        depth: part.depth,
-        by_tier: tiers_to_wire(&part.by_tier),
-        score: weights.score(&part.by_tier),
-        groups: groups.map(group_depth_to_wire).collect(),
-    }
-}
-
-fn group_depth_to_wire(found: &GroupDepth) -> v1::GroupDepth {
-    let group = CacheGroup {
-        number: found.group,
-        rule: found.rule,
-        block_size: 0,
-    };
-    v1::GroupDepth {
-        group: Some(group_to_wire(&group)),
-        depth: found.depth,
-    }
 }
 
 /// Whether a source at `now` has applied everything before `wanted`; a later epoch has left it behind.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_proto::v1;
-use kvfabric_proto::v1::lookup_reply::Outcome;
+use kvfabric_proto::v1_encoded::lookup_reply::Outcome;
+use kvfabric_proto::v1_encoded::{LookupBatchResponse, LookupReply};
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, timeout};
@@ -31,7 +32,7 @@ impl Shared {
         questions: Vec<v1::LookupRequest>,
         deadline: Instant,
         access: Access,
-    ) -> Result<v1::LookupBatchResponse> {
+    ) -> Result<LookupBatchResponse> {
         if questions.len() > QUESTIONS_MAX {
             return Err(Error::invalid(
                 "questions in a batch",
@@ -57,7 +58,7 @@ impl Shared {
             // A batch is a thousand lookups; others get their turn in between.
             tokio::task::consume_budget().await;
         }
-        Ok(v1::LookupBatchResponse { replies })
+        Ok(LookupBatchResponse { replies })
     }
 
     async fn reply(
@@ -65,9 +66,9 @@ impl Shared {
         question: v1::LookupRequest,
         deadline: Instant,
         access: Access,
-    ) -> v1::LookupReply {
+    ) -> LookupReply {
         match self.answer_one(question, deadline, access).await {
-            Ok(answer) => v1::LookupReply {
+            Ok(answer) => LookupReply {
                 outcome: Some(Outcome::Answer(answer)),
             },
             Err(error) => failure(&self.refuse(&error)),
@@ -75,8 +76,8 @@ impl Shared {
     }
 }
 
-fn failure(status: &Status) -> v1::LookupReply {
-    v1::LookupReply {
+fn failure(status: &Status) -> LookupReply {
+    LookupReply {
         outcome: Some(Outcome::Failure(v1::LookupFailure {
             code: i32::from(status.code()).unsigned_abs(),
             kind: kind_of_status(status).to_owned(),
@@ -89,7 +90,7 @@ fn failure(status: &Status) -> v1::LookupReply {
 pub(super) async fn answer_stream(
     (shared, access): (Arc<Shared>, Access),
     mut questions: Streaming<v1::LookupRequest>,
-    replies: mpsc::Sender<Result<v1::LookupReply, Status>>,
+    replies: mpsc::Sender<Result<LookupReply, Status>>,
     _room: OwnedSemaphorePermit,
 ) {
     let mut stopping = shared.stopping.subscribe();

@@ -214,7 +214,7 @@ impl Hub {
             let connected = pod
                 .sources
                 .iter()
-                .filter(|s| s.state.progress.borrow().is_connected);
+                .filter(|s| s.state.progress().is_connected);
             holdings.sources_connected += connected.count() as u64;
             holdings.orphans += pod
                 .sources

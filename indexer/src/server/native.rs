@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric_proto::PROTOCOL_VERSION;
-use kvfabric_proto::v1;
-use kvfabric_proto::v1::index_server::Index;
+use kvfabric_proto::v1_encoded::index_server::Index;
+use kvfabric_proto::v1_encoded::{LookupBatchResponse, LookupReply};
+use kvfabric_proto::{Encoded, PROTOCOL_VERSION, v1};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -57,14 +57,14 @@ impl Shared {
         mut question: v1::LookupRequest,
         deadline: Instant,
         access: Access,
-    ) -> Result<v1::LookupResponse> {
+    ) -> Result<Encoded> {
         let _room = self.admit()?;
         question.tenant = self.hub.named_tenant(access, question.tenant)?;
         let wanted = std::mem::take(&mut question.min_position);
         let wanted: Vec<_> = wanted.into_iter().map(SourcePosition::from_wire).collect();
         let question = Question::parse(&question)?;
         self.hub.wait_for(&wanted, deadline, access).await?;
-        self.hub.answer(&question)
+        self.hub.answer_encoded(&question)
     }
 
     /// The error as the client gets it, counted.
@@ -86,7 +86,7 @@ impl Index for IndexService {
     async fn lookup(
         &self,
         request: Request<v1::LookupRequest>,
-    ) -> Result<Response<v1::LookupResponse>, Status> {
+    ) -> Result<Response<Encoded>, Status> {
         let shared = &self.shared;
         let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
         let answer = shared
@@ -100,7 +100,7 @@ impl Index for IndexService {
     async fn lookup_batch(
         &self,
         request: Request<v1::LookupBatchRequest>,
-    ) -> Result<Response<v1::LookupBatchResponse>, Status> {
+    ) -> Result<Response<LookupBatchResponse>, Status> {
         let shared = &self.shared;
         let deadline = deadline(request.metadata(), shared.hub.config.lookup_deadline());
         let questions = request.into_inner().questions;
@@ -125,7 +125,7 @@ impl Index for IndexService {
             .map_err(|error| shared.refuse(&error))
     }
 
-    type LookupStreamStream = ReceiverStream<Result<v1::LookupReply, Status>>;
+    type LookupStreamStream = ReceiverStream<Result<LookupReply, Status>>;
 
     async fn lookup_stream(
         &self,
@@ -238,7 +238,7 @@ async fn report_ready(pod: &Pod, answers: &mpsc::Sender<Result<v1::RegisterRespo
     // A client that is gone is noticed by the others.
     let _ = answers.send(opened).await;
     for source in &pod.sources {
-        let mut progress = source.state.progress.subscribe();
+        let mut progress = source.state.subscribe();
         let _ = progress.wait_for(|progress| progress.is_synced).await;
     }
     let _ = answers.send(Ok(v1::RegisterResponse { ready: true })).await;
@@ -293,7 +293,7 @@ impl Hub {
     fn pod_status(&self, pod: &Pod) -> v1::PodStatus {
         let now = std::time::Instant::now();
         let sources = pod.sources.iter().map(|source| {
-            let progress = *source.state.progress.borrow();
+            let progress = source.state.progress();
             let position = SourcePosition {
                 source: source.name.clone(),
                 position: progress.position,
@@ -305,7 +305,7 @@ impl Hub {
                 replays: progress.stats.replays,
                 resyncs: progress.stats.resyncs,
                 orphans: self.orphans_of(pod, source),
-                freshness: Some(source.freshness(&progress, now)),
+                freshness: Some(source.seen(now).freshness),
             }
         });
         v1::PodStatus {

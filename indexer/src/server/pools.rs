@@ -1,41 +1,39 @@
 //! Pools in answers: what they hold, and who may use them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeSet;
 
 use kvcache_core::PodName;
 use kvfabric_proto::v1;
 
-use super::hub::{Hub, Pod};
-use super::lookup::{ranges_to_wire, tiers_to_wire};
+use super::hub::{Hub, Pods};
+use super::told::{range_to_wire, tiers};
 use crate::index::PoolDepth;
 use crate::wire::Registration;
 
 impl Hub {
     /// Leaves the pools that one of these pods may use.
-    pub(super) fn leave_usable(&self, pools: &mut Vec<PoolDepth>, asked: &[PodName]) {
-        let pods = self.pods();
+    pub(super) fn leave_usable(&self, pods: &Pods, pools: &mut Vec<PoolDepth>, asked: &[PodName]) {
         pools.retain(|found| {
             let pool = pods.get(&found.pool);
-            pool.is_some_and(|pool| !self.users_of(&pods, &pool.registration, asked).is_empty())
+            pool.is_some_and(|pool| !self.users_of(pods, &pool.registration, asked).is_empty())
         });
     }
 
     /// The pools, and of those who were asked about, who may use each.
     pub(super) fn pools_to_wire(
         &self,
+        pods: &Pods,
         pools: &[PoolDepth],
         asked: &[PodName],
     ) -> Vec<v1::PoolDepth> {
-        let pods = self.pods();
         let to_wire = |found: &PoolDepth| {
             let pool = &pods.get(&found.pool)?.registration;
-            let users = self.users_of(&pods, pool, asked);
+            let users = self.users_of(pods, pool, asked);
             Some(v1::PoolDepth {
                 pool: found.pool.as_str().to_owned(),
                 depth: found.depth,
-                held: ranges_to_wire(&found.held),
-                by_tier: tiers_to_wire(&found.by_tier),
+                held: found.held.iter().map(range_to_wire).collect(),
+                by_tier: tiers(&found.by_tier).collect(),
                 pods: users.into_iter().map(str::to_owned).collect(),
                 peer_address: pool.peer_address.clone().unwrap_or_default(),
             })
@@ -46,7 +44,7 @@ impl Hub {
     /// The known pods of the pool's model and tenant that may use it, of those that were asked about if any were named.
     fn users_of<'a>(
         &self,
-        pods: &'a BTreeMap<PodName, Arc<Pod>>,
+        pods: &'a Pods,
         pool: &Registration,
         asked: &[PodName],
     ) -> BTreeSet<&'a str> {

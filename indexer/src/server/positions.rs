@@ -1,110 +1,146 @@
 //! How far the sources of answered pods are applied.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Instant;
 
 use kvcache_core::PodName;
-use kvfabric_proto::v1;
+use tokio::time::Instant;
 
-use super::hub::{Pod, PodSource};
+use super::fields::Fields;
+use super::hub::{Pod, PodSource, Pods};
 use super::lookup::answered;
 use crate::index::Answer;
-use crate::source::Progress;
+use crate::source::Seen;
 
-/// A pod that was asked, by the name it was asked by.
-struct Asked {
-    name: PodName,
-    /// None when the pod is not known any more.
-    pod: Option<Arc<Pod>>,
-    /// Its sources' among all.
-    progress: Range<usize>,
+/// What is said of one pod: nothing of one that is not known any more.
+#[derive(Clone, Debug, Default)]
+struct Place {
+    address: Range<usize>,
+    positions: Range<usize>,
+    freshness: Range<usize>,
 }
 
-/// What was read before an answer was found: all that it promises is in the answer.
-#[derive(Default)]
+/// What was read of pods' sources, as the fields of a `LookupResponse` that tell it.
+#[derive(Debug, Default)]
 pub(super) struct Positions {
-    /// In the order of the answer.
-    asked: Vec<Asked>,
-    progress: Vec<Progress>,
+    /// Who was read of, if that is to be known when the index is asked again.
+    names: Vec<PodName>,
+    places: Vec<Place>,
+    addresses: String,
+    positions: Fields,
+    freshness: Fields,
 }
 
 impl Positions {
-    /// Forgets all; nobody shall be kept for a thread's next lookup.
     pub(super) fn clear(&mut self) {
-        self.asked.clear();
-        self.progress.clear();
+        self.names.clear();
+        self.places.clear();
+        self.addresses.clear();
+        self.positions.clear();
+        self.freshness.clear();
     }
 
-    /// Reads how far these pods' sources are.
+    /// Reads how far these pods' sources are, and what that is worth at `now`.
     pub(super) fn read<'a>(
         &mut self,
-        pods: &BTreeMap<PodName, Arc<Pod>>,
+        pods: &Pods,
         names: impl Iterator<Item = &'a PodName>,
+        now: Instant,
     ) {
         self.clear();
-        for name in names {
-            let pod = pods.get(name).cloned();
-            let from = self.progress.len();
-            let sources = pod.iter().flat_map(|pod| &pod.sources);
-            let now = sources.map(|source| *source.state.progress.borrow());
-            self.progress.extend(now);
-            self.asked.push(Asked {
-                name: name.clone(),
-                pod,
-                progress: from..self.progress.len(),
-            });
+        // What belongs to a pod is behind several pointers, and rarely in the cache: in steps that go through all pods, the
+        // memory of many is waited for at once.
+        let known: Vec<Option<&Pod>> = names.map(|name| Some(&**pods.get(name)?)).collect();
+        let sources = known.iter().flatten().flat_map(|pod| &pod.sources);
+        let sources: Vec<&PodSource> = sources.collect();
+        let seen = sources.iter().map(|source| source.seen(now.into_std()));
+        let seen: Vec<Seen> = seen.collect();
+        let mut seen = sources.into_iter().zip(&seen);
+        for pod in known {
+            let from = self.ends();
+            if let Some(pod) = pod {
+                let address = pod.registration.peer_address.as_deref();
+                self.addresses.push_str(address.unwrap_or_default());
+                for (source, seen) in seen.by_ref().take(pod.sources.len()) {
+                    self.add_source(source, seen);
+                }
+            }
+            self.add_place(&from);
         }
     }
 
-    /// Whether they are those of the answered pods.
-    pub(super) fn are_of(&self, answer: &Answer) -> bool {
-        let names = self.asked.iter().map(|asked| &asked.name);
-        names.eq(answered(answer))
-    }
-
-    /// Leaves those of the answered pods, which were read among others.
-    pub(super) fn keep(&mut self, answer: &Answer) {
-        let asked = self.asked.drain(..);
-        let mut by_name: HashMap<_, _> = asked.map(|asked| (asked.name.clone(), asked)).collect();
-        let kept = answered(answer).map(|found| {
-            by_name.remove(found).unwrap_or_else(|| Asked {
-                name: found.clone(),
-                pod: None,
-                progress: 0..0,
-            })
+    fn add_source(&mut self, source: &PodSource, seen: &Seen) {
+        self.positions.nested(5, |fields| {
+            fields.text(1, &source.name);
+            fields.uint(2, seen.position.epoch.0);
+            fields.uint(3, seen.position.next.0);
         });
-        self.asked.extend(kept);
+        self.freshness.message(7, &seen.freshness);
     }
 
-    /// The answered pods, then pools, in the order of the answer; none for one that is not known any more.
-    pub(super) fn pods(&self) -> impl Iterator<Item = Option<&Pod>> {
-        self.asked.iter().map(|asked| asked.pod.as_deref())
+    /// Where the next pod begins.
+    fn ends(&self) -> [usize; 3] {
+        [
+            self.addresses.len(),
+            self.positions.len(),
+            self.freshness.len(),
+        ]
     }
 
-    /// How far each source of the answered pods is, and what that is worth at `now`.
-    pub(super) fn to_wire(
-        &self,
-        now: Instant,
-    ) -> (Vec<v1::SourcePosition>, Vec<v1::SourceFreshness>) {
-        let mut positions = Vec::with_capacity(self.progress.len());
-        let mut freshness = Vec::with_capacity(self.progress.len());
-        for (source, progress) in self.sources() {
-            positions.push(v1::SourcePosition {
-                source: source.name.clone(),
-                epoch: progress.position.epoch.0,
-                next_sequence: progress.position.next.0,
-            });
-            freshness.push(source.freshness(progress, now));
+    /// What came since `from` is of one pod.
+    fn add_place(&mut self, from: &[usize; 3]) {
+        let to = self.ends();
+        self.places.push(Place {
+            address: from[0]..to[0],
+            positions: from[1]..to[1],
+            freshness: from[2]..to[2],
+        });
+    }
+
+    /// Notes who was read of.
+    pub(super) fn remember<'a>(&mut self, names: impl Iterator<Item = &'a PodName>) {
+        self.names.extend(names.cloned());
+    }
+
+    /// Whether those who were remembered are the answered pods.
+    pub(super) fn are_of(&self, answer: &Answer) -> bool {
+        self.names.iter().eq(answered(answer))
+    }
+
+    /// Leaves those of the answered pods, which were read and remembered among others.
+    pub(super) fn keep(&mut self, answer: &Answer) {
+        let all = std::mem::take(self);
+        let by_name: HashMap<_, _> = all.names.iter().zip(&all.places).collect();
+        for found in answered(answer) {
+            let from = self.ends();
+            if let Some(place) = by_name.get(found) {
+                self.addresses
+                    .push_str(&all.addresses[place.address.clone()]);
+                let positions = &all.positions.as_slice()[place.positions.clone()];
+                self.positions.append(positions);
+                let freshness = &all.freshness.as_slice()[place.freshness.clone()];
+                self.freshness.append(freshness);
+            }
+            self.add_place(&from);
         }
-        (positions, freshness)
     }
 
-    fn sources(&self) -> impl Iterator<Item = (&PodSource, &Progress)> {
-        self.asked.iter().flat_map(|asked| {
-            let sources = asked.pod.iter().flat_map(|pod| &pod.sources);
-            sources.zip(&self.progress[asked.progress.clone()])
-        })
+    /// Where the answered pods' peer services listen, then the pools', in the order of the answer; empty where there is none.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = &str> {
+        let places = self.places.iter();
+        places.map(|place| &self.addresses[place.address.clone()])
+    }
+
+    /// How far each source of the answered pods is: fields `positions`.
+    pub(super) fn positions(&self) -> &[u8] {
+        self.positions.as_slice()
+    }
+
+    /// What that is worth: fields `freshness`.
+    pub(super) fn freshness(&self) -> &[u8] {
+        self.freshness.as_slice()
     }
 }
+
+#[cfg(test)]
+mod tests;

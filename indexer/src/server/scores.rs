@@ -14,6 +14,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::access::Access;
 use super::lookup::{Prompt, Question, deadline, parse_pods};
 use super::native::Shared;
+use super::told::Told;
 use crate::tokenize::Tokenizers;
 
 pub(super) struct ScoreService {
@@ -63,21 +64,11 @@ impl IndexerService for ScoreService {
                 ranking: v1::Ranking::Depth,
                 explain: false,
             };
-            hub.answer(&question).map(Some)
+            hub.answer(&question, |told, _| scores(told)).map(Some)
         };
         let scores: Result<_> = scores.await;
         match scores {
-            Ok(Some(answer)) => {
-                // As llm-d answers: only pods that hold the first block, or are thought to.
-                let scores = answer.pods.into_iter().filter(|pod| pod.depth > 0);
-                let scores = scores.map(|pod| PodScore {
-                    pod: pod.pod,
-                    score: pod.score,
-                });
-                Ok(Response::new(GetPodScoresResponse {
-                    scores: scores.collect(),
-                }))
-            }
+            Ok(Some(scores)) => Ok(Response::new(GetPodScoresResponse { scores })),
             Ok(None) => {
                 let said = format!(
                     "no tokenizer for model {model:?}: name its tokenizer.json under \
@@ -90,4 +81,14 @@ impl IndexerService for ScoreService {
             Err(error) => Err(self.shared.refuse(&error)),
         }
     }
+}
+
+/// As llm-d answers: only pods that hold the first block, or are thought to.
+fn scores(told: &Told<'_>) -> Vec<PodScore> {
+    let pods = told.answer.pods.iter().filter(|found| found.depth > 0);
+    pods.map(|found| PodScore {
+        pod: found.pod.as_str().to_owned(),
+        score: found.score,
+    })
+    .collect()
 }

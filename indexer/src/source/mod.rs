@@ -1,5 +1,6 @@
 //! Follows publishers of KV events and applies what they say to the index.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -18,11 +19,14 @@ use crate::wire::{SourceKind, SourceSpec};
 
 mod apply;
 mod bound;
+mod shown;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod withheld;
 mod zmq;
+
+use shown::Shown;
 
 pub(crate) use bound::{FED_QUEUED_MAX, Fed};
 pub(crate) use zmq::Probes;
@@ -53,20 +57,16 @@ pub(crate) struct Progress {
     pub(crate) stats: IngestStats,
 }
 
-impl Progress {
-    /// How much the position is worth at `now`, for those who ask.
-    pub(crate) fn freshness(&self, now: Instant) -> v1::SourceFreshness {
-        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        v1::SourceFreshness {
-            lag_us: micros(self.lag),
-            heard_us: self
-                .heard_at
-                .map(|at| micros(now.saturating_duration_since(at))),
-            connected: self.is_connected,
-            current: self.is_current,
-            evicted: 0,
-        }
-    }
+/// What answers to lookups say of a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) position: Position,
+    /// How much that is worth; who knows what was evicted adds it.
+    pub(crate) freshness: v1::SourceFreshness,
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Default for Progress {
@@ -97,16 +97,38 @@ pub(crate) struct Cursor {
     pub(crate) is_whole: bool,
 }
 
+/// How many words of a source are shown to lookups.
+const WORDS: usize = 5;
+
 /// A source as others see it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct SourceState {
-    pub(crate) progress: watch::Sender<Progress>,
+    /// What lookups want of `progress`, times by `begun`; written where that is.
+    shown: Shown<WORDS>,
+    begun: Instant,
+    progress: watch::Sender<Progress>,
     /// Held while a batch is applied: whoever holds it sees the index between two batches.
     pub(crate) cursor: Mutex<Cursor>,
     /// Somebody waits for what the source has not said yet: ask the publisher whether it has been missed.
     poke: Notify,
     /// The furthest that anybody waits for, epoch first.
     wanted: StdMutex<(Epoch, Sequence)>,
+}
+
+/// Counts whenever a source among several is further than before, or begins anew: what was read between two equal counts
+/// was so at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Steps(AtomicU64);
+
+impl Steps {
+    pub(crate) fn count(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// The index has what a source's new position promises, which nobody has been told yet.
+    pub(crate) fn take(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
 }
 
 /// What the configuration allows a source.
@@ -120,6 +142,8 @@ pub(crate) struct Limits {
     pub(crate) media: Arc<Media>,
     /// What it keeps until it can be applied finds its room here, beside that of all others.
     pub(crate) room: Arc<Room>,
+    /// Shared by all sources.
+    pub(crate) steps: Arc<Steps>,
     /// When its publisher is asked for the tail.
     pub(crate) probes: Probes,
 }
@@ -149,11 +173,72 @@ impl SourceState {
     /// A source of which nothing is known but what a snapshot had.
     pub(crate) fn new(mark: Option<Mark>) -> Self {
         Self {
+            shown: Shown::new(),
+            begun: Instant::now(),
+            progress: watch::Sender::default(),
             cursor: Mutex::new(Cursor {
                 mark,
                 is_whole: mark.is_some(),
             }),
-            ..Self::default()
+            poke: Notify::default(),
+            wanted: StdMutex::default(),
+        }
+    }
+
+    /// How it stands.
+    pub(crate) fn progress(&self) -> Progress {
+        *self.progress.borrow()
+    }
+
+    /// The same for who waits for a change.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// Changes how it stands, and wakes who waits for that if `change` says so.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Progress) -> bool) {
+        self.progress.send_if_modified(|progress| {
+            let is_modified = change(progress);
+            // The lock that is held here lets one write at a time.
+            self.shown.set(self.words(progress));
+            is_modified
+        });
+    }
+
+    fn words(&self, progress: &Progress) -> [u64; WORDS] {
+        let heard = progress
+            .heard_at
+            .map(|at| micros(at.saturating_duration_since(self.begun)) + 1);
+        let flags = u64::from(progress.is_connected) | u64::from(progress.is_current) << 1;
+        [
+            progress.position.epoch.0,
+            progress.position.next.0,
+            micros(progress.lag),
+            heard.unwrap_or(0),
+            flags,
+        ]
+    }
+
+    /// What answers say of it at `now`, of one moment.
+    pub(crate) fn seen(&self, now: Instant) -> Seen {
+        let shown = self.shown.get();
+        let [epoch, next, lag_us, heard, flags] =
+            shown.unwrap_or_else(|| self.words(&self.progress.borrow()));
+        let since_begun = micros(now.saturating_duration_since(self.begun));
+        Seen {
+            position: Position {
+                epoch: Epoch(epoch),
+                next: Sequence(next),
+            },
+            freshness: v1::SourceFreshness {
+                lag_us,
+                heard_us: heard
+                    .checked_sub(1)
+                    .map(|at| since_begun.saturating_sub(at)),
+                connected: flags & 1 != 0,
+                current: flags & 2 != 0,
+                evicted: 0,
+            },
         }
     }
 
@@ -242,7 +327,8 @@ impl Follower {
         self.reported = stats;
         let position = self.ingest.position();
         let is_current = self.ingest.is_current();
-        self.state.progress.send_if_modified(|progress| {
+        self.limits.steps.take();
+        self.state.change(|progress| {
             let is_synced = progress.is_connected && (progress.is_synced || is_current);
             let new = Progress {
                 position,
@@ -261,11 +347,12 @@ impl Follower {
     }
 
     fn set_connected(&mut self, is_connected: bool) {
-        self.state.progress.send_modify(|progress| {
+        self.state.change(|progress| {
             progress.is_connected = is_connected;
             progress.is_given_up &= !is_connected;
             progress.is_synced = false;
             progress.is_current = false;
+            true
         });
     }
 
@@ -275,7 +362,7 @@ impl Follower {
     }
 
     fn set_given_up(&self, is_given_up: bool) {
-        self.state.progress.send_if_modified(|progress| {
+        self.state.change(|progress| {
             let is_modified = progress.is_given_up != is_given_up;
             progress.is_given_up = is_given_up;
             is_modified

@@ -43,6 +43,7 @@ pub(super) fn follower_of(spec: SourceSpec) -> Follower {
         message_bytes_max: 1 << 20,
         media: Arc::default(),
         room: Room::new(usize::MAX),
+        steps: Arc::default(),
         probes: Probes::default(),
     };
     let (state, metrics) = (

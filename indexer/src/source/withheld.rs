@@ -108,7 +108,7 @@ fn follow(publisher: &Mute, probes: Probes) -> (Arc<SourceState>, JoinHandle<()>
 }
 
 async fn both_are_known(state: &SourceState) {
-    let mut progress = state.progress.subscribe();
+    let mut progress = state.subscribe();
     let known = progress.wait_for(|progress| progress.position.next == Sequence(2));
     let known = tokio::time::timeout(PATIENCE, known).await;
     known.expect("the tail was never asked for").unwrap();
@@ -176,7 +176,7 @@ async fn the_tail_is_asked_for_whatever_comes_while_somebody_waits() {
     let (state, following) = follow(&publisher, probes);
     publisher.was_asked(1).await;
     let first_is_known = async {
-        while state.progress.borrow().position.next == Sequence(0) {
+        while state.progress().position.next == Sequence(0) {
             publisher.say_the_first().await;
             tokio::task::yield_now().await;
         }

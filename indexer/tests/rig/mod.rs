@@ -10,8 +10,8 @@ use kvcache_core::prefix::{IndexScheme, Namespace};
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{EngineHash, Epoch, IndexKey, PodName, Tier};
 use kvfabric_indexer::client::{
-    ClientConfig, IndexClient, LookupRequest, Prompt, Registration, SourceKind, SourcePosition,
-    SourceSpec,
+    ClientConfig, IndexClient, LookupRequest, Prompt, Registered, Registration, SourceKind,
+    SourcePosition, SourceSpec,
 };
 use kvfabric_indexer::config::TokenizerConfig;
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
@@ -82,6 +82,26 @@ pub(crate) fn registration<const N: usize>(name: &str, sources: [SourceSpec; N])
         peer_address: Some("127.0.0.1:9".to_owned()),
         pool_for: Vec::new(),
     }
+}
+
+/// Registers a pod and waits until its sources are connected and replayed.
+pub(crate) async fn join<const N: usize>(
+    client: &IndexClient,
+    name: &str,
+    sources: [SourceSpec; N],
+) -> Registered {
+    let registered = client.register(registration(name, sources));
+    registered.ready(PATIENCE).await.unwrap();
+    registered
+}
+
+/// The same of a pod that has nothing but this engine.
+pub(crate) async fn join_engine(
+    client: &IndexClient,
+    name: &str,
+    engine: &Publisher,
+) -> Registered {
+    join(client, name, [engine.source("engine", SourceKind::Vllm)]).await
 }
 
 pub(crate) fn wire_registration(name: &str, engine: &Publisher) -> v1::RegisterRequest {

@@ -9,6 +9,7 @@ use kvcache_core::{Error, Result};
 
 use super::{Agent, AgentCore, Exports, Timer};
 use crate::backend::copy::{COPY_THREADS_MAX, Copier};
+use crate::backend::tcp::TlsOptions;
 use crate::backend::ucx::{self, UcxOptions};
 use crate::backend::{Fabric, cma, memcpy, shm, tcp};
 use crate::estimate::PathCost;
@@ -39,6 +40,7 @@ pub struct AgentBuilder {
     tcp_rails: Vec<SocketAddr>,
     tcp_connections: usize,
     tcp_congestion: Option<String>,
+    tcp_tls: Option<TlsOptions>,
     ucx: Option<UcxOptions>,
     slow_after: Option<Duration>,
     allowed: Option<BTreeSet<String>>,
@@ -61,6 +63,7 @@ impl AgentBuilder {
             tcp_rails: Vec::new(),
             tcp_connections: 1,
             tcp_congestion: None,
+            tcp_tls: None,
             ucx: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
             allowed: None,
@@ -102,7 +105,8 @@ impl AgentBuilder {
     }
 
     /// Serves and reaches peers over TCP, listening on this address (port 0: any free one). Default: not at all.
-    /// Traffic is neither encrypted nor authenticated beyond region keys: stay on loopback or a trusted network.
+    /// Without [`AgentBuilder::tcp_tls`], traffic is neither encrypted nor authenticated beyond region keys: stay on loopback
+    /// or a trusted network.
     #[must_use]
     pub fn tcp(mut self, listen: Option<SocketAddr>) -> Self {
         self.tcp = listen;
@@ -138,6 +142,15 @@ impl AgentBuilder {
     #[must_use]
     pub fn tcp_congestion(mut self, name: Option<&str>) -> Self {
         self.tcp_congestion = name.map(str::to_owned);
+        self
+    }
+
+    /// Encrypts all TCP connections, both those that are made and those that are accepted, with TLS 1.3, and has both sides
+    /// show certificates: each one's must come from an authority that the other believes, and have the name of its agent.
+    /// Who does not is told why and turned away, as is who does not speak TLS. Default: neither.
+    #[must_use]
+    pub fn tcp_tls(mut self, options: Option<TlsOptions>) -> Self {
+        self.tcp_tls = options;
         self
     }
 
@@ -253,6 +266,7 @@ impl AgentBuilder {
                     rails: self.tcp_rails,
                     connections: self.tcp_connections,
                     congestion: self.tcp_congestion,
+                    tls: self.tcp_tls,
                 },
             )?);
         }

@@ -1,9 +1,10 @@
 //! Who uses a region, and whether it is closed.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::task::Waker;
 use std::time::{Duration, Instant};
+
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
 
 const CLOSED: u64 = 1 << 63;
 

@@ -1,7 +1,6 @@
 //! The part of a request that its jobs share: what is posted, what is open, and how it ends.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,6 +17,7 @@ use crate::backend::{Backend, Job};
 use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
 use crate::signal::Signal;
+use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard, Ordering};
 
 /// How often a piece is tried in all: enough for every way between two hosts.
 pub(crate) const TRIES_MAX: u32 = 4;
@@ -334,7 +334,8 @@ impl RequestCore {
                 && let (Some(notice), Some(backend)) = (state.notice.take(), backend)
             {
                 state.open = 1;
-                drop(state);
+                // Whoever waits for the last part need not wait for the notification.
+                self.tell_waiters(state);
                 return self.send_notice(notice, backend);
             }
             drop(state);

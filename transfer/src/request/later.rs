@@ -1,8 +1,7 @@
 //! Pieces that are posted later than their request: when their turn comes, or again after a failure.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::JoinHandle;
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -13,6 +12,8 @@ use super::slow::Slow;
 use super::state::PostNumber;
 use crate::agent::{AgentCore, Failure, PeerCore};
 use crate::backend::{Backend, Job};
+use crate::sync::thread::{Builder, JoinHandle};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Requests that may wait here; what comes above it is not repeated.
 const WAITING_MAX: usize = 16_384;
@@ -81,7 +82,7 @@ impl Later {
         }
         if queue.thread.is_none() {
             let own = self.clone();
-            let thread = std::thread::Builder::new().name("kvf-later".into());
+            let thread = Builder::new().name("kvf-later".into());
             match thread.spawn(move || own.run()) {
                 Ok(thread) => queue.thread = Some(thread),
                 Err(error) => {

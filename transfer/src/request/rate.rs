@@ -1,7 +1,9 @@
 //! Who goes first, and how fast.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
+
+use crate::sync::{Mutex, MutexGuard};
 
 /// How much is saved up while nothing moves: as many bytes as the rate gives in this time.
 const SAVED: Duration = Duration::from_millis(50);

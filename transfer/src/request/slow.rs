@@ -1,7 +1,6 @@
 //! Requests whose path stands still go another way, if there is one.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind};
@@ -12,6 +11,7 @@ use super::state::{PostNumber, State};
 use crate::agent::{Failure, TimerKey};
 use crate::backend::Backend;
 use crate::outcome::Status;
+use crate::sync::Ordering;
 
 /// A request under which its path stands still.
 pub(super) struct Slow {

@@ -1,8 +1,7 @@
 //! Where a request stands, and those who wait for that to change.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
@@ -19,6 +18,7 @@ use crate::plan::Plan;
 use crate::reactor::Reactor;
 use crate::signal::Signal;
 use crate::stats::Counters;
+use crate::sync::{AtomicBool, Condvar, Mutex, Ordering};
 
 /// Which of a request's posts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

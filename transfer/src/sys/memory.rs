@@ -330,6 +330,18 @@ impl<'a> Span<'a> {
         self.raw.iov_len
     }
 
+    /// Copies bytes out, from `at` on, as many as fit; how many.
+    pub(crate) fn copy_out(&self, at: usize, bytes: &mut [u8]) -> usize {
+        assert!(at <= self.raw.iov_len, "{at} of {}", self.raw.iov_len);
+        let count = bytes.len().min(self.raw.iov_len - at);
+        // SAFETY: `at` is within the range, checked above.
+        let from = unsafe { self.raw.iov_base.cast::<u8>().add(at) };
+        // SAFETY: the range is valid for `'a` and `count` bytes of it follow; `bytes` is a slice that holds them; `copy`
+        // tolerates overlap.
+        unsafe { std::ptr::copy(from, bytes.as_mut_ptr(), count) };
+        count
+    }
+
     /// The kernel's view of it.
     pub(crate) fn raw(&self) -> libc::iovec {
         self.raw
@@ -358,6 +370,17 @@ impl<'a> Sink<'a> {
 
     pub(crate) fn len(&self) -> usize {
         self.raw.iov_len
+    }
+
+    /// Copies bytes in, from `at` on.
+    pub(crate) fn copy_in(&self, at: usize, bytes: &[u8]) {
+        let len = self.raw.iov_len;
+        assert!(at <= len && bytes.len() <= len - at, "{at} of {len}");
+        // SAFETY: `at` is within the range, checked above.
+        let to = unsafe { self.raw.iov_base.cast::<u8>().add(at) };
+        // SAFETY: the range is writable for `'a`, nobody holds a reference into it, and the bytes fit, checked above; `copy`
+        // tolerates overlap.
+        unsafe { std::ptr::copy(bytes.as_ptr(), to, bytes.len()) };
     }
 
     /// The kernel's view of it.

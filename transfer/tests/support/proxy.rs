@@ -23,6 +23,8 @@ struct Shared {
     patience: Mutex<Option<u64>>,
     passed: AtomicU64,
     refuses: AtomicBool,
+    /// A byte of what passes next is changed.
+    damages: AtomicBool,
 }
 
 /// Listens before it knows where to pass things on, so that its address can be advertised by the target.
@@ -41,6 +43,7 @@ impl Proxy {
             patience: Mutex::new(None),
             passed: AtomicU64::new(0),
             refuses: AtomicBool::new(false),
+            damages: AtomicBool::new(false),
         };
         Self {
             listener,
@@ -101,6 +104,11 @@ impl Proxy {
     /// Ends all connections now.
     pub(crate) fn cut(&self) {
         self.shared.cut();
+    }
+
+    /// Changes the last byte of what passes next, whichever way.
+    pub(crate) fn damage(&self) {
+        self.shared.damages.store(true, Ordering::SeqCst);
     }
 
     /// Ends the oldest connection now.
@@ -172,6 +180,9 @@ fn pass(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
             break;
         }
         shared.wear(count as u64);
+        if shared.damages.swap(false, Ordering::SeqCst) {
+            bytes[count - 1] ^= 1;
+        }
         let state = shared.mode.lock().unwrap();
         let state = shared
             .changed

@@ -1,5 +1,7 @@
 //! A cache line of entries, and what they keep of a hash.
 
+use super::TABLES;
+
 pub(super) const BUCKET_ENTRIES: usize = 10;
 pub(super) const TABLE_BITS: u32 = 10;
 pub(super) const TAG_BITS: u32 = 20;
@@ -60,6 +62,16 @@ pub(super) fn alike(bucket: &Bucket, low: u16) -> [u64; BUCKET_ENTRIES.div_ceil(
     [word(bucket[0], bucket[1]), word(bucket[2], bucket[3]), last]
 }
 
+/// Whether there is surely no entry with this tag, neither here nor further on; seldom false for no reason.
+#[inline]
+pub(super) fn is_unknown(bucket: &Bucket, tag: Tag) -> bool {
+    let low = tag.low();
+    let is_alike = tags(bucket)
+        .iter()
+        .fold(false, |any, tag| any | (*tag == low));
+    !is_alike && !was_passed(bucket, tag)
+}
+
 /// The entry of a lane in [`alike`].
 #[inline]
 pub(super) const fn entry_of(word: usize, bits: u64) -> usize {
@@ -80,32 +92,56 @@ pub(super) fn try_push(bucket: &mut Bucket, tag: Tag, position: u32) -> bool {
     true
 }
 
-/// What a table keeps of a hash.
-#[derive(Clone, Copy)]
-pub(super) struct Tag {
-    pub(super) table: usize,
-    pub(super) bits: u32,
+/// The tag of an entry of a table.
+pub(super) fn tag_of(table: usize, bucket: &Bucket, entry: usize) -> Tag {
+    let high = bucket[REST + entry] >> POSITION_BITS << LOW_TAG_BITS;
+    Tag::new(table, high | u32::from(tags(bucket)[entry]))
 }
+
+/// Takes an entry of a bucket out; the last one comes in its place.
+pub(super) fn take(bucket: &mut Bucket, entry: usize) {
+    let last = used(bucket) - 1;
+    bucket[REST + entry] = bucket[REST + last];
+    let tags = tags_mut(bucket);
+    tags[entry] = tags[last];
+    bucket[COUNTS] -= 1;
+}
+
+/// What a table keeps of a hash, and which table it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tag(u32);
 
 impl Tag {
     #[inline]
     pub(super) const fn of(hash: u64) -> Self {
-        Self {
-            table: (hash >> (64 - TABLE_BITS)) as usize,
-            bits: (hash >> (64 - TABLE_BITS - TAG_BITS)) as u32 & ((1 << TAG_BITS) - 1),
-        }
+        Self((hash >> (64 - TABLE_BITS - TAG_BITS)) as u32)
+    }
+
+    #[inline]
+    pub(super) const fn new(table: usize, bits: u32) -> Self {
+        Self((table as u32) << TAG_BITS | bits)
+    }
+
+    #[inline]
+    pub(super) const fn table(self) -> usize {
+        (self.0 >> TAG_BITS) as usize % TABLES
+    }
+
+    #[inline]
+    pub(super) const fn bits(self) -> u32 {
+        self.0 & ((1 << TAG_BITS) - 1)
     }
 
     pub(super) const fn low(self) -> u16 {
-        self.bits as u16
+        self.0 as u16
     }
 
     /// Its bit among those that went past.
     pub(super) const fn passing(self) -> u32 {
-        1 << (PASSED_SHIFT + self.bits % PASSED_BITS)
+        1 << (PASSED_SHIFT + self.0 % PASSED_BITS)
     }
 
     pub(super) const fn rest(self, position: u32) -> u32 {
-        self.bits >> LOW_TAG_BITS << POSITION_BITS | position
+        self.bits() >> LOW_TAG_BITS << POSITION_BITS | position
     }
 }

@@ -77,11 +77,12 @@ impl Pages {
         (self.of_tables, self.places) = (of_tables, places);
     }
 
-    /// Where a bucket of a table is, as a line of all chunks.
+    /// Where a bucket of a table is, as a line of all chunks; of a table without pages some line, or none.
     #[inline]
     pub(super) fn line(&self, table: usize, bucket: u32) -> u32 {
         let place = table * self.places + (bucket / PAGE_BUCKETS) as usize;
-        self.of_tables[place] * PAGE_BUCKETS + bucket % PAGE_BUCKETS
+        let page = self.of_tables.get(place).copied().unwrap_or_default();
+        page * PAGE_BUCKETS + bucket % PAGE_BUCKETS
     }
 
     /// The buckets of a page of a table.

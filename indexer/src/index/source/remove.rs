@@ -72,7 +72,7 @@ impl Source {
         tier: Tier,
     ) -> Applied {
         let mut applied = Applied::default();
-        writer.tree.touch_names(hashes.iter().copied());
+        writer.tree.touch_names(hashes);
         writer
             .tree
             .touch_keys(hashes.iter().map(|hash| IndexKey(hash.0)));
@@ -253,9 +253,11 @@ impl Source {
     pub(super) fn forget_names(&mut self, writer: &Writer, shared: &Shared, hashes: &[EngineHash]) {
         for hash in hashes {
             if let Some(&(position, key)) = self.names.get(hash) {
-                let place = writer.tree.place_of(position);
-                let is_held = writer.tree.key(shared, position) == key
-                    && writer.tree.holds(shared, place, self.number);
+                let tree = &writer.tree;
+                let is_held = tree.key(shared, position) == key
+                    && tree
+                        .place_if_there(position)
+                        .is_some_and(|place| tree.holds(shared, place, self.number));
                 if !is_held {
                     self.names.remove(hash);
                 }
@@ -355,7 +357,7 @@ impl Source {
             writer.unchanged.clear();
             let removed = writer
                 .tree
-                .remove(shared, blocks, holder, &mut writer.unchanged);
+                .bury(shared, blocks, holder, &mut writer.unchanged);
             self.count_out(run, removed);
             entries += removed;
             if !tier.is_shared() {

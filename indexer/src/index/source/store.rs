@@ -141,14 +141,12 @@ impl Source {
                 .follow(shared, &mut open.last, told, &mut stretches);
         }
         // Each search below would wait for memory on its own; asked for together they wait once.
-        writer
-            .tree
-            .touch_names(blocks.hashes[begun..].iter().copied());
+        writer.tree.touch_names(&blocks.hashes);
         if self.names.is_empty() && begun < keys.len() {
-            let told = (&blocks.hashes[begun..], &keys[begun..]);
-            begun += writer
+            let told = (&blocks.hashes[..], &keys[..]);
+            begun = writer
                 .tree
-                .grow(shared, &mut open.last, told, &mut stretches);
+                .grow(shared, &mut open.last, told, begun, &mut stretches);
         }
         for (position, &hash) in blocks.hashes.iter().enumerate().skip(begun) {
             let settled = self.seat(writer, shared, hash, open.last, keys[position]);

@@ -86,29 +86,32 @@ impl Tree {
         equal
     }
 
-    /// Appends blocks that nobody has told of yet behind the last one, or in runs of their own; returns how many there
-    /// are before the first of which the key or the name is known.
+    /// Appends blocks that nobody has told of yet behind the last one, or in runs of their own, from one of an event's on;
+    /// returns which is the first of which the key or the name is known.
+    ///
+    /// All of the event's names must have been touched.
     pub(in crate::index) fn grow(
         &mut self,
         shared: &Shared,
         last: &mut Option<Place>,
-        (names, keys): (&[EngineHash], &[IndexKey]),
+        told: (&[EngineHash], &[IndexKey]),
+        begun: usize,
         stretches: &mut Vec<Stretch>,
     ) -> usize {
         // Only the search by name and key knows of blocks that nodes have told of.
-        if self.by_key.is_some() || self.is_next(shared, *last, keys[0]) {
-            return 0;
+        if self.by_key.is_some() || self.is_next(shared, *last, told.1[begun]) {
+            return begun;
         }
-        let mut done = 0;
-        while done < keys.len()
-            && let Some(vacancy) = self.vacancy(shared, names[done], keys[done])
+        let mut done = begun;
+        while done < told.1.len()
+            && let Some(vacancy) = self.vacancy(shared, told, done)
         {
             let run = match *last {
                 Some(last) if self.can_append(shared, last, false) => last.run,
-                _ => self.begin_run(shared, *last, keys[done], false),
+                _ => self.begin_run(shared, *last, told.1[done], false),
             };
             let start = shared.run(run).blocks();
-            let more = self.append_new(shared, run, vacancy, (&names[done..], &keys[done..]));
+            let more = self.append_new(shared, run, vacancy, told, done);
             done += more as usize;
             let end = start + more;
             match stretches.last_mut() {
@@ -125,29 +128,39 @@ impl Tree {
             .is_some_and(|next| shared.keys.get(next.position) == Some(key.0))
     }
 
-    /// Where the name of a block goes, if neither that nor the key is known.
+    /// Where the name of an event's block goes, if neither that nor the key is known.
     #[inline]
-    fn vacancy(&self, shared: &Shared, name: EngineHash, key: IndexKey) -> Option<Vacancy> {
-        if self.doors.find(&shared.doors, key).is_some() {
+    fn vacancy(
+        &self,
+        shared: &Shared,
+        (names, keys): (&[EngineHash], &[IndexKey]),
+        place: usize,
+    ) -> Option<Vacancy> {
+        let (name, key) = (names.get(place)?, keys.get(place)?);
+        if self.doors.find(&shared.doors, *key).is_some() {
             return None;
         }
-        let is_it = |position| self.segments.raw_name(position) == name.0;
-        self.names.vacancy(name.0, is_it).ok()
+        let is_it = |position| self.segments.is_named(position, name.0);
+        let noted = (&self.starts, self.first_start + place);
+        self.names.vacancy(name.0, noted, is_it)
     }
 
-    /// Appends blocks to one run until it is full or a block is known; the first one is not.
+    /// Appends an event's blocks to one run, from one of them on, until it is full or a block is known; the first one is
+    /// not. How many they are.
     fn append_new(
         &mut self,
         shared: &Shared,
         run: u32,
         first: Vacancy,
         told: (&[EngineHash], &[IndexKey]),
+        begun: usize,
     ) -> u32 {
         self.close(shared, run);
         let header = shared.run(run);
         let start = header.blocks();
-        let most = (RUN_BLOCKS_MAX - start).min(told.1.len() as u32);
-        let told = (&told.0[..most as usize], &told.1[..most as usize]);
+        let most = (RUN_BLOCKS_MAX - start).min((told.1.len() - begun) as u32);
+        let end = begun + most as usize;
+        let told = (&told.0[..end], &told.1[..end]);
         let (mut vacancy, mut more) = (Some(first), 0);
         while let Some(free) = vacancy.take() {
             let block = start + more;
@@ -159,43 +172,59 @@ impl Tree {
             } else {
                 header.segment(&shared.words, ordinal).unwrap_or_default()
             };
-            let left = (&told.0[more as usize..], &told.1[more as usize..]);
             let from = block % SEGMENT_BLOCKS;
-            let added = self.fill_segment(shared, (segment, from), free, left);
+            let next = begun + more as usize;
+            let added = self.fill_segment(shared, (segment, from), free, told, next);
             more += added;
             if from + added < SEGMENT_BLOCKS {
                 break;
             }
-            let last = told.1[more as usize - 1];
-            header.set_digest(&shared.words, ordinal, last);
-            let left = (told.0.get(more as usize), told.1.get(more as usize));
-            if let (Some(name), Some(key)) = left {
-                vacancy = self.vacancy(shared, *name, *key);
-            }
+            let next = begun + more as usize;
+            header.set_digest(&shared.words, ordinal, told.1[next - 1]);
+            vacancy = self.vacancy(shared, told, next);
         }
         header.set_blocks(start + more);
         more
     }
 
-    /// Puts blocks into a segment, from one of its positions on, until it is full or a block is known; the first one is
-    /// not. How many they are.
+    /// Puts an event's blocks into a segment, from one of its positions on, until it is full or a block is known; the
+    /// first one is not. How many they are.
     fn fill_segment(
         &mut self,
         shared: &Shared,
         (segment, from): (u32, u32),
         first: Vacancy,
         (names, keys): (&[EngineHash], &[IndexKey]),
+        begun: usize,
     ) -> u32 {
+        let (names, keys) = (&names[begun..], &keys[begun..]);
         let most = keys.len().min((SEGMENT_BLOCKS - from) as usize);
+        let (names, keys) = (&names[..most], &keys[..most]);
         let position = segment * SEGMENT_BLOCKS + from;
         // All of them first: a name may come twice.
-        self.segments.write_names(position, &names[..most]);
+        self.segments.write_names(position, names);
         self.names.fill(first, position);
+        let Self {
+            names: table,
+            segments,
+            starts,
+            doors,
+            ..
+        } = self;
+        let noted = self.first_start + begun;
         let mut added = 1;
-        while added < most
-            && let Some(vacancy) = self.vacancy(shared, names[added], keys[added])
-        {
-            self.names.fill(vacancy, position + added as u32);
+        for (name, key) in names.iter().zip(keys).skip(1) {
+            let is_it = |position| segments.is_named(position, name.0);
+            if doors.find(&shared.doors, *key).is_some()
+                || !table.add(
+                    name.0,
+                    (starts, noted + added),
+                    position + added as u32,
+                    is_it,
+                )
+            {
+                break;
+            }
             added += 1;
         }
         shared.keys.set_row(position, &keys[..added]);

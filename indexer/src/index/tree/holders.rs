@@ -72,9 +72,7 @@ impl Tree {
         holder: Holder,
         unchanged: &mut Vec<(u32, u32)>,
     ) -> u32 {
-        self.close(shared, blocks.run);
-        self.dead.clear();
-        let changed = self.change(shared, blocks, holder, false, unchanged);
+        let changed = self.take_from(shared, blocks, holder, unchanged);
         for dead in 0..self.dead.len() {
             let (start, end) = self.dead[dead];
             self.forget_names(shared, blocks.run, start, end);
@@ -83,6 +81,19 @@ impl Tree {
             self.cut_tail(shared, blocks.run);
         }
         changed
+    }
+
+    /// The same, without what comes of it: which blocks nobody holds any more is in `self.dead`.
+    pub(super) fn take_from(
+        &mut self,
+        shared: &Shared,
+        blocks: Stretch,
+        holder: Holder,
+        unchanged: &mut Vec<(u32, u32)>,
+    ) -> u32 {
+        self.close(shared, blocks.run);
+        self.dead.clear();
+        self.change(shared, blocks, holder, false, unchanged)
     }
 
     fn change(
@@ -197,7 +208,8 @@ impl Tree {
         }
         for some in forgotten.chunks(NAMES_AT_ONCE) {
             let names = some.iter().map(|(name, _)| *name);
-            self.names.touch_all(names, &mut self.lines);
+            self.names
+                .touch_all([names].into_iter(), &mut self.other_starts);
             for &(name, position) in some {
                 self.names.remove(name, position);
             }
@@ -206,23 +218,25 @@ impl Tree {
     }
 
     /// Ends a run where nobody holds what follows.
-    fn cut_tail(&mut self, shared: &Shared, run: u32) {
-        let (words, header) = (&shared.words, shared.run(run));
+    pub(super) fn cut_tail(&mut self, shared: &Shared, run: u32) {
+        if let Some((kept, end)) = Self::empty_tail(shared, run) {
+            let header = shared.run(run);
+            let count = header.spans();
+            header.replace_spans(&shared.words, &mut self.lists, (count - 1, count), &[]);
+            self.shorten(shared, run, kept, end);
+        }
+    }
+
+    /// From where to where nobody holds the last blocks of a run, if that is so.
+    pub(super) fn empty_tail(shared: &Shared, run: u32) -> Option<(u32, u32)> {
+        let header = shared.run(run);
         let count = header.spans();
-        let span_at = |span: u32| header.span(words, span);
-        let Some(last) = count
-            .checked_sub(1)
-            .and_then(span_at)
-            .filter(|last| last.set.is_empty())
-        else {
-            return;
-        };
-        let kept = count
+        let last = header.span(&shared.words, count.checked_sub(1)?)?;
+        let before = count
             .checked_sub(2)
-            .and_then(span_at)
-            .map_or(0, |span| span.end);
-        header.replace_spans(words, &mut self.lists, (count - 1, count), &[]);
-        self.shorten(shared, run, kept, last.end);
+            .and_then(|span| header.span(&shared.words, span));
+        let kept = before.map_or(0, |span| span.end);
+        last.set.is_empty().then_some((kept, last.end))
     }
 
     /// Takes a run's blocks from `kept` on away, the spans of which are gone; without any it ends.

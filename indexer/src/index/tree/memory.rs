@@ -56,6 +56,8 @@ impl Tree {
             + self.sets.bytes()
             + self.doors.bytes()
             + self.names_bytes()
+            + self.starts.bytes()
+            + self.other_starts.bytes()
             + self.leaves_bytes()
     }
 

@@ -16,10 +16,11 @@ use super::initiator::Initiator;
 use super::receive::{Handler, Intake, Receiver, Stopped};
 use super::scatter::Scatter;
 use super::target::TargetSide;
+use super::tls::Session;
 use crate::backend::Job;
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::request::Priority;
-use crate::sys::memory::Span;
+use crate::sys::memory::{Sink, Span};
 use crate::sys::socket::{self, SPANS_MAX};
 
 /// Bytes that one connection moves before others get their turn.
@@ -96,7 +97,7 @@ impl Outbox {
     }
 
     /// One system call's worth of frames.
-    fn send(&mut self, socket: BorrowedFd<'_>) -> Result<io::Result<u64>> {
+    fn send(&mut self, wire: &Wire<'_>) -> Result<io::Result<u64>> {
         let mut spans = Vec::with_capacity(16);
         let mut bytes = 0;
         for frame in &self.frames {
@@ -120,7 +121,7 @@ impl Outbox {
                 }
             }
         }
-        let sent = match socket::send(socket, &spans) {
+        let sent = match wire.send(&spans) {
             Ok(sent) => sent as u64,
             Err(error) => return Ok(Err(error)),
         };
@@ -144,6 +145,34 @@ pub(super) enum Role {
     Target(TargetSide),
 }
 
+/// A socket, with or without encryption.
+pub(super) struct Wire<'a> {
+    socket: BorrowedFd<'a>,
+    tls: Option<&'a Session>,
+}
+
+impl Wire<'_> {
+    fn send(&self, spans: &[Span<'_>]) -> io::Result<usize> {
+        match self.tls {
+            None => socket::send(self.socket, spans),
+            Some(tls) => tls.send(self.socket, spans),
+        }
+    }
+
+    /// Whether all that was taken to be sent is.
+    fn flush(&self) -> io::Result<bool> {
+        self.tls.map_or(Ok(true), |tls| tls.flush(self.socket))
+    }
+
+    /// Fills the sinks in order with what is there; 0 is the end.
+    pub(super) fn receive(&self, sinks: &[Sink<'_>]) -> io::Result<usize> {
+        match self.tls {
+            None => socket::receive(self.socket, sinks),
+            Some(tls) => tls.receive(self.socket, sinks),
+        }
+    }
+}
+
 struct Watch {
     token: Option<Token>,
     interest: Interest,
@@ -152,6 +181,7 @@ struct Watch {
 /// One TCP connection.
 pub(super) struct Connection {
     stream: TcpStream,
+    tls: Option<Session>,
     reactor: Arc<Reactor>,
     watch: Mutex<Watch>,
     receiver: Mutex<Receiver>,
@@ -180,7 +210,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Connection {
     /// Takes over a non-blocking stream and has the reactor watch it.
     pub(super) fn start(
-        stream: TcpStream,
+        (stream, tls): (TcpStream, Option<Session>),
         reactor: &Arc<Reactor>,
         role: Role,
     ) -> Result<Arc<Self>> {
@@ -190,6 +220,7 @@ impl Connection {
         };
         let connection = Arc::new(Self {
             stream,
+            tls,
             reactor: reactor.clone(),
             watch: Mutex::new(Watch {
                 token: None,
@@ -211,6 +242,19 @@ impl Connection {
 
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+
+    fn wire(&self) -> Wire<'_> {
+        Wire {
+            socket: self.stream.as_fd(),
+            tls: self.tls.as_ref(),
+        }
+    }
+
+    /// # Errors
+    /// When the other side is known by a certificate, and that is not one of this name.
+    pub(super) fn check_name(&self, name: &str) -> Result<()> {
+        self.tls.as_ref().map_or(Ok(()), |tls| tls.check_name(name))
     }
 
     pub(super) fn outbox(&self) -> MutexGuard<'_, Outbox> {
@@ -252,6 +296,10 @@ impl Connection {
     /// Has the reactor take back memory that is no longer to be used, soon.
     pub(super) fn poke(&self) {
         self.poked.store(true, Ordering::Release);
+        self.call_again();
+    }
+
+    fn call_again(&self) {
         // Not by asking for room in the socket: a peer that stands still leaves none.
         if let Some(token) = lock(&self.watch).token {
             self.reactor.nudge(token);
@@ -268,6 +316,11 @@ impl Connection {
     fn pump_locked(&self, outbox: &mut Outbox, budget: u64) {
         let mut left = budget;
         while !outbox.ended {
+            match self.wire().flush() {
+                Ok(true) => {}
+                Ok(false) => return self.pump_later(),
+                Err(error) => return self.lose(&format!("send to the other side: {error}")),
+            }
             if let Role::Initiator(initiator) = &self.role {
                 initiator.refill(outbox);
             }
@@ -279,7 +332,7 @@ impl Connection {
                 self.pump_later();
                 return;
             }
-            match outbox.send(self.socket()) {
+            match outbox.send(&self.wire()) {
                 Ok(Ok(sent)) => {
                     self.moved[0].fetch_add(sent, Ordering::Relaxed);
                     left = left.saturating_sub(sent);
@@ -307,11 +360,15 @@ impl Connection {
         if receiver.has_ended() {
             return None;
         }
-        let outcome = receiver.run(self.socket(), self, TURN_BYTES);
+        let outcome = receiver.run(&self.wire(), self, TURN_BYTES);
         self.moved[1].store(receiver.received(), Ordering::Relaxed);
         match outcome {
             Ok(stopped) => {
                 self.pump(TURN_BYTES);
+                if let (Stopped::Budget, Some(_)) = (&stopped, &self.tls) {
+                    // What is decrypted shows at no socket.
+                    self.call_again();
+                }
                 Some(stopped)
             }
             Err(error) => {
@@ -406,7 +463,7 @@ impl Source for Connection {
         if readiness.writable {
             self.pump(TURN_BYTES);
         }
-        if readiness.readable {
+        if readiness.readable || self.tls.is_some() {
             self.receive(&mut lock(&self.receiver));
         }
     }

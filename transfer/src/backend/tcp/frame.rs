@@ -10,7 +10,7 @@ use crate::wire::{Reader, put_counted};
 /// The version that this build speaks, and the only one that it accepts.
 pub(crate) const PROTOCOL_VERSION: u16 = 1;
 
-const MAGIC: [u8; 4] = *b"KVFT";
+pub(super) const MAGIC: [u8; 4] = *b"KVFT";
 
 /// Magic, version, and the length of what follows.
 pub(super) const PREAMBLE_BYTES: usize = 8;

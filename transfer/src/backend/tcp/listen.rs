@@ -8,6 +8,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::connection::{Connection, Role};
 use super::target::TargetSide;
+use super::tls::TlsConfig;
 use super::{set_congestion, tune};
 use crate::agent::Exports;
 use crate::backend::spare::Spare;
@@ -24,6 +25,7 @@ pub(super) struct Listener {
     token: OnceLock<Token>,
     accepted: Mutex<Vec<Weak<Connection>>>,
     spare: Spare,
+    tls: Option<TlsConfig>,
 }
 
 impl Listener {
@@ -32,6 +34,7 @@ impl Listener {
         reactor: &Arc<Reactor>,
         address: SocketAddr,
         congestion: Option<&str>,
+        tls: Option<&TlsConfig>,
     ) -> Result<Arc<Self>> {
         let socket = TcpListener::bind(address)
             .map_err(|e| Error::io(format!("listen on tcp {address}"), e))?;
@@ -51,6 +54,7 @@ impl Listener {
             token: OnceLock::new(),
             accepted: Mutex::default(),
             spare,
+            tls: tls.cloned(),
         });
         let token = reactor.add(
             listener.socket.as_fd(),
@@ -107,8 +111,9 @@ impl Listener {
         stream
             .set_nonblocking(true)
             .map_err(|e| Error::io("make it non-blocking", e))?;
+        let session = self.tls.as_ref().map(TlsConfig::accept).transpose()?;
         let role = Role::Target(TargetSide::new(self.exports.clone()));
-        let connection = Connection::start(stream, &self.reactor, role)?;
+        let connection = Connection::start((stream, session), &self.reactor, role)?;
         accepted.push(Arc::downgrade(&connection));
         drop(accepted);
         Ok(())

@@ -12,6 +12,7 @@ mod listen;
 mod receive;
 mod scatter;
 mod target;
+mod tls;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -32,6 +33,9 @@ use connection::{Connection, Role};
 use frame::{Greeting, PREAMBLE_BYTES, decode_outcome, decode_preamble};
 use initiator::Initiator;
 use listen::Listener;
+use tls::{Session, TlsConfig};
+
+pub use tls::TlsOptions;
 
 const NAME: &str = "tcp";
 
@@ -44,6 +48,9 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 /// A silent connection is probed after this long, and again in the same intervals.
 const KEEPALIVE: Duration = Duration::from_secs(5);
 
+/// A connection whose other side has said welcome.
+type Greeted = (TcpStream, Option<Session>);
+
 /// Listens, and connects.
 pub(crate) struct TcpFabric {
     exports: Arc<Exports>,
@@ -52,6 +59,7 @@ pub(crate) struct TcpFabric {
     advertised: Vec<SocketAddr>,
     congestion: Option<String>,
     connections: usize,
+    tls: Option<TlsConfig>,
     listeners: Vec<Arc<Listener>>,
 }
 
@@ -66,6 +74,8 @@ pub(crate) struct Listen {
     pub(crate) connections: usize,
     /// The congestion control; none: the system's.
     pub(crate) congestion: Option<String>,
+    /// Who the agent is over TLS; none: without TLS.
+    pub(crate) tls: Option<TlsOptions>,
 }
 
 /// Starts listening.
@@ -80,7 +90,9 @@ pub(crate) fn fabric(
         rails,
         connections,
         congestion,
+        tls,
     } = listen;
+    let tls = tls.as_ref().map(TlsConfig::new).transpose()?;
     if connections == 0 || connections > LANES_MAX {
         return Err(Error::invalid(
             "tcp connections to a peer",
@@ -91,7 +103,10 @@ pub(crate) fn fabric(
     if rails.len() >= LANES_MAX {
         return Err(Error::invalid("tcp rails", rails.len(), 0..LANES_MAX));
     }
-    let start = |address| Listener::start(exports, reactor, address, congestion.as_deref());
+    let start = |address| {
+        let congestion = congestion.as_deref();
+        Listener::start(exports, reactor, address, congestion, tls.as_ref())
+    };
     let mut listeners = vec![start(address)?];
     let mut told = vec![advertised.map_or_else(|| listeners[0].address(), Ok)?];
     for rail in rails {
@@ -109,6 +124,7 @@ pub(crate) fn fabric(
         advertised: told,
         congestion,
         connections,
+        tls,
         listeners,
     }))
 }
@@ -162,7 +178,8 @@ impl Fabric for TcpFabric {
         let until = Instant::now() + timeout;
         for (to, outcome) in self.greet_all(&targets, peer, until) {
             let started = outcome.and_then(|stream| {
-                congestion = sockopt::tcp_congestion(&stream).unwrap_or_else(|_| "unknown".into());
+                congestion =
+                    sockopt::tcp_congestion(&stream.0).unwrap_or_else(|_| "unknown".into());
                 let role = Role::Initiator(Initiator::default());
                 Connection::start(stream, &self.reactor, role)
             });
@@ -180,6 +197,9 @@ impl Fabric for TcpFabric {
         }
         let shown: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
         let mut detail = format!("tcp to {}", shown.join(" and "));
+        if self.tls.is_some() {
+            detail = format!("{detail}, TLS 1.3");
+        }
         if targets.len() > 1 {
             detail = format!("{detail}, {} of {} connections", lanes.len(), targets.len());
         }
@@ -228,7 +248,7 @@ impl TcpFabric {
         targets: &[SocketAddr],
         peer: &PeerCard,
         until: Instant,
-    ) -> Vec<(SocketAddr, Result<TcpStream>)> {
+    ) -> Vec<(SocketAddr, Result<Greeted>)> {
         if let [target] = targets {
             return vec![(*target, self.greet(*target, peer, until))];
         }
@@ -252,7 +272,7 @@ impl TcpFabric {
         })
     }
 
-    fn greet(&self, address: SocketAddr, peer: &PeerCard, until: Instant) -> Result<TcpStream> {
+    fn greet(&self, address: SocketAddr, peer: &PeerCard, until: Instant) -> Result<Greeted> {
         let left = || {
             let left = until.saturating_duration_since(Instant::now());
             left.max(Duration::from_millis(1))
@@ -272,21 +292,43 @@ impl TcpFabric {
             .set_write_timeout(Some(left()))
             .map_err(|e| Error::io("set a timeout", e))?;
         stream
-            .write_all(&greeting.encode())
-            .map_err(|e| Error::io("send the greeting", e))?;
-        stream
             .set_read_timeout(Some(left()))
             .map_err(|e| Error::io("set a timeout", e))?;
-        let mut preamble = [0; PREAMBLE_BYTES];
-        stream.read_exact(&mut preamble).map_err(no_welcome)?;
-        let mut welcome = vec![0; decode_preamble(&preamble)?];
-        stream.read_exact(&mut welcome).map_err(no_welcome)?;
-        decode_outcome(&welcome)??;
+        let session = match &self.tls {
+            None => {
+                exchange(&mut stream, &greeting, no_welcome)?;
+                None
+            }
+            Some(tls) => {
+                let mut session = tls.connect(&mut stream, &peer.name)?;
+                let mut encrypted = rustls::Stream::new(&mut session, &mut stream);
+                exchange(&mut encrypted, &greeting, |error| {
+                    tls::not_welcome(&error).unwrap_or_else(|| no_welcome(error))
+                })?;
+                Some(Session::new(session.into()))
+            }
+        };
         stream
             .set_nonblocking(true)
             .map_err(|e| Error::io("make it non-blocking", e))?;
-        Ok(stream)
+        Ok((stream, session))
     }
+}
+
+/// Sends the greeting and hears the welcome.
+fn exchange(
+    mut stream: impl Read + Write,
+    greeting: &Greeting,
+    unheard: impl Fn(std::io::Error) -> Error,
+) -> Result<()> {
+    stream
+        .write_all(&greeting.encode())
+        .map_err(|e| Error::io("send the greeting", e))?;
+    let mut preamble = [0; PREAMBLE_BYTES];
+    stream.read_exact(&mut preamble).map_err(&unheard)?;
+    let mut welcome = vec![0; decode_preamble(&preamble)?];
+    stream.read_exact(&mut welcome).map_err(&unheard)?;
+    decode_outcome(&welcome)?
 }
 
 /// Why a peer that let this side connect did not let it in.

@@ -1,16 +1,16 @@
 //! Takes frames off a connection; payload goes straight to the memory it is for.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::Active;
+use super::connection::Wire;
 use super::frame::{HEADER_BYTES, Header, PREAMBLE_BYTES, decode_preamble};
 use super::scatter::Scatter;
 use crate::sys::memory::Sink;
-use crate::sys::socket::{self, SPANS_MAX};
+use crate::sys::socket::SPANS_MAX;
 
 /// Headers and heads are received here. Payload that came along is copied out, so it is not larger than needed: what
 /// is known to be payload is received in place, with this behind it for the next header.
@@ -149,7 +149,7 @@ impl Receiver {
     /// Receives and handles frames until the socket is empty, or about `budget` bytes.
     pub(super) fn run(
         &mut self,
-        socket: BorrowedFd<'_>,
+        wire: &Wire<'_>,
         handler: &impl Handler,
         mut budget: u64,
     ) -> Result<Stopped> {
@@ -158,7 +158,7 @@ impl Receiver {
             if budget == 0 {
                 return Ok(Stopped::Budget);
             }
-            match self.receive(socket) {
+            match self.receive(wire) {
                 Ok(Got { count: 0, .. }) => {
                     let text = "the other side closed the connection";
                     return Err(Error::new(ErrorKind::PeerLost, text));
@@ -173,6 +173,9 @@ impl Receiver {
                     return Ok(Stopped::Empty);
                 }
                 Err(Failure::Socket(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(Failure::Socket(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                    return Err(Error::new(ErrorKind::Denied, format!("TLS: {e}")));
+                }
                 Err(Failure::Socket(e)) => {
                     let text = "receive from the other side";
                     return Err(Error::new(ErrorKind::PeerLost, text).with_source(e));
@@ -255,7 +258,7 @@ impl Receiver {
     }
 
     /// One system call: the rest of the payload in place, and what follows into the staging area.
-    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Got, Failure> {
+    fn receive(&mut self, wire: &Wire<'_>) -> Result<Got, Failure> {
         self.staging.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.staged());
         let free = &mut self.staging[self.end..];
@@ -280,7 +283,7 @@ impl Receiver {
             sinks.push(Sink::of_bytes(free));
         }
         let asked = sinks.iter().map(|sink| sink.len() as u64).sum::<u64>();
-        let count = socket::receive(socket, &sinks).map_err(Failure::Socket)? as u64;
+        let count = wire.receive(&sinks).map_err(Failure::Socket)? as u64;
         let placed = count.min(in_place);
         if let State::Payload(
             _,

@@ -46,6 +46,7 @@ impl TargetSide {
 
     pub(super) fn greeted(&self, connection: &Connection, greeting: &[u8]) -> Result<()> {
         let greeting = Greeting::decode(greeting)?;
+        connection.check_name(&greeting.name)?;
         self.check(&greeting)?;
         let welcome = Frame::new(encode_welcome(&Ok(())), None);
         connection.outbox().frames.push_back(welcome);

@@ -1,0 +1,58 @@
+//! Every order, by loom's search; the scenarios say what may be seen.
+#![cfg(test)]
+
+use kvfabric_transfer_orders::{region, request::scenarios};
+
+/// Two transfers and an owner that wants its memory back.
+#[test]
+fn nobody_is_inside_a_region_when_the_wait_is_over() {
+    region::nobody_is_inside_when_the_wait_is_over();
+}
+
+/// A fabric that has something to end first.
+#[test]
+fn who_holds_a_region_is_waited_for() {
+    region::who_holds_it_is_waited_for();
+}
+
+/// A backend that settles, and a caller who gives up.
+#[test]
+fn a_request_is_done_or_cancelled_and_not_both() {
+    scenarios::a_request_is_done_or_cancelled_and_not_both();
+}
+
+/// Two parts on two threads.
+#[test]
+fn the_notification_goes_once_after_all_parts() {
+    scenarios::the_notification_goes_once_after_all_parts();
+}
+
+/// One part denied, one done.
+#[test]
+fn a_part_that_fails_ends_the_request_when_the_others_have_settled() {
+    scenarios::a_part_that_fails_ends_the_request_when_the_others_have_settled();
+}
+
+/// A loss, the thread that posts later, and a caller who gives up.
+#[test]
+fn a_lost_way_is_followed_by_the_next_or_the_cancel() {
+    scenarios::a_lost_way_is_followed_by_the_next_or_the_cancel();
+}
+
+/// A loss, and the thread that posts later.
+#[test]
+fn a_lost_way_is_followed_by_the_next() {
+    scenarios::a_lost_way_is_followed_by_the_next();
+}
+
+/// Bytes that arrive while their path is left.
+#[test]
+fn a_path_that_is_left_may_still_be_in_time() {
+    scenarios::a_path_that_is_left_may_still_be_in_time();
+}
+
+/// A late word to a post that is over.
+#[test]
+fn a_request_is_posted_again_when_it_is_over() {
+    scenarios::a_request_is_posted_again_when_it_is_over();
+}
