@@ -9,6 +9,7 @@
 pub mod agent;
 pub mod backend;
 mod descriptor;
+mod estimate;
 mod metadata;
 mod outcome;
 mod plan;
@@ -23,14 +24,16 @@ mod wire;
 
 pub use agent::{
     Agent, AgentBuilder, ConnectionReport, Notification, Notified, PathReport, PeerHandle,
-    SLOW_AFTER_DEFAULT,
+    RegisteredRange, SLOW_AFTER_DEFAULT,
 };
 pub use backend::Operation;
+pub use backend::copy::COPY_THREADS_MAX;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};
 pub use backend::tcp::TlsOptions;
 pub use backend::ucx::UcxOptions;
 pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side, Strided};
+pub use estimate::{Estimate, PathCost};
 pub use metadata::{AGENT_NAME_BYTES_MAX, EXPORTED_REGIONS_MAX, METADATA_VERSION};
 pub use outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 pub use plan::PARTS_MAX;

@@ -113,6 +113,8 @@ pub struct Telemetry {
     pub descriptors: u32,
     /// The name of the backend that moved them.
     pub path: &'static str,
+    /// How often it, or a piece of it, was tried again after a failure.
+    pub failovers: u32,
     /// The backend that it was on before, if it failed over ([`Completion::failovers`]), and what was wrong with that one:
     /// [`ErrorKind::Timeout`] means that it stood still. The last one of several; the log has all, and their words.
     pub left: Option<(&'static str, ErrorKind)>,

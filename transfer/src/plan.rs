@@ -9,6 +9,10 @@ use crate::agent::RemoteRegion;
 use crate::backend::Operation;
 use crate::descriptor::{Lookup, PreparedList, Range, Ranges, Target};
 
+mod sums;
+
+pub(crate) use sums::{SUM_BYTES, SUM_BYTES_MAX};
+
 /// The most parts that a request may have.
 pub const PARTS_MAX: usize = 4096;
 
@@ -39,6 +43,23 @@ pub(crate) struct Plan {
     pub(crate) bytes: u64,
     /// Pairs of descriptors that it was made of.
     pub(crate) descriptors: u32,
+    /// Backends that may move it; all if there are none.
+    pub(crate) ways: Arc<[String]>,
+    /// If it is checked: which pair each extent is of. Neighbours are not merged then.
+    pub(crate) pairs: Vec<u32>,
+    /// Not the remote bytes are to be moved: of each extent their CRC-32C, to four local bytes, little-endian.
+    pub(crate) sums: bool,
+}
+
+/// How lists are paired.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct PairOptions<'a> {
+    /// Which ranges of both; none: all, in order.
+    pub(crate) positions: Option<&'a (Vec<u32>, Vec<u32>)>,
+    /// How many pairs each part has; none: one part.
+    pub(crate) parts: &'a [u32],
+    /// Whether what arrives is checked.
+    pub(crate) checked: bool,
 }
 
 impl Plan {
@@ -52,7 +73,20 @@ impl Plan {
             extents: Vec::new(),
             bytes: 0,
             descriptors: 0,
+            ways: Arc::from([]),
+            pairs: Vec::new(),
+            sums: false,
         }
+    }
+
+    /// Whether what arrives is checked.
+    pub(crate) fn is_checked(&self) -> bool {
+        !self.pairs.is_empty()
+    }
+
+    /// Whether a backend may move it.
+    pub(crate) fn wants(&self, backend: &str) -> bool {
+        self.ways.is_empty() || self.ways.iter().any(|way| way == backend)
     }
 
     /// Nothing to move, and these regions of a peer: asks which way reaches them.
@@ -63,15 +97,14 @@ impl Plan {
         }
     }
 
-    /// Pairs descriptors in order: all of both lists, or those at `positions`. `parts` says how many pairs each part has;
-    /// the second value is where each of them ends, in extents.
+    /// Pairs descriptors in order. The second value is where each part ends, in extents.
     pub(crate) fn pair(
         operation: Operation,
         local: &PreparedList,
         remote: &PreparedList,
-        positions: Option<&(Vec<u32>, Vec<u32>)>,
-        parts: &[u32],
+        options: PairOptions<'_>,
     ) -> Result<(Self, Vec<usize>)> {
+        let positions = options.positions;
         let (local, remote) = (&*local.0, &*remote.0);
         let (count, remote_count) = match positions {
             None => (local.ranges.len(), remote.ranges.len()),
@@ -84,7 +117,8 @@ impl Plan {
         }
         let pairing = Pairing {
             positions,
-            part_ends: part_ends(parts, count)?,
+            part_ends: part_ends(options.parts, count)?,
+            merges: !options.checked,
             counts: [local.ranges.len(), remote.ranges.len()],
         };
         let paired = match (&local.ranges, &remote.ranges) {
@@ -98,12 +132,17 @@ impl Plan {
             extents: paired.extents,
             bytes: paired.bytes,
             descriptors: count as u32,
+            pairs: match options.checked {
+                true => (0..count as u32).collect(),
+                false => Vec::new(),
+            },
+            ..Self::empty()
         };
         Ok((plan, paired.ends))
     }
 
     /// The same move for some extents of this plan, or parts of them: names no region that they don't.
-    pub(crate) fn with(&self, mut extents: Vec<Extent>) -> Self {
+    pub(crate) fn with(&self, mut extents: Vec<Extent>, pairs: Vec<u32>) -> Self {
         let (mut local, mut remote) = (Used::new(&self.local), Used::new(&self.remote));
         for extent in &mut extents {
             extent.local = local.position(extent.local);
@@ -116,6 +155,9 @@ impl Plan {
             bytes: extents.iter().map(|extent| extent.len).sum(),
             descriptors: extents.len() as u32,
             extents,
+            ways: self.ways.clone(),
+            pairs,
+            sums: false,
         }
     }
 
@@ -203,6 +245,8 @@ struct Pairing<'a> {
     positions: Option<&'a (Vec<u32>, Vec<u32>)>,
     /// Where the parts end, in pairs; the last is where all end.
     part_ends: Vec<usize>,
+    /// Whether neighbours become one extent.
+    merges: bool,
     /// How many ranges the lists have, the local one's first.
     counts: [usize; 2],
 }
@@ -239,7 +283,7 @@ impl Pairing<'_> {
                 }
                 paired.bytes = paired.bytes.checked_add(own.len).ok_or_else(too_much)?;
                 if let Some(last) = &mut open {
-                    if last.continues(&own, &other) {
+                    if self.merges && last.continues(&own, &other) {
                         last.len += own.len;
                         continue;
                     }

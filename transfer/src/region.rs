@@ -196,6 +196,11 @@ impl Region {
     /// then may memory lent with [`HostMemory::from_raw`](crate::HostMemory::from_raw) be freed.
     pub fn deregister(&self) -> Deregistration {
         self.0.close();
+        self.when_deregistered()
+    }
+
+    /// What tells when it is deregistered and nothing of it is in flight.
+    pub(crate) fn when_deregistered(&self) -> Deregistration {
         Deregistration {
             core: self.0.core.clone(),
         }
@@ -227,10 +232,11 @@ impl Deregistration {
         if self.core.gate.wait(timeout) {
             return Ok(());
         }
-        let text = format!(
-            "region {} has work in flight after {timeout:?}",
-            self.core.id()
-        );
+        let id = self.core.id();
+        let text = match self.core.is_closed() {
+            true => format!("region {id} has work in flight after {timeout:?}"),
+            false => format!("other ranges of region {id} are registered after {timeout:?}"),
+        };
         Err(Error::new(ErrorKind::Busy, text))
     }
 }

@@ -11,9 +11,12 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::{AgentCore, PeerCore};
 use crate::backend::Backend;
+use crate::estimate::Estimate;
 use crate::outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 use crate::plan::Plan;
+use crate::stats::Counters;
 
+mod check;
 mod core;
 mod later;
 mod piece;
@@ -50,6 +53,14 @@ pub struct RequestOptions {
     pub parts: Vec<u32>,
     /// Who goes first where requests wait for each other.
     pub priority: Priority,
+    /// Whether the CRC-32C of each descriptor is compared, as it is in the source's memory and as it has arrived in the
+    /// other's, each computed where the memory is. A difference is [`ErrorKind::Corrupt`] and names the descriptor; what
+    /// may be tried again is. Parts count as in place, and the notification goes, when they are compared. The source must
+    /// not change meanwhile, and the peer must let its region be read. Not over `ucx`, files and objects.
+    pub checksum: bool,
+    /// The names of the backends that may be used, such as "shm"; all if there are none. Which of them goes first is the
+    /// agent's ([`crate::AgentBuilder::prefer`]).
+    pub backends: Vec<String>,
 }
 
 /// Who moves the bytes.
@@ -138,7 +149,7 @@ impl Request {
 
     fn post_to(&self, backend: &Arc<dyn Backend>, closings: u64) -> Result<()> {
         self.core.plan.enter()?;
-        let counters = self.agent.stats().counters(backend.name());
+        let counters = self.counters(backend.name());
         let started = self.core.start(Start {
             backend,
             counters,
@@ -159,6 +170,47 @@ impl Request {
         }
         self.core.watch(number, backend);
         Ok(())
+    }
+
+    fn counters(&self, backend: &'static str) -> Arc<Counters> {
+        match &self.route {
+            Route::Own(_) => self.agent.stats().counters(backend),
+            Route::Peer(peer) => peer.counters(&self.agent, backend),
+        }
+    }
+
+    /// What a post would take now, and which way it would go; connects if there is no connection.
+    ///
+    /// By what requests took before, to this peer or else to others, from the post to the completion: those of about the
+    /// same size, or corrected from the nearest size by what the backend usually costs
+    /// ([`crate::AgentBuilder::assume_cost`]). A rate that limits the request counts; what waits before it, what is
+    /// scattered more than usual, and checksums do not.
+    ///
+    /// # Errors
+    /// As [`Request::post`] when the peer can't be reached.
+    pub fn estimate(&self) -> Result<Estimate> {
+        self.agent.check()?;
+        let plan = &self.core.plan;
+        let (backend, refused) = match &self.route {
+            Route::Own(backend) => (backend.name(), Vec::new()),
+            Route::Peer(peer) => {
+                let report = peer.report_for(&self.agent, plan)?;
+                (report.backend.unwrap_or("none"), report.refused)
+            }
+        };
+        let usual = self.agent.stats().assumed(backend);
+        let all = self.agent.stats().counters(backend);
+        let seen = [self.counters(backend), all]
+            .map(|counters| counters.costs(plan.operation).expect(plan.bytes, &usual));
+        let (ns, measured) = if seen[0].1 { seen[0] } else { seen[1] };
+        let paced = self.core.pace.iter().filter_map(|rate| rate.bytes_per_s());
+        let paced = paced.map(|rate| plan.bytes as f64 * 1e9 / rate as f64);
+        Ok(Estimate {
+            backend,
+            expected: Duration::from_nanos(paced.fold(ns, f64::max) as u64),
+            measured,
+            refused,
+        })
     }
 
     /// Where it stands.
@@ -268,6 +320,7 @@ impl Request {
             bytes: finished.done.bytes,
             descriptors: self.core.plan.descriptors,
             path: finished.done.backend,
+            failovers: finished.done.failovers,
             left: finished.left,
         })
     }

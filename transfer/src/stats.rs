@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use kvcache_core::Result;
+
 use crate::backend::Operation;
+use crate::estimate::{Costs, PathCost};
 
 /// The counters of one backend.
 #[derive(Default)]
@@ -15,6 +18,10 @@ pub(crate) struct Counters {
     requests: AtomicU64,
     failures: AtomicU64,
     busy_ns: AtomicU64,
+    /// Reads, then writes.
+    costs: [Costs; 2],
+    /// Counted along: of the agent, for those of a peer.
+    whole: Option<Arc<Counters>>,
 }
 
 impl Counters {
@@ -23,13 +30,35 @@ impl Counters {
             Operation::Read => &self.bytes_read,
             Operation::Write => &self.bytes_written,
         };
+        if let Some(whole) = &self.whole {
+            whole.complete(operation, bytes, elapsed);
+        }
         moved.fetch_add(bytes, Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.busy_ns
             .fetch_add(elapsed.as_nanos() as u64, Ordering::Relaxed);
     }
 
+    /// An undisturbed transfer took this long.
+    pub(crate) fn saw(&self, operation: Operation, bytes: u64, elapsed: Duration) {
+        self.costs(operation).saw(bytes, elapsed);
+        if let Some(whole) = &self.whole {
+            whole.saw(operation, bytes, elapsed);
+        }
+    }
+
+    /// What its transfers took.
+    pub(crate) fn costs(&self, operation: Operation) -> &Costs {
+        match operation {
+            Operation::Read => &self.costs[0],
+            Operation::Write => &self.costs[1],
+        }
+    }
+
     pub(crate) fn fail(&self) {
+        if let Some(whole) = &self.whole {
+            whole.fail();
+        }
         self.failures.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -74,10 +103,44 @@ pub struct AgentStats {
 #[derive(Default)]
 pub(crate) struct Stats {
     failovers: AtomicU64,
+    assumed: RwLock<BTreeMap<String, PathCost>>,
     backends: RwLock<BTreeMap<&'static str, Arc<Counters>>>,
 }
 
 impl Stats {
+    /// What a backend is taken to cost.
+    pub(crate) fn assume(&self, backend: &str, cost: PathCost) -> Result<()> {
+        cost.check()?;
+        let mut assumed = self.assumed.write().unwrap_or_else(PoisonError::into_inner);
+        assumed.insert(backend.to_owned(), cost);
+        Ok(())
+    }
+
+    pub(crate) fn assumed(&self, backend: &str) -> PathCost {
+        let assumed = self.assumed.read().unwrap_or_else(PoisonError::into_inner);
+        let told = assumed.get(backend).copied();
+        told.unwrap_or_else(|| PathCost::usual(backend))
+    }
+
+    /// Of a peer's own, which count into these.
+    pub(crate) fn part(&self, of: &Self, backend: &'static str) -> Arc<Counters> {
+        let known = of.backends.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(counters) = known.get(backend) {
+            return counters.clone();
+        }
+        drop(known);
+        let whole = self.counters(backend);
+        let mut known = of.backends.write().unwrap_or_else(PoisonError::into_inner);
+        let part = Counters {
+            whole: Some(whole),
+            ..Counters::default()
+        };
+        known
+            .entry(backend)
+            .or_insert_with(|| Arc::new(part))
+            .clone()
+    }
+
     pub(crate) fn counters(&self, backend: &'static str) -> Arc<Counters> {
         let known = self.backends.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(counters) = known.get(backend) {

@@ -438,6 +438,18 @@ typedef struct kvf_agent_options {
      (UCX_TLS and others); 0: they are not. For trusted networks only.
      */
     uint32_t ucx;
+    /*
+     The congestion control of TCP connections, such as "cubic" or "bbr"; NULL: the system's.
+     */
+    const char *tcp_congestion;
+    /*
+     The ways to peers that go first, by name and the best first: "tcp" or "tcp,shm"; NULL: the usual order.
+     */
+    const char *prefer;
+    /*
+     How many threads share a copy of 8 MiB or more within the process, at most 16; 0: half of the processors, at most 4.
+     */
+    uint32_t copy_threads;
 } kvf_agent_options;
 
 /*
@@ -539,6 +551,15 @@ typedef struct kvf_transfer_options {
      A kvf_priority.
      */
     uint32_t priority;
+    /*
+     1: the CRC-32C of each range is compared, in the memory where it was and in that where it arrived, before the transfer
+     counts as done; KVF_CORRUPT names the range that differs. 0: it is not.
+     */
+    uint32_t checksum;
+    /*
+     The ways that may be used, by name: "shm" or "shm,tcp"; NULL: all.
+     */
+    const char *backends;
 } kvf_transfer_options;
 
 /*
@@ -570,9 +591,9 @@ typedef struct kvf_telemetry {
      */
     uint32_t descriptors;
     /*
-     Zero.
+     How often it, or a piece of it, was tried again after a failure.
      */
-    uint32_t reserved;
+    uint32_t failovers;
     /*
      What moved them, such as "shm".
      */
@@ -1202,8 +1223,8 @@ const char *kvf_last_error(void);
 /*
  Starts an agent.
 
- KVF_INVALID for a bad name or address, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX is asked for and is
- not in the system.
+ KVF_INVALID for a bad name or address and for a way that is not enabled, KVF_IO when the address is in use,
+ KVF_UNSUPPORTED when UCX or a congestion control is asked for that the system does not have.
 
  # Safety
  Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
@@ -1232,6 +1253,23 @@ kvf_status kvf_agent_metadata(const struct kvf_agent *agent,
                               void *buffer,
                               size_t capacity,
                               size_t *len_out);
+
+/*
+ As kvf_agent_metadata, with `count` regions of kvf_region_id alone. A peer that has loaded metadata of this agent before
+ keeps the regions that it knows: so regions can be added, or shown to some peers only.
+
+ KVF_NOT_FOUND for a region that is not registered with this agent, or not exported.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `regions` for `count` reads, `buffer` for `capacity` writes, `len_out` for a
+ write.
+ */
+kvf_status kvf_agent_metadata_of(const struct kvf_agent *agent,
+                                 const uint64_t *regions,
+                                 size_t count,
+                                 void *buffer,
+                                 size_t capacity,
+                                 size_t *len_out);
 
 /*
  Sends a message to a peer and waits until its agent has taken it, at most `timeout_ms`.
@@ -1479,7 +1517,7 @@ kvf_status kvf_list_free(struct kvf_list *list);
 
  # Safety
  Each pointer is null or valid: `agent` and `peer` live, `local` and `remote` for `count` reads, `options` with its
- notification and parts for reads, `transfer_out` for a write.
+ notification, parts and backends for reads, `transfer_out` for a write.
  */
 kvf_status kvf_transfer_create(const struct kvf_agent *agent,
                                const struct kvf_peer *peer,
@@ -1499,7 +1537,7 @@ kvf_status kvf_transfer_create(const struct kvf_agent *agent,
 
  # Safety
  Each pointer is null or valid: `agent`, `local` and `remote` live, the positions for `count` reads, `options` with its
- notification and parts for reads, `transfer_out` for a write.
+ notification, parts and backends for reads, `transfer_out` for a write.
  */
 kvf_status kvf_transfer_create_prepared(const struct kvf_agent *agent,
                                         const struct kvf_list *local,

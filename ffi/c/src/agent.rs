@@ -1,12 +1,13 @@
 //! Agents: what registers memory, knows peers and moves bytes.
 
 use std::ffi::{c_char, c_void};
+use std::mem::offset_of;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvfabric::transfer::{Agent, PeerHandle, UcxOptions};
+use kvfabric::transfer::{Agent, PeerHandle, RegionId, UcxOptions};
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
 
 use crate::boundary::{
@@ -67,18 +68,24 @@ pub struct kvf_agent_options {
     /// 1: peers are reached over UCX, which must be in the system then and takes its settings from the environment
     /// (UCX_TLS and others); 0: they are not. For trusted networks only.
     pub ucx: u32,
+    /// The congestion control of TCP connections, such as "cubic" or "bbr"; NULL: the system's.
+    pub tcp_congestion: *const c_char,
+    /// The ways to peers that go first, by name and the best first: "tcp" or "tcp,shm"; NULL: the usual order.
+    pub prefer: *const c_char,
+    /// How many threads share a copy of 8 MiB or more within the process, at most 16; 0: half of the processors, at most 4.
+    pub copy_threads: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
 unsafe impl SizePrefixed for kvf_agent_options {
-    const SIZE_MIN: usize = size_of::<Self>();
+    const SIZE_MIN: usize = offset_of!(Self, tcp_congestion);
     const NAME: &'static str = "kvf_agent_options";
 }
 
 /// Starts an agent.
 ///
-/// KVF_INVALID for a bad name or address, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX is asked for and is
-/// not in the system.
+/// KVF_INVALID for a bad name or address and for a way that is not enabled, KVF_IO when the address is in use,
+/// KVF_UNSUPPORTED when UCX or a congestion control is asked for that the system does not have.
 ///
 /// # Safety
 /// Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
@@ -103,8 +110,22 @@ pub unsafe extern "C" fn kvf_agent_create(
         let ucx = parse_flag(options.ucx, "kvf_agent_options.ucx")?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(agent_out, "agent_out") }?;
-        let builder = Agent::builder(name).shm(shm).cma(cma).tcp(tcp);
-        let agent = builder.ucx(ucx.then(UcxOptions::default)).build()?;
+        let place = "kvf_agent_options.tcp_congestion";
+        // SAFETY: null or a string, by contract.
+        let congestion = unsafe { optional_text(options.tcp_congestion, place) }?;
+        // SAFETY: null or a string, by contract.
+        let prefer = unsafe { optional_text(options.prefer, "kvf_agent_options.prefer") }?;
+        let mut builder = Agent::builder(name)
+            .shm(shm)
+            .cma(cma)
+            .tcp(tcp)
+            .tcp_congestion(congestion)
+            .prefer(listed(prefer))
+            .ucx(ucx.then(UcxOptions::default));
+        if options.copy_threads > 0 {
+            builder = builder.copy_threads(options.copy_threads as usize);
+        }
+        let agent = builder.build()?;
         out.write(into_raw(kvf_agent {
             life: Life::begin(),
             agent,
@@ -121,7 +142,13 @@ fn parse_address(address: &str, place: &str) -> Result<SocketAddr> {
         .map_err(|_| Error::invalid(place, format!("{address:?}"), "IP:PORT"))
 }
 
-fn parse_flag(value: u32, place: &str) -> Result<bool> {
+/// The words of a list with commas.
+pub(crate) fn listed(names: Option<&str>) -> Vec<String> {
+    let names = names.into_iter().flat_map(|names| names.split(','));
+    names.map(|name| name.trim().to_owned()).collect()
+}
+
+pub(crate) fn parse_flag(value: u32, place: &str) -> Result<bool> {
     match value {
         0 => Ok(false),
         1 => Ok(true),
@@ -157,6 +184,34 @@ pub unsafe extern "C" fn kvf_agent_metadata(
         // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
         let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
         listing.fill(&agent.agent.metadata(), "metadata")
+    })
+}
+
+/// As kvf_agent_metadata, with `count` regions of kvf_region_id alone. A peer that has loaded metadata of this agent before
+/// keeps the regions that it knows: so regions can be added, or shown to some peers only.
+///
+/// KVF_NOT_FOUND for a region that is not registered with this agent, or not exported.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, `regions` for `count` reads, `buffer` for `capacity` writes, `len_out` for a
+/// write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_metadata_of(
+    agent: *const kvf_agent,
+    regions: *const u64,
+    count: usize,
+    buffer: *mut c_void,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        let agent = enter(agent, "agent")?;
+        // SAFETY: null or readable for `count` values, by contract.
+        let regions = unsafe { slice(regions, count, "regions") }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
+        let regions: Vec<RegionId> = regions.iter().map(|&id| RegionId(id)).collect();
+        listing.fill(&agent.agent.metadata_of(&regions)?, "metadata")
     })
 }
 

@@ -13,6 +13,7 @@ pub mod agent;
 mod begin;
 pub mod blocks;
 mod boundary;
+pub mod estimate;
 pub mod events;
 mod handles;
 mod inbox;

@@ -55,8 +55,8 @@ pub struct kvf_telemetry {
     pub bytes: u64,
     /// Pairs of ranges that were moved, before neighbours were merged.
     pub descriptors: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// How often it, or a piece of it, was tried again after a failure.
+    pub failovers: u32,
     /// What moved them, such as "shm".
     pub path: [c_char; KVF_PATH_CAPACITY],
 }
@@ -210,14 +210,14 @@ pub unsafe extern "C" fn kvf_transfer_telemetry(
             transfer_ns: nanoseconds(telemetry.transfer),
             bytes: telemetry.bytes,
             descriptors: telemetry.descriptors,
-            reserved: 0,
+            failovers: telemetry.failovers,
             path: fixed(telemetry.path),
         });
         Ok(())
     })
 }
 
-fn nanoseconds(duration: Duration) -> u64 {
+pub(crate) fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 

@@ -24,6 +24,9 @@ fn create(name: &CStr) -> *mut kvf_agent {
         shm: 0,
         cma: 0,
         ucx: 0,
+        tcp_congestion: std::ptr::null(),
+        prefer: std::ptr::null(),
+        copy_threads: 0,
     };
     let mut agent = null_mut();
     // SAFETY: both are locals, and the name is a string.

@@ -1,6 +1,6 @@
 //! Transfers: pairs of byte ranges to read from or write to a peer.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 use std::mem::offset_of;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -10,9 +10,9 @@ use kvfabric::transfer::{
 };
 use kvfabric::{Error, ErrorKind, Result};
 
-use crate::agent::kvf_agent;
+use crate::agent::{kvf_agent, listed, parse_flag};
 use crate::boundary::{
-    Handle, Out, boundary, enter, enter_optional, into_raw, milliseconds, slice,
+    Handle, Out, boundary, enter, enter_optional, into_raw, milliseconds, optional_text, slice,
 };
 use crate::list::kvf_list;
 use crate::options::{self, SizePrefixed};
@@ -73,6 +73,11 @@ pub struct kvf_transfer_options {
     pub part_count: usize,
     /// A kvf_priority.
     pub priority: u32,
+    /// 1: the CRC-32C of each range is compared, in the memory where it was and in that where it arrived, before the transfer
+    /// counts as done; KVF_CORRUPT names the range that differs. 0: it is not.
+    pub checksum: u32,
+    /// The ways that may be used, by name: "shm" or "shm,tcp"; NULL: all.
+    pub backends: *const c_char,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -132,7 +137,7 @@ impl Handle for kvf_transfer {
 ///
 /// # Safety
 /// Each pointer is null or valid: `agent` and `peer` live, `local` and `remote` for `count` reads, `options` with its
-/// notification and parts for reads, `transfer_out` for a write.
+/// notification, parts and backends for reads, `transfer_out` for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_create(
     agent: *const kvf_agent,
@@ -181,7 +186,7 @@ pub unsafe extern "C" fn kvf_transfer_create(
 ///
 /// # Safety
 /// Each pointer is null or valid: `agent`, `local` and `remote` live, the positions for `count` reads, `options` with its
-/// notification and parts for reads, `transfer_out` for a write.
+/// notification, parts and backends for reads, `transfer_out` for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_transfer_create_prepared(
     agent: *const kvf_agent,
@@ -217,7 +222,8 @@ pub unsafe extern "C" fn kvf_transfer_create_prepared(
 }
 
 /// # Safety
-/// The notification of `options` is null or readable for its length, and its parts for their count.
+/// The notification of `options` is null or readable for its length, its parts for their count, and its backends are null or
+/// a string.
 unsafe fn parse(
     options: &kvf_transfer_options,
     positions: Option<(Vec<u32>, Vec<u32>)>,
@@ -236,12 +242,17 @@ unsafe fn parse(
             "kvf_transfer_options.parts",
         )
     }?;
+    let place = "kvf_transfer_options.backends";
+    // SAFETY: null or a string, by this function's contract.
+    let backends = unsafe { optional_text(options.backends, place) }?;
     let options = RequestOptions {
         positions,
         notification,
         deadline,
         parts: parts.to_vec(),
         priority: parse_priority(options.priority)?,
+        checksum: parse_flag(options.checksum, "kvf_transfer_options.checksum")?,
+        backends: listed(backends),
     };
     Ok((operation, options))
 }

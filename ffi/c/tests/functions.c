@@ -32,6 +32,81 @@ static void write_all(kvf_agent *agent, kvf_list *local, kvf_list *remote, const
     EXPECT_STATUS(KVF_OK, kvf_transfer_create_prepared(agent, local, remote, from, to, count, &options, transfer));
 }
 
+/* The ways that are wanted, the checksums of what arrives, what it is expected to take, and metadata of some regions. */
+static void transfers_are_checked_and_estimated(void)
+{
+    struct kvf_agent_options options = {.size = sizeof options, .name = "choosy", .shm = 1, .prefer = "tcp"};
+    kvf_agent *agent = NULL, *other = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_agent_create(&options, &agent));
+    options.tcp_listen = "127.0.0.1:0";
+    options.tcp_congestion = "no such control";
+    EXPECT_STATUS(KVF_UNSUPPORTED, kvf_agent_create(&options, &agent));
+    options.tcp_congestion = "reno";
+    options.copy_threads = 17;
+    EXPECT_STATUS(KVF_INVALID, kvf_agent_create(&options, &agent));
+    options.copy_threads = 2;
+    EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
+    options.name = "owner";
+    EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &other));
+    kvf_region *local = NULL, *shown = NULL, *hidden = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(agent, 4096, 0, &local));
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(other, 4096, KVF_ACCESS_REMOTE_READ, &shown));
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(other, 4096, KVF_ACCESS_REMOTE_READ, &hidden));
+    uint64_t id = 0, shown_id = 0;
+    EXPECT_STATUS(KVF_OK, kvf_region_id(local, &id));
+    EXPECT_STATUS(KVF_OK, kvf_region_id(shown, &shown_id));
+
+    unsigned char card[4096];
+    size_t len = 0, count = 0;
+    EXPECT_STATUS(KVF_NOT_FOUND, kvf_agent_metadata_of(other, &id, 1, card, sizeof card, &len));
+    EXPECT_STATUS(KVF_OK, kvf_agent_metadata_of(other, &shown_id, 1, card, sizeof card, &len));
+    kvf_peer *peer = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_peer_load(agent, card, len, &peer));
+    struct kvf_remote_region region = {0};
+    EXPECT_STATUS(KVF_OK, kvf_peer_regions(peer, &region, 1, &count));
+    EXPECT(count == 1 && region.id == shown_id);
+
+    /* Two ranges for one place: one of them does not find its bytes there. */
+    unsigned char *from = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_region_base(shown, (void **)&from));
+    memset(from, 1, 64);
+    struct kvf_descriptor own[] = {{id, 0, 64}, {id, 64, 64}}, theirs[] = {{shown_id, 0, 64}, {shown_id, 64, 64}};
+    struct kvf_transfer_options wanted = {.size = sizeof wanted, .operation = KVF_READ, .checksum = 2};
+    kvf_transfer *whole = NULL, *torn = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_create(agent, peer, own, theirs, 2, &wanted, &whole));
+    wanted.checksum = 1;
+    wanted.backends = "ucx";
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_create(agent, peer, own, theirs, 2, &wanted, &whole));
+    wanted.backends = "shm";
+    EXPECT_STATUS(KVF_OK, kvf_transfer_create(agent, peer, own, theirs, 2, &wanted, &whole));
+    own[1].offset = 0;
+    EXPECT_STATUS(KVF_OK, kvf_transfer_create(agent, peer, own, theirs, 2, &wanted, &torn));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_post(whole));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(whole, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_post(torn));
+    EXPECT_STATUS(KVF_CORRUPT, kvf_transfer_wait(torn, WAIT_MS));
+    EXPECT(strstr(kvf_last_error(), "descriptor 0") != NULL);
+    struct kvf_telemetry telemetry = {.size = sizeof telemetry};
+    EXPECT_STATUS(KVF_OK, kvf_transfer_telemetry(whole, &telemetry));
+    EXPECT(telemetry.failovers == 0 && strcmp(telemetry.path, "shm") == 0);
+
+    struct kvf_estimate estimate = {.size = sizeof estimate};
+    EXPECT_STATUS(KVF_OK, kvf_transfer_estimate(whole, &estimate));
+    EXPECT(strcmp(estimate.path, "shm") == 0 && estimate.expected_ns > 0);
+    char path[512];
+    EXPECT_STATUS(KVF_OK, kvf_transfer_path(whole, path, sizeof path, &len));
+    EXPECT(strncmp(path, "shm", 3) == 0 && strstr(path, "not tcp: the request wants other backends") != NULL);
+
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(whole));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(torn));
+    EXPECT_STATUS(KVF_OK, kvf_peer_free(peer));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(local, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(shown, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(hidden, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
+    EXPECT_STATUS(KVF_OK, kvf_agent_free(other));
+}
+
 /* One agent is its own peer. */
 static void transfers_from_prepared_lists(void)
 {
@@ -616,6 +691,7 @@ static void an_engine_publishes_without_a_node(const char *address)
 
 int main(int argc, char **argv)
 {
+    transfers_are_checked_and_estimated();
     transfers_from_prepared_lists();
     blocks_are_kept_dropped_and_found();
     names_of_an_engine_name_blocks();

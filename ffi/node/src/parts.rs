@@ -5,7 +5,7 @@ use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::ObjectOptions;
-use kvfabric_transfer::{Agent, UcxOptions};
+use kvfabric_transfer::{Agent, Priority, UcxOptions};
 
 use crate::blocks::Describer;
 use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
@@ -34,7 +34,9 @@ pub(crate) fn describer(config: &NodeConfig) -> Result<Describer> {
 pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
     let mut builder = Agent::builder(&config.pod)
         .shm(config.fabric.shm)
-        .tcp(config.fabric.tcp_listen);
+        .tcp(config.fabric.tcp_listen)
+        .tcp_congestion(config.fabric.tcp_congestion.as_deref())
+        .prefer(&config.fabric.prefer);
     if let Some(cma) = config.fabric.cma {
         builder = builder.cma(cma);
     }
@@ -49,5 +51,22 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
         };
         builder = builder.object_store(OBJECT_STORE, &object.url, options);
     }
-    builder.build()
+    let agent = builder.build()?;
+    for (priority, rate, key) in [
+        (
+            Priority::Normal,
+            config.fabric.bytes_per_second,
+            "fabric.bytes_per_second",
+        ),
+        (
+            Priority::Background,
+            config.fabric.background_bytes_per_second,
+            "fabric.background_bytes_per_second",
+        ),
+    ] {
+        agent
+            .set_rate(priority, rate)
+            .map_err(|error| error.at(key))?;
+    }
+    Ok(agent)
 }

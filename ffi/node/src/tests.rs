@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvfabric_tiers::BlockMemory;
-use kvfabric_transfer::{HostMemory, RegionOptions};
+use kvfabric_transfer::{HostMemory, Operation, Priority, RegionOptions, RequestOptions, Side};
 
 use super::*;
 
@@ -80,6 +80,50 @@ async fn a_node_reaches_others_over_ucx_as_it_is_told() {
         error.to_string().contains("RNDV_THRESH = \"much\""),
         "{error}"
     );
+}
+
+/// What is set is in force at the node's agent, and what cannot be is refused by its name.
+#[test]
+fn a_node_moves_bytes_as_fast_and_as_its_configuration_says() {
+    let fabric = "[fabric]\nprefer = [\"tcp\"]\ntcp_congestion = \"reno\"\nbytes_per_second = 1024\n\
+                  background_bytes_per_second = 512\n";
+    let load = |more: &[(&str, &str)]| {
+        let mut settings = minimal();
+        let more = more.iter();
+        settings.extend(more.map(|&(key, value)| (key.to_owned(), value.to_owned())));
+        parts::agent(&NodeConfig::from_toml(fabric, &settings).unwrap())
+    };
+    let agent = load(&[]).unwrap();
+    let memory = || HostMemory::anonymous(1 << 20).unwrap();
+    let region = || agent.register(memory(), RegionOptions::default()).unwrap();
+    let (from, to) = (region(), region());
+    let list = |region: &kvfabric_transfer::Region| {
+        let descriptors = [region.descriptor(0, 1 << 20)];
+        agent.prepare(Side::Local, &descriptors).unwrap()
+    };
+    let (from, to) = (list(&from), list(&to));
+    for (priority, seconds) in [(Priority::Normal, 1024), (Priority::Background, 2048)] {
+        let options = RequestOptions {
+            priority,
+            ..RequestOptions::default()
+        };
+        let request = agent.request(Operation::Read, &to, &from, options).unwrap();
+        let expected = request.estimate().unwrap().expected;
+        assert_eq!(expected.as_secs(), seconds, "{priority:?}");
+    }
+    for (key, value, words) in [
+        ("fabric.bytes_per_second", "0", "fabric.bytes_per_second"),
+        (
+            "fabric.background_bytes_per_second",
+            "0",
+            "fabric.background",
+        ),
+        ("fabric.tcp_listen", "off", "preferred backend is \"tcp\""),
+        ("fabric.tcp_congestion", "none such", "none such"),
+    ] {
+        let error = load(&[(key, value)]).unwrap_err().to_string();
+        assert!(error.contains(words), "{key}={value}: {error}");
+    }
 }
 
 /// A file, with one key overridden by a flag.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvfabric::Error;
 use kvfabric::life::Life;
-use kvfabric::transfer::{self, Operation, Priority, RegionOptions, RequestOptions};
+use kvfabric::transfer::{self, Operation, Priority, RegionId, RegionOptions, RequestOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -134,7 +134,7 @@ impl Agent {
     /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any; `ucx` are settings of
     /// UCX, which is used if they are given.
     #[new]
-    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None))]
+    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python's side of a function with named arguments"
@@ -148,6 +148,9 @@ impl Agent {
         ucx: Option<BTreeMap<String, String>>,
         tcp_advertise: Option<&str>,
         allow_peers: Option<Vec<String>>,
+        tcp_congestion: Option<&str>,
+        prefer: Option<Vec<String>>,
+        copy_threads: Option<usize>,
     ) -> PyResult<Self> {
         let tcp = tcp.map(|text| parse_address("tcp", text)).transpose()?;
         let advertised = tcp_advertise
@@ -156,7 +159,12 @@ impl Agent {
         let mut builder = transfer::Agent::builder(name)
             .shm(shm)
             .tcp(tcp)
-            .tcp_advertise(advertised);
+            .tcp_advertise(advertised)
+            .tcp_congestion(tcp_congestion)
+            .prefer(prefer.unwrap_or_default());
+        if let Some(threads) = copy_threads {
+            builder = builder.copy_threads(threads);
+        }
         if let Some(enabled) = cma {
             builder = builder.cma(enabled);
         }
@@ -257,6 +265,21 @@ impl Agent {
         Ok(PyBytes::new(py, &self.fabric.agent.metadata()))
     }
 
+    /// The same of these regions alone, for a peer that is to learn of them; it keeps those that it knows.
+    fn metadata_of<'py>(
+        &self,
+        py: Python<'py>,
+        regions: Vec<Bound<'py, Region>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let _call = enter(&self.fabric.life)?;
+        let ids: Vec<RegionId> = regions
+            .iter()
+            .map(|region| region.get().held.region.id())
+            .collect();
+        let metadata = self.fabric.agent.metadata_of(&ids).map_err(to_python)?;
+        Ok(PyBytes::new(py, &metadata))
+    }
+
     /// Learns of a peer from its metadata, or what is new about one.
     fn load_peer(&self, metadata: &[u8]) -> PyResult<Peer> {
         let _call = enter(&self.fabric.life)?;
@@ -286,8 +309,9 @@ impl Agent {
 
     /// Makes a transfer of the ranges of both lists, or of those at the given positions, paired in order, without posting
     /// it: "read" moves bytes from `remote` to `local`, "write" the other way. `parts` says how many ranges each part has,
-    /// which can be waited for by itself; what is in the `background` gives way to other transfers.
-    #[pyo3(signature = (operation, local, remote, *, local_positions = None, remote_positions = None, notification = None, deadline = 30.0, parts = None, background = false))]
+    /// which can be waited for by itself; what is in the `background` gives way to other transfers. With `checksum` what
+    /// has arrived is compared with what was sent; `backends` are the ways that may be used.
+    #[pyo3(signature = (operation, local, remote, *, local_positions = None, remote_positions = None, notification = None, deadline = 30.0, parts = None, background = false, checksum = false, backends = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python passes the optional ones by name"
@@ -304,6 +328,8 @@ impl Agent {
         deadline: f64,
         parts: Option<Vec<u32>>,
         background: bool,
+        checksum: bool,
+        backends: Option<Vec<String>>,
     ) -> PyResult<Transfer> {
         let _call = enter(&self.fabric.life)?;
         let (local, remote) = (local.get(), remote.get());
@@ -311,6 +337,8 @@ impl Agent {
             positions: positions((local, local_positions), (remote, remote_positions))?,
             parts: parts.unwrap_or_default(),
             priority: priority(background),
+            checksum,
+            backends: backends.unwrap_or_default(),
             ..once(notification, deadline)?
         };
         let wanted = Wanted {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvfabric::life::Life;
-use kvfabric::transfer::Telemetry;
+use kvfabric::transfer::{Estimate, Telemetry};
 use kvfabric::{Fetched, HeldDepth, Pinned, Reach, Removed, Source};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -16,6 +16,7 @@ use crate::operation::Memory;
 const REPORTS: &str = "kvfabric._reports";
 
 static TELEMETRY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static ESTIMATE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static STORE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static HELD: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static PIN: PyOnceLock<Py<PyType>> = PyOnceLock::new();
@@ -35,7 +36,19 @@ pub(crate) fn telemetry<'py>(
         telemetry.bytes,
         telemetry.descriptors,
         telemetry.path,
+        telemetry.failovers,
     ))
+}
+
+/// `kvfabric.Estimate`.
+pub(crate) fn estimate<'py>(py: Python<'py>, estimate: &Estimate) -> PyResult<Bound<'py, PyAny>> {
+    let fields = (
+        estimate.backend,
+        estimate.expected.as_secs_f64(),
+        estimate.measured,
+        estimate.refused.clone(),
+    );
+    ESTIMATE.import(py, REPORTS, "Estimate")?.call1(fields)
 }
 
 /// What `__await__` of an object with `done`, `fileno` and `wait` answers.

@@ -151,6 +151,13 @@ impl Transfer {
         telemetry.map(|t| reports::telemetry(py, &t)).transpose()
     }
 
+    /// What a post would take now, and which way it would go; connects if there is no connection.
+    fn estimate<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let _call = enter(&self.fabric.life)?;
+        let estimate = py.detach(|| self.request().estimate()).map_err(to_python)?;
+        reports::estimate(py, &estimate)
+    }
+
     /// Bytes that it moves.
     #[getter]
     fn bytes(&self) -> u64 {

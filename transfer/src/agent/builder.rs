@@ -5,17 +5,21 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kvcache_core::Result;
+use kvcache_core::{Error, Result};
 
 use super::{Agent, AgentCore, Exports, Timer};
-use crate::backend::copy::Copier;
+use crate::backend::copy::{COPY_THREADS_MAX, Copier};
 use crate::backend::tcp::TlsOptions;
 use crate::backend::ucx::{self, UcxOptions};
 use crate::backend::{Fabric, cma, memcpy, shm, tcp};
+use crate::estimate::PathCost;
 use crate::metadata::check_name;
 use crate::reactor::Reactor;
 use crate::stats::Stats;
 use crate::sys::fork::Process;
+
+/// Threads that share a large copy, unless told otherwise: more fill a memory channel, and leave less to others.
+const COPY_THREADS_DEFAULT_MAX: usize = 4;
 
 /// How long a path may stand still before requests go another way, unless [`AgentBuilder::slow_after`] says otherwise.
 pub const SLOW_AFTER_DEFAULT: Duration = Duration::from_secs(2);
@@ -30,6 +34,7 @@ pub struct AgentBuilder {
     shm: bool,
     cma: Option<bool>,
     memcpy: bool,
+    copy_threads: Option<usize>,
     tcp: Option<SocketAddr>,
     tcp_advertised: Option<SocketAddr>,
     tcp_rails: Vec<SocketAddr>,
@@ -39,6 +44,8 @@ pub struct AgentBuilder {
     ucx: Option<UcxOptions>,
     slow_after: Option<Duration>,
     allowed: Option<BTreeSet<String>>,
+    preferred: Vec<String>,
+    costs: Vec<(String, PathCost)>,
     fabrics: Vec<MakeFabric>,
     steps: Vec<Step>,
 }
@@ -50,6 +57,7 @@ impl AgentBuilder {
             shm: true,
             cma: None,
             memcpy: true,
+            copy_threads: None,
             tcp: None,
             tcp_advertised: None,
             tcp_rails: Vec::new(),
@@ -59,6 +67,8 @@ impl AgentBuilder {
             ucx: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
             allowed: None,
+            preferred: Vec::new(),
+            costs: Vec::new(),
             fabrics: Vec::new(),
             steps: Vec::new(),
         }
@@ -83,6 +93,14 @@ impl AgentBuilder {
     #[must_use]
     pub fn memcpy(mut self, enabled: bool) -> Self {
         self.memcpy = enabled;
+        self
+    }
+
+    /// How many threads share a copy of 8 MiB or more between regions of this process, from 1 to [`COPY_THREADS_MAX`].
+    /// Default: half of the processors, from 1 to 4.
+    #[must_use]
+    pub fn copy_threads(mut self, threads: usize) -> Self {
+        self.copy_threads = Some(threads);
         self
     }
 
@@ -159,6 +177,21 @@ impl AgentBuilder {
         self
     }
 
+    /// Which ways to peers go first, by name and the best first; the others follow in the usual order. Each must be
+    /// enabled.
+    #[must_use]
+    pub fn prefer(mut self, backends: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.preferred = backends.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// What a backend is taken to cost in estimates ([`crate::Request::estimate`]) until transfers have shown it.
+    #[must_use]
+    pub fn assume_cost(mut self, backend: &str, cost: PathCost) -> Self {
+        self.costs.push((backend.to_owned(), cost));
+        self
+    }
+
     /// Adds a step that ends the building of the agent.
     pub(crate) fn on_build(
         mut self,
@@ -188,7 +221,7 @@ impl AgentBuilder {
         let process = Process::current();
         let exports = Arc::new(Exports::new(&self.name, self.allowed)?);
         let (timer, timer_thread) = Timer::start()?;
-        let (copier, copier_thread) = Copier::start()?;
+        let (copier, copier_thread) = Copier::start(copy_threads(self.copy_threads)?)?;
         let (reactor, reactor_thread) = Reactor::start()?;
         // From here on the agent owns what was started, so that its drop ends it when the rest fails.
         let agent = Agent(Arc::new(AgentCore {
@@ -204,6 +237,7 @@ impl AgentBuilder {
             own: memcpy::own(copier.clone()),
             extensions: Mutex::new(HashMap::new()),
             slow_after: self.slow_after,
+            ranges: Default::default(),
             peers: Mutex::new(HashMap::new()),
             threads: Mutex::new(vec![timer_thread, copier_thread, reactor_thread]),
         }));
@@ -236,10 +270,29 @@ impl AgentBuilder {
                 },
             )?);
         }
+        exports.order(&self.preferred)?;
+        for (backend, cost) in self.costs {
+            agent.core().stats.assume(&backend, cost)?;
+        }
         for step in self.steps {
             step(&agent)?;
         }
         Ok(agent)
+    }
+}
+
+fn copy_threads(wanted: Option<usize>) -> Result<usize> {
+    match wanted {
+        Some(threads) if (1..=COPY_THREADS_MAX).contains(&threads) => Ok(threads),
+        Some(threads) => Err(Error::invalid(
+            "copy threads",
+            threads,
+            1..=COPY_THREADS_MAX,
+        )),
+        None => {
+            let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+            Ok((processors / 2).clamp(1, COPY_THREADS_DEFAULT_MAX))
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::Result;
 
+use super::ranges::Ranges;
 use super::{Exports, PeerCore, Timer};
 use crate::backend::copy::Copier;
 use crate::backend::{Backend, memcpy};
@@ -33,6 +34,7 @@ pub(crate) struct AgentCore {
     pub(super) extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
     /// How long a path may stand still under a request.
     pub(super) slow_after: Option<Duration>,
+    pub(super) ranges: Ranges,
     pub(super) peers: Mutex<HashMap<String, Arc<PeerCore>>>,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
 }

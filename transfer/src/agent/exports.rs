@@ -71,6 +71,25 @@ impl Exports {
             .clone()
     }
 
+    /// Puts these ways first.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a name that is no way's.
+    pub(crate) fn order(&self, first: &[String]) -> Result<()> {
+        let mut fabrics = self.fabrics.write().unwrap_or_else(PoisonError::into_inner);
+        let names: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
+        if let Some(name) = first.iter().find(|name| !names.contains(&name.as_str())) {
+            let found = format!("{name:?}");
+            return Err(Error::invalid("preferred backend", found, names.join(", ")));
+        }
+        let rank = |fabric: &Arc<dyn Fabric>| {
+            let place = first.iter().position(|name| name == fabric.name());
+            place.unwrap_or(first.len())
+        };
+        fabrics.sort_by_key(rank);
+        Ok(())
+    }
+
     /// Ends all connections, and the listening.
     pub(crate) fn close(&self) {
         // They are there until they are closed, so that a region that is deregistered meanwhile is revoked.

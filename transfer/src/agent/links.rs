@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, Result};
 
 use super::peer::PathReport;
-use crate::backend::{Backend, Channel};
+use crate::backend::{Backend, Channel, NOT_WANTED};
 use crate::descriptor::Target;
 use crate::plan::Plan;
 
@@ -55,6 +55,9 @@ impl Link {
 
     /// Why it is not the one in use; none if nothing was found wrong with it.
     fn reason(&self, plan: &Plan) -> Option<String> {
+        if !plan.wants(self.name) {
+            return Some(NOT_WANTED.to_owned());
+        }
         if let Some(left) = &self.left
             && let Some(wait) = left.until.checked_duration_since(Instant::now())
         {
@@ -124,27 +127,31 @@ impl Links {
                 .is_some_and(|link| link.is_left(Instant::now()))
     }
 
-    /// What came of connecting over a way.
-    pub(super) fn set(
-        &self,
-        position: usize,
-        name: &'static str,
-        connected: Result<&Arc<dyn Channel>, &Error>,
-    ) {
+    /// All ways that there are, in order.
+    pub(super) fn know(&self, names: impl ExactSizeIterator<Item = &'static str>) {
+        if self.read().len() >= names.len() {
+            return;
+        }
+        let mut links = self.write();
+        let known = links.len();
+        links.extend(names.skip(known).map(|name| Link {
+            name,
+            state: LinkState::Untried,
+            left: None,
+        }));
+    }
+
+    /// What came of connecting over a way, which is known.
+    pub(super) fn set(&self, position: usize, connected: Result<&Arc<dyn Channel>, &Error>) {
         let state = match connected {
             Ok(channel) => LinkState::Connected(channel.clone()),
             Err(reason) => LinkState::Refused(reason.to_string()),
         };
         let mut links = self.write();
-        while links.len() <= position {
-            links.push(Link {
-                name,
-                state: LinkState::Untried,
-                left: None,
-            });
-        }
-        let before = std::mem::replace(&mut links[position].state, state);
-        links[position].name = name;
+        let Some(link) = links.get_mut(position) else {
+            return;
+        };
+        let before = std::mem::replace(&mut link.state, state);
         drop(links);
         // Without the lock: the last user of a connection ends it.
         drop(before);
@@ -288,8 +295,11 @@ pub(super) fn is_same(channel: &Arc<dyn Channel>, other: Option<&Arc<dyn Backend
 
 /// Why a channel cannot carry this plan; none if it can.
 pub(super) fn refusal(channel: &dyn Channel, plan: &Plan) -> Option<String> {
-    plan.remote.iter().find_map(|target| match target {
-        Target::Local(_) => None,
-        Target::Remote(region) => channel.reaches(region).err(),
+    let unable = channel.refusal(plan);
+    unable.or_else(|| {
+        plan.remote.iter().find_map(|target| match target {
+            Target::Local(_) => None,
+            Target::Remote(region) => channel.reaches(region).err(),
+        })
     })
 }

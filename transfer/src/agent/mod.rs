@@ -15,6 +15,7 @@ mod exports;
 mod inbox;
 mod links;
 mod peer;
+mod ranges;
 mod timer;
 
 pub(crate) use self::core::AgentCore;
@@ -23,13 +24,14 @@ pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
 pub use peer::{ConnectionReport, PathReport, PeerHandle};
+pub use ranges::RegisteredRange;
 pub(crate) use timer::{Timer, TimerKey};
 
 pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
 
 use crate::backend::{Backend, Operation};
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
-use crate::plan::Plan;
+use crate::plan::{PairOptions, Plan};
 use crate::region::{Body, Region, RegionCore, RegionId, RegionOptions, RegionUse};
 use crate::request::{Priority, Request, RequestOptions, Route};
 use crate::stats::AgentStats;
@@ -235,12 +237,18 @@ impl Agent {
                 region.mapping()?;
             }
         }
-        let positions = options.positions.as_ref();
-        let (plan, ends) = Plan::pair(operation, local, remote, positions, &options.parts)?;
+        let pairing = PairOptions {
+            positions: options.positions.as_ref(),
+            parts: &options.parts,
+            checked: options.checksum,
+        };
+        let (mut plan, ends) = Plan::pair(operation, local, remote, pairing)?;
+        plan.ways = self.wanted(&options.backends)?;
         let route = match &remote.0.peer {
             Some(peer) => self.route_to(peer, &plan)?,
             None => {
                 let backend = self.own_backend(&plan)?;
+                check_backend(&*backend, &plan)?;
                 if options.notification.is_some() && !backend.capabilities().notifications {
                     let text = "a notification needs a peer to deliver it to";
                     return Err(Error::new(ErrorKind::Invalid, text));
@@ -256,10 +264,34 @@ impl Agent {
         for target in &*plan.remote {
             if let Target::Remote(region) = target {
                 region.check(plan.operation)?;
+                if plan.is_checked() {
+                    region.check(Operation::Read)?;
+                }
             }
         }
         peer.ready_channel(&self.0, plan)?;
         Ok(Route::Peer(peer.clone()))
+    }
+
+    /// The backends that a request names, which must be among those that the agent has or can have.
+    fn wanted(&self, names: &[String]) -> Result<Arc<[String]>> {
+        let fabrics = self.0.exports.fabrics();
+        let mut known: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
+        known.extend(
+            OWN_BACKENDS
+                .iter()
+                .filter(|own| !known.contains(own))
+                .copied()
+                .collect::<Vec<_>>(),
+        );
+        match names.iter().find(|name| !known.contains(&name.as_str())) {
+            Some(name) => Err(Error::invalid(
+                "backend",
+                format!("{name:?}"),
+                known.join(", "),
+            )),
+            None => Ok(names.into()),
+        }
     }
 
     /// The one engine that serves all of the plan's remote side.
@@ -413,6 +445,19 @@ impl Agent {
             notifications_refused: self.0.exports.inbox().refused(),
             failovers: self.0.stats.failovers(),
         }
+    }
+}
+
+/// What moves bytes within an agent.
+const OWN_BACKENDS: [&str; 3] = ["memcpy", "file", "object"];
+
+fn check_backend(backend: &dyn Backend, plan: &Plan) -> Result<()> {
+    match backend.refusal(plan) {
+        Some(reason) => {
+            let text = format!("{}: {reason}", backend.name());
+            Err(Error::new(ErrorKind::Unsupported, text))
+        }
+        None => Ok(()),
     }
 }
 

@@ -10,11 +10,12 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::AgentCore;
 use super::links::{Links, is_same, refusal};
-use crate::backend::{Backend, Channel};
+use crate::backend::{Backend, Channel, NOT_WANTED};
 use crate::metadata::{PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::region::RegionId;
 use crate::request::{Bucket, TRIES_MAX};
+use crate::stats::{Counters, Stats};
 
 /// How long connecting to a peer may take, for each way that is tried.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -123,6 +124,8 @@ pub(crate) struct PeerCore {
     /// How often all connections were ended on purpose.
     closings: AtomicU64,
     rate: Arc<Bucket>,
+    /// What requests of this agent have moved to and from the peer.
+    stats: Stats,
 }
 
 impl PeerCore {
@@ -134,7 +137,23 @@ impl PeerCore {
             connecting: Mutex::default(),
             closings: AtomicU64::new(0),
             rate: Arc::default(),
+            stats: Stats::default(),
         }
+    }
+
+    /// What a backend has moved to and from the peer; counted for the agent, too.
+    pub(crate) fn counters(&self, agent: &AgentCore, backend: &'static str) -> Arc<Counters> {
+        agent.stats().part(&self.stats, backend)
+    }
+
+    /// Which way a plan would go now, and why not another; connects if there is no connection.
+    pub(crate) fn report_for(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+    ) -> Result<PathReport> {
+        let channel = self.choose(agent, plan)?;
+        Ok(self.links.explain(Ok(channel), plan))
     }
 
     /// What limits all that moves to and from the peer.
@@ -312,12 +331,17 @@ impl PeerCore {
     ) -> Result<Arc<dyn Channel>> {
         let card = self.card();
         let fabrics = agent.exports().fabrics();
+        self.links.know(fabrics.iter().map(|fabric| fabric.name()));
         let (left, others): (Vec<usize>, Vec<usize>) =
             (0..fabrics.len()).partition(|&position| self.links.is_left(position));
         let mut refused = Vec::new();
         for &position in others.iter().chain(&left) {
             let fabric = &fabrics[position];
             let (name, usable) = (fabric.name(), self.links.usable(position));
+            if !plan.wants(name) {
+                refused.push(format!("{name}: {NOT_WANTED}"));
+                continue;
+            }
             let channel = match usable {
                 Some(channel) if is_same(&channel, but) => {
                     refused.push(format!("{name}: it has failed just now"));
@@ -326,7 +350,7 @@ impl PeerCore {
                 Some(channel) => Ok(channel),
                 None => {
                     let made = fabric.connect(&card, CONNECT_TIMEOUT);
-                    self.links.set(position, name, made.as_ref());
+                    self.links.set(position, made.as_ref());
                     self.warn_of(name, made.as_ref().err());
                     made
                 }
@@ -349,7 +373,10 @@ impl PeerCore {
             refused.join("; ")
         };
         let text = format!("peer {:?} can't be reached ({reasons})", self.name);
-        *in_vain = Some((Instant::now(), text.clone()));
+        // Of those that this request wants nothing follows for others.
+        if plan.ways.is_empty() {
+            *in_vain = Some((Instant::now(), text.clone()));
+        }
         Err(Error::new(ErrorKind::PeerLost, text))
     }
 
@@ -384,7 +411,7 @@ impl PeerCore {
                 && self.links.usable(position).is_none()
             {
                 let made = fabric.connect(&card, CONNECT_TIMEOUT);
-                self.links.set(position, fabric.name(), made.as_ref());
+                self.links.set(position, made.as_ref());
                 if let Err(error) = made {
                     self.links.leave_longer(position, &error.to_string());
                 }

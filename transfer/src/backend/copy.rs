@@ -21,6 +21,17 @@ const INLINE_EXTENTS_MAX: usize = 256;
 /// Copies that may wait for the copying thread; posts above it are told `Busy`.
 const COPIES_WAITING_MAX: usize = 16_384;
 
+/// From this many bytes on, several threads share a copy between regions of one process: starting one takes about as
+/// long as 400 KiB, and only what is far more gains by it.
+pub(crate) const SHARED_BYTES_MIN: u64 = 8 << 20;
+
+/// The most threads that share a copy.
+pub const COPY_THREADS_MAX: usize = 16;
+
+/// Ranges up to this size are copied after those before them in the list, and before those that follow: they may be the
+/// words that say whether those are current.
+pub(super) const WORD_BYTES_MAX: u64 = 512;
+
 /// Bytes copied between two looks at whether the caller has given up.
 pub(crate) const STEP_BYTES: u64 = 1 << 20;
 
@@ -56,11 +67,14 @@ struct Queues {
 /// The agent's copying thread.
 pub(crate) struct Copier {
     queues: RwLock<Option<Queues>>,
+    /// How many share a copy within the process.
+    threads: usize,
 }
 
 impl Copier {
-    /// Starts the thread; it ends after [`Copier::close`], once the copies that wait are done.
-    pub(crate) fn start() -> Result<(Arc<Self>, JoinHandle<()>)> {
+    /// Starts the thread; it ends after [`Copier::close`], once the copies that wait are done. Large copies within the
+    /// process are shared by `threads`.
+    pub(crate) fn start(threads: usize) -> Result<(Arc<Self>, JoinHandle<()>)> {
         let (normal, first) = bounded(COPIES_WAITING_MAX);
         let (background, second) = bounded(COPIES_WAITING_MAX);
         let thread = std::thread::Builder::new()
@@ -71,9 +85,15 @@ impl Copier {
         Ok((
             Arc::new(Self {
                 queues: RwLock::new(Some(queues)),
+                threads,
             }),
             thread,
         ))
+    }
+
+    /// How many threads share a large copy within the process.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
     }
 
     pub(crate) fn close(&self) {
@@ -148,9 +168,25 @@ pub(crate) fn copy_plan<'a>(
     go_on: &dyn Fn() -> Result<()>,
     remote: impl Fn(u32) -> Result<&'a Mapping>,
 ) -> Result<()> {
+    copy_extents(plan, &plan.extents, go_on, &remote)
+}
+
+/// As [`copy_plan`], some extents of it.
+pub(super) fn copy_extents<'a>(
+    plan: &Plan,
+    extents: &[Extent],
+    go_on: &dyn Fn() -> Result<()>,
+    remote: &impl Fn(u32) -> Result<&'a Mapping>,
+) -> Result<()> {
     let mut since_look = 0;
-    for extent in &plan.extents {
+    for extent in extents {
         let (local, remote) = (local_memory(plan, extent)?, remote(extent.remote)?);
+        if plan.sums {
+            go_on()?;
+            let sum = remote.crc32c(extent.remote_offset, extent.len)?;
+            local.write(extent.local_offset, &sum.to_le_bytes())?;
+            continue;
+        }
         let mut done = 0;
         while done < extent.len {
             if since_look >= STEP_BYTES {
@@ -177,7 +213,7 @@ pub(crate) fn local_memory<'a>(plan: &'a Plan, extent: &Extent) -> Result<&'a Ma
     }
 }
 
-fn copy_part(
+pub(super) fn copy_part(
     operation: Operation,
     extent: &Extent,
     done: u64,

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::copy::{Copier, Turn, copy_plan};
+use super::copy::{Copier, Turn};
+use super::shared_copy::copy_plan;
 use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::descriptor::Target;
@@ -24,6 +25,7 @@ pub(crate) fn own(copier: Arc<Copier>) -> Arc<dyn Backend> {
     const CAPABILITIES: Capabilities = Capabilities {
         remote: &[MemoryKind::Host],
         notifications: false,
+        checksums: true,
     };
     Arc::new(Own {
         copier,
@@ -62,9 +64,10 @@ impl Backend for Own {
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
-        let work = |job: Job, turn: &Turn<'_>| {
+        let threads = self.copier.threads();
+        let work = move |job: Job, turn: &Turn<'_>| {
             let plan = job.plan().clone();
-            let outcome = copy_plan(&plan, &|| turn.go_on(&job), |remote| {
+            let outcome = copy_plan(&plan, threads, &|| turn.go_on(&job), |remote| {
                 match &plan.remote[remote as usize] {
                     Target::Local(region) => region.mapping(),
                     Target::Remote(region) => Err(not_ours(region)),
@@ -116,6 +119,7 @@ impl Fabric for Process {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: true,
             },
         }))
     }
@@ -175,9 +179,10 @@ impl Backend for Neighbour {
             Err(error) => return Err(job.refuse(error)),
         };
         let own_name = self.own_name.clone();
+        let threads = self.copier.threads();
         let work = move |job: Job, turn: &Turn<'_>| {
             let plan = job.plan().clone();
-            let mut outcome = copy_plan(&plan, &|| turn.go_on(&job), |remote| {
+            let mut outcome = copy_plan(&plan, threads, &|| turn.go_on(&job), |remote| {
                 uses[remote as usize].region().mapping()
             });
             drop(uses);

@@ -17,6 +17,7 @@ pub mod file;
 mod job;
 pub(crate) mod memcpy;
 pub mod object;
+mod shared_copy;
 pub(crate) mod shm;
 pub mod sim;
 pub(crate) mod spare;
@@ -42,7 +43,12 @@ pub(crate) struct Capabilities {
     pub(crate) remote: &'static [MemoryKind],
     /// Whether it carries notifications.
     pub(crate) notifications: bool,
+    /// Whether it takes plans of checksums ([`Plan::sums`]).
+    pub(crate) checksums: bool,
 }
+
+/// Why a backend that a request does not name is not used.
+pub(crate) const NOT_WANTED: &str = "the request wants other backends";
 
 /// Something that moves bytes: the connection to one peer, or the engine behind files or objects.
 ///
@@ -54,6 +60,15 @@ pub(crate) trait Backend: Send + Sync {
 
     /// What it can do.
     fn capabilities(&self) -> &Capabilities;
+
+    /// Why it does not do what a plan asks for beside moving bytes; none if it does.
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        let checked = plan.is_checked() || plan.sums;
+        if !plan.wants(self.name()) {
+            return Some(NOT_WANTED.to_owned());
+        }
+        (checked && !self.capabilities().checksums).then(|| "compares no checksums".to_owned())
+    }
 
     /// Makes ready for requests with this plan (resolves keys, maps memory). May block, up to a deadline of its own;
     /// called when a request is made, not when it is posted.

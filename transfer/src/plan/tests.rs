@@ -66,7 +66,11 @@ fn moves(plan: &Plan) -> Vec<Move> {
 }
 
 /// What the pairs of each part come to, and where the parts end.
-fn model(pairs: &[(Descriptor, Descriptor)], parts: &[u32]) -> (Vec<Move>, Vec<usize>) {
+fn model(
+    pairs: &[(Descriptor, Descriptor)],
+    parts: &[u32],
+    checked: bool,
+) -> (Vec<Move>, Vec<usize>) {
     let (mut moves, mut ends, mut rest) = (Vec::new(), Vec::new(), pairs);
     let all = [pairs.len() as u32];
     for &count in if parts.is_empty() { &all } else { parts } {
@@ -76,7 +80,8 @@ fn model(pairs: &[(Descriptor, Descriptor)], parts: &[u32]) -> (Vec<Move>, Vec<u
         for (own, other) in these {
             match part.last_mut() {
                 Some(last)
-                    if (last.0, last.1 + last.4) == (own.region.0, own.offset)
+                    if !checked
+                        && (last.0, last.1 + last.4) == (own.region.0, own.offset)
                         && (last.2, last.3 + last.4) == (other.region.0, other.offset) =>
                 {
                     last.4 += own.len;
@@ -106,6 +111,7 @@ proptest! {
         remote in descriptors(),
         chosen in proptest::option::of(proptest::collection::vec((any::<u32>(), any::<u32>()), 1..40)),
         mut parts in proptest::collection::vec(1..8_u32, 0..6),
+        checked: bool,
     ) {
         let count = local.len().min(remote.len());
         let (local, remote) = (&local[..count], &remote[..count]);
@@ -130,12 +136,19 @@ proptest! {
         let own = PreparedList::build(None, local.iter().copied(), find).unwrap();
         let other = PreparedList::build(None, remote.iter().copied(), find).unwrap();
         let positions = chosen.map(|_| positions.iter().map(|&(a, b)| (a as u32, b as u32)).unzip());
-        let paired = Plan::pair(Operation::Read, &own, &other, positions.as_ref(), &parts);
+        let options = PairOptions {
+            positions: positions.as_ref(),
+            parts: &parts,
+            checked,
+        };
+        let paired = Plan::pair(Operation::Read, &own, &other, options);
         match (paired, unequal) {
             (Ok((plan, ends)), None) => {
-                prop_assert_eq!((moves(&plan), ends), model(&pairs, &parts));
+                prop_assert_eq!((moves(&plan), ends), model(&pairs, &parts, checked));
                 prop_assert_eq!(plan.bytes, pairs.iter().map(|pair| pair.0.len).sum::<u64>());
                 prop_assert_eq!(plan.descriptors as usize, pairs.len());
+                let numbered = if checked { pairs.len() } else { 0 };
+                prop_assert!(plan.pairs.iter().copied().eq(0..numbered as u32));
             }
             (Err(error), Some(position)) => {
                 let text = error.to_string();
@@ -182,7 +195,11 @@ fn a_position_that_does_not_exist_is_named() {
             ((vec![0, 3], vec![0, 2]), "local position"),
             ((vec![0, 2], vec![0, u32::MAX]), "remote position"),
         ] {
-            let paired = Plan::pair(Operation::Read, &local, &remote, Some(&positions), &[]);
+            let options = PairOptions {
+                positions: Some(&positions),
+                ..PairOptions::default()
+            };
+            let paired = Plan::pair(Operation::Read, &local, &remote, options);
             let text = paired.err().unwrap().to_string();
             assert!(text.contains(side), "{text}");
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::check::Compare;
 use super::later::{Again, Due, Later};
 use super::piece::Piece;
 use super::rate::{Bucket, Priority};
@@ -47,14 +48,14 @@ pub(crate) struct RequestCore {
 }
 
 /// A piece that its backend did not move.
-struct Failed<'a> {
-    backend: &'a Arc<dyn Backend>,
-    piece: u32,
+pub(super) struct Failed<'a> {
+    pub(super) backend: &'a Arc<dyn Backend>,
+    pub(super) piece: u32,
     /// How often it was tried.
-    tries: u32,
-    error: Error,
+    pub(super) tries: u32,
+    pub(super) error: Error,
     /// Something of it may have been moved.
-    began: bool,
+    pub(super) began: bool,
 }
 
 /// Whether another way, or another connection, may do better.
@@ -156,9 +157,18 @@ impl RequestCore {
         }
     }
 
+    fn is_paced(&self) -> bool {
+        self.pace.iter().any(|rate| rate.is_limited())
+    }
+
+    /// Whether the notification goes after all else, by itself.
+    fn ends_alone(&self) -> bool {
+        self.pieces.len() > 1 || self.plan.is_checked()
+    }
+
     /// What goes along with the only piece.
     pub(super) fn notification_of_one(&self) -> Option<Bytes> {
-        if self.pieces.len() > 1 {
+        if self.ends_alone() {
             return None;
         }
         self.lock().notice.clone()
@@ -176,7 +186,8 @@ impl RequestCore {
         state.failovers += 1;
         state.came_from = Some((failed.failed.name(), failed.error.kind()));
         (state.seen, state.moved_at) = (None, Instant::now());
-        state.counters = Some(agent.stats().counters(backend.name()));
+        let peer = self.retry.as_ref().and_then(|(_, peer)| peer.upgrade());
+        state.counters = peer.map(|peer| peer.counters(agent, backend.name()));
         state.backends.push(backend.clone());
         drop(state);
         agent.stats().count_failover();
@@ -196,7 +207,23 @@ impl RequestCore {
                 let failure = failure.map(|e| TransferError::new(e, MemoryFate::Settled));
                 self.finish(failure);
             }
+            (Share::Piece { number, tries }, Ok(())) if self.plan.is_checked() => {
+                self.check(&ticket.backend, number, tries);
+            }
             (Share::Piece { number, .. }, Ok(())) => self.settle_piece(number, Ok(())),
+            (Share::Check { number, tries }, outcome) => {
+                let sums = ticket.plan().clone();
+                self.sums_came(
+                    Compare {
+                        core: self.clone(),
+                        backend: ticket.backend.clone(),
+                        piece: number,
+                        tries,
+                        sums,
+                    },
+                    outcome,
+                );
+            }
             (Share::Piece { number, tries }, Err(error)) => self.piece_failed(Failed {
                 backend: &ticket.backend,
                 piece: number,
@@ -207,7 +234,7 @@ impl RequestCore {
         }
     }
 
-    fn piece_failed(self: &Arc<Self>, failed: Failed<'_>) {
+    pub(super) fn piece_failed(self: &Arc<Self>, failed: Failed<'_>) {
         let piece = failed.piece;
         if let Err(error) = self.try_again(failed) {
             self.settle_piece(piece, Err(error));
@@ -218,7 +245,7 @@ impl RequestCore {
     pub(super) fn may_try_again(&self, ticket: &Ticket, kind: ErrorKind) -> bool {
         match ticket.share {
             Share::Notice => false,
-            Share::Piece { tries, .. } => {
+            Share::Piece { tries, .. } | Share::Check { tries, .. } => {
                 let fenced = ticket.backend.fences(self.plan.operation);
                 fenced && is_of_the_way(kind) && self.has_hope(tries)
             }
@@ -303,7 +330,7 @@ impl RequestCore {
             let backend = state.backends.last().cloned();
             let decided = failure.is_some() || !matches!(state.status, Status::InFlight);
             if !decided
-                && self.pieces.len() > 1
+                && self.ends_alone()
                 && let (Some(notice), Some(backend)) = (state.notice.take(), backend)
             {
                 state.open = 1;
@@ -396,7 +423,12 @@ impl RequestCore {
             (Status::InFlight, None) => {
                 let elapsed = state.started.elapsed();
                 if let Some(counters) = &state.counters {
-                    counters.complete(self.plan.operation, self.plan.bytes, elapsed);
+                    let (operation, bytes) = (self.plan.operation, self.plan.bytes);
+                    counters.complete(operation, bytes, elapsed);
+                    // What was held back, moved twice or checked says nothing of the path.
+                    if state.failovers == 0 && !self.is_paced() && !self.plan.is_checked() {
+                        counters.saw(operation, bytes, elapsed);
+                    }
                 }
                 let done = Completion {
                     bytes: self.plan.bytes,

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::check::Compare;
 use super::core::{RequestCore, TRIES_MAX};
 use super::slow::Slow;
 use super::state::PostNumber;
@@ -26,6 +27,8 @@ pub(super) enum Due {
     },
     /// A piece that failed, over whatever way there is now.
     Again(Again),
+    /// A piece that was moved and is to be checked.
+    Compare(Compare),
     /// A request whose path stands still.
     Slow(Slow),
     /// Ways to a peer that were left are tried again.
@@ -157,6 +160,7 @@ impl Later {
             match due {
                 Due::Paced { core, number } => core.fail_unposted(number, closed),
                 Due::Again(again) => again.core.settle_piece(again.piece, Err(again.error)),
+                Due::Compare(compare) => compare.run(),
                 Due::Slow(_) | Due::Reconnect { .. } => {}
             }
         }
@@ -170,6 +174,7 @@ impl Later {
                 }
             }
             Due::Again(again) => again.post(),
+            Due::Compare(compare) => compare.run(),
             Due::Slow(slow) => slow.leave(),
             Due::Reconnect { agent, peer, ways } => {
                 if let (Some(agent), Some(peer)) = (agent.upgrade(), peer.upgrade()) {

@@ -30,17 +30,18 @@ pub(super) fn cut(plan: &Arc<Plan>, ends: &[usize], paced: bool) -> Vec<Piece> {
     let mut pieces = Vec::with_capacity(ends.len());
     let mut start = 0;
     for (part, &end) in ends.iter().enumerate() {
-        let (mut gathered, mut bytes) = (Vec::new(), 0);
-        for extent in &plan.extents[start..end] {
+        let (mut gathered, mut bytes) = (Gathered::default(), 0);
+        for (at, extent) in (start..end).zip(&plan.extents[start..end]) {
             let mut done = 0;
             while done < extent.len {
                 let len = (extent.len - done).min(limit - bytes);
-                gathered.push(Extent {
+                gathered.extents.push(Extent {
                     local_offset: extent.local_offset + done,
                     remote_offset: extent.remote_offset + done,
                     len,
                     ..*extent
                 });
+                gathered.pairs.extend(plan.pairs.get(at));
                 (done, bytes) = (done + len, bytes + len);
                 if bytes == limit {
                     pieces.push(piece(plan, std::mem::take(&mut gathered), part));
@@ -48,7 +49,7 @@ pub(super) fn cut(plan: &Arc<Plan>, ends: &[usize], paced: bool) -> Vec<Piece> {
                 }
             }
         }
-        if !gathered.is_empty() {
+        if !gathered.extents.is_empty() {
             pieces.push(piece(plan, gathered, part));
         }
         start = end;
@@ -56,9 +57,16 @@ pub(super) fn cut(plan: &Arc<Plan>, ends: &[usize], paced: bool) -> Vec<Piece> {
     pieces
 }
 
-fn piece(plan: &Plan, extents: Vec<Extent>, part: usize) -> Piece {
+/// Extents, and the pairs that they are of if those are wanted.
+#[derive(Default)]
+struct Gathered {
+    extents: Vec<Extent>,
+    pairs: Vec<u32>,
+}
+
+fn piece(plan: &Plan, gathered: Gathered, part: usize) -> Piece {
     Piece {
-        plan: Arc::new(plan.with(extents)),
+        plan: Arc::new(plan.with(gathered.extents, gathered.pairs)),
         part: part as u32,
     }
 }
@@ -156,6 +164,7 @@ mod tests {
                     operation: Operation::Read,
                     descriptors: count as u32,
                     extents,
+                    ..Plan::empty()
                 };
                 let plan = Arc::new(plan);
                 let pieces = cut(&plan, &ends, paced);

@@ -52,6 +52,10 @@ impl Bucket {
         });
     }
 
+    pub(super) fn bytes_per_s(&self) -> Option<u64> {
+        self.lock().as_ref().map(|level| level.bytes_per_s)
+    }
+
     pub(crate) fn is_limited(&self) -> bool {
         self.lock().is_some()
     }

@@ -14,6 +14,8 @@ use crate::plan::Plan;
 pub(super) enum Share {
     /// A piece, by number, tried for the n-th time.
     Piece { number: u32, tries: u32 },
+    /// The checksums of a piece that was moved.
+    Check { number: u32, tries: u32 },
     /// The notification of a request in pieces, after all of them.
     Notice,
 }
@@ -104,7 +106,7 @@ impl Drop for Ticket {
                 ErrorKind::Internal,
                 "a backend lost track of a transfer",
             ));
-            std::mem::forget(self.core.plan.clone());
+            std::mem::forget((self.core.plan.clone(), self.plan.clone()));
         }
     }
 }

@@ -111,6 +111,16 @@ impl HostMemory {
         self.shared.is_some()
     }
 
+    /// A part of it, as someone else's memory; the test keeps both in order.
+    #[cfg(test)]
+    pub(crate) fn lend(&self, offset: u64, bytes: u64) -> Result<Self> {
+        assert!(offset + bytes <= self.bytes(), "a part of it");
+        let base = self.base().as_ptr().wrapping_add(offset as usize);
+        // SAFETY: lies within this memory (checked above), which is only ever touched by raw copies, and which the test
+        // keeps longer than what it registers.
+        unsafe { Self::from_raw(base, bytes) }
+    }
+
     pub(crate) fn mapping(&self) -> &Mapping {
         &self.mapping
     }

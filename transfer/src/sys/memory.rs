@@ -113,6 +113,11 @@ impl Mapping {
         })
     }
 
+    /// Whether it is someone else's.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.ownership == Ownership::Lent
+    }
+
     /// Where it begins.
     pub(super) fn base(&self) -> NonNull<u8> {
         self.base

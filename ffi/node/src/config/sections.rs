@@ -141,6 +141,14 @@ pub struct FabricSection {
     /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
     #[serde(with = "listen")]
     pub tcp_listen: Option<SocketAddr>,
+    /// The congestion control of TCP connections, such as `bbr`; the system's if it is not given.
+    pub tcp_congestion: Option<String>,
+    /// The ways to pods that go first, by name; the others follow in the usual order.
+    pub prefer: Vec<String>,
+    /// Bytes a second that fetches and other requests that someone waits for move at most.
+    pub bytes_per_second: Option<u64>,
+    /// Bytes a second that what gives way to them moves at most.
+    pub background_bytes_per_second: Option<u64>,
     /// UCX, which must be in the system then: for RDMA. Only where the network is trusted.
     pub ucx: bool,
     /// Settings of UCX by their names without `UCX_`, such as `TLS`; others come from the environment.
@@ -153,6 +161,10 @@ impl Default for FabricSection {
             shm: true,
             cma: None,
             tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+            tcp_congestion: None,
+            prefer: Vec::new(),
+            bytes_per_second: None,
+            background_bytes_per_second: None,
             ucx: false,
             ucx_settings: BTreeMap::new(),
         }

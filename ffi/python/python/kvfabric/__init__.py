@@ -41,7 +41,7 @@ from ._kvfabric import (
     model_identity,
     pack_hashes,
 )
-from ._reports import Held, Pin, Reach, Removed, StoreReport, Telemetry
+from ._reports import Estimate, Held, Pin, Reach, Removed, StoreReport, Telemetry
 
 __all__ = [
     "Agent",
@@ -50,6 +50,7 @@ __all__ = [
     "CorruptError",
     "DeadlineError",
     "DeniedError",
+    "Estimate",
     "FetchReport",
     "ForkedError",
     "Held",

@@ -21,6 +21,7 @@ from ._reports import Pin as Pin
 from ._reports import Reach as Reach
 from ._reports import Removed as Removed
 from ._reports import StoreReport as StoreReport
+from ._reports import Estimate as Estimate
 from ._reports import Telemetry as Telemetry
 
 __version__: str
@@ -139,6 +140,9 @@ class Agent:
         ucx: Optional[Mapping[str, str]] = None,
         tcp_advertise: Optional[str] = None,
         allow_peers: Optional[Sequence[str]] = None,
+        tcp_congestion: Optional[str] = None,
+        prefer: Optional[Sequence[str]] = None,
+        copy_threads: Optional[int] = None,
     ) -> Agent:
         """Starts an agent that peers know by `name`.
 
@@ -149,6 +153,10 @@ class Agent:
         (`UnsupportedError` otherwise): settings by their names without "UCX_", {} for those of the
         environment alone. Use it in trusted networks only. Without `allow_peers` every peer that
         knows a region's key may connect.
+
+        `tcp_congestion` is the congestion control of TCP connections, such as "bbr"; `prefer` names
+        the ways to peers that go first; `copy_threads` is how many threads share a copy of 8 MiB or
+        more within the process.
         """
 
     @property
@@ -199,6 +207,11 @@ class Agent:
         included.
         """
 
+    def metadata_of(self, regions: Sequence[Region]) -> bytes:
+        """The same of these regions alone. A peer that has loaded metadata of this agent before
+        keeps the regions that it knows: so regions can be added, or shown to some peers only.
+        """
+
     def load_peer(self, metadata: bytes) -> Peer:
         """Learns of a peer from its metadata, or what is new about one."""
 
@@ -224,6 +237,8 @@ class Agent:
         deadline: float = 30.0,
         parts: Optional[Sequence[int]] = None,
         background: bool = False,
+        checksum: bool = False,
+        backends: Optional[Sequence[str]] = None,
     ) -> Transfer:
         """Makes a transfer of the ranges of both lists, paired in order, without posting it. It can
         be posted any number of times, one after the other.
@@ -236,6 +251,11 @@ class Agent:
         `parts` says how many ranges each part has, such as those of a layer: parts move in order,
         and each can be waited for with `Transfer.wait_part`. What is in the `background`, such as
         an offload, gives way to other transfers.
+
+        With `checksum` the CRC-32C of each range is compared, in the memory where it was and in
+        that where it arrived, before the transfer counts as done: `CorruptError` names the range
+        that differs. `backends` are the ways that may be used, such as ["shm"]; all if there are
+        none.
         """
 
     def set_rate(
@@ -374,6 +394,11 @@ class Transfer:
     @property
     def telemetry(self) -> Optional[Telemetry]:
         """How the last finished post went; None before."""
+
+    def estimate(self) -> Estimate:
+        """What a post would take now, by what others took, and which way it would go. Connects to
+        the peer if there is no connection.
+        """
 
     @property
     def bytes(self) -> int:

@@ -18,6 +18,21 @@ class Telemetry(NamedTuple):
     """Pairs of ranges that it moved them as."""
     path: str
     """The backend that moved them, such as "shm"."""
+    failovers: int = 0
+    """How often it, or a piece of it, was tried again after a failure."""
+
+
+class Estimate(NamedTuple):
+    """What a post of a transfer would take now, by what others took."""
+
+    backend: str
+    """The backend that would move it, such as "shm"."""
+    seconds: float
+    """From the post until it is finished, if nothing else is in its way."""
+    measured: bool
+    """Whether transfers of about this size have shown it; else it is what the backend usually costs."""
+    refused: List[Tuple[str, str]]
+    """Backends that go before this one, with what kept them from being chosen."""
 
 
 class StoreReport(NamedTuple):

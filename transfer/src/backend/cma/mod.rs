@@ -18,6 +18,7 @@
 //! fails. Reads have no such instant.
 
 mod explain;
+mod sums;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -126,6 +127,9 @@ impl Access for Cma {
         memory: &[Arc<Held<Self>>],
         go_on: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
+        if plan.sums {
+            return sums::sum(peer, plan, memory, go_on);
+        }
         let mut batch = Batch::new(plan.operation, plan.extents.len());
         let mut at = Place::default();
         while at.extent < plan.extents.len() {

@@ -89,6 +89,7 @@ impl Bench {
             bytes: extents.iter().map(|extent| extent.len).sum(),
             descriptors: extents.len() as u32,
             extents,
+            ..Plan::empty()
         }
     }
 

@@ -87,6 +87,7 @@ impl FileBackend {
         let capabilities = Capabilities {
             remote: &[MemoryKind::File],
             notifications: false,
+            checksums: false,
         };
         Ok(Self {
             capabilities,

@@ -114,6 +114,7 @@ impl ObjectBackend {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Object],
                 notifications: false,
+                checksums: false,
             },
             handle: runtime.handle().clone(),
             runtime: Some(runtime),

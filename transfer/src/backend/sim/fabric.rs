@@ -89,6 +89,7 @@ impl Fabric for SimFabric {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: true,
             },
         }))
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::Exports;
+use crate::backend::copy::copy_plan;
 use crate::backend::{Job, Operation};
 use crate::descriptor::Target;
 use crate::region::RegionUse;
@@ -28,6 +29,9 @@ impl Running {
     /// Copies bytes `offset..offset + len` of the transfer, and spoils one bit if asked to.
     pub(super) fn land(&self, offset: u64, len: u64, corruption: Option<u64>) -> Result<()> {
         let plan = self.job.plan();
+        if plan.sums {
+            return Ok(());
+        }
         let wrong = corruption.map(|random| (offset + random / 8 % len, random % 8));
         let mut done = offset;
         let end = offset + len;
@@ -71,8 +75,22 @@ impl Running {
         }
     }
 
+    /// Checksums are taken when the answer is there: the network damages blocks, not them.
+    fn sum(&self) -> Result<()> {
+        copy_plan(self.job.plan(), &|| Ok(()), |remote| {
+            self.remote[remote as usize].region().mapping()
+        })
+    }
+
     pub(super) fn finish(&mut self, failure: Option<ErrorKind>, free: bool) {
-        let Some(kind) = failure else { return };
+        let Some(kind) = failure else {
+            if self.job.plan().sums
+                && let Err(error) = self.sum()
+            {
+                self.failure.get_or_insert(error);
+            }
+            return;
+        };
         let peer = self.peer.name();
         let error = match kind {
             ErrorKind::PeerLost => format!("agent {peer:?} does not answer"),

@@ -8,7 +8,7 @@ use super::frame::{Access, CHUNK_BYTES_MAX, CHUNK_RANGES_MAX, WireRange};
 use super::scatter::Piece;
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
-use crate::plan::Plan;
+use crate::plan::{Plan, SUM_BYTES, SUM_BYTES_MAX};
 use crate::request::Priority;
 
 /// A request. Each connection that it is queued on cuts from it what that has room for.
@@ -191,6 +191,10 @@ impl Active {
                 break;
             };
             let len = (extent.len - at.skip).min(bytes_max - cut.chunk.bytes);
+            if self.plan.sums && len < extent.len {
+                // A range has one checksum.
+                break;
+            }
             let region = match targets.iter().rposition(|&target| target == extent.remote) {
                 Some(position) => position as u32,
                 None => {
@@ -209,7 +213,7 @@ impl Active {
             cut.pieces.push(Piece {
                 region: extent.local,
                 offset: extent.local_offset + at.skip,
-                len,
+                len: if self.plan.sums { SUM_BYTES } else { len },
             });
             cut.chunk.bytes += len;
             at.skip += len;
@@ -221,6 +225,8 @@ impl Active {
         cut
     }
 }
+
+const _: () = assert!(SUM_BYTES_MAX <= CHUNK_BYTES_MAX);
 
 /// The part of a request that one frame asks for or brings.
 #[derive(Default)]

@@ -108,9 +108,9 @@ impl Lanes {
             connection::settle(outbox);
             if small {
                 lane.connection.pump(INLINE_BYTES_MAX);
-            } else if more {
+            } else {
                 lane.connection.pump_later();
-                if striped {
+                if more && striped {
                     self.queue_but(&active, Some(&lane.connection));
                 }
             }
@@ -156,6 +156,7 @@ impl TcpChannel {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: true,
             },
         }
     }

@@ -51,6 +51,15 @@ pub(super) enum FrameKind {
     Data = 4,
     /// Answers anything with how it ended.
     Done = 5,
+    /// Asks for the CRC-32C of each range in the head.
+    Sums = 6,
+}
+
+impl FrameKind {
+    /// Whether it is answered by [`FrameKind::Data`].
+    pub(super) fn asks_for_bytes(self) -> bool {
+        matches!(self, Self::Read | Self::Sums)
+    }
 }
 
 /// What every frame starts with.
@@ -80,7 +89,8 @@ impl Header {
             3 => FrameKind::Notify,
             4 => FrameKind::Data,
             5 => FrameKind::Done,
-            other => return Err(Error::invalid("frame kind", other, 1..=5)),
+            6 => FrameKind::Sums,
+            other => return Err(Error::invalid("frame kind", other, 1..=6)),
         };
         let reserved: [u8; 3] = reader.array("frame flags")?;
         if reserved != [0; 3] {

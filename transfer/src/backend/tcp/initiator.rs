@@ -134,6 +134,7 @@ impl Initiator {
         let mut head = Vec::with_capacity(64 + cut.access.ranges.len() * 16);
         cut.access.encode(&mut head);
         let (kind, payload_bytes, pieces, payload) = match active.plan.operation {
+            Operation::Read if active.plan.sums => (FrameKind::Sums, 0, cut.pieces, None),
             Operation::Read => (FrameKind::Read, 0, cut.pieces, None),
             Operation::Write => {
                 let scatter = Scatter::of_plan(active.plan.clone(), cut.pieces);
@@ -221,7 +222,7 @@ impl Initiator {
             FrameKind::Done if header.payload_bytes == 0 => {
                 let outcome = decode_outcome(head)?;
                 let open = self.answered(header.id)?;
-                if outcome.is_ok() && open.kind == FrameKind::Read {
+                if outcome.is_ok() && open.kind.asks_for_bytes() {
                     return Err(breach(header, "a read is answered without bytes"));
                 }
                 self.complete(connection, &open, outcome);
@@ -236,7 +237,8 @@ impl Initiator {
         let Some(open) = table.open.get_mut(&header.id) else {
             return Err(breach(header, "no such request is open"));
         };
-        if open.kind != FrameKind::Read || open.chunk.bytes != header.payload_bytes {
+        let wanted: u64 = open.pieces.iter().map(|piece| piece.len).sum();
+        if !open.kind.asks_for_bytes() || wanted != header.payload_bytes {
             return Err(breach(header, "not what was asked for"));
         }
         let pieces = std::mem::take(&mut open.pieces);
@@ -332,7 +334,7 @@ impl Initiator {
             let mut state = open.active.lock();
             state.close();
             match &lanes {
-                Some(_) if open.kind == FrameKind::Read => {
+                Some(_) if open.kind.asks_for_bytes() => {
                     state.hand_back(open.chunk);
                     rest.push(open.active.clone());
                 }

@@ -83,6 +83,15 @@ impl Scatter {
         }
     }
 
+    /// The CRC-32C of each range.
+    pub(super) fn checksums(&self) -> Result<Vec<u32>> {
+        let sum = |piece: &Piece| {
+            let memory = self.owner.mapping(piece.region)?;
+            memory.crc32c(piece.offset, piece.len)
+        };
+        self.pieces.iter().map(sum).collect()
+    }
+
     /// Bytes that are neither sent nor received.
     pub(super) fn left(&self) -> u64 {
         self.left

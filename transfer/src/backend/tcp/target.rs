@@ -14,6 +14,7 @@ use super::receive::{Intake, Then};
 use super::scatter::{Piece, Scatter};
 use crate::agent::Exports;
 use crate::backend::Operation;
+use crate::plan::SUM_BYTES;
 use crate::request::NOTIFICATION_BYTES_MAX;
 
 /// Answers that may wait to be sent; an initiator that keeps to its window never gets there.
@@ -83,7 +84,7 @@ impl TargetSide {
         head: &[u8],
     ) -> Result<Intake> {
         match header.kind {
-            FrameKind::Read if header.payload_bytes == 0 => {
+            FrameKind::Read | FrameKind::Sums if header.payload_bytes == 0 => {
                 let access = Access::decode(head)?;
                 if access.bytes() > CHUNK_BYTES_MAX {
                     return Err(Error::invalid(
@@ -93,9 +94,11 @@ impl TargetSide {
                     ));
                 }
                 let frame = match self.admit(&access, Operation::Read) {
-                    Ok(scatter) => data(header.id, scatter),
-                    Err(error) => done(header.id, &Err(error)),
+                    Ok(scatter) if header.kind == FrameKind::Sums => sums(header.id, &scatter),
+                    Ok(scatter) => Ok(data(header.id, scatter)),
+                    Err(error) => Err(error),
                 };
+                let frame = frame.unwrap_or_else(|error| done(header.id, &Err(error)));
                 answer(connection, frame)?;
                 Ok(Intake::NOTHING)
             }
@@ -213,6 +216,23 @@ fn data(id: u64, scatter: Scatter) -> Frame {
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
     header.encode(&mut bytes);
     Frame::new(bytes, Some(scatter))
+}
+
+/// The checksum of each range, as the answer's payload.
+fn sums(id: u64, scatter: &Scatter) -> Result<Frame> {
+    let sums = scatter.checksums()?;
+    let header = Header {
+        kind: FrameKind::Data,
+        head_bytes: 0,
+        id,
+        payload_bytes: sums.len() as u64 * SUM_BYTES,
+    };
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + header.payload_bytes as usize);
+    header.encode(&mut bytes);
+    for sum in sums {
+        bytes.extend_from_slice(&sum.to_le_bytes());
+    }
+    Ok(Frame::new(bytes, None))
 }
 
 fn done(id: u64, outcome: &Result<()>) -> Frame {

@@ -35,6 +35,7 @@ impl UcxChannel {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: false,
             },
         }
     }

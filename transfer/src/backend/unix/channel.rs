@@ -62,6 +62,7 @@ impl<A: Access> UnixChannel<A> {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
+                checksums: true,
             },
             regions: RwLock::new(Regions {
                 held: HashMap::new(),
