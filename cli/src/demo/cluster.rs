@@ -1,6 +1,5 @@
 //! The processes of a demo: one indexer, pods, and the folder where their tiers live.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -224,10 +223,8 @@ fn pod_setup(
             }),
             fabric: FabricSection {
                 shm: args.transport != TransportKind::Tcp,
-                cma: None,
-                ucx: false,
-                ucx_settings: BTreeMap::new(),
                 tcp_listen: (args.transport != TransportKind::Shm).then_some(loopback),
+                ..FabricSection::default()
             },
             peer_listen: Some(loopback),
             index: Some(IndexSection {

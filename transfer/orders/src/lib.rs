@@ -21,6 +21,8 @@
     reason = "the scenarios are tests: what is wrong there shall panic"
 )]
 
+#[path = "../../src/estimate.rs"]
+mod estimate;
 #[path = "../../src/backend/job.rs"]
 mod job;
 mod neighbours;

@@ -5,6 +5,8 @@ pub(crate) mod plan {
 
     use std::sync::Arc;
 
+    use kvcache_core::{Error, ErrorKind, Result};
+
     use super::backend::Operation;
     use crate::sync::{AtomicU64, Ordering};
 
@@ -21,6 +23,10 @@ pub(crate) mod plan {
         pub(crate) operation: Operation,
         pub(crate) extents: Vec<Extent>,
         pub(crate) bytes: u64,
+        /// Of which pair each extent is, if what arrives is checked.
+        pub(crate) pairs: Vec<u32>,
+        /// Whether what arrives is not what was sent.
+        pub(crate) differs: bool,
         /// How often its regions were given back.
         pub(crate) left: AtomicU64,
     }
@@ -38,6 +44,8 @@ pub(crate) mod plan {
                 operation,
                 extents: (0..pieces).map(extent).collect(),
                 bytes: pieces,
+                pairs: Vec::new(),
+                differs: false,
                 left: AtomicU64::new(0),
             }
         }
@@ -46,11 +54,37 @@ pub(crate) mod plan {
             Self::of(Operation::Write, 0)
         }
 
-        pub(crate) fn with(&self, extents: Vec<Extent>) -> Self {
+        /// The same, with checksums.
+        pub(crate) fn checked(self, differs: bool) -> Self {
+            Self {
+                pairs: (0..self.extents.len() as u32).collect(),
+                differs,
+                ..self
+            }
+        }
+
+        pub(crate) fn with(&self, extents: Vec<Extent>, pairs: Vec<u32>) -> Self {
             Self {
                 bytes: extents.len() as u64,
                 extents,
+                pairs,
+                differs: self.differs,
                 ..Self::of(self.operation, 0)
+            }
+        }
+
+        pub(crate) fn is_checked(&self) -> bool {
+            !self.pairs.is_empty()
+        }
+
+        pub(crate) fn asking_for_sums(&self) -> Result<Self> {
+            Ok(Self::of(Operation::Read, self.extents.len() as u64))
+        }
+
+        pub(crate) fn compare(&self, _sums: &Self) -> Result<()> {
+            match self.differs {
+                true => Err(Error::new(ErrorKind::Corrupt, "it differs")),
+                false => Ok(()),
             }
         }
 
@@ -182,7 +216,7 @@ pub(crate) mod agent {
     use super::backend::{Backend, Channel};
     use crate::plan::Plan;
     use crate::request::{Bucket, Later, Priority, RequestCore};
-    use crate::stats::Stats;
+    use crate::stats::{Counters, Stats};
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct TimerKey(pub(crate) Instant);
@@ -254,6 +288,10 @@ pub(crate) mod agent {
         }
 
         pub(crate) fn leave(&self, _failed: &Arc<dyn Backend>, _why: &str) {}
+
+        pub(crate) fn counters(&self, agent: &AgentCore, backend: &'static str) -> Arc<Counters> {
+            agent.stats().counters(backend)
+        }
 
         pub(crate) fn channel_after(
             self: &Arc<Self>,

@@ -1,5 +1,7 @@
 //! A request and those who decide what becomes of it.
 
+#[path = "../../src/request/check.rs"]
+mod check;
 #[path = "../../src/request/core.rs"]
 mod core;
 #[path = "../../src/request/later.rs"]

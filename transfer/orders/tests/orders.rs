@@ -56,3 +56,15 @@ fn a_path_that_is_left_may_still_be_in_time() {
 fn a_request_is_posted_again_when_it_is_over() {
     scenarios::a_request_is_posted_again_when_it_is_over();
 }
+
+/// Bytes of two parts, then their checksums, on two threads each.
+#[test]
+fn parts_are_done_when_their_checksums_were_compared() {
+    scenarios::parts_are_done_when_their_checksums_were_compared();
+}
+
+/// Checksums that differ, and a caller who gives up.
+#[test]
+fn what_differs_fails_or_was_cancelled() {
+    scenarios::what_differs_fails_or_was_cancelled();
+}

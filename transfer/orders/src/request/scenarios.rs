@@ -15,7 +15,7 @@ use super::{Later, Priority};
 use crate::agent::{AgentCore, PeerCore};
 use crate::backend::{Backend, Channel, Job, Operation, Shelf};
 use crate::explore;
-use crate::outcome::{Completion, TransferError};
+use crate::outcome::{Completion, Status, TransferError};
 use crate::plan::Plan;
 use crate::sync::Ordering;
 
@@ -35,12 +35,16 @@ impl Scene {
     /// A request of so many parts, posted to a backend beside which there is another. Of the first, `reaps` says whether it
     /// settles at once what was given up.
     fn new(parts: u64, notice: bool, reaps: bool) -> Self {
+        Self::of(Plan::of(Operation::Read, parts), notice, reaps)
+    }
+
+    /// The same, of a plan whose extents are the parts.
+    fn of(plan: Plan, notice: bool, reaps: bool) -> Self {
         let (first, second) = (Shelf::new("first", reaps), Shelf::new("second", true));
         let agent = AgentCore::new();
         let other: Arc<dyn Channel> = second.clone();
         let peer = Arc::new(PeerCore { other: Some(other) });
-        let plan = Plan::of(Operation::Read, parts);
-        let ends: Vec<usize> = (1..=parts as usize).collect();
+        let ends: Vec<usize> = (1..=plan.extents.len()).collect();
         let request = RequestCore::new(plan, &ends, Priority::Normal, &agent, Some(&peer));
         let request = Arc::new(request);
         let backend: Arc<dyn Backend> = first.clone();
@@ -218,6 +222,61 @@ pub fn a_path_that_is_left_may_still_be_in_time() {
             // The thread that posts later was closed first.
             Err(failed) => assert_eq!(failed.kind(), ErrorKind::Timeout),
         }
+    });
+}
+
+/// The bytes of two parts and their checksums come on two threads: the request is done when both have been compared, and not
+/// before.
+pub fn parts_are_done_when_their_checksums_were_compared() {
+    explore(2, || {
+        let plan = Plan::of(Operation::Read, 2).checked(false);
+        let scene = Scene::of(plan, false, true);
+        let twice = [(); 2].map(|()| {
+            let shelf = scene.first.clone();
+            thread::spawn(move || {
+                for job in [shelf.take(), shelf.take()].into_iter().flatten() {
+                    job.settle(Ok(()));
+                }
+            })
+        });
+        twice
+            .into_iter()
+            .for_each(|settles| settles.join().expect("it ends"));
+        // What came when both threads had looked.
+        let mut left = 0;
+        while let Some(job) = scene.first.take() {
+            assert!(matches!(scene.request.lock().status, Status::InFlight));
+            job.settle(Ok(()));
+            left += 1;
+        }
+        assert!(left <= 2);
+        assert_eq!(scene.wait().expect("it is done").bytes, 2);
+    });
+}
+
+/// The checksums differ, and the caller gives up meanwhile: the request fails, as one of both.
+pub fn what_differs_fails_or_was_cancelled() {
+    explore(2, || {
+        let plan = Plan::of(Operation::Read, 1).checked(true);
+        let scene = Scene::of(plan, false, true);
+        settles(&scene.first, || Ok(())).join().expect("it ends");
+        let compared = settles(&scene.first, || Ok(()));
+        let request = scene.request.clone();
+        let cancels = thread::spawn(move || {
+            request.give_up(Error::new(ErrorKind::Cancelled, "enough"));
+        });
+        compared.join().expect("it ends");
+        cancels.join().expect("it ends");
+        scene.close();
+        // What differs is tried once more, over the other way.
+        while let Some(job) = scene.second.take() {
+            job.settle(Ok(()));
+        }
+        let failed = scene.wait().expect_err("it differs");
+        assert!(matches!(
+            failed.kind(),
+            ErrorKind::Corrupt | ErrorKind::Cancelled
+        ));
     });
 }
 
