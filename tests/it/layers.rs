@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Which of our packages each of our packages may depend on (outside its tests).
-const ALLOWED: [(&str, &[&str]); 14] = [
+const ALLOWED: [(&str, &[&str]); 15] = [
     ("kvcache-core", &[]),
     ("kvfabric-proto", &[]),
     ("kvfabric-transfer", &["kvcache-core"]),
+    ("kvfabric-transfer-orders", &["kvcache-core"]),
     (
         "kvfabric-tiers",
         &["kvcache-core", "kvfabric-transfer", "kvfabric-proto"],

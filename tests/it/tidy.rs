@@ -186,14 +186,15 @@ fn links_in_the_documentation_lead_somewhere() {
 #[test]
 fn every_dependency_is_used() {
     // Linked for their features or initialisation alone; each line says why.
-    const SILENT: [(&str, &str); 4] = [
+    const SILENT: [(&str, &str); 5] = [
         // Generated code names them.
         ("kvfabric-proto", "prost-types"),
-        // Chooses the TLS provider of the object stores' HTTP client.
-        ("kvfabric-transfer", "rustls"),
         // Named by the indexer's files, which this package builds too.
         ("kvfabric-index-schedules", "bytemuck"),
         ("kvfabric-index-schedules", "memmap2"),
+        // The same of the fabric's.
+        ("kvfabric-transfer-orders", "rustix"),
+        ("kvfabric-transfer-orders", "tracing"),
     ];
     let metadata = cargo_metadata::MetadataCommand::new()
         .manifest_path(root().join("Cargo.toml"))
