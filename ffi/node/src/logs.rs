@@ -36,15 +36,17 @@ fn targets(wanted: Option<&str>) -> (Targets, Option<String>) {
     let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty()) else {
         return (usual, None);
     };
-    match wanted.parse() {
-        Ok(targets) => (targets, None),
-        Err(error) => (
-            usual,
-            Some(format!(
-                "{VARIABLE}: {wanted:?}: {error}; taken as \"warn\""
-            )),
-        ),
-    }
+    // A word alone would be taken for a part of a program, of which all is written.
+    let mut words = wanted.split(',').filter(|part| !part.contains('='));
+    let why = match words.find(|word| word.parse::<LevelFilter>().is_err()) {
+        Some(word) => format!("{word:?} is no level"),
+        None => match wanted.parse() {
+            Ok(targets) => return (targets, None),
+            Err(error) => error.to_string(),
+        },
+    };
+    let complaint = format!("{VARIABLE}: {wanted:?}: {why}; taken as \"warn\"");
+    (usual, Some(complaint))
 }
 
 /// Standard error without the lock that Rust's own has: in a forked child nobody might let go of that. A line comes as
@@ -83,12 +85,12 @@ mod tests {
         let parts = Some("error,kvfabric_transfer=debug");
         assert!(shown(parts, "kvfabric_transfer::agent", Level::DEBUG));
         assert!(!shown(parts, "kvfabric_tiers", Level::WARN));
-        let (usual, complaint) = targets(Some("loud"));
-        assert!(usual.would_enable("kvfabric_tiers", &Level::WARN));
-        let complaint = complaint.expect("a complaint");
-        assert!(
-            complaint.starts_with("KVFABRIC_LOG: \"loud\": "),
-            "{complaint}"
-        );
+        for nonsense in ["loud", "warn,loud", "kvfabric_tiers=loud"] {
+            let (usual, complaint) = targets(Some(nonsense));
+            assert!(usual.would_enable("kvfabric_tiers", &Level::WARN));
+            let complaint = complaint.expect("a complaint");
+            let named = format!("KVFABRIC_LOG: {nonsense:?}: ");
+            assert!(complaint.starts_with(&named), "{complaint}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::ObjectOptions;
-use kvfabric_transfer::{Agent, Priority, UcxOptions};
+use kvfabric_transfer::{Agent, Priority, TlsOptions, UcxOptions};
 
 use crate::blocks::Describer;
 use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
@@ -35,8 +35,14 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
     let mut builder = Agent::builder(&config.pod)
         .shm(config.fabric.shm)
         .tcp(config.fabric.tcp_listen)
+        .tcp_rails(config.fabric.tcp_rails.iter().copied())
+        .tcp_connections(config.fabric.tcp_connections)
         .tcp_congestion(config.fabric.tcp_congestion.as_deref())
         .prefer(&config.fabric.prefer);
+    if let Some(files) = &config.fabric.tls {
+        let options = TlsOptions::from_files(&files.authorities, &files.certificates, &files.key);
+        builder = builder.tcp_tls(Some(options.map_err(|error| error.at("fabric.tls"))?));
+    }
     if let Some(cma) = config.fabric.cma {
         builder = builder.cma(cma);
     }

@@ -126,6 +126,62 @@ fn a_node_moves_bytes_as_fast_and_as_its_configuration_says() {
     }
 }
 
+/// Where a certificate for tests is.
+fn certificate(name: &str) -> String {
+    format!(
+        "{}/../../transfer/tests/tls/{name}",
+        env!("CARGO_MANIFEST_DIR")
+    )
+}
+
+/// Two pods with certificates over three connections to two addresses, one without a certificate, and settings that cannot be.
+#[test]
+fn pods_speak_tls_over_as_many_connections_as_they_are_told() {
+    let agent = |pod: &str, tls: bool, more: &[(&str, String)]| {
+        let mut settings = minimal();
+        let mut set = |key: &str, value: &str| settings.push((key.to_owned(), value.to_owned()));
+        set("pod", pod);
+        set("fabric.tcp_connections", "3");
+        if tls {
+            set("fabric.tls.authorities", &certificate("own-ca.pem"));
+            set("fabric.tls.certificates", &certificate("member.pem"));
+            set("fabric.tls.key", &certificate("member.key"));
+        }
+        more.iter().for_each(|(key, value)| set(key, value));
+        let rails = "[fabric]\nprefer = [\"tcp\"]\ntcp_rails = [\"127.0.0.2:0\"]\n";
+        parts::agent(&NodeConfig::from_toml(rails, &settings)?)
+    };
+    let (one, other) = (agent("initiator", true, &[]), agent("target", true, &[]));
+    let (one, other) = (one.unwrap(), other.unwrap());
+    let way = one.path_to(&one.load_peer(&other.metadata()).unwrap());
+    assert_eq!(way.backend, Some("tcp"), "{way:?}");
+    assert_eq!(way.connections.len(), 3, "{way:?}");
+    let to_second = way.connections.iter();
+    let to_second = to_second.filter(|connection| connection.to.ip().to_string() == "127.0.0.2");
+    assert!((1..3).contains(&to_second.count()), "{way:?}");
+
+    let plain = agent("plain", false, &[]).unwrap();
+    let way = plain.path_to(&plain.load_peer(&other.metadata()).unwrap());
+    assert_eq!(way.backend, Some("memcpy"), "{way:?}");
+    let refusal = way.refused.iter().find(|(name, _)| *name == "tcp");
+    assert!(refusal.unwrap().1.contains("speaks TLS only"), "{way:?}");
+
+    for (key, value, words) in [
+        ("fabric.tls.key", certificate("none.key"), "none.key"),
+        ("fabric.tls.key", certificate("stranger.key"), "TLS"),
+        (
+            "fabric.tls.authorities",
+            certificate("member.key"),
+            "TLS authorities",
+        ),
+        ("fabric.tcp_connections", "0".to_owned(), "connections"),
+        ("fabric.tcp_connections", "17".to_owned(), "connections"),
+    ] {
+        let error = agent("initiator", true, &[(key, value)]).unwrap_err();
+        assert!(error.to_string().contains(words), "{key}: {error}");
+    }
+}
+
 /// A file, with one key overridden by a flag.
 #[test]
 fn flags_override_the_file() {

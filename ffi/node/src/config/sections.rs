@@ -141,6 +141,12 @@ pub struct FabricSection {
     /// Where TCP is served. Port 0 lets the system choose; "off": not at all.
     #[serde(with = "listen")]
     pub tcp_listen: Option<SocketAddr>,
+    /// Further addresses to serve TCP on, those of other network cards; with `tcp_listen` at most 16.
+    pub tcp_rails: Vec<SocketAddr>,
+    /// How many TCP connections are made to each pod, at most 16.
+    pub tcp_connections: usize,
+    /// Certificates for TLS on all TCP connections of the fabric; without it they are in the clear.
+    pub tls: Option<TlsSection>,
     /// The congestion control of TCP connections, such as `bbr`; the system's if it is not given.
     pub tcp_congestion: Option<String>,
     /// The ways to pods that go first, by name; the others follow in the usual order.
@@ -161,6 +167,9 @@ impl Default for FabricSection {
             shm: true,
             cma: None,
             tcp_listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
+            tcp_rails: Vec::new(),
+            tcp_connections: 1,
+            tls: None,
             tcp_congestion: None,
             prefer: Vec::new(),
             bytes_per_second: None,
@@ -169,6 +178,18 @@ impl Default for FabricSection {
             ucx_settings: BTreeMap::new(),
         }
     }
+}
+
+/// Files in PEM of what TLS needs.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSection {
+    /// Certificates of the authorities that other pods' must come from.
+    pub authorities: PathBuf,
+    /// This pod's certificate, with its name as a DNS name, then those between it and the authority.
+    pub certificates: PathBuf,
+    /// The key of this pod's certificate.
+    pub key: PathBuf,
 }
 
 /// The global index.
