@@ -563,6 +563,32 @@ typedef struct kvf_transfer_options {
 } kvf_transfer_options;
 
 /*
+ What a post would take now.
+ */
+typedef struct kvf_estimate {
+    /*
+     sizeof(struct kvf_estimate), set by the caller.
+     */
+    size_t size;
+    /*
+     From the post to its end, in nanoseconds, if nothing else is in its way.
+     */
+    uint64_t expected_ns;
+    /*
+     1: transfers of about this size have shown it; 0: it is what the way is taken to cost.
+     */
+    uint32_t measured;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+    /*
+     The way that it would go, such as "shm".
+     */
+    char path[KVF_PATH_CAPACITY];
+} kvf_estimate;
+
+/*
  What a post took.
  */
 typedef struct kvf_telemetry {
@@ -1547,6 +1573,29 @@ kvf_status kvf_transfer_create_prepared(const struct kvf_agent *agent,
                                         size_t count,
                                         const struct kvf_transfer_options *options,
                                         struct kvf_transfer **transfer_out);
+
+/*
+ What posting a transfer would take now, by what others took; connects to the peer if there is no connection.
+
+ KVF_PEER_LOST when the peer cannot be reached.
+
+ # Safety
+ Each pointer is null or valid: `transfer` live, `estimate_out` for its size in reads and writes.
+ */
+kvf_status kvf_transfer_estimate(const struct kvf_transfer *transfer,
+                                 struct kvf_estimate *estimate_out);
+
+/*
+ Says which way a transfer would go now, and what kept those that go before it from being chosen. Buffers as in
+ kvf_peer_path.
+
+ # Safety
+ Each pointer is null or valid: `transfer` live, `buffer` for `capacity` writes, `len_out` for a write.
+ */
+kvf_status kvf_transfer_path(const struct kvf_transfer *transfer,
+                             char *buffer,
+                             size_t capacity,
+                             size_t *len_out);
 
 /*
  Starts a transfer, which may be finished when this returns.

@@ -100,9 +100,9 @@ static void transfers_are_checked_and_estimated(void)
     EXPECT_STATUS(KVF_OK, kvf_transfer_free(whole));
     EXPECT_STATUS(KVF_OK, kvf_transfer_free(torn));
     EXPECT_STATUS(KVF_OK, kvf_peer_free(peer));
-    EXPECT_STATUS(KVF_OK, kvf_region_free(local, WAIT_MS));
-    EXPECT_STATUS(KVF_OK, kvf_region_free(shown, WAIT_MS));
-    EXPECT_STATUS(KVF_OK, kvf_region_free(hidden, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(local));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(shown));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(hidden));
     EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
     EXPECT_STATUS(KVF_OK, kvf_agent_free(other));
 }

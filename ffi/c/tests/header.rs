@@ -16,6 +16,7 @@ fn the_committed_header_matches_the_sources() {
         "peer",
         "list",
         "transfer",
+        "estimate",
         "progress",
         "node",
         "names",
