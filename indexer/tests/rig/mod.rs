@@ -215,11 +215,19 @@ pub(crate) async fn wait_until(client: &IndexClient, is_so: impl Fn(&v1::StatusR
 /// Three blocks.
 pub(crate) const LONG: [u32; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
 
-/// An engine that keeps nothing but its newest batch for replay: what came before is only in snapshots.
+/// An engine that keeps nothing but its two newest batches for replay: what came before is only in snapshots. With one batch
+/// alone, whoever asks just when another one comes would find the last one that he knows gone, and take all for lost.
 pub(crate) fn forgetful(name: &str) -> Publisher {
-    let mut config = PublisherConfig::new(pod(name), "m", Stream::Engine);
-    config.replay_bytes_max = 1;
-    Publisher::bind(config).unwrap()
+    let keeps = |bytes| {
+        let mut config = PublisherConfig::new(pod(name), "m", Stream::Engine);
+        config.replay_bytes_max = bytes;
+        Publisher::bind(config).unwrap()
+    };
+    let two = keeps(usize::MAX);
+    (0..2).for_each(|_| publish_block(&two, 2));
+    let bytes = two.stats().replay_bytes;
+    assert!(bytes > 0);
+    keeps(bytes)
 }
 
 /// One block of [`LONG`] in a batch of its own.
