@@ -57,7 +57,7 @@ impl Fit {
     const fn full_percent(self) -> u32 {
         match self {
             Self::Tight => 92,
-            Self::Loose => 80,
+            Self::Loose => 75,
         }
     }
 
@@ -65,7 +65,7 @@ impl Fit {
     const fn growth_part(self) -> u32 {
         match self {
             Self::Tight => 8,
-            Self::Loose => 2,
+            Self::Loose => 1,
         }
     }
 

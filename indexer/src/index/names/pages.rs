@@ -6,7 +6,10 @@ use super::bucket::{Bucket, EMPTY};
 
 pub(super) const PAGE_BUCKETS: u32 = 32;
 const CHUNK_PAGES: u32 = HUGE_BYTES as u32 / (PAGE_BUCKETS * size_of::<Bucket>() as u32);
-const CHUNK_LINES: u32 = CHUNK_PAGES * PAGE_BUCKETS;
+pub(super) const CHUNK_LINES: u32 = CHUNK_PAGES * PAGE_BUCKETS;
+
+/// The lines of a piece.
+pub(super) type Chunk = [Bucket; CHUNK_LINES as usize];
 
 /// Chunks are emptied when one page in so many is free.
 const FREE_PART: u32 = 16;
@@ -102,6 +105,23 @@ impl Pages {
         chunk.map_or(&mut [], |chunk| {
             &mut chunk.elements_mut()[first..first + PAGE_BUCKETS as usize]
         })
+    }
+
+    /// All chunks at once, for whoever reads many lines in no order; none when there are none.
+    pub(super) fn chunks(&self) -> Option<Vec<&Chunk>> {
+        let any: &Chunk = self
+            .chunks
+            .iter()
+            .flatten()
+            .next()?
+            .elements()
+            .try_into()
+            .ok()?;
+        let chunks = self.chunks.iter().map(|chunk| {
+            let elements = chunk.as_ref().map(Huge::elements);
+            elements.map_or(any, |elements| elements.try_into().unwrap_or(any))
+        });
+        Some(chunks.collect())
     }
 
     #[inline]

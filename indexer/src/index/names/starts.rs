@@ -3,8 +3,11 @@
 use std::hint::black_box;
 
 use super::bucket::{BUCKET_ENTRIES, COUNTS, Tag, used};
-use super::pages::PAGE_BUCKETS;
+use super::pages::{CHUNK_LINES, PAGE_BUCKETS};
 use super::{Names, home};
+
+/// Of so many starts it pays to find out first where the pieces of memory are.
+const MANY_STARTS: usize = 64;
 
 /// Where a search begins: what is kept of the hash, and the line of its first bucket.
 #[derive(Clone, Copy)]
@@ -73,6 +76,7 @@ impl Names {
         for some in hashes {
             starts.extend(some.map(|hash| self.start(hash)));
         }
+        self.read_all(starts);
         // Then the next one for those that are full, as far as it is beside them.
         after.clear();
         after.resize(starts.len(), 0);
@@ -84,5 +88,20 @@ impl Names {
         }
         let lines = after[..full].iter().map(|line| self.pages.bucket(*line));
         black_box(lines.fold(0, |seen, bucket| seen ^ bucket[COUNTS]));
+    }
+
+    /// Reads the lines of many starts. The shorter this loop is, the more of its reads are under way at once: so where the
+    /// pieces of memory are is found out before it.
+    fn read_all(&self, starts: &[Start]) {
+        if starts.len() < MANY_STARTS {
+            return;
+        }
+        if let Some(chunks) = self.pages.chunks() {
+            let lines = starts.iter().map(|start| {
+                let chunk = chunks[(start.line / CHUNK_LINES) as usize];
+                chunk[(start.line % CHUNK_LINES) as usize][COUNTS]
+            });
+            black_box(lines.fold(0, |seen, counts| seen ^ counts));
+        }
     }
 }
