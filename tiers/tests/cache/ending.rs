@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kvcache_core::event::NodeEvent;
 use kvcache_core::ports::{EventSink, Located, Position};
-use kvcache_core::{BlockInfo, Epoch, Sequence, Tier};
+use kvcache_core::{BlockInfo, Epoch, ErrorKind, Sequence, Tier};
 use kvfabric_tiers::disk::file_name;
 use kvfabric_tiers::{Cache, CacheConfig, Source, StoreBlock};
 use kvfabric_transfer::{HostMemory, RegionOptions};
@@ -23,6 +23,20 @@ fn with_disk(directory: &Path, host: u64, segments: u64) -> CacheConfig {
 
 async fn open(config: CacheConfig) -> Node {
     Node::open(config, agent("pod", Way::Memcpy, None)).await
+}
+
+/// The same as soon as the directory is free: a node that had no time to end well may still be writing.
+async fn open_when_free(directory: &Path, host: u64, segments: u64) -> Node {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let config = with_disk(directory, host, segments);
+        match Node::try_open(config, agent("pod", Way::Memcpy, None)).await {
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < until => {
+                tokio::task::yield_now().await;
+            }
+            opened => return opened.unwrap(),
+        }
+    }
 }
 
 /// Each block by itself: the source it came from, its bytes compared.
@@ -68,7 +82,7 @@ async fn a_shutdown_without_time_leaves_the_disk_as_it_was() {
     node.store(&blocks).await;
     node.cache.shutdown(Instant::now()).await.unwrap();
     drop(node);
-    let node = open(with_disk(directory.path(), 16, 8)).await;
+    let node = open_when_free(directory.path(), 16, 8).await;
     assert_eq!(node.stat("recovered").await, 0);
     assert_eq!(node.stat("scan_faults").await, 0);
     assert_eq!(fetch_each(&node, &blocks).await, vec![Source::Miss; 12]);
@@ -90,7 +104,7 @@ async fn a_shutdown_that_is_cut_short_leaves_a_consistent_disk() {
         // Late or not: the sync may be what there was no time for.
         let _ = node.cache.shutdown(deadline).await;
         drop(node);
-        let node = open(with_disk(directory.path(), 80, 20)).await;
+        let node = open_when_free(directory.path(), 80, 20).await;
         let sources = fetch_each(&node, &blocks).await;
         let disk = count(&sources, &Source::Disk);
         let miss = count(&sources, &Source::Miss);
