@@ -7,6 +7,7 @@ mod clock;
 mod compare;
 mod doctor;
 mod engines;
+mod goals;
 mod host;
 mod html;
 mod index;
@@ -60,6 +61,9 @@ enum Command {
     /// The other process of a transfer, started by it.
     #[command(hide = true)]
     TransferTarget,
+    /// The process that fills an index once, started by `index`.
+    #[command(hide = true)]
+    IndexFill(index::FillArgs),
     /// The process whose memory is measured, started by `index`.
     #[command(hide = true)]
     IndexMemory(index::MemoryArgs),
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
         Command::EngineCalls => status(engines::answer_questions()),
         Command::TransferTarget => status(transfer::serve_target()),
         Command::IndexServer => status(index::serve_until_told()),
+        Command::IndexFill(args) => status(index::measure_fill(&args)),
         Command::IndexMemory(args) => status(index::measure_memory(&args)),
     }
 }

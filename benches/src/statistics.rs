@@ -41,6 +41,12 @@ impl Samples {
         ratios
     }
 
+    /// The larger one of each sample and the one of `other` that was measured beside it.
+    pub(crate) fn larger(&self, other: &Self) -> Self {
+        let pairs = self.0.iter().zip(&other.0);
+        Self(pairs.map(|(own, other)| own.max(*other)).collect())
+    }
+
     fn sorted(&self) -> Vec<f64> {
         let mut sorted = self.0.clone();
         sorted.sort_unstable_by(f64::total_cmp);
@@ -170,6 +176,8 @@ mod tests {
         let ratio = samples(&[1.0, 9.0, 6.0]).ratio_to(&samples(&[2.0, 3.0, 2.0]));
         let summary = ratio.summary().unwrap();
         assert_eq!((summary.median, summary.min, summary.max), (3.0, 0.5, 3.0));
+        let larger = samples(&[1.0, 9.0]).larger(&samples(&[2.0, 3.0]));
+        assert_eq!(larger.sorted(), [2.0, 9.0]);
     }
 
     /// Two rounds with different medians.

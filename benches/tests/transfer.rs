@@ -123,6 +123,29 @@ fn batches_threads_and_depths_are_swept() {
     }
 }
 
+/// The ways that not every system offers: each is measured like the others, or the run ends and says what it lacks.
+#[test]
+fn ways_that_a_system_may_lack_are_measured_or_explained() {
+    for way in ["cma", "ucx"] {
+        let arguments = format!("transfer --backend {way} --sizes 4K {TINY}");
+        let output = bench(&arguments).output().unwrap();
+        if !output.status.success() {
+            let said = text(&output.stderr);
+            assert!(said.contains(way), "{said}");
+            eprintln!("SKIPPED: {said}");
+            continue;
+        }
+        let rows = rows(&arguments);
+        for operation in ["read", "write"] {
+            let case = format!("{way}-{operation}-4096");
+            let value = |metric| median(&rows, "kvfabric", &case, metric);
+            assert_eq!(value("bytes"), 2.0 * 262_144.0);
+            assert_eq!(value("verified_blocks"), 64.0);
+            assert!(value("cpu_target_s_per_gb") >= 0.0);
+        }
+    }
+}
+
 /// A prompt of a model with a window: all pages of all its layers, and when the first layer was there.
 #[test]
 fn a_models_prompt_is_moved_layer_by_layer() {

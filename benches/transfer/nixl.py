@@ -5,8 +5,6 @@ rival.py stands before it. UCX_TLS chooses the transports, as always.
 
 import select
 
-# The target looks for work during a move and for so long after it; then it sleeps.
-AWAKE_SECONDS = 0.05
 # Requests of one block each, made before.
 SINGLES_MAX = 64
 
@@ -31,24 +29,23 @@ def receive_bytes(channel):
 
 
 def serve(channel, is_read, places, block_bytes):
-    """Works for the initiator until that is gone."""
+    """Works for the initiator until that is gone: looks for work while it moves, and sleeps between its moves, so that others
+    have the core then.
+    """
     total = len(places[0]) * block_bytes
     side = Side("target", is_read, total)
     send_bytes(channel, side.agent.get_agent_metadata())
     channel.sendall(struct.pack("Q", side.base))
     side.agent.add_remote_agent(receive_bytes(channel))
-    is_moving, active = False, time.monotonic()
+    is_moving = False
     while True:
-        side.agent.get_new_notifs()
-        is_asleep = not is_moving and time.monotonic() - active > AWAKE_SECONDS
-        if not select.select([channel], [], [], None if is_asleep else 0)[0]:
+        if is_moving:
+            side.agent.get_new_notifs()
+        if not select.select([channel], [], [], 0 if is_moving else None)[0]:
             continue
-        active = time.monotonic()
         command = receive(channel, 1)
-        if command in (b"g", b"s"):
-            is_moving = command == b"g"
-            continue
-        answer = answer_target(side, places, command)
+        is_moving = command == b"g"
+        answer = 0 if command in (b"g", b"s") else answer_target(side, places, command)
         channel.sendall(struct.pack("Q", answer))
 
 
@@ -80,13 +77,13 @@ class Initiator(Commands):
         self.singles = [request(position, 1) for position in range(min(blocks, SINGLES_MAX))]
 
     def move(self, request, count):
-        self.channel.sendall(b"g")
+        self.ask(b"g")
         begin = time.perf_counter_ns()
         state = self.side.agent.transfer(request)
         while state == "PROC":
             state = self.side.agent.check_xfer_state(request)
         took = time.perf_counter_ns() - begin
-        self.channel.sendall(b"s")
+        self.ask(b"s")
         if state != "DONE":
             raise RuntimeError(f"a transfer ended as {state}")
         return count * self.block_bytes, took

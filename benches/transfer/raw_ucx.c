@@ -23,8 +23,7 @@
 
 #include <ucp/api/ucp.h>
 
-/* The target polls until it has had nothing to do for so long; then it sleeps, and others have its core. */
-enum { WINDOW = 64, POISON = 0xa5, LOOKS_BETWEEN = 64, AWAKE_US = 50000 };
+enum { WINDOW = 64, POISON = 0xa5, LOOKS_BETWEEN = 64 };
 
 static int is_read;
 static uint32_t blocks, *places[2];
@@ -116,11 +115,6 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static uint64_t now_us(void)
-{
-    return now_ns() / 1000u;
-}
-
 static void open_ucx(void)
 {
     ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES, .features = UCP_FEATURE_RMA};
@@ -177,7 +171,8 @@ static void hear_where(void)
     all_of(read, other, &remote, sizeof remote, "hear");
 }
 
-/* Works for the initiator until that is gone. */
+/* Works for the initiator until that is gone: polls while it moves, and sleeps between its moves, so that others have the
+ * core then. */
 static void serve(void)
 {
     char command;
@@ -188,24 +183,20 @@ static void serve(void)
         memset(memory, POISON, total);
     }
     say_where();
-    uint64_t active = now_us();
+    int is_awake = 0;
     for (;;) {
-        int found = 0;
-        for (int n = 0; n < LOOKS_BETWEEN; n++) {
-            found += (int)ucp_worker_progress(worker);
+        for (int n = 0; is_awake && n < LOOKS_BETWEEN; n++) {
+            ucp_worker_progress(worker);
         }
-        int is_asleep = found == 0 && now_us() - active > AWAKE_US;
-        ssize_t count = recv(other, &command, 1, is_asleep ? 0 : MSG_DONTWAIT);
+        ssize_t count = recv(other, &command, 1, is_awake ? MSG_DONTWAIT : 0);
         if (count == 0) {
             _exit(0);
         }
-        if (count > 0 || found > 0) {
-            active = now_us();
-        }
-        if (count < 0 || command == 'g') {
+        if (count < 0) {
             continue;
         }
         uint64_t answer = 0;
+        is_awake = command == 'g';
         if (command == 'p') {
             memset(memory, POISON, total);
         } else if (command == 'v') {
@@ -239,13 +230,11 @@ static void settle(ucs_status_ptr_t request, const char *what)
     }
 }
 
+/* Returns the nanoseconds that it took. */
 static uint64_t move(uint32_t first, uint32_t count)
 {
-    static uint64_t last;
-    if (now_us() - last > AWAKE_US / 2) {
-        char wake = 'g';
-        all_of(put, other, &wake, 1, "wake");
-    }
+    ask('g');
+    uint64_t start = now_ns();
     ucs_status_ptr_t open[WINDOW] = {NULL};
     ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_MEMH, .memh = handle};
     for (uint32_t n = 0; n < count; n++) {
@@ -262,8 +251,9 @@ static uint64_t move(uint32_t first, uint32_t count)
         ucp_request_param_t none = {0};
         settle(ucp_ep_flush_nbx(endpoint, &none), "flush");
     }
-    last = now_us();
-    return (uint64_t)count * block_bytes;
+    uint64_t taken = now_ns() - start;
+    ask('s');
+    return taken;
 }
 
 int main(int argc, char **argv)
@@ -301,21 +291,20 @@ int main(int argc, char **argv)
     hear_where();
     char command;
     while (read(0, &command, 1) == 1) {
-        uint64_t answer = 0, second = 0, start = now_ns();
+        uint64_t answer = 0, second = 0;
         uint32_t position = 0;
         switch (command) {
         case 'a':
-            answer = move(0, blocks);
-            second = now_ns() - start;
+            answer = total;
+            second = move(0, blocks);
             break;
         case 'b':
             all_of(read, 0, &position, sizeof position, "position");
             if (position >= blocks) {
                 fail("position", "too large");
             }
-            start = now_ns();
-            answer = move(position, 1);
-            second = now_ns() - start;
+            answer = block_bytes;
+            second = move(position, 1);
             break;
         case 'p':
             is_read ? (void)memset(memory, POISON, total) : (void)ask('p');

@@ -1,9 +1,12 @@
 //! Measures other KV-cache indexes under kv-bench's workload KVI-1 and prints rows as kv-bench has them, as JSON.
 //!
-//! `kv-compare SUBJECT SEQUENCES LOOKUPS` measures speed, `kv-compare SUBJECT SEQUENCES memory REPLICAS` memory; the
-//! subjects are `crtc`, `radix` and `chain`. kv-bench starts it; one process measures one subject.
+//! `kv-compare SUBJECT SEQUENCES fill BLOCKS` measures ingestion of events of so many blocks, `… speed LOOKUPS` lookups and
+//! removal, `… memory REPLICAS` memory; the subjects are `crtc`, `radix` and `chain`. kv-bench starts it; one process
+//! measures one subject.
 
 mod rivals;
+#[path = "../../src/index/warm.rs"]
+mod warm;
 #[path = "../../src/index/workload.rs"]
 mod workload;
 
@@ -26,6 +29,8 @@ const QUESTIONS_MAX: usize = 1000;
 const WORKERS_TIMED: u32 = 8;
 /// Events that are made before the clock runs, then applied.
 const EVENTS_PER_BATCH: usize = 4096;
+
+const USAGE: &str = "kv-compare SUBJECT SEQUENCES (fill BLOCKS | speed LOOKUPS | memory REPLICAS)";
 
 /// Of x86-64, where the rivals run.
 const PAGE_BYTES: f64 = 4096.0;
@@ -76,7 +81,7 @@ impl Rows {
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [subject, sequences, rest @ ..] = arguments.as_slice() else {
-        return Err("kv-compare SUBJECT SEQUENCES (LOOKUPS | memory REPLICAS)".into());
+        return Err(USAGE.into());
     };
     let mut rows = Rows {
         subject: subject.clone(),
@@ -88,12 +93,14 @@ fn main() -> Result<(), Failure> {
         chain(Some(7), 9),
         compute_next_seq_hash(7, LocalBlockHash(9))
     );
-    match rest {
-        [memory, replicas] if memory == "memory" => {
-            measure_memory(sequences, replicas.parse()?, &mut rows)?;
-        }
-        [lookups] => measure_speed(sequences, lookups.parse()?, &mut rows)?,
-        _ => return Err("kv-compare SUBJECT SEQUENCES (LOOKUPS | memory REPLICAS)".into()),
+    let [what, number] = rest else {
+        return Err(USAGE.into());
+    };
+    match what.as_str() {
+        "fill" => measure_fill(sequences, number.parse()?, &mut rows)?,
+        "speed" => measure_speed(sequences, number.parse()?, &mut rows)?,
+        "memory" => measure_memory(sequences, number.parse()?, &mut rows)?,
+        _ => return Err(USAGE.into()),
     }
     println!("{}", serde_json::to_string(&rows.rows)?);
     // The writer threads have nothing to finish.
@@ -141,8 +148,9 @@ fn ingest(
         if batch.is_empty() {
             return Ok(());
         }
+        rival.take(batch);
         let (cpu, start) = (process_cpu(), Instant::now());
-        rival.apply(batch)?;
+        rival.apply()?;
         meter.time += start.elapsed();
         meter.cpu += process_cpu().saturating_sub(cpu);
     }
@@ -162,32 +170,26 @@ fn filled(
     Ok(index)
 }
 
-fn measure_speed(sequences: u32, lookups: usize, rows: &mut Rows) -> Result<(), Failure> {
-    let subject = rows.subject.clone();
-    let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
-    let mut index = None;
-    for (case, workload) in [
-        ("ingest-1", &Workload::new(sequences, 1, 1)),
-        ("ingest-16", &workload),
+/// One fill: a process of its own each, so that memory is as fresh for every one.
+fn measure_fill(sequences: u32, event_blocks: usize, rows: &mut Rows) -> Result<(), Failure> {
+    let workload = Workload::new(sequences, 1, event_blocks);
+    warm::warm(workload.pairs())?;
+    let mut meter = Meter::default();
+    filled(&rows.subject.clone(), &workload, &mut meter)?;
+    let case = format!("ingest-{event_blocks}");
+    let blocks = meter.blocks as f64;
+    for (metric, time) in [
+        ("blocks_per_s", meter.time),
+        ("blocks_per_cpu_s", meter.cpu),
     ] {
-        drop(index.take());
-        let mut meter = Meter::default();
-        index = Some(filled(&subject, workload, &mut meter)?);
-        let blocks = meter.blocks as f64;
-        rows.push(
-            case,
-            "blocks_per_s",
-            "blocks/s",
-            vec![blocks / meter.time.as_secs_f64()],
-        );
-        rows.push(
-            case,
-            "blocks_per_cpu_s",
-            "blocks/s",
-            vec![blocks / meter.cpu.as_secs_f64()],
-        );
+        rows.push(&case, metric, "blocks/s", vec![blocks / time.as_secs_f64()]);
     }
-    let mut index = index.ok_or("nothing was filled")?;
+    Ok(())
+}
+
+fn measure_speed(sequences: u32, lookups: usize, rows: &mut Rows) -> Result<(), Failure> {
+    let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
+    let mut index = filled(&rows.subject.clone(), &workload, &mut Meter::default())?;
     for length in LENGTHS {
         let questions = questions(&workload, length, lookups);
         let (mut p50, mut p99) = (Vec::new(), Vec::new());

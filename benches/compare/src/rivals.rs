@@ -1,8 +1,7 @@
-//! The rivals behind one face, each driven as its own service drives it.
+//! The rivals behind one face, each called as directly as its package allows.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc;
 
 use dynamo_kv_router::indexer::{SyncIndexer, WorkerTask};
 use dynamo_kv_router::protocols::{
@@ -23,8 +22,10 @@ pub(crate) type Finder = Arc<dyn Fn(&[LocalBlockHash]) -> (u32, usize) + Send + 
 
 /// An index under test.
 pub(crate) trait Rival {
-    /// Applies events, freeing them; returns when all are applied.
-    fn apply(&mut self, events: Vec<RouterEvent>) -> Result<(), Failure>;
+    /// Brings events into the form that the index takes, before the clock runs.
+    fn take(&mut self, events: Vec<RouterEvent>);
+    /// Applies what was taken; returns when all is applied.
+    fn apply(&mut self) -> Result<(), Failure>;
     /// Removes all that a worker holds.
     fn remove(&mut self, worker: u32) -> Result<(), Failure>;
     /// Blocks by worker.
@@ -39,7 +40,7 @@ pub(crate) trait Rival {
 pub(crate) fn rival(name: &str) -> Result<Box<dyn Rival>, Failure> {
     match name {
         "crtc" => Ok(Box::new(Lane::new(ConcurrentRadixTreeCompressed::new()))),
-        "radix" => Ok(Box::new(Radix(RadixTree::new()))),
+        "radix" => Ok(Box::new(Radix::new())),
         "chain" => Ok(Box::new(Chain::new()?)),
         other => Err(format!("{other:?} is no rival: crtc, radix or chain").into()),
     }
@@ -65,12 +66,29 @@ pub(crate) fn event(stored: &Stored, number: u64) -> RouterEvent {
     RouterEvent::new(stored.worker.into(), event)
 }
 
-struct Radix(RadixTree);
+/// Dynamo's single-threaded index, called without a channel; it frees the events, which it is given by value.
+struct Radix {
+    index: RadixTree,
+    taken: Vec<RouterEvent>,
+}
+
+impl Radix {
+    fn new() -> Self {
+        Self {
+            index: RadixTree::new(),
+            taken: Vec::new(),
+        }
+    }
+}
 
 impl Rival for Radix {
-    fn apply(&mut self, events: Vec<RouterEvent>) -> Result<(), Failure> {
-        for event in events {
-            self.0
+    fn take(&mut self, events: Vec<RouterEvent>) {
+        self.taken = events;
+    }
+
+    fn apply(&mut self) -> Result<(), Failure> {
+        for event in self.taken.drain(..) {
+            self.index
                 .apply_event(event)
                 .map_err(|error| format!("{error:?}"))?;
         }
@@ -78,16 +96,16 @@ impl Rival for Radix {
     }
 
     fn remove(&mut self, worker: u32) -> Result<(), Failure> {
-        self.0.remove_worker(worker.into());
+        self.index.remove_worker(worker.into());
         Ok(())
     }
 
     fn pairs(&mut self) -> Result<usize, Failure> {
-        Ok(self.0.current_size())
+        Ok(self.index.current_size())
     }
 
     fn find(&self, question: &[LocalBlockHash]) -> (u32, usize) {
-        let found = self.0.find_matches(question.to_vec(), false).scores;
+        let found = self.index.find_matches(question.to_vec(), false).scores;
         (found.values().copied().max().unwrap_or(0), found.len())
     }
 
@@ -100,6 +118,7 @@ impl Rival for Radix {
 struct Lane<T> {
     index: Arc<T>,
     tasks: flume::Sender<WorkerTask>,
+    taken: Vec<RouterEvent>,
 }
 
 impl<T: SyncIndexer> Lane<T> {
@@ -108,7 +127,11 @@ impl<T: SyncIndexer> Lane<T> {
         let (tasks, queue) = flume::unbounded();
         let writer = Arc::clone(&index);
         std::thread::spawn(move || writer.worker(queue, None));
-        Self { index, tasks }
+        Self {
+            index,
+            tasks,
+            taken: Vec::new(),
+        }
     }
 
     fn ask<R>(
@@ -124,8 +147,12 @@ impl<T: SyncIndexer> Lane<T> {
 }
 
 impl<T: SyncIndexer> Rival for Lane<T> {
-    fn apply(&mut self, events: Vec<RouterEvent>) -> Result<(), Failure> {
-        for event in events {
+    fn take(&mut self, events: Vec<RouterEvent>) {
+        self.taken = events;
+    }
+
+    fn apply(&mut self) -> Result<(), Failure> {
+        for event in self.taken.drain(..) {
             self.tasks
                 .send(WorkerTask::Event(event))
                 .map_err(|_| "the writer has ended")?;
@@ -164,21 +191,40 @@ impl<T: SyncIndexer> Rival for Lane<T> {
     }
 }
 
-enum ChainTask {
-    Event(RouterEvent),
-    Flush(mpsc::Sender<()>),
-    Remove(u32, mpsc::Sender<()>),
+/// What SMG's index takes: a worker, blocks and what they follow.
+struct ChainEvent {
+    worker: u32,
+    parent: Option<SequenceHash>,
+    blocks: Vec<StoredBlock>,
 }
 
-/// SMG's index with one writer thread that keeps the workers' block maps.
+impl ChainEvent {
+    fn new(event: RouterEvent) -> Option<Self> {
+        let KvCacheEventData::Stored(stored) = event.event.data else {
+            return None;
+        };
+        let blocks = stored.blocks.iter().map(|block| StoredBlock {
+            seq_hash: SequenceHash(block.block_hash.0),
+            content_hash: ContentHash(block.tokens_hash.0),
+        });
+        Some(Self {
+            worker: event.worker_id as u32,
+            parent: stored.parent_hash.map(|hash| SequenceHash(hash.0)),
+            blocks: blocks.collect(),
+        })
+    }
+}
+
+/// SMG's index, called without a channel, with its writer's block maps.
 struct Chain {
     index: Arc<ChainIndex>,
-    tasks: flume::Sender<ChainTask>,
+    maps: HashMap<u32, ChainBlockMap, FxBuildHasher>,
+    taken: Vec<ChainEvent>,
 }
 
 impl Chain {
     fn new() -> Result<Self, Failure> {
-        let index = Arc::new(ChainIndex::new());
+        let index = ChainIndex::new();
         for worker in 0..WORKERS {
             let number = index
                 .intern_worker(&format!("worker-{worker}"))
@@ -187,51 +233,11 @@ impl Chain {
                 return Err(format!("worker {worker} has number {number}").into());
             }
         }
-        let (tasks, queue) = flume::unbounded();
-        let writer = Arc::clone(&index);
-        std::thread::spawn(move || chain_writer(&writer, &queue));
-        Ok(Self { index, tasks })
-    }
-
-    fn wait(&self, task: impl FnOnce(mpsc::Sender<()>) -> ChainTask) -> Result<(), Failure> {
-        let (done, is_done) = mpsc::channel();
-        self.tasks
-            .send(task(done))
-            .map_err(|_| "the writer has ended")?;
-        Ok(is_done.recv()?)
-    }
-}
-
-fn chain_writer(index: &ChainIndex, queue: &flume::Receiver<ChainTask>) {
-    let mut maps: HashMap<u32, ChainBlockMap, FxBuildHasher> = HashMap::default();
-    let mut blocks = Vec::new();
-    while let Ok(task) = queue.recv() {
-        match task {
-            ChainTask::Event(event) => {
-                let worker = event.worker_id as u32;
-                let map = maps.entry(worker).or_insert_with(ChainBlockMap::new);
-                let KvCacheEventData::Stored(stored) = event.event.data else {
-                    continue;
-                };
-                blocks.clear();
-                blocks.extend(stored.blocks.iter().map(|block| StoredBlock {
-                    seq_hash: SequenceHash(block.block_hash.0),
-                    content_hash: ContentHash(block.tokens_hash.0),
-                }));
-                let parent = stored.parent_hash.map(|hash| SequenceHash(hash.0));
-                if index.apply_stored(worker, &blocks, parent, map).is_err() {
-                    // What is missing is found when the pairs are counted.
-                    return;
-                }
-            }
-            ChainTask::Flush(done) => drop(done.send(())),
-            ChainTask::Remove(worker, done) => {
-                if let Some(map) = maps.remove(&worker) {
-                    index.remove_worker(worker, map);
-                }
-                drop(done.send(()));
-            }
-        }
+        Ok(Self {
+            index: Arc::new(index),
+            maps: HashMap::default(),
+            taken: Vec::new(),
+        })
     }
 }
 
@@ -249,17 +255,30 @@ fn chain_find(index: &ChainIndex, question: &[LocalBlockHash]) -> (u32, usize) {
 }
 
 impl Rival for Chain {
-    fn apply(&mut self, events: Vec<RouterEvent>) -> Result<(), Failure> {
-        for event in events {
-            self.tasks
-                .send(ChainTask::Event(event))
-                .map_err(|_| "the writer has ended")?;
+    fn take(&mut self, events: Vec<RouterEvent>) {
+        self.taken = events.into_iter().filter_map(ChainEvent::new).collect();
+    }
+
+    fn apply(&mut self) -> Result<(), Failure> {
+        for event in &self.taken {
+            let ChainEvent {
+                worker,
+                parent,
+                blocks,
+            } = event;
+            let map = self.maps.entry(*worker).or_insert_with(ChainBlockMap::new);
+            self.index
+                .apply_stored(*worker, blocks, *parent, map)
+                .map_err(|error| format!("{error:?}"))?;
         }
-        self.wait(ChainTask::Flush)
+        Ok(())
     }
 
     fn remove(&mut self, worker: u32) -> Result<(), Failure> {
-        self.wait(|done| ChainTask::Remove(worker, done))
+        if let Some(map) = self.maps.remove(&worker) {
+            self.index.remove_worker(worker, map);
+        }
+        Ok(())
     }
 
     fn pairs(&mut self) -> Result<usize, Failure> {

@@ -6,7 +6,7 @@ use super::{Finding, State};
 use crate::transfer::{PathKind, try_path};
 
 /// What each way is for, where it is not there.
-const WAYS: [(PathKind, &str); 3] = [
+const WAYS: [(PathKind, &str); 4] = [
     (
         PathKind::Shm,
         "other processes of this host are reached over slower ways",
@@ -14,6 +14,10 @@ const WAYS: [(PathKind, &str); 3] = [
     (
         PathKind::Ucx,
         "needed for InfiniBand and RoCE only: libucx0 in Debian",
+    ),
+    (
+        PathKind::Verbs,
+        "needs an RDMA device, and libibverbs1 with ibverbs-providers in Debian",
     ),
     (PathKind::Tcp, "nothing else reaches other hosts here"),
 ];

@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use kvfabric_transfer::{RdmaPort, rdma_ports};
 use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, State};
@@ -38,6 +39,9 @@ pub(super) fn look(folder: &Path) -> Vec<Finding> {
     ];
     findings.extend(interfaces(Path::new("/sys/class/net")));
     findings.extend(rdma(Path::new("/sys/class/infiniband")));
+    // Where there are none, or nothing reads them, the ways say so.
+    let ports = rdma_ports().unwrap_or_default();
+    findings.extend(ports.iter().map(addresses_of));
     findings.push(gpus(&read("/proc/driver/nvidia/version")));
     findings
 }
@@ -239,10 +243,24 @@ fn port_of(device: &str, port: &str, [state, rate, layer]: [&str; 3]) -> Finding
             &what,
             State::Hint,
             found,
-            "reached by the ucx backend: fabric.ucx = true",
+            "reached by the backends verbs and ucx: fabric.verbs = true or fabric.ucx = true",
         );
     }
     Finding::new(&what, State::Absent, found, "the port is not active")
+}
+
+/// By which address peers reach an RDMA port, and what else it has.
+fn addresses_of(port: &RdmaPort) -> Finding {
+    let what = format!("rdma: {} port {}: address", port.device, port.port);
+    let all = port.gids.join(", ");
+    let Some(used) = &port.gid_used else {
+        let advice =
+            "give its network interface an IP address, or name a GID: fabric.verbs_gid_index";
+        return Finding::new(&what, State::Absent, format!("GIDs: [{all}]"), advice);
+    };
+    let (mtu, work) = (port.mtu, port.work_max);
+    let found = format!("{used}; MTU {mtu}, work queues of {work}; GIDs: {all}");
+    Finding::ok(&what, found)
 }
 
 fn gpus(driver: &str) -> Finding {
@@ -344,5 +362,31 @@ mod tests {
                 .iter()
                 .any(|one| one.what == "network: eth0" && one.found == "speed not told, MTU 1500")
         );
+    }
+
+    /// A port with two GIDs, and one without any.
+    #[test]
+    fn an_rdma_port_tells_how_it_is_reached() {
+        let mut port = RdmaPort {
+            device: "rxe0".to_owned(),
+            port: 1,
+            is_active: true,
+            is_ethernet: true,
+            mtu: 4096,
+            gids: vec![
+                "fe80::1 (index 0)".to_owned(),
+                "10.9.0.1 (index 1)".to_owned(),
+            ],
+            gid_used: Some("10.9.0.1 (index 1)".to_owned()),
+            work_max: 16384,
+        };
+        let found = addresses_of(&port);
+        assert_eq!(found.what, "rdma: rxe0 port 1: address");
+        assert_eq!(
+            found.found,
+            "10.9.0.1 (index 1); MTU 4096, work queues of 16384; GIDs: fe80::1 (index 0), 10.9.0.1 (index 1)"
+        );
+        port.gid_used = None;
+        assert_eq!(addresses_of(&port).state, State::Absent);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use kvcache_core::prefix::IndexScheme;
 use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::{EngineHash, IndexKey, PodName, Result, Tier};
@@ -47,6 +48,15 @@ pub(super) fn append_tokens(content: u64, tokens: &mut Vec<u32>) {
 }
 
 impl Origin {
+    /// As the command line has it.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Node => "node",
+            Self::Hashes => "hashes",
+            Self::Engine => "engine",
+        }
+    }
+
     const fn block_tokens(self) -> u32 {
         match self {
             Self::Hashes => CONTENT_WORDS,
@@ -65,12 +75,22 @@ impl Origin {
 }
 
 /// How events are given to the index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Calls {
     /// Many in a call, as a reader of a queue has them.
     Together,
     /// Each in a call of its own.
     Single,
+}
+
+impl Calls {
+    /// As the command line has it.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Together => "together",
+            Self::Single => "single",
+        }
+    }
 }
 
 /// The workload's names of pods.

@@ -1,10 +1,9 @@
 //! What the index takes, in a process of its own: its resident size is then the index's alone.
 
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use clap::Args;
-use kvcache_core::{Error, Result};
+use kvcache_core::Result;
 
 use crate::clock::process_cpu;
 use crate::host::resident_bytes;
@@ -14,6 +13,7 @@ use crate::stop::Stop;
 
 use super::bounded;
 use super::fill::{Calls, Filled, Meter};
+use super::process::{own, print_rows, rows_of};
 use super::workload::{EVENT_BLOCKS, Workload};
 use super::{Origin, wrong};
 
@@ -41,37 +41,22 @@ pub(crate) struct MemoryArgs {
 /// Runs the process and takes its rows.
 ///
 /// # Errors
-/// `Io` when it cannot be started, `Internal` with what it said when it failed.
+/// As [`rows_of`].
 pub(super) fn run(
     sequences: u32,
     replicas: u32,
     origin: Origin,
     bytes_max: Option<u64>,
+    stop: &Stop,
 ) -> Result<Vec<Row>> {
-    let failed = |error| Error::io("start the memory process", error);
-    let origin = match origin {
-        Origin::Node => "node",
-        Origin::Hashes => "hashes",
-        Origin::Engine => "engine",
-    };
-    let output = Command::new(std::env::current_exe().map_err(failed)?)
+    let mut command = own()?;
+    command
         .arg("index-memory")
         .args(["--sequences", &sequences.to_string()])
         .args(["--replicas", &replicas.to_string()])
-        .args(["--origin", origin])
-        .args(bytes_max.map(|bytes| format!("--bytes-max={bytes}")))
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(failed)?;
-    let rows: Option<Vec<Row>> = serde_json::from_slice(&output.stdout).ok();
-    match rows {
-        Some(rows) if output.status.success() => Ok(rows),
-        _ => Err(wrong(format!(
-            "the memory process ended with {}",
-            output.status
-        ))),
-    }
+        .args(["--origin", origin.name()])
+        .args(bytes_max.map(|bytes| format!("--bytes-max={bytes}")));
+    rows_of(command, stop)
 }
 
 /// Fills an index, removes its pods, and prints the rows as JSON.
@@ -167,17 +152,4 @@ fn remove_all(filled: &Filled) -> Result<Vec<Row>> {
     let of_each = cpu.as_secs_f64() * 1e3 / filled.pods.len() as f64;
     rows.extend(removal.single("taken_out_cpu_ms", "ms", of_each));
     Ok(rows)
-}
-
-fn print_rows(rows: &[Row]) -> Result<()> {
-    print(&serde_json::to_string(rows).map_err(|error| wrong(error.to_string()))?);
-    Ok(())
-}
-
-#[expect(
-    clippy::print_stdout,
-    reason = "the process that started this one reads it"
-)]
-fn print(text: &str) {
-    println!("{text}");
 }

@@ -3,10 +3,14 @@
 mod bounded;
 mod fill;
 mod fleet;
+mod goals;
 mod grpc;
+mod ingest;
 mod lookup;
 mod memory;
+mod process;
 mod rivals;
+mod warm;
 mod workload;
 
 use std::ops::RangeInclusive;
@@ -16,17 +20,14 @@ use clap::{Args, ValueEnum};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::recorder::{OutputArgs, Recorder};
-use crate::report::{Case, OURS};
-use crate::statistics::Samples;
 
 use self::fill::{Calls, Filled, Meter};
 use self::workload::{EVENT_BLOCKS, SEQUENCES_FULL, Workload};
 
 pub(crate) use self::grpc::serve_until_told;
+pub(crate) use self::ingest::{FillArgs, measure_fill};
 pub(crate) use self::memory::{MemoryArgs, measure as measure_memory};
 
-/// How often an index is filled, each several times.
-const INGESTIONS: u64 = 5;
 /// Sequences a worker that one may ask for.
 const SEQUENCES: RangeInclusive<i64> = 1..=1 << 20;
 
@@ -101,73 +102,41 @@ pub(crate) fn run(args: &IndexArgs, recorder: &mut Recorder) -> Result<()> {
     if args.memory {
         return measure_memory_only(sequences, args.origin, recorder);
     }
-    let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
-    let repeats = u64::from(args.repeats);
-    recorder.expect_steps(
-        INGESTIONS * repeats + lookup::STEPS + memory::STEPS + fleet::STEPS + u64::from(args.grpc),
-    );
     let rivals = rivals::find(args.rivals.as_deref());
-    if rivals.is_some() {
-        recorder.expect_steps(rivals::STEPS);
-    }
-    let single = Workload::new(sequences, 1, 1);
-    let origin = args.origin;
-    ingest(
-        ("ingest-1", &single),
-        origin,
-        Calls::Together,
-        args,
-        recorder,
-    )?;
-    ingest(
-        ("ingest-1-single", &single),
-        origin,
-        Calls::Single,
-        args,
-        recorder,
-    )?;
-    ingest(
-        ("ingest-16-tokens", &workload),
-        Origin::Engine,
-        Calls::Together,
-        args,
-        recorder,
-    )?;
-    ingest(
-        ("ingest-16-single", &workload),
-        origin,
-        Calls::Single,
-        args,
-        recorder,
-    )?;
-    let filled = ingest(
-        ("ingest-16", &workload),
-        origin,
-        Calls::Together,
-        args,
-        recorder,
-    )?;
-    if let Some(filled) = filled {
+    let others = if rivals.is_some() { rivals::STEPS } else { 0 };
+    recorder.expect_steps(
+        ingest::steps(args, rivals.is_some())
+            + (lookup::STEPS + memory::STEPS + fleet::STEPS)
+            + (others + u64::from(args.grpc)),
+    );
+    ingest::measure(args, rivals.as_deref(), recorder)?;
+    let workload = Workload::new(sequences, 1, EVENT_BLOCKS);
+    let filled = Filled::new(&workload, args.origin)?;
+    let mut meter = Meter::default();
+    let events = workload.events();
+    if filled.ingest(events, Calls::Together, &mut meter, recorder.stop())? {
         lookup::measure(&workload, &filled, args.lookups, recorder)?;
     }
+    drop(filled);
     measure_memory_of(sequences, args.origin, recorder)?;
     fleet::measure(args.trace.as_deref(), args.pods, args.copies, recorder)?;
-    if let Some(program) = rivals {
-        rivals::measure(&program, sequences, args.lookups, recorder)?;
+    if let Some(program) = &rivals {
+        rivals::measure(program, sequences, args.lookups, recorder)?;
     }
     if args.grpc && !recorder.stop().is_set() {
         recorder.say("gRPC");
         grpc::measure(sequences, args.lookups, recorder)?;
         recorder.step();
     }
-    Ok(())
+    goals::conclude(args.full, recorder)
 }
 
 fn measure_memory_of(sequences: u32, origin: Origin, recorder: &mut Recorder) -> Result<()> {
     for replicas in memory::REPLICAS {
         if !recorder.stop().is_set() {
             recorder.say(format!("memory-r{replicas}"));
-            recorder.extend(memory::run(sequences, replicas, origin, None)?);
+            let rows = memory::run(sequences, replicas, origin, None, recorder.stop())?;
+            recorder.extend(rows);
         }
         recorder.step();
     }
@@ -181,49 +150,11 @@ fn measure_memory_only(sequences: u32, origin: Origin, recorder: &mut Recorder) 
     if !recorder.stop().is_set() {
         recorder.say("memory-bounded");
         let bytes_max = bounded::quarter_of(&Workload::new(sequences, 1, EVENT_BLOCKS));
-        recorder.extend(memory::run(sequences, 1, origin, Some(bytes_max))?);
+        let bounded = memory::run(sequences, 1, origin, Some(bytes_max), recorder.stop())?;
+        recorder.extend(bounded);
     }
     recorder.step();
     Ok(())
-}
-
-/// Fills an index several times; returns the last one, or none if the run was stopped before it was full.
-fn ingest(
-    (name, workload): (&str, &Workload),
-    origin: Origin,
-    calls: Calls,
-    args: &IndexArgs,
-    recorder: &mut Recorder,
-) -> Result<Option<Filled>> {
-    let (mut per_s, mut per_cpu_s, mut events) =
-        (Samples::default(), Samples::default(), Samples::default());
-    let mut last = None;
-    for _ in 0..args.repeats {
-        recorder.say(name);
-        drop(last.take());
-        let filled = Filled::new(workload, origin)?;
-        let mut meter = Meter::default();
-        let is_full = filled.ingest(workload.events(), calls, &mut meter, recorder.stop())?;
-        if !is_full {
-            break;
-        }
-        filled.check(workload, &meter)?;
-        per_s.push(meter.blocks as f64 / meter.time.as_secs_f64());
-        per_cpu_s.push(meter.blocks as f64 / meter.cpu.as_secs_f64());
-        events.push(meter.events as f64 / meter.time.as_secs_f64());
-        last = Some(filled);
-        recorder.step();
-    }
-    let case = Case {
-        subject: OURS,
-        name,
-    };
-    recorder.extend(case.row("blocks_per_s", "blocks/s", &per_s));
-    recorder.extend(case.row("blocks_per_cpu_s", "blocks/s", &per_cpu_s));
-    recorder.extend(case.row("events_per_s", "events/s", &events));
-    recorder.extend(case.single("blocks", "blocks", workload.pairs() as f64));
-    recorder.extend(case.single("events", "events", workload.events_count() as f64));
-    Ok(last)
 }
 
 fn wrong(what: String) -> Error {

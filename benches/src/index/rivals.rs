@@ -1,18 +1,17 @@
-//! Other indexes under the same workload, in the same run: the program of `benches/compare`, one process for each.
+//! Other indexes under the same workload, in the same run: the program of `benches/compare`, a process for each figure.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use kvcache_core::{Error, Result};
+use kvcache_core::Result;
 
 use crate::recorder::Recorder;
-use crate::report::Row;
 
 use super::memory::REPLICAS;
-use super::wrong;
+use super::process::rows_of;
 
 /// Dynamo's default, SMG's, and Dynamo's single-threaded one.
-const SUBJECTS: [&str; 3] = ["crtc", "chain", "radix"];
+pub(super) const SUBJECTS: [&str; 3] = ["crtc", "chain", "radix"];
 /// Steps of progress that this takes.
 pub(super) const STEPS: u64 = SUBJECTS.len() as u64 * (1 + REPLICAS.len() as u64);
 
@@ -44,10 +43,10 @@ fn warn_of_absence() {
     );
 }
 
-/// Runs every rival; one that fails ends the run, as a comparison without it would say something else.
+/// Runs every rival, but for ingestion; one that fails ends the run, as a comparison without it would say something else.
 ///
 /// # Errors
-/// `Io` when the program cannot be started, `Internal` with the rival that failed; what it said is on standard error.
+/// As [`rows_of`].
 pub(super) fn measure(
     program: &Path,
     sequences: u32,
@@ -56,40 +55,19 @@ pub(super) fn measure(
 ) -> Result<()> {
     for subject in SUBJECTS {
         let (sequences, lookups) = (sequences.to_string(), lookups.to_string());
-        let mut runs = vec![vec![subject.to_owned(), sequences.clone(), lookups]];
-        runs.extend(REPLICAS.map(|replicas| {
-            let memory = ["memory".to_owned(), replicas.to_string()];
-            [subject.to_owned(), sequences.clone()]
-                .into_iter()
-                .chain(memory)
-                .collect()
-        }));
-        for arguments in runs {
+        let mut runs = vec![("speed", lookups)];
+        runs.extend(REPLICAS.map(|replicas| ("memory", replicas.to_string())));
+        for (what, number) in runs {
             if recorder.stop().is_set() {
                 return Ok(());
             }
-            recorder.say(arguments.join(" "));
-            let rows = run(program, &arguments)?;
+            recorder.say(format!("{subject} {what} {number}"));
+            let mut command = Command::new(program);
+            command.args([subject, &sequences, what, &number]);
+            let rows = rows_of(command, recorder.stop())?;
             recorder.extend(rows);
             recorder.step();
         }
     }
     Ok(())
-}
-
-fn run(program: &Path, arguments: &[String]) -> Result<Vec<Row>> {
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|error| Error::io("start kv-compare", error))?;
-    match serde_json::from_slice(&output.stdout) {
-        Ok(rows) if output.status.success() => Ok(rows),
-        _ => Err(wrong(format!(
-            "kv-compare {} ended with {}",
-            arguments.join(" "),
-            output.status
-        ))),
-    }
 }

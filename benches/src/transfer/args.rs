@@ -190,7 +190,7 @@ impl TransferArgs {
         let needs_peer = |kind: &&BackendKind| !kind.is_to_a_process();
         if let (false, Some(kind)) = (self.to.is_empty(), self.backend.iter().find(needs_peer)) {
             let context = format!(
-                "--to: {} reaches no other process: --backend shm, tcp or ucx",
+                "--to: {} reaches no other process: --backend shm, cma, tcp, ucx or verbs",
                 kind.name()
             );
             return Err(Error::new(ErrorKind::Invalid, context));

@@ -17,9 +17,11 @@ use crate::recorder::Recorder;
 use crate::report::{Case, OURS};
 use crate::statistics::{Percentiles, Samples};
 
-use super::plan::{BackendKind, Calls, Order, Shape, Way};
+use super::plan::{BackendKind, Calls, Order, Plan, Shape, Way};
 use super::process::{Target, TargetAt};
 use super::protocol::Ask;
+use super::raw_tcp::RawTcp;
+use super::subject::Subject;
 use super::target::agent;
 
 /// Bytes of a first transfer.
@@ -34,6 +36,8 @@ const STEPS: u32 = 20;
 /// Notifications of each round.
 const NOTIFICATIONS: u32 = 1000;
 const NOTIFICATION_ROUNDS: u32 = 5;
+/// Bytes of the answer in a bare exchange.
+const PING_PONG_BYTES: u64 = 8;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long nothing is done.
@@ -128,6 +132,27 @@ impl Drop for Echo {
     }
 }
 
+/// What a bare exchange over TCP takes, between two processes that sleep in between.
+fn ping_pong() -> Result<RawTcp> {
+    let plan = Plan::new(Shape {
+        way: Way::Read,
+        block_bytes: PING_PONG_BYTES,
+        ..shape(BackendKind::Tcp, PING_PONG_BYTES)
+    })?;
+    RawTcp::connect(&plan, &TargetAt::Spawned, false)
+}
+
+/// A round of what is timed one by one.
+fn timed(mut step: impl FnMut(u32) -> Result<()>) -> Result<Samples> {
+    let mut round = Samples::default();
+    for number in 0..NOTIFICATIONS {
+        let start = Instant::now();
+        step(number)?;
+        round.push_us(start.elapsed());
+    }
+    Ok(round)
+}
+
 fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
     let mut target = Target::open(&TargetAt::Spawned)?;
     let (_, metadata) = target.expose(shape(backend, FIRST_BYTES))?;
@@ -136,24 +161,34 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
     target.done(&Ask::Echo {
         metadata: agent.metadata().to_vec(),
     })?;
-    let mut round_trips = Percentiles::default();
-    let mut cpu_us = Samples::default();
+    let mut bare = ping_pong()?;
+    let (mut round_trips, mut exchanges) = (Percentiles::default(), Percentiles::default());
+    let (mut cpu_us, mut bare_cpu_us) = (Samples::default(), Samples::default());
     for _ in 0..NOTIFICATION_ROUNDS {
-        let mut round = Samples::default();
         let before = process_cpu() + target.cpu()?;
-        for number in 0..NOTIFICATIONS {
-            let start = Instant::now();
-            round_trip(&agent, &peer, number)?;
-            round.push_us(start.elapsed());
-        }
+        let round = timed(|number| round_trip(&agent, &peer, number))?;
         let spent = process_cpu() + target.cpu()? - before;
         cpu_us.push_us(spent / NOTIFICATIONS);
         round_trips.push_round(&round);
+        let before = bare.cpu()?;
+        let round = timed(|_| bare.move_block(0).map(drop))?;
+        let spent = bare.cpu()?.since(before);
+        bare_cpu_us.push_us(spent.total() / NOTIFICATIONS);
+        exchanges.push_round(&round);
     }
     let name = format!("notification-{}", backend.name());
+    let ratio = round_trips.p50.ratio_to(&exchanges.p50);
     recorder.extend(case(&name).row("p50_us", "µs", &round_trips.p50));
     recorder.extend(case(&name).row("p99_us", "µs", &round_trips.p99));
     recorder.extend(case(&name).row("cpu_us", "µs", &cpu_us));
+    recorder.extend(case(&name).row("p50_ratio_to_ping_pong", "ratio", &ratio));
+    let bare = Case {
+        subject: "ping-pong",
+        name: &name,
+    };
+    recorder.extend(bare.row("p50_us", "µs", &exchanges.p50));
+    recorder.extend(bare.row("p99_us", "µs", &exchanges.p99));
+    recorder.extend(bare.row("cpu_us", "µs", &bare_cpu_us));
     Ok(())
 }
 

@@ -3,14 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use comfy_table::presets::UTF8_BORDERS_ONLY;
-use comfy_table::{CellAlignment, Table};
-use kvcache_core::{Error, ErrorKind, Result};
+use kvcache_core::Result;
 use kvfabric_transfer::DirectMode;
-use serde::Deserialize;
 
+use crate::goals::{self, Goal};
 use crate::recorder::{OutputArgs, Recorder};
-use crate::report::{Case, OURS, Row, number};
 
 use super::args::RivalArgs;
 use super::measure::{Effort, measure};
@@ -43,33 +40,6 @@ pub(crate) struct GoalsArgs {
     pub(crate) output: OutputArgs,
 }
 
-/// One promise.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Goal {
-    what: String,
-    case: String,
-    metric: String,
-    at_least: Option<f64>,
-    at_most: Option<f64>,
-    /// Who stands beside it and may be missing.
-    needs: Option<String>,
-}
-
-impl Goal {
-    fn is_met(&self, median: f64) -> bool {
-        self.at_least.is_none_or(|least| median >= least)
-            && self.at_most.is_none_or(|most| median <= most)
-    }
-
-    /// As people write it.
-    fn target(&self) -> String {
-        let least = self.at_least.map(|least| format!("≥ {least}"));
-        let most = self.at_most.map(|most| format!("≤ {most}"));
-        least.or(most).unwrap_or_default()
-    }
-}
-
 /// Measures what is needed, and tells of each goal whether it is met.
 ///
 /// # Errors
@@ -100,7 +70,7 @@ pub(crate) fn run(args: &GoalsArgs, recorder: &mut Recorder) -> Result<()> {
     if !recorder.stop().is_set() {
         control::measure(recorder)?;
     }
-    conclude(goals()?, recorder);
+    goals::conclude(goals()?, recorder);
     Ok(())
 }
 
@@ -142,9 +112,7 @@ fn plans(args: &GoalsArgs) -> Result<Vec<Plan>> {
 
 /// All promises; `{way}` stands for both ways.
 fn goals() -> Result<Vec<Goal>> {
-    let written: Vec<Goal> = serde_json::from_str(GOALS)
-        .map_err(|error| Error::new(ErrorKind::Internal, "the goals").with_source(error))?;
-    let (both, one): (Vec<Goal>, Vec<Goal>) = written
+    let (both, one): (Vec<Goal>, Vec<Goal>) = goals::read(GOALS)?
         .into_iter()
         .partition(|goal| goal.case.contains("{way}"));
     let ways = ["read", "write"].into_iter();
@@ -159,67 +127,6 @@ fn goals() -> Result<Vec<Goal>> {
         .collect();
     goals.extend(one);
     Ok(goals)
-}
-
-fn find<'a>(rows: &'a [Row], goal: &Goal) -> Option<&'a Row> {
-    rows.iter()
-        .find(|row| row.subject == OURS && row.case == goal.case && row.metric == goal.metric)
-}
-
-/// The verdicts: as a table to be printed last, and as rows.
-fn conclude(goals: Vec<Goal>, recorder: &mut Recorder) {
-    let mut table = Table::new();
-    table
-        .load_style(UTF8_BORDERS_ONLY)
-        .set_header(["goal", "target", "measured", "range", ""]);
-    let (mut met, mut missed, mut unknown) = (0, 0, 0);
-    let mut verdicts = Vec::new();
-    for goal in goals {
-        let target = goal.target();
-        let Some(row) = find(recorder.rows(), &goal) else {
-            unknown += 1;
-            let why = goal.needs.map_or_else(
-                || "not measured".to_owned(),
-                |needs| format!("not measured: no {needs}"),
-            );
-            table.add_row([goal.what, target, String::new(), String::new(), why]);
-            continue;
-        };
-        let is_met = goal.is_met(row.median);
-        met += u32::from(is_met);
-        missed += u32::from(!is_met);
-        let range = format!("{}–{}", number(row.min), number(row.max));
-        let verdict = if is_met { "met" } else { "MISSED" };
-        let case = Case {
-            subject: OURS,
-            name: &format!("goal: {}", goal.what),
-        };
-        for (metric, value) in [
-            ("target", goal.at_least.or(goal.at_most).unwrap_or(f64::NAN)),
-            ("measured", row.median),
-            ("is_met", f64::from(u8::from(is_met))),
-        ] {
-            let row = case.single(metric, "", value);
-            verdicts.extend(row.map(|row| Row {
-                is_detail: true,
-                ..row
-            }));
-        }
-        table.add_row([
-            goal.what,
-            target,
-            number(row.median),
-            range,
-            verdict.to_owned(),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1).take(3) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    recorder.extend(verdicts);
-    recorder.conclude(format!(
-        "{table}\n{met} met, {missed} missed, {unknown} not measured"
-    ));
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
+use kvfabric_sim::seed::Random;
 
 use crate::recorder::Recorder;
 use crate::report::{Case, Row};
@@ -44,9 +45,11 @@ struct Figures {
 struct Entry {
     subject: Box<dyn Subject>,
     figures: Figures,
+    /// Its place among all in reports.
+    place: usize,
 }
 
-/// Warms all subjects up, lets them move everything in turns, verifies what arrived, then measures single blocks.
+/// Warms all subjects up, lets them move everything in turns, verifies what arrived last, then measures single blocks.
 ///
 /// # Errors
 /// `Corrupt` when bytes are wrong or missing; what a subject says, unless it is a rival's program.
@@ -57,11 +60,12 @@ pub(super) fn measure(
     recorder: &mut Recorder,
 ) -> Result<()> {
     let stop = recorder.stop().clone();
-    let entry = |subject| Entry {
+    let entry = |(place, subject)| Entry {
         subject,
         figures: Figures::default(),
+        place,
     };
-    let mut entries: Vec<Entry> = subjects.into_iter().map(entry).collect();
+    let mut entries: Vec<Entry> = subjects.into_iter().enumerate().map(entry).collect();
     keep_able(&mut entries, plan, recorder, |entry| {
         for _ in 0..effort.warm_up {
             if !stop.is_set() {
@@ -70,25 +74,29 @@ pub(super) fn measure(
         }
         Ok(())
     })?;
+    let mut is_complete = false;
     for iteration in 1..=effort.iterations {
         if stop.is_set() {
             break;
         }
         recorder.say(format!("{} {iteration}/{}", plan.case, effort.iterations));
+        is_complete = iteration == effort.iterations;
+        // Nobody always comes after the same one, whatever state that leaves the machine in.
+        Random::stream(plan.shape.seed, iteration.into()).shuffle(&mut entries);
         keep_able(&mut entries, plan, recorder, |entry| {
-            // So the last timed iteration is the one whose bytes are verified.
-            if iteration == effort.iterations {
+            if is_complete {
                 entry.subject.poison()?;
             }
             let (time, cpu) = move_all(entry.subject.as_mut(), plan)?;
             entry.figures.push(plan, entry.subject.as_ref(), time, cpu);
-            Ok(())
+            // At once: others may move to the same place.
+            match is_complete {
+                true => entry.subject.verify(),
+                false => Ok(()),
+            }
         })?;
     }
-    let is_complete = !stop.is_set();
-    if is_complete {
-        keep_able(&mut entries, plan, recorder, |entry| entry.subject.verify())?;
-    }
+    entries.sort_by_key(|entry| entry.place);
     for _ in 0..LATENCY_ROUNDS {
         if !stop.is_set() {
             keep_able(&mut entries, plan, recorder, |entry| {
@@ -205,7 +213,10 @@ impl Figures {
 
 fn record(plan: &Plan, entries: &[Entry], is_complete: bool, recorder: &mut Recorder) {
     let verified = if is_complete { plan.shape.blocks() } else { 0 };
-    for Entry { subject, figures } in entries {
+    for Entry {
+        subject, figures, ..
+    } in entries
+    {
         let case = Case {
             subject: subject.name(),
             name: &plan.case,
@@ -213,7 +224,13 @@ fn record(plan: &Plan, entries: &[Entry], is_complete: bool, recorder: &mut Reco
         recorder.extend(figures.rows(plan, &case, verified));
     }
     // Pairs of one iteration stand side by side in time, so their ratio outlives a change of the machine's mood.
-    let Some((Entry { subject, figures }, references)) = entries.split_first() else {
+    let Some((
+        Entry {
+            subject, figures, ..
+        },
+        references,
+    )) = entries.split_first()
+    else {
         return;
     };
     let case = Case {

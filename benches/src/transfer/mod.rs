@@ -123,7 +123,9 @@ fn references(
 ) -> Result<Vec<Box<dyn Subject>>> {
     let memcpy = || Box::new(references::Memcpy::new(plan));
     Ok(match plan.shape.backend {
-        BackendKind::Memcpy | BackendKind::Ucx => vec![memcpy()],
+        BackendKind::Memcpy | BackendKind::Cma | BackendKind::Ucx | BackendKind::Verbs => {
+            vec![memcpy()]
+        }
         BackendKind::Shm => vec![memcpy(), Box::new(references::MappedLoop::new(plan)?)],
         BackendKind::Tcp => vec![
             Box::new(raw_tcp::RawTcp::connect(plan, at, false)?),

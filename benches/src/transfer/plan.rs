@@ -22,10 +22,14 @@ pub(crate) enum BackendKind {
     Memcpy,
     /// To another process, which shares its memory.
     Shm,
+    /// To another process, whose own memory the system copies from and to.
+    Cma,
     /// To another process, over loopback.
     Tcp,
     /// To another process, over UCX, with the transports that it chooses; needs UCX in the system.
     Ucx,
+    /// To another process, over RDMA by libibverbs; needs a device.
+    Verbs,
     /// To a file.
     File,
     /// To objects in a local folder.
@@ -37,8 +41,10 @@ impl BackendKind {
         match self {
             Self::Memcpy => "memcpy",
             Self::Shm => "shm",
+            Self::Cma => "cma",
             Self::Tcp => "tcp",
             Self::Ucx => "ucx",
+            Self::Verbs => "verbs",
             Self::File => "file",
             Self::Object => "object",
         }
@@ -46,7 +52,10 @@ impl BackendKind {
 
     /// Whether the other side is memory of another process.
     pub(super) const fn is_to_a_process(self) -> bool {
-        matches!(self, Self::Shm | Self::Tcp | Self::Ucx)
+        matches!(
+            self,
+            Self::Shm | Self::Cma | Self::Tcp | Self::Ucx | Self::Verbs
+        )
     }
 }
 

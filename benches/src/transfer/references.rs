@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, DirectMode, HostMemory, Region, RegionOptions};
@@ -14,8 +14,8 @@ use super::raw_tcp::in_parallel;
 use super::remote::{Contents, Files, at};
 use super::subject::Subject;
 
-/// What direct I/O asks of addresses, offsets and lengths on the devices we know.
-const DIRECT_ALIGNMENT: usize = 4096;
+/// A page, and what direct I/O asks of addresses, offsets and lengths on the devices we know.
+const PAGE_BYTES: usize = 4096;
 
 fn source(plan: &Plan) -> Vec<u8> {
     let mut bytes = vec![0; plan.shape.total_bytes as usize];
@@ -87,6 +87,30 @@ impl Subject for Memcpy {
     }
 }
 
+/// Private memory that begins at a page, as what agents make does: where copies are aligned decides how fast they are.
+struct Pages {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Pages {
+    fn new(plan: &Plan, contents: Contents) -> Self {
+        let len = plan.shape.total_bytes as usize;
+        let bytes = vec![POISON; len + PAGE_BYTES];
+        let start = bytes.as_ptr().align_offset(PAGE_BYTES);
+        let mut pages = Self { bytes, start, len };
+        if matches!(contents, Contents::Source) {
+            contents::fill(plan.shape.seed, 0, pages.get());
+        }
+        pages
+    }
+
+    fn get(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..][..self.len]
+    }
+}
+
 /// Which blocks each thread copies: those that lie in its part of the local memory, in the order of the plan.
 struct Shares {
     /// Positions of each part's blocks.
@@ -137,7 +161,7 @@ impl Shares {
 pub(super) struct MappedLoop {
     plan: Plan,
     shares: Shares,
-    local: Vec<u8>,
+    local: Pages,
     shared: Region,
     _agent: Agent,
 }
@@ -149,10 +173,10 @@ impl MappedLoop {
         let shared = agent.register(memory, RegionOptions::default())?;
         shared.fill_at(0, shared.bytes(), POISON)?;
         let local = match plan.shape.way {
-            Way::Write => source(plan),
+            Way::Write => Pages::new(plan, Contents::Source),
             Way::Read => {
                 contents::write_source(plan, |offset, block| shared.write_at(offset, block))?;
-                poisoned(plan)
+                Pages::new(plan, Contents::Poison)
             }
         };
         Ok(Self {
@@ -172,28 +196,28 @@ impl Subject for MappedLoop {
 
     fn poison(&mut self) -> Result<()> {
         match self.plan.shape.way {
-            Way::Read => self.local.fill(POISON),
+            Way::Read => self.local.get().fill(POISON),
             Way::Write => self.shared.fill_at(0, self.shared.bytes(), POISON)?,
         }
         Ok(())
     }
 
     fn move_all(&mut self) -> Result<u64> {
-        let shared = &self.shared;
+        let (shared, local) = (&self.shared, self.local.get());
         match self.plan.shape.way {
-            Way::Read => self.shares.run(&self.plan, &mut self.local, &|own, other| {
-                shared.read_at(other, own)
-            }),
-            Way::Write => self.shares.run(&self.plan, &mut self.local, &|own, other| {
-                shared.write_at(other, own)
-            }),
+            Way::Read => self
+                .shares
+                .run(&self.plan, local, &|own, other| shared.read_at(other, own)),
+            Way::Write => self
+                .shares
+                .run(&self.plan, local, &|own, other| shared.write_at(other, own)),
         }
     }
 
     fn move_block(&mut self, position: u32) -> Result<u64> {
         let position = position as usize;
         let start = self.plan.offset(self.plan.local[position]) as usize;
-        let own = &mut self.local[start..start + self.plan.shape.block_bytes as usize];
+        let own = &mut self.local.get()[start..][..self.plan.shape.block_bytes as usize];
         let other = self.plan.offset(self.plan.remote[position]);
         match self.plan.shape.way {
             Way::Read => self.shared.read_at(other, own)?,
@@ -204,7 +228,7 @@ impl Subject for MappedLoop {
 
     fn verify(&mut self) -> Result<()> {
         match self.plan.shape.way {
-            Way::Read => verify(&self.plan, &self.local),
+            Way::Read => verify(&self.plan, self.local.get()),
             Way::Write => contents::verify(&self.plan, |offset, block| {
                 self.shared.read_at(offset, block)
             }),
@@ -215,16 +239,13 @@ impl Subject for MappedLoop {
 /// So many `pread` or `pwrite` at once keep a device busy; more queues than this gain nothing on those we know.
 pub(super) const DEEP: u32 = 16;
 
-/// Loops of `pread` or `pwrite`, one block at a time, on a file of the same folder, cached or direct like ours.
+/// Loops of `pread` or `pwrite`, one block at a time, on a file, cached or direct like ours.
 pub(super) struct Disk {
     plan: Plan,
     shares: Shares,
     files: Files,
     file: File,
-    path: PathBuf,
-    local: Vec<u8>,
-    /// Where in `local` the first aligned byte is.
-    start: usize,
+    local: Pages,
     /// Loops at once.
     threads: u32,
 }
@@ -236,56 +257,47 @@ impl Disk {
         folder: &Path,
         threads: u32,
     ) -> Result<Self> {
-        let path = folder.join(format!("reference-{threads}-{}", plan.shape.name()));
-        let files = Files {
-            paths: vec![path.clone()],
-            blocks_each: plan.shape.blocks(),
+        let files = Files::shared(plan, folder);
+        let (there, here) = match plan.shape.way {
+            Way::Read => (Contents::Source, Contents::Poison),
+            Way::Write => (Contents::Poison, Contents::Source),
         };
-        files.write(
-            plan,
-            match plan.shape.way {
-                Way::Read => Contents::Source,
-                Way::Write => Contents::Poison,
-            },
-        )?;
-        let file = open(&path, plan, direct)?;
-        let mut local = vec![POISON; plan.shape.total_bytes as usize + DIRECT_ALIGNMENT];
-        let start = local.as_ptr().align_offset(DIRECT_ALIGNMENT);
-        if plan.shape.way == Way::Write {
-            contents::fill(
-                plan.shape.seed,
-                0,
-                &mut local[start..][..plan.shape.total_bytes as usize],
-            );
-        }
+        files.write(plan, there)?;
+        let file = open(&files.paths[0], plan, direct)?;
         Ok(Self {
             plan: plan.clone(),
             shares: Shares::new(plan, threads),
             files,
             file,
-            path,
-            local,
-            start,
+            local: Pages::new(plan, here),
             threads,
         })
     }
 
-    fn transfer(&self, block: &mut [u8], offset: u64) -> Result<()> {
-        let done = match self.plan.shape.way {
-            Way::Read => self.file.read_exact_at(block, offset),
-            Way::Write => self.file.write_all_at(block, offset),
+    /// Calls for all blocks, or for one.
+    fn transfer(&mut self, one: Option<u32>) -> Result<u64> {
+        let (file, path, way) = (&self.file, &self.files.paths[0], self.plan.shape.way);
+        let call = |block: &mut [u8], offset| {
+            let done = match way {
+                Way::Read => file.read_exact_at(block, offset),
+                Way::Write => file.write_all_at(block, offset),
+            };
+            done.map_err(|error| at(path, error))
         };
-        done.map_err(|error| at(&self.path, error))
+        let (plan, local) = (&self.plan, self.local.get());
+        let Some(position) = one.map(|position| position as usize) else {
+            return self.shares.run(plan, local, &call);
+        };
+        let start = plan.offset(plan.local[position]) as usize;
+        let block = &mut local[start..][..plan.shape.block_bytes as usize];
+        call(block, plan.offset(plan.remote[position])).map(|()| plan.shape.block_bytes)
     }
 }
 
 fn open(path: &Path, plan: &Plan, direct: DirectMode) -> Result<File> {
     let mut options = File::options();
     options.read(true).write(true);
-    let is_aligned = plan
-        .shape
-        .block_bytes
-        .is_multiple_of(DIRECT_ALIGNMENT as u64);
+    let is_aligned = plan.shape.block_bytes.is_multiple_of(PAGE_BYTES as u64);
     if direct != DirectMode::Off && is_aligned {
         let flag = OFlags::DIRECT.bits() as i32;
         match options.clone().custom_flags(flag).open(path) {
@@ -294,7 +306,7 @@ fn open(path: &Path, plan: &Plan, direct: DirectMode) -> Result<File> {
             Ok(file) => return Ok(file),
         }
     } else if direct == DirectMode::On {
-        let context = format!("--direct on needs blocks of a multiple of {DIRECT_ALIGNMENT} bytes");
+        let context = format!("--direct on needs blocks of a multiple of {PAGE_BYTES} bytes");
         return Err(Error::new(ErrorKind::Invalid, context));
     }
     options.open(path).map_err(|error| at(path, error))
@@ -311,35 +323,23 @@ impl Subject for Disk {
 
     fn poison(&mut self) -> Result<()> {
         match self.plan.shape.way {
-            Way::Read => self.local.fill(POISON),
+            Way::Read => self.local.get().fill(POISON),
             Way::Write => self.files.write(&self.plan, Contents::Poison)?,
         }
         Ok(())
     }
 
     fn move_all(&mut self) -> Result<u64> {
-        let mut local = std::mem::take(&mut self.local);
-        let aligned = &mut local[self.start..][..self.plan.shape.total_bytes as usize];
-        let moved = self.shares.run(&self.plan, aligned, &|block, offset| {
-            self.transfer(block, offset)
-        });
-        self.local = local;
-        moved
+        self.transfer(None)
     }
 
     fn move_block(&mut self, position: u32) -> Result<u64> {
-        let position = position as usize;
-        let mut local = std::mem::take(&mut self.local);
-        let start = self.start + self.plan.offset(self.plan.local[position]) as usize;
-        let block = &mut local[start..start + self.plan.shape.block_bytes as usize];
-        let moved = self.transfer(block, self.plan.offset(self.plan.remote[position]));
-        self.local = local;
-        moved.map(|()| self.plan.shape.block_bytes)
+        self.transfer(Some(position))
     }
 
     fn verify(&mut self) -> Result<()> {
         match self.plan.shape.way {
-            Way::Read => verify(&self.plan, &self.local[self.start..]),
+            Way::Read => verify(&self.plan, self.local.get()),
             Way::Write => self.files.verify(&self.plan),
         }
     }

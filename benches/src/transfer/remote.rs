@@ -32,6 +32,14 @@ pub(super) struct Files {
 }
 
 impl Files {
+    /// The one file of a case that ours and the references share: where a file lies on its device decides how fast it is.
+    pub(super) fn shared(plan: &Plan, folder: &Path) -> Self {
+        Self {
+            paths: vec![folder.join(format!("{}.blocks", plan.shape.name()))],
+            blocks_each: plan.shape.blocks(),
+        }
+    }
+
     /// Which file holds this offset, and where in it.
     fn place(&self, plan: &Plan, offset: u64) -> (&Path, u64) {
         let bytes_each = plan.offset(self.blocks_each);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions};
+use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions, VerbsOptions};
 
 use crate::clock::process_cpu;
 
@@ -209,7 +209,12 @@ impl Exposed {
                 remote_read: true,
                 remote_write: true,
             };
-            let region = agent.register(HostMemory::shared(shape.total_bytes)?, options)?;
+            // Shared memory would be mapped rather than copied by the system.
+            let memory = match shape.backend {
+                BackendKind::Cma => HostMemory::anonymous(shape.total_bytes)?,
+                _ => HostMemory::shared(shape.total_bytes)?,
+            };
+            let region = agent.register(memory, options)?;
             Memory::Region { region, agent }
         };
         memory.poison()?;
@@ -269,8 +274,10 @@ pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result
     let chance = RandomState::new().build_hasher().finish();
     Agent::builder(&format!("{role}-{chance:016x}"))
         .shm(backend == BackendKind::Shm)
+        .cma(backend == BackendKind::Cma)
         .tcp((backend == BackendKind::Tcp).then_some(SocketAddr::new(address, 0)))
         .ucx((backend == BackendKind::Ucx).then(UcxOptions::default))
+        .verbs((backend == BackendKind::Verbs).then(VerbsOptions::default))
         .build()
 }
 

@@ -34,7 +34,11 @@ pub(super) fn open(
             let other = own_remote(plan, &agent)?;
             (agent, other)
         }
-        BackendKind::Shm | BackendKind::Tcp | BackendKind::Ucx => peer_remote(plan, at)?,
+        BackendKind::Shm
+        | BackendKind::Cma
+        | BackendKind::Tcp
+        | BackendKind::Ucx
+        | BackendKind::Verbs => peer_remote(plan, at)?,
         BackendKind::File => {
             let agent = own()?;
             let other = file_remote(plan, &agent, direct, folder)?;
@@ -99,7 +103,7 @@ fn file_remote(
     direct: DirectMode,
     folder: &Path,
 ) -> Result<(Remote, Places)> {
-    let path = folder.join(format!("ours-{}", plan.shape.name()));
+    let files = Files::shared(plan, folder);
     let options = FileOptions {
         create: true,
         len_bytes: Some(plan.shape.total_bytes),
@@ -107,11 +111,7 @@ fn file_remote(
         direct,
         read_only: false,
     };
-    let region = agent.open_file(&path, &options)?;
-    let files = Files {
-        paths: vec![path],
-        blocks_each: plan.shape.blocks(),
-    };
+    let region = agent.open_file(&files.paths[0], &options)?;
     Ok((Remote::Files(files), Places::Own(region)))
 }
 
