@@ -10,7 +10,7 @@ PREFIX ?= /usr/local
 VENV := $(CACHE)/venv
 STEP = @scripts/step
 
-.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-sanitize test-long demo bench-build bench bench-fabric bench-index bench-engines static wheel install
+.PHONY: help setup fmt check test test-rust test-c test-python test-engines test-rdma test-sanitize test-long demo bench-build bench bench-fabric bench-index bench-engines static wheel install
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ test-python: setup ## The Python package, installed into a virtual environment
 test-engines: setup ## A real vLLM on the Python package; the first run makes an environment of 3 GB in CACHE
 	$(STEP) "engines" env CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/engines
 	$(STEP) "tests with engines" env CACHE='$(CACHE)' ffi/python/tests/engines/run
+
+test-rdma: ## RDMA by soft-RoCE in a virtual machine: conformance over verbs and UCX, and how paths end
+	$(STEP) "RDMA" env CACHE='$(CACHE)' scripts/test-rdma
 
 test-long: ## The simulation over many seeds, property tests with many cases, an hour of churn for the indexer
 	$(STEP) "simulation, many seeds" env KVFABRIC_SEEDS=2000 $(CARGO) test --release -p kvfabric-sim

@@ -11,6 +11,8 @@ use kvcache_core::{Error, Result};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
+use crate::look::{Look, give_way};
+
 const EVENTS_MAX: usize = 64;
 const WAKE: u64 = 0;
 
@@ -69,8 +71,8 @@ pub(crate) struct Reactor {
     gate: OwnedFd,
     /// Held by whoever reads the sockets.
     lead: Mutex<()>,
-    /// Names the thread that leads; 0 if none does.
-    leader: AtomicUsize,
+    /// Names the thread that leads and has gone to sleep over it; 0 if none does.
+    sleeper: AtomicUsize,
     /// How often somebody has led.
     leads: AtomicU64,
     /// The thread keeps the gate closed, and looks after [`LINGER`].
@@ -100,7 +102,7 @@ impl Reactor {
             epoll,
             gate,
             lead: Mutex::new(()),
-            leader: AtomicUsize::new(0),
+            sleeper: AtomicUsize::new(0),
             leads: AtomicU64::new(0),
             lingers: AtomicBool::new(false),
             wake,
@@ -193,14 +195,20 @@ impl Reactor {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    /// Does the reactor's work in the calling thread until `done` or `until`, or not at all if somebody else does just now.
+    /// Does the reactor's work in the calling thread until `done` or `until`, or not at all if somebody else does as long
+    /// as it looks. Sleeps only after the look.
     ///
     /// What makes it `done` happens either in that work, or is followed by a [`Reactor::kick`]. `done` synchronises with it.
-    pub(crate) fn lead(&self, until: Instant, done: &dyn Fn() -> bool) {
-        let Some(lead) = self.try_lead() else {
-            return;
+    pub(crate) fn lead(&self, until: Instant, look: &Look<'_>, done: &dyn Fn() -> bool) {
+        let lead = loop {
+            if let Some(lead) = self.try_lead() {
+                break lead;
+            }
+            if done() || !look.goes_on() {
+                return;
+            }
+            give_way();
         };
-        self.leader.store(this_thread(), Ordering::Release);
         self.leads.fetch_add(1, Ordering::Relaxed);
         if !self.lingers.load(Ordering::SeqCst) {
             self.set_gate(EventFlags::empty());
@@ -211,6 +219,18 @@ impl Reactor {
             lead: Some(lead),
         };
         let mut events = Vec::with_capacity(EVENTS_MAX);
+        while look.goes_on() {
+            if done() || self.closed.load(Ordering::Acquire) {
+                return;
+            }
+            match self.serve(&mut events, Some(&Timespec::default())) {
+                Ok(0) => give_way(),
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+        // Before it is asked once more: whoever decides from now on kicks.
+        self.sleeper.store(this_thread(), Ordering::Release);
         while !done() && !self.closed.load(Ordering::Acquire) {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return;
@@ -222,10 +242,11 @@ impl Reactor {
         }
     }
 
-    /// Has whoever leads look whether it is done. Costs nothing if that is this thread, or nobody.
+    /// Has whoever leads look whether it is done. Costs nothing if that is this thread, nobody, or somebody who looks
+    /// anyway.
     pub(crate) fn kick(&self) {
-        let leader = self.leader.load(Ordering::Acquire);
-        if leader != 0 && leader != this_thread() {
+        let sleeper = self.sleeper.load(Ordering::Acquire);
+        if sleeper != 0 && sleeper != this_thread() {
             self.wake();
         }
     }
@@ -245,12 +266,12 @@ impl Reactor {
         }
     }
 
-    /// Waits for sockets, at most so long, and calls their sources.
+    /// Waits for sockets, at most so long, and calls their sources. How many had something to tell.
     fn serve(
         &self,
         events: &mut Vec<epoll::Event>,
         left: Option<&Timespec>,
-    ) -> rustix::io::Result<()> {
+    ) -> rustix::io::Result<usize> {
         events.clear();
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), left) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -273,7 +294,7 @@ impl Reactor {
                 });
             }
         }
-        Ok(())
+        Ok(events.len())
     }
 
     /// Sleeps until sockets have something to tell and nobody leads, and calls their sources. `seen` is how often somebody
@@ -313,7 +334,7 @@ impl Reactor {
         }
         match lead {
             None => Ok(()),
-            Some(_lead) => self.serve(events, Some(&Timespec::default())),
+            Some(_lead) => self.serve(events, Some(&Timespec::default())).map(drop),
         }
     }
 
@@ -339,7 +360,7 @@ struct Leading<'a> {
 
 impl Drop for Leading<'_> {
     fn drop(&mut self) {
-        self.reactor.leader.store(0, Ordering::Release);
+        self.reactor.sleeper.store(0, Ordering::Release);
         // Before the gate is opened: the thread that it wakes finds the place free.
         drop(self.lead.take());
         if !self.reactor.lingers.load(Ordering::SeqCst) {

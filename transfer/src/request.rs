@@ -17,6 +17,7 @@ use crate::plan::Plan;
 use crate::stats::Counters;
 
 mod check;
+mod connecting;
 mod core;
 mod later;
 mod piece;
@@ -25,11 +26,13 @@ mod slow;
 mod state;
 mod ticket;
 
+use self::connecting::Unconnected;
 pub(crate) use self::core::{RequestCore, TRIES_MAX};
+use self::later::Due;
 pub(crate) use self::later::Later;
 pub(crate) use self::rate::Bucket;
 pub use self::rate::Priority;
-use self::state::{Start, Taken};
+use self::state::{PostNumber, Start, State, Taken};
 pub(crate) use self::ticket::Ticket;
 
 /// What applies to a request that names no deadline.
@@ -56,7 +59,7 @@ pub struct RequestOptions {
     /// Whether the CRC-32C of each descriptor is compared, as it is in the source's memory and as it has arrived in the
     /// other's, each computed where the memory is. A difference is [`ErrorKind::Corrupt`] and names the descriptor; what
     /// may be tried again is. Parts count as in place, and the notification goes, when they are compared. The source must
-    /// not change meanwhile, and the peer must let its region be read. Not over `ucx`, files and objects.
+    /// not change meanwhile, and the peer must let its region be read. Files and objects refuse it.
     pub checksum: bool,
     /// The names of the backends that may be used, such as "shm"; all if there are none. Which of them goes first is the
     /// agent's ([`crate::AgentBuilder::prefer`]).
@@ -118,13 +121,15 @@ impl Request {
         Ok(())
     }
 
-    /// Starts it. Small copies within this host are finished when this returns; nothing large is waited for. The first
-    /// post to a peer, and the first after losing it, connects.
+    /// Starts it. Small copies within this host are finished when this returns; nothing else is waited for. Without a
+    /// connection that serves it the request waits for one, after those that were posted before it: the first notification
+    /// to a peer, and whatever is first posted after losing it. It fails with [`ErrorKind::PeerLost`] when there is none
+    /// to be had. No peer's connection is waited for by requests to others.
     ///
     /// # Errors
-    /// Nothing is started then. [`ErrorKind::Busy`] when it is in flight, its memory unsettled or a queue full;
-    /// [`ErrorKind::PeerLost`] when the peer can't be reached; [`ErrorKind::NotFound`] when a region was
-    /// deregistered; [`ErrorKind::Forked`] in a forked child.
+    /// Nothing is started then. [`ErrorKind::Busy`] when it is in flight or its memory unsettled, where `ucx`, a file or an
+    /// object store has too much to do, and while too many wait for a connection; other ways have it wait for its turn,
+    /// until its deadline; [`ErrorKind::NotFound`] when a region was deregistered; [`ErrorKind::Forked`] in a forked child.
     pub fn post(&self) -> Result<()> {
         self.agent.check()?;
         match &self.route {
@@ -135,41 +140,68 @@ impl Request {
 
     fn post_to_peer(&self, peer: &Arc<PeerCore>) -> Result<()> {
         let (agent, plan) = (&self.agent, &self.core.plan);
-        let mut channel = peer.channel(agent, plan)?;
-        let mut tries = 1;
-        loop {
-            let backend: Arc<dyn Backend> = channel.clone();
+        let mut tries = 0;
+        while let Some(channel) = peer.connected(agent, plan) {
+            let backend: Arc<dyn Backend> = channel;
             let Err(error) = self.post_to(&backend, peer.closings()) else {
                 return Ok(());
             };
             tries += 1;
-            channel = peer.after_refusal(agent, plan, (channel, tries), error)?;
+            peer.leave_refusing(&backend, tries, error)?;
         }
+        self.post_unconnected(peer)
     }
 
     fn post_to(&self, backend: &Arc<dyn Backend>, closings: u64) -> Result<()> {
-        self.core.plan.enter()?;
-        let counters = self.counters(backend.name());
-        let started = self.core.start(Start {
-            backend,
-            counters,
-            deadline: self.deadline,
-            notice: self.notification.clone(),
-            closings,
-        });
-        let number = match started {
-            Ok(number) => number,
-            Err(error) => {
-                self.core.plan.leave();
-                return Err(error);
-            }
-        };
+        let way = Some((backend, self.counters(backend.name())));
+        let number = self.start(way, closings)?;
         if let Err(error) = self.core.post_pieces(number) {
             self.core.withdraw();
             return Err(error);
         }
-        self.core.watch(number, backend);
+        self.core.watch(number, Some(backend));
         Ok(())
+    }
+
+    /// Has the request posted as soon as there is a connection.
+    fn post_unconnected(&self, peer: &Arc<PeerCore>) -> Result<()> {
+        let closings = peer.closings();
+        let number = self.start(None, closings)?;
+        peer.enter_queue();
+        let posted_at = Instant::now();
+        let due = Due::Unconnected(Unconnected {
+            core: self.core.clone(),
+            number,
+            agent: Arc::downgrade(&self.agent),
+            peer: Arc::downgrade(peer),
+            closings,
+            posted_at,
+        });
+        if self.agent.later().add(posted_at, due).is_err() {
+            self.core.withdraw();
+            let text = "too many requests wait for a connection, or no thread could be started";
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        self.core.watch(number, None);
+        Ok(())
+    }
+
+    fn start(
+        &self,
+        way: Option<(&Arc<dyn Backend>, Arc<Counters>)>,
+        closings: u64,
+    ) -> Result<PostNumber> {
+        self.core.plan.enter()?;
+        let started = self.core.start(Start {
+            way,
+            deadline: self.deadline,
+            notice: self.notification.clone(),
+            closings,
+        });
+        if started.is_err() {
+            self.core.plan.leave();
+        }
+        started
     }
 
     fn counters(&self, backend: &'static str) -> Arc<Counters> {
@@ -231,13 +263,8 @@ impl Request {
             Taken::Result(result) => return result,
             Taken::Pending(backend) => backend,
         };
-        if let Some(backend) = backend {
-            self.core.set_led(Some(self.agent.reactor()));
-            backend.assist(until, &|| self.core.is_decided());
-            self.core.set_led(None);
-        }
-        self.core
-            .wait(until, |state| !matches!(state.status, Status::InFlight));
+        let is_decided = |state: &State| !matches!(state.status, Status::InFlight);
+        self.wait_for(until, backend.as_ref(), is_decided);
         match self.core.take_result() {
             Taken::Result(result) => result,
             Taken::Pending(_) => {
@@ -248,6 +275,23 @@ impl Request {
                 ))
             }
         }
+    }
+
+    /// Waits until it is `done`, at most until `until`: looks for a while, and then sleeps.
+    fn wait_for(
+        &self,
+        until: Instant,
+        backend: Option<&Arc<dyn Backend>>,
+        done: impl Fn(&State) -> bool,
+    ) {
+        let look = self.agent.looks().begin(until);
+        let is_done = || done(&self.core.lock());
+        if let Some(backend) = backend {
+            self.core.lead_by(self.agent.reactor());
+            backend.assist(until, &look, &is_done);
+        }
+        let found = look.at(is_done) || self.core.wait(until, &done);
+        look.end(found);
     }
 
     /// How many parts it has ([`RequestOptions::parts`]), at least one.
@@ -264,7 +308,13 @@ impl Request {
     /// out first; [`ErrorKind::Invalid`] for a part that there is not, and when it was never posted.
     pub fn wait_part(&self, part: usize, timeout: Duration) -> Result<(), TransferError> {
         let until = Instant::now() + timeout;
-        self.core.wait(until, |state| state.part(part).is_some());
+        let state = self.core.lock();
+        let (known, backend) = (state.part(part), state.backends.last().cloned());
+        drop(state);
+        if let Some(known) = known {
+            return known;
+        }
+        self.wait_for(until, backend.as_ref(), |state| state.part(part).is_some());
         let found = self.core.lock().part(part);
         found.unwrap_or_else(|| {
             let text = format!("part {part} not in place after {timeout:?}");

@@ -12,11 +12,11 @@ use kvfabric_transfer::backend::conformance::{
 use kvfabric_transfer::backend::sim::{ExchangeConfig, LinkProfile, SimNetwork};
 use kvfabric_transfer::{
     Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, TlsOptions,
-    UcxOptions,
+    UcxOptions, VerbsOptions,
 };
 
 /// How many cases the suite has.
-const CASES: usize = 12;
+const CASES: usize = 13;
 
 fn check(fixture: &dyn Fixture, skipped: usize) -> Report {
     let report = run(fixture).unwrap_or_else(|error| panic!("{error}"));
@@ -126,6 +126,22 @@ fn ucx_over_tcp_conforms() {
     );
 }
 
+/// Two agents of this process over RDMA, where there is a device; `make test-rdma` has one.
+#[test]
+fn verbs_conforms() {
+    let options = VerbsOptions::default();
+    let build = |name: &str| alone(name).verbs(Some(options.clone()));
+    match build("probe").build() {
+        Ok(_) => {
+            check(&pair("verbs", build), 0);
+        }
+        Err(error) => {
+            assert!(std::env::var_os("KVFABRIC_RDMA").is_none(), "{error}");
+            eprintln!("SKIPPED: {error}");
+        }
+    }
+}
+
 fn files(mode: FileEngineMode, direct: DirectMode) {
     let directory = tempfile::tempdir().expect("temporary directory");
     let agent = alone("conformance-file").build().expect("agent");
@@ -139,7 +155,7 @@ fn files(mode: FileEngineMode, direct: DirectMode) {
     };
     check(
         &FileFixture::new(agent, directory.path().to_owned(), options),
-        1,
+        2,
     );
 }
 
@@ -170,7 +186,7 @@ fn object_in_a_directory_conforms() {
         .object_store("local", &url, ObjectOptions::default())
         .build()
         .expect("agent");
-    check(&ObjectFixture::new(agent, "local"), 1);
+    check(&ObjectFixture::new(agent, "local"), 2);
 }
 
 fn simulated(profile: LinkProfile) {

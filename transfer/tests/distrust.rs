@@ -78,7 +78,7 @@ fn bytes_outside_the_region_are_refused_by_the_target() {
                 let kind = attempt(way, &pair, &forged, operation, range);
                 // Memory of another size than promised is not even accepted.
                 let expected = match way {
-                    Way::Shm | Way::Cma | Way::Ucx => ErrorKind::Corrupt,
+                    Way::Shm | Way::Cma | Way::Ucx | Way::Verbs => ErrorKind::Corrupt,
                     Way::Memcpy | Way::Tcp => ErrorKind::Invalid,
                 };
                 assert_eq!(kind, expected, "{way:?} {range:?}");

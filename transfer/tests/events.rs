@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{Agent, Operation, Request, RequestOptions, Side, Status, Strided};
+use kvfabric_transfer::{Operation, Request, RequestOptions, Side, Status, Strided};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use support::proxy::Proxy;
-use support::{OPEN, Pair, WAIT, WAYS, Way, loopback};
+use support::proxy::proxied;
+use support::{Pair, WAIT, WAYS, Way};
 
 /// Whether it is readable within `patience`.
 fn readable(fd: BorrowedFd<'_>, patience: Duration) -> bool {
@@ -36,21 +36,6 @@ fn readable(fd: BorrowedFd<'_>, patience: Duration) -> bool {
 
 fn readable_now(fd: BorrowedFd<'_>) -> bool {
     readable(fd, Duration::ZERO)
-}
-
-/// A pair whose traffic goes through a proxy, so that a transfer can be held back.
-fn proxied(bytes: u64) -> (Pair, Proxy) {
-    let proxy = Proxy::new();
-    let target = Agent::builder("target")
-        .memcpy(false)
-        .shm(false)
-        .tcp(Some(loopback()))
-        .tcp_advertise(Some(proxy.address()))
-        .build()
-        .unwrap();
-    proxy.run(target.tcp_address().unwrap());
-    let pair = Pair::of(Way::Tcp.agent("initiator"), target, bytes, OPEN);
-    (pair, proxy)
 }
 
 fn whole(pair: &Pair, operation: Operation) -> Request {

@@ -9,29 +9,16 @@ mod support;
 
 use bytes::Bytes;
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{Agent, MemoryFate, Operation, RequestOptions};
+use kvfabric_transfer::{MemoryFate, Operation, RequestOptions};
 
-use support::proxy::Proxy;
-use support::{OPEN, Pair, WAIT, contents, loopback, pattern};
+use support::proxy::{self, Proxy};
+use support::{Pair, WAIT, contents, pattern};
 
 const BYTES: u64 = 8 << 20;
 
 /// A pair whose TCP traffic goes through a proxy.
 fn proxied() -> (Pair, Proxy) {
-    let proxy = Proxy::new();
-    let build = |name, advertised| {
-        Agent::builder(name)
-            .memcpy(false)
-            .shm(false)
-            .cma(false)
-            .tcp(Some(loopback()))
-            .tcp_advertise(advertised)
-            .build()
-            .unwrap()
-    };
-    let target: Agent = build("target", Some(proxy.address()));
-    proxy.run(target.tcp_address().unwrap());
-    let pair = Pair::of(build("initiator", None), target, BYTES, OPEN);
+    let (pair, proxy) = proxy::proxied(BYTES);
     let data = pattern(BYTES as usize, 77);
     pair.remote.write_at(0, &data).unwrap();
     assert!(pair.initiator.path_to(&pair.peer).backend.is_some());

@@ -7,34 +7,22 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{Agent, AgentBuilder, ConnectionReport, Operation, RequestOptions};
+use kvfabric_transfer::{ConnectionReport, Operation, RequestOptions, Status};
 
 use support::child::Again;
-use support::proxy::Proxy;
-use support::{OPEN, Pair, WAIT, contents, loopback, pattern};
+use support::proxy::{Proxy, proxied_from};
+use support::{OPEN, Pair, WAIT, Way, contents, loopback, pattern};
 
 const MIB: u64 = 1 << 20;
 
-fn builder(name: &str) -> AgentBuilder {
-    Agent::builder(name)
-        .memcpy(false)
-        .shm(false)
-        .tcp(Some(loopback()))
-}
-
 /// An initiator with so many connections, and a target behind a proxy.
 fn proxied(connections: usize, bytes: u64) -> (Pair, Proxy) {
-    let proxy = Proxy::new();
-    let target = builder("target")
-        .tcp_advertise(Some(proxy.address()))
-        .build()
-        .unwrap();
-    proxy.run(target.tcp_address().unwrap());
-    let initiator = builder("initiator")
+    let initiator = Way::Tcp
+        .builder("initiator")
         .tcp_connections(connections)
         .build()
         .unwrap();
-    (Pair::of(initiator, target, bytes, OPEN), proxy)
+    proxied_from(initiator, bytes)
 }
 
 fn connections(pair: &Pair) -> Vec<ConnectionReport> {
@@ -74,8 +62,16 @@ fn large_requests_are_striped_and_small_ones_are_not() {
 #[test]
 fn connections_are_spread_over_all_addresses_of_a_peer() {
     let other = SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), 0));
-    let target = builder("target").tcp_rails([other]).build().unwrap();
-    let initiator = builder("initiator").tcp_connections(3).build().unwrap();
+    let target = Way::Tcp
+        .builder("target")
+        .tcp_rails([other])
+        .build()
+        .unwrap();
+    let initiator = Way::Tcp
+        .builder("initiator")
+        .tcp_connections(3)
+        .build()
+        .unwrap();
     let pair = Pair::of(initiator, target, 32 * MIB, OPEN);
     let data = pattern(32 * MIB as usize, 5);
     pair.remote.write_at(0, &data).unwrap();
@@ -102,12 +98,18 @@ fn an_address_that_cannot_be_reached_is_told_and_done_without() {
         let closed = std::net::TcpListener::bind(loopback()).unwrap();
         closed.local_addr().unwrap()
     };
-    let target = builder("target")
+    let target = Way::Tcp
+        .builder("target")
         .tcp_advertise(Some(nowhere))
         .tcp_rails([loopback()])
         .build()
         .unwrap();
-    let pair = Pair::of(builder("initiator").build().unwrap(), target, MIB, OPEN);
+    let pair = Pair::of(
+        Way::Tcp.builder("initiator").build().unwrap(),
+        target,
+        MIB,
+        OPEN,
+    );
     whole(&pair, Operation::Read, RequestOptions::default())
         .wait(WAIT)
         .unwrap();
@@ -206,7 +208,11 @@ fn a_read_over_several_connections_that_is_given_up_touches_no_memory() {
 /// The target is another process, killed while a request is striped.
 #[test]
 fn a_killed_peer_fails_a_striped_request() {
-    let initiator = builder("initiator").tcp_connections(4).build().unwrap();
+    let initiator = Way::Tcp
+        .builder("initiator")
+        .tcp_connections(4)
+        .build()
+        .unwrap();
     let mut child = Again::start("killed_target", "target");
     let metadata = support::child::unhex(&child.expect("METADATA"));
     let peer = initiator.load_peer(&metadata).unwrap();
@@ -248,7 +254,7 @@ fn killed_target() {
     if std::env::var(support::child::ROLE).is_err() {
         return;
     }
-    let target = builder("target").build().unwrap();
+    let target = Way::Tcp.builder("target").build().unwrap();
     let memory = kvfabric_transfer::HostMemory::shared(32 * MIB).unwrap();
     let _region = target.register(memory, OPEN).unwrap();
     println!("METADATA {}", support::child::hex(&target.metadata()));
@@ -260,10 +266,95 @@ fn killed_target() {
 fn numbers_out_of_range_are_refused() {
     let many = vec![loopback(); 16];
     for builder in [
-        builder("none").tcp_connections(0),
-        builder("many").tcp_connections(17),
-        builder("rails").tcp_rails(many),
+        Way::Tcp.builder("none").tcp_connections(0),
+        Way::Tcp.builder("many").tcp_connections(17),
+        Way::Tcp.builder("rails").tcp_rails(many),
     ] {
         assert_eq!(builder.build().unwrap_err().kind(), ErrorKind::Invalid);
     }
+}
+
+/// A pair with two connections, the first of them, which small requests use, through a proxy.
+fn half_proxied(bytes: u64) -> (Pair, Proxy) {
+    let proxy = Proxy::new();
+    let target = Way::Tcp
+        .builder("target")
+        .tcp_advertise(Some(proxy.address()))
+        .tcp_rails([loopback()])
+        .build()
+        .unwrap();
+    proxy.run(target.tcp_address().unwrap());
+    let initiator = Way::Tcp
+        .builder("initiator")
+        .slow_after(Some(Duration::from_millis(50)))
+        .build()
+        .unwrap();
+    (Pair::of(initiator, target, bytes, OPEN), proxy)
+}
+
+/// Longer than any test may take: whoever waits for it fails.
+fn in_an_hour() -> RequestOptions {
+    RequestOptions {
+        deadline: Some(Duration::from_secs(3600)),
+        ..RequestOptions::default()
+    }
+}
+
+/// One of two connections stands still, after more and more of a large read: the other one brings what it owes, and the
+/// bytes that it brings late are dropped.
+#[test]
+fn what_a_connection_that_stands_still_owes_comes_over_the_others() {
+    for after in [0, MIB / 2, 5 * MIB] {
+        let (pair, proxy) = half_proxied(32 * MIB);
+        let data = pattern(32 * MIB as usize, 11);
+        pair.remote.write_at(0, &data).unwrap();
+        let read = whole(&pair, Operation::Read, in_an_hour());
+        read.wait(WAIT).unwrap();
+        pair.local.write_at(0, &vec![0; 32 * MIB as usize]).unwrap();
+        match after {
+            0 => proxy.stall(),
+            bytes => proxy.stall_after(bytes),
+        }
+        read.post().unwrap();
+        read.wait(WAIT).unwrap();
+        assert!(contents(&pair.local) == data, "after {after}");
+        assert!(connections(&pair).iter().all(|one| one.lost.is_none()));
+        // Nothing of the request may be written to its memory any more.
+        let other = pattern(32 * MIB as usize, 12);
+        pair.local.write_at(0, &other).unwrap();
+        let before = connections(&pair)[0].received;
+        proxy.resume();
+        while connections(&pair)[0].received <= before + u64::from(after > 0) * MIB {
+            std::thread::yield_now();
+        }
+        assert!(contents(&pair.local) == other, "after {after}");
+    }
+}
+
+/// Small requests alone, which all use the connection that stands still: reads are moved to the other, later requests begin
+/// there, and a write that was begun is not repeated.
+#[test]
+fn new_requests_avoid_a_connection_that_stands_still() {
+    let (pair, proxy) = half_proxied(MIB);
+    let data = pattern(MIB as usize, 13);
+    pair.remote.write_at(0, &data).unwrap();
+    let small = |operation, options| pair.moves(operation, &[(0, 0, 4096)], options);
+    small(Operation::Read, in_an_hour()).wait(WAIT).unwrap();
+    proxy.stall();
+    let write = small(Operation::Write, in_an_hour());
+    small(Operation::Read, in_an_hour()).wait(WAIT).unwrap();
+    let before = connections(&pair);
+    for _ in 0..10 {
+        small(Operation::Write, in_an_hour()).wait(WAIT).unwrap();
+    }
+    let after = connections(&pair);
+    assert_eq!(after[0], before[0]);
+    assert!(after[1].sent > before[1].sent + 10 * 4096, "{after:?}");
+    assert!(matches!(write.poll(), Status::InFlight));
+    // What it brings says that it moves: small requests use it again.
+    proxy.resume();
+    write.wait(WAIT).unwrap();
+    let before = connections(&pair)[0].received;
+    small(Operation::Read, in_an_hour()).wait(WAIT).unwrap();
+    assert!(connections(&pair)[0].received > before + 4096);
 }

@@ -34,6 +34,7 @@ fn the_other_process() {
         Some(("poor-target", way)) => poor_target(named(way)),
         Some(("crowd", way)) => crowd(named(way)),
         Some(("unlocked", _)) => unlocked(),
+        Some(("narrow", _)) => narrow(),
         _ => panic!("role {role}"),
     }
 }
@@ -424,4 +425,61 @@ fn unlocked() {
         }
     }
     assert!(contents(&memory) == data);
+}
+
+/// Shared memory that this process has no address space left for is reached over the network, and the report says why. What
+/// was mapped before stays in use.
+#[test]
+fn memory_that_cannot_be_mapped_is_reached_another_way() {
+    let again = Again::start("the_other_process", "narrow all");
+    assert!(again.finish().success());
+}
+
+/// How much of the address space is taken.
+fn taken() -> u64 {
+    let sizes = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = sizes.split(' ').next().unwrap().parse().unwrap();
+    pages * rustix::param::page_size() as u64
+}
+
+fn narrow() {
+    const VAST: u64 = 4 << 30;
+    let build = |name| {
+        let builder = Agent::builder(name).memcpy(false).cma(false).shm(true);
+        builder.tcp(Some(support::loopback())).build().unwrap()
+    };
+    let pair = Pair::of(build("initiator"), build("target"), 1 << 20, OPEN);
+    let vast = HostMemory::shared(VAST).unwrap();
+    let vast = pair.target.register(vast, OPEN).unwrap();
+    vast.fill_at(VAST - 4096, 4096, 0x33).unwrap();
+    let whole = || pair.moves(Operation::Read, &[(0, 0, 64)], RequestOptions::default());
+    assert_eq!(whole().wait(WAIT).unwrap().backend, "shm");
+
+    let maximum = getrlimit(Resource::As).maximum;
+    let limit = Rlimit {
+        current: Some(taken() + VAST / 2),
+        maximum,
+    };
+    setrlimit(Resource::As, limit).unwrap();
+    let peer = pair.initiator.load_peer(&pair.target.metadata()).unwrap();
+    let places = [(
+        pair.local.descriptor(0, 4096),
+        vast.descriptor(VAST - 4096, 4096),
+    )];
+    let options = RequestOptions::default();
+    let side = Side::Peer(&peer);
+    let read = pair
+        .initiator
+        .transfer(Operation::Read, &places, side, options);
+    let read = read.unwrap();
+    assert_eq!(read.wait(WAIT).unwrap().backend, "tcp");
+    assert!(contents(&pair.local)[..4096].iter().all(|&b| b == 0x33));
+    let report = pair.initiator.path_to(&peer);
+    assert_eq!(report.refused.len(), 1, "{report:?}");
+    let (way, reason) = &report.refused[0];
+    assert_eq!(*way, "shm");
+    assert!(
+        reason.contains("left: ") && reason.contains("Cannot allocate memory"),
+        "{reason}"
+    );
 }

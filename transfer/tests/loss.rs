@@ -10,27 +10,10 @@ mod support;
 use std::time::Duration;
 
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{Agent, MemoryFate, Operation, Request, RequestOptions, Status};
+use kvfabric_transfer::{MemoryFate, Operation, Request, RequestOptions, Status};
 
-use support::proxy::Proxy;
-use support::{OPEN, Pair, WAIT, Way, contents, loopback, pattern};
-
-/// A pair whose traffic goes through a proxy.
-fn proxied(bytes: u64) -> (Pair, Proxy) {
-    let proxy = Proxy::new();
-    let target = Agent::builder("target")
-        .memcpy(false)
-        .shm(false)
-        .tcp(Some(loopback()))
-        .tcp_advertise(Some(proxy.address()))
-        .build()
-        .unwrap();
-    proxy.run(target.tcp_address().unwrap());
-    (
-        Pair::of(Way::Tcp.agent("initiator"), target, bytes, OPEN),
-        proxy,
-    )
-}
+use support::proxy::proxied;
+use support::{Pair, WAIT, contents, pattern};
 
 fn deadline(deadline: Duration) -> RequestOptions {
     RequestOptions {

@@ -214,8 +214,8 @@ fn a_peer_that_was_lost_is_reached_again_with_the_same_handle() {
         (ErrorKind::PeerLost, MemoryFate::Settled),
         "{failed}"
     );
-    let refused = network.on(1, || read.post()).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::PeerLost);
+    network.on(1, || read.post()).unwrap();
+    assert_eq!(read.wait(WAIT).unwrap_err().kind(), ErrorKind::PeerLost);
     network.heal();
     pair.local.fill_at(0, BYTES, 0).unwrap();
     network.on(1, || read.post()).unwrap();

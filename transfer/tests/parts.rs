@@ -18,8 +18,8 @@ use kvfabric_transfer::{
     Request, RequestOptions, Side, Status,
 };
 
-use support::proxy::Proxy;
-use support::{OPEN, Pair, WAIT, WAYS, Way, contents, pattern};
+use support::proxy::proxied;
+use support::{Pair, WAIT, WAYS, Way, contents, pattern};
 
 const LAYERS: usize = 16;
 const BLOCKS: u64 = 32;
@@ -134,20 +134,6 @@ fn parts_that_do_not_add_up_are_refused() {
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.to_string().contains(text), "{error}");
     }
-}
-
-fn proxied(bytes: u64) -> (Pair, Proxy) {
-    let proxy = Proxy::new();
-    let target = Way::Tcp
-        .builder("target")
-        .tcp_advertise(Some(proxy.address()))
-        .build()
-        .unwrap();
-    proxy.run(target.tcp_address().unwrap());
-    (
-        Pair::of(Way::Tcp.agent("initiator"), target, bytes, OPEN),
-        proxy,
-    )
 }
 
 /// The first part arrives, then the network stands still: the others fail at the deadline, the first stays in place, and

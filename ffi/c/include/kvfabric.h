@@ -389,6 +389,11 @@ typedef struct kvf_prefix kvf_prefix;
 typedef struct kvf_publisher kvf_publisher;
 
 /*
+ A range of memory that transfers may name, in a region that it may share with others.
+ */
+typedef struct kvf_range kvf_range;
+
+/*
  Memory that transfers may name.
  */
 typedef struct kvf_region kvf_region;
@@ -1425,6 +1430,53 @@ kvf_status kvf_region_deregister(const struct kvf_region *region,
 kvf_status kvf_region_free(struct kvf_region *region);
 
 /*
+ Registers memory of the caller's by its range: one that lies in a range that was registered in this way, and still is, with
+ the same `access`, gets that one's region. So a pool and its thousand tensors are one region, in metadata and for peers.
+ Ranges that merely touch or overlap get regions of their own. `access` as in kvf_region_register.
+
+ The memory must stay valid until kvf_range_deregister or kvf_range_free has answered KVF_OK for the range.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `base` for reads and writes of `len` bytes as said above, `range_out` for a
+ write.
+ */
+kvf_status kvf_range_register(const struct kvf_agent *agent,
+                              void *base,
+                              uint64_t len,
+                              uint32_t access,
+                              struct kvf_range **range_out);
+
+/*
+ How descriptors name the range, here and at peers: the number of the region that it lies in, and where it begins there.
+
+ # Safety
+ Each pointer is null or valid: `range` live, `region_out` and `offset_out` for a write each.
+ */
+kvf_status kvf_range_place(const struct kvf_range *range,
+                           uint64_t *region_out,
+                           uint64_t *offset_out);
+
+/*
+ Gives the range back, and waits at most `timeout_ms` until its memory is free. KVF_BUSY if it is not then, because transfers
+ over the region are in flight, or because other ranges of it are registered: peers reach all of its memory until the last
+ of them is given back. Keep the memory, and call again.
+
+ # Safety
+ `range` is null or live.
+ */
+kvf_status kvf_range_deregister(const struct kvf_range *range,
+                                uint32_t timeout_ms);
+
+/*
+ Gives the range back and the handle. KVF_BUSY as in kvf_range_deregister: the handle stays valid, the memory must be kept,
+ call again.
+
+ # Safety
+ `range` is null or live, and not used again after KVF_OK.
+ */
+kvf_status kvf_range_free(struct kvf_range *range);
+
+/*
  Learns of a peer from its kvf_agent_metadata, or what is new about one.
 
  KVF_CORRUPT for damaged metadata, KVF_VERSION for another version's.
@@ -1573,6 +1625,20 @@ kvf_status kvf_transfer_create_prepared(const struct kvf_agent *agent,
                                         size_t count,
                                         const struct kvf_transfer_options *options,
                                         struct kvf_transfer **transfer_out);
+
+/*
+ What a way is taken to cost in estimates, until transfers have shown it: `latency_ns` for one that moves next to nothing, and
+ the bandwidth of long ones.
+
+ KVF_INVALID for a bandwidth of 0, and for a name that is no way or kind of storage.
+
+ # Safety
+ `agent` is null or live, `backend` null or a string.
+ */
+kvf_status kvf_agent_assume_cost(const struct kvf_agent *agent,
+                                 const char *backend,
+                                 uint64_t latency_ns,
+                                 uint64_t bytes_per_second);
 
 /*
  What posting a transfer would take now, by what others took; connects to the peer if there is no connection.

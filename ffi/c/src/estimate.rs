@@ -1,10 +1,12 @@
 //! What transfers are expected to take, and which way they would go.
 
 use std::ffi::c_char;
+use std::time::Duration;
 
-use kvfabric::transfer::Estimate;
+use kvfabric::transfer::{Estimate, PathCost};
 
-use crate::boundary::{Listing, boundary, enter, fixed};
+use crate::agent::kvf_agent;
+use crate::boundary::{Listing, boundary, enter, fixed, text};
 use crate::options::{OutSized, SizePrefixed};
 use crate::progress::{KVF_PATH_CAPACITY, nanoseconds};
 use crate::status::kvf_status;
@@ -30,6 +32,32 @@ pub struct kvf_estimate {
 unsafe impl SizePrefixed for kvf_estimate {
     const SIZE_MIN: usize = size_of::<Self>();
     const NAME: &'static str = "kvf_estimate";
+}
+
+/// What a way is taken to cost in estimates, until transfers have shown it: `latency_ns` for one that moves next to nothing, and
+/// the bandwidth of long ones.
+///
+/// KVF_INVALID for a bandwidth of 0, and for a name that is no way or kind of storage.
+///
+/// # Safety
+/// `agent` is null or live, `backend` null or a string.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_agent_assume_cost(
+    agent: *const kvf_agent,
+    backend: *const c_char,
+    latency_ns: u64,
+    bytes_per_second: u64,
+) -> kvf_status {
+    boundary(|| {
+        let agent = enter(agent, "agent")?;
+        // SAFETY: null or a string, by contract.
+        let backend = unsafe { text(backend, "backend") }?;
+        let cost = PathCost {
+            latency: Duration::from_nanos(latency_ns),
+            bytes_per_s: bytes_per_second,
+        };
+        agent.agent.assume_cost(backend, cost)
+    })
 }
 
 /// What posting a transfer would take now, by what others took; connects to the peer if there is no connection.

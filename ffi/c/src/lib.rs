@@ -27,6 +27,7 @@ pub mod peer;
 pub mod prefix;
 pub mod progress;
 pub mod publisher;
+pub mod range;
 pub mod region;
 pub mod reports;
 pub mod service;

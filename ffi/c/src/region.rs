@@ -36,7 +36,7 @@ impl Handle for kvf_region {
     }
 }
 
-fn parse_access(access: u32) -> Result<RegionOptions> {
+pub(crate) fn parse_access(access: u32) -> Result<RegionOptions> {
     const ALL: u32 = KVF_ACCESS_REMOTE_READ | KVF_ACCESS_REMOTE_WRITE;
     if access & !ALL != 0 {
         return Err(Error::invalid(

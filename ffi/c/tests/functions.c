@@ -32,6 +32,53 @@ static void write_all(kvf_agent *agent, kvf_list *local, kvf_list *remote, const
     EXPECT_STATUS(KVF_OK, kvf_transfer_create_prepared(agent, local, remote, from, to, count, &options, transfer));
 }
 
+/* A pool and a range in it are one region; its memory is free when both are given back. */
+static void ranges_share_a_region(void)
+{
+    struct kvf_agent_options options = {.size = sizeof options, .name = "pooled"};
+    kvf_agent *agent = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
+    static unsigned char pool[8192];
+    kvf_range *whole = NULL, *part = NULL, *beside = NULL;
+    EXPECT_STATUS(KVF_INVALID, kvf_range_register(agent, NULL, 64, 0, &whole));
+    EXPECT_STATUS(KVF_INVALID, kvf_range_register(agent, pool, 64, 4, &whole));
+    EXPECT_STATUS(KVF_OK, kvf_range_register(agent, pool, 4096, 0, &whole));
+    EXPECT_STATUS(KVF_OK, kvf_range_register(agent, pool + 1024, 64, 0, &part));
+    EXPECT_STATUS(KVF_OK, kvf_range_register(agent, pool + 4096, 4096, 0, &beside));
+    uint64_t region = 0, same = 0, other = 0, offset = 0;
+    EXPECT_STATUS(KVF_OK, kvf_range_place(whole, &region, &offset));
+    EXPECT(offset == 0);
+    EXPECT_STATUS(KVF_OK, kvf_range_place(part, &same, &offset));
+    EXPECT(same == region && offset == 1024);
+    EXPECT_STATUS(KVF_OK, kvf_range_place(beside, &other, &offset));
+    EXPECT(other != region && offset == 0);
+    EXPECT_STATUS(KVF_INVALID, kvf_range_place(part, &same, NULL));
+
+    memset(pool + 1024, 7, 64);
+    struct kvf_descriptor to = {other, 64, 64}, from = {region, 1024, 64};
+    struct kvf_transfer_options copy = {.size = sizeof copy, .operation = KVF_READ};
+    kvf_transfer *transfer = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_transfer_create(agent, NULL, &to, &from, 1, &copy, &transfer));
+    EXPECT_STATUS(KVF_INVALID, kvf_agent_assume_cost(agent, "memcpy", 5, 0));
+    EXPECT_STATUS(KVF_INVALID, kvf_agent_assume_cost(agent, "pigeon", 5, 1));
+    EXPECT_STATUS(KVF_OK, kvf_agent_assume_cost(agent, "memcpy", 5000000000, 64));
+    struct kvf_estimate estimate = {.size = sizeof estimate};
+    EXPECT_STATUS(KVF_OK, kvf_transfer_estimate(transfer, &estimate));
+    EXPECT(estimate.expected_ns == 6000000000 && estimate.measured == 0);
+    EXPECT_STATUS(KVF_OK, kvf_transfer_post(transfer));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_wait(transfer, WAIT_MS));
+    EXPECT(pool[4096 + 64] == 7 && pool[4096 + 127] == 7 && pool[4096 + 128] == 0);
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(transfer));
+
+    EXPECT_STATUS(KVF_BUSY, kvf_range_deregister(whole, 0));
+    EXPECT_STATUS(KVF_BUSY, kvf_range_free(whole));
+    EXPECT_STATUS(KVF_OK, kvf_range_free(part));
+    EXPECT_STATUS(KVF_OK, kvf_range_deregister(whole, WAIT_MS));
+    EXPECT_STATUS(KVF_OK, kvf_range_free(whole));
+    EXPECT_STATUS(KVF_OK, kvf_range_free(beside));
+    EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
+}
+
 /* The ways that are wanted, the checksums of what arrives, what it is expected to take, and metadata of some regions. */
 static void transfers_are_checked_and_estimated(void)
 {
@@ -693,6 +740,7 @@ static void an_engine_publishes_without_a_node(const char *address)
 
 int main(int argc, char **argv)
 {
+    ranges_share_a_region();
     transfers_are_checked_and_estimated();
     transfers_from_prepared_lists();
     blocks_are_kept_dropped_and_found();

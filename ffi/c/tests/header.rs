@@ -13,6 +13,7 @@ fn the_committed_header_matches_the_sources() {
         "status",
         "agent",
         "region",
+        "range",
         "peer",
         "list",
         "transfer",

@@ -1,11 +1,13 @@
 //! What a node is put together from, as its configuration says.
 
+use std::time::Duration;
+
 use kvcache_core::Result;
 use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::ObjectOptions;
-use kvfabric_transfer::{Agent, Priority, TlsOptions, UcxOptions};
+use kvfabric_transfer::{Agent, Priority, TlsOptions, UcxOptions, VerbsOptions};
 
 use crate::blocks::Describer;
 use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
@@ -38,6 +40,7 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
         .tcp_rails(config.fabric.tcp_rails.iter().copied())
         .tcp_connections(config.fabric.tcp_connections)
         .tcp_congestion(config.fabric.tcp_congestion.as_deref())
+        .look(Duration::from_micros(config.fabric.look_us))
         .prefer(&config.fabric.prefer);
     if let Some(files) = &config.fabric.tls {
         let options = TlsOptions::from_files(&files.authorities, &files.certificates, &files.key);
@@ -49,6 +52,15 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
     if config.fabric.ucx {
         let settings = config.fabric.ucx_settings.clone().into_iter().collect();
         builder = builder.ucx(Some(UcxOptions { settings }));
+    }
+    if config.fabric.verbs {
+        builder = builder.verbs(Some(VerbsOptions {
+            device: config.fabric.verbs_device.clone(),
+            gid_index: config.fabric.verbs_gid_index,
+            listen: config.fabric.verbs_listen,
+            traffic_class: config.fabric.verbs_traffic_class,
+            ..VerbsOptions::default()
+        }));
     }
     if let Some(object) = &config.object {
         let options = ObjectOptions {

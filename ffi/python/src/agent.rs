@@ -228,6 +228,40 @@ impl Agent {
         region.map_err(to_python)
     }
 
+    /// As `register_address`, for memory that is registered piece by piece: what lies in a range that was registered in this
+    /// way, with the same permissions, shares its region.
+    #[pyo3(signature = (address, len, *, readable = true, writable = false, keep = None))]
+    fn register_range(
+        &self,
+        py: Python<'_>,
+        address: usize,
+        len: u64,
+        readable: bool,
+        writable: bool,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let promise = Promise {
+            address,
+            len,
+            keep: keep.unwrap_or_else(|| py.None()),
+        };
+        let region = Region::range(&self.fabric, promise, options(readable, writable));
+        region.map_err(to_python)
+    }
+
+    /// What a way is taken to cost in estimates until transfers have shown it.
+    #[pyo3(signature = (backend, *, latency, bytes_per_second))]
+    fn assume_cost(&self, backend: &str, latency: f64, bytes_per_second: u64) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        let cost = transfer::PathCost {
+            latency: parse_timeout(latency)?,
+            bytes_per_s: bytes_per_second,
+        };
+        let assumed = self.fabric.agent.assume_cost(backend, cost);
+        assumed.map_err(to_python)
+    }
+
     /// Allocates zeroed memory that peers on this host can map, and registers it.
     #[pyo3(signature = (len, *, readable = true, writable = false))]
     fn shared_memory(

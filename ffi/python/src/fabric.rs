@@ -13,8 +13,8 @@ use crate::region::Held;
 pub(crate) struct Fabric {
     pub(crate) life: Arc<Life>,
     pub(crate) agent: transfer::Agent,
-    /// So that descriptors can name a region by its number and still keep its memory.
-    regions: Mutex<HashMap<RegionId, Weak<Held>>>,
+    /// So that descriptors can name a region by its number and still keep its memory: all that share it.
+    regions: Mutex<HashMap<RegionId, Vec<Weak<Held>>>>,
 }
 
 impl Fabric {
@@ -26,23 +26,34 @@ impl Fabric {
         })
     }
 
-    fn regions(&self) -> MutexGuard<'_, HashMap<RegionId, Weak<Held>>> {
+    fn regions(&self) -> MutexGuard<'_, HashMap<RegionId, Vec<Weak<Held>>>> {
         self.regions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn remember(&self, held: &Arc<Held>) {
-        self.regions()
-            .insert(held.region.id(), Arc::downgrade(held));
+        let mut regions = self.regions();
+        let known = regions.entry(held.region.id()).or_default();
+        known.push(Arc::downgrade(held));
     }
 
+    /// One of those that share a region is gone.
     pub(crate) fn forget(&self, id: RegionId) {
-        self.regions().remove(&id);
+        let mut regions = self.regions();
+        if let Some(known) = regions.get_mut(&id) {
+            known.retain(|held| held.strong_count() > 0);
+            if known.is_empty() {
+                regions.remove(&id);
+            }
+        }
     }
 
     /// # Errors
     /// [`ErrorKind::NotFound`] for a number that names no region of this agent.
     pub(crate) fn find(&self, id: RegionId) -> Result<Arc<Held>> {
-        let found = self.regions().get(&id).and_then(Weak::upgrade);
+        let regions = self.regions();
+        let known = regions.get(&id).into_iter().flatten();
+        let found = known.filter_map(Weak::upgrade).next();
+        drop(regions);
         found.ok_or_else(|| {
             let text = format!("region {id} is none of agent {:?}", self.agent.name());
             Error::new(ErrorKind::NotFound, text)

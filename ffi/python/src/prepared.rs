@@ -52,8 +52,8 @@ impl Ranges {
         }
         let listed: Vec<(Place<'_>, u64, u64)> = object.extract()?;
         let descriptor = |(place, offset, len): (Place<'_>, u64, u64)| {
-            let region = match place {
-                Place::Number(number) => RegionId(number),
+            let (region, offset) = match place {
+                Place::Number(number) => (RegionId(number), offset),
                 Place::Own(_) if peer.is_some() => {
                     let text =
                         "a peer's region is named by its number, not by a Region of this agent";
@@ -65,7 +65,7 @@ impl Ranges {
                         let text = format!("region {} belongs to another agent", held.region.id());
                         return Err(Error::new(ErrorKind::Invalid, text));
                     }
-                    held.region.id()
+                    (held.region.id(), held.offset().saturating_add(offset))
                 }
             };
             Ok(Descriptor {

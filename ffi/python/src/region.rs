@@ -4,7 +4,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kvfabric::transfer::{self, HostMemory, RegionOptions};
+use kvfabric::transfer::{self, Deregistration, HostMemory, RegionOptions, RegisteredRange};
 use kvfabric::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 
@@ -23,8 +23,29 @@ pub(crate) struct Region {
 pub(crate) struct Held {
     fabric: Arc<Fabric>,
     pub(crate) region: transfer::Region,
+    lease: Lease,
     base: usize,
     memory: Memory,
+}
+
+/// What of the region the memory is, and how it is given back.
+enum Lease {
+    /// All of it.
+    Whole,
+    /// A range of it, beside those of others.
+    Part {
+        offset: u64,
+        len: u64,
+        held: Mutex<Part>,
+    },
+}
+
+enum Part {
+    Registered(RegisteredRange),
+    /// Given back, and perhaps still in use.
+    Leaving(Deregistration),
+    /// While it is being given back, under the lock.
+    Nothing,
 }
 
 enum Memory {
@@ -104,6 +125,27 @@ impl Region {
         ))
     }
 
+    /// As [`Region::promised`], in one region with what it lies in.
+    pub(crate) fn range(
+        fabric: &Arc<Fabric>,
+        promise: Promise,
+        options: RegionOptions,
+    ) -> Result<Self> {
+        let Promise { address, len, keep } = promise;
+        // SAFETY: as in `promised`, until the range is given back and its region drained.
+        let memory = unsafe { HostMemory::from_raw(address as *mut u8, len) }?;
+        let range = fabric.agent.register_range(memory, options)?;
+        let region = range.region().clone();
+        let lease = Lease::Part {
+            offset: range.offset(),
+            len: range.bytes(),
+            held: Mutex::new(Part::Registered(range)),
+        };
+        let keep = Mutex::new(Some(keep));
+        let memory = Memory::Promised { keep };
+        Ok(Self::hold_as(fabric, region, lease, (address, memory)))
+    }
+
     /// Allocates memory that peers on this host can map.
     pub(crate) fn shared(fabric: &Arc<Fabric>, len: u64, options: RegionOptions) -> Result<Self> {
         let memory = HostMemory::shared(len)?;
@@ -130,9 +172,19 @@ impl Region {
     }
 
     fn hold(fabric: &Arc<Fabric>, region: transfer::Region, base: usize, memory: Memory) -> Self {
+        Self::hold_as(fabric, region, Lease::Whole, (base, memory))
+    }
+
+    fn hold_as(
+        fabric: &Arc<Fabric>,
+        region: transfer::Region,
+        lease: Lease,
+        (base, memory): (usize, Memory),
+    ) -> Self {
         let held = Arc::new(Held {
             fabric: fabric.clone(),
             region,
+            lease,
             base,
             memory,
         });
@@ -195,8 +247,39 @@ impl Held {
         Arc::ptr_eq(&self.fabric, fabric)
     }
 
+    /// Where it begins in its region.
+    pub(crate) fn offset(&self) -> u64 {
+        match &self.lease {
+            Lease::Whole => 0,
+            Lease::Part { offset, .. } => *offset,
+        }
+    }
+
     fn len(&self) -> usize {
-        usize::try_from(self.region.bytes()).unwrap_or(usize::MAX)
+        let len = match &self.lease {
+            Lease::Whole => self.region.bytes(),
+            Lease::Part { len, .. } => *len,
+        };
+        usize::try_from(len).unwrap_or(usize::MAX)
+    }
+
+    /// Gives it back, and waits at most `timeout` until its memory is free.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when it is not then.
+    fn deregister(&self, timeout: Duration) -> Result<()> {
+        let Lease::Part { held, .. } = &self.lease else {
+            return self.region.deregister().wait(timeout);
+        };
+        let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = match std::mem::replace(&mut *held, Part::Nothing) {
+            Part::Registered(range) => Part::Leaving(range.deregister()),
+            left => left,
+        };
+        match &*held {
+            Part::Leaving(leaving) => leaving.wait(timeout),
+            Part::Registered(_) | Part::Nothing => Ok(()),
+        }
     }
 
     /// Nothing moves bytes to or from the memory any more.
@@ -238,7 +321,7 @@ impl Drop for Held {
             return;
         }
         self.fabric.forget(self.region.id());
-        if self.region.deregister().wait(Duration::ZERO).is_err() {
+        if self.deregister(Duration::ZERO).is_err() {
             self.leak();
             return;
         }
@@ -254,6 +337,12 @@ impl Region {
     #[getter]
     fn id(&self) -> u64 {
         self.held.region.id().0
+    }
+
+    /// Where it begins in the region that descriptors name by its number; 0 but for ranges that share one.
+    #[getter]
+    fn offset(&self) -> u64 {
+        self.held.offset()
     }
 
     /// Where it begins in this process.
@@ -292,11 +381,13 @@ impl Region {
         let _call = enter(&held.fabric.life)?;
         let timeout = parse_timeout(timeout)?;
         let drained = patiently(py, timeout, |slice| {
-            let result = held.region.deregister().wait(slice);
-            result.is_ok().then_some(())
+            held.deregister(slice).is_ok().then_some(())
         })?;
         if drained.is_none() {
-            let text = format!("region {} has work in flight", held.region.id());
+            let text = format!(
+                "region {} has work in flight, or other ranges of it are registered",
+                held.region.id()
+            );
             return Err(to_python(Error::new(ErrorKind::Busy, text)));
         }
         held.let_go(py);
@@ -308,7 +399,7 @@ impl Region {
         format!(
             "<kvfabric.Region {} of {} bytes>",
             region.id(),
-            region.bytes()
+            self.held.len()
         )
     }
 }

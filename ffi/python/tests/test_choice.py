@@ -1,5 +1,7 @@
 """Checksums of what arrives, the ways that are wanted, and what transfers are expected to take."""
 
+import ctypes
+
 import pytest
 
 import kvfabric
@@ -69,3 +71,46 @@ def test_a_way_that_an_agent_does_not_have_cannot_be_preferred():
         kvfabric.Agent("initiator", copy_threads=0)
     with pytest.raises(kvfabric.UnsupportedError, match="no such control"):
         kvfabric.Agent("initiator", tcp="127.0.0.1:0", tcp_congestion="no such control")
+
+
+def test_ranges_of_one_pool_share_a_region():
+    target = kvfabric.Agent("target")
+    pool = bytearray(b"a" * 4096)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pool))
+    whole = target.register_range(address, 4096, keep=pool)
+    part = target.register_range(address + 1024, 64, keep=pool)
+    apart = target.register_range(address + 1024, 64, writable=True, keep=pool)
+    assert (part.id, part.offset, len(part)) == (whole.id, 1024, 64)
+    assert part.address == address + 1024 and apart.id != whole.id
+
+    pool[1024 : 1024 + 64] = b"b" * 64
+    agent = kvfabric.Agent("initiator")
+    own = agent.register(bytearray(128))
+    peer = agent.load_peer(target.metadata())
+    agent.read([(own, 0, 64)], peer, [(part.id, part.offset, 64)]).wait()
+    copy = bytearray(64)
+    beside = target.register(copy)
+    moved = target.request("write", target.prepare([(part, 0, 64)]), target.prepare([(beside, 0, 64)]))
+    moved.post()
+    moved.wait()
+    assert copy == b"b" * 64
+
+    with pytest.raises(kvfabric.BusyError, match="other ranges"):
+        whole.deregister(timeout=0)
+    part.deregister()
+    whole.deregister()
+    with pytest.raises(kvfabric.NotFoundError):
+        target.prepare([(whole.id, 0, 64)])
+
+
+def test_a_cost_is_taken_for_granted_until_it_was_seen():
+    agent, _target, regions, peer = pair()
+    agent.assume_cost("memcpy", latency=5.0, bytes_per_second=64)
+    remote = agent.prepare([(regions[0].id, 0, 64)], peer)
+    own = agent.register(bytearray(64))
+    transfer = agent.request("read", agent.prepare([(own, 0, 64)]), remote, backends=["memcpy"])
+    assert (transfer.estimate().seconds, transfer.estimate().measured) == (6.0, False)
+    with pytest.raises(kvfabric.InvalidError, match="pigeon"):
+        agent.assume_cost("pigeon", latency=5.0, bytes_per_second=64)
+    with pytest.raises(kvfabric.InvalidError, match="bytes a second"):
+        agent.assume_cost("memcpy", latency=5.0, bytes_per_second=0)

@@ -2,8 +2,9 @@
 //! each scenario is run in every order that loom finds, up to a number of interruptions.
 //!
 //! That is a request, from its post to its end, whatever its backends, its deadline and its caller do meanwhile, with the
-//! thread that posts later; and the gate that tells when a region's memory is nobody's any more. Backends, peers and the
-//! timer are stand-ins ([`neighbours`]): what they do, and when, is the scenario's.
+//! thread that posts later; the gate that tells when a region's memory is nobody's any more; and the queue of copies that the
+//! copying thread shares with those who wait. Backends, peers and the timer are stand-ins ([`neighbours`]): what they do, and when,
+//! is the scenario's.
 //!
 //! This crate does not say anything of time: loom's waits have no limit, so a wake-up that gets lost shows as a deadlock.
 // The files bring their own unit tests, which are made where they belong.
@@ -21,6 +22,7 @@
     reason = "the scenarios are tests: what is wrong there shall panic"
 )]
 
+pub mod copies;
 #[path = "../../src/estimate.rs"]
 mod estimate;
 #[path = "../../src/backend/job.rs"]
@@ -28,6 +30,8 @@ mod job;
 mod neighbours;
 #[path = "../../src/outcome.rs"]
 mod outcome;
+#[path = "../../src/backend/copy/queue.rs"]
+mod queue;
 pub mod region;
 pub mod request;
 #[path = "../../src/signal.rs"]

@@ -98,6 +98,7 @@ pub(crate) mod backend {
     //! A backend that only keeps what it is handed, for the scenario to settle.
 
     use std::sync::{Arc, PoisonError};
+    use std::time::{Duration, Instant};
 
     use kvcache_core::{Error, Result};
 
@@ -117,6 +118,9 @@ pub(crate) mod backend {
         fn prepare(&self, plan: &Plan) -> Result<()>;
         fn fences(&self, operation: Operation) -> bool;
         fn progress(&self) -> Option<u64>;
+        fn relieve(&self, _now: Instant, _after: Duration) -> bool {
+            false
+        }
         fn post(&self, job: Job) -> Result<(), Refusal>;
         fn reap(&self);
         fn give_way(&self);
@@ -217,6 +221,7 @@ pub(crate) mod agent {
     use crate::plan::Plan;
     use crate::request::{Bucket, Later, Priority, RequestCore};
     use crate::stats::{Counters, Stats};
+    use crate::sync::{AtomicU64, Ordering};
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct TimerKey(pub(crate) Instant);
@@ -273,18 +278,33 @@ pub(crate) mod agent {
     }
 
     pub(crate) struct Failure<'a> {
-        pub(crate) backend: &'a Arc<dyn Backend>,
+        pub(crate) backend: Option<&'a Arc<dyn Backend>>,
         pub(crate) at: Instant,
         pub(crate) closings: u64,
     }
 
     pub(crate) struct PeerCore {
         pub(crate) other: Option<Arc<dyn Channel>>,
+        /// Posts that wait for a connection.
+        pub(crate) queued: AtomicU64,
     }
 
     impl PeerCore {
         pub(crate) fn name(&self) -> &str {
             "peer"
+        }
+
+        pub(crate) fn leave_queue(&self) {
+            self.queued.fetch_sub(1, Ordering::AcqRel);
+        }
+
+        pub(crate) fn made_ready(
+            self: &Arc<Self>,
+            _agent: &Arc<AgentCore>,
+            _plan: &Plan,
+            channel: Arc<dyn Channel>,
+        ) -> Result<Arc<dyn Channel>> {
+            Ok(channel)
         }
 
         pub(crate) fn leave(&self, _failed: &Arc<dyn Backend>, _why: &str) {}

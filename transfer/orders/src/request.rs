@@ -2,6 +2,8 @@
 
 #[path = "../../src/request/check.rs"]
 mod check;
+#[path = "../../src/request/connecting.rs"]
+mod connecting;
 #[path = "../../src/request/core.rs"]
 mod core;
 #[path = "../../src/request/later.rs"]

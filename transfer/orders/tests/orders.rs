@@ -1,7 +1,7 @@
 //! Every order, by loom's search; the scenarios say what may be seen.
 #![cfg(test)]
 
-use kvfabric_transfer_orders::{region, request::scenarios};
+use kvfabric_transfer_orders::{copies, region, request::scenarios};
 
 /// Two transfers and an owner that wants its memory back.
 #[test]
@@ -67,4 +67,28 @@ fn parts_are_done_when_their_checksums_were_compared() {
 #[test]
 fn what_differs_fails_or_was_cancelled() {
     scenarios::what_differs_fails_or_was_cancelled();
+}
+
+/// The copying thread, one who waits, and the end of the agent.
+#[test]
+fn a_copy_that_is_lent_and_left_is_made_once() {
+    copies::a_task_that_is_lent_and_left_is_done_once();
+}
+
+/// The copying thread falls asleep while someone puts a copy back.
+#[test]
+fn who_leaves_a_copy_tells_the_thread() {
+    copies::who_leaves_a_task_tells_the_thread();
+}
+
+/// A post that waits for a connection, and a caller who gives up.
+#[test]
+fn a_post_without_a_connection_is_done_or_given_up() {
+    scenarios::a_post_without_a_connection_is_done_or_given_up();
+}
+
+/// A post that waits for a connection which does not come, and an agent that is closed.
+#[test]
+fn a_post_to_nobody_fails() {
+    scenarios::a_post_to_nobody_fails();
 }

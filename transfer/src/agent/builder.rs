@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 
+use super::core::AgentLooks;
 use super::{Agent, AgentCore, Exports, Timer};
 use crate::backend::copy::{COPY_THREADS_MAX, Copier};
 use crate::backend::tcp::TlsOptions;
 use crate::backend::ucx::{self, UcxOptions};
+use crate::backend::verbs::{self, VerbsOptions};
 use crate::backend::{Fabric, cma, memcpy, shm, tcp};
 use crate::estimate::PathCost;
+use crate::look::{self, LOOK_DEFAULT, Looks};
 use crate::metadata::check_name;
 use crate::reactor::Reactor;
 use crate::stats::Stats;
@@ -42,7 +45,9 @@ pub struct AgentBuilder {
     tcp_congestion: Option<String>,
     tcp_tls: Option<TlsOptions>,
     ucx: Option<UcxOptions>,
+    verbs: Option<VerbsOptions>,
     slow_after: Option<Duration>,
+    look: Duration,
     allowed: Option<BTreeSet<String>>,
     preferred: Vec<String>,
     costs: Vec<(String, PathCost)>,
@@ -65,7 +70,9 @@ impl AgentBuilder {
             tcp_congestion: None,
             tcp_tls: None,
             ucx: None,
+            verbs: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
+            look: LOOK_DEFAULT,
             allowed: None,
             preferred: Vec::new(),
             costs: Vec::new(),
@@ -162,11 +169,30 @@ impl AgentBuilder {
         self
     }
 
+    /// Reaches peers by RDMA, and lets them reach this agent: over InfiniBand or RoCE, with libibverbs alone. Default: not at
+    /// all, because registered memory is pinned, and peers reach it by keys of 32 bits: for trusted networks only. Tried
+    /// before UCX.
+    #[must_use]
+    pub fn verbs(mut self, options: Option<VerbsOptions>) -> Self {
+        self.verbs = options;
+        self
+    }
+
     /// How long a path to a peer may stand still, with nothing of it arriving, before the requests on it that can be repeated
     /// go another way, if there is one; none: for ever. Default: [`SLOW_AFTER_DEFAULT`].
     #[must_use]
     pub fn slow_after(mut self, after: Option<Duration>) -> Self {
         self.slow_after = after;
+        self
+    }
+
+    /// How long those who wait for a request or a notification look for it before they sleep, at most
+    /// [`crate::LOOK_MAX`]; zero turns it off. What comes within that time costs no wake-up, which takes longer than many
+    /// a transfer; the price is that time of a processor, which whoever else has work for it is let to at once. Waits look
+    /// only while that has paid lately, and with one processor not at all. Default: [`LOOK_DEFAULT`].
+    #[must_use]
+    pub fn look(mut self, longest: Duration) -> Self {
+        self.look = longest;
         self
     }
 
@@ -213,12 +239,17 @@ impl AgentBuilder {
     /// Starts the agent.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Unsupported`] when UCX is asked for
-    /// and is not there, or a congestion control that the system refuses, [`kvcache_core::ErrorKind::Io`] when the
+    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Unsupported`] when UCX or RDMA is asked
+    /// for and is not there, or a congestion control that the system refuses, [`kvcache_core::ErrorKind::Io`] when the
     /// address is in use (it is named) or the system refuses threads or sockets.
     pub fn build(self) -> Result<Agent> {
         check_name(&self.name)?;
         let process = Process::current();
+        let longest = look::longest(self.look)?;
+        let looks = AgentLooks {
+            requests: Looks::new(longest),
+            notifications: Looks::new(longest),
+        };
         let exports = Arc::new(Exports::new(&self.name, self.allowed)?);
         let (timer, timer_thread) = Timer::start()?;
         let (copier, copier_thread) = Copier::start(copy_threads(self.copy_threads)?)?;
@@ -234,6 +265,7 @@ impl AgentBuilder {
             rates: Default::default(),
             copier: copier.clone(),
             reactor: reactor.clone(),
+            looks,
             own: memcpy::own(copier.clone()),
             extensions: Mutex::new(HashMap::new()),
             slow_after: self.slow_after,
@@ -252,6 +284,9 @@ impl AgentBuilder {
         }
         if self.cma.unwrap_or(self.shm) {
             exports.add_fabric(cma::fabric(&exports, &reactor, copier)?);
+        }
+        if let Some(options) = &self.verbs {
+            exports.add_fabric(verbs::fabric(&exports, options)?);
         }
         if let Some(options) = &self.ucx {
             exports.add_fabric(ucx::fabric(&exports, options)?);
@@ -305,6 +340,7 @@ impl std::fmt::Debug for AgentBuilder {
             .field("memcpy", &self.memcpy)
             .field("tcp", &self.tcp)
             .field("ucx", &self.ucx)
+            .field("verbs", &self.verbs)
             .finish_non_exhaustive()
     }
 }

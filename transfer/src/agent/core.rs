@@ -12,10 +12,17 @@ use super::ranges::Ranges;
 use super::{Exports, PeerCore, Timer};
 use crate::backend::copy::Copier;
 use crate::backend::{Backend, memcpy};
+use crate::look::Looks;
 use crate::reactor::Reactor;
 use crate::request::{Bucket, Later, Priority};
 use crate::stats::Stats;
 use crate::sys::fork::Process;
+
+/// How long waits look before they sleep, each kind as its own waits have shown it to pay.
+pub(super) struct AgentLooks {
+    pub(super) requests: Looks,
+    pub(super) notifications: Looks,
+}
 
 /// What the handles and requests of an agent share.
 pub(crate) struct AgentCore {
@@ -29,6 +36,7 @@ pub(crate) struct AgentCore {
     pub(super) rates: [Arc<Bucket>; 2],
     pub(super) copier: Arc<Copier>,
     pub(super) reactor: Arc<Reactor>,
+    pub(super) looks: AgentLooks,
     /// Copies between regions of this agent.
     pub(super) own: Arc<dyn Backend>,
     pub(super) extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
@@ -76,6 +84,11 @@ impl AgentCore {
     /// Reads the agent's sockets.
     pub(crate) fn reactor(&self) -> &Arc<Reactor> {
         &self.reactor
+    }
+
+    /// How long those who wait for requests look before they sleep.
+    pub(crate) fn looks(&self) -> &Looks {
+        &self.looks.requests
     }
 
     pub(super) fn rate(&self, priority: Priority) -> &Arc<Bucket> {

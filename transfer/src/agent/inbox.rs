@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
+use crate::look::Looks;
 use crate::reactor::Reactor;
 use crate::signal::Signal;
 
@@ -93,15 +94,24 @@ impl Inbox {
     }
 
     /// Whether there is one before time runs out. Who waits reads the sockets meanwhile, if nobody else does.
-    pub(crate) fn wait(&self, timeout: Duration, reactor: &Arc<Reactor>) -> bool {
-        let until = Instant::now() + timeout;
+    pub(crate) fn wait(&self, timeout: Duration, reactor: &Arc<Reactor>, looks: &Looks) -> bool {
         let mut state = self.lock();
-        if state.waiting.is_empty() {
-            state.led = Some(reactor.clone());
-            drop(state);
-            reactor.lead(until, &|| !self.lock().waiting.is_empty());
-            state = self.lock();
+        if !state.waiting.is_empty() {
+            return true;
         }
+        state.led.get_or_insert_with(|| reactor.clone());
+        drop(state);
+        let until = Instant::now() + timeout;
+        let look = looks.begin(until);
+        reactor.lead(until, &look, &|| !self.lock().waiting.is_empty());
+        let came = self.sleep(until);
+        look.end(came);
+        came
+    }
+
+    /// Whether there is one before `until`, for which whoever brings it wakes the calling thread.
+    fn sleep(&self, until: Instant) -> bool {
+        let mut state = self.lock();
         while state.waiting.is_empty() {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return false;

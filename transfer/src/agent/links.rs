@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 
-use super::peer::PathReport;
+use super::path::PathReport;
 use crate::backend::{Backend, Channel, NOT_WANTED};
 use crate::descriptor::Target;
 use crate::plan::Plan;

@@ -14,6 +14,7 @@ mod core;
 mod exports;
 mod inbox;
 mod links;
+mod path;
 mod peer;
 mod ranges;
 mod timer;
@@ -22,8 +23,9 @@ pub(crate) use self::core::AgentCore;
 pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
+pub use path::{ConnectionReport, PathReport};
+pub use peer::PeerHandle;
 pub(crate) use peer::{CONNECT_TIMEOUT, Failure, PeerCore};
-pub use peer::{ConnectionReport, PathReport, PeerHandle};
 pub use ranges::RegisteredRange;
 pub(crate) use timer::{Timer, TimerKey};
 
@@ -31,6 +33,7 @@ pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
 
 use crate::backend::{Backend, Operation};
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
+use crate::estimate::PathCost;
 use crate::plan::{PairOptions, Plan};
 use crate::region::{Body, Region, RegionCore, RegionId, RegionOptions, RegionUse};
 use crate::request::{Priority, Request, RequestOptions, Route};
@@ -390,7 +393,8 @@ impl Agent {
     /// Waits at most `timeout` for a notification, then takes all that wait; none if time ran out.
     #[must_use]
     pub fn wait_notifications(&self, timeout: Duration) -> Vec<Notification> {
-        self.0.exports.inbox().wait(timeout, &self.0.reactor);
+        let (inbox, looks) = (self.0.exports.inbox(), &self.0.looks.notifications);
+        inbox.wait(timeout, &self.0.reactor, looks);
         self.notifications()
     }
 
@@ -416,6 +420,15 @@ impl Agent {
     /// [`ErrorKind::NotFound`] when the peer exports no such region.
     pub fn path_to_region(&self, peer: &PeerHandle, region: RegionId) -> Result<PathReport> {
         peer.core().report_of(&self.0, region)
+    }
+
+    /// As [`crate::AgentBuilder::assume_cost`], from now on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a backend that the agent does not have, and without bandwidth.
+    pub fn assume_cost(&self, backend: &str, cost: PathCost) -> Result<()> {
+        self.wanted(&[backend.to_owned()])?;
+        self.0.stats.assume(backend, cost)
     }
 
     /// Limits how fast requests of a priority move, all of them together, in bytes a second; none: not at all. Holds in the

@@ -1,7 +1,6 @@
 //! Peers, and the choice of the way to each.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -10,6 +9,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::AgentCore;
 use super::links::{Links, is_same, refusal};
+use super::path::PathReport;
 use crate::backend::{Backend, Channel, NOT_WANTED};
 use crate::metadata::{PeerCard, RemoteRegion};
 use crate::plan::Plan;
@@ -59,36 +59,10 @@ impl std::fmt::Debug for PeerHandle {
     }
 }
 
-/// One of several network connections to a peer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConnectionReport {
-    /// Where it leads.
-    pub to: SocketAddr,
-    /// Bytes sent so far, requests and answers included.
-    pub sent: u64,
-    /// Bytes received so far, likewise.
-    pub received: u64,
-    /// Why it can't be used any more; none if it can.
-    pub lost: Option<String>,
-}
-
-/// Which way bytes go to a peer, and why not another.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PathReport {
-    /// The backend in use; none when the peer can't be reached.
-    pub backend: Option<&'static str>,
-    /// What is worth knowing about the connection; empty without one.
-    pub why: String,
-    /// The network connections of the backend in use; empty for those that have none to tell of.
-    pub connections: Vec<ConnectionReport>,
-    /// Backends that would have been preferred, with what kept them from being used.
-    pub refused: Vec<(&'static str, String)>,
-}
-
 /// A piece of a request that failed at completion.
 pub(crate) struct Failure<'a> {
-    /// What moved it.
-    pub(crate) backend: &'a Arc<dyn Backend>,
+    /// What moved it; none if nothing has, because there was no connection.
+    pub(crate) backend: Option<&'a Arc<dyn Backend>>,
     pub(crate) at: Instant,
     /// How often the caller had ended the peer's connections when the request was posted.
     pub(crate) closings: u64,
@@ -123,6 +97,8 @@ pub(crate) struct PeerCore {
     connecting: Mutex<Option<(Instant, String)>>,
     /// How often all connections were ended on purpose.
     closings: AtomicU64,
+    /// Requests that wait for a connection: later ones go after them.
+    queued: AtomicU64,
     rate: Arc<Bucket>,
     /// What requests of this agent have moved to and from the peer.
     stats: Stats,
@@ -136,6 +112,7 @@ impl PeerCore {
             links: Links::default(),
             connecting: Mutex::default(),
             closings: AtomicU64::new(0),
+            queued: AtomicU64::new(0),
             rate: Arc::default(),
             stats: Stats::default(),
         }
@@ -230,13 +207,47 @@ impl PeerCore {
         self.connect(agent, plan, None, &mut connecting)
     }
 
+    /// The connection over which a request may be posted now; none if it has to wait for one, or for those before it.
+    pub(crate) fn connected(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+    ) -> Option<Arc<dyn Channel>> {
+        if self.queued.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let channel = self.links.connected(plan, None)?;
+        self.try_better(agent, &channel);
+        Some(channel)
+    }
+
+    /// A request waits for a connection.
+    pub(crate) fn enter_queue(&self) {
+        self.queued.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It does not any more.
+    pub(crate) fn leave_queue(&self) {
+        self.queued.fetch_sub(1, Ordering::AcqRel);
+    }
+
     /// As [`PeerCore::channel`], made ready for the plan. A way that cannot be made ready is left for the next.
     pub(crate) fn ready_channel(
         self: &Arc<Self>,
         agent: &Arc<AgentCore>,
         plan: &Plan,
     ) -> Result<Arc<dyn Channel>> {
-        let mut channel = self.channel(agent, plan)?;
+        let channel = self.channel(agent, plan)?;
+        self.made_ready(agent, plan, channel)
+    }
+
+    /// A connection that is ready for the plan: this one, or the next that is.
+    pub(crate) fn made_ready(
+        self: &Arc<Self>,
+        agent: &Arc<AgentCore>,
+        plan: &Plan,
+        mut channel: Arc<dyn Channel>,
+    ) -> Result<Arc<dyn Channel>> {
         let mut tries = 1;
         loop {
             let Err(error) = channel.prepare(plan) else {
@@ -247,23 +258,41 @@ impl PeerCore {
         }
     }
 
+    /// A connection would not take a request, and nothing was started: its way is avoided for a while.
+    ///
+    /// # Errors
+    /// The one given, if it is not the way's, or has come too often.
+    pub(crate) fn leave_refusing(
+        &self,
+        refusing: &Arc<dyn Backend>,
+        tries: u32,
+        error: Error,
+    ) -> Result<()> {
+        if !is_worth_another(tries, &error) {
+            return Err(error);
+        }
+        self.leave(refusing, &error.to_string());
+        Ok(())
+    }
+
     /// Another way for what one would not take: nothing was started. The error if there is none, or it is not the way's.
-    pub(crate) fn after_refusal(
+    fn after_refusal(
         self: &Arc<Self>,
         agent: &Arc<AgentCore>,
         plan: &Plan,
         (refusing, tries): (Arc<dyn Channel>, u32),
         error: Error,
     ) -> Result<Arc<dyn Channel>> {
-        if tries > TRIES_MAX || !is_of_the_way(error.kind()) {
+        if !is_worth_another(tries, &error) {
             return Err(error);
         }
+        let refusing: Arc<dyn Backend> = refusing;
         let failure = Failure {
-            backend: &(refusing as Arc<dyn Backend>),
+            backend: Some(&refusing),
             at: Instant::now(),
             closings: self.closings(),
         };
-        self.leave(failure.backend, &error.to_string());
+        self.leave(&refusing, &error.to_string());
         match self.channel_after(agent, plan, &failure) {
             Ok(other) => Ok(other),
             // What kept the others from being used is in the path report.
@@ -289,7 +318,7 @@ impl PeerCore {
             let text = format!("the connections to peer {:?} were ended", self.name);
             return Err(Error::new(ErrorKind::PeerLost, text));
         }
-        let but = Some(failure.backend);
+        let but = failure.backend;
         if let Some(channel) = self.links.connected(plan, but) {
             return Ok(channel);
         }
@@ -311,7 +340,9 @@ impl PeerCore {
         why: &str,
     ) -> Result<Arc<dyn Channel>> {
         let other = self.channel_after(agent, plan, slow)?;
-        self.leave(slow.backend, why);
+        if let Some(backend) = slow.backend {
+            self.leave(backend, why);
+        }
         Ok(other)
     }
 
@@ -444,6 +475,11 @@ impl PeerCore {
     fn choose(self: &Arc<Self>, agent: &Arc<AgentCore>, plan: &Plan) -> Result<Arc<dyn Channel>> {
         agent.check().and_then(|()| self.channel(agent, plan))
     }
+}
+
+/// Whether another way may be tried for what one has refused so often.
+fn is_worth_another(tries: u32, error: &Error) -> bool {
+    tries <= TRIES_MAX && is_of_the_way(error.kind())
 }
 
 /// Whether an error is of the way that gave it, so that another one may do better.

@@ -33,6 +33,11 @@ impl Job {
         self.ticket.whole()
     }
 
+    /// Whether it is all of its request, and not a part.
+    pub(crate) fn is_whole(&self) -> bool {
+        std::ptr::eq(&**self.plan(), self.whole())
+    }
+
     /// Whether it gives way to others.
     pub(crate) fn priority(&self) -> Priority {
         self.ticket.priority()

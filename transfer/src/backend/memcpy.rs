@@ -3,15 +3,16 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::copy::{Copier, Turn};
-use super::shared_copy::copy_plan;
+use super::copy::{Copier, Place, Progress, Turn, Work};
+use super::shared_copy::{copy_plan, is_shared};
 use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::descriptor::Target;
+use crate::look::Look;
 use crate::plan::Plan;
 use crate::region::{MemoryKind, RegionUse};
 
@@ -64,18 +65,45 @@ impl Backend for Own {
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
-        let threads = self.copier.threads();
-        let work = move |job: Job, turn: &Turn<'_>| {
-            let plan = job.plan().clone();
-            let outcome = copy_plan(&plan, threads, &|| turn.go_on(&job), |remote| {
-                match &plan.remote[remote as usize] {
-                    Target::Local(region) => region.mapping(),
-                    Target::Remote(region) => Err(not_ours(region)),
-                }
-            });
-            job.settle(outcome);
+        let work = Within {
+            threads: self.copier.threads(),
+            place: Place::default(),
         };
         self.copier.post(job, work)
+    }
+
+    fn assist(&self, until: Instant, _look: &Look<'_>, done: &dyn Fn() -> bool) {
+        self.copier.assist(until, done);
+    }
+}
+
+/// A copy between regions of one agent.
+struct Within {
+    threads: usize,
+    place: Place,
+}
+
+impl Work for Within {
+    fn go_on(&mut self, job: &Job, turn: &Turn<'_>) -> Result<Progress> {
+        let (plan, go_on) = (job.plan(), || turn.go_on(job));
+        copy_plan(
+            plan,
+            self.threads,
+            &mut self.place,
+            &go_on,
+            |remote| match &plan.remote[remote as usize] {
+                Target::Local(region) => region.mapping(),
+                Target::Remote(region) => Err(not_ours(region)),
+            },
+        )
+    }
+
+    fn may_pause(&self, plan: &Plan) -> bool {
+        !is_shared(plan, self.threads)
+    }
+
+    fn end(&mut self, job: Job, outcome: Result<()>) {
+        job.settle(outcome);
     }
 }
 
@@ -178,20 +206,48 @@ impl Backend for Neighbour {
             Ok(uses) => uses,
             Err(error) => return Err(job.refuse(error)),
         };
-        let own_name = self.own_name.clone();
-        let threads = self.copier.threads();
-        let work = move |job: Job, turn: &Turn<'_>| {
-            let plan = job.plan().clone();
-            let mut outcome = copy_plan(&plan, threads, &|| turn.go_on(&job), |remote| {
-                uses[remote as usize].region().mapping()
-            });
-            drop(uses);
-            if let (Ok(()), Some(notification)) = (&outcome, job.notification()) {
-                outcome = peer.deliver(&own_name, notification.clone());
-            }
-            job.settle(outcome);
+        let work = Between {
+            own_name: self.own_name.clone(),
+            peer,
+            uses,
+            threads: self.copier.threads(),
+            place: Place::default(),
         };
         self.copier.post(job, work)
+    }
+
+    fn assist(&self, until: Instant, _look: &Look<'_>, done: &dyn Fn() -> bool) {
+        self.copier.assist(until, done);
+    }
+}
+
+/// A copy between agents of one process.
+struct Between {
+    own_name: Arc<str>,
+    peer: Arc<Exports>,
+    uses: Vec<RegionUse>,
+    threads: usize,
+    place: Place,
+}
+
+impl Work for Between {
+    fn go_on(&mut self, job: &Job, turn: &Turn<'_>) -> Result<Progress> {
+        let (plan, go_on) = (job.plan(), || turn.go_on(job));
+        copy_plan(plan, self.threads, &mut self.place, &go_on, |remote| {
+            self.uses[remote as usize].region().mapping()
+        })
+    }
+
+    fn may_pause(&self, plan: &Plan) -> bool {
+        !is_shared(plan, self.threads)
+    }
+
+    fn end(&mut self, job: Job, mut outcome: Result<()>) {
+        self.uses.clear();
+        if let (Ok(()), Some(notification)) = (&outcome, job.notification()) {
+            outcome = self.peer.deliver(&self.own_name, notification.clone());
+        }
+        job.settle(outcome);
     }
 }
 

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use kvcache_core::Result;
 
 use crate::agent::{ConnectionReport, PeerCard, RemoteRegion};
+use crate::look::Look;
 use crate::plan::Plan;
 use crate::region::MemoryKind;
 
 pub(crate) mod cma;
 pub mod conformance;
 pub(crate) mod copy;
+mod far_sums;
 pub mod file;
 mod job;
 pub(crate) mod memcpy;
@@ -24,6 +26,7 @@ pub(crate) mod spare;
 pub(crate) mod tcp;
 pub mod ucx;
 pub(crate) mod unix;
+pub mod verbs;
 
 pub(crate) use job::{Job, Refusal, abandoned};
 
@@ -50,6 +53,10 @@ pub(crate) struct Capabilities {
 /// Why a backend that a request does not name is not used.
 pub(crate) const NOT_WANTED: &str = "the request wants other backends";
 
+/// Why a backend without anybody at its other end does not compare checksums.
+const NOT_COMPARED: &str = "compares no checksums, because nobody at its other end computes them: keep that of the memory \
+    that was written, and compare it with that of the memory that is read";
+
 /// Something that moves bytes: the connection to one peer, or the engine behind files or objects.
 ///
 /// Every accepted [`Job`] is settled exactly once, whatever happens. Nothing here blocks for long: work that does
@@ -67,7 +74,7 @@ pub(crate) trait Backend: Send + Sync {
         if !plan.wants(self.name()) {
             return Some(NOT_WANTED.to_owned());
         }
-        (checked && !self.capabilities().checksums).then(|| "compares no checksums".to_owned())
+        (checked && !self.capabilities().checksums).then(|| NOT_COMPARED.to_owned())
     }
 
     /// Makes ready for requests with this plan (resolves keys, maps memory). May block, up to a deadline of its own;
@@ -97,6 +104,13 @@ pub(crate) trait Backend: Send + Sync {
         None
     }
 
+    /// Looks for connections that have stood still for as long as `after` while others of the same backend did not: what can
+    /// be repeated goes over those. Whether there was one. Called from time to time while something is asked of it.
+    fn relieve(&self, now: Instant, after: Duration) -> bool {
+        let _ = (now, after);
+        false
+    }
+
     /// The connection stands still, and jobs of it were given up to go another way: as [`Backend::reap`]; ends the
     /// connection where they cannot be settled otherwise.
     fn give_way(&self) {
@@ -104,9 +118,9 @@ pub(crate) trait Backend: Send + Sync {
     }
 
     /// Lends the calling thread to the backend until `done` or `until`, if it can be used to make progress sooner
-    /// than a thread of the backend would. The default does nothing, and the caller sleeps.
-    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
-        let _ = (until, done);
+    /// than a thread of the backend would; it looks before it sleeps. The default does nothing, and the caller sleeps.
+    fn assist(&self, until: Instant, look: &Look<'_>, done: &dyn Fn() -> bool) {
+        let _ = (until, look, done);
     }
 }
 

@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::copy::{
-    SHARED_BYTES_MIN, STEP_BYTES, WORD_BYTES_MAX, copy_extents, copy_part, local_memory,
+    Go, Place, Progress, SHARED_BYTES_MIN, STEP_BYTES, WORD_BYTES_MAX, copy_extents, copy_part,
+    local_memory,
 };
 use crate::plan::{Extent, Plan};
 use crate::sys::memory::Mapping;
@@ -15,16 +16,17 @@ use crate::sys::memory::Mapping;
 pub(super) fn copy_plan<'a>(
     plan: &Plan,
     threads: usize,
-    go_on: &dyn Fn() -> Result<()>,
+    place: &mut Place,
+    go_on: &dyn Fn() -> Result<Go>,
     remote: impl Fn(u32) -> Result<&'a Mapping> + Sync,
-) -> Result<()> {
-    if threads < 2 || plan.sums || plan.bytes < SHARED_BYTES_MIN {
-        return super::copy::copy_plan(plan, go_on, remote);
+) -> Result<Progress> {
+    if !is_shared(plan, threads) {
+        return super::copy::copy_plan(plan, place, go_on, remote);
     }
     for run in plan.extents.chunk_by(|a, b| !is_word(a) && !is_word(b)) {
         let bytes: u64 = run.iter().map(|extent| extent.len).sum();
         if bytes < SHARED_BYTES_MIN {
-            copy_extents(plan, run, go_on, &remote)?;
+            copy_extents(plan, run, &mut Place::default(), go_on, &remote)?;
         } else {
             let sharing = Sharing {
                 plan,
@@ -32,10 +34,15 @@ pub(super) fn copy_plan<'a>(
                 taken: Mutex::default(),
                 stopped: AtomicBool::new(false),
             };
-            sharing.copy(threads, go_on, &remote)?;
+            sharing.copy(threads, &|| go_on().map(drop), &remote)?;
         }
     }
-    Ok(())
+    Ok(Progress::Done)
+}
+
+/// Whether several threads take part; the copy is then not to be left half-way.
+pub(super) fn is_shared(plan: &Plan, threads: usize) -> bool {
+    threads >= 2 && !plan.sums && plan.bytes >= SHARED_BYTES_MIN
 }
 
 fn is_word(extent: &Extent) -> bool {

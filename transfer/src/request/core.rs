@@ -130,7 +130,8 @@ impl RequestCore {
                         number,
                     };
                     if self.later.add(at, due).is_err() {
-                        let text = "too many requests wait for their rate";
+                        let text =
+                            "nothing posts what has a rate: the agent is closed, or has no thread";
                         self.fail_unposted(number, Error::new(ErrorKind::Busy, text));
                     }
                     return Ok(());

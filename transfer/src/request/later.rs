@@ -1,4 +1,4 @@
-//! Pieces that are posted later than their request: when their turn comes, or again after a failure.
+//! What is posted later than its request: when its turn comes, when there is a connection, or again after a failure.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, Weak};
@@ -7,6 +7,7 @@ use std::time::Instant;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::check::Compare;
+use super::connecting::{Connecting, Unconnected};
 use super::core::{RequestCore, TRIES_MAX};
 use super::slow::Slow;
 use super::state::PostNumber;
@@ -15,8 +16,9 @@ use crate::backend::{Backend, Job};
 use crate::sync::thread::{Builder, JoinHandle};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 
-/// Requests that may wait here; what comes above it is not repeated.
-const WAITING_MAX: usize = 16_384;
+/// What may wait here beside requests that have a rate; what comes above it is not repeated. Those that have one wait each
+/// for its own turn, as many as callers hold.
+pub(super) const WAITING_MAX: usize = 16_384;
 
 /// What is to be posted.
 pub(super) enum Due {
@@ -25,10 +27,12 @@ pub(super) enum Due {
         core: Arc<RequestCore>,
         number: PostNumber,
     },
-    /// A piece that failed, over whatever way there is now.
-    Again(Again),
     /// A piece that was moved and is to be checked.
     Compare(Compare),
+    /// A request without a connection.
+    Unconnected(Unconnected),
+    /// A piece that failed, over whatever way there is now.
+    Again(Again),
     /// A request whose path stands still.
     Slow(Slow),
     /// Ways to a peer that were left are tried again.
@@ -54,16 +58,20 @@ pub(super) struct Again {
     pub(super) error: Error,
 }
 
-/// What waits, and the thread that posts it, which starts with the first that comes.
+/// What waits for its time, with the thread that posts it, which starts with the first that comes; and beside it what may
+/// have to connect.
 #[derive(Default)]
 pub(crate) struct Later {
     queue: Mutex<Queue>,
     changed: Condvar,
+    connecting: Arc<Connecting>,
 }
 
 #[derive(Default)]
 struct Queue {
     waiting: BTreeMap<(Instant, u64), Due>,
+    /// Those of them that have a rate.
+    paced: usize,
     next: u64,
     thread: Option<JoinHandle<()>>,
     closed: bool,
@@ -74,10 +82,15 @@ impl Later {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Posts it at `at`, or hands it back when there is no room.
+    /// Posts it at `at`, or as soon as its peer's turn comes if it may have to connect; hands it back when there is no
+    /// room.
     pub(super) fn add(self: &Arc<Self>, at: Instant, due: Due) -> Result<(), Due> {
+        if let Some(peer) = due.connects_to() {
+            return self.connecting.add(&peer, due);
+        }
         let mut queue = self.lock();
-        if queue.closed || queue.waiting.len() >= WAITING_MAX {
+        let paced = matches!(due, Due::Paced { .. });
+        if queue.closed || (!paced && queue.waiting.len() - queue.paced >= WAITING_MAX) {
             return Err(due);
         }
         if queue.thread.is_none() {
@@ -94,6 +107,7 @@ impl Later {
         let key = (at, queue.next);
         queue.next += 1;
         queue.waiting.insert(key, due);
+        queue.paced += usize::from(paced);
         drop(queue);
         self.changed.notify_one();
         Ok(())
@@ -116,14 +130,16 @@ impl Later {
         }
     }
 
-    /// Whatever waits fails, and the thread ends.
-    pub(crate) fn close(&self) -> Option<JoinHandle<()>> {
+    /// Whatever waits fails, and the threads end.
+    pub(crate) fn close(&self) -> Vec<JoinHandle<()>> {
         let mut queue = self.lock();
         queue.closed = true;
         let thread = queue.thread.take();
         drop(queue);
         self.changed.notify_one();
-        thread
+        let mut threads = self.connecting.close();
+        threads.extend(thread);
+        threads
     }
 
     fn run(self: Arc<Self>) {
@@ -133,10 +149,11 @@ impl Later {
             let first = queue.waiting.first_key_value().map(|(key, _)| key.0);
             queue = match first {
                 Some(at) if at <= now => {
-                    let due = queue.waiting.pop_first();
+                    let due = queue.waiting.pop_first().map(|(_, due)| due);
+                    queue.paced -= usize::from(matches!(due, Some(Due::Paced { .. })));
                     drop(queue);
-                    if let Some((_, due)) = due {
-                        self.post(due);
+                    if let Some(due) = due {
+                        due.post();
                     }
                     self.lock()
                 }
@@ -155,32 +172,50 @@ impl Later {
         }
         let left = std::mem::take(&mut queue.waiting);
         drop(queue);
-        for due in left.into_values() {
-            let closed = Error::new(ErrorKind::Cancelled, "the agent is closed");
-            match due {
-                Due::Paced { core, number } => core.fail_unposted(number, closed),
-                Due::Again(again) => again.core.settle_piece(again.piece, Err(again.error)),
-                Due::Compare(compare) => compare.run(),
-                Due::Slow(_) | Due::Reconnect { .. } => {}
-            }
+        left.into_values().for_each(Due::fail);
+    }
+}
+
+impl Due {
+    /// The peer to which it may have to connect, which may take a while.
+    fn connects_to(&self) -> Option<Weak<PeerCore>> {
+        match self {
+            Self::Paced { .. } | Self::Compare(_) => None,
+            Self::Unconnected(unconnected) => Some(unconnected.peer.clone()),
+            Self::Again(again) => Some(again.peer.clone()),
+            Self::Slow(slow) => slow.core.retry.as_ref().map(|(_, peer)| peer.clone()),
+            Self::Reconnect { peer, .. } => Some(peer.clone()),
         }
     }
 
-    fn post(&self, due: Due) {
-        match due {
-            Due::Paced { core, number } => {
+    pub(super) fn post(self) {
+        match self {
+            Self::Paced { core, number } => {
                 if let Err(error) = core.post_pieces(number) {
                     core.settle_piece(0, Err(error));
                 }
             }
-            Due::Again(again) => again.post(),
-            Due::Compare(compare) => compare.run(),
-            Due::Slow(slow) => slow.leave(),
-            Due::Reconnect { agent, peer, ways } => {
+            Self::Compare(compare) => compare.run(),
+            Self::Unconnected(unconnected) => unconnected.post(),
+            Self::Again(again) => again.post(),
+            Self::Slow(slow) => slow.leave(),
+            Self::Reconnect { agent, peer, ways } => {
                 if let (Some(agent), Some(peer)) = (agent.upgrade(), peer.upgrade()) {
                     peer.reconnect(&agent, &ways);
                 }
             }
+        }
+    }
+
+    /// The agent is closed: it is not posted.
+    pub(super) fn fail(self) {
+        let closed = || Error::new(ErrorKind::Cancelled, "the agent is closed");
+        match self {
+            Self::Paced { core, number } => core.fail_unposted(number, closed()),
+            Self::Compare(compare) => compare.run(),
+            Self::Unconnected(it) => it.core.fail_unposted(it.number, closed()),
+            Self::Again(again) => again.core.settle_piece(again.piece, Err(again.error)),
+            Self::Slow(_) | Self::Reconnect { .. } => {}
         }
     }
 }
@@ -214,7 +249,7 @@ impl Again {
         let peer = self.peer.upgrade().ok_or_else(gone)?;
         let plan = self.core.plan_of(self.piece);
         let failure = Failure {
-            backend: &self.failed,
+            backend: Some(&self.failed),
             at: self.failed_at,
             closings: self.closings,
         };

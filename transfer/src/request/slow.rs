@@ -51,19 +51,27 @@ impl RequestCore {
         let now = Instant::now();
         let (backend, is_due) = (state.backends.last().cloned(), now >= state.due);
         drop(state);
-        let (Some(backend), Some(after), false) = (backend, self.slow_after, is_due) else {
+        let (Some(after), false) = (self.slow_after, is_due) else {
             return self.expire();
         };
-        let progress = backend.progress();
+        let relieved = backend
+            .as_ref()
+            .is_some_and(|backend| backend.relieve(now, after));
+        let progress = backend.as_ref().and_then(|backend| backend.progress());
         let mut state = self.lock();
         if state.timer != Some(key) || !matches!(state.status, Status::InFlight) {
             return;
         }
+        // Without a connection nothing stands still; there may be one the next time.
+        let Some(backend) = backend else {
+            return self.set_timer(&mut state, now);
+        };
         let current = state
             .backends
             .last()
             .is_some_and(|last| is_same(last, &backend));
         let still = current && state.stands_still(now, progress, (self.pieces.len() as u32, after));
+        let still = still && !relieved;
         self.set_timer(&mut state, now);
         let number = state.number;
         let left = state.leaving.iter().any(|left| is_same(left, &backend));
@@ -121,7 +129,7 @@ impl Slow {
             return;
         };
         let slow = Failure {
-            backend: &self.backend,
+            backend: Some(&self.backend),
             at: self.seen_at,
             closings: core.lock().closings,
         };

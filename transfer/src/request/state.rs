@@ -136,8 +136,8 @@ pub(super) enum Taken {
 
 /// What a post begins with.
 pub(super) struct Start<'a> {
-    pub(super) backend: &'a Arc<dyn Backend>,
-    pub(super) counters: Arc<Counters>,
+    /// Who moves it, and what counts that; none as long as there is no connection.
+    pub(super) way: Option<(&'a Arc<dyn Backend>, Arc<Counters>)>,
     pub(super) deadline: Duration,
     pub(super) notice: Option<Bytes>,
     pub(super) closings: u64,
@@ -187,8 +187,9 @@ impl RequestCore {
         state.started = now;
         state.post = None;
         state.due = now + start.deadline;
-        state.backends.push(start.backend.clone());
-        state.counters = Some(start.counters);
+        let (backend, counters) = start.way.unzip();
+        state.backends.extend(backend.cloned());
+        state.counters = counters;
         state.number = PostNumber(state.number.0 + 1);
         (state.next, state.open) = (0, self.pieces.len() as u32);
         state.left.fill(0);
@@ -207,9 +208,34 @@ impl RequestCore {
         Ok(state.number)
     }
 
+    /// Whether nothing of a post has been handed to a backend, and somebody waits for that.
+    pub(super) fn is_unposted(&self, number: PostNumber) -> bool {
+        let state = self.lock();
+        let waits = state.number == number && matches!(state.status, Status::InFlight);
+        waits && state.next == 0
+    }
+
+    /// There is a connection now for a post that was begun without one. Whether somebody waits for it.
+    pub(super) fn take_way(
+        &self,
+        number: PostNumber,
+        backend: &Arc<dyn Backend>,
+        counters: Arc<Counters>,
+    ) -> bool {
+        let mut state = self.lock();
+        let waits = state.number == number && matches!(state.status, Status::InFlight);
+        if waits {
+            state.backends.push(backend.clone());
+            state.counters = Some(counters);
+            state.moved_at = Instant::now();
+        }
+        waits
+    }
+
     /// The call that posted returns: has the timer watch over the deadline and the path, if the request is not finished yet.
-    pub(super) fn watch(self: &Arc<Self>, number: PostNumber, backend: &Arc<dyn Backend>) {
-        let seen = self.slow_after.and_then(|_| backend.progress());
+    pub(super) fn watch(self: &Arc<Self>, number: PostNumber, backend: Option<&Arc<dyn Backend>>) {
+        let seen = self.slow_after.and(backend);
+        let seen = seen.and_then(|backend| backend.progress());
         let mut state = self.lock();
         // Another thread may have posted again meanwhile.
         if let Some(finished) = &mut state.finished
@@ -243,13 +269,9 @@ impl RequestCore {
             .ok_or_else(|| Error::new(ErrorKind::Internal, "an eventfd was made and is not there"))
     }
 
-    /// Who is to be kicked when it is decided.
-    pub(super) fn set_led(&self, reactor: Option<&Arc<Reactor>>) {
-        self.lock().led = reactor.cloned();
-    }
-
-    pub(super) fn is_decided(&self) -> bool {
-        !matches!(self.lock().status, Status::InFlight)
+    /// Who is to be kicked when something changes, from now on.
+    pub(super) fn lead_by(&self, reactor: &Arc<Reactor>) {
+        self.lock().led.get_or_insert_with(|| reactor.clone());
     }
 
     pub(super) fn take_result(&self) -> Taken {

@@ -7,3 +7,4 @@ pub(crate) mod process;
 pub(crate) mod process_vm;
 pub(crate) mod socket;
 pub(crate) mod ucx;
+pub(crate) mod verbs;

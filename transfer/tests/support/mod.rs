@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvfabric_transfer::{
     Agent, AgentBuilder, Descriptor, HostMemory, Operation, PeerHandle, Region, RegionOptions,
-    Request, RequestOptions, Side, UcxOptions,
+    Request, RequestOptions, Side, UcxOptions, VerbsOptions,
 };
 
 pub(crate) mod child;
@@ -29,6 +29,8 @@ pub(crate) enum Way {
     Cma,
     Tcp,
     Ucx,
+    /// Where there is an RDMA device; not among [`WAYS`].
+    Verbs,
 }
 
 pub(crate) const WAYS: [Way; 5] = [Way::Memcpy, Way::Shm, Way::Cma, Way::Tcp, Way::Ucx];
@@ -41,6 +43,7 @@ impl Way {
             Self::Cma => "cma",
             Self::Tcp => "tcp",
             Self::Ucx => "ucx",
+            Self::Verbs => "verbs",
         }
     }
 
@@ -51,6 +54,7 @@ impl Way {
             .cma(self == Self::Cma)
             .tcp((self == Self::Tcp).then_some(loopback()))
             .ucx((self == Self::Ucx).then(UcxOptions::default))
+            .verbs((self == Self::Verbs).then(VerbsOptions::default))
     }
 
     pub(crate) fn agent(self, name: &str) -> Agent {
@@ -61,7 +65,22 @@ impl Way {
     pub(crate) fn memory(self, bytes: u64) -> HostMemory {
         match self {
             Self::Cma => HostMemory::anonymous(bytes).unwrap(),
-            Self::Memcpy | Self::Shm | Self::Tcp | Self::Ucx => HostMemory::shared(bytes).unwrap(),
+            Self::Memcpy | Self::Shm | Self::Tcp | Self::Ucx | Self::Verbs => {
+                HostMemory::shared(bytes).unwrap()
+            }
+        }
+    }
+}
+
+/// Whether RDMA is there; told aloud when it is not. With `KVFABRIC_RDMA` set it must be.
+#[allow(clippy::print_stderr, reason = "a skipped test says so")]
+pub(crate) fn has_rdma() -> bool {
+    match Way::Verbs.builder("probe").build() {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(std::env::var_os("KVFABRIC_RDMA").is_none(), "{error}");
+            eprintln!("SKIPPED: {error}");
+            false
         }
     }
 }

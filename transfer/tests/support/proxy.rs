@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
+use kvfabric_transfer::Agent;
+
+use super::{OPEN, Pair, Way};
+
 /// What is done with bytes that arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -31,6 +35,23 @@ struct Shared {
 pub(crate) struct Proxy {
     listener: TcpListener,
     shared: Arc<Shared>,
+}
+
+/// A pair whose traffic goes through a proxy, and no other way.
+pub(crate) fn proxied(bytes: u64) -> (Pair, Proxy) {
+    proxied_from(Way::Tcp.agent("initiator"), bytes)
+}
+
+/// The same with an initiator of one's own.
+pub(crate) fn proxied_from(initiator: Agent, bytes: u64) -> (Pair, Proxy) {
+    let proxy = Proxy::new();
+    let target = Way::Tcp
+        .builder("target")
+        .tcp_advertise(Some(proxy.address()))
+        .build()
+        .unwrap();
+    proxy.run(target.tcp_address().unwrap());
+    (Pair::of(initiator, target, bytes, OPEN), proxy)
 }
 
 impl Proxy {

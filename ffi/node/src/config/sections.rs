@@ -9,6 +9,7 @@ use kvcache_core::shape::Tensor;
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_indexer::client::{SourceKind, SourceSpec};
 use kvfabric_indexer::wire::parse_source_kind;
+use kvfabric_transfer::LOOK_DEFAULT;
 use serde::{Deserialize, Serialize};
 
 use super::listen;
@@ -149,6 +150,8 @@ pub struct FabricSection {
     pub tls: Option<TlsSection>,
     /// The congestion control of TCP connections, such as `bbr`; the system's if it is not given.
     pub tcp_congestion: Option<String>,
+    /// How long those who wait look before they sleep, in microseconds, at most 1,000; 0: they sleep at once.
+    pub look_us: u64,
     /// The ways to pods that go first, by name; the others follow in the usual order.
     pub prefer: Vec<String>,
     /// Bytes a second that fetches and other requests that someone waits for move at most.
@@ -159,6 +162,16 @@ pub struct FabricSection {
     pub ucx: bool,
     /// Settings of UCX by their names without `UCX_`, such as `TLS`; others come from the environment.
     pub ucx_settings: BTreeMap<String, String>,
+    /// RDMA by libibverbs, which must be in the system then, with a device. Only where the network is trusted.
+    pub verbs: bool,
+    /// The device, or device and port (`mlx5_0:1`); the first port that is up otherwise.
+    pub verbs_device: Option<String>,
+    /// The entry of the port's GID table; RoCE v2 with an IPv4 address first otherwise.
+    pub verbs_gid_index: Option<u8>,
+    /// Where peers ask for connections; the GID's own IP address otherwise.
+    pub verbs_listen: Option<SocketAddr>,
+    /// The traffic class of packets.
+    pub verbs_traffic_class: u8,
 }
 
 impl Default for FabricSection {
@@ -171,11 +184,17 @@ impl Default for FabricSection {
             tcp_connections: 1,
             tls: None,
             tcp_congestion: None,
+            look_us: LOOK_DEFAULT.as_micros() as u64,
             prefer: Vec::new(),
             bytes_per_second: None,
             background_bytes_per_second: None,
             ucx: false,
             ucx_settings: BTreeMap::new(),
+            verbs: false,
+            verbs_device: None,
+            verbs_gid_index: None,
+            verbs_listen: None,
+            verbs_traffic_class: 0,
         }
     }
 }

@@ -193,6 +193,26 @@ class Agent:
         process, or damages its memory.
         """
 
+    def register_range(
+        self,
+        address: int,
+        len: int,
+        *,
+        readable: bool = True,
+        writable: bool = False,
+        keep: Optional[object] = None,
+    ) -> Region:
+        """As `register_address`, for memory that is registered piece by piece, such as a pool and
+        the tensors in it: what lies in a range that was registered in this way, and still is, with
+        the same permissions, shares its region (`Region.id`, and `Region.offset` in it). Its
+        memory is let go when all that share it are deregistered.
+        """
+
+    def assume_cost(self, backend: str, *, latency: float, bytes_per_second: int) -> None:
+        """What a way such as "tcp" is taken to cost in `Transfer.estimate` until transfers have
+        shown it: seconds for one that moves next to nothing, and the bandwidth of long ones.
+        """
+
     def shared_memory(self, len: int, *, readable: bool = True, writable: bool = False) -> Region:
         """Allocates zeroed memory that peers on this host can map, and registers it."""
 
@@ -339,6 +359,12 @@ class Region:
     @property
     def id(self) -> int:
         """The number that names the region in descriptors, here and at peers."""
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the region that `id` names: 0, except of `Agent.register_range`.
+        Descriptors with this object count from here, those with the number from the region's start.
+        """
 
     @property
     def address(self) -> int:

@@ -8,7 +8,9 @@ use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind};
 use loom::thread::{self, JoinHandle};
 
+use super::connecting::Unconnected;
 use super::core::RequestCore;
+use super::later::Due;
 use super::slow::Slow;
 use super::state::{PostNumber, Start, Taken};
 use super::{Later, Priority};
@@ -17,7 +19,7 @@ use crate::backend::{Backend, Channel, Job, Operation, Shelf};
 use crate::explore;
 use crate::outcome::{Completion, Status, TransferError};
 use crate::plan::Plan;
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering};
 
 const FOR_EVER: Duration = Duration::from_secs(1 << 30);
 
@@ -43,21 +45,52 @@ impl Scene {
         let (first, second) = (Shelf::new("first", reaps), Shelf::new("second", true));
         let agent = AgentCore::new();
         let other: Arc<dyn Channel> = second.clone();
-        let peer = Arc::new(PeerCore { other: Some(other) });
-        let ends: Vec<usize> = (1..=plan.extents.len()).collect();
-        let request = RequestCore::new(plan, &ends, Priority::Normal, &agent, Some(&peer));
-        let request = Arc::new(request);
+        let (request, peer) = idle(plan, &agent, Some(other));
         let backend: Arc<dyn Backend> = first.clone();
         let start = Start {
-            backend: &backend,
-            counters: agent.stats().counters("first"),
+            way: Some((&backend, agent.stats().counters("first"))),
             deadline: FOR_EVER,
             notice: notice.then(|| Bytes::from_static(b"done")),
             closings: 0,
         };
         let number = request.start(start).expect("it is idle");
         request.post_pieces(number).expect("it is taken");
-        request.watch(number, &backend);
+        request.watch(number, Some(&backend));
+        Self {
+            agent,
+            peer,
+            request,
+            number,
+            first,
+            second,
+        }
+    }
+
+    /// A request of one part, posted when there is no connection; to be had is that of the second backend, or none.
+    fn unconnected(reachable: bool) -> Self {
+        let (first, second) = (Shelf::new("first", true), Shelf::new("second", true));
+        let agent = AgentCore::new();
+        let other: Arc<dyn Channel> = second.clone();
+        let plan = Plan::of(Operation::Read, 1);
+        let (request, peer) = idle(plan, &agent, reachable.then_some(other));
+        let start = Start {
+            way: None,
+            deadline: FOR_EVER,
+            notice: None,
+            closings: 0,
+        };
+        let number = request.start(start).expect("it is idle");
+        peer.queued.store(1, Ordering::Release);
+        let due = Due::Unconnected(Unconnected {
+            core: request.clone(),
+            number,
+            agent: Arc::downgrade(&agent),
+            peer: Arc::downgrade(&peer),
+            closings: 0,
+            posted_at: Instant::now(),
+        });
+        assert!(agent.later().add(Instant::now(), due).is_ok());
+        request.watch(number, None);
         Self {
             agent,
             peer,
@@ -80,12 +113,27 @@ impl Scene {
         }
     }
 
-    /// Ends the thread that posts later, if it was started.
+    /// Ends the threads that post later, if any was started.
     fn close(&self) {
-        if let Some(thread) = self.agent.later().close() {
+        for thread in self.agent.later().close() {
             thread.join().expect("it ends");
         }
     }
+}
+
+/// A request whose parts are the plan's extents, and its peer.
+fn idle(
+    plan: Plan,
+    agent: &Arc<AgentCore>,
+    other: Option<Arc<dyn Channel>>,
+) -> (Arc<RequestCore>, Arc<PeerCore>) {
+    let peer = Arc::new(PeerCore {
+        other,
+        queued: AtomicU64::new(0),
+    });
+    let ends: Vec<usize> = (1..=plan.extents.len()).collect();
+    let request = RequestCore::new(plan, &ends, Priority::Normal, agent, Some(&peer));
+    (Arc::new(request), peer)
 }
 
 /// Settles one job of a backend, when there is one.
@@ -293,8 +341,7 @@ pub fn a_request_is_posted_again_when_it_is_over() {
         scene.wait().expect("it is done");
         let backend: Arc<dyn Backend> = scene.second.clone();
         let start = Start {
-            backend: &backend,
-            counters: scene.agent.stats().counters("second"),
+            way: Some((&backend, scene.agent.stats().counters("second"))),
             deadline: FOR_EVER,
             notice: None,
             closings: 0,
@@ -309,5 +356,49 @@ pub fn a_request_is_posted_again_when_it_is_over() {
             Taken::Result(result) => assert_eq!(result.expect("it is done").backend, "second"),
             Taken::Pending(_) => unreachable!("it was settled"),
         }
+    });
+}
+
+/// Posted without a connection, cancelled while one is made, the agent closed at once: it ends as one of them wants it, and
+/// later posts need not wait for it.
+pub fn a_post_without_a_connection_is_done_or_given_up() {
+    explore(2, || {
+        let scene = Scene::unconnected(true);
+        let request = scene.request.clone();
+        let cancels = thread::spawn(move || {
+            request.give_up(Error::new(ErrorKind::Cancelled, "enough"));
+        });
+        let done = settles(&scene.second, || Ok(()));
+        cancels.join().expect("it ends");
+        done.join().expect("it ends");
+        scene.close();
+        if let Some(job) = scene.second.take() {
+            job.settle(Ok(()));
+        }
+        match scene.wait() {
+            Ok(done) => assert_eq!((done.backend, done.failovers), ("second", 0)),
+            Err(failed) => assert_eq!(failed.kind(), ErrorKind::Cancelled),
+        }
+        assert_eq!(scene.peer.queued.load(Ordering::Acquire), 0);
+    });
+}
+
+/// There is no connection to be had: the request fails by that, once, or by the end of the agent.
+pub fn a_post_to_nobody_fails() {
+    explore(3, || {
+        let scene = Scene::unconnected(false);
+        let agent = scene.agent.clone();
+        let closes = thread::spawn(move || {
+            for thread in agent.later().close() {
+                thread.join().expect("it ends");
+            }
+        });
+        let failed = scene.wait().expect_err("there is nobody");
+        assert!(matches!(
+            failed.kind(),
+            ErrorKind::PeerLost | ErrorKind::Cancelled
+        ));
+        closes.join().expect("it ends");
+        assert_eq!(scene.peer.queued.load(Ordering::Acquire), 0);
     });
 }

@@ -25,11 +25,11 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::copy::{Copier, STEP_BYTES, local_memory};
+use super::copy::{Copier, Go, Place, Progress, STEP_BYTES, local_memory};
 use super::unix::{self, Access, Held, Link, Outcome, corrupt};
 use super::{Fabric, Operation};
 use crate::agent::{Exports, RemoteRegion};
-use crate::plan::{Extent, Plan};
+use crate::plan::Plan;
 use crate::reactor::Reactor;
 use crate::region::RegionCore;
 use crate::sys::memory::Mapping;
@@ -125,17 +125,19 @@ impl Access for Cma {
         peer: &PeerProcess,
         plan: &Plan,
         memory: &[Arc<Held<Self>>],
-        go_on: &dyn Fn() -> Result<()>,
-    ) -> Result<()> {
+        at: &mut Place,
+        go_on: &dyn Fn() -> Result<Go>,
+    ) -> Result<Progress> {
         if plan.sums {
-            return sums::sum(peer, plan, memory, go_on);
+            return sums::sum(peer, plan, memory, go_on).map(|()| Progress::Done);
         }
         let mut batch = Batch::new(plan.operation, plan.extents.len());
-        let mut at = Place::default();
         while at.extent < plan.extents.len() {
-            go_on()?;
+            if go_on()? == Go::Later {
+                return Ok(Progress::Paused);
+            }
             batch.clear();
-            fill(&mut batch, at, plan, memory)?;
+            fill(&mut batch, *at, plan, memory)?;
             let moved = peer.run(&mut batch);
             let moved = moved.map_err(|error| explain::failure(peer.pid(), error))?;
             if moved == 0 {
@@ -148,33 +150,12 @@ impl Access for Cma {
             let known = peer.recognise();
             known.map_err(|error| explain::failure(peer.pid(), error))?;
         }
-        Ok(())
+        Ok(Progress::Done)
     }
 
     fn detail(link: &Link) -> String {
         let (pid, uid) = (link.pid(), link.uid());
         format!("process_vm_readv and process_vm_writev on process {pid} of this host, user {uid}")
-    }
-}
-
-/// The first byte of a plan that is not moved yet.
-#[derive(Clone, Copy, Default)]
-struct Place {
-    extent: usize,
-    done: u64,
-}
-
-impl Place {
-    fn advance(&mut self, extents: &[Extent], mut bytes: u64) {
-        while bytes > 0 {
-            let count = bytes.min(extents[self.extent].len - self.done);
-            bytes -= count;
-            self.done += count;
-            if self.done == extents[self.extent].len {
-                self.extent += 1;
-                self.done = 0;
-            }
-        }
     }
 }
 

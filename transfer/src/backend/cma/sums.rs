@@ -6,17 +6,17 @@ use kvcache_core::Result;
 
 use super::{Cma, Held, explain};
 use crate::backend::Operation;
-use crate::backend::copy::local_memory;
+use crate::backend::copy::{Go, local_memory};
 use crate::plan::{Plan, SUM_BYTES_MAX};
 use crate::sys::memory::Mapping;
 use crate::sys::process_vm::{Batch, PeerProcess};
 
-/// Does what a plan of checksums asks.
+/// Does what a plan of checksums asks, to its end: it is never left half-way.
 pub(super) fn sum(
     peer: &PeerProcess,
     plan: &Plan,
     memory: &[Arc<Held<Cma>>],
-    go_on: &dyn Fn() -> Result<()>,
+    go_on: &dyn Fn() -> Result<Go>,
 ) -> Result<()> {
     let scratch = Mapping::anonymous(SUM_BYTES_MAX)?;
     let mut batch = Batch::new(Operation::Read, 1);

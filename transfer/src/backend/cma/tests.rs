@@ -8,6 +8,7 @@ use super::*;
 use crate::backend::abandoned;
 use crate::descriptor::Target;
 use crate::metadata::RemoteRegion;
+use crate::plan::Extent;
 use crate::region::{Body, RegionOptions};
 use crate::sys::memory::HostMemory;
 
@@ -93,8 +94,9 @@ impl Bench {
         }
     }
 
-    fn copy(&self, plan: &Plan, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
-        Cma::copy(&self.process, plan, std::slice::from_ref(&self.held), go_on)
+    fn copy(&self, plan: &Plan, go_on: &dyn Fn() -> Result<Go>) -> Result<Progress> {
+        let (memory, place) = (std::slice::from_ref(&self.held), &mut Place::default());
+        Cma::copy(&self.process, plan, memory, place, go_on)
     }
 
     /// Where the bytes of an operation come from, and where they go.
@@ -128,7 +130,7 @@ fn a_copy_that_is_called_off_stops_before_the_next_step() {
                     if left.get() < 0 {
                         Err(abandoned())
                     } else {
-                        Ok(())
+                        Ok(Go::On)
                     }
                 };
                 let error = bench.copy(&plan, &go_on).unwrap_err();
@@ -165,7 +167,7 @@ fn a_copy_goes_on_until_all_is_moved() {
         let data: Vec<u8> = (0..BYTES).map(|n| (n * n % 253) as u8).collect();
         from.write(0, &data).unwrap();
         to.fill(0, BYTES, 0).unwrap();
-        bench.copy(&plan, &|| Ok(())).unwrap();
+        bench.copy(&plan, &|| Ok(Go::On)).unwrap();
         let mut model = vec![0; BYTES as usize];
         for &(local, remote, len) in &extents {
             let (source, target) = match operation {
@@ -193,10 +195,8 @@ fn memory_that_is_not_there_fails_the_copy() {
     let gone = Arc::new(Held::<Cma>::new(bench.peer.id(), window, &link()));
     for operation in [Operation::Read, Operation::Write] {
         let plan = bench.plan(operation, &[(0, 4096, 4096)]);
-        let error = Cma::copy(&bench.process, &plan, std::slice::from_ref(&gone), &|| {
-            Ok(())
-        })
-        .unwrap_err();
+        let (memory, place) = (std::slice::from_ref(&gone), &mut Place::default());
+        let error = Cma::copy(&bench.process, &plan, memory, place, &|| Ok(Go::On)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io);
         assert!(error.to_string().contains("4096 bytes at 4096"), "{error}");
     }

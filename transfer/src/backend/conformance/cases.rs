@@ -297,3 +297,49 @@ pub(super) fn stats(bench: &Bench<'_>) -> Result<Verdict> {
     }
     Ok(Verdict::Held)
 }
+
+/// What is whole passes; of two descriptors that bring different bytes to one place one differs, and is named.
+pub(super) fn checksums(bench: &Bench<'_>) -> Result<Verdict> {
+    const LEN: u64 = 300_000;
+    let memory = bench.memory(4 * LEN)?;
+    let place = bench.fixture.place(4 * LEN)?;
+    memory.write_at(0, &pattern(23, 4 * LEN))?;
+    let checked = || RequestOptions {
+        checksum: true,
+        ..RequestOptions::default()
+    };
+    let apart = [(0, LEN), (LEN, LEN)];
+    let request = match bench.request(Write, (&memory, &apart), (&place, &apart), checked()) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            return match error.to_string().contains("checksums") {
+                true => Ok(Verdict::DoesNotApply),
+                false => Err(error.at("the refusal does not say that it is of checksums")),
+            };
+        }
+        request => request?,
+    };
+    request.post()?;
+    bench.finish(&request)?;
+    let together = [(2 * LEN, LEN), (2 * LEN, LEN)];
+    for operation in [Write, Read] {
+        let (own, other) = match operation {
+            Write => (&apart, &together),
+            Read => (&together, &apart),
+        };
+        let request = bench.request(operation, (&memory, own), (&place, other), checked())?;
+        request.post()?;
+        match request.wait(PATIENCE) {
+            Err(failed) if failed.kind() == ErrorKind::Corrupt => {
+                if !failed.to_string().contains("descriptor ") {
+                    return Err(broken(format!("it names no descriptor: {failed}")));
+                }
+            }
+            Err(failed) => return Err(failed.into()),
+            Ok(_) => return Err(broken("what differs passes")),
+        }
+        if !request.wait_drained(PATIENCE) {
+            return Err(broken("a request whose bytes differ does not drain"));
+        }
+    }
+    Ok(Verdict::Held)
+}

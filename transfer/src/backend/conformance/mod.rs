@@ -72,7 +72,7 @@ enum Verdict {
 
 type Case = fn(&Bench<'_>) -> Result<Verdict>;
 
-const CASES: [(&str, Case); 12] = [
+const CASES: [(&str, Case); 13] = [
     ("sizes from 1 B to 4 MiB survive a round trip", cases::sizes),
     ("any alignment of memory and place works", cases::alignment),
     (
@@ -90,6 +90,10 @@ const CASES: [(&str, Case); 12] = [
     ("requests run concurrently", cases::concurrent),
     ("a request can be posted again", cases::repost),
     ("a notification comes after the data", cases::notification),
+    (
+        "checksums are compared, or refused with the reason",
+        cases::checksums,
+    ),
     (
         "deregistering waits for requests and refuses new ones",
         endings::deregister,

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Condvar};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
@@ -92,7 +92,7 @@ proptest! {
             at += len;
         }
         let plan = rig.plan(extents);
-        copy_plan(&plan, threads, &|| Ok(()), |remote| Ok(&rig.remote[remote as usize])).unwrap();
+        copy_plan(&plan, threads, &mut Place::default(), &|| Ok(Go::On), |remote| Ok(&rig.remote[remote as usize])).unwrap();
         let local = rig.local.mapping().unwrap();
         for extent in &plan.extents {
             let remote = &rig.remote[extent.remote as usize];
@@ -107,6 +107,34 @@ proptest! {
             Mapping::anonymous(BYTES).unwrap().crc32c(0, BYTES - at).unwrap()
         );
     }
+}
+
+/// Leaves a copy at every look and goes on with it: nothing is left out, nor copied a second time.
+#[test]
+fn a_copy_that_is_left_goes_on_where_it_was() {
+    let rig = Rig::new();
+    let plan = rig.plan(vec![
+        extent(0, 0, STEP_BYTES / 2),
+        extent(1, STEP_BYTES / 2, 5 * STEP_BYTES),
+        extent(0, 6 * STEP_BYTES, 8),
+    ]);
+    let (mut place, mut times) = (Place::default(), 0);
+    let remote = |remote: u32| Ok(&rig.remote[remote as usize]);
+    while copy_plan(&plan, 1, &mut place, &|| Ok(Go::Later), remote).unwrap() == Progress::Paused {
+        // What is in place is not touched again.
+        rig.local.mapping().unwrap().fill(times, 1, 0xaa).unwrap();
+        times += 1;
+    }
+    assert_eq!(times, 5);
+    let local = rig.local.mapping().unwrap();
+    for extent in &plan.extents[1..] {
+        let remote = &rig.remote[extent.remote as usize];
+        assert_eq!(
+            local.crc32c(extent.local_offset, extent.len).unwrap(),
+            remote.crc32c(extent.remote_offset, extent.len).unwrap()
+        );
+    }
+    assert!((0..times).all(|at| rig.byte(at) == 0xaa) && rig.byte(times) != 0xaa);
 }
 
 /// Nobody goes on before two threads have asked: with one thread alone the wait would run out.
@@ -127,10 +155,12 @@ fn several_threads_take_part() {
         assert!(!waited.timed_out(), "{threads:?}");
         Ok(&rig.remote[remote as usize])
     };
-    copy_plan(&plan, 2, &|| Ok(()), remote).unwrap();
+    copy_plan(&plan, 2, &mut Place::default(), &|| Ok(Go::On), remote).unwrap();
 }
 
-/// The word between two large ranges is asked for when the first is in place and the second is not begun.
+/// The word between two large ranges is asked for when the first is in place and the second is not begun. The thread that
+/// begins keeps its first step back until the range's end is in place, and then for as long as a word that does not wait for it
+/// would need.
 #[test]
 fn a_word_is_copied_after_what_is_before_it() {
     let rig = Rig::new();
@@ -142,7 +172,19 @@ fn a_word_is_copied_after_what_is_before_it() {
         extent(1, BYTES - WORD, WORD),
     ]);
     let looks = Mutex::new(Vec::new());
+    let begun = AtomicBool::new(false);
     let remote = |remote: u32| {
+        if remote == 0 && !begun.swap(true, Ordering::Relaxed) {
+            let until = Instant::now() + Duration::from_secs(60);
+            while rig.byte(half - WORD - 1) == 0 {
+                assert!(Instant::now() < until, "the others do not go on");
+                std::thread::yield_now();
+            }
+            let grace = Instant::now() + Duration::from_millis(300);
+            while looks.lock().unwrap().is_empty() && Instant::now() < grace {
+                std::thread::yield_now();
+            }
+        }
         if remote == 1 {
             let places = [0, half - WORD - 1, half, BYTES - WORD - 1];
             looks
@@ -152,7 +194,7 @@ fn a_word_is_copied_after_what_is_before_it() {
         }
         Ok(&rig.remote[remote as usize])
     };
-    copy_plan(&plan, 4, &|| Ok(()), remote).unwrap();
+    copy_plan(&plan, 4, &mut Place::default(), &|| Ok(Go::On), remote).unwrap();
     assert_eq!(
         *looks.lock().unwrap(),
         [[true, true, false, false], [true; 4]]
@@ -165,10 +207,33 @@ fn a_shared_copy_that_is_called_off_stops() {
     let rig = Rig::new();
     let plan = rig.plan(vec![extent(0, 0, BYTES)]);
     let refuse = || Err(Error::new(ErrorKind::Cancelled, "enough"));
-    let stopped = copy_plan(&plan, 2, &refuse, |remote| Ok(&rig.remote[remote as usize]));
+    let stopped = copy_plan(&plan, 2, &mut Place::default(), &refuse, |remote| {
+        Ok(&rig.remote[remote as usize])
+    });
     assert_eq!(stopped.unwrap_err().kind(), ErrorKind::Cancelled);
-    let failed = copy_plan(&plan, 2, &|| Ok(()), |_| {
+    let failed = copy_plan(&plan, 2, &mut Place::default(), &|| Ok(Go::On), |_| {
         Err(Error::new(ErrorKind::Internal, "no memory"))
+    });
+    assert_eq!(failed.unwrap_err().kind(), ErrorKind::Internal);
+}
+
+/// The other thread fails, and the calling one does not: the copy fails.
+#[test]
+fn a_thread_that_fails_is_not_overlooked() {
+    let rig = Rig::new();
+    let plan = rig.plan(vec![extent(0, 0, BYTES)]);
+    let own = std::thread::current().id();
+    let (seen, changed) = (Mutex::new(false), Condvar::new());
+    let failed = copy_plan(&plan, 2, &mut Place::default(), &|| Ok(Go::On), |remote| {
+        let mut other_came = seen.lock().unwrap();
+        if std::thread::current().id() != own {
+            *other_came = true;
+            changed.notify_all();
+            return Err(Error::new(ErrorKind::Internal, "no memory"));
+        }
+        let waited = changed.wait_timeout_while(other_came, Duration::from_secs(60), |came| !*came);
+        assert!(!waited.unwrap().1.timed_out());
+        Ok(&rig.remote[remote as usize])
     });
     assert_eq!(failed.unwrap_err().kind(), ErrorKind::Internal);
 }

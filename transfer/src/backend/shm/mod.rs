@@ -11,7 +11,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use rustix::fs::{Mode, OFlags};
 
 use super::Fabric;
-use super::copy::{Copier, copy_plan};
+use super::copy::{Copier, Go, Place, Progress, copy_plan};
 use super::unix::{self, Access, Held, Link, Outcome, corrupt};
 use crate::agent::{Exports, RemoteRegion};
 use crate::plan::Plan;
@@ -90,9 +90,12 @@ impl Access for Shm {
         _peer: &(),
         plan: &Plan,
         memory: &[Arc<Held<Self>>],
-        go_on: &dyn Fn() -> Result<()>,
-    ) -> Result<()> {
-        copy_plan(plan, go_on, |remote| memory[remote as usize].memory())
+        place: &mut Place,
+        go_on: &dyn Fn() -> Result<Go>,
+    ) -> Result<Progress> {
+        copy_plan(plan, place, go_on, |remote| {
+            memory[remote as usize].memory()
+        })
     }
 
     fn detail(link: &Link) -> String {

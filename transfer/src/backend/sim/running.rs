@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::Exports;
-use crate::backend::copy::copy_plan;
+use crate::backend::copy::{Go, Place, copy_plan};
 use crate::backend::{Job, Operation};
 use crate::descriptor::Target;
 use crate::region::RegionUse;
@@ -77,9 +77,11 @@ impl Running {
 
     /// Checksums are taken when the answer is there: the network damages blocks, not them.
     fn sum(&self) -> Result<()> {
-        copy_plan(self.job.plan(), &|| Ok(()), |remote| {
+        let (place, go_on) = (&mut Place::default(), || Ok(Go::On));
+        let copied = copy_plan(self.job.plan(), place, &go_on, |remote| {
             self.remote[remote as usize].region().mapping()
-        })
+        });
+        copied.map(drop)
     }
 
     pub(super) fn finish(&mut self, failure: Option<ErrorKind>, free: bool) {

@@ -1,9 +1,8 @@
 //! The connections to one peer, and how requests are spread over them.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
@@ -11,18 +10,11 @@ use super::NAME;
 use super::active::Active;
 use super::connection::{self, Connection, INLINE_BYTES_MAX, Role};
 use super::frame::CHUNK_BYTES_MAX;
+use super::lane::Lane;
 use crate::agent::{ConnectionReport, RemoteRegion};
 use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
+use crate::look::Look;
 use crate::region::MemoryKind;
-
-/// Requests that may wait on one connection; posts above it are told `Busy`.
-const REQUESTS_WAITING_MAX: usize = 16_384;
-
-/// One connection.
-pub(super) struct Lane {
-    pub(super) connection: Arc<Connection>,
-    pub(super) to: SocketAddr,
-}
 
 /// All connections to one incarnation of a peer, in the order in which small requests use them.
 pub(super) struct Lanes {
@@ -60,21 +52,15 @@ impl Lanes {
         self.queue_but(active, None)
     }
 
-    fn queue_but(&self, active: &Arc<Active>, but: Option<&Arc<Connection>>) -> bool {
-        let mut queued = false;
-        for lane in self.alive() {
-            if but.is_some_and(|but| Arc::ptr_eq(but, &lane.connection)) {
-                continue;
-            }
-            let mut outbox = lane.connection.outbox();
-            if !outbox.ended {
-                outbox.queue(active.clone());
-                drop(outbox);
-                lane.connection.pump_later();
-                queued = true;
-            }
-        }
-        queued
+    /// As [`Lanes::queue`] without one of them, and without those that stand still unless there is no other.
+    pub(super) fn queue_but(&self, active: &Arc<Active>, but: Option<&Connection>) -> bool {
+        let is_other = |lane: &&Lane| !but.is_some_and(|but| std::ptr::eq(but, &*lane.connection));
+        let (still, moving): (Vec<&Lane>, Vec<&Lane>) = self
+            .alive()
+            .filter(is_other)
+            .partition(|lane| lane.is_avoided());
+        let queue = |lanes: &[&Lane]| lanes.iter().filter(|lane| lane.queue(active)).count();
+        queue(&moving) > 0 || queue(&still) > 0
     }
 
     /// Who is asked first: always the same one for small requests, which then go out in one call, others in turn.
@@ -89,8 +75,10 @@ impl Lanes {
         let small = job.whole().bytes <= INLINE_BYTES_MAX;
         let striped = job.plan().bytes > CHUNK_BYTES_MAX && self.all.len() > 1;
         let first = self.first(small);
-        for position in 0..self.all.len() {
-            let lane = &self.all[(first + position) % self.all.len()];
+        let count = self.all.len();
+        let in_turn = || (0..count).map(|position| &self.all[(first + position) % count]);
+        let moving = in_turn().filter(|lane| !lane.is_avoided());
+        for lane in moving.chain(in_turn()) {
             let Role::Initiator(initiator) = &lane.connection.role else {
                 continue;
             };
@@ -98,11 +86,7 @@ impl Lanes {
             if outbox.ended || lane.connection.check().is_err() {
                 continue;
             }
-            if outbox.waiting() >= REQUESTS_WAITING_MAX {
-                let text = format!("{REQUESTS_WAITING_MAX} requests wait on this connection");
-                return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
-            }
-            let connections = if striped { self.all.len() } else { 1 };
+            let connections = if striped { count } else { 1 };
             let active = Arc::new(Active::new(job, connections));
             let more = initiator.start(&active, &mut outbox);
             connection::settle(outbox);
@@ -132,6 +116,20 @@ impl Lanes {
             }
         }
         lost.map_or(Ok(()), Err)
+    }
+
+    /// Has what connections that stand still owe brought by the others, if those do not. Whether there is one.
+    fn relieve(&self, now: Instant, after: Duration) -> bool {
+        if self.all.len() < 2 {
+            return false;
+        }
+        let still: Vec<bool> = self.all.iter().map(|lane| lane.look(now, after)).collect();
+        let moves = |(lane, still): (&Lane, &bool)| !still && lane.connection.check().is_ok();
+        let relief = self.all.iter().zip(&still).any(moves);
+        for (lane, still) in self.all.iter().zip(&still) {
+            lane.avoid(*still && relief);
+        }
+        relief && still.contains(&true)
     }
 
     fn lose(&self, reason: &str) {
@@ -192,9 +190,13 @@ impl Backend for TcpChannel {
         Some(received.map(|lane| lane.connection.moved()[1]).sum())
     }
 
-    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+    fn relieve(&self, now: Instant, after: Duration) -> bool {
+        self.lanes.relieve(now, after)
+    }
+
+    fn assist(&self, until: Instant, look: &Look<'_>, done: &dyn Fn() -> bool) {
         if let Some(lane) = self.lanes.all.first() {
-            lane.connection.assist(until, done);
+            lane.connection.assist(until, look, done);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One connection, of either side: what it sends, what it receives, how it ends.
 
-use std::collections::VecDeque;
+use std::collections::{LinkedList, VecDeque};
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,6 +18,7 @@ use super::scatter::Scatter;
 use super::target::TargetSide;
 use super::tls::Session;
 use crate::backend::Job;
+use crate::look::Look;
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::request::Priority;
 use crate::sys::memory::{Sink, Span};
@@ -65,21 +66,17 @@ impl Frame {
 #[derive(Default)]
 pub(super) struct Outbox {
     pub(super) frames: VecDeque<Frame>,
-    /// Initiator: requests that are not wholly cut into frames.
-    pub(super) jobs: VecDeque<Arc<Active>>,
+    /// Initiator: requests that are not wholly cut into frames. As many as callers hold, each with a place of its own: so
+    /// none is refused, and no post has to make room for others.
+    pub(super) jobs: LinkedList<Arc<Active>>,
     /// Initiator: those of them that give way to the others.
-    pub(super) background: VecDeque<Arc<Active>>,
+    pub(super) background: LinkedList<Arc<Active>>,
     pub(super) ended: bool,
     /// Requests that are over; settled without the lock, because that runs wakers of others.
     pub(super) settled: Vec<(Job, Result<()>)>,
 }
 
 impl Outbox {
-    /// Requests that are not wholly cut.
-    pub(super) fn waiting(&self) -> usize {
-        self.jobs.len() + self.background.len()
-    }
-
     /// Puts a request at the end of its queue.
     pub(super) fn queue(&mut self, active: Arc<Active>) {
         match active.priority {
@@ -189,6 +186,8 @@ pub(super) struct Connection {
     pub(super) role: Role,
     /// Someone wants memory back.
     poked: AtomicBool,
+    /// It stands still, and others are to bring what it owes.
+    hands_over: AtomicBool,
     lost: OnceLock<String>,
     /// Bytes sent and received, frames and all.
     moved: [AtomicU64; 2],
@@ -230,6 +229,7 @@ impl Connection {
             outbox: Mutex::default(),
             role,
             poked: AtomicBool::new(false),
+            hands_over: AtomicBool::new(false),
             lost: OnceLock::new(),
             moved: Default::default(),
         });
@@ -296,6 +296,12 @@ impl Connection {
     /// Has the reactor take back memory that is no longer to be used, soon.
     pub(super) fn poke(&self) {
         self.poked.store(true, Ordering::Release);
+        self.call_again();
+    }
+
+    /// Has the reactor give what the connection owes to the others of the peer, as far as it can be repeated, soon.
+    pub(super) fn hand_over(&self) {
+        self.hands_over.store(true, Ordering::Release);
         self.call_again();
     }
 
@@ -411,8 +417,8 @@ impl Connection {
     }
 
     /// Reads the agent's sockets in the calling thread until `done`, in place of the reactor's.
-    pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
-        self.reactor.lead(until, done);
+    pub(super) fn assist(&self, until: Instant, look: &Look<'_>, done: &dyn Fn() -> bool) {
+        self.reactor.lead(until, look, done);
     }
 }
 
@@ -459,6 +465,13 @@ impl Source for Connection {
                 settle(outbox);
             }
             receiver.yield_memory();
+        }
+        if self.hands_over.swap(false, Ordering::AcqRel)
+            && let Role::Initiator(initiator) = &self.role
+        {
+            let mut receiver = lock(&self.receiver);
+            initiator.hand_over(self);
+            receiver.drop_payload(|id| initiator.is_dropped(id));
         }
         if readiness.writable {
             self.pump(TURN_BYTES);

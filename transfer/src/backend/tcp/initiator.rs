@@ -1,8 +1,9 @@
 //! The side that asks: cuts requests into frames, keeps a window of them in flight, matches answers.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, LinkedList};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
@@ -35,7 +36,7 @@ struct Open {
     active: Arc<Active>,
     kind: FrameKind,
     chunk: Chunk,
-    /// Whether the request counts it among its open ones.
+    /// Whether the request counts it among its open ones. If not, what arrives for it is dropped.
     counts: bool,
     /// Read: where the bytes go.
     pieces: Vec<Piece>,
@@ -43,6 +44,8 @@ struct Open {
 
 #[derive(Default)]
 struct Table {
+    /// Since when there are some.
+    since: Option<Instant>,
     next: u64,
     open: HashMap<u64, Open>,
 }
@@ -73,10 +76,19 @@ impl Initiator {
         }
         self.frames_open.fetch_add(1, Ordering::AcqRel);
         let mut table = self.table();
+        if table.open.is_empty() {
+            table.since = Some(Instant::now());
+        }
         let id = table.next;
         table.next += 1;
         table.open.insert(id, open);
         id
+    }
+
+    /// Since when there have been frames without an answer; none if there are none.
+    pub(super) fn owed_since(&self) -> Option<Instant> {
+        let table = self.table();
+        table.since.filter(|_| !table.open.is_empty())
     }
 
     fn leave(&self, open: &Open) {
@@ -242,11 +254,12 @@ impl Initiator {
             return Err(breach(header, "not what was asked for"));
         }
         let pieces = std::mem::take(&mut open.pieces);
-        let active = open.active.clone();
+        let (active, wanted) = (open.active.clone(), open.counts);
         drop(table);
+        let scatter = || Scatter::of_plan(active.plan.clone(), pieces);
         Ok(Intake {
             left: header.payload_bytes,
-            scatter: Some(Scatter::of_plan(active.plan.clone(), pieces)),
+            scatter: wanted.then(scatter),
             then: Then::Arrived(active),
         })
     }
@@ -276,10 +289,12 @@ impl Initiator {
     }
 
     fn complete(&self, connection: &Connection, open: &Open, outcome: Result<()>) {
-        let mut state = open.active.lock();
-        if open.counts {
-            state.close();
+        if !open.counts {
+            // Given up, or brought by another connection.
+            return;
         }
+        let mut state = open.active.lock();
+        state.close();
         if let Err(error) = outcome {
             state.fail(|| error);
         }
@@ -316,9 +331,51 @@ impl Initiator {
             .for_each(|(job, outcome)| job.settle(outcome));
     }
 
+    /// Whether what arrives for a frame is dropped.
+    pub(super) fn is_dropped(&self, id: u64) -> bool {
+        self.table().open.get(&id).is_some_and(|open| !open.counts)
+    }
+
+    /// The connection stands still: what it owes of reads goes over the others, as does what was not begun. Writes that
+    /// were begun stay: they may still land. The caller holds the receiver, so nothing is being received.
+    pub(super) fn hand_over(&self, connection: &Connection) {
+        let Some(lanes) = self.lanes.get().and_then(Weak::upgrade) else {
+            return;
+        };
+        let mut outbox = connection.outbox();
+        let mut jobs = std::mem::take(&mut outbox.jobs);
+        jobs.append(&mut outbox.background);
+        drop(outbox);
+        let (mut rest, mut ended) = (Vec::from_iter(jobs), Vec::new());
+        for open in self.table().open.values_mut() {
+            if !open.counts || !open.kind.asks_for_bytes() {
+                continue;
+            }
+            let mut state = open.active.lock();
+            open.counts = false;
+            state.close();
+            state.hand_back(open.chunk);
+            match state.next() {
+                Next::Settle(job, outcome) => ended.push((job, outcome)),
+                _ => rest.push(open.active.clone()),
+            }
+        }
+        let mut seen = HashSet::new();
+        rest.retain(|active| seen.insert(Arc::as_ptr(active)));
+        for active in rest {
+            if !lanes.queue_but(&active, Some(connection)) {
+                // Nobody else is left: it goes on when the connection does.
+                connection.outbox().queue(active);
+            }
+        }
+        for (job, outcome) in ended {
+            job.settle(outcome);
+        }
+    }
+
     /// The connection has ended: nothing of any request is sent or received on it any more. What is left of requests goes
     /// to the other connections, if there are any; of what was sent, only reads: a write may still land.
-    pub(super) fn end(&self, jobs: VecDeque<Arc<Active>>, reason: &str) {
+    pub(super) fn end(&self, jobs: LinkedList<Arc<Active>>, reason: &str) {
         let lanes = self.lanes.get().and_then(Weak::upgrade);
         let lanes = lanes.filter(|lanes| lanes.is_alive());
         if lanes.is_some() {
@@ -329,7 +386,7 @@ impl Initiator {
         }
         let lost = || Error::new(ErrorKind::PeerLost, reason.to_owned());
         let open = std::mem::take(&mut self.table().open);
-        let (mut rest, mut ended) = (Vec::from(jobs), Vec::new());
+        let (mut rest, mut ended) = (Vec::from_iter(jobs), Vec::new());
         for open in open.into_values().filter(|open| open.counts) {
             let mut state = open.active.lock();
             state.close();

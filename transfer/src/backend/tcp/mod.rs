@@ -8,6 +8,7 @@ mod channel;
 mod connection;
 mod frame;
 mod initiator;
+mod lane;
 mod listen;
 mod receive;
 mod scatter;
@@ -28,10 +29,11 @@ use crate::agent::{Exports, PeerCard};
 use crate::reactor::Reactor;
 use crate::region::RegionCore;
 
-use channel::{Lane, TcpChannel};
+use channel::TcpChannel;
 use connection::{Connection, Role};
 use frame::{Greeting, PREAMBLE_BYTES, decode_outcome, decode_preamble};
 use initiator::Initiator;
+use lane::Lane;
 use listen::Listener;
 use tls::{Session, TlsConfig};
 
@@ -184,7 +186,7 @@ impl Fabric for TcpFabric {
                 Connection::start(stream, &self.reactor, role)
             });
             match started {
-                Ok(connection) => lanes.push(Lane { connection, to }),
+                Ok(connection) => lanes.push(Lane::new(connection, to)),
                 Err(error) => failed.push(error.at(format!("tcp {to}"))),
             }
         }

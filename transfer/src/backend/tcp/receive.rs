@@ -146,6 +146,15 @@ impl Receiver {
         }
     }
 
+    /// Stops writing what is being received to memory, if it is no longer wanted there.
+    pub(super) fn drop_payload(&mut self, is_dropped: impl Fn(u64) -> bool) {
+        if let State::Payload(header, intake) = &mut self.state
+            && is_dropped(header.id)
+        {
+            intake.scatter = None;
+        }
+    }
+
     /// Receives and handles frames until the socket is empty, or about `budget` bytes.
     pub(super) fn run(
         &mut self,

@@ -26,11 +26,13 @@ pub(super) struct Active {
     pub(super) job: Job,
     pub(super) session: Session,
     pub(super) phase: Phase,
-    /// Operations that are open.
+    /// Operations that are open, or questions for checksums.
     pub(super) open: usize,
     pub(super) error: Option<Error>,
     /// It counts as a user of the peer's regions.
     pub(super) holds: bool,
+    /// Extents whose checksums were asked for.
+    pub(super) asked: usize,
     extent: usize,
     skip: u64,
 }
@@ -44,6 +46,7 @@ impl Active {
             open: 0,
             error: None,
             holds: false,
+            asked: 0,
             extent: 0,
             skip: 0,
         }

@@ -14,6 +14,7 @@ use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
 use crate::backend::unix::Call;
 use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
 use crate::descriptor::Target;
+use crate::look::Look;
 use crate::plan::Plan;
 use crate::region::MemoryKind;
 
@@ -35,7 +36,7 @@ impl UcxChannel {
             capabilities: Capabilities {
                 remote: &[MemoryKind::Host],
                 notifications: true,
-                checksums: false,
+                checksums: true,
             },
         }
     }
@@ -110,7 +111,7 @@ impl Backend for UcxChannel {
         self.driver.with(|state| state.give_way(self.session));
     }
 
-    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+    fn assist(&self, until: Instant, _look: &Look<'_>, done: &dyn Fn() -> bool) {
         self.driver.assist(until, done);
     }
 }

@@ -108,6 +108,16 @@ impl State {
                 let outcome = Outcome::of(self.exports.deliver(&user.name, bytes));
                 Message::Done { id, outcome }
             }
+            Message::Sums {
+                id,
+                region,
+                key,
+                ranges,
+            } => {
+                let outcome = self.sum(region, &key, &ranges);
+                let outcome = outcome.unwrap_or_else(|error| Outcome::of(Err(error)));
+                Message::Done { id, outcome }
+            }
             Message::Unmapped { region } => {
                 if let Some(user) = self.users.get_mut(&session) {
                     user.let_go(region);

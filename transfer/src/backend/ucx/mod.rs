@@ -13,6 +13,7 @@ mod lending;
 mod moving;
 mod options;
 mod state;
+mod sums;
 mod user;
 mod using;
 
@@ -25,7 +26,7 @@ use super::unix::Outcome;
 use super::{Channel, Fabric};
 use crate::agent::{Exports, PeerCard};
 use crate::region::RegionCore;
-use crate::sys::ucx::Worker;
+use crate::sys::ucx::{Library, Worker};
 
 use channel::UcxChannel;
 use driver::Driver;
@@ -42,7 +43,13 @@ struct UcxFabric {
 
 /// Opens UCX for an agent.
 pub(crate) fn fabric(exports: &Arc<Exports>, options: &UcxOptions) -> Result<Arc<dyn Fabric>> {
-    let worker = Worker::open(&options.settings)?;
+    let settings = if options::has_rdma() {
+        let version = Library::get()?.version();
+        options.complete(version, options::is_in_environment)
+    } else {
+        options.settings.clone()
+    };
+    let worker = Worker::open(&settings)?;
     let (address, version) = (worker.address().to_vec(), worker.version());
     let state = State::new(worker, exports.clone());
     Ok(Arc::new(UcxFabric {

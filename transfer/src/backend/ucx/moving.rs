@@ -113,6 +113,10 @@ impl State {
             return Ok(0);
         };
         let (plan, session) = (active.job.plan().clone(), active.session);
+        // Neither side's memory is UCX's concern then.
+        if plan.sums {
+            return Ok(0);
+        }
         for target in &*plan.local {
             if let Target::Local(region) = target {
                 self.worker.register(region)?;
@@ -163,6 +167,10 @@ impl State {
         };
         if let Some(asked) = using.asked.remove(&id) {
             self.granted(session, asked, outcome);
+            return Ok(());
+        }
+        if let Some(summing) = using.summing.remove(&id) {
+            self.summed(&summing, outcome);
             return Ok(());
         }
         // Whoever asked may have stopped waiting.
@@ -315,7 +323,8 @@ impl State {
                 if let Err(error) = outcome {
                     active.error.get_or_insert(error);
                 }
-                if active.open == 0 {
+                // Answers touch no memory of anybody else's.
+                if active.open == 0 || active.job.plan().sums {
                     self.finish(number);
                 }
             }
@@ -341,6 +350,9 @@ impl State {
             return Ok(active.open == 0);
         }
         let (plan, endpoint) = (active.job.plan().clone(), using.endpoint);
+        if plan.sums {
+            return self.ask_for_sums(number, pieces);
+        }
         match active.phase {
             Phase::Asking(_) => return Ok(false),
             Phase::Flushing => return Ok(active.open == 0),
@@ -403,6 +415,9 @@ impl State {
         }
         if let Some(using) = self.using.get_mut(&session) {
             using.jobs -= 1;
+        }
+        if plan.sums {
+            self.forget_sums(session, number);
         }
         if active.holds {
             for target in &*plan.remote {

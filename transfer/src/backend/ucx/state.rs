@@ -97,6 +97,7 @@ impl State {
             shared: shared.clone(),
             held: HashMap::new(),
             asked: HashMap::new(),
+            summing: HashMap::new(),
             jobs: 0,
             ending: None,
             is_parted: false,

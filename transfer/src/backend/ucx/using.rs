@@ -9,6 +9,7 @@ use kvcache_core::{Error, ErrorKind};
 
 use super::frame::Session;
 use crate::agent::RemoteRegion;
+use crate::backend::far_sums::Summing;
 use crate::backend::unix::{Call, Unanswered, Waiting};
 use crate::region::RegionId;
 use crate::sys::ucx::EndpointId;
@@ -78,6 +79,8 @@ pub(super) struct Using {
     pub(super) held: HashMap<RegionId, Held>,
     /// By the number of the question.
     pub(super) asked: HashMap<u64, Asked>,
+    /// Questions for checksums, likewise.
+    pub(super) summing: HashMap<u64, Summing<usize>>,
     /// Jobs that are not over.
     pub(super) jobs: usize,
     /// It is over, and ends by force then at the latest.

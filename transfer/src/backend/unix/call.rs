@@ -14,6 +14,9 @@ use crate::backend::Job;
 /// Messages that may wait for their answers.
 pub(in crate::backend) const UNANSWERED_MAX: usize = 4096;
 
+/// How many of them are kept for calls, which are made one after the other.
+const CALLS_MAX: usize = 16;
+
 /// What the peer answered, and the descriptor that came with it.
 pub(in crate::backend) type Answer = Result<(Outcome, Option<OwnedFd>)>;
 
@@ -102,6 +105,13 @@ impl Unanswered {
         }
         open.insert(id, who);
         Ok(())
+    }
+
+    /// Whether one more notification may wait for its answer, with room left for calls; also when all is over.
+    pub(in crate::backend) fn has_room(&self) -> bool {
+        let waiting = self.lock();
+        let open = waiting.as_ref().map_or(0, HashMap::len);
+        open < UNANSWERED_MAX - CALLS_MAX
     }
 
     /// Whether a notification waits for its answer.

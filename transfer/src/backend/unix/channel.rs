@@ -1,6 +1,6 @@
 //! The end that copies: asks for a peer's regions once, reads and writes them in place.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, LinkedList};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,10 @@ use super::link::{Link, Received};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
-use crate::backend::copy::{Copier, Turn};
+use crate::backend::copy::{Copier, Place, Progress, Turn, Work};
 use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal, abandoned};
 use crate::descriptor::Target;
+use crate::look::Look;
 use crate::metadata::Incarnation;
 use crate::plan::Plan;
 use crate::reactor::{Interest, Source};
@@ -40,6 +41,8 @@ pub(super) struct UnixChannel<A: Access> {
     capabilities: Capabilities,
     regions: RwLock<Regions<A>>,
     unanswered: Unanswered,
+    /// Whose notifications are sent when earlier ones are answered: as many as callers hold requests, none is refused.
+    unsent: Mutex<LinkedList<Job>>,
     lost: OnceLock<String>,
     /// Held while a region is asked for, so that it is asked for once.
     asking: Mutex<()>,
@@ -69,6 +72,7 @@ impl<A: Access> UnixChannel<A> {
                 asked: None,
             }),
             unanswered: Unanswered::default(),
+            unsent: Mutex::default(),
             lost: OnceLock::new(),
             asking: Mutex::new(()),
             own: own.clone(),
@@ -188,7 +192,13 @@ impl<A: Access> UnixChannel<A> {
     }
 
     /// Moves a job's bytes, on whatever thread.
-    fn copy(&self, job: &Job, regions: &[Arc<Held<A>>], turn: &Turn<'_>) -> Result<()> {
+    fn copy(
+        &self,
+        job: &Job,
+        regions: &[Arc<Held<A>>],
+        place: &mut Place,
+        turn: &Turn<'_>,
+    ) -> Result<Progress> {
         let peer = self.peer.get().ok_or_else(|| self.loss())?;
         let go_on = || {
             // Memory that is used in place may be gone with the peer; a mapping of our own stays.
@@ -197,7 +207,7 @@ impl<A: Access> UnixChannel<A> {
             }
             turn.go_on(job)
         };
-        let copied = A::copy(peer, job.plan(), regions, &go_on);
+        let copied = A::copy(peer, job.plan(), regions, place, &go_on);
         if let Err(error) = &copied
             && error.kind() == ErrorKind::PeerLost
         {
@@ -207,20 +217,44 @@ impl<A: Access> UnixChannel<A> {
         copied
     }
 
-    /// Hands a job's notification to the peer; its answer settles the job.
+    /// Hands a job's notification to the peer, after those that came before it; its answer settles the job.
     fn notify(&self, job: Job) {
-        let Some(bytes) = job.notification().cloned() else {
+        if !job.notifies() {
             return job.settle(Ok(()));
-        };
+        }
+        lock(&self.unsent).push_back(job);
+        self.send_notifications();
+    }
+
+    /// Sends the notifications that wait, as many as may be unanswered.
+    fn send_notifications(&self) {
+        let mut failed = Vec::new();
+        let mut unsent = lock(&self.unsent);
+        while self.unanswered.has_room()
+            && let Some(job) = unsent.pop_front()
+        {
+            failed.extend(self.send_notification(job).err());
+        }
+        drop(unsent);
+        failed
+            .into_iter()
+            .for_each(|(job, error)| job.settle(Err(error)));
+    }
+
+    fn send_notification(&self, job: Job) -> Result<(), (Job, Error)> {
+        let bytes = job.notification().cloned().unwrap_or_default();
         let id = self.unanswered.number();
         let entered = self.unanswered.enter(id, Waiting::Notification(job));
         if let Err((Waiting::Notification(job), refusal)) = entered {
-            return job.settle(Err(self.refusal(refusal)));
+            return Err((job, self.refusal(refusal)));
         }
-        if let Err(error) = self.link.send(&Message::Notify { id, bytes }, None)
-            && let Some(Waiting::Notification(job)) = self.unanswered.take(id)
-        {
-            job.settle(Err(error));
+        match self.link.send(&Message::Notify { id, bytes }, None) {
+            Ok(()) => Ok(()),
+            Err(error) => match self.unanswered.take(id) {
+                Some(Waiting::Notification(job)) => Err((job, error)),
+                // Settled by the end of the path.
+                _ => Ok(()),
+            },
         }
     }
 
@@ -240,6 +274,7 @@ impl<A: Access> UnixChannel<A> {
                         _ => Err(corrupt("a notification is answered by something else")),
                     }),
                 }
+                self.send_notifications();
                 Ok(())
             }
             Message::Revoke { region } => self.revoke(region),
@@ -275,6 +310,11 @@ impl<A: Access> UnixChannel<A> {
                 Waiting::Call(call) => call.answer(Err(self.loss())),
                 Waiting::Notification(job) => job.settle(Err(self.loss())),
             }
+        }
+        // Whoever adds to them later finds the path closed.
+        let unsent = std::mem::take(&mut *lock(&self.unsent));
+        for job in unsent {
+            job.settle(Err(self.loss()));
         }
         let unused = std::mem::take(&mut self.regions().held);
         // Those in use by a copy are let go of when it ends.
@@ -317,27 +357,51 @@ impl<A: Access> Backend for UnixChannel<A> {
         let Some(own) = self.own.upgrade() else {
             return Err(job.refuse(self.loss()));
         };
-        self.copier.post(job, move |job: Job, turn: &Turn<'_>| {
-            let outcome = own.copy(&job, &regions, turn);
-            drop(regions);
-            match outcome {
-                Ok(()) => own.notify(job),
-                Err(error) => job.settle(Err(error)),
-            }
-        })
+        let work = Copying {
+            channel: own,
+            regions,
+            place: Place::default(),
+        };
+        self.copier.post(job, work)
     }
 
-    /// Copies are another thread's work; answers to notifications come by the reactor.
-    fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+    /// Copies what waits to be copied; answers to notifications come by the reactor.
+    fn assist(&self, until: Instant, look: &Look<'_>, done: &dyn Fn() -> bool) {
+        self.copier.assist(until, done);
         if self.unanswered.is_notifying() {
-            self.link.assist(until, done);
+            self.link.assist(until, look, done);
         }
     }
 
     fn reap(&self) {
         // Copies look for themselves. A notification's job holds memory that is no longer in use.
-        for job in self.unanswered.take_abandoned() {
+        let mut given_up = self.unanswered.take_abandoned();
+        given_up.extend(lock(&self.unsent).extract_if(|job| job.is_abandoned()));
+        for job in given_up {
             job.settle(Err(abandoned()));
+        }
+        self.send_notifications();
+    }
+}
+
+/// A job's bytes on their way.
+struct Copying<A: Access> {
+    channel: Arc<UnixChannel<A>>,
+    regions: Vec<Arc<Held<A>>>,
+    place: Place,
+}
+
+impl<A: Access> Work for Copying<A> {
+    fn go_on(&mut self, job: &Job, turn: &Turn<'_>) -> Result<Progress> {
+        let place = &mut self.place;
+        self.channel.copy(job, &self.regions, place, turn)
+    }
+
+    fn end(&mut self, job: Job, outcome: Result<()>) {
+        self.regions.clear();
+        match outcome {
+            Ok(()) => self.channel.notify(job),
+            Err(error) => job.settle(Err(error)),
         }
     }
 }

@@ -101,6 +101,11 @@ impl<A: Access> Client<A> {
                 ErrorKind::Corrupt,
                 "a message that only owners of memory send",
             )),
+            // Who shares memory computes them.
+            Message::Sums { .. } => Err(Error::new(
+                ErrorKind::Corrupt,
+                "a question for checksums within a host",
+            )),
         }
     }
 

@@ -17,6 +17,7 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::message::{MESSAGE_BYTES_MAX, Message};
+use crate::look::Look;
 use crate::reactor::{Interest, Reactor, Source, Token};
 use crate::sys::process::credentials;
 
@@ -131,8 +132,8 @@ impl Link {
     }
 
     /// Reads the agent's sockets in the calling thread until `done`, in place of the reactor's.
-    pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
-        self.reactor.lead(until, done);
+    pub(super) fn assist(&self, until: Instant, look: &Look<'_>, done: &dyn Fn() -> bool) {
+        self.reactor.lead(until, look, done);
     }
 
     /// Has the reactor tell of messages, and of the other process's death.

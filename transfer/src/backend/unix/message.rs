@@ -18,6 +18,9 @@ const MAGIC: [u8; 4] = *b"KVFS";
 /// Error texts are cut here.
 const CONTEXT_BYTES_MAX: usize = 512;
 
+/// Ranges whose checksums one message asks for.
+pub(crate) const SUMS_MAX: usize = 1024;
+
 /// The longest message.
 pub(super) const MESSAGE_BYTES_MAX: usize = NOTIFICATION_BYTES_MAX + 1024;
 
@@ -40,6 +43,13 @@ pub(crate) enum Message {
     Done { id: u64, outcome: Outcome },
     /// The memory is not to be used any more: its region is being deregistered.
     Revoke { region: RegionId },
+    /// Asks for the checksums of ranges of a region, each an offset and a length.
+    Sums {
+        id: u64,
+        region: RegionId,
+        key: RegionKey,
+        ranges: Vec<(u64, u64)>,
+    },
 }
 
 /// An outcome as it travels.
@@ -72,6 +82,10 @@ pub(crate) enum Outcome {
         bytes: u64,
         writable: bool,
         key: Vec<u8>,
+    },
+    /// The CRC-32C of each range, in order.
+    Summed {
+        sums: Vec<u32>,
     },
 }
 
@@ -114,6 +128,7 @@ const UNMAPPED: u8 = 3;
 const NOTIFY: u8 = 4;
 const DONE: u8 = 5;
 const REVOKE: u8 = 6;
+const SUMS: u8 = 7;
 
 impl Message {
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -149,6 +164,22 @@ impl Message {
             Self::Revoke { region } => {
                 out.push(REVOKE);
                 out.extend_from_slice(&region.0.to_le_bytes());
+            }
+            Self::Sums {
+                id,
+                region,
+                key,
+                ranges,
+            } => {
+                out.push(SUMS);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(&region.0.to_le_bytes());
+                out.extend_from_slice(&key.0);
+                out.extend_from_slice(&(ranges.len() as u16).to_le_bytes());
+                for (offset, len) in ranges {
+                    out.extend_from_slice(&offset.to_le_bytes());
+                    out.extend_from_slice(&len.to_le_bytes());
+                }
             }
         }
         out
@@ -200,7 +231,15 @@ impl Message {
             REVOKE => Self::Revoke {
                 region: RegionId(reader.u64("region id")?),
             },
-            other => return Err(Error::invalid("message kind", other, HELLO..=REVOKE)),
+            SUMS => Self::Sums {
+                id: reader.u64("request id")?,
+                region: RegionId(reader.u64("region id")?),
+                key: RegionKey(reader.array("region key")?),
+                ranges: decode_each(&mut reader, |reader| {
+                    Ok((reader.u64("offset")?, reader.u64("length")?))
+                })?,
+            },
+            other => return Err(Error::invalid("message kind", other, HELLO..=SUMS)),
         };
         reader.end("message")?;
         Ok(message)
@@ -248,6 +287,12 @@ impl Outcome {
                 out.push(u8::from(*writable));
                 put_counted(out, key);
             }
+            Self::Summed { sums } => {
+                out.push(6);
+                out.extend_from_slice(&(sums.len() as u16).to_le_bytes());
+                sums.iter()
+                    .for_each(|sum| out.extend_from_slice(&sum.to_le_bytes()));
+            }
         }
     }
 
@@ -280,9 +325,24 @@ impl Outcome {
                 writable: decode_writable(reader)?,
                 key: reader.counted("remote key")?.to_vec(),
             }),
-            other => Err(Error::invalid("outcome", other, 0..=5)),
+            6 => Ok(Self::Summed {
+                sums: decode_each(reader, |reader| reader.u32("checksum"))?,
+            }),
+            other => Err(Error::invalid("outcome", other, 0..=6)),
         }
     }
+}
+
+/// As many as are counted before them.
+fn decode_each<T>(
+    reader: &mut Reader<'_>,
+    one: impl Fn(&mut Reader<'_>) -> Result<T>,
+) -> Result<Vec<T>> {
+    let count = usize::from(reader.u16("count")?);
+    if count > SUMS_MAX {
+        return Err(Error::invalid("checksums", count, 0..=SUMS_MAX));
+    }
+    (0..count).map(|_| one(reader)).collect()
 }
 
 fn decode_writable(reader: &mut Reader<'_>) -> Result<bool> {

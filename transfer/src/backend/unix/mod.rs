@@ -21,7 +21,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
-use super::copy::Copier;
+use super::copy::{Copier, Go, Place, Progress};
 use super::{Channel, Fabric};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::plan::Plan;
@@ -33,7 +33,7 @@ use channel::UnixChannel;
 pub(crate) use held::Held;
 pub(crate) use link::Link;
 pub(super) use message::Message;
-pub(crate) use message::Outcome;
+pub(crate) use message::{Outcome, SUMS_MAX};
 use server::Server;
 
 /// Connections that wait to be accepted.
@@ -73,14 +73,15 @@ pub(crate) trait Access: Send + Sync + Sized + 'static {
     /// Whether this region can be reached; the reason otherwise.
     fn reaches(region: &RemoteRegion) -> Result<(), String>;
 
-    /// Moves a job's bytes; `memory` is in the order of the plan's remote side. Asks `go_on` from time to time, and gives
-    /// its error back.
+    /// Moves a job's bytes from `place` on; `memory` is in the order of the plan's remote side. Asks `go_on` from time to
+    /// time, gives its error back, and does as it says.
     fn copy(
         peer: &Self::Peer,
         plan: &Plan,
         memory: &[Arc<Held<Self>>],
-        go_on: &dyn Fn() -> Result<()>,
-    ) -> Result<()>;
+        place: &mut Place,
+        go_on: &dyn Fn() -> Result<Go>,
+    ) -> Result<Progress>;
 
     /// What is worth telling of the path.
     fn detail(link: &Link) -> String;

@@ -28,6 +28,7 @@ mod post;
 mod transports;
 mod worker;
 
+pub(crate) use library::Library;
 pub(crate) use memory::Granted;
 pub(crate) use operations::{EndpointId, Event, Moving, Started};
 pub(crate) use worker::Worker;

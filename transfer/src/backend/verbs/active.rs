@@ -1,0 +1,90 @@
+//! A job under way: what of it was handed to the device.
+
+use std::time::Instant;
+
+use kvcache_core::Error;
+
+use super::state::Line;
+use crate::backend::Job;
+use crate::plan::Extent;
+
+/// Operations of a job that may be open when they are large: more would only make giving up slower.
+const LARGE_WINDOW: usize = 16;
+
+/// Bytes from which operations are large.
+const LARGE_BYTES: u64 = 64 << 10;
+
+/// How far a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// The peer was asked for as many of its regions.
+    Asking(usize),
+    Moving,
+}
+
+pub(super) struct Active {
+    pub(super) job: Job,
+    pub(super) line: Line,
+    pub(super) phase: Phase,
+    /// Operations that are open.
+    pub(super) open: usize,
+    /// Any operation was ever begun.
+    pub(super) began: bool,
+    pub(super) error: Option<Error>,
+    /// Extents whose checksums were asked for.
+    pub(super) asked: usize,
+    /// It counts as a user of the peer's regions.
+    pub(super) holds: bool,
+    /// It was given up with operations open: they end by force then.
+    pub(super) forced_at: Option<Instant>,
+    extent: usize,
+    skip: u64,
+}
+
+impl Active {
+    pub(super) fn new(job: Job, line: Line) -> Self {
+        Self {
+            job,
+            line,
+            phase: Phase::Moving,
+            open: 0,
+            began: false,
+            error: None,
+            asked: 0,
+            holds: false,
+            forced_at: None,
+            extent: 0,
+            skip: 0,
+        }
+    }
+
+    /// The next piece of at most so many bytes, if any is left.
+    pub(super) fn cut(&mut self, most: u64) -> Option<Extent> {
+        let extent = *self.job.plan().extents.get(self.extent)?;
+        let len = (extent.len - self.skip).min(most);
+        let piece = Extent {
+            local_offset: extent.local_offset + self.skip,
+            remote_offset: extent.remote_offset + self.skip,
+            len,
+            ..extent
+        };
+        self.skip += len;
+        if self.skip == extent.len {
+            self.extent += 1;
+            self.skip = 0;
+        }
+        Some(piece)
+    }
+
+    pub(super) fn is_cut(&self) -> bool {
+        self.extent == self.job.plan().extents.len()
+    }
+
+    /// Whether another operation may be begun.
+    pub(super) fn may_begin(&self) -> bool {
+        let Some(extent) = self.job.plan().extents.get(self.extent) else {
+            return false;
+        };
+        self.open < LARGE_WINDOW || extent.len - self.skip < LARGE_BYTES
+    }
+}

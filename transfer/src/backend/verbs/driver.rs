@@ -1,0 +1,271 @@
+//! The thread that looks after queue pairs, and how others take its place for a moment.
+
+use std::collections::VecDeque;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvcache_core::{Error, ErrorKind, Result};
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+
+use super::card::Card;
+use super::state::{COMPLETIONS, LISTENER, Line, NOTICES, State, WAKE};
+use crate::agent::Exports;
+use crate::backend::{Job, Refusal};
+
+/// Jobs that may wait for the thread.
+const POSTED_MAX: usize = 16_384;
+
+/// Jobs of up to so many bytes and pieces are begun by the caller of `post`.
+const INLINE_BYTES_MAX: u64 = 64 << 10;
+const INLINE_EXTENTS_MAX: usize = 64;
+
+/// Turns in a row before another thread may get in.
+const TURNS_MAX: usize = 16;
+
+/// How long a waiting caller takes the thread's place at a time.
+const ASSIST_MAX: Duration = Duration::from_micros(50);
+
+/// How often something that has a time limit is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// How long an agent that goes waits for its peers, in all.
+const PARTING_MAX: Duration = Duration::from_secs(3);
+
+/// Things that have happened, taken at a time.
+const EVENTS: usize = 64;
+
+pub(super) struct Driver {
+    state: Mutex<State>,
+    posted: Mutex<VecDeque<(Line, Job)>>,
+    /// Readable when the thread has something to do that no device and no peer tells of.
+    wake: OwnedFd,
+    epoll: Arc<OwnedFd>,
+    polling: Duration,
+    given_up: AtomicBool,
+    closing: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Driver {
+    pub(super) fn start(
+        card: Card,
+        exports: Arc<Exports>,
+        listener: TcpListener,
+    ) -> Result<Arc<Self>> {
+        let failed = |e: rustix::io::Errno| Error::io("watch an RDMA device", e.into());
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?);
+        let watched = [
+            (WAKE, wake.as_fd()),
+            (COMPLETIONS, card.channel.as_fd()),
+            (NOTICES, card.context.notice_fd()),
+            (LISTENER, listener.as_fd()),
+        ];
+        for (number, fd) in watched {
+            let data = epoll::EventData::new_u64(number);
+            epoll::add(&epoll, fd, data, epoll::EventFlags::IN).map_err(failed)?;
+        }
+        let polling = card.options().polling;
+        let driver = Arc::new(Self {
+            state: Mutex::new(State::new(card, exports, listener, epoll.clone())),
+            posted: Mutex::default(),
+            wake,
+            epoll,
+            polling,
+            given_up: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            thread: Mutex::default(),
+        });
+        let own = driver.clone();
+        let thread = std::thread::Builder::new()
+            .name("kvf-verbs".into())
+            .spawn(move || own.run())
+            .map_err(|e| Error::io("start the verbs thread", e))?;
+        *lock(&driver.thread) = Some(thread);
+        Ok(driver)
+    }
+
+    /// Does something with the state, and lets the thread look at what follows from it.
+    pub(super) fn with<T>(&self, what: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = lock(&self.state);
+        let result = what(&mut state);
+        Self::settle(state);
+        self.wake();
+        result
+    }
+
+    /// Settles what is over, without the lock: that calls back.
+    fn settle(mut state: MutexGuard<'_, State>) {
+        let settled = std::mem::take(&mut state.settled);
+        drop(state);
+        for (job, outcome) in settled {
+            job.settle(outcome);
+        }
+    }
+
+    fn wake(&self) {
+        // It is full when it was written often enough.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    pub(super) fn post(&self, line: Line, job: Job) -> Result<(), Refusal> {
+        let plan = job.plan();
+        let small = plan.bytes <= INLINE_BYTES_MAX && plan.extents.len() <= INLINE_EXTENTS_MAX;
+        let mut posted = lock(&self.posted);
+        if posted.len() >= POSTED_MAX {
+            drop(posted);
+            let text = format!("{POSTED_MAX} requests wait for verbs");
+            return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
+        }
+        posted.push_back((line, job));
+        drop(posted);
+        if small && let Ok(mut state) = self.state.try_lock() {
+            self.take_posted(&mut state);
+            state.pump();
+            let is_quiet = state.is_quiet();
+            Self::settle(state);
+            if is_quiet {
+                // Its completion wakes the thread, if nobody takes it before.
+                return Ok(());
+            }
+        }
+        self.wake();
+        Ok(())
+    }
+
+    fn take_posted(&self, state: &mut State) {
+        let posted = std::mem::take(&mut *lock(&self.posted));
+        for (line, job) in posted {
+            state.post(line, job);
+        }
+    }
+
+    /// Some caller gave up.
+    pub(super) fn reap(&self) {
+        self.given_up.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn turn(&self, state: &mut State) -> bool {
+        self.take_posted(state);
+        if self.given_up.swap(false, Ordering::AcqRel) {
+            state.sweep();
+        }
+        state.turn()
+    }
+
+    /// Takes the thread's place until `done`, for a moment.
+    pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
+        let until = until.min(Instant::now() + ASSIST_MAX);
+        while !done() && Instant::now() < until {
+            let Ok(mut state) = self.state.try_lock() else {
+                std::hint::spin_loop();
+                continue;
+            };
+            self.turn(&mut state);
+            let is_quiet = state.is_quiet();
+            Self::settle(state);
+            if !is_quiet {
+                self.wake();
+            }
+        }
+    }
+
+    fn run(&self) {
+        let mut parting: Option<Instant> = None;
+        let mut events = Vec::with_capacity(EVENTS);
+        let mut busy_at = Instant::now();
+        loop {
+            let mut state = lock(&self.state);
+            for event in events.drain(..) {
+                self.happened(&mut state, event);
+            }
+            if self.closing.load(Ordering::Acquire) && parting.is_none() {
+                state.close();
+                parting = Some(Instant::now() + PARTING_MAX);
+            }
+            let busy = (0..TURNS_MAX).all(|_| self.turn(&mut state));
+            let now = Instant::now();
+            if busy {
+                busy_at = now;
+            }
+            let polls = !busy && state.is_working() && now < busy_at + self.polling;
+            let sleeps = !busy && !polls && self.may_sleep(&mut state);
+            let (is_timed, is_over) = (state.is_timed, state.is_over());
+            Self::settle(state);
+            if let Some(until) = parting
+                && (is_over || now >= until)
+            {
+                return self.end();
+            }
+            if sleeps {
+                let is_timed = is_timed || parting.is_some();
+                self.sleep(&mut events, is_timed.then_some(LOOK));
+                busy_at = Instant::now();
+            } else if polls {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Whether the thread may sleep until something happens.
+    fn may_sleep(&self, state: &mut State) -> bool {
+        state.arm() && state.ready.is_empty() && lock(&self.posted).is_empty()
+    }
+
+    fn sleep(&self, events: &mut Vec<epoll::Event>, limit: Option<Duration>) {
+        let limit = limit.map(|limit| Timespec {
+            tv_sec: 0,
+            tv_nsec: limit.subsec_nanos().into(),
+        });
+        // A signal only makes it look once more than it had to.
+        let _ = epoll::wait(&self.epoll, spare_capacity(events), limit.as_ref());
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.wake, &mut count);
+    }
+
+    fn happened(&self, state: &mut State, event: epoll::Event) {
+        match event.data.u64() {
+            WAKE => {}
+            COMPLETIONS => state.completions(),
+            NOTICES => state.notices(),
+            LISTENER => state.accept(),
+            line => {
+                let line = Line(line);
+                state.stranger_spoke(line);
+                state.user_spoke(line);
+                state.peer_spoke(line);
+            }
+        }
+    }
+
+    /// Nobody is waited for any more.
+    fn end(&self) {
+        let mut state = lock(&self.state);
+        self.take_posted(&mut state);
+        state.end();
+        Self::settle(state);
+    }
+
+    /// Ends everything, and waits for that unless it is called by the thread itself.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.wake();
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+            && thread.join().is_err()
+        {
+            tracing::error!("the verbs thread panicked");
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What two agents tell each other by TCP before their queue pairs can talk: a question, an answer, each after its length.
+//!
+//! The connection stays open beside the queue pairs. Over it the user of memory says that it has stopped ([`STOP`]), and the
+//! owner that no work of the user's can have any effect any more ([`STOPPED`]).
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use crate::backend::unix::Outcome;
+use crate::metadata::{Incarnation, check_name};
+use crate::sys::verbs::End;
+use crate::wire::{Reader, put_counted};
+
+/// The version that this build speaks, and the only one that it accepts.
+const VERSION: u16 = 1;
+
+const MAGIC: [u8; 4] = *b"KVFV";
+
+/// The longest question or answer.
+pub(super) const BYTES_MAX: usize = 1024;
+
+/// The user of memory is done, and its queue pair stopped.
+pub(super) const STOP: u8 = b's';
+
+/// The owner's queue pair is gone: nothing that the user sent can land any more.
+pub(super) const STOPPED: u8 = b'd';
+
+/// A queue pair, and what its side can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Offer {
+    pub(super) end: End,
+    /// As verbs number it.
+    pub(super) mtu: u8,
+    /// Reads that it answers at once.
+    pub(super) reads_served: u8,
+}
+
+/// The first message, of the side that connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Question {
+    pub(super) name: String,
+    pub(super) wanted: Incarnation,
+    pub(super) offer: Offer,
+}
+
+fn framed(body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(body.len() + 2);
+    put_counted(&mut out, body);
+    out
+}
+
+fn head() -> Vec<u8> {
+    let mut out = MAGIC.to_vec();
+    out.extend_from_slice(&VERSION.to_le_bytes());
+    out
+}
+
+fn read_head(reader: &mut Reader<'_>) -> Result<()> {
+    let magic: [u8; 4] = reader.array("magic")?;
+    if magic != MAGIC {
+        let text = format!("magic is {magic:02x?}, not {MAGIC:02x?}");
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
+    let version = reader.u16("version")?;
+    if version != VERSION {
+        let text = format!("the other side speaks version {version}, this build {VERSION}");
+        return Err(Error::new(ErrorKind::Version, text));
+    }
+    Ok(())
+}
+
+impl Offer {
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.end.pair.to_le_bytes());
+        out.extend_from_slice(&self.end.first.to_le_bytes());
+        out.extend_from_slice(&self.end.lid.to_le_bytes());
+        out.extend_from_slice(&self.end.gid);
+        out.extend_from_slice(&[self.mtu, self.reads_served]);
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self> {
+        let end = End {
+            pair: number(reader, "queue pair")?,
+            first: number(reader, "first packet")?,
+            lid: reader.u16("lid")?,
+            gid: reader.array("gid")?,
+        };
+        let mtu = reader.u8("mtu")?;
+        if !(1..=5).contains(&mtu) {
+            return Err(Error::invalid("mtu", mtu, 1..=5));
+        }
+        let reads_served = reader.u8("reads")?;
+        Ok(Self {
+            end,
+            mtu,
+            reads_served,
+        })
+    }
+}
+
+/// Queue pairs and packets have numbers of 24 bits.
+fn number(reader: &mut Reader<'_>, field: &str) -> Result<u32> {
+    let value = reader.u32(field)?;
+    if value >> 24 != 0 {
+        return Err(Error::invalid(field, value, 0..1 << 24));
+    }
+    Ok(value)
+}
+
+impl Question {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut out = head();
+        out.extend_from_slice(&self.wanted.0.to_le_bytes());
+        put_counted(&mut out, self.name.as_bytes());
+        self.offer.encode(&mut out);
+        framed(&out)
+    }
+
+    pub(super) fn decode(body: &[u8]) -> Result<Self> {
+        let mut reader = Reader::new(body);
+        read_head(&mut reader)?;
+        let wanted = Incarnation(reader.u64("wanted incarnation")?);
+        let name = reader.text("agent name")?.to_owned();
+        check_name(&name)?;
+        let offer = Offer::decode(&mut reader)?;
+        reader.end("question")?;
+        Ok(Self {
+            name,
+            wanted,
+            offer,
+        })
+    }
+}
+
+/// Answers a question.
+pub(super) fn encode_answer(answer: &Result<Offer>) -> Vec<u8> {
+    let mut out = head();
+    match answer {
+        Ok(offer) => {
+            out.push(0);
+            offer.encode(&mut out);
+        }
+        Err(error) => {
+            let said = Error::new(error.kind(), error.to_string());
+            if let Outcome::Failed { code, text } = Outcome::of(Err(said)) {
+                out.push(1);
+                out.extend_from_slice(&code.to_le_bytes());
+                put_counted(&mut out, text.as_bytes());
+            }
+        }
+    }
+    framed(&out)
+}
+
+/// # Errors
+/// What the peer answered, if it refused; [`ErrorKind::Corrupt`] or [`ErrorKind::Version`] for another answer.
+pub(super) fn decode_answer(body: &[u8]) -> Result<Offer> {
+    let mut reader = Reader::new(body);
+    read_head(&mut reader)?;
+    match reader.u8("answer")? {
+        0 => {
+            let offer = Offer::decode(&mut reader)?;
+            reader.end("answer")?;
+            Ok(offer)
+        }
+        1 => {
+            let code = reader.u32("error code")?;
+            Err(Outcome::failure(code, reader.text("reason")?))
+        }
+        other => Err(Error::invalid("answer", other, 0..=1)),
+    }
+}
+
+/// The body of a whole message; none as long as some of it is missing.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] for one that is too long.
+pub(super) fn whole(read: &[u8]) -> Result<Option<&[u8]>> {
+    let Some((length, rest)) = read.split_first_chunk::<2>() else {
+        return Ok(None);
+    };
+    let length = usize::from(u16::from_le_bytes(*length));
+    if length > BYTES_MAX {
+        return Err(Error::invalid("greeting length", length, 0..=BYTES_MAX));
+    }
+    Ok(rest.get(..length))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,87 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn question() -> Question {
+    Question {
+        name: "a".to_owned(),
+        wanted: Incarnation(9),
+        offer: Offer {
+            end: End {
+                pair: 17,
+                first: 0x00ff_ffff,
+                lid: 3,
+                gid: [7; 16],
+            },
+            mtu: 3,
+            reads_served: 16,
+        },
+    }
+}
+
+fn body(message: &[u8]) -> &[u8] {
+    whole(message).unwrap().unwrap()
+}
+
+/// Question and answers, there and back, with every cut in between taken for unfinished.
+#[test]
+fn greetings_survive_the_way() {
+    let asked = question();
+    let bytes = asked.encode();
+    for cut in 0..bytes.len() {
+        assert_eq!(whole(&bytes[..cut]).unwrap(), None);
+    }
+    assert_eq!(Question::decode(body(&bytes)).unwrap(), asked);
+    let answer = encode_answer(&Ok(asked.offer));
+    assert_eq!(decode_answer(body(&answer)).unwrap(), asked.offer);
+    let refused = Error::new(ErrorKind::Denied, "not on the list");
+    let error = decode_answer(body(&encode_answer(&Err(refused)))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.to_string().contains("not on the list"), "{error}");
+}
+
+/// Another protocol, another version, a number that no device has, a message longer than any.
+#[test]
+fn strangers_are_refused_with_the_reason() {
+    let bytes = question().encode();
+    let changed = |at: usize, to: u8| {
+        let mut bytes = bytes.clone();
+        bytes[2 + at] = to;
+        Question::decode(body(&bytes)).unwrap_err()
+    };
+    assert_eq!(changed(0, b'X').kind(), ErrorKind::Corrupt);
+    assert_eq!(changed(4, 9).kind(), ErrorKind::Version);
+    let pair = 4 + 2 + 8 + 3;
+    assert!(changed(pair + 3, 1).to_string().contains("queue pair"));
+    assert!(
+        changed(pair + 4 + 4 + 2 + 16, 0)
+            .to_string()
+            .contains("mtu")
+    );
+    assert!(whole(&[0xff, 0xff, 0]).is_err());
+}
+
+proptest! {
+    /// What others send is refused or understood, never believed beyond its end.
+    #[test]
+    fn no_bytes_break_the_decoders(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let _ = whole(&bytes);
+        let _ = Question::decode(&bytes);
+        let _ = decode_answer(&bytes);
+    }
+
+    /// A question that is cut off or changed in one place.
+    #[test]
+    fn damaged_questions_are_refused_or_read(at in 0_usize..60, to in any::<u8>(), cut in any::<bool>()) {
+        let message = question().encode();
+        let mut bytes = body(&message).to_vec();
+        let at = at.min(bytes.len() - 1);
+        if cut {
+            bytes.truncate(at);
+            prop_assert!(Question::decode(&bytes).is_err());
+        } else {
+            bytes[at] = to;
+            let _ = Question::decode(&bytes);
+        }
+    }
+}

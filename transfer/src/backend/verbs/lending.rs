@@ -1,0 +1,390 @@
+//! The side that owns memory: lets peers in, hands out regions, takes them back.
+
+use std::collections::HashSet;
+use std::io::{ErrorKind as IoKind, Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::greeting::{self, Offer, Question, STOPPED};
+use super::state::{Line, State};
+use super::wire::Wire;
+use crate::agent::CONNECT_TIMEOUT;
+use crate::backend::Operation;
+use crate::backend::unix::{Message, Outcome};
+use crate::metadata::Incarnation;
+use crate::region::{RegionCore, RegionId, RegionKey};
+use crate::sys::verbs::{Access, Memory};
+
+/// Peers that may use memory of ours.
+const USERS_MAX: usize = 4096;
+
+/// Peers that have connected and not said who they are.
+const STRANGERS_MAX: usize = 256;
+
+/// Regions that one peer may use.
+const USED_MAX: usize = 65_536;
+
+/// How long peers have to let go of a region that is deregistered. Then the device refuses it to them, which ends their
+/// connections when they still use it.
+const LEAVING_MAX: Duration = Duration::from_secs(2);
+
+/// Somebody who has connected and not said all of its question.
+pub(super) struct Stranger {
+    stream: TcpStream,
+    read: Vec<u8>,
+    pub(super) until: Instant,
+}
+
+/// A peer that uses memory of ours.
+pub(super) struct User {
+    pub(super) wire: Wire,
+    stream: TcpStream,
+    name: Arc<str>,
+    used: HashSet<RegionId>,
+}
+
+/// A deregistered region that peers, or work of our own, may still use. It counts as a user of the region.
+pub(super) struct Leaving {
+    region: Arc<RegionCore>,
+    /// Peers may use it until then.
+    pub(super) until: Instant,
+}
+
+impl Leaving {
+    /// It can't be taken from the device.
+    #[expect(
+        clippy::mem_forget,
+        reason = "memory that may be in use is leaked, never freed"
+    )]
+    pub(super) fn keep(self) {
+        let region = self.region.id();
+        tracing::error!(%region, "memory stays registered with the device; it is kept for good");
+        std::mem::forget(self.region);
+    }
+}
+
+impl State {
+    /// Somebody wants to connect.
+    pub(super) fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, from)) => {
+                    if let Err(error) = self.receive(stream) {
+                        tracing::warn!(%error, %from, "a connection for verbs was not accepted");
+                    }
+                }
+                Err(error) if error.kind() == IoKind::WouldBlock => return,
+                Err(error) => {
+                    tracing::warn!(%error, "accept a connection for verbs");
+                    let listener = &self.listener;
+                    if !self.spare.shed(|| drop(listener.accept())) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn receive(&mut self, stream: TcpStream) -> Result<()> {
+        if self.is_closed || self.strangers.len() >= STRANGERS_MAX {
+            let text = format!("{STRANGERS_MAX} peers have not said who they are");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        tune(&stream)?;
+        let line = self.new_line();
+        self.watch(line, &stream)?;
+        let stranger = Stranger {
+            stream,
+            read: Vec::new(),
+            until: Instant::now() + CONNECT_TIMEOUT,
+        };
+        self.strangers.insert(line, stranger);
+        self.is_timed = true;
+        Ok(())
+    }
+
+    /// Somebody who has not said who it is has said something.
+    pub(super) fn stranger_spoke(&mut self, line: Line) {
+        let Some(stranger) = self.strangers.get_mut(&line) else {
+            return;
+        };
+        let mut bytes = [0; greeting::BYTES_MAX + 2];
+        match stranger.stream.read(&mut bytes) {
+            Ok(count) if count > 0 => stranger.read.extend_from_slice(&bytes[..count]),
+            Err(error) if error.kind() == IoKind::WouldBlock => return,
+            Ok(_) | Err(_) => {
+                self.strangers.remove(&line);
+                return;
+            }
+        }
+        let question = match greeting::whole(&stranger.read) {
+            Ok(None) => return,
+            Ok(Some(body)) => Question::decode(body),
+            Err(error) => Err(error),
+        };
+        let Some(stranger) = self.strangers.remove(&line) else {
+            return;
+        };
+        let answered = question.and_then(|question| {
+            let name = question.name.clone();
+            let let_in = self.let_in(line, &question);
+            let_in.map(|made| (name, made))
+        });
+        self.answer(line, stranger.stream, answered);
+    }
+
+    fn let_in(&mut self, line: Line, question: &Question) -> Result<(Wire, Offer)> {
+        if self.is_closed || self.users.len() >= USERS_MAX {
+            let text = format!("{USERS_MAX} peers are connected, or the agent is closed");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        self.check(&question.name, question.wanted)?;
+        let (mut wire, offer) = self.card.wire(line.0)?;
+        self.card.connect(&mut wire, &offer, &question.offer)?;
+        Ok((wire, offer))
+    }
+
+    fn check(&self, name: &str, wanted: Incarnation) -> Result<()> {
+        let own = self.exports.incarnation();
+        if wanted != own {
+            let text = format!("incarnation {wanted:?} is gone, this is {own:?}");
+            return Err(Error::new(ErrorKind::PeerLost, text));
+        }
+        self.exports.check_allowed(name)
+    }
+
+    fn answer(&mut self, line: Line, mut stream: TcpStream, made: Result<(String, (Wire, Offer))>) {
+        let (made, answer) = match made {
+            Ok((name, (wire, offer))) => (Some((name, wire)), Ok(offer)),
+            Err(error) => {
+                tracing::warn!(%error, "a peer was not let in over verbs");
+                (None, Err(error))
+            }
+        };
+        let bytes = greeting::encode_answer(&answer);
+        // The answer fits into the buffer of a new connection.
+        let said = stream.write(&bytes).is_ok_and(|count| count == bytes.len());
+        let Some((name, wire)) = made.filter(|_| said) else {
+            return;
+        };
+        let user = User {
+            wire,
+            stream,
+            name: name.into(),
+            used: HashSet::new(),
+        };
+        self.users.insert(line, user);
+        self.heat(line);
+    }
+
+    /// A peer that uses our memory has said by TCP that it stops, or closed that.
+    pub(super) fn user_spoke(&mut self, line: Line) {
+        let Some(user) = self.users.get_mut(&line) else {
+            return;
+        };
+        let mut bytes = [0; 16];
+        match user.stream.read(&mut bytes) {
+            Err(error) if error.kind() == IoKind::WouldBlock => {}
+            Ok(_) | Err(_) => self.cut_off(line, "the peer stops"),
+        }
+    }
+
+    /// Nothing more of this peer's reaches our memory: its queue pair goes, and then it is told so.
+    pub(super) fn cut_off(&mut self, line: Line, reason: &str) {
+        let Some(user) = self.users.remove(&line) else {
+            return;
+        };
+        let User {
+            wire,
+            mut stream,
+            name,
+            ..
+        } = user;
+        tracing::debug!(peer = %name, reason, "a peer over verbs is cut off");
+        drop(wire);
+        // It may be gone.
+        let _ = stream.write(&[STOPPED]);
+        self.let_leave(Instant::now());
+    }
+
+    /// Says something to a peer that uses our memory.
+    fn tell(&mut self, line: Line, message: &Message) {
+        let Some(user) = self.users.get_mut(&line) else {
+            return;
+        };
+        if let Err(error) = user.wire.say(message) {
+            return self.cut_off(line, &error.to_string());
+        }
+        self.heat(line);
+    }
+
+    /// A peer that uses our memory says something.
+    pub(super) fn lend(&mut self, line: Line, message: Message) {
+        let answer = match message {
+            Message::Map { id, region, key } => {
+                let outcome = self.grant(line, region, &key);
+                let outcome = outcome.unwrap_or_else(|error| Outcome::of(Err(error)));
+                Message::Done { id, outcome }
+            }
+            Message::Notify { id, bytes } => {
+                let Some(user) = self.users.get(&line) else {
+                    return;
+                };
+                let outcome = Outcome::of(self.exports.deliver(&user.name, bytes));
+                Message::Done { id, outcome }
+            }
+            Message::Sums {
+                id,
+                region,
+                key,
+                ranges,
+            } => {
+                let outcome = self.sum(region, &key, &ranges);
+                let outcome = outcome.unwrap_or_else(|error| Outcome::of(Err(error)));
+                Message::Done { id, outcome }
+            }
+            Message::Unmapped { region } => {
+                if let Some(user) = self.users.get_mut(&line) {
+                    user.used.remove(&region);
+                }
+                return self.let_leave(Instant::now());
+            }
+            Message::Hello { .. } | Message::Done { .. } | Message::Revoke { .. } => {
+                return self.cut_off(line, "it says what users of memory do not say");
+            }
+        };
+        self.tell(line, &answer);
+    }
+
+    fn grant(&mut self, line: Line, id: RegionId, key: &RegionKey) -> Result<Outcome> {
+        let admitted = self
+            .exports
+            .admit(id, key, Operation::Write)
+            .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
+        let region = admitted.region();
+        let memory = self.register(region)?;
+        let granted = Outcome::Keyed {
+            address: region.mapping()?.address(),
+            bytes: region.bytes(),
+            writable: region.options().remote_write,
+            key: memory.remote_key().to_le_bytes().to_vec(),
+        };
+        drop(memory);
+        // Either this sees that the region or the agent was closed, or whoever closed it finds the entry: both look
+        // under one lock.
+        if self.is_closed || region.is_closed() {
+            let text = format!("region {id} is deregistered");
+            self.forget_closed(region);
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+        let Some(user) = self.users.get_mut(&line) else {
+            return Err(Error::new(ErrorKind::PeerLost, "the path is closed"));
+        };
+        if user.used.len() >= USED_MAX {
+            let text = format!("{USED_MAX} regions are in use");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        user.used.insert(id);
+        Ok(granted)
+    }
+
+    /// Makes a region known to the device, which pins it.
+    pub(super) fn register(&mut self, region: &Arc<RegionCore>) -> Result<Arc<Memory>> {
+        if let Some(memory) = self.memories.get(&region.id()) {
+            return Ok(memory.clone());
+        }
+        let access = Access {
+            read: region.options().remote_read,
+            write: region.options().remote_write,
+        };
+        let memory = Arc::new(Memory::of_region(&self.card.domain, region, access)?);
+        self.memories.insert(region.id(), memory.clone());
+        Ok(memory)
+    }
+
+    /// Takes a region from the device; false while work of our own uses it. No byte of anybody's lands there after that.
+    fn deregister(&mut self, region: RegionId) -> Result<bool> {
+        let Some(memory) = self.memories.remove(&region) else {
+            return Ok(true);
+        };
+        match Arc::try_unwrap(memory) {
+            Ok(memory) => memory.deregister().map(|()| true),
+            Err(used) => {
+                self.memories.insert(region, used);
+                Ok(false)
+            }
+        }
+    }
+
+    /// A region that was closed while a job was still to come that made it known to the device.
+    pub(super) fn forget_closed(&mut self, region: &RegionCore) {
+        let id = region.id();
+        let is_leaving = self.leaving.iter().any(|leaving| leaving.region.id() == id);
+        if region.is_closed() && !is_leaving {
+            // The device may keep it if it must: the memory is then never given back.
+            let _ = self.deregister(id);
+        }
+    }
+
+    /// A region is being deregistered: peers are asked to let go of it, and it counts as used until it is taken from the
+    /// device.
+    pub(super) fn withdraw(&mut self, region: &Arc<RegionCore>) {
+        let id = region.id();
+        let users = self.users.iter();
+        let told: Vec<Line> = users
+            .filter_map(|(line, user)| user.used.contains(&id).then_some(*line))
+            .collect();
+        if !self.memories.contains_key(&id) {
+            return;
+        }
+        region.hold();
+        self.leaving.push(Leaving {
+            region: region.clone(),
+            until: Instant::now() + LEAVING_MAX,
+        });
+        self.is_timed = true;
+        for line in told {
+            self.tell(line, &Message::Revoke { region: id });
+        }
+        self.let_leave(Instant::now());
+    }
+
+    /// Takes regions from the device that nobody uses any more, or that peers have had long enough.
+    pub(super) fn let_leave(&mut self, now: Instant) {
+        for leaving in std::mem::take(&mut self.leaving) {
+            let id = leaving.region.id();
+            let is_used = self.users.values().any(|user| user.used.contains(&id));
+            if is_used && now < leaving.until {
+                self.leaving.push(leaving);
+                continue;
+            }
+            match self.deregister(id) {
+                Ok(true) => {
+                    if is_used {
+                        tracing::warn!(region = %id, "peers did not let go of memory; it is refused to them");
+                    }
+                    for user in self.users.values_mut() {
+                        user.used.remove(&id);
+                    }
+                    leaving.region.leave();
+                }
+                Ok(false) => self.leaving.push(leaving),
+                Err(error) => {
+                    tracing::error!(%error, "verbs");
+                    leaving.keep();
+                }
+            }
+        }
+    }
+}
+
+/// Small words go at once, and nobody waits for them.
+pub(super) fn tune(stream: &TcpStream) -> Result<()> {
+    let tuned = stream
+        .set_nodelay(true)
+        .and_then(|()| stream.set_nonblocking(true));
+    tuned.map_err(|e| Error::io("prepare a connection for verbs", e))
+}

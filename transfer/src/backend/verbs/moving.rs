@@ -1,0 +1,342 @@
+//! The side that moves bytes: hands pieces of jobs to the device, settles them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::active::{Active, Phase};
+use super::state::{Line, State};
+use super::using::{Held, Using};
+use crate::backend::unix::{Message, Refused, UNANSWERED_MAX, Waiting};
+use crate::backend::{Job, Operation, abandoned};
+use crate::descriptor::Target;
+use crate::plan::{Extent, Plan};
+use crate::region::RegionId;
+use crate::sys::verbs::{Far, Place};
+
+/// Pieces that are handed over before others get their turn.
+const TURN_PIECES: usize = 64;
+
+/// How long what is open of a job that was given up may take. Then the path ends, and with it all that is open on it.
+const GIVEN_UP_MAX: Duration = Duration::from_secs(1);
+
+pub(super) fn not_fitting(text: &'static str) -> Error {
+    Error::new(ErrorKind::Corrupt, text)
+}
+
+/// Counts a job as a user of all regions of the peer that it names, or of none.
+fn hold(using: &mut Using, plan: &Plan) -> Result<()> {
+    let regions = || {
+        plan.remote.iter().filter_map(|target| match target {
+            Target::Remote(region) => Some(region.id),
+            Target::Local(_) => None,
+        })
+    };
+    for id in regions() {
+        if using.held.get(&id).is_none_or(|held| held.is_revoked) {
+            let text = format!("region {id} is deregistered");
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+    }
+    for id in regions() {
+        if let Some(held) = using.held.get_mut(&id) {
+            held.users += 1;
+        }
+    }
+    Ok(())
+}
+
+impl State {
+    /// A job begins: its regions are made ready on both sides.
+    pub(super) fn enter(&mut self, number: u64) {
+        let ready = self.make_ready(number);
+        if let Some(active) = self.jobs.get_mut(&number) {
+            match ready {
+                Ok(0) => active.phase = Phase::Moving,
+                Ok(missing) => active.phase = Phase::Asking(missing),
+                Err(error) => active.error = Some(error),
+            }
+        }
+        self.ready.push_back(number);
+    }
+
+    /// How many of the peer's regions are still to come.
+    fn make_ready(&mut self, number: u64) -> Result<usize> {
+        let Some(active) = self.jobs.get(&number) else {
+            return Ok(0);
+        };
+        let (plan, line) = (active.job.plan().clone(), active.line);
+        // Neither side's memory is the device's concern then.
+        if plan.sums {
+            return Ok(0);
+        }
+        for target in &*plan.local {
+            if let Target::Local(region) = target {
+                self.register(region)?;
+            }
+        }
+        let mut missing = 0;
+        for target in &*plan.remote {
+            if let Target::Remote(region) = target
+                && !self.want(line, region, None, Some(number))?
+            {
+                missing += 1;
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Hands pieces of waiting jobs to the device, in turn; whether there were any.
+    pub(super) fn pump(&mut self) -> bool {
+        let mut left = TURN_PIECES;
+        let mut busy = false;
+        while left > 0 {
+            let Some(number) = self.ready.pop_front() else {
+                break;
+            };
+            busy = true;
+            let pieces = self.step(number, left);
+            left -= pieces.clamp(1, left);
+        }
+        busy
+    }
+
+    /// Goes on with a job; how many pieces of it were handed over.
+    fn step(&mut self, number: u64, most: usize) -> usize {
+        let mut pieces = 0;
+        let outcome = self.advance(number, most, &mut pieces);
+        let Some(active) = self.jobs.get_mut(&number) else {
+            return pieces;
+        };
+        match outcome {
+            Ok(false) => {}
+            Ok(true) if active.error.is_none() => self.finish(number),
+            Ok(true) | Err(_) => {
+                if let Err(error) = outcome {
+                    active.error.get_or_insert(error);
+                }
+                self.fail_job(number);
+            }
+        }
+        pieces
+    }
+
+    /// A job has failed: it is over as soon as nothing of it can have any effect, on either side.
+    fn fail_job(&mut self, number: u64) {
+        let Some(active) = self.jobs.get_mut(&number) else {
+            return;
+        };
+        // Answers touch no memory of anybody else's.
+        if active.open > 0 && !active.job.plan().sums {
+            if active.forced_at.is_none() {
+                active.forced_at = Some(Instant::now() + GIVEN_UP_MAX);
+                self.is_timed = true;
+            }
+            return;
+        }
+        let writes = active.job.plan().operation == Operation::Write;
+        let denied = active.error.as_ref().map(Error::kind) == Some(ErrorKind::Denied);
+        if let Some(using) = self.using.get(&active.line)
+            && using.shared.is_lost()
+            && active.began
+        {
+            if (writes || denied) && !using.is_decided {
+                // Until the peer's word has come, what was written may still be on its way.
+                return;
+            }
+            if denied
+                && using.is_gone
+                && let Some(error) = active.error.take()
+            {
+                // The memory of a process that dies goes before its queue pairs.
+                let text = format!("the peer is gone: {error}");
+                active.error = Some(Error::new(ErrorKind::PeerLost, text));
+            }
+        }
+        self.finish(number);
+    }
+
+    /// Whether the job has nothing left to wait for.
+    fn advance(&mut self, number: u64, most: usize, pieces: &mut usize) -> Result<bool> {
+        let Some(active) = self.jobs.get_mut(&number) else {
+            return Ok(false);
+        };
+        if active.error.is_some() {
+            return Ok(true);
+        }
+        active.job.go_on()?;
+        let Some(using) = self.using.get_mut(&active.line) else {
+            return Err(Error::new(ErrorKind::PeerLost, "the path is closed"));
+        };
+        if using.shared.is_lost() {
+            return Err(using.shared.loss());
+        }
+        if active.phase != Phase::Moving {
+            return Ok(false);
+        }
+        let plan = active.job.plan().clone();
+        if plan.sums {
+            return self.ask_for_sums(number, pieces);
+        }
+        if !active.holds {
+            hold(using, &plan)?;
+            active.holds = true;
+        }
+        let piece_max = self.card.piece();
+        let line = active.line;
+        while *pieces < most && active.may_begin() {
+            let Some(wire) = &mut using.wire else { break };
+            if wire.room() == 0 {
+                using.waiting.push_back(number);
+                return Ok(false);
+            }
+            let Some(piece) = active.cut(piece_max) else {
+                break;
+            };
+            let (local, far) = ends(&self.memories, &using.held, &plan, &piece)?;
+            *pieces += 1;
+            wire.work(number, plan.operation == Operation::Write, local, far)?;
+            active.open += 1;
+            active.began = true;
+        }
+        let (is_cut, is_open, may_begin) = (active.is_cut(), active.open > 0, active.may_begin());
+        if *pieces > 0 {
+            self.heat(line);
+        }
+        if !is_cut && may_begin {
+            self.ready.push_back(number);
+        }
+        Ok(is_cut && !is_open)
+    }
+
+    /// A job is over: nothing of it is open.
+    fn finish(&mut self, number: u64) {
+        let Some(active) = self.jobs.remove(&number) else {
+            return;
+        };
+        let Active {
+            job,
+            line,
+            error,
+            holds,
+            ..
+        } = active;
+        let plan = job.plan().clone();
+        for target in &*plan.local {
+            if let Target::Local(region) = target {
+                self.forget_closed(region);
+            }
+        }
+        if let Some(using) = self.using.get_mut(&line) {
+            using.jobs -= 1;
+        }
+        if plan.sums {
+            self.forget_sums(line, number);
+        }
+        if holds {
+            for target in &*plan.remote {
+                if let Target::Remote(region) = target {
+                    self.leave(line, region.id);
+                }
+            }
+        }
+        if !self.leaving.is_empty() {
+            self.let_leave(Instant::now());
+        }
+        match error {
+            Some(error) => self.settled.push((job, Err(error))),
+            None => self.notify(line, job),
+        }
+    }
+
+    fn leave(&mut self, line: Line, region: RegionId) {
+        let using = self.using.get_mut(&line);
+        if let Some(held) = using.and_then(|using| using.held.get_mut(&region)) {
+            held.users -= 1;
+            self.let_go_of_revoked(line, region);
+        }
+    }
+
+    /// Hands a job's notification to the peer; its answer settles the job.
+    fn notify(&mut self, line: Line, job: Job) {
+        let Some(bytes) = job.notification().cloned() else {
+            return self.settled.push((job, Ok(())));
+        };
+        let Some(using) = self.using.get(&line) else {
+            let lost = Error::new(ErrorKind::PeerLost, "the path is closed");
+            return self.settled.push((job, Err(lost)));
+        };
+        let shared = using.shared.clone();
+        let id = shared.unanswered.number();
+        match shared.unanswered.enter(id, Waiting::Notification(job)) {
+            Ok(()) => {}
+            Err((Waiting::Notification(job), refused)) => {
+                let error = match refused {
+                    Refused::Closed => shared.loss(),
+                    Refused::Full => {
+                        let text = format!("{UNANSWERED_MAX} messages are not answered");
+                        Error::new(ErrorKind::Busy, text)
+                    }
+                };
+                return self.settled.push((job, Err(error)));
+            }
+            Err(_) => return,
+        }
+        if let Err(error) = self.ask(line, &Message::Notify { id, bytes })
+            && let Some(Waiting::Notification(job)) = shared.unanswered.take(id)
+        {
+            self.settled.push((job, Err(error)));
+        }
+    }
+
+    /// Some callers gave up: their jobs are looked at.
+    pub(super) fn sweep(&mut self) {
+        let jobs = self.jobs.iter();
+        let given_up =
+            jobs.filter_map(|(number, active)| active.job.is_abandoned().then_some(*number));
+        self.ready.extend(given_up);
+        for using in self.using.values() {
+            for job in using.shared.unanswered.take_abandoned() {
+                self.settled.push((job, Err(abandoned())));
+            }
+        }
+    }
+}
+
+/// Both ends of a piece.
+fn ends(
+    memories: &std::collections::HashMap<RegionId, Arc<crate::sys::verbs::Memory>>,
+    held: &std::collections::HashMap<RegionId, Held>,
+    plan: &Plan,
+    piece: &Extent,
+) -> Result<(Place, Far)> {
+    let (Target::Local(local), Target::Remote(remote)) = (
+        &plan.local[piece.local as usize],
+        &plan.remote[piece.remote as usize],
+    ) else {
+        return Err(not_fitting("a plan between two places of this agent"));
+    };
+    let (Some(memory), Some(held)) = (memories.get(&local.id()), held.get(&remote.id)) else {
+        let text = format!("region {} or {} is deregistered", local.id(), remote.id);
+        return Err(Error::new(ErrorKind::NotFound, text));
+    };
+    let end = piece.remote_offset.checked_add(piece.len);
+    if end.is_none_or(|end| end > remote.bytes) {
+        return Err(Error::invalid(
+            "remote offset",
+            piece.remote_offset,
+            ..remote.bytes,
+        ));
+    }
+    let place = Place {
+        memory: memory.clone(),
+        offset: piece.local_offset,
+        len: piece.len as u32,
+    };
+    let far = Far {
+        address: held.address + piece.remote_offset,
+        key: held.key,
+    };
+    Ok((place, far))
+}

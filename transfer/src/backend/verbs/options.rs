@@ -1,0 +1,188 @@
+//! How RDMA is used.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use kvcache_core::{Error, Result};
+
+/// How queue pairs are made. The defaults are right for most networks; what came of them is in the path report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerbsOptions {
+    /// The device, such as `mlx5_0`, or device and port, such as `mlx5_0:2`. None: the first port that is up.
+    pub device: Option<String>,
+    /// The entry of the port's GID table. None: RoCE v2 with an IPv4 address first, then RoCE v2, then any; on InfiniBand
+    /// the first.
+    pub gid_index: Option<u8>,
+    /// Where peers ask for connections, by TCP. None: the IP address of the GID, any free port; on InfiniBand, whose GIDs
+    /// are no addresses, it must be said.
+    pub listen: Option<SocketAddr>,
+    /// The most bytes of content in a packet: 256, 512, 1024, 2048 or 4096. None: what both ports do.
+    pub mtu: Option<u32>,
+    /// The traffic class of packets (in RoCE v2 its upper six bits are the DSCP).
+    pub traffic_class: u8,
+    /// The service level, which InfiniBand and priority flow control by VLAN go by; up to 15.
+    pub service_level: u8,
+    /// A packet that is not acknowledged is sent again after 4.096 µs × 2^this; 1 to 31.
+    pub timeout: u8,
+    /// How often it is sent again before the peer is given up; up to 7.
+    pub retries: u8,
+    /// How long the thread looks for completions before it sleeps, while work is under way. 0: it sleeps at once.
+    pub polling: Duration,
+}
+
+impl Default for VerbsOptions {
+    fn default() -> Self {
+        Self {
+            device: None,
+            gid_index: None,
+            listen: None,
+            mtu: None,
+            traffic_class: 0,
+            service_level: 0,
+            // 67 ms: most devices wait up to four times as long, eight times in all.
+            timeout: 14,
+            retries: 7,
+            polling: Duration::from_micros(20),
+        }
+    }
+}
+
+/// The least and the greatest MTU that verbs know, by their number of it.
+const MTU_NUMBERS: std::ops::RangeInclusive<u8> = 1..=5;
+
+/// Bytes, of the number that verbs have for an MTU.
+pub(super) fn mtu_bytes(number: u8) -> u32 {
+    128 << u32::from(number.clamp(*MTU_NUMBERS.start(), *MTU_NUMBERS.end()))
+}
+
+impl VerbsOptions {
+    /// The number that verbs have for the greatest MTU that is allowed.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`], here and below, for what no device takes.
+    pub(super) fn mtu_number(&self) -> Result<u8> {
+        let Some(wanted) = self.mtu else {
+            return Ok(*MTU_NUMBERS.end());
+        };
+        let found = MTU_NUMBERS
+            .clone()
+            .find(|&number| mtu_bytes(number) == wanted);
+        found.ok_or_else(|| Error::invalid("verbs mtu", wanted, [256, 512, 1024, 2048, 4096]))
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let within = |name: &str, value: u8, accepted: std::ops::RangeInclusive<u8>| {
+            if accepted.contains(&value) {
+                return Ok(());
+            }
+            Err(Error::invalid(name, value, accepted))
+        };
+        within("verbs timeout", self.timeout, 1..=31)?;
+        within("verbs retries", self.retries, 0..=7)?;
+        within("verbs service level", self.service_level, 0..=15)?;
+        self.mtu_number().map(|_| ())
+    }
+
+    /// The wanted device and port, none of which need be said.
+    pub(super) fn place(&self) -> Result<(Option<&str>, Option<u8>)> {
+        let Some(place) = self.device.as_deref() else {
+            return Ok((None, None));
+        };
+        let Some((device, port)) = place.split_once(':') else {
+            return Ok((Some(place), None));
+        };
+        match port.parse() {
+            Ok(port) if port > 0 => Ok((Some(device), Some(port))),
+            _ => Err(Error::invalid(
+                "verbs device",
+                place,
+                "DEVICE or DEVICE:PORT",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What no device takes is refused by name, before any is opened.
+    #[test]
+    fn options_that_cannot_work_are_refused_by_name() {
+        let default = VerbsOptions::default();
+        default.check().unwrap();
+        assert_eq!(default.mtu_number().unwrap(), 5);
+        let refused = [
+            (
+                VerbsOptions {
+                    timeout: 32,
+                    ..default.clone()
+                },
+                "timeout",
+            ),
+            (
+                VerbsOptions {
+                    timeout: 0,
+                    ..default.clone()
+                },
+                "timeout",
+            ),
+            (
+                VerbsOptions {
+                    retries: 8,
+                    ..default.clone()
+                },
+                "retries",
+            ),
+            (
+                VerbsOptions {
+                    service_level: 16,
+                    ..default.clone()
+                },
+                "service level",
+            ),
+            (
+                VerbsOptions {
+                    mtu: Some(1500),
+                    ..default.clone()
+                },
+                "mtu",
+            ),
+        ];
+        for (options, name) in refused {
+            let error = options.check().unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
+
+    /// Device alone, with a port, and a port that is none.
+    #[test]
+    fn a_device_may_come_with_its_port() {
+        let place = |text: &str| VerbsOptions {
+            device: Some(text.to_owned()),
+            ..VerbsOptions::default()
+        };
+        assert_eq!(place("mlx5_0").place().unwrap(), (Some("mlx5_0"), None));
+        assert_eq!(
+            place("mlx5_0:2").place().unwrap(),
+            (Some("mlx5_0"), Some(2))
+        );
+        for wrong in ["mlx5_0:", "mlx5_0:0", "mlx5_0:x", "mlx5_0:1:1"] {
+            assert!(place(wrong).place().is_err(), "{wrong}");
+        }
+    }
+
+    /// Each size that verbs know, there and back.
+    #[test]
+    fn mtus_have_numbers() {
+        for (number, bytes) in [(1, 256), (2, 512), (3, 1024), (4, 2048), (5, 4096)] {
+            let mtu = Some(bytes);
+            let options = VerbsOptions {
+                mtu,
+                ..VerbsOptions::default()
+            };
+            assert_eq!(options.mtu_number().unwrap(), number);
+            assert_eq!(mtu_bytes(number), bytes);
+        }
+    }
+}
