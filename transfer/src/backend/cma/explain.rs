@@ -5,6 +5,7 @@ use std::io;
 use kvcache_core::{Error, ErrorKind};
 
 use crate::plan::Extent;
+use crate::sys::process_vm::PeerProcess;
 
 const PTRACE_SCOPE: &str = "/proc/sys/kernel/yama/ptrace_scope";
 
@@ -36,8 +37,13 @@ pub(super) fn failure(pid: i32, error: io::Error) -> Error {
     Error::new(kind, format!("process {pid}: {text}")).with_source(error)
 }
 
-/// The process is there, and the bytes are not: memory here or there that the kernel cannot copy.
-pub(super) fn unreachable(pid: i32, extent: &Extent) -> Error {
+/// No byte could be copied. Either the process has ended or become another program since it was recognised, or it is there
+/// and the bytes are not: memory here or there that the kernel cannot copy.
+pub(super) fn unreachable(peer: &PeerProcess, extent: &Extent) -> Error {
+    let pid = peer.pid();
+    if let Err(error) = peer.recognise() {
+        return failure(pid, error);
+    }
     let text = format!(
         "{} bytes at {} of a region of process {pid}, or at {} of one of this process: \
          the kernel cannot copy them",

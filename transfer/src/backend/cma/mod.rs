@@ -141,7 +141,7 @@ impl Access for Cma {
             let moved = peer.run(&mut batch);
             let moved = moved.map_err(|error| explain::failure(peer.pid(), error))?;
             if moved == 0 {
-                return Err(explain::unreachable(peer.pid(), &plan.extents[at.extent]));
+                return Err(explain::unreachable(peer, &plan.extents[at.extent]));
             }
             at.advance(&plan.extents, moved);
         }

@@ -31,7 +31,7 @@ pub(super) fn sum(
             let moved = peer.run(&mut batch);
             let moved = moved.map_err(|error| explain::failure(peer.pid(), error))?;
             if moved == 0 {
-                return Err(explain::unreachable(peer.pid(), extent));
+                return Err(explain::unreachable(peer, extent));
             }
             done += moved;
         }
