@@ -284,9 +284,16 @@ fn beside_writer(
     Ok(())
 }
 
+/// Makes a batch of events and lets go of them, so that what the allocator keeps of that is not taken for the index's.
+fn rehearse(workload: &Workload) {
+    let events = workload.events().take(EVENTS_PER_BATCH);
+    drop(events.map(|stored| event(&stored, 0)).collect::<Vec<_>>());
+}
+
 fn measure_memory(sequences: u32, replicas: u32, rows: &mut Rows) -> Result<(), Failure> {
     let workload = Workload::new(sequences, replicas, EVENT_BLOCKS);
     let pairs = workload.pairs() as f64;
+    rehearse(&workload);
     let base = resident_bytes()?;
     let mut index = filled(&rows.subject.clone(), &workload, &mut Meter::default())?;
     let grown = resident_bytes()? - base;

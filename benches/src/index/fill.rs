@@ -72,6 +72,39 @@ impl Origin {
             Self::Node => {}
         }
     }
+
+    fn event(self, stored: &Stored) -> SourceEvent {
+        let is_engine = self != Self::Node;
+        let block_tokens = self.block_tokens();
+        let mut tokens = Vec::new();
+        if is_engine {
+            tokens.reserve_exact(stored.blocks.len() * block_tokens as usize);
+            for block in &stored.blocks {
+                self.append(block.content, &mut tokens);
+            }
+        }
+        SourceEvent::Stored(StoredBlocks {
+            hashes: stored
+                .blocks
+                .iter()
+                .map(|block| EngineHash(block.key))
+                .collect(),
+            parent: stored.parent.map(EngineHash),
+            tokens,
+            block_size: if is_engine { block_tokens } else { 0 },
+            tier: if is_engine { Tier::Device } else { Tier::Host },
+            group: None,
+            lora: None,
+            cache_salt: None,
+            identifiers: Vec::new(),
+        })
+    }
+
+    /// Makes a batch of events and lets go of them, so that what the allocator keeps of that is not taken for the index's.
+    pub(super) fn rehearse(self, workload: &Workload) {
+        let events = workload.events().take(EVENTS_PER_BATCH);
+        drop(events.map(|stored| self.event(&stored)).collect::<Vec<_>>());
+    }
 }
 
 /// How events are given to the index.
@@ -156,33 +189,6 @@ impl Filled {
         })
     }
 
-    fn event(&self, stored: &Stored) -> SourceEvent {
-        let is_engine = self.origin != Origin::Node;
-        let block_tokens = self.origin.block_tokens();
-        let mut tokens = Vec::new();
-        if is_engine {
-            tokens.reserve_exact(stored.blocks.len() * block_tokens as usize);
-            for block in &stored.blocks {
-                self.origin.append(block.content, &mut tokens);
-            }
-        }
-        SourceEvent::Stored(StoredBlocks {
-            hashes: stored
-                .blocks
-                .iter()
-                .map(|block| EngineHash(block.key))
-                .collect(),
-            parent: stored.parent.map(EngineHash),
-            tokens,
-            block_size: if is_engine { block_tokens } else { 0 },
-            tier: if is_engine { Tier::Device } else { Tier::Host },
-            group: None,
-            lora: None,
-            cache_salt: None,
-            identifiers: Vec::new(),
-        })
-    }
-
     /// Applies all events, adding to `meter` what that took: they are made before the clock runs. False when stopped.
     ///
     /// # Errors
@@ -199,7 +205,7 @@ impl Filled {
             batch.clear();
             for stored in events.by_ref().take(EVENTS_PER_BATCH) {
                 let source = self.sources[stored.worker as usize];
-                batch.push((source, self.event(&stored)));
+                batch.push((source, self.origin.event(&stored)));
             }
             if batch.is_empty() {
                 return Ok(true);

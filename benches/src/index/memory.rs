@@ -69,6 +69,7 @@ pub(crate) fn measure(args: &MemoryArgs) -> Result<()> {
         return print_rows(&bounded::measure(&workload, args.origin, bytes_max)?);
     }
     let pairs = workload.pairs() as f64;
+    args.origin.rehearse(&workload);
     let base = resident_bytes();
     let filled = Filled::new(&workload, args.origin)?;
     let mut meter = Meter::default();

@@ -46,8 +46,8 @@ pub(crate) struct IndexArgs {
     /// How often the index is filled anew for the ingest figures.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
-    /// Lookups in each of the five rounds.
-    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    /// Lookups in each of the five rounds; over gRPC at most 1,000.
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     lookups: u32,
     /// The program of `benches/compare`: the rivals it knows are measured beside ours.
     #[arg(long)]

@@ -1,13 +1,13 @@
 //! What an agent offers to others: its name, its regions by key, its inbox.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::inbox::Inbox;
-use crate::backend::{Fabric, Operation};
+use crate::backend::{Fabric, Keeper, Operation};
 use crate::metadata::{EXPORTED_REGIONS_MAX, HostId, Incarnation, PeerCard, RemoteRegion};
 use crate::region::{RegionCore, RegionId, RegionKey, RegionUse};
 
@@ -22,6 +22,7 @@ pub(crate) struct Exports {
     inbox: Inbox,
     /// The ways to other agents, best first; they know this in turn until [`Exports::close`].
     fabrics: RwLock<Vec<Arc<dyn Fabric>>>,
+    keepers: RwLock<Vec<Weak<dyn Keeper>>>,
 }
 
 impl Exports {
@@ -37,6 +38,7 @@ impl Exports {
             regions: RwLock::default(),
             inbox: Inbox::default(),
             fabrics: RwLock::default(),
+            keepers: RwLock::default(),
         })
     }
 
@@ -61,6 +63,14 @@ impl Exports {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .push(fabric);
+    }
+
+    /// It is told of regions that are deregistered, for as long as it is there.
+    pub(crate) fn add_keeper(&self, keeper: &Arc<dyn Keeper>) {
+        self.keepers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::downgrade(keeper));
     }
 
     /// The ways to other agents, best first.
@@ -130,6 +140,9 @@ impl Exports {
         regions.remove(&region.id());
         drop(regions);
         fabrics.iter().for_each(|fabric| fabric.withdraw(region));
+        let keepers = self.keepers.read().unwrap_or_else(PoisonError::into_inner);
+        let keepers: Vec<_> = keepers.iter().filter_map(Weak::upgrade).collect();
+        keepers.iter().for_each(|keeper| keeper.withdraw(region));
     }
 
     /// One of this agent's own regions.

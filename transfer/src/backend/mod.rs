@@ -144,6 +144,12 @@ pub(crate) trait Channel: Backend {
     fn close(&self);
 }
 
+/// Holds on to memory of regions beyond single requests, and is no fabric.
+pub(crate) trait Keeper: Send + Sync {
+    /// As [`Fabric::withdraw`].
+    fn withdraw(&self, region: &Arc<crate::region::RegionCore>);
+}
+
 /// A way to reach other agents; one per agent and kind.
 pub(crate) trait Fabric: Send + Sync {
     /// The name of its channels, and of its address in metadata.

@@ -81,6 +81,9 @@ impl HostMemory {
     /// deregistered and [`crate::Deregistration`] has completed (not merely until it was dropped). No
     /// Rust reference may point into the range while a transfer that names it is in flight.
     ///
+    /// Its pages must not be exchanged meanwhile, by `MADV_DONTNEED` or another mapping over them: devices and the kernel
+    /// go on with those that they hold, and what they read and write would not be what the program sees.
+    ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Invalid`] for a null address or no bytes.
     pub unsafe fn from_raw(base: *mut u8, bytes: u64) -> Result<Self> {

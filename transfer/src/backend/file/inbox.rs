@@ -1,11 +1,12 @@
 //! The way into a file engine: bounded, never blocking, and closed with a reason.
 
-use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use kvcache_core::{Error, ErrorKind};
 
 use super::job::FileJob;
+use crate::region::{RegionCore, RegionId};
 use crate::request::Priority;
 
 /// The most jobs an engine holds, waiting and under way; more are refused as `Busy`.
@@ -19,6 +20,9 @@ pub(super) struct Letters {
     pub(super) background: VecDeque<FileJob>,
     /// Some job was given up by its caller.
     pub(super) reap: bool,
+    /// Regions of which the engine has the kernel hold memory, and those of them that are being deregistered.
+    pinned: HashSet<RegionId>,
+    gone: Vec<Arc<RegionCore>>,
     /// Set when no more jobs are taken.
     pub(super) closed: Option<&'static str>,
     unsettled: usize,
@@ -59,6 +63,46 @@ impl Inbox {
     /// Counts one job less.
     pub(super) fn settled(&self) {
         self.lock().unsettled -= 1;
+    }
+
+    /// Notes that memory of a region may be held; not of one that is being deregistered already.
+    pub(super) fn pin(&self, region: &RegionCore) -> bool {
+        let mut letters = self.lock();
+        let is_there = !region.is_closed();
+        if is_there {
+            letters.pinned.insert(region.id());
+        }
+        is_there
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_pinned(&self, region: RegionId) -> bool {
+        self.lock().pinned.contains(&region)
+    }
+
+    /// A region is being deregistered: when memory of it may be held, it counts as used until that is over. Whether it is so.
+    pub(super) fn withdraw(&self, region: &Arc<RegionCore>) -> bool {
+        let mut letters = self.lock();
+        let is_pinned = letters.pinned.remove(&region.id());
+        if is_pinned {
+            region.hold();
+            letters.gone.push(Arc::clone(region));
+        }
+        is_pinned
+    }
+
+    /// Those that were withdrawn; each is to be left when nothing of it is held any more.
+    pub(super) fn take_gone(&self) -> Vec<Arc<RegionCore>> {
+        std::mem::take(&mut self.lock().gone)
+    }
+
+    /// No memory is held any more: all was taken back at once.
+    pub(super) fn unpin_all(&self) {
+        let mut letters = self.lock();
+        letters.pinned.clear();
+        let gone = std::mem::take(&mut letters.gone);
+        drop(letters);
+        gone.iter().for_each(|region| region.leave());
     }
 
     /// Takes no more jobs.

@@ -28,6 +28,8 @@ pub(super) enum FileOperation {
 pub(super) struct Piece {
     /// Position in [`FileJob::files`].
     pub(super) file: u32,
+    /// Position in [`FileJob::memory`]; behind its end for memory of no region.
+    pub(super) local: u32,
     /// The first byte in memory.
     pub(super) base: *mut u8,
     /// How many bytes.
@@ -56,6 +58,8 @@ pub(super) trait Waiter: Send {
 pub(super) struct FileJob {
     pub(super) operation: FileOperation,
     pub(super) files: Vec<Arc<OpenFile>>,
+    /// The regions in which the bytes lie.
+    pub(super) memory: Arc<[Target]>,
     /// Where the bytes are; empty for a sync.
     pub(super) pieces: Vec<Piece>,
     pub(super) priority: Priority,
@@ -97,6 +101,7 @@ impl FileJob {
         Ok(Self {
             operation,
             files,
+            memory: Arc::clone(&job.plan().local),
             pieces,
             priority: job.priority(),
             waiter: Box::new(Transfer(job)),
@@ -121,6 +126,7 @@ fn parts(plan: &Plan) -> Result<(Vec<Arc<OpenFile>>, Vec<Piece>)> {
         };
         Ok(Piece {
             file: extent.remote,
+            local: extent.local,
             base: range.iov_base.cast::<u8>(),
             len: range.iov_len,
             offset: extent.remote_offset,

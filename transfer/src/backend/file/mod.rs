@@ -5,6 +5,7 @@ mod blocking;
 mod inbox;
 mod job;
 mod open;
+mod pinned;
 mod plan;
 #[cfg(test)]
 mod tests;
@@ -160,6 +161,7 @@ impl FileTarget {
         let job = FileJob {
             operation: FileOperation::Sync,
             files: vec![Arc::clone(&self.file)],
+            memory: Arc::from([]),
             pieces: Vec::new(),
             priority: Priority::Normal,
             waiter: Box::new(SyncWaiter(reply)),
@@ -226,7 +228,13 @@ impl Agent {
     }
 
     fn file_backend(&self, mode: FileEngineMode) -> Result<Arc<FileBackend>> {
-        self.core().extension(|| FileBackend::start(mode))
+        self.core().extension(|| {
+            let backend = FileBackend::start(mode)?;
+            if let Engine::Uring(uring) = &backend.engine {
+                self.core().exports().add_keeper(&uring.keeper());
+            }
+            Ok(backend)
+        })
     }
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Call {
     pub(super) descriptor: RawFd,
     pub(super) offset: u64,
     pub(super) vectors: Vec<libc::iovec>,
+    /// The region of the first range, by its position in the job.
+    pub(super) local: u32,
     route: Route,
     /// The caller's memory, when `vectors` names the bounce buffer.
     bounced: Option<(libc::iovec, Bounce)>,
@@ -58,6 +60,7 @@ impl Call {
             descriptor: file.descriptor(Route::Buffered),
             offset: 0,
             vectors: Vec::new(),
+            local: u32::MAX,
             route: Route::Buffered,
             bounced: None,
             left: 0,
@@ -71,6 +74,7 @@ impl Call {
             descriptor: file.descriptor(route),
             offset: piece.offset,
             vectors: vec![vector(piece.base, piece.len)],
+            local: piece.local,
             route,
             bounced: None,
             left: piece.len,
@@ -107,6 +111,14 @@ impl Call {
             && self.offset + self.left as u64 == piece.offset
             && self.left + piece.len <= CALL_BYTES_MAX
             && self.vectors.len() < CALL_VECTORS_MAX
+    }
+
+    /// The one range of the caller's memory that goes straight to the device, if it is that.
+    pub(super) fn direct_range(&self) -> Option<libc::iovec> {
+        match self.vectors.as_slice() {
+            [range] if self.route == Route::Direct => Some(*range),
+            _ => None,
+        }
     }
 
     fn take(&mut self, piece: &Piece) {
@@ -219,7 +231,7 @@ impl Call {
     }
 }
 
-fn vector(address: *mut u8, len: usize) -> libc::iovec {
+pub(super) fn vector(address: *mut u8, len: usize) -> libc::iovec {
     libc::iovec {
         iov_base: address.cast::<c_void>(),
         iov_len: len,
@@ -248,6 +260,7 @@ pub(super) fn calls(job: &FileJob) -> Result<Vec<Call>> {
         while done < piece.len {
             let part = Piece {
                 file: piece.file,
+                local: piece.local,
                 base: piece.base.wrapping_add(done),
                 len: (piece.len - done).min(CALL_BYTES_MAX),
                 offset: piece.offset + done as u64,

@@ -64,6 +64,7 @@ fn job(operation: FileOperation, file: &Arc<OpenFile>, pieces: Vec<Piece>) -> (F
     let job = FileJob {
         operation,
         files: vec![Arc::clone(file)],
+        memory: Arc::from([]),
         pieces,
         priority: Priority::Normal,
         waiter,
@@ -75,6 +76,7 @@ fn job(operation: FileOperation, file: &Arc<OpenFile>, pieces: Vec<Piece>) -> (F
 fn pieces(memory: &mut [u8], offset: u64) -> Vec<Piece> {
     vec![Piece {
         file: 0,
+        local: 0,
         base: memory.as_mut_ptr(),
         len: memory.len(),
         offset,
@@ -231,7 +233,7 @@ proptest! {
         let mut expected = Vec::new();
         for (len, gap) in lens.iter().zip(&gaps) {
             let base = memory[at..].as_mut_ptr();
-            all.push(Piece { file: 0, base, len: *len, offset });
+            all.push(Piece { file: 0, local: 0, base, len: *len, offset });
             expected.extend((0..*len).map(|byte| (base as usize + byte, offset + byte as u64)));
             // Sometimes the next piece continues in memory and in the file, sometimes not.
             at += len + usize::from(*gap);

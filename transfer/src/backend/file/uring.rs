@@ -13,8 +13,11 @@ use rustix::event::EventfdFlags;
 
 use super::inbox::Inbox;
 use super::job::{FileJob, FileOperation, Waiter};
+use super::pinned::Pinned;
 use super::plan::{Call, calls};
-use crate::backend::abandoned;
+use crate::backend::{Keeper, abandoned};
+use crate::descriptor::Target;
+use crate::region::RegionCore;
 use crate::request::Priority;
 
 /// Calls in the kernel at once: enough to fill an NVMe drive with 1 MiB calls, few enough that a job does not wait behind
@@ -29,9 +32,30 @@ const WAKE: u64 = u64::MAX;
 /// The number of cancellations, whose answers do not matter: the cancelled call answers for itself.
 const CANCELLATION: u64 = u64::MAX - 1;
 
+/// The way to the ring's thread.
+struct Door {
+    inbox: Arc<Inbox>,
+    wake: OwnedFd,
+}
+
+impl Door {
+    fn knock(&self) {
+        // A full counter means that a wake-up is pending already.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Keeper for Door {
+    fn withdraw(&self, region: &Arc<RegionCore>) {
+        if self.inbox.withdraw(region) {
+            self.knock();
+        }
+    }
+}
+
 /// A running ring.
 pub(super) struct Uring {
-    wake: Arc<OwnedFd>,
+    door: Arc<Door>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -44,9 +68,9 @@ impl Uring {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags)
             .map_err(|error| Error::io("make an eventfd for the file engine", error.into()))?;
-        let wake = Arc::new(wake);
+        let door = Arc::new(Door { inbox, wake });
         let (started, outcome) = mpsc::sync_channel(1);
-        let waking = Arc::clone(&wake);
+        let own = Arc::clone(&door);
         // The ring is made on its own thread: with a single issuer the kernel wants it so.
         let thread = std::thread::Builder::new()
             .name("kvf-file".to_owned())
@@ -54,7 +78,7 @@ impl Uring {
                 Ok(ring) => {
                     // The receiver waits below.
                     let _ = started.send(Ok(()));
-                    Worker::new(ring, inbox, waking).run();
+                    Worker::new(ring, own).run();
                 }
                 Err(error) => {
                     let _ = started.send(Err(error));
@@ -63,7 +87,7 @@ impl Uring {
             .map_err(|error| Error::io("start the file engine's thread", error))?;
         match outcome.recv() {
             Ok(Ok(())) => Ok(Self {
-                wake,
+                door,
                 thread: Some(thread),
             }),
             Ok(Err(error)) => {
@@ -76,10 +100,14 @@ impl Uring {
         }
     }
 
+    /// What is told of regions that are deregistered.
+    pub(super) fn keeper(&self) -> Arc<dyn Keeper> {
+        Arc::<Door>::clone(&self.door)
+    }
+
     /// Makes the thread look into its inbox.
     pub(super) fn wake(&self) {
-        // A full counter means that a wake-up is pending already.
-        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
+        self.door.knock();
     }
 }
 
@@ -124,6 +152,7 @@ fn ring() -> io::Result<IoUring> {
 /// A job whose calls are being made.
 struct Active {
     waiting: VecDeque<Call>,
+    memory: Arc<[Target]>,
     priority: Priority,
     in_kernel: usize,
     waiter: Box<dyn Waiter>,
@@ -133,8 +162,7 @@ struct Active {
 
 struct Worker {
     ring: IoUring,
-    inbox: Arc<Inbox>,
-    wake: Arc<OwnedFd>,
+    door: Arc<Door>,
     jobs: BTreeMap<u64, Active>,
     started: u64,
     /// Jobs with calls to make, in turn.
@@ -146,14 +174,15 @@ struct Worker {
     slots: Vec<Option<(u64, Call)>>,
     free: Vec<usize>,
     wake_armed: bool,
+    pinned: Pinned,
 }
 
 impl Worker {
-    fn new(ring: IoUring, inbox: Arc<Inbox>, wake: Arc<OwnedFd>) -> Self {
+    fn new(ring: IoUring, door: Arc<Door>) -> Self {
         Self {
+            pinned: Pinned::new(&ring),
             ring,
-            inbox,
-            wake,
+            door,
             jobs: BTreeMap::new(),
             started: 0,
             turns: VecDeque::new(),
@@ -170,25 +199,35 @@ impl Worker {
             let closed = self.take_letters();
             self.issue();
             if closed && self.jobs.is_empty() {
-                return;
+                return self.end();
             }
             if let Err(error) = self.wait() {
                 self.break_down(&error);
-                return;
+                return self.end();
             }
             self.complete();
         }
     }
 
+    /// The kernel lets go of all memory with the ring.
+    fn end(self) {
+        drop(self.ring);
+        self.door.inbox.unpin_all();
+    }
+
     /// Takes what came in; true when the engine is to end.
     fn take_letters(&mut self) -> bool {
         let (jobs, reap, closed) = {
-            let mut letters = self.inbox.lock();
+            let mut letters = self.door.inbox.lock();
             let reap = std::mem::take(&mut letters.reap);
             let mut jobs = std::mem::take(&mut letters.jobs);
             jobs.append(&mut letters.background);
             (jobs, reap, letters.closed)
         };
+        for region in self.door.inbox.take_gone() {
+            self.pinned.forget(&self.ring, region.id());
+            region.leave();
+        }
         for job in jobs {
             self.admit(job);
         }
@@ -217,6 +256,7 @@ impl Worker {
                 let waiting = calls.into();
                 let active = Active {
                     waiting,
+                    memory: job.memory,
                     priority: job.priority,
                     in_kernel: 0,
                     waiter: job.waiter,
@@ -227,7 +267,7 @@ impl Worker {
                 self.turns(priority).push_back(id);
             }
             Err(error) => {
-                self.inbox.settled();
+                self.door.inbox.settled();
                 job.waiter.settle(Err(error));
             }
         }
@@ -306,20 +346,50 @@ impl Worker {
         call.begin();
         let descriptor = types::Fd(call.descriptor);
         let (vectors, count) = (call.vectors.as_ptr(), call.vectors.len() as u32);
-        let entry = match call.operation {
-            FileOperation::Read => opcode::Readv::new(descriptor, vectors, count)
+        let known = self.known(id, &call);
+        let entry = match (call.operation, known) {
+            (FileOperation::Read, Some((number, range))) => {
+                let (base, len) = (range.iov_base.cast(), range.iov_len as u32);
+                opcode::ReadFixed::new(descriptor, base, len, number)
+                    .offset(call.offset)
+                    .build()
+            }
+            (FileOperation::Write, Some((number, range))) => {
+                let (base, len) = (
+                    range.iov_base.cast::<u8>().cast_const(),
+                    range.iov_len as u32,
+                );
+                opcode::WriteFixed::new(descriptor, base, len, number)
+                    .offset(call.offset)
+                    .build()
+            }
+            (FileOperation::Read, None) => opcode::Readv::new(descriptor, vectors, count)
                 .offset(call.offset)
                 .build(),
-            FileOperation::Write => opcode::Writev::new(descriptor, vectors, count)
+            (FileOperation::Write, None) => opcode::Writev::new(descriptor, vectors, count)
                 .offset(call.offset)
                 .build(),
-            FileOperation::Sync => opcode::Fsync::new(descriptor)
+            (FileOperation::Sync, _) => opcode::Fsync::new(descriptor)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
         };
         // The call lives in its slot until the kernel answers, and with it the vectors' heap and any bounce buffer.
         self.slots[slot] = Some((id, call));
         self.push(&entry.user_data(slot as u64));
+    }
+
+    /// The memory of a call that the ring knows, with its number there.
+    fn known(&mut self, id: u64, call: &Call) -> Option<(u16, libc::iovec)> {
+        let range = call.direct_range()?;
+        let job = self.jobs.get(&id)?;
+        let Target::Local(region) = job.memory.get(call.local as usize)? else {
+            return None;
+        };
+        let region: &Arc<RegionCore> = region;
+        let number = self
+            .pinned
+            .find(&self.ring, &self.door.inbox, region, range)?;
+        Some((number, range))
     }
 
     fn push(&mut self, entry: &squeue::Entry) {
@@ -341,7 +411,7 @@ impl Worker {
         if !self.wake_armed {
             self.wake_armed = true;
             let events = libc::POLLIN as u32;
-            let entry = opcode::PollAdd::new(types::Fd(self.wake.as_raw_fd()), events).build();
+            let entry = opcode::PollAdd::new(types::Fd(self.door.wake.as_raw_fd()), events).build();
             self.push(&entry.user_data(WAKE));
         }
         match self.ring.submit_and_wait(1) {
@@ -370,7 +440,7 @@ impl Worker {
                     self.wake_armed = false;
                     let mut count = [0; 8];
                     // Empty already is fine.
-                    let _ = rustix::io::read(&*self.wake, &mut count);
+                    let _ = rustix::io::read(&self.door.wake, &mut count);
                 }
                 CANCELLATION => {}
                 slot => self.complete_call(slot as usize, result),
@@ -412,7 +482,7 @@ impl Worker {
             return;
         }
         if let Some(job) = self.jobs.remove(&id) {
-            self.inbox.settled();
+            self.door.inbox.settled();
             job.waiter.settle(job.failure.map_or(Ok(()), Err));
         }
     }
@@ -421,7 +491,7 @@ impl Worker {
     /// free; the deadline tells who waits for them.
     fn break_down(&mut self, error: &io::Error) {
         tracing::error!(%error, jobs = self.jobs.len(), "the file engine's ring broke down");
-        self.inbox.close("its ring broke down");
+        self.door.inbox.close("its ring broke down");
         self.take_letters();
         // Vectors and bounce buffers may be read by the kernel as well: they live as long as the process.
         for call in self.slots.drain(..).flatten() {
