@@ -32,6 +32,7 @@ test: setup check test-rust test-c test-python test-engines ## Everything CI run
 test-rust: setup ## Unit, property, conformance, simulation and integration tests
 	$(STEP) "build the programs" $(CARGO) build --bins
 	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' $(CARGO) test --workspace --exclude kvfabric-python
+	$(STEP) "a newer UCX" env CACHE='$(CACHE)' VENV='$(VENV)' scripts/test-ucx
 
 test-sanitize: ## The tests of `transfer` under AddressSanitizer; builds all it needs anew
 	$(STEP) "AddressSanitizer" scripts/sanitize
