@@ -8,12 +8,13 @@
 mod support;
 
 use std::net::{SocketAddr, TcpListener};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{Agent, Descriptor, Operation, PeerHandle, RequestOptions, Side, Status};
 
+use support::proxy::Proxy;
 use support::{OPEN, WAIT, Way};
 
 const BYTES: u64 = 1 << 20;
@@ -95,4 +96,28 @@ fn a_peer_that_does_not_answer_holds_up_nobody_else() {
         let kind = request.wait(WAIT).unwrap_err().kind();
         assert!(matches!(kind, ErrorKind::PeerLost | ErrorKind::Cancelled));
     }
+}
+
+/// A peer that greets later than the usual two seconds: who gives it more reaches it. No time, and too much, are no limits.
+#[test]
+fn a_slow_peer_is_reached_by_who_waits_for_it() {
+    let limited = |limit| Way::Tcp.builder("initiator").connect_within(limit).build();
+    for limit in [Duration::ZERO, Duration::from_secs(61)] {
+        assert_eq!(limited(limit).unwrap_err().kind(), ErrorKind::Invalid);
+    }
+    let proxy = Proxy::new();
+    let target = Way::Tcp.builder("target");
+    let target = target.tcp_advertise(Some(proxy.address())).build().unwrap();
+    proxy.run(target.tcp_address().unwrap());
+    proxy.stall();
+    let patient = limited(WAIT).unwrap();
+    let peer = patient.load_peer(&target.metadata()).unwrap();
+    let report = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_secs(3));
+            proxy.resume();
+        });
+        patient.path_to(&peer)
+    });
+    assert_eq!(report.backend, Some("tcp"), "{report:?}");
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, Result};
 
 use super::core::AgentLooks;
-use super::{Agent, AgentCore, Exports, Timer};
+use super::{Agent, AgentCore, CONNECT_TIMEOUT, Exports, Timer};
 use crate::backend::copy::{COPY_THREADS_MAX, Copier};
 use crate::backend::tcp::TlsOptions;
 use crate::backend::ucx::{self, UcxOptions};
@@ -23,6 +23,9 @@ use crate::sys::fork::Process;
 
 /// Threads that share a large copy, unless told otherwise: more fill a memory channel, and leave less to others.
 const COPY_THREADS_DEFAULT_MAX: usize = 4;
+
+/// The longest that [`AgentBuilder::connect_within`] takes.
+const CONNECT_WITHIN_MAX: Duration = Duration::from_secs(60);
 
 /// How long a path may stand still before requests go another way, unless [`AgentBuilder::slow_after`] says otherwise.
 pub const SLOW_AFTER_DEFAULT: Duration = Duration::from_secs(2);
@@ -48,6 +51,7 @@ pub struct AgentBuilder {
     verbs: Option<VerbsOptions>,
     slow_after: Option<Duration>,
     look: Duration,
+    connect_within: Duration,
     allowed: Option<BTreeSet<String>>,
     preferred: Vec<String>,
     costs: Vec<(String, PathCost)>,
@@ -73,6 +77,7 @@ impl AgentBuilder {
             verbs: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
             look: LOOK_DEFAULT,
+            connect_within: CONNECT_TIMEOUT,
             allowed: None,
             preferred: Vec::new(),
             costs: Vec::new(),
@@ -196,6 +201,15 @@ impl AgentBuilder {
         self
     }
 
+    /// How long each way to a peer may take to connect, and over RDMA and UCX the peer to hand out a region, which pins it
+    /// where it was not used before: at most a minute. Ways are tried one after the other, so what is given here delays the
+    /// next one where a peer does not answer. Default: 2 s.
+    #[must_use]
+    pub fn connect_within(mut self, limit: Duration) -> Self {
+        self.connect_within = limit;
+        self
+    }
+
     /// Only agents of these names may connect. Default: all that know a region's key.
     #[must_use]
     pub fn allow_peers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
@@ -236,14 +250,27 @@ impl AgentBuilder {
         self
     }
 
+    fn check(&self) -> Result<()> {
+        check_name(&self.name)?;
+        let (limit, allowed) = (
+            self.connect_within.as_nanos(),
+            1..=CONNECT_WITHIN_MAX.as_nanos(),
+        );
+        if !allowed.contains(&limit) {
+            return Err(Error::invalid("connect within, in ns", limit, allowed));
+        }
+        Ok(())
+    }
+
     /// Starts the agent.
     ///
     /// # Errors
-    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name, [`kvcache_core::ErrorKind::Unsupported`] when UCX or RDMA is asked
-    /// for and is not there, or a congestion control that the system refuses, [`kvcache_core::ErrorKind::Io`] when the
-    /// address is in use (it is named) or the system refuses threads or sockets.
+    /// [`kvcache_core::ErrorKind::Invalid`] for a bad name or a time limit out of bounds,
+    /// [`kvcache_core::ErrorKind::Unsupported`] when UCX or RDMA is asked for and is not there, or a congestion control that the
+    /// system refuses, [`kvcache_core::ErrorKind::Io`] when the address is in use (it is named) or the system refuses threads or
+    /// sockets.
     pub fn build(self) -> Result<Agent> {
-        check_name(&self.name)?;
+        self.check()?;
         let process = Process::current();
         let longest = look::longest(self.look)?;
         let looks = AgentLooks {
@@ -269,6 +296,7 @@ impl AgentBuilder {
             own: memcpy::own(copier.clone()),
             extensions: Mutex::new(HashMap::new()),
             slow_after: self.slow_after,
+            connect_within: self.connect_within,
             ranges: Default::default(),
             peers: Mutex::new(HashMap::new()),
             threads: Mutex::new(vec![timer_thread, copier_thread, reactor_thread]),

@@ -42,6 +42,8 @@ pub(crate) struct AgentCore {
     pub(super) extensions: Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
     /// How long a path may stand still under a request.
     pub(super) slow_after: Option<Duration>,
+    /// How long each way to a peer may take to connect.
+    pub(super) connect_within: Duration,
     pub(super) ranges: Ranges,
     pub(super) peers: Mutex<HashMap<String, Arc<PeerCore>>>,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,

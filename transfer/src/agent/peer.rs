@@ -17,7 +17,8 @@ use crate::region::RegionId;
 use crate::request::{Bucket, TRIES_MAX};
 use crate::stats::{Counters, Stats};
 
-/// How long connecting to a peer may take, for each way that is tried.
+/// How long connecting to a peer may take, for each way that is tried, unless
+/// [`AgentBuilder::connect_within`](super::AgentBuilder::connect_within) says otherwise.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A peer that was loaded from metadata. Cheap to clone.
@@ -380,7 +381,7 @@ impl PeerCore {
                 }
                 Some(channel) => Ok(channel),
                 None => {
-                    let made = fabric.connect(&card, CONNECT_TIMEOUT);
+                    let made = fabric.connect(&card, agent.connect_within);
                     self.links.set(position, made.as_ref());
                     self.warn_of(name, made.as_ref().err());
                     made
@@ -441,7 +442,7 @@ impl PeerCore {
             if let Some(fabric) = fabrics.get(position)
                 && self.links.usable(position).is_none()
             {
-                let made = fabric.connect(&card, CONNECT_TIMEOUT);
+                let made = fabric.connect(&card, agent.connect_within);
                 self.links.set(position, made.as_ref());
                 if let Err(error) = made {
                     self.links.leave_longer(position, &error.to_string());

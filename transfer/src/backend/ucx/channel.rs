@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::Result;
 
@@ -10,7 +10,7 @@ use super::NAME;
 use super::driver::Driver;
 use super::frame::Session;
 use super::using::Shared;
-use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
+use crate::agent::RemoteRegion;
 use crate::backend::unix::Call;
 use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
 use crate::descriptor::Target;
@@ -24,10 +24,17 @@ pub(super) struct UcxChannel {
     shared: Arc<Shared>,
     detail: String,
     capabilities: Capabilities,
+    /// How long the peer may take to hand out a region.
+    patience: Duration,
 }
 
 impl UcxChannel {
-    pub(super) fn new(driver: &Arc<Driver>, session: Session, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(
+        driver: &Arc<Driver>,
+        session: Session,
+        shared: Arc<Shared>,
+        patience: Duration,
+    ) -> Self {
         Self {
             driver: driver.clone(),
             session,
@@ -38,6 +45,7 @@ impl UcxChannel {
                 notifications: true,
                 checksums: true,
             },
+            patience,
         }
     }
 
@@ -85,7 +93,7 @@ impl Backend for UcxChannel {
             }
             Ok(calls)
         })?;
-        let until = Instant::now() + CONNECT_TIMEOUT;
+        let until = Instant::now() + self.patience;
         calls
             .iter()
             .try_for_each(|call| call.wait(until).map(|_| ()))

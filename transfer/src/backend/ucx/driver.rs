@@ -27,7 +27,7 @@ const TURNS_MAX: usize = 16;
 /// How long a waiting caller takes the thread's place at a time.
 const ASSIST_MAX: Duration = Duration::from_micros(50);
 
-/// How often something that has a time limit is looked at.
+/// How often something that has a time limit is looked at, or that UCX may forget to tell of.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// How long an agent that goes waits for its peers, in all.
@@ -168,7 +168,7 @@ impl Driver {
             state.look_for_deaths();
             let is_idle = !busy && self.is_idle(&mut state);
             let deaths = state.deaths();
-            let is_timed = parting.is_some() || state.has_limits();
+            let is_timed = parting.is_some() || state.has_limits() || state.is_owed();
             let over = state.is_over();
             Self::settle(state);
             if let Some(until) = parting
@@ -183,9 +183,12 @@ impl Driver {
     }
 
     /// Whether the thread may sleep until UCX or someone else has something to do.
+    ///
+    /// UCX arms completion queues of verbs after it has looked at them, and not every device (soft-RoCE for one) tells of
+    /// what came in between: so there is one more look, after arming.
     fn is_idle(&self, state: &mut State) -> bool {
         match state.worker.arm() {
-            Ok(armed) => armed && lock(&self.posted).is_empty(),
+            Ok(armed) => armed && !self.turn(state) && lock(&self.posted).is_empty(),
             Err(error) => {
                 tracing::warn!(%error, "ucx");
                 // Without events it has to be looked at.

@@ -76,7 +76,7 @@ impl Fabric for UcxFabric {
         let (session, shared, call) = self
             .driver
             .with(|state| state.connect(address, peer.incarnation))?;
-        let channel = UcxChannel::new(&self.driver, session, shared);
+        let channel = UcxChannel::new(&self.driver, session, shared, timeout);
         let welcome = match call.wait(Instant::now() + timeout)? {
             (Outcome::Done, _) => Ok(()),
             (Outcome::Failed { code, text }, _) => Err(Outcome::failure(code, &text)),

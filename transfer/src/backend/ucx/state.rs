@@ -364,6 +364,12 @@ impl State {
         self.using.values().any(ends)
     }
 
+    /// Whether an operation or an answer is to come. UCX 1.13 does not always tell when it is there: what its own thread has
+    /// found on datagrams (`ud`, by which queue pairs meet) lies until somebody looks.
+    pub(super) fn is_owed(&self) -> bool {
+        !self.worker.is_quiet() || self.using.values().any(Using::is_owed)
+    }
+
     /// What is left when nobody is waited for any more: memory that may be in use for ever is never given back.
     #[expect(
         clippy::mem_forget,

@@ -90,6 +90,12 @@ pub(super) struct Using {
 }
 
 impl Using {
+    /// Whether the peer has something to answer.
+    pub(super) fn is_owed(&self) -> bool {
+        let asks = self.to.is_none() || !self.asked.is_empty() || !self.summing.is_empty();
+        !self.is_parted && (asks || self.shared.unanswered.is_notifying())
+    }
+
     /// The open question for a region.
     pub(super) fn question(&mut self, region: RegionId) -> Option<&mut Asked> {
         self.asked

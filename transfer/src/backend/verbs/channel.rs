@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvcache_core::Result;
 
@@ -10,7 +10,7 @@ use super::NAME;
 use super::driver::Driver;
 use super::state::Line;
 use super::using::Shared;
-use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
+use crate::agent::RemoteRegion;
 use crate::backend::unix::Call;
 use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
 use crate::descriptor::Target;
@@ -24,6 +24,8 @@ pub(super) struct VerbsChannel {
     shared: Arc<Shared>,
     detail: String,
     capabilities: Capabilities,
+    /// How long the peer may take to hand out a region.
+    patience: Duration,
 }
 
 impl VerbsChannel {
@@ -32,6 +34,7 @@ impl VerbsChannel {
         line: Line,
         shared: Arc<Shared>,
         detail: String,
+        patience: Duration,
     ) -> Self {
         Self {
             driver: driver.clone(),
@@ -43,6 +46,7 @@ impl VerbsChannel {
                 notifications: true,
                 checksums: true,
             },
+            patience,
         }
     }
 
@@ -84,7 +88,7 @@ impl Backend for VerbsChannel {
             }
             Ok(calls)
         })?;
-        let until = Instant::now() + CONNECT_TIMEOUT;
+        let until = Instant::now() + self.patience;
         calls
             .iter()
             .try_for_each(|call| call.wait(until).map(|_| ()))

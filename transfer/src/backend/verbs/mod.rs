@@ -144,6 +144,7 @@ impl Fabric for VerbsFabric {
             line,
             shared,
             detail,
+            timeout,
         )))
     }
 
