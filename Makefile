@@ -27,7 +27,7 @@ check: setup ## Formatting, lints, licences, documentation
 	$(STEP) "cargo-deny" scripts/deny
 	$(STEP) "documentation" env RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --exclude kvfabric-python
 
-test: setup check test-rust test-c test-python test-engines ## Everything CI runs
+test: setup check test-rust test-c test-python test-rdma test-engines ## Everything CI runs
 
 test-rust: setup ## Unit, property, conformance, simulation and integration tests
 	$(STEP) "build the programs" $(CARGO) build --bins
@@ -47,8 +47,8 @@ test-engines: setup ## A real vLLM on the Python package; the first run makes an
 	$(STEP) "engines" env CACHE='$(CACHE)' PYTHON='$(PYTHON)' scripts/engines
 	$(STEP) "tests with engines" env CACHE='$(CACHE)' ffi/python/tests/engines/run
 
-test-rdma: ## RDMA by soft-RoCE in a virtual machine: conformance over verbs and UCX, and how paths end
-	$(STEP) "RDMA" env CACHE='$(CACHE)' scripts/test-rdma
+test-rdma: ## RDMA by soft-RoCE in a virtual machine: conformance over verbs and UCX, how paths end, kv-bench, a demo
+	$(STEP) "RDMA" env CACHE='$(CACHE)' CARGO='$(CARGO)' scripts/test-rdma
 
 test-long: ## The simulation over many seeds, property tests with many cases, an hour of churn for the indexer
 	$(STEP) "simulation, many seeds" env KVFABRIC_SEEDS=2000 $(CARGO) test --release -p kvfabric-sim

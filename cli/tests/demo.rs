@@ -144,6 +144,53 @@ fn pods_that_are_told_tcp_use_tcp() {
     assert!(report.backends.get("shm").is_none_or(|shm| shm.bytes == 0));
 }
 
+/// RDMA only, each pod with a port of its own choice; skipped where there is no device. `make test-rdma` has one.
+#[test]
+fn pods_that_are_told_verbs_use_verbs() {
+    let options = kvfabric::transfer::VerbsOptions::default();
+    let probe = kvfabric::transfer::Agent::builder("probe").verbs(Some(options));
+    if let Err(error) = probe.build() {
+        assert!(std::env::var_os("KVFABRIC_RDMA").is_none(), "{error}");
+        println!("SKIPPED the demo over RDMA: {error}");
+        return;
+    }
+    // Memory alone and few requests, one at a time: where there is soft-RoCE only, the machine is emulated, too.
+    let report = demo(&[
+        "--transport",
+        "verbs",
+        "--router",
+        "random",
+        "--no-comparison",
+        "--max-requests",
+        "12",
+        "--concurrency",
+        "1",
+        "--block-bytes",
+        "4K",
+        "--hbm-bytes",
+        "1M",
+        "--dram-bytes",
+        "2M",
+        "--nvme-bytes",
+        "0",
+        "--object",
+        "none",
+        "--seed",
+        "7",
+    ]);
+    let verbs = report.backends.get("verbs");
+    assert!(
+        verbs.is_some_and(|verbs| verbs.bytes > 0 && verbs.failures == 0),
+        "{:?}",
+        report.backends
+    );
+    assert!(report.hits.peer > 0, "{:?}", report.hits);
+    for other in ["tcp", "shm", "cma", "ucx"] {
+        let moved = report.backends.get(other).map_or(0, |way| way.bytes);
+        assert_eq!(moved, 0, "{other}: {:?}", report.backends);
+    }
+}
+
 /// SIGKILL in the middle: the run ends normally, the pod leaves the index, nothing is wrong, the rest is recomputed.
 #[test]
 fn a_killed_pod_costs_misses_and_nothing_else() {

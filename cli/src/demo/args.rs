@@ -113,6 +113,8 @@ pub(crate) enum TransportKind {
     Shm,
     /// TCP only.
     Tcp,
+    /// RDMA only, by libibverbs; needs a device.
+    Verbs,
 }
 
 impl TransportKind {
@@ -122,6 +124,7 @@ impl TransportKind {
             Self::Auto => "auto",
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
         }
     }
 }

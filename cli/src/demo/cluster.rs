@@ -1,6 +1,6 @@
 //! The processes of a demo: one indexer, pods, and the folder where their tiers live.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -31,6 +31,9 @@ const INDEXER_START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// How long a fetch may take before blocks are computed instead.
 const FETCH_DEADLINE_MS: u64 = 10_000;
+
+/// Any free port, for this machine alone.
+const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// What a pod does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +190,17 @@ fn object_url(args: &DemoArgs, folder: &Path) -> Option<String> {
     }
 }
 
+/// Only the ways that were asked for: a demo over one of them must not pass over another.
+fn fabric(transport: TransportKind) -> FabricSection {
+    use TransportKind::{Auto, Shm, Tcp, Verbs};
+    FabricSection {
+        shm: matches!(transport, Auto | Shm),
+        tcp_listen: matches!(transport, Auto | Tcp).then_some(LOOPBACK),
+        verbs: transport == Verbs,
+        ..FabricSection::default()
+    }
+}
+
 fn pod_setup(
     args: &DemoArgs,
     plan: &Plan,
@@ -195,7 +209,6 @@ fn pod_setup(
     indexer: SocketAddr,
     object_url: Option<String>,
 ) -> PodSetup {
-    let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
     let path: PathBuf = folder.join(name).join("nvme");
     PodSetup {
         node: NodeConfig {
@@ -221,12 +234,8 @@ fn pod_setup(
                 prefix: "blocks".to_owned(),
                 allow_http: true,
             }),
-            fabric: FabricSection {
-                shm: args.transport != TransportKind::Tcp,
-                tcp_listen: (args.transport != TransportKind::Shm).then_some(loopback),
-                ..FabricSection::default()
-            },
-            peer_listen: Some(loopback),
+            fabric: fabric(args.transport),
+            peer_listen: Some(LOOPBACK),
             index: Some(IndexSection {
                 address: format!("http://{indexer}"),
                 publish_host: "127.0.0.1".to_owned(),
