@@ -25,6 +25,11 @@
 #include <stdint.h>
 
 /*
+ What a number is set to where zero stands for the default, and nothing at all is wanted.
+ */
+#define KVF_OFF 4294967295
+
+/*
  Peers that have the metadata may read a region.
  */
 #define KVF_ACCESS_REMOTE_READ 1
@@ -414,6 +419,95 @@ typedef struct kvf_task kvf_task;
 typedef struct kvf_transfer kvf_transfer;
 
 /*
+ Files in PEM of what TLS needs. They are read when the agent is made.
+ */
+typedef struct kvf_tls_options {
+    /*
+     sizeof(struct kvf_tls_options).
+     */
+    size_t size;
+    /*
+     The path of the certificates of the authorities that peers' must come from.
+     */
+    const char *authorities;
+    /*
+     The path of the agent's certificate, which has its name as a DNS name, and of those between it and the authority.
+     */
+    const char *certificates;
+    /*
+     The path of the key of the agent's certificate.
+     */
+    const char *key;
+} kvf_tls_options;
+
+/*
+ One setting of a node's configuration, such as "host.bytes" = "1073741824", or of UCX.
+ */
+typedef struct kvf_setting {
+    /*
+     The key as in the configuration file, with a dot between a table and its key; UCX has no tables.
+     */
+    const char *key;
+    /*
+     Its value, as text.
+     */
+    const char *value;
+} kvf_setting;
+
+/*
+ How RDMA is used. With all of it zero it is what is right for most networks.
+ */
+typedef struct kvf_verbs_options {
+    /*
+     sizeof(struct kvf_verbs_options).
+     */
+    size_t size;
+    /*
+     The device, "mlx5_0", or device and port, "mlx5_0:2"; NULL: the first port that is up.
+     */
+    const char *device;
+    /*
+     Where peers ask for connections, by TCP, "IP:PORT"; NULL: the IP address of the GID and any free port. On InfiniBand,
+     whose GIDs are no addresses, it must be said.
+     */
+    const char *listen;
+    /*
+     1: `gid_index` is the entry of the port's GID table; 0: RoCE v2 with an IPv4 address first, then RoCE v2, then any.
+     */
+    uint32_t has_gid_index;
+    /*
+     At most 255.
+     */
+    uint32_t gid_index;
+    /*
+     The most bytes of content in a packet: 256, 512, 1024, 2048 or 4096; 0: what both ports do.
+     */
+    uint32_t mtu;
+    /*
+     The traffic class of packets, at most 255; in RoCE v2 its upper six bits are the DSCP.
+     */
+    uint32_t traffic_class;
+    /*
+     The service level, at most 15.
+     */
+    uint32_t service_level;
+    /*
+     A packet that is not acknowledged is sent again after 4.096 microseconds times two to the power of this, at most
+     31; 0: 14.
+     */
+    uint32_t timeout;
+    /*
+     How often it is sent again before the peer is given up, at most 7; 0: 7; KVF_OFF: never.
+     */
+    uint32_t retries;
+    /*
+     How long the agent's thread looks for completions before it sleeps, while work is under way; 0: 20; KVF_OFF: it sleeps
+     at once.
+     */
+    uint32_t polling_us;
+} kvf_verbs_options;
+
+/*
  How an agent is made.
  */
 typedef struct kvf_agent_options {
@@ -426,8 +520,8 @@ typedef struct kvf_agent_options {
      */
     const char *name;
     /*
-     Where TCP is served, "127.0.0.1:0" for any free port; NULL: TCP is not used. Traffic is neither encrypted nor
-     authenticated beyond region keys: stay on loopback or a trusted network.
+     Where TCP is served, "127.0.0.1:0" for any free port; NULL: TCP is not used. Without `tls` traffic is neither encrypted
+     nor authenticated beyond region keys: stay on loopback or a trusted network.
      */
     const char *tcp_listen;
     /*
@@ -455,6 +549,59 @@ typedef struct kvf_agent_options {
      How many threads share a copy of 8 MiB or more within the process, at most 16; 0: half of the processors, at most 4.
      */
     uint32_t copy_threads;
+    /*
+     The address that peers are told, where it differs from `tcp_listen`, as it must when that is unspecified; NULL: it does
+     not.
+     */
+    const char *tcp_advertise;
+    /*
+     Further addresses to serve TCP on, at most 15, those of other network cards: "10.0.1.5:0,10.0.2.5:0". Peers are told
+     all of them, and spread their connections over them. NULL: none.
+     */
+    const char *tcp_rails;
+    /*
+     Encrypts all TCP connections with TLS 1.3, and has both sides show certificates; NULL: neither.
+     */
+    const struct kvf_tls_options *tls;
+    /*
+     Settings of UCX by their names without "UCX_", such as "TLS"; others come from the environment. NULL: none.
+     */
+    const struct kvf_setting *ucx_settings;
+    /*
+     How many.
+     */
+    size_t ucx_setting_count;
+    /*
+     Reaches peers by RDMA, with libibverbs and a device of this system, and lets them reach this agent; NULL: not at all.
+     For trusted networks only.
+     */
+    const struct kvf_verbs_options *verbs;
+    /*
+     Only agents of these names may connect; NULL: all that know a region's key.
+     */
+    const char *const *allow_peers;
+    /*
+     How many.
+     */
+    size_t allow_peer_count;
+    /*
+     How many TCP connections are made to a peer, at most 16, over which large transfers are striped; at least one to each
+     of its addresses. 0: 1.
+     */
+    uint32_t tcp_connections;
+    /*
+     How long those who wait for a transfer or a message look for it before they sleep, at most 1,000, as long as that
+     pays; 0: 50; KVF_OFF: they sleep at once.
+     */
+    uint32_t look_us;
+    /*
+     How long a way to a peer may stand still before what can be repeated goes another way; 0: 2,000; KVF_OFF: for ever.
+     */
+    uint32_t slow_after_ms;
+    /*
+     1: agents of this process are reached as those of other processes are; 0: by plain copies.
+     */
+    uint32_t no_memcpy;
 } kvf_agent_options;
 
 /*
@@ -630,20 +777,6 @@ typedef struct kvf_telemetry {
      */
     char path[KVF_PATH_CAPACITY];
 } kvf_telemetry;
-
-/*
- One setting of a node's configuration, such as "host.bytes" = "1073741824".
- */
-typedef struct kvf_setting {
-    /*
-     The key as in the configuration file, with a dot between a table and its key.
-     */
-    const char *key;
-    /*
-     Its value, as text.
-     */
-    const char *value;
-} kvf_setting;
 
 /*
  Where a node's configuration comes from: a text or a file, then variables KVFABRIC_NODE_..., then settings; the later
@@ -1254,11 +1387,12 @@ const char *kvf_last_error(void);
 /*
  Starts an agent.
 
- KVF_INVALID for a bad name or address and for a way that is not enabled, KVF_IO when the address is in use,
- KVF_UNSUPPORTED when UCX or a congestion control is asked for that the system does not have.
+ KVF_INVALID for a bad name, address or certificate and for a way that is not enabled, KVF_NOT_FOUND for a file of `tls` that
+ is not there, which is named, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX, RDMA or a congestion control is
+ asked for that the system does not have.
 
  # Safety
- Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
+ Each pointer is null or valid: `options` with what it points to for reads, `agent_out` for a write.
  */
 kvf_status kvf_agent_create(const struct kvf_agent_options *options,
                             struct kvf_agent **agent_out);

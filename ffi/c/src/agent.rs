@@ -1,21 +1,19 @@
 //! Agents: what registers memory, knows peers and moves bytes.
 
 use std::ffi::{c_char, c_void};
-use std::mem::offset_of;
-use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kvfabric::transfer::{Agent, PeerHandle, RegionId, UcxOptions};
+use kvfabric::transfer::{Agent, PeerHandle, RegionId};
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
 
+use crate::agent_options::{self, kvf_agent_options};
 use crate::boundary::{
-    Handle, Listing, Out, OutArray, boundary, enter, enter_optional, into_raw, milliseconds,
-    optional_text, slice, take, text,
+    Handle, Listing, Out, OutArray, boundary, enter, enter_optional, into_raw, milliseconds, slice,
+    take,
 };
 use crate::inbox::Inbox;
-use crate::options::{self, SizePrefixed};
 use crate::peer::kvf_peer;
 use crate::status::kvf_status;
 use crate::transfer::parse_priority;
@@ -50,81 +48,24 @@ impl Handle for kvf_agent {
     }
 }
 
-/// How an agent is made.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct kvf_agent_options {
-    /// sizeof(struct kvf_agent_options).
-    pub size: usize,
-    /// How peers know it.
-    pub name: *const c_char,
-    /// Where TCP is served, "127.0.0.1:0" for any free port; NULL: TCP is not used. Traffic is neither encrypted nor
-    /// authenticated beyond region keys: stay on loopback or a trusted network.
-    pub tcp_listen: *const c_char,
-    /// 1: peers on this host are reached through shared memory; 0: they are not.
-    pub shm: u32,
-    /// 1: memory that cannot be shared is copied by the system between processes of one user on this host; 0: it is not.
-    pub cma: u32,
-    /// 1: peers are reached over UCX, which must be in the system then and takes its settings from the environment
-    /// (UCX_TLS and others); 0: they are not. For trusted networks only.
-    pub ucx: u32,
-    /// The congestion control of TCP connections, such as "cubic" or "bbr"; NULL: the system's.
-    pub tcp_congestion: *const c_char,
-    /// The ways to peers that go first, by name and the best first: "tcp" or "tcp,shm"; NULL: the usual order.
-    pub prefer: *const c_char,
-    /// How many threads share a copy of 8 MiB or more within the process, at most 16; 0: half of the processors, at most 4.
-    pub copy_threads: u32,
-}
-
-// SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
-unsafe impl SizePrefixed for kvf_agent_options {
-    const SIZE_MIN: usize = offset_of!(Self, tcp_congestion);
-    const NAME: &'static str = "kvf_agent_options";
-}
-
 /// Starts an agent.
 ///
-/// KVF_INVALID for a bad name or address and for a way that is not enabled, KVF_IO when the address is in use,
-/// KVF_UNSUPPORTED when UCX or a congestion control is asked for that the system does not have.
+/// KVF_INVALID for a bad name, address or certificate and for a way that is not enabled, KVF_NOT_FOUND for a file of `tls` that
+/// is not there, which is named, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX, RDMA or a congestion control is
+/// asked for that the system does not have.
 ///
 /// # Safety
-/// Each pointer is null or valid: `options` with its strings for reads, `agent_out` for a write.
+/// Each pointer is null or valid: `options` with what it points to for reads, `agent_out` for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvf_agent_create(
     options: *const kvf_agent_options,
     agent_out: *mut *mut kvf_agent,
 ) -> kvf_status {
     boundary(|| {
-        // SAFETY: null or readable for its size, by contract.
-        let options = unsafe { options::read(options) }?;
-        // SAFETY: null or a string, by contract.
-        let name = unsafe { text(options.name, "kvf_agent_options.name") }?;
-        let place = "kvf_agent_options.tcp_listen";
-        // SAFETY: null or a string, by contract.
-        let tcp = unsafe { optional_text(options.tcp_listen, place) }?;
-        let tcp = tcp
-            .map(|address| parse_address(address, place))
-            .transpose()?;
-        let cma = parse_flag(options.cma, "kvf_agent_options.cma")?;
-        let shm = parse_flag(options.shm, "kvf_agent_options.shm")?;
-        let ucx = parse_flag(options.ucx, "kvf_agent_options.ucx")?;
+        // SAFETY: null or readable for its size, what it points to null or valid, by contract.
+        let builder = unsafe { agent_options::builder(options) }?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(agent_out, "agent_out") }?;
-        let place = "kvf_agent_options.tcp_congestion";
-        // SAFETY: null or a string, by contract.
-        let congestion = unsafe { optional_text(options.tcp_congestion, place) }?;
-        // SAFETY: null or a string, by contract.
-        let prefer = unsafe { optional_text(options.prefer, "kvf_agent_options.prefer") }?;
-        let mut builder = Agent::builder(name)
-            .shm(shm)
-            .cma(cma)
-            .tcp(tcp)
-            .tcp_congestion(congestion)
-            .prefer(listed(prefer))
-            .ucx(ucx.then(UcxOptions::default));
-        if options.copy_threads > 0 {
-            builder = builder.copy_threads(options.copy_threads as usize);
-        }
         let agent = builder.build()?;
         out.write(into_raw(kvf_agent {
             life: Life::begin(),
@@ -134,26 +75,6 @@ pub unsafe extern "C" fn kvf_agent_create(
         }));
         Ok(())
     })
-}
-
-fn parse_address(address: &str, place: &str) -> Result<SocketAddr> {
-    address
-        .parse()
-        .map_err(|_| Error::invalid(place, format!("{address:?}"), "IP:PORT"))
-}
-
-/// The words of a list with commas.
-pub(crate) fn listed(names: Option<&str>) -> Vec<String> {
-    let names = names.into_iter().flat_map(|names| names.split(','));
-    names.map(|name| name.trim().to_owned()).collect()
-}
-
-pub(crate) fn parse_flag(value: u32, place: &str) -> Result<bool> {
-    match value {
-        0 => Ok(false),
-        1 => Ok(true),
-        _ => Err(Error::invalid(place, value, 0..=1)),
-    }
 }
 
 /// Gives an agent back. It ends when its regions, peers and transfers are freed too.

@@ -10,6 +10,7 @@
 #![allow(non_camel_case_types, reason = "the names of the C header")]
 
 pub mod agent;
+pub mod agent_options;
 mod begin;
 pub mod blocks;
 mod boundary;

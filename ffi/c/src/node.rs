@@ -35,11 +35,11 @@ impl Handle for kvf_node {
     }
 }
 
-/// One setting of a node's configuration, such as "host.bytes" = "1073741824".
+/// One setting of a node's configuration, such as "host.bytes" = "1073741824", or of UCX.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvf_setting {
-    /// The key as in the configuration file, with a dot between a table and its key.
+    /// The key as in the configuration file, with a dot between a table and its key; UCX has no tables.
     pub key: *const c_char,
     /// Its value, as text.
     pub value: *const c_char,

@@ -5,8 +5,10 @@ use std::ptr::null_mut;
 
 use kvfabric::ErrorKind;
 
-use crate::agent::{kvf_agent, kvf_agent_create, kvf_agent_free, kvf_agent_metadata};
-use crate::agent::{kvf_agent_options, kvf_agent_receive};
+use crate::agent::{
+    kvf_agent, kvf_agent_create, kvf_agent_free, kvf_agent_metadata, kvf_agent_receive,
+};
+use crate::agent_options::kvf_agent_options;
 use crate::boundary::{boundary, enter};
 use crate::region::{kvf_region, kvf_region_allocate, kvf_region_free, kvf_region_id};
 use crate::status::{kvf_last_error, kvf_status, kvf_status_name};
@@ -17,17 +19,10 @@ fn text(text: *const c_char) -> String {
 }
 
 fn create(name: &CStr) -> *mut kvf_agent {
-    let options = kvf_agent_options {
-        size: size_of::<kvf_agent_options>(),
-        name: name.as_ptr(),
-        tcp_listen: std::ptr::null(),
-        shm: 0,
-        cma: 0,
-        ucx: 0,
-        tcp_congestion: std::ptr::null(),
-        prefer: std::ptr::null(),
-        copy_threads: 0,
-    };
+    // SAFETY: numbers and pointers, all of which may be zero.
+    let mut options: kvf_agent_options = unsafe { std::mem::zeroed() };
+    options.size = size_of::<kvf_agent_options>();
+    options.name = name.as_ptr();
     let mut agent = null_mut();
     // SAFETY: both are locals, and the name is a string.
     let status = unsafe { kvf_agent_create(&raw const options, &raw mut agent) };

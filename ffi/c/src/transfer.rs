@@ -10,7 +10,8 @@ use kvfabric::transfer::{
 };
 use kvfabric::{Error, ErrorKind, Result};
 
-use crate::agent::{kvf_agent, listed, parse_flag};
+use crate::agent::kvf_agent;
+use crate::agent_options::{listed, parse_flag};
 use crate::boundary::{
     Handle, Out, boundary, enter, enter_optional, into_raw, milliseconds, optional_text, slice,
 };

@@ -1,7 +1,6 @@
 //! Agents.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +12,7 @@ use kvfabric::transfer::{self, Operation, Priority, RegionId, RegionOptions, Req
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use crate::agent_options::{AgentOptions, Tls, Verbs};
 use crate::buffer::integers;
 use crate::errors::to_python;
 use crate::fabric::Fabric;
@@ -103,11 +103,6 @@ fn parse_operation(text: &str) -> PyResult<Operation> {
     }
 }
 
-fn parse_address(field: &str, text: &str) -> PyResult<SocketAddr> {
-    text.parse()
-        .map_err(|_| to_python(Error::invalid(field, format!("{text:?}"), "ip:port")))
-}
-
 /// The positions of both lists that take part; all of a list that names none.
 fn positions(
     local: (&Prepared, Option<&Bound<'_, PyAny>>),
@@ -134,7 +129,7 @@ impl Agent {
     /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any; `ucx` are settings of
     /// UCX, which is used if they are given.
     #[new]
-    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None))]
+    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None, memcpy = true, tcp_rails = None, tcp_connections = 1, tls = None, verbs = None, look = None, slow_after = Some(2.0)))]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python's side of a function with named arguments"
@@ -151,31 +146,33 @@ impl Agent {
         tcp_congestion: Option<&str>,
         prefer: Option<Vec<String>>,
         copy_threads: Option<usize>,
+        memcpy: bool,
+        tcp_rails: Option<Vec<String>>,
+        tcp_connections: usize,
+        tls: Option<Tls>,
+        verbs: Option<Verbs>,
+        look: Option<f64>,
+        slow_after: Option<f64>,
     ) -> PyResult<Self> {
-        let tcp = tcp.map(|text| parse_address("tcp", text)).transpose()?;
-        let advertised = tcp_advertise
-            .map(|text| parse_address("tcp_advertise", text))
-            .transpose()?;
-        let mut builder = transfer::Agent::builder(name)
-            .shm(shm)
-            .tcp(tcp)
-            .tcp_advertise(advertised)
-            .tcp_congestion(tcp_congestion)
-            .prefer(prefer.unwrap_or_default());
-        if let Some(threads) = copy_threads {
-            builder = builder.copy_threads(threads);
-        }
-        if let Some(enabled) = cma {
-            builder = builder.cma(enabled);
-        }
-        if let Some(settings) = ucx {
-            let settings = settings.into_iter().collect();
-            builder = builder.ucx(Some(transfer::UcxOptions { settings }));
-        }
-        if let Some(names) = allow_peers {
-            builder = builder.allow_peers(names);
-        }
-        let agent = py.detach(|| builder.build()).map_err(to_python)?;
+        let options = AgentOptions {
+            shm,
+            cma,
+            memcpy,
+            copy_threads,
+            tcp,
+            tcp_advertise,
+            tcp_rails: tcp_rails.unwrap_or_default(),
+            tcp_connections,
+            tcp_congestion,
+            tls,
+            ucx,
+            verbs,
+            allow_peers,
+            prefer: prefer.unwrap_or_default(),
+            look,
+            slow_after,
+        };
+        let agent = options.start(py, name)?;
         Ok(Self::of(Fabric::new(Life::begin(), agent)))
     }
 

@@ -9,6 +9,7 @@
 use pyo3::prelude::*;
 
 mod agent;
+mod agent_options;
 mod blocks;
 mod buffer;
 mod core;

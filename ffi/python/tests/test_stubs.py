@@ -45,7 +45,7 @@ def test_every_public_name_is_in_the_stubs_and_the_reverse():
     imported = {
         alias.asname
         for node in TREE.body
-        if isinstance(node, ast.ImportFrom) and node.module == "_reports"
+        if isinstance(node, ast.ImportFrom) and node.module in ("_reports", "_options")
         for alias in node.names
     }
     declared = set(CLASSES) | imported | set(functions(TREE))

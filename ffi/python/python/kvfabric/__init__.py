@@ -41,6 +41,7 @@ from ._kvfabric import (
     model_identity,
     pack_hashes,
 )
+from ._options import Tls, Verbs
 from ._reports import Estimate, Held, Pin, Reach, Removed, StoreReport, Telemetry
 
 __all__ = [
@@ -78,8 +79,10 @@ __all__ = [
     "Removed",
     "StoreReport",
     "Telemetry",
+    "Tls",
     "Transfer",
     "UnsupportedError",
+    "Verbs",
     "VersionError",
     "__version__",
     "model_identity",

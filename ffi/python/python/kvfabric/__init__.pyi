@@ -16,6 +16,8 @@ from typing import (
     final,
 )
 
+from ._options import Tls as Tls
+from ._options import Verbs as Verbs
 from ._reports import Held as Held
 from ._reports import Pin as Pin
 from ._reports import Reach as Reach
@@ -143,6 +145,13 @@ class Agent:
         tcp_congestion: Optional[str] = None,
         prefer: Optional[Sequence[str]] = None,
         copy_threads: Optional[int] = None,
+        memcpy: bool = True,
+        tcp_rails: Optional[Sequence[str]] = None,
+        tcp_connections: int = 1,
+        tls: Optional[Tls] = None,
+        verbs: Optional[Verbs] = None,
+        look: Optional[float] = None,
+        slow_after: Optional[float] = 2.0,
     ) -> Agent:
         """Starts an agent that peers know by `name`.
 
@@ -154,9 +163,21 @@ class Agent:
         environment alone. Use it in trusted networks only. Without `allow_peers` every peer that
         knows a region's key may connect.
 
-        `tcp_congestion` is the congestion control of TCP connections, such as "bbr"; `prefer` names
-        the ways to peers that go first; `copy_threads` is how many threads share a copy of 8 MiB or
-        more within the process.
+        `tcp_rails` are further addresses to serve TCP on, those of other network cards;
+        `tcp_connections` is how many connections are made to a peer, at most 16, over which large
+        transfers are striped. `tls` encrypts all of them with TLS 1.3 and has both sides show
+        certificates: `NotFoundError` for a file that is not there, `InvalidError` for one that is of
+        no use. `tcp_congestion` is their congestion control, such as "bbr".
+
+        `verbs` has peers reached by RDMA, with libibverbs and a device of this system
+        (`UnsupportedError` otherwise), in trusted networks only; `memcpy=False` has agents of this
+        process reached as those of other processes are. `prefer` names the ways to peers that go
+        first; `copy_threads` is how many threads share a copy of 8 MiB or more within the process.
+
+        `look` is how many seconds those who wait for a transfer or a message look for it before they
+        sleep, at most 0.001 and as long as that pays, 50 µs otherwise; with 0 they sleep at once. A
+        way to a peer that stands still for `slow_after` seconds is left for another one, where what
+        moves can be repeated; None: never.
         """
 
     @property

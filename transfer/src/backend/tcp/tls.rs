@@ -41,7 +41,7 @@ impl TlsOptions {
     /// Reads the three from files.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] with the path of what cannot be read.
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Denied`] or [`ErrorKind::Io`] with the path of what cannot be read.
     pub fn from_files(authorities: &Path, certificates: &Path, key: &Path) -> Result<Self> {
         let read =
             |path: &Path| std::fs::read(path).map_err(|e| Error::io(path.display().to_string(), e));
