@@ -127,9 +127,9 @@ impl Request {
     /// to be had. No peer's connection is waited for by requests to others.
     ///
     /// # Errors
-    /// Nothing is started then. [`ErrorKind::Busy`] when it is in flight or its memory unsettled, where `ucx`, a file or an
-    /// object store has too much to do, and while too many wait for a connection; other ways have it wait for its turn,
-    /// until its deadline; [`ErrorKind::NotFound`] when a region was deregistered; [`ErrorKind::Forked`] in a forked child.
+    /// Nothing is started then. [`ErrorKind::Busy`] when it is in flight or its memory unsettled, never for want of room: it
+    /// waits for its turn, until its deadline; [`ErrorKind::NotFound`] when a region was deregistered;
+    /// [`ErrorKind::Forked`] in a forked child.
     pub fn post(&self) -> Result<()> {
         self.agent.check()?;
         match &self.route {
@@ -179,7 +179,7 @@ impl Request {
         });
         if self.agent.later().add(posted_at, due).is_err() {
             self.core.withdraw();
-            let text = "too many requests wait for a connection, or no thread could be started";
+            let text = "nothing connects: the agent is closed, or no thread could be started";
             return Err(Error::new(ErrorKind::Busy, text));
         }
         self.core.watch(number, None);

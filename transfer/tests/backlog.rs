@@ -1,18 +1,24 @@
 //! More requests than a way can take at once: they wait for their turn, and none is refused.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and says what it skips"
+)]
 
 mod support;
 
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Wake, Waker};
+use std::net::TcpListener;
 use std::time::Duration;
 
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{Operation, Priority, Request, RequestOptions, Side, Status};
+use kvfabric_transfer::{
+    Agent, FileEngineMode, FileOptions, HostMemory, ObjectOptions, Operation, Priority,
+    RegionOptions, Request, RequestOptions, Side, Status,
+};
 
+use support::hold::{Held, hold};
 use support::proxy::proxied;
-use support::{Pair, WAIT, Way, contents, pattern};
+use support::{Pair, WAIT, Way, contents, loopback, pattern};
 
 /// More than any queue of the fabric once held.
 const MANY: usize = 20_000;
@@ -28,36 +34,39 @@ fn patient() -> RequestOptions {
     }
 }
 
-/// Whoever wakes it is held until the test lets go.
-struct Holds(Mutex<(Sender<()>, Receiver<()>)>);
-
-impl Wake for Holds {
-    fn wake(self: Arc<Self>) {
-        let (came, gone) = &*self.0.lock().unwrap();
-        // Nobody waits for it in a test that has failed.
-        let _ = came.send(());
-        let _ = gone.recv();
+/// Makes requests until the thread that ends one of them is held.
+fn hold_the_end(request: impl Fn() -> Request) -> (Request, Held) {
+    loop {
+        let request = request();
+        // It may be over before anybody looks.
+        if let Some(held) = hold(&mut request.completion()) {
+            held.wait();
+            return (request, held);
+        }
+        request.wait(WAIT).unwrap();
     }
 }
 
-/// The test's end of it; dropped, it lets go.
-struct Held {
-    came: Receiver<()>,
-    _go: Sender<()>,
-}
-
-impl Held {
-    fn wait(&self) {
-        self.came.recv_timeout(WAIT).unwrap();
+/// Requests far beyond what a queue once held are taken though nobody goes on with them; one is late, and all but a thousand
+/// are given up. Their memory is settled when somebody does.
+fn wait_for_their_turn(held: Vec<(Request, Held)>, make: impl Fn(RequestOptions) -> Request) {
+    let mut requests: Vec<Request> = (0..MANY).map(|_| make(patient())).collect();
+    let late = make(RequestOptions {
+        deadline: Some(Duration::from_millis(1)),
+        ..patient()
+    });
+    assert_eq!(late.wait(WAIT).unwrap_err().kind(), ErrorKind::Timeout);
+    let given_up = requests.split_off(1000);
+    for request in &given_up {
+        request.cancel();
+        let cancelled = request.wait(WAIT).unwrap_err();
+        assert_eq!(cancelled.kind(), ErrorKind::Cancelled);
     }
-}
-
-/// Holds the thread that resolves a future; none if it is resolved.
-fn hold<F: Future + Unpin>(future: &mut F) -> Option<Held> {
-    let ((says, came), (_go, gone)) = (channel(), channel());
-    let waker = Waker::from(Arc::new(Holds(Mutex::new((says, gone)))));
-    let polled = std::pin::Pin::new(future).poll(&mut Context::from_waker(&waker));
-    polled.is_pending().then_some(Held { came, _go })
+    drop(held);
+    finish(&requests);
+    for request in given_up.iter().chain([&late]) {
+        assert!(request.wait_drained(WAIT));
+    }
 }
 
 fn finish(requests: &[Request]) {
@@ -119,8 +128,14 @@ fn reads_that_wait_for_their_turn_end_with_the_connection() {
 /// those that are given up end at once, and the others arrive in the order in which they were posted.
 #[test]
 fn notifications_beyond_what_a_path_takes_wait_for_their_turn() {
+    for way in [Way::Shm, Way::Ucx] {
+        notifications_wait_over(way);
+    }
+}
+
+fn notifications_wait_over(way: Way) {
     const NOTIFICATIONS: u32 = 14_000;
-    let pair = Pair::new(Way::Shm, 4096);
+    let pair = Pair::new(way, 4096);
     let notify = |number: u32| {
         let bytes = number.to_le_bytes().to_vec();
         pair.initiator.notify(&pair.peer, bytes.into()).unwrap()
@@ -150,7 +165,13 @@ fn notifications_beyond_what_a_path_takes_wait_for_their_turn() {
 /// The path ends while its notifications wait: all of them do.
 #[test]
 fn notifications_that_wait_for_their_turn_end_with_the_path() {
-    let pair = Pair::new(Way::Shm, 4096);
+    for way in [Way::Shm, Way::Ucx] {
+        notifications_end_with(way);
+    }
+}
+
+fn notifications_end_with(way: Way) {
+    let pair = Pair::new(way, 4096);
     let notify = |_| {
         pair.initiator
             .notify(&pair.peer, b"one"[..].into())
@@ -167,6 +188,26 @@ fn notifications_that_wait_for_their_turn_end_with_the_path() {
     for request in requests.iter().chain([&first]) {
         let lost = request.wait(WAIT).unwrap_err();
         assert_eq!(lost.kind(), ErrorKind::PeerLost);
+    }
+}
+
+/// The peer takes connections and says nothing: those who wait for one are taken, and can be given up.
+#[test]
+fn notifications_without_a_connection_wait_for_one() {
+    let silent = TcpListener::bind(loopback()).unwrap();
+    let target = Way::Tcp.builder("target");
+    let target = target.tcp_advertise(Some(silent.local_addr().unwrap()));
+    let (initiator, target) = (Way::Tcp.agent("initiator"), target.build().unwrap());
+    let peer = initiator.load_peer(&target.metadata()).unwrap();
+    let notify = |_| initiator.notify(&peer, b"one"[..].into()).unwrap();
+    let requests: Vec<Request> = (0..MANY).map(notify).collect();
+    for request in &requests {
+        request.cancel();
+        let cancelled = request.wait(WAIT).unwrap_err();
+        assert_eq!(cancelled.kind(), ErrorKind::Cancelled);
+    }
+    for request in &requests {
+        assert!(request.wait_drained(WAIT));
     }
 }
 
@@ -227,4 +268,67 @@ fn requests_beyond_what_a_rate_lets_through_wait_for_their_turn() {
         request.cancel();
         assert!(request.wait_drained(WAIT));
     }
+}
+
+/// The thread of UCX is held.
+#[test]
+fn reads_beyond_what_ucx_takes_wait_for_their_turn() {
+    let pair = Pair::new(Way::Ucx, 4096);
+    // More pieces than the caller of `post` begins himself.
+    let scattered: Vec<(u64, u64, u64)> = (0..65).map(|n| (n * 2, n * 2, 1)).collect();
+    let read = |options| pair.moves(Operation::Read, &scattered, options);
+    let held = hold_the_end(|| read(patient()));
+    wait_for_their_turn(vec![held], read);
+}
+
+/// All threads of the file engine are held.
+#[test]
+fn reads_beyond_what_a_file_engine_takes_wait_for_their_turn() {
+    for (mode, threads) in [(FileEngineMode::Blocking, 4), (FileEngineMode::Uring, 1)] {
+        let agent = Agent::builder("files").build().unwrap();
+        if let Err(error) = agent.start_file_engine(mode) {
+            eprintln!("SKIPPED {mode:?}: {error}");
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let options = FileOptions {
+            create: true,
+            len_bytes: Some(4096),
+            ..FileOptions::default()
+        };
+        let file = agent.open_file(folder.path().join("f"), &options).unwrap();
+        let memory = HostMemory::anonymous(4096).unwrap();
+        let memory = agent.register(memory, RegionOptions::default()).unwrap();
+        let read = |options| {
+            let pairs = [(memory.descriptor(0, 8), file.descriptor(0, 8))];
+            let side = Side::Local;
+            agent
+                .transfer(Operation::Read, &pairs, side, options)
+                .unwrap()
+        };
+        let held = (0..threads).map(|_| hold_the_end(|| read(patient())));
+        wait_for_their_turn(held.collect(), read);
+    }
+}
+
+/// Both threads of the object stores are held.
+#[test]
+fn reads_beyond_what_a_store_takes_wait_for_their_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", folder.path().display());
+    let agent = Agent::builder("objects").object_store("s", &url, ObjectOptions::default());
+    let agent = agent.build().unwrap();
+    let memory = HostMemory::anonymous(4096).unwrap();
+    let memory = agent.register(memory, RegionOptions::default()).unwrap();
+    let object = agent.object("s", "o").unwrap();
+    let moves = |operation, options| {
+        let pairs = [(memory.descriptor(0, 8), object.descriptor(0, 8))];
+        agent
+            .transfer(operation, &pairs, Side::Local, options)
+            .unwrap()
+    };
+    moves(Operation::Write, patient()).wait(WAIT).unwrap();
+    let read = |options| moves(Operation::Read, options);
+    let held = (0..2).map(|_| hold_the_end(|| read(patient())));
+    wait_for_their_turn(held.collect(), read);
 }

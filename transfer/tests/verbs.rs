@@ -14,12 +14,13 @@ use std::time::Instant;
 
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{
-    Agent, Descriptor, HostMemory, Operation, RequestOptions, Side, VerbsOptions,
+    Agent, Descriptor, HostMemory, Operation, Priority, Request, RequestOptions, Side, VerbsOptions,
 };
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use support::child::{Again, ROLE, hex, unhex};
+use support::hold::hold;
 use support::{OPEN, Pair, WAIT, Way, contents, has_rdma, pattern};
 
 /// So much that it takes soft-RoCE a while.
@@ -130,6 +131,70 @@ fn requests_wait_for_room_in_the_send_queue() {
     let request = pair.moves(Operation::Read, &pieces, RequestOptions::default());
     request.wait(WAIT).unwrap();
     assert!(contents(&pair.local)[..1024] == data[..1024]);
+}
+
+/// Many offloads are posted, then one fetch: it is done before most of them.
+#[test]
+fn a_fetch_overtakes_offloads() {
+    if !has_rdma() {
+        return;
+    }
+    const BULK: u64 = 8 << 20;
+    let pair = Pair::new(Way::Verbs, BULK);
+    let background = RequestOptions {
+        priority: Priority::Background,
+        ..RequestOptions::default()
+    };
+    let offloads: Vec<_> = (0..8)
+        .map(|_| pair.moves(Operation::Write, &[(0, 0, BULK)], background.clone()))
+        .collect();
+    let fetch = pair.moves(Operation::Read, &[(0, 0, 4096)], RequestOptions::default());
+    let done_at = |request: &Request| {
+        request.wait(WAIT).unwrap();
+        let telemetry = request.telemetry().unwrap();
+        telemetry.posted + telemetry.transfer
+    };
+    let fetched = done_at(&fetch);
+    let before = offloads.iter().filter(|request| done_at(request) < fetched);
+    let before = before.count();
+    assert!(before < 4, "{before} offloads were done first");
+}
+
+/// The target is held while it takes the first notification: those beyond what may be unanswered wait, those that are given up
+/// end at once, and the others arrive in order.
+#[test]
+fn notifications_beyond_what_a_path_takes_wait_for_their_turn() {
+    if !has_rdma() {
+        return;
+    }
+    const NOTIFICATIONS: u32 = 6000;
+    let pair = Pair::new(Way::Verbs, 4096);
+    let notify = |number: u32| {
+        let bytes = number.to_le_bytes().to_vec();
+        pair.initiator.notify(&pair.peer, bytes.into()).unwrap()
+    };
+    notify(0).wait(WAIT).unwrap();
+    assert_eq!(pair.target.notifications().len(), 1);
+    let mut notified = pair.target.notified();
+    let held = hold(&mut notified).unwrap();
+    let mut requests = vec![notify(1)];
+    held.wait();
+    requests.extend((2..NOTIFICATIONS).map(notify));
+    for request in requests.split_off(requests.len() - 100) {
+        request.cancel();
+        assert!(request.wait_drained(WAIT));
+    }
+    drop(held);
+    for request in &requests {
+        request.wait(WAIT).unwrap();
+    }
+    let came: Vec<u32> = pair
+        .target
+        .notifications()
+        .iter()
+        .map(|one| u32::from_le_bytes(one.bytes[..].try_into().unwrap()))
+        .collect();
+    assert_eq!(came, (1..NOTIFICATIONS - 100).collect::<Vec<u32>>());
 }
 
 /// A region that was used goes back to its owner while both sides live, again and again; later requests are refused.

@@ -16,6 +16,7 @@ pub mod conformance;
 pub(crate) mod copy;
 mod far_sums;
 pub mod file;
+mod giving_way;
 mod job;
 pub(crate) mod memcpy;
 pub mod object;

@@ -44,12 +44,13 @@ impl Connecting {
     pub(super) fn add(self: &Arc<Self>, peer: &Weak<PeerCore>, due: Due) -> Result<(), Due> {
         let key = Weak::as_ptr(peer).addr();
         let mut lanes = self.lock();
-        if lanes.closed || lanes.waiting >= WAITING_MAX {
+        let counts = is_bounded(&due);
+        if lanes.closed || (counts && lanes.waiting >= WAITING_MAX) {
             return Err(due);
         }
         if let Some(lane) = lanes.lanes.get_mut(&key) {
             lane.push_back(due);
-            lanes.waiting += 1;
+            lanes.waiting += usize::from(counts);
             return Ok(());
         }
         let ended = std::mem::take(&mut lanes.ended);
@@ -63,7 +64,7 @@ impl Connecting {
         }
         lanes.lanes.insert(key, VecDeque::from([due]));
         lanes.ready.push_back(key);
-        lanes.waiting += 1;
+        lanes.waiting += usize::from(counts);
         drop(lanes);
         join(ended);
         Ok(())
@@ -82,7 +83,7 @@ impl Connecting {
         let mut lanes = self.lock();
         while let Some(key) = lanes.ready.pop_front() {
             let due = lanes.lanes.get_mut(&key).and_then(VecDeque::pop_front);
-            lanes.waiting -= usize::from(due.is_some());
+            lanes.waiting -= usize::from(due.as_ref().is_some_and(is_bounded));
             drop(lanes);
             if let Some(due) = due {
                 due.post();
@@ -113,6 +114,11 @@ impl Connecting {
         threads.extend(running.into_values());
         threads
     }
+}
+
+/// Whether there is a limit to how many of its kind wait. There is none to posts: they wait for their turn.
+fn is_bounded(due: &Due) -> bool {
+    !matches!(due, Due::Unconnected(_))
 }
 
 /// Takes back what has ended.

@@ -16,8 +16,8 @@ use crate::backend::{Backend, Job};
 use crate::sync::thread::{Builder, JoinHandle};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 
-/// What may wait here beside requests that have a rate; what comes above it is not repeated. Those that have one wait each
-/// for its own turn, as many as callers hold.
+/// What may wait here beside requests that have a rate or no connection; what comes above it is not repeated. Those that have
+/// one, or none, wait each for its own turn, as many as callers hold.
 pub(super) const WAITING_MAX: usize = 16_384;
 
 /// What is to be posted.

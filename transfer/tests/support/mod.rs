@@ -10,6 +10,7 @@ use kvfabric_transfer::{
 };
 
 pub(crate) mod child;
+pub(crate) mod hold;
 pub(crate) mod proxy;
 pub(crate) mod sockets;
 

@@ -39,7 +39,6 @@ impl Blocking {
                 .spawn(move || {
                     while let Some(job) = inbox.wait() {
                         let outcome = run(&job, &inbox);
-                        inbox.settled();
                         job.waiter.settle(outcome);
                     }
                 })
@@ -74,6 +73,7 @@ fn run(job: &FileJob, inbox: &Inbox) -> Result<()> {
             if job.waiter.is_abandoned() {
                 return Err(abandoned());
             }
+            inbox.settle_given_up();
             if let Some(reason) = inbox.lock().closed {
                 let text = format!("file engine: {reason}");
                 return Err(Error::new(ErrorKind::Cancelled, text));

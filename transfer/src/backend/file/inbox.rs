@@ -1,23 +1,21 @@
-//! The way into a file engine: bounded, never blocking, and closed with a reason.
+//! The way into a file engine: never blocking, never full, and closed with a reason.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashSet, LinkedList};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use kvcache_core::{Error, ErrorKind};
 
 use super::job::FileJob;
+use crate::backend::abandoned;
 use crate::region::{RegionCore, RegionId};
 use crate::request::Priority;
 
-/// The most jobs an engine holds, waiting and under way; more are refused as `Busy`.
-pub const FILE_JOBS_MAX: usize = 16 << 10;
-
-/// What the engine's threads find.
+/// What the engine's threads find: jobs that wait for their turn, as many as callers have posted and not given up.
 #[derive(Default)]
 pub(super) struct Letters {
-    pub(super) jobs: VecDeque<FileJob>,
+    jobs: LinkedList<FileJob>,
     /// Those that give way to the others.
-    pub(super) background: VecDeque<FileJob>,
+    background: LinkedList<FileJob>,
     /// Some job was given up by its caller.
     pub(super) reap: bool,
     /// Regions of which the engine has the kernel hold memory, and those of them that are being deregistered.
@@ -25,7 +23,31 @@ pub(super) struct Letters {
     gone: Vec<Arc<RegionCore>>,
     /// Set when no more jobs are taken.
     pub(super) closed: Option<&'static str>,
-    unsettled: usize,
+}
+
+impl Letters {
+    /// The job of this priority that waits longest.
+    pub(super) fn next(&mut self, priority: Priority) -> Option<FileJob> {
+        self.queue(priority).pop_front()
+    }
+
+    /// Those whose callers have given up, if any did since the last time.
+    pub(super) fn take_given_up(&mut self) -> LinkedList<FileJob> {
+        if !std::mem::take(&mut self.reap) {
+            return LinkedList::new();
+        }
+        let given_up = |job: &mut FileJob| job.waiter.is_abandoned();
+        let mut taken: LinkedList<FileJob> = self.jobs.extract_if(given_up).collect();
+        taken.extend(self.background.extract_if(given_up));
+        taken
+    }
+
+    fn queue(&mut self, priority: Priority) -> &mut LinkedList<FileJob> {
+        match priority {
+            Priority::Normal => &mut self.jobs,
+            Priority::Background => &mut self.background,
+        }
+    }
 }
 
 /// A shared box of [`Letters`].
@@ -48,21 +70,21 @@ impl Inbox {
             let error = Error::new(ErrorKind::Poisoned, format!("file engine: {reason}"));
             return Err((job, error));
         }
-        if letters.unsettled >= FILE_JOBS_MAX {
-            let text = format!("the file engine holds {FILE_JOBS_MAX} jobs");
-            return Err((job, Error::new(ErrorKind::Busy, text)));
-        }
-        letters.unsettled += 1;
-        match job.priority {
-            Priority::Normal => letters.jobs.push_back(job),
-            Priority::Background => letters.background.push_back(job),
-        }
+        letters.queue(job.priority).push_back(job);
         Ok(())
     }
 
-    /// Counts one job less.
-    pub(super) fn settled(&self) {
-        self.lock().unsettled -= 1;
+    /// Some job was given up: the engine looks for it, once for all that were meanwhile.
+    pub(super) fn reap(&self) {
+        self.lock().reap = true;
+    }
+
+    /// Settles those who wait and were given up, if any were since the last time.
+    pub(super) fn settle_given_up(&self) {
+        let given_up = self.lock().take_given_up();
+        for job in given_up {
+            job.waiter.settle(Err(abandoned()));
+        }
     }
 
     /// Notes that memory of a region may be held; not of one that is being deregistered already.
@@ -116,12 +138,15 @@ impl Inbox {
         self.arrived.notify_one();
     }
 
-    /// Waits for a job; none once the inbox is closed and empty.
+    /// Waits for a job, those that were given up first; none once the inbox is closed and empty.
     pub(super) fn wait(&self) -> Option<FileJob> {
         let mut letters = self.lock();
         loop {
-            let first = letters.jobs.pop_front();
-            if let Some(job) = first.or_else(|| letters.background.pop_front()) {
+            let mut first = letters.take_given_up();
+            first.append(&mut letters.jobs);
+            letters.jobs = first;
+            let first = letters.next(Priority::Normal);
+            if let Some(job) = first.or_else(|| letters.next(Priority::Background)) {
                 return Some(job);
             }
             if letters.closed.is_some() {

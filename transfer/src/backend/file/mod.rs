@@ -7,6 +7,7 @@ mod job;
 mod open;
 mod pinned;
 mod plan;
+mod ring;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -29,7 +30,6 @@ use open::OpenFile;
 use uring::Uring;
 
 pub use answer::Answer;
-pub use inbox::FILE_JOBS_MAX;
 pub use open::{DirectMode, FileOptions};
 
 /// The name in reports and statistics.
@@ -140,7 +140,7 @@ impl Backend for FileBackend {
     }
 
     fn reap(&self) {
-        self.inbox.lock().reap = true;
+        self.inbox.reap();
         self.wake();
     }
 }
@@ -155,7 +155,7 @@ impl FileTarget {
     /// Brings everything that was written before, and its metadata as far as needed to read it, to the device.
     ///
     /// # Errors
-    /// `Busy` when the engine is full. What the device says comes from the answer.
+    /// `Poisoned` when the engine broke down. What the device says comes from the answer.
     fn sync(&self) -> Result<Answer<()>> {
         let (reply, answer) = Answer::channel();
         let job = FileJob {
@@ -254,8 +254,8 @@ impl Region {
     /// (`fdatasync`).
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] when it is no file, [`ErrorKind::Busy`] when the engine is full. What the device says
-    /// comes from the answer.
+    /// [`ErrorKind::Unsupported`] when it is no file, [`ErrorKind::Poisoned`] when the engine broke down. What the device
+    /// says comes from the answer.
     pub fn sync(&self) -> Result<Answer<()>> {
         self.file()?.sync()
     }

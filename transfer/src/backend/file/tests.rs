@@ -11,7 +11,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use proptest::prelude::*;
 
 use super::answer::Answer;
-use super::inbox::{FILE_JOBS_MAX, Inbox};
+use super::inbox::Inbox;
 use super::job::{FileJob, FileOperation, Piece, Waiter};
 use super::open::{DirectMode, FileOptions, OpenFile};
 use super::plan::calls;
@@ -170,34 +170,41 @@ fn closing_the_engine_settles_what_is_under_way() {
     assert!(error.to_string().contains("closed"), "{error}");
 }
 
-/// One more than the limit.
+/// Nothing takes the jobs of this inbox: whoever gives his up gets it back at once, and a closed one takes no more.
 #[test]
-fn a_full_inbox_is_busy_until_a_job_is_settled() {
+fn an_inbox_hands_back_what_was_given_up_and_is_never_full() {
     let inbox = Inbox::default();
     let file = handle(File::open("/dev/zero").expect("opens"), 1);
-    for _ in 0..FILE_JOBS_MAX {
-        assert!(
-            inbox
-                .submit(job(FileOperation::Sync, &file, Vec::new()).0)
-                .is_ok()
-        );
+    let asked: Vec<Asked> = (0..20_000)
+        .map(|_| {
+            let (job, asked) = job(FileOperation::Sync, &file, Vec::new());
+            assert!(inbox.submit(job).is_ok());
+            asked
+        })
+        .collect();
+    for given_up in &asked[..3] {
+        given_up.abandoned.store(true, Ordering::Release);
     }
-    let refused = inbox.submit(job(FileOperation::Sync, &file, Vec::new()).0);
-    assert_eq!(
-        refused.err().map(|(_, error)| error.kind()),
-        Some(ErrorKind::Busy)
-    );
-    inbox.settled();
-    assert!(
-        inbox
-            .submit(job(FileOperation::Sync, &file, Vec::new()).0)
-            .is_ok()
-    );
+    inbox.reap();
+    inbox.settle_given_up();
+    for given_up in &asked[..3] {
+        let error = given_up.outcome().expect_err("given up");
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+    }
+    asked[9].abandoned.store(true, Ordering::Release);
+    inbox.reap();
+    let first = inbox.wait().expect("many wait");
+    assert!(first.waiter.is_abandoned(), "it goes before the others");
     inbox.close("over");
     let refused = inbox.submit(job(FileOperation::Sync, &file, Vec::new()).0);
     assert_eq!(
         refused.err().map(|(_, error)| error.kind()),
         Some(ErrorKind::Poisoned)
+    );
+    assert_eq!(
+        std::iter::from_fn(|| inbox.wait()).count(),
+        asked.len() - 4,
+        "those that wait are still found"
     );
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use io_uring::{IoUring, Probe, opcode, squeue, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::event::EventfdFlags;
 
@@ -15,18 +15,18 @@ use super::inbox::Inbox;
 use super::job::{FileJob, FileOperation, Waiter};
 use super::pinned::Pinned;
 use super::plan::{Call, calls};
+use super::ring::ring;
 use crate::backend::{Keeper, abandoned};
 use crate::descriptor::Target;
 use crate::region::RegionCore;
 use crate::request::Priority;
 
-/// Calls in the kernel at once: enough to fill an NVMe drive with 1 MiB calls, few enough that a job does not wait behind
-/// a wall of others.
+/// Calls in the kernel at once: enough to fill an NVMe drive, few enough that no job waits behind a wall of others.
 const CALLS_MAX: usize = 64;
 /// As [`CALLS_MAX`], for jobs that give way: what others may find in the kernel before them.
 const BACKGROUND_CALLS_MAX: usize = 16;
-/// Submission entries: calls, their cancellations and the wake-up, with room.
-const RING_ENTRIES: u32 = 256;
+/// Jobs of a priority whose calls are worked out; more wait in the inbox.
+const JOBS_OPEN_MAX: usize = 1024;
 /// The wake-up's number; calls have their slot's.
 const WAKE: u64 = u64::MAX;
 /// The number of cancellations, whose answers do not matter: the cancelled call answers for itself.
@@ -123,32 +123,6 @@ impl Drop for Uring {
     }
 }
 
-fn ring() -> io::Result<IoUring> {
-    let ring = IoUring::builder()
-        .dontfork()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .build(RING_ENTRIES)
-        .or_else(|_| IoUring::builder().dontfork().build(RING_ENTRIES))?;
-    if !ring.params().is_feature_nodrop() || !ring.params().is_feature_submit_stable() {
-        return Err(io::Error::other("this kernel's rings may drop answers"));
-    }
-    let mut probe = Probe::new();
-    ring.submitter().register_probe(&mut probe)?;
-    for (name, code) in [
-        ("readv", opcode::Readv::CODE),
-        ("writev", opcode::Writev::CODE),
-        ("fsync", opcode::Fsync::CODE),
-        ("poll", opcode::PollAdd::CODE),
-        ("cancel", opcode::AsyncCancel::CODE),
-    ] {
-        if !probe.is_supported(code) {
-            return Err(io::Error::other(format!("this kernel's rings lack {name}")));
-        }
-    }
-    Ok(ring)
-}
-
 /// A job whose calls are being made.
 struct Active {
     waiting: VecDeque<Call>,
@@ -164,6 +138,9 @@ struct Worker {
     ring: IoUring,
     door: Arc<Door>,
     jobs: BTreeMap<u64, Active>,
+    /// How many of them there are, and how many that give way.
+    open: usize,
+    background_open: usize,
     started: u64,
     /// Jobs with calls to make, in turn.
     turns: VecDeque<u64>,
@@ -184,6 +161,8 @@ impl Worker {
             ring,
             door,
             jobs: BTreeMap::new(),
+            open: 0,
+            background_open: 0,
             started: 0,
             turns: VecDeque::new(),
             background: VecDeque::new(),
@@ -217,13 +196,23 @@ impl Worker {
 
     /// Takes what came in; true when the engine is to end.
     fn take_letters(&mut self) -> bool {
-        let (jobs, reap, closed) = {
-            let mut letters = self.door.inbox.lock();
-            let reap = std::mem::take(&mut letters.reap);
-            let mut jobs = std::mem::take(&mut letters.jobs);
-            jobs.append(&mut letters.background);
-            (jobs, reap, letters.closed)
+        let (jobs, given_up, reap, closed) = {
+            let door = Arc::clone(&self.door);
+            let mut letters = door.inbox.lock();
+            let reap = letters.reap;
+            let closed = letters.closed;
+            let given_up = letters.take_given_up();
+            let mut jobs = Vec::new();
+            for priority in [Priority::Normal, Priority::Background] {
+                let room = JOBS_OPEN_MAX.saturating_sub(*self.open(priority));
+                // When nothing is taken any more, all that wait are failed below.
+                let most = closed.map_or(room, |_| usize::MAX);
+                jobs.extend(std::iter::from_fn(|| letters.next(priority)).take(most));
+            }
+            (jobs, given_up, reap, closed)
         };
+        let given_up = given_up.into_iter();
+        given_up.for_each(|job| job.waiter.settle(Err(abandoned())));
         for region in self.door.inbox.take_gone() {
             self.pinned.forget(&self.ring, region.id());
             region.leave();
@@ -264,10 +253,10 @@ impl Worker {
                 };
                 let priority = active.priority;
                 self.jobs.insert(id, active);
+                *self.open(priority) += 1;
                 self.turns(priority).push_back(id);
             }
             Err(error) => {
-                self.door.inbox.settled();
                 job.waiter.settle(Err(error));
             }
         }
@@ -298,6 +287,13 @@ impl Worker {
                     .user_data(CANCELLATION);
                 self.push(&entry);
             }
+        }
+    }
+
+    fn open(&mut self, priority: Priority) -> &mut usize {
+        match priority {
+            Priority::Normal => &mut self.open,
+            Priority::Background => &mut self.background_open,
         }
     }
 
@@ -482,7 +478,7 @@ impl Worker {
             return;
         }
         if let Some(job) = self.jobs.remove(&id) {
-            self.door.inbox.settled();
+            *self.open(job.priority) -= 1;
             job.waiter.settle(job.failure.map_or(Ok(()), Err));
         }
     }

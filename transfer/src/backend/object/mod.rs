@@ -7,9 +7,9 @@ mod connect;
 mod options;
 mod store;
 mod transfer;
+mod turns;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -31,8 +31,6 @@ pub use transfer::OBJECT_BYTES_MAX;
 
 /// The name in reports and statistics.
 const NAME: &str = "object";
-/// The most requests that the engine holds; more are refused as `Busy`.
-pub const OBJECT_JOBS_MAX: usize = 16 << 10;
 /// Threads that drive the stores' connections. Bytes move at the speed of a network, so two are plenty.
 const RUNTIME_THREADS: usize = 2;
 
@@ -91,7 +89,6 @@ pub(crate) struct ObjectBackend {
 }
 
 struct Shared {
-    jobs: AtomicUsize,
     buffers: Semaphore,
     /// Changes whenever a caller gave up on some job.
     reaped: watch::Sender<u64>,
@@ -106,7 +103,6 @@ impl ObjectBackend {
             .build()
             .map_err(|error| Error::io("start the object stores' runtime", error))?;
         let shared = Shared {
-            jobs: AtomicUsize::new(0),
             buffers: Semaphore::new(transfer::BUFFER_UNITS_MAX),
             reaped: watch::Sender::new(0),
         };
@@ -141,12 +137,6 @@ impl Backend for ObjectBackend {
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
-        let before = self.shared.jobs.fetch_add(1, Ordering::AcqRel);
-        if before >= OBJECT_JOBS_MAX {
-            self.shared.jobs.fetch_sub(1, Ordering::AcqRel);
-            let text = format!("the object engine holds {OBJECT_JOBS_MAX} requests");
-            return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
-        }
         self.handle.spawn(serve(Arc::clone(&self.shared), job));
         Ok(())
     }
@@ -164,7 +154,12 @@ async fn serve(shared: Arc<Shared>, job: Job) {
     let control = Control::default();
     let mut reaped = shared.reaped.subscribe();
     let outcome = {
-        let mut work = Box::pin(transfer::run(&plan, &control, &shared.buffers));
+        let mut work = Box::pin(transfer::run(
+            &plan,
+            job.priority(),
+            &control,
+            &shared.buffers,
+        ));
         loop {
             if job.is_abandoned() {
                 break Err(abandoned());
@@ -178,7 +173,6 @@ async fn serve(shared: Arc<Shared>, job: Job) {
     };
     // The work is dropped, so only its blocking threads can still touch the job's memory.
     control.drain().await;
-    shared.jobs.fetch_sub(1, Ordering::AcqRel);
     job.settle(outcome);
 }
 

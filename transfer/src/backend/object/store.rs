@@ -7,11 +7,13 @@ use futures_util::stream::BoxStream;
 use kvcache_core::{Error, ErrorKind, Result};
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Mutex;
 
 use super::connect;
 use super::options::ObjectOptions;
+use super::turns::Turns;
 use crate::backend::file::Answer;
+use crate::request::Priority;
 
 /// The longest key, in bytes: what S3 allows.
 pub const OBJECT_KEY_BYTES_MAX: usize = 1024;
@@ -41,8 +43,8 @@ pub(crate) struct Store {
     name: String,
     options: ObjectOptions,
     pub(super) inner: Arc<dyn ObjectStore>,
-    /// One permit a request.
-    pub(super) permits: Semaphore,
+    /// One for each request.
+    pub(super) turns: Arc<Turns>,
     runtime: tokio::runtime::Handle,
 }
 
@@ -55,12 +57,12 @@ impl Store {
     ) -> Result<Arc<Self>> {
         let inner = connect::open(url, &mut options)
             .map_err(|error| error.at(format!("object store {name:?}")))?;
-        let permits = Semaphore::new(options.concurrency_max);
+        let turns = Turns::new(options.concurrency_max);
         Ok(Arc::new(Self {
             name: name.to_owned(),
             options,
             inner,
-            permits,
+            turns,
             runtime,
         }))
     }
@@ -98,7 +100,7 @@ impl Store {
         let path = self.path(key)?;
         let store = Arc::clone(self);
         Ok(self.ask(async move {
-            let _permit = store.permit().await?;
+            let _turn = store.turns.take(Priority::Normal).await;
             match store.inner.head(&path).await {
                 Ok(meta) => Ok(Some(meta.into())),
                 Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -115,7 +117,7 @@ impl Store {
         let path = self.path(key)?;
         let store = Arc::clone(self);
         Ok(self.ask(async move {
-            let _permit = store.permit().await?;
+            let _turn = store.turns.take(Priority::Normal).await;
             match store.inner.delete(&path).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
                 Err(error) => Err(store.error("delete", &path, &error)),
@@ -138,15 +140,6 @@ impl Store {
             store: Arc::clone(self),
             place,
             objects: Arc::new(Mutex::new(Some(objects))),
-        })
-    }
-
-    pub(super) async fn permit(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
-        self.permits.acquire().await.map_err(|_| {
-            Error::new(
-                ErrorKind::Cancelled,
-                format!("object store {:?} is closed", self.name),
-            )
         })
     }
 
@@ -229,7 +222,7 @@ impl ObjectListing {
         let (store, place) = (Arc::clone(&self.store), self.place.clone());
         let objects = Arc::clone(&self.objects);
         Ok(self.store.ask(async move {
-            let _permit = store.permit().await?;
+            let _turn = store.turns.take(Priority::Normal).await;
             let mut objects = objects.lock().await;
             let mut page = Vec::new();
             while page.len() < count_max {

@@ -19,6 +19,7 @@ use super::{ObjectTarget, ObjectWrite};
 use crate::backend::{Operation, abandoned};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
+use crate::request::Priority;
 use crate::sys::memory::Mapping;
 
 /// The largest object that is written: it is gathered in memory first.
@@ -58,12 +59,17 @@ struct Part {
 
 /// Moves everything the plan asks for. Dropping the future stops it; what then may still touch memory is awaited with
 /// [`Control::drain`].
-pub(super) async fn run(plan: &Arc<Plan>, control: &Control, buffers: &Semaphore) -> Result<()> {
+pub(super) async fn run(
+    plan: &Arc<Plan>,
+    priority: Priority,
+    control: &Control,
+    buffers: &Semaphore,
+) -> Result<()> {
     let parts = parts(plan)?;
     let works = parts.into_iter().map(|part| async move {
         match plan.operation {
-            Operation::Write => put(plan, part, buffers).await,
-            Operation::Read => get(plan, part, control).await,
+            Operation::Write => put(plan, part, priority, buffers).await,
+            Operation::Read => get(plan, part, priority, control).await,
         }
     });
     try_join_all(works).await.map(drop)
@@ -118,9 +124,9 @@ fn memory<'a>(plan: &'a Plan, extent: &Extent) -> Result<&'a Mapping> {
     }
 }
 
-async fn put(plan: &Plan, part: Part, buffers: &Semaphore) -> Result<()> {
+async fn put(plan: &Plan, part: Part, priority: Priority, buffers: &Semaphore) -> Result<()> {
     let bytes = whole(&part)?;
-    let _permit = part.store.permit().await?;
+    let _turn = part.store.turns.take(priority).await;
     let units = bytes.div_ceil(BUFFER_UNIT_BYTES) as u32;
     let _buffer = buffers.acquire_many(units).await.map_err(|_| abandoned())?;
     // The store's client keeps what it sends for repetitions, and the region's memory may change under it: so a copy.
@@ -169,7 +175,7 @@ fn whole(part: &Part) -> Result<u64> {
     Ok(end)
 }
 
-async fn get(plan: &Arc<Plan>, part: Part, control: &Control) -> Result<()> {
+async fn get(plan: &Arc<Plan>, part: Part, priority: Priority, control: &Control) -> Result<()> {
     let mut rest = part.extents.as_slice();
     while let Some(first) = rest.first() {
         let mut end = first.remote_offset;
@@ -181,7 +187,7 @@ async fn get(plan: &Arc<Plan>, part: Part, control: &Control) -> Result<()> {
         let count = gap.unwrap_or(rest.len());
         let (run, others) = rest.split_at(count);
         rest = others;
-        get_run(plan, &part, run.to_vec(), control).await?;
+        get_run(plan, (&part, run.to_vec()), priority, control).await?;
     }
     Ok(())
 }
@@ -189,8 +195,8 @@ async fn get(plan: &Arc<Plan>, part: Part, control: &Control) -> Result<()> {
 /// Reads one range of the object without gaps.
 async fn get_run(
     plan: &Arc<Plan>,
-    part: &Part,
-    extents: Vec<Extent>,
+    (part, extents): (&Part, Vec<Extent>),
+    priority: Priority,
     control: &Control,
 ) -> Result<()> {
     let start = extents[0].remote_offset;
@@ -204,7 +210,7 @@ async fn get_run(
         );
         Error::new(ErrorKind::Corrupt, text)
     };
-    let _permit = part.store.permit().await?;
+    let _turn = part.store.turns.take(priority).await;
     let options = GetOptions::new().with_range(Some(start..end));
     let found = match part.store.inner.get_opts(&part.path, options).await {
         Ok(found) => found,

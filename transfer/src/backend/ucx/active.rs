@@ -4,7 +4,10 @@ use kvcache_core::Error;
 
 use super::frame::Session;
 use crate::backend::Job;
+use crate::backend::giving_way::GivingWay;
 use crate::plan::Extent;
+use crate::request::Priority;
+use crate::sys::ucx::Started;
 
 /// Bytes in one operation: a larger one would keep others waiting where UCX copies by itself.
 const PIECE_BYTES_MAX: u64 = 1 << 20;
@@ -33,6 +36,8 @@ pub(super) struct Active {
     pub(super) holds: bool,
     /// Extents whose checksums were asked for.
     pub(super) asked: usize,
+    /// It gives way, and waits until fewer operations of such jobs are open.
+    pub(super) is_waiting: bool,
     extent: usize,
     skip: u64,
 }
@@ -47,6 +52,7 @@ impl Active {
             error: None,
             holds: false,
             asked: 0,
+            is_waiting: false,
             extent: 0,
             skip: 0,
         }
@@ -68,6 +74,39 @@ impl Active {
             self.skip = 0;
         }
         Some(piece)
+    }
+
+    /// Whether its operations go behind those of other jobs.
+    pub(super) fn gives_way(&self) -> bool {
+        self.job.priority() == Priority::Background
+    }
+
+    /// Bytes of the extent that are not cut yet; none if nothing is left.
+    pub(super) fn left(&self) -> u64 {
+        let extent = self.job.plan().extents.get(self.extent);
+        extent.map_or(0, |extent| extent.len - self.skip)
+    }
+
+    /// Whether it has to let others go first; it is among those who wait then.
+    pub(super) fn must_wait(&mut self, number: usize, background: &mut GivingWay<usize>) -> bool {
+        if self.is_cut() || !self.gives_way() || background.may_begin(self.left()) {
+            return false;
+        }
+        if !std::mem::replace(&mut self.is_waiting, true) {
+            background.wait(number, self.extent > 0 || self.skip > 0);
+        }
+        true
+    }
+
+    /// An operation of it was begun.
+    pub(super) fn began(&mut self, started: Started, background: &mut GivingWay<usize>) {
+        if started == Started::Over {
+            return;
+        }
+        self.open += 1;
+        if self.gives_way() {
+            background.begin();
+        }
     }
 
     pub(super) fn is_cut(&self) -> bool {

@@ -103,7 +103,8 @@ impl Backend for UcxChannel {
         if self.shared.is_lost() {
             return Err(job.refuse(self.shared.loss()));
         }
-        self.driver.post(self.session, job)
+        self.driver.post(self.session, job);
+        Ok(())
     }
 
     fn reap(&self) {

@@ -11,6 +11,7 @@ mod driver;
 mod frame;
 mod lending;
 mod moving;
+mod notifying;
 mod options;
 mod state;
 mod sums;

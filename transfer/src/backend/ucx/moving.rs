@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::active::{Phase, WINDOW};
+use super::active::{Active, Phase, WINDOW};
 use super::frame::Session;
 use super::state::State;
 use super::using::{Asked, Held, Using};
 use crate::agent::RemoteRegion;
-use crate::backend::unix::{Call, Message, Outcome, Refused, UNANSWERED_MAX, Waiting};
-use crate::backend::{Job, Operation, abandoned};
+use crate::backend::giving_way::{LARGE_BYTES, OPEN_MAX};
+use crate::backend::unix::{Call, Message, Outcome, Waiting};
+use crate::backend::{Operation, abandoned};
 use crate::descriptor::Target;
 use crate::plan::Plan;
 use crate::region::RegionId;
@@ -181,6 +182,7 @@ impl State {
                 _ => Err(not_fitting("a notification is answered by something else")),
             };
             self.settled.push((job, outcome));
+            self.send_notifications(session);
         }
         Ok(())
     }
@@ -294,19 +296,39 @@ impl State {
         }
     }
 
-    /// Hands pieces of waiting jobs to UCX, in turn; whether there were any.
+    /// Hands pieces of waiting jobs to UCX, in turn, and those of jobs that give way when there are no others; whether there
+    /// were any.
     pub(super) fn pump(&mut self) -> bool {
         let mut left = TURN_PIECES;
         let mut busy = false;
         while left > 0 {
-            let Some(number) = self.ready.pop_front() else {
-                break;
+            let (number, weight) = match self.ready.pop_front() {
+                Some(number) => match self.jobs.get(&number) {
+                    Some(active) if active.gives_way() && !active.job.is_abandoned() => {
+                        self.behind.push_back(number);
+                        continue;
+                    }
+                    _ => (number, 1),
+                },
+                None => match self.behind.pop_front() {
+                    Some(number) => (number, self.weight(number)),
+                    None => break,
+                },
             };
             busy = true;
-            let pieces = self.step(number, left);
-            left -= pieces.clamp(1, left);
+            let pieces = self.step(number, left.div_ceil(weight));
+            left -= (pieces * weight).clamp(1, left);
         }
         busy
+    }
+
+    /// What a piece of a job that gives way counts: UCX may copy it before anybody else gets his turn.
+    fn weight(&self, number: usize) -> usize {
+        let is_large = |active: &Active| active.left() >= LARGE_BYTES;
+        match self.jobs.get(&number).is_some_and(is_large) {
+            true => TURN_PIECES / OPEN_MAX,
+            false => 1,
+        }
     }
 
     /// Goes on with a job; how many pieces of it were handed over.
@@ -363,6 +385,9 @@ impl State {
             active.holds = true;
         }
         while active.open < WINDOW && *pieces < most {
+            if active.must_wait(number, &mut using.background) {
+                return Ok(false);
+            }
             let Some(piece) = active.cut() else { break };
             let (Target::Local(local), Target::Remote(remote)) = (
                 &plan.local[piece.local as usize],
@@ -381,7 +406,7 @@ impl State {
             let started = self
                 .worker
                 .transfer(plan.operation, endpoint, moving, number)?;
-            active.open += usize::from(started == Started::Pending);
+            active.began(started, &mut using.background);
         }
         if !active.is_cut() {
             if active.open < WINDOW {
@@ -395,7 +420,7 @@ impl State {
         if plan.operation == Operation::Write && !plan.extents.is_empty() {
             active.phase = Phase::Flushing;
             let started = self.worker.flush(endpoint, number)?;
-            active.open += usize::from(started == Started::Pending);
+            active.began(started, &mut using.background);
             return Ok(started == Started::Over);
         }
         Ok(true)
@@ -416,6 +441,9 @@ impl State {
         if let Some(using) = self.using.get_mut(&session) {
             using.jobs -= 1;
         }
+        if active.gives_way() {
+            self.go_on_behind(session);
+        }
         if plan.sums {
             self.forget_sums(session, number);
         }
@@ -432,56 +460,24 @@ impl State {
         }
     }
 
+    /// Lets the next job that gives way go on.
+    pub(super) fn go_on_behind(&mut self, session: Session) {
+        let Some(using) = self.using.get_mut(&session) else {
+            return;
+        };
+        while let Some(number) = using.background.next() {
+            if let Some(active) = self.jobs.get_mut(&number) {
+                active.is_waiting = false;
+                return self.ready.push_back(number);
+            }
+        }
+    }
+
     fn leave(&mut self, session: Session, region: RegionId) {
         let using = self.using.get_mut(&session);
         if let Some(held) = using.and_then(|using| using.held.get_mut(&region)) {
             held.users -= 1;
             self.let_go_of_revoked(session, region);
-        }
-    }
-
-    /// Hands a job's notification to the peer; its answer settles the job.
-    fn notify(&mut self, session: Session, job: Job) {
-        let Some(bytes) = job.notification().cloned() else {
-            return self.settled.push((job, Ok(())));
-        };
-        let Some(using) = self.using.get(&session) else {
-            let lost = Error::new(ErrorKind::PeerLost, "the path is closed");
-            return self.settled.push((job, Err(lost)));
-        };
-        let shared = using.shared.clone();
-        let id = shared.unanswered.number();
-        match shared.unanswered.enter(id, Waiting::Notification(job)) {
-            Ok(()) => {}
-            Err((Waiting::Notification(job), refused)) => {
-                let error = match refused {
-                    Refused::Closed => shared.loss(),
-                    Refused::Full => {
-                        let text = format!("{UNANSWERED_MAX} messages are not answered");
-                        Error::new(ErrorKind::Busy, text)
-                    }
-                };
-                return self.settled.push((job, Err(error)));
-            }
-            Err(_) => return,
-        }
-        if let Err(error) = self.ask(session, Message::Notify { id, bytes })
-            && let Some(Waiting::Notification(job)) = shared.unanswered.take(id)
-        {
-            self.settled.push((job, Err(error)));
-        }
-    }
-
-    /// Some callers gave up: their jobs are looked at.
-    pub(super) fn sweep(&mut self) {
-        let jobs = self.jobs.iter();
-        let given_up =
-            jobs.filter_map(|(number, active)| active.job.is_abandoned().then_some(*number));
-        self.ready.extend(given_up);
-        for using in self.using.values() {
-            for job in using.shared.unanswered.take_abandoned() {
-                self.settled.push((job, Err(abandoned())));
-            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Everything that one thread at a time looks at: the worker, and who is connected by it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, LinkedList, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use super::user::{User, own_namespace};
 use super::using::{Shared, Using};
 use crate::agent::Exports;
 use crate::backend::Job;
+use crate::backend::giving_way::GivingWay;
 use crate::backend::unix::{Call, Message, Waiting};
 use crate::metadata::Incarnation;
 use crate::region::{RegionCore, RegionId};
@@ -44,6 +45,8 @@ pub(super) struct State {
     next_job: usize,
     /// Jobs that may have something to do.
     pub(super) ready: VecDeque<usize>,
+    /// Those of them that give way to the others.
+    pub(super) behind: VecDeque<usize>,
     /// Deregistered regions that UCX or a peer may still use; each counts as a user of its region.
     pub(super) leaving: Vec<Arc<RegionCore>>,
     /// Jobs that are over, to be settled without the lock.
@@ -70,6 +73,7 @@ impl State {
             jobs: HashMap::new(),
             next_job: 0,
             ready: VecDeque::new(),
+            behind: VecDeque::new(),
             leaving: Vec::new(),
             settled: Vec::new(),
             is_closed: false,
@@ -99,6 +103,8 @@ impl State {
             asked: HashMap::new(),
             summing: HashMap::new(),
             jobs: 0,
+            background: GivingWay::default(),
+            unsent: LinkedList::new(),
             ending: None,
             is_parted: false,
         };
@@ -170,14 +176,19 @@ impl State {
             },
             Event::Over { job, outcome } => {
                 if let Some(active) = self.jobs.get_mut(&job) {
-                    if let Some(using) = self.using.get(&active.session) {
-                        using.shared.arrived.fetch_add(1, Ordering::Relaxed);
-                    }
+                    let (session, gives_way) = (active.session, active.gives_way());
                     active.open -= 1;
                     if let Err(error) = outcome {
                         active.error.get_or_insert(error);
                     }
                     self.ready.push_back(job);
+                    if let Some(using) = self.using.get_mut(&session) {
+                        using.shared.arrived.fetch_add(1, Ordering::Relaxed);
+                        if gives_way {
+                            using.background.end();
+                            self.go_on_behind(session);
+                        }
+                    }
                 }
             }
             Event::Failed { endpoint, reason } => {
@@ -231,7 +242,8 @@ impl State {
                 .iter()
                 .for_each(|call| call.answer(Err(shared.loss())));
         }
-        for job in shared.end_waiting() {
+        let unsent = std::mem::take(&mut using.unsent);
+        for job in shared.end_waiting().into_iter().chain(unsent) {
             self.settled.push((job, Err(shared.loss())));
         }
         // Each looks whether its path is lost.
@@ -355,7 +367,7 @@ impl State {
 
     /// Whether there is nothing that UCX or the thread has to go on with.
     pub(super) fn is_quiet(&self) -> bool {
-        self.ready.is_empty() && self.worker.is_quiet()
+        self.ready.is_empty() && self.behind.is_empty() && self.worker.is_quiet()
     }
 
     /// Whether something ends after a time.

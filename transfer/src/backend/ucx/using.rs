@@ -1,6 +1,6 @@
 //! A peer whose memory this agent uses.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, LinkedList};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -9,7 +9,9 @@ use kvcache_core::{Error, ErrorKind};
 
 use super::frame::Session;
 use crate::agent::RemoteRegion;
+use crate::backend::Job;
 use crate::backend::far_sums::Summing;
+use crate::backend::giving_way::GivingWay;
 use crate::backend::unix::{Call, Unanswered, Waiting};
 use crate::region::RegionId;
 use crate::sys::ucx::EndpointId;
@@ -41,7 +43,7 @@ impl Shared {
     }
 
     /// Those who wait for an answer get none. Jobs are handed back, to be settled without a lock.
-    pub(super) fn end_waiting(&self) -> Vec<crate::backend::Job> {
+    pub(super) fn end_waiting(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         for waiting in self.unanswered.close() {
             match waiting {
@@ -83,6 +85,10 @@ pub(super) struct Using {
     pub(super) summing: HashMap<u64, Summing<usize>>,
     /// Jobs that are not over.
     pub(super) jobs: usize,
+    /// Those of them that give way to the others.
+    pub(super) background: GivingWay<usize>,
+    /// Jobs that have moved everything, and whose notifications wait for room.
+    pub(super) unsent: LinkedList<Job>,
     /// It is over, and ends by force then at the latest.
     pub(super) ending: Option<Instant>,
     /// The endpoint is being closed.
@@ -94,6 +100,11 @@ impl Using {
     pub(super) fn is_owed(&self) -> bool {
         let asks = self.to.is_none() || !self.asked.is_empty() || !self.summing.is_empty();
         !self.is_parted && (asks || self.shared.unanswered.is_notifying())
+    }
+
+    /// Whether a notification may be sent.
+    pub(super) fn may_notify(&self) -> bool {
+        self.shared.unanswered.has_room()
     }
 
     /// The open question for a region.

@@ -28,7 +28,7 @@ use crate::plan::Plan;
 use crate::reactor::{Interest, Reactor, Token};
 use crate::region::RegionCore;
 
-pub(super) use call::{Call, Refused, UNANSWERED_MAX, Unanswered, Waiting};
+pub(super) use call::{Call, Unanswered, Waiting};
 use channel::UnixChannel;
 pub(crate) use held::Held;
 pub(crate) use link::Link;

@@ -6,7 +6,9 @@ use kvcache_core::Error;
 
 use super::state::Line;
 use crate::backend::Job;
+use crate::backend::giving_way::GivingWay;
 use crate::plan::Extent;
+use crate::request::Priority;
 
 /// Operations of a job that may be open when they are large: more would only make giving up slower.
 const LARGE_WINDOW: usize = 16;
@@ -37,6 +39,8 @@ pub(super) struct Active {
     pub(super) holds: bool,
     /// It was given up with operations open: they end by force then.
     pub(super) forced_at: Option<Instant>,
+    /// It gives way, and waits until fewer operations of such jobs are open.
+    pub(super) is_waiting: bool,
     extent: usize,
     skip: u64,
 }
@@ -53,6 +57,7 @@ impl Active {
             asked: 0,
             holds: false,
             forced_at: None,
+            is_waiting: false,
             extent: 0,
             skip: 0,
         }
@@ -74,6 +79,28 @@ impl Active {
             self.skip = 0;
         }
         Some(piece)
+    }
+
+    /// Whether its operations go behind those of other jobs.
+    pub(super) fn gives_way(&self) -> bool {
+        self.job.priority() == Priority::Background
+    }
+
+    /// Bytes of the extent that are not cut yet; none if nothing is left.
+    pub(super) fn left(&self) -> u64 {
+        let extent = self.job.plan().extents.get(self.extent);
+        extent.map_or(0, |extent| extent.len - self.skip)
+    }
+
+    /// Whether it has to let others go first; it is among those who wait then.
+    pub(super) fn must_wait(&mut self, number: u64, background: &mut GivingWay<u64>) -> bool {
+        if !self.gives_way() || background.may_begin(self.left()) {
+            return false;
+        }
+        if !std::mem::replace(&mut self.is_waiting, true) {
+            background.wait(number, self.extent > 0 || self.skip > 0);
+        }
+        true
     }
 
     pub(super) fn is_cut(&self) -> bool {

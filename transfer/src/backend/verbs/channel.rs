@@ -98,7 +98,8 @@ impl Backend for VerbsChannel {
         if self.shared.is_lost() {
             return Err(job.refuse(self.shared.loss()));
         }
-        self.driver.post(self.line, job)
+        self.driver.post(self.line, job);
+        Ok(())
     }
 
     fn reap(&self) {

@@ -8,17 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvcache_core::{Error, ErrorKind, Result};
+use kvcache_core::{Error, Result};
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
 use super::card::Card;
 use super::state::{COMPLETIONS, LISTENER, Line, NOTICES, State, WAKE};
 use crate::agent::Exports;
-use crate::backend::{Job, Refusal};
-
-/// Jobs that may wait for the thread.
-const POSTED_MAX: usize = 16_384;
+use crate::backend::Job;
 
 /// Jobs of up to so many bytes and pieces are begun by the caller of `post`.
 const INLINE_BYTES_MAX: u64 = 64 << 10;
@@ -117,17 +114,11 @@ impl Driver {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    pub(super) fn post(&self, line: Line, job: Job) -> Result<(), Refusal> {
+    /// Takes a job in: it waits for its turn however many do.
+    pub(super) fn post(&self, line: Line, job: Job) {
         let plan = job.plan();
         let small = plan.bytes <= INLINE_BYTES_MAX && plan.extents.len() <= INLINE_EXTENTS_MAX;
-        let mut posted = lock(&self.posted);
-        if posted.len() >= POSTED_MAX {
-            drop(posted);
-            let text = format!("{POSTED_MAX} requests wait for verbs");
-            return Err(job.refuse(Error::new(ErrorKind::Busy, text)));
-        }
-        posted.push_back((line, job));
-        drop(posted);
+        lock(&self.posted).push_back((line, job));
         if small && let Ok(mut state) = self.state.try_lock() {
             self.take_posted(&mut state);
             state.pump();
@@ -135,11 +126,10 @@ impl Driver {
             Self::settle(state);
             if is_quiet {
                 // Its completion wakes the thread, if nobody takes it before.
-                return Ok(());
+                return;
             }
         }
         self.wake();
-        Ok(())
     }
 
     fn take_posted(&self, state: &mut State) {

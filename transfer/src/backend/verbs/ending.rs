@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::greeting::{STOP, STOPPED};
 use super::state::{Line, State};
 use super::wire::Wire;
+use crate::backend::giving_way::GivingWay;
 
 /// How long a path that ends waits for what is under way on it, and for the peer's word.
 const ENDING_MAX: Duration = Duration::from_secs(2);
@@ -43,7 +44,8 @@ impl State {
                 .iter()
                 .for_each(|call| call.answer(Err(shared.loss())));
         }
-        for job in shared.end_waiting() {
+        let unsent = std::mem::take(&mut using.unsent);
+        for job in shared.end_waiting().into_iter().chain(unsent) {
             self.settled.push((job, Err(shared.loss())));
         }
         self.heat(line);
@@ -155,6 +157,9 @@ impl State {
         drop(wire);
         for active in self.jobs.values_mut().filter(|job| job.line == line) {
             active.open = 0;
+        }
+        if let Some(using) = self.using.get_mut(&line) {
+            using.background = GivingWay::default();
         }
         self.rouse(line);
     }

@@ -8,11 +8,12 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::active::{Active, Phase};
 use super::state::{Line, State};
 use super::using::{Held, Using};
-use crate::backend::unix::{Message, Refused, UNANSWERED_MAX, Waiting};
+use crate::backend::unix::{Message, Waiting};
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
 use crate::region::RegionId;
+use crate::request::Priority;
 use crate::sys::verbs::{Far, Place};
 
 /// Pieces that are handed over before others get their turn.
@@ -185,7 +186,12 @@ impl State {
         }
         let piece_max = self.card.piece();
         let line = active.line;
+        let (gives_way, mut may_go_on) = (active.gives_way(), true);
         while *pieces < most && active.may_begin() {
+            if active.must_wait(number, &mut using.background) {
+                may_go_on = false;
+                break;
+            }
             let Some(wire) = &mut using.wire else { break };
             if wire.room() == 0 {
                 using.waiting.push_back(number);
@@ -199,12 +205,15 @@ impl State {
             wire.work(number, plan.operation == Operation::Write, local, far)?;
             active.open += 1;
             active.began = true;
+            if gives_way {
+                using.background.begin();
+            }
         }
         let (is_cut, is_open, may_begin) = (active.is_cut(), active.open > 0, active.may_begin());
         if *pieces > 0 {
             self.heat(line);
         }
-        if !is_cut && may_begin {
+        if !is_cut && may_begin && may_go_on {
             self.ready.push_back(number);
         }
         Ok(is_cut && !is_open)
@@ -231,6 +240,9 @@ impl State {
         if let Some(using) = self.using.get_mut(&line) {
             using.jobs -= 1;
         }
+        if job.priority() == Priority::Background {
+            self.go_on_behind(line);
+        }
         if plan.sums {
             self.forget_sums(line, number);
         }
@@ -250,6 +262,19 @@ impl State {
         }
     }
 
+    /// Lets the next job that gives way go on.
+    pub(super) fn go_on_behind(&mut self, line: Line) {
+        let Some(using) = self.using.get_mut(&line) else {
+            return;
+        };
+        while let Some(number) = using.background.next() {
+            if let Some(active) = self.jobs.get_mut(&number) {
+                active.is_waiting = false;
+                return self.ready.push_back(number);
+            }
+        }
+    }
+
     fn leave(&mut self, line: Line, region: RegionId) {
         let using = self.using.get_mut(&line);
         if let Some(held) = using.and_then(|using| using.held.get_mut(&region)) {
@@ -258,35 +283,42 @@ impl State {
         }
     }
 
-    /// Hands a job's notification to the peer; its answer settles the job.
+    /// Hands a job's notification to the peer, after those that came before it; its answer settles the job.
     fn notify(&mut self, line: Line, job: Job) {
-        let Some(bytes) = job.notification().cloned() else {
+        if !job.notifies() {
             return self.settled.push((job, Ok(())));
-        };
-        let Some(using) = self.using.get(&line) else {
+        }
+        let Some(using) = self.using.get_mut(&line) else {
             let lost = Error::new(ErrorKind::PeerLost, "the path is closed");
             return self.settled.push((job, Err(lost)));
         };
-        let shared = using.shared.clone();
-        let id = shared.unanswered.number();
-        match shared.unanswered.enter(id, Waiting::Notification(job)) {
-            Ok(()) => {}
-            Err((Waiting::Notification(job), refused)) => {
-                let error = match refused {
-                    Refused::Closed => shared.loss(),
-                    Refused::Full => {
-                        let text = format!("{UNANSWERED_MAX} messages are not answered");
-                        Error::new(ErrorKind::Busy, text)
-                    }
-                };
-                return self.settled.push((job, Err(error)));
+        using.unsent.push_back(job);
+        self.send_notifications(line);
+    }
+
+    /// Sends the notifications that wait, as many as may be unanswered.
+    pub(super) fn send_notifications(&mut self, line: Line) {
+        while let Some(using) = self.using.get_mut(&line) {
+            if !using.may_notify() {
+                break;
             }
-            Err(_) => return,
-        }
-        if let Err(error) = self.ask(line, &Message::Notify { id, bytes })
-            && let Some(Waiting::Notification(job)) = shared.unanswered.take(id)
-        {
-            self.settled.push((job, Err(error)));
+            let Some(job) = using.unsent.pop_front() else {
+                break;
+            };
+            let shared = using.shared.clone();
+            let bytes = job.notification().cloned().unwrap_or_default();
+            let id = shared.unanswered.number();
+            let entered = shared.unanswered.enter(id, Waiting::Notification(job));
+            if let Err((who, _)) = entered {
+                // There was room, so the path is lost.
+                if let Waiting::Notification(job) = who {
+                    self.settled.push((job, Err(shared.loss())));
+                }
+            } else if let Err(error) = self.ask(line, &Message::Notify { id, bytes })
+                && let Some(Waiting::Notification(job)) = shared.unanswered.take(id)
+            {
+                self.settled.push((job, Err(error)));
+            }
         }
     }
 
@@ -296,10 +328,20 @@ impl State {
         let given_up =
             jobs.filter_map(|(number, active)| active.job.is_abandoned().then_some(*number));
         self.ready.extend(given_up);
-        for using in self.using.values() {
-            for job in using.shared.unanswered.take_abandoned() {
-                self.settled.push((job, Err(abandoned())));
+        let mut roomy = Vec::new();
+        for (line, using) in &mut self.using {
+            let unsent = using.unsent.extract_if(|job| job.is_abandoned());
+            let mut given_up: Vec<Job> = unsent.collect();
+            given_up.extend(using.shared.unanswered.take_abandoned());
+            if !given_up.is_empty() {
+                roomy.push(*line);
             }
+            let given_up = given_up.into_iter();
+            self.settled
+                .extend(given_up.map(|job| (job, Err(abandoned()))));
+        }
+        for line in roomy {
+            self.send_notifications(line);
         }
     }
 }

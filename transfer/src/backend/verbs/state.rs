@@ -252,8 +252,10 @@ impl State {
                     self.lose(line, &error.to_string());
                 }
                 let using = self.using.get_mut(&line);
+                let mut gives_way = false;
                 if let Some(active) = self.jobs.get_mut(&job) {
                     active.open -= 1;
+                    gives_way = active.gives_way();
                     if let Err(error) = outcome {
                         let lost = using.as_ref().filter(|using| using.shared.is_lost());
                         let lost = lost.filter(|_| is_flushed);
@@ -264,9 +266,14 @@ impl State {
                 }
                 if let Some(using) = using {
                     self.ready.extend(using.waiting.drain(..));
+                    if gives_way {
+                        using.background.end();
+                        self.go_on_behind(line);
+                    }
                 }
             }
         }
+        self.send_notifications(line);
     }
 
     /// The device has something to tell beside completions.

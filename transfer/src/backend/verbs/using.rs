@@ -1,6 +1,6 @@
 //! A peer whose memory this agent uses.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, LinkedList, VecDeque};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
@@ -10,7 +10,9 @@ use kvcache_core::{Error, ErrorKind};
 
 use super::wire::Wire;
 use crate::agent::RemoteRegion;
+use crate::backend::Job;
 use crate::backend::far_sums::Summing;
+use crate::backend::giving_way::GivingWay;
 use crate::backend::unix::{Call, Unanswered, Waiting};
 use crate::region::RegionId;
 
@@ -43,7 +45,7 @@ impl Shared {
     }
 
     /// Those who wait for an answer get none. Jobs are handed back, to be settled without a lock.
-    pub(super) fn end_waiting(&self) -> Vec<crate::backend::Job> {
+    pub(super) fn end_waiting(&self) -> Vec<Job> {
         let mut jobs = Vec::new();
         for waiting in self.unanswered.close() {
             match waiting {
@@ -87,6 +89,10 @@ pub(super) struct Using {
     pub(super) summing: HashMap<u64, Summing<u64>>,
     /// Jobs that are not over.
     pub(super) jobs: usize,
+    /// Those of them that give way to the others.
+    pub(super) background: GivingWay<u64>,
+    /// Jobs that have moved everything, and whose notifications wait for room.
+    pub(super) unsent: LinkedList<Job>,
     /// Those of them that wait for room.
     pub(super) waiting: VecDeque<u64>,
     /// It is over, and everything of it is then, at the latest.
@@ -107,11 +113,19 @@ impl Using {
             asked: HashMap::new(),
             summing: HashMap::new(),
             jobs: 0,
+            background: GivingWay::default(),
+            unsent: LinkedList::new(),
             waiting: VecDeque::new(),
             ending: None,
             is_decided: false,
             is_gone: false,
         }
+    }
+
+    /// Whether a notification may be sent.
+    pub(super) fn may_notify(&self) -> bool {
+        let outbox = self.wire.as_ref().is_none_or(Wire::may_notify);
+        self.shared.unanswered.has_room() && outbox
     }
 
     /// The open question for a region.

@@ -162,6 +162,11 @@ impl Wire {
         self.send()
     }
 
+    /// Whether there is room for a notification, and for what else is to be said beside.
+    pub(super) fn may_notify(&self) -> bool {
+        self.outbox.len() < OUTBOX_MAX / 2
+    }
+
     fn send(&mut self) -> Result<()> {
         while let Some(&number) = self.free.last() {
             let Some(fragment) = self.outbox.pop_front() else {
