@@ -5,6 +5,7 @@ use kvcache_core::{EngineHash, IndexKey};
 use super::arena::Chunks;
 use super::buried::Buried;
 use super::huge::Huge;
+use super::stack::Stack;
 use crate::sync::{AtomicU64, CHUNK_BITS, CHUNKS_BITS, Ordering};
 
 /// Positions in a segment.
@@ -91,7 +92,7 @@ struct WriterChunk {
 #[derive(Default)]
 pub(super) struct Segments {
     chunks: Vec<Option<WriterChunk>>,
-    free: Vec<u32>,
+    free: Stack,
     /// Those that are not free yet, as there are names that lead to them.
     buried: Buried,
     /// Segments that were ever given out.
@@ -320,11 +321,11 @@ impl Segments {
         }
         // The segments of what is gone stay on the free list: whoever takes one makes its chunk anew.
         if self.used == 0 {
-            self.free = Vec::new();
+            self.free = Stack::default();
             self.end = 0;
             self.has_gone = false;
         } else {
-            let (kept, gone): (Vec<u32>, Vec<u32>) = std::mem::take(&mut self.free)
+            let (kept, gone): (Stack, Stack) = std::mem::take(&mut self.free)
                 .into_iter()
                 .partition(|segment| !is_gone[(segment / SEGMENTS_PER_CHUNK) as usize]);
             // Those that are there are taken first.
@@ -348,9 +349,7 @@ impl Segments {
     pub(super) fn bytes(&self) -> usize {
         let of_chunk = CHUNK_BLOCKS as usize * size_of::<u64>()
             + SEGMENTS_PER_CHUNK as usize * size_of::<Owner>();
-        self.there as usize * of_chunk
-            + self.free.capacity() * size_of::<u32>()
-            + self.buried.bytes()
+        self.there as usize * of_chunk + self.free.bytes() + self.buried.bytes()
     }
 }
 

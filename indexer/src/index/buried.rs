@@ -4,15 +4,17 @@
 //! that lead to a marked one are passed over. When enough of them are there, one walk through the table takes all of them
 //! out, which reads it in its order; then the segments are free.
 
+use super::stack::Stack;
+
 /// Segments with names that are still to be swept out.
 #[derive(Default)]
 pub(super) struct Buried {
     /// A bit a segment; none when nothing is buried.
     bits: Vec<u64>,
     /// Those that the sweep under way is for.
-    swept: Vec<u32>,
+    swept: Stack,
     /// Those that came since it began, or wait for the next one.
-    waiting: Vec<u32>,
+    waiting: Stack,
     /// How many names those have.
     names: u64,
 }
@@ -56,9 +58,9 @@ impl Buried {
     }
 
     /// The sweep has come to its end; the segments that it was for.
-    pub(super) fn end(&mut self) -> Vec<u32> {
+    pub(super) fn end(&mut self) -> Stack {
         let free = std::mem::take(&mut self.swept);
-        for segment in &free {
+        for segment in free.iter() {
             self.bits[(segment / u64::BITS) as usize] &= !(1 << (segment % u64::BITS));
         }
         if self.waiting.is_empty() {
@@ -68,7 +70,6 @@ impl Buried {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.bits.capacity() * size_of::<u64>()
-            + (self.swept.capacity() + self.waiting.capacity()) * size_of::<u32>()
+        self.bits.capacity() * size_of::<u64>() + self.swept.bytes() + self.waiting.bytes()
     }
 }

@@ -41,6 +41,7 @@ mod roots;
 mod runs;
 mod sets;
 mod source;
+mod stack;
 mod together;
 mod tree;
 
