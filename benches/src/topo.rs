@@ -86,11 +86,11 @@ fn table(rails: &[Rail]) -> String {
     table.set_header(["GPU", "rail", "link", "why", "the others"]);
     for rail in rails {
         table.add_row([
-            &rail.gpu,
+            rail.gpu.as_str(),
             rail.rail.as_deref().unwrap_or("none"),
             rail.link.map_or("", Link::name),
-            &rail.why,
-            &rail.others.join("; "),
+            rail.why.as_str(),
+            rail.others.join("; ").as_str(),
         ]);
     }
     table.to_string()

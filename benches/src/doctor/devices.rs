@@ -131,13 +131,13 @@ fn modules(machine: &Machine) -> Vec<Finding> {
              serves as well",
         ),
         (
-            &["gdrdrv"],
+            &["gdrdrv"][..],
             "gpu: memory for the processor",
             true,
             "costs a call of the driver for the few bytes that a processor writes or reads there: gdrdrv of GDRCopy",
         ),
         (
-            &["nvidia_fs"],
+            &["nvidia_fs"][..],
             "gpu: memory for drives",
             has(Kind::Nvme),
             "costs a copy through host memory for each block between a drive and a GPU: nvidia_fs (GPUDirect Storage)",
