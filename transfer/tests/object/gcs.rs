@@ -54,7 +54,7 @@ fn a_bucket_of_google_is_asked_with_token_condition_and_range() {
     memory.read_at(5, &mut bytes).expect("read");
     assert_eq!(&bytes, b"abc");
     let seen = || told.recv_timeout(PATIENCE).expect("asked");
-    let line = |method| format!("{method} /bucket/some/prefix/key");
+    let line = |method| format!("{method} /bucket/some%2Fprefix%2Fkey");
     assert_eq!(seen(), (line("HEAD"), true, false, false));
     assert_eq!(seen(), (line("PUT"), true, true, false));
     assert_eq!(seen(), (line("GET"), true, false, true));

@@ -94,6 +94,10 @@ async fn get_range(
     if found.range != (start..end) {
         return Err(short(found.meta.size));
     }
+    // Some stores do not look at the condition.
+    if version.is_some_and(|version| found.meta.e_tag.as_deref() != Some(version)) {
+        return Err(torn("it was replaced meanwhile".to_owned()));
+    }
     let version = found.meta.e_tag.clone();
     let size = found.meta.size;
     let target = Scatter {
