@@ -8,6 +8,7 @@ CACHE ?= $(HOME)/.cache/kvfabric
 PYTHON ?= python3
 PREFIX ?= /usr/local
 VENV := $(CACHE)/venv
+S3_SERVER := $(CACHE)/s3s/bin/s3s-fs
 STEP = @scripts/step
 
 .PHONY: help setup fmt check test test-rust test-c test-python test-engines test-rdma test-sanitize test-long demo bench-build bench bench-fabric bench-index bench-engines static wheel install
@@ -31,7 +32,7 @@ test: setup check test-rust test-c test-python test-rdma test-engines ## Everyth
 
 test-rust: setup ## Unit, property, conformance, simulation and integration tests
 	$(STEP) "build the programs" $(CARGO) build --bins
-	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' $(CARGO) test --workspace --exclude kvfabric-python
+	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' KVFABRIC_S3_SERVER='$(S3_SERVER)' $(CARGO) test --workspace --exclude kvfabric-python
 	$(STEP) "a newer UCX" env CACHE='$(CACHE)' VENV='$(VENV)' scripts/test-ucx
 
 test-sanitize: ## The tests of `transfer` under AddressSanitizer; builds all it needs anew

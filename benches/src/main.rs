@@ -11,6 +11,7 @@ mod goals;
 mod host;
 mod html;
 mod index;
+mod machine;
 mod plot;
 mod recorder;
 mod replay;
@@ -18,6 +19,7 @@ mod report;
 mod sizes;
 mod statistics;
 mod stop;
+mod topo;
 mod transfer;
 
 use std::process::ExitCode;
@@ -55,6 +57,8 @@ enum Command {
     Engines(engines::EnginesArgs),
     /// Say what this machine offers to transfers, and what could be set better.
     Doctor(doctor::DoctorArgs),
+    /// Say how near GPUs, network cards and drives are to each other, and which RDMA port each GPU should use.
+    Topo(topo::TopoArgs),
     /// A process that calls a node from Rust, started by `engines`.
     #[command(hide = true)]
     EngineCalls,
@@ -97,6 +101,7 @@ fn main() -> ExitCode {
             engines::run(&args, recorder)
         }),
         Command::Doctor(args) => status(doctor::run(&args)),
+        Command::Topo(args) => status(topo::run(&args)),
         Command::EngineCalls => status(engines::answer_questions()),
         Command::TransferTarget => status(transfer::serve_target()),
         Command::IndexServer => status(index::serve_until_told()),

@@ -554,3 +554,86 @@ fn bad_options_of_transfers_are_refused_by_name() {
         assert!(matches!(status, Some(1 | 2)), "{arguments}: {said}");
     }
 }
+
+/// The files below a folder.
+fn files(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let below = entries.map(|entry| entry.path());
+    below
+        .flat_map(|path| match path.is_dir() {
+            true => files(&path),
+            false => vec![path],
+        })
+        .collect()
+}
+
+/// A store that is named is written to, compared with what must be in it, and left as it was.
+#[test]
+fn objects_of_a_named_store_are_measured_and_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}/made", folder.path().display());
+    let rows = rows(&format!(
+        "transfer --backend object --store {url} --sizes 64K {TINY}"
+    ));
+    for way in ["read", "write"] {
+        let case = format!("object-{way}-65536");
+        for subject in ["kvfabric", "memcpy"] {
+            let verified = median(&rows, subject, &case, "verified_blocks");
+            assert_eq!(verified, 4.0, "{subject} {case}");
+        }
+    }
+    assert_eq!(files(folder.path()), Vec::<std::path::PathBuf>::new());
+    let (_, said) = failure("transfer --backend object --store ftp://x --sizes 4K --quiet");
+    assert!(said.contains("--store") && said.contains("ftp"), "{said}");
+}
+
+/// The same over S3, with credentials from the environment.
+#[test]
+fn objects_of_an_s3_store_are_measured_and_removed() {
+    let Some(program) = std::env::var_os("KVFABRIC_S3_SERVER") else {
+        eprintln!("SKIPPED: no s3s-fs in KVFABRIC_S3_SERVER, kv-bench over S3 is not tested");
+        return;
+    };
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir(root.path().join("bucket")).unwrap();
+    let port = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let mut server = Command::new(program)
+        .args(["--access-key", "who", "--secret-key", "proof"])
+        .args(["--host", "127.0.0.1", "--port", &port.to_string()])
+        .arg(root.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let until = Instant::now() + PATIENCE;
+    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < until, "the server does not come up");
+        std::thread::yield_now();
+    }
+    let arguments = "transfer --backend object --store s3://bucket/bench --sizes 64K";
+    let run = |more: &str| {
+        bench(&format!("{arguments} {more} {TINY}"))
+            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
+            .env("AWS_REGION", "us-east-1")
+            .env("AWS_ACCESS_KEY_ID", "who")
+            .env("AWS_SECRET_ACCESS_KEY", "proof")
+            .output()
+            .unwrap()
+    };
+    let (open, refused) = (run("--store-http"), run(""));
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert!(open.status.success(), "{}", text(&open.stderr));
+    let table = text(&open.stdout);
+    for way in ["read", "write"] {
+        assert!(table.contains(&format!("object-{way}-65536")), "{table}");
+    }
+    assert!(!refused.status.success(), "plain HTTP was not allowed");
+    assert_eq!(
+        files(&root.path().join("bucket")),
+        Vec::<std::path::PathBuf>::new()
+    );
+}

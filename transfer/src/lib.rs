@@ -30,7 +30,9 @@ pub use agent::{
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
-pub use backend::object::{ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret};
+pub use backend::object::{
+    ObjectChecksum, ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret,
+};
 pub use backend::tcp::TlsOptions;
 pub use backend::ucx::UcxOptions;
 pub use backend::verbs::{RdmaPort, VerbsOptions, rdma_ports};

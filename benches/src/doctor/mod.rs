@@ -1,5 +1,6 @@
 //! What this machine offers to transfers, and what could be set better.
 
+mod devices;
 mod paths;
 mod system;
 
@@ -12,6 +13,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use serde::Serialize;
 
 use crate::host::Host;
+use crate::machine::Machine;
 use crate::recorder::check_json;
 use crate::report::write_json;
 
@@ -21,10 +23,15 @@ pub(crate) struct DoctorArgs {
     /// Folder whose disk is looked at; the system's folder for temporary files by default.
     #[arg(long, value_name = "FOLDER")]
     dir: Option<PathBuf>,
+    /// Read the devices from `sys` and `proc` below this folder: those of another machine, or a copy.
+    #[arg(long, value_name = "FOLDER", default_value = "/")]
+    root: PathBuf,
     /// Write the findings to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
+
+pub(crate) use devices::Topology;
 
 /// What a finding means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -82,6 +89,7 @@ struct Report<'a> {
     command: &'static str,
     host: Host,
     findings: &'a [Finding],
+    topology: &'a Topology,
 }
 
 /// Looks at everything, and says it.
@@ -100,7 +108,9 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     }
     let mut findings = paths::look();
     findings.extend(system::look(&folder));
-    print(&findings);
+    let topology = Topology::new(Machine::read(&args.root));
+    findings.extend(topology.findings());
+    print(&findings, topology.matrix());
     if let Some(path) = &args.json {
         let report = Report {
             tool: env!("CARGO_PKG_NAME"),
@@ -108,6 +118,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
             command: "doctor",
             host: Host::read(),
             findings: &findings,
+            topology: &topology,
         };
         write_json(path, &report)?;
     }
@@ -115,7 +126,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
 }
 
 #[expect(clippy::print_stdout, reason = "what the command is for")]
-fn print(findings: &[Finding]) {
+fn print(findings: &[Finding], matrix: Option<String>) {
     let mut table = Table::new();
     table.load_style(UTF8_BORDERS_ONLY);
     table.set_header(["what", "", "found", "advice"]);
@@ -128,4 +139,7 @@ fn print(findings: &[Finding]) {
         ]);
     }
     println!("{table}");
+    if let Some(matrix) = matrix {
+        println!("{matrix}");
+    }
 }

@@ -67,7 +67,7 @@ fn nodes(found: &[String]) -> Finding {
             "memory: nodes",
             State::Hint,
             count.to_string(),
-            "keep an engine, its agent and its network card on one node (numactl)",
+            "costs the link between processors for each byte that crosses it: keep an engine, its agent and its network card on one node (numactl; `kv-bench topo --plan`)",
         ),
     }
 }
@@ -80,7 +80,7 @@ fn locked_memory(limit: Option<u64>) -> Finding {
             what,
             State::Hint,
             format!("{bytes} bytes"),
-            "RDMA pins what is registered: `ulimit -l unlimited`, or CAP_IPC_LOCK",
+            "costs RDMA for all that is larger: what is registered is pinned. `ulimit -l unlimited`, or CAP_IPC_LOCK",
         ),
     }
 }

@@ -15,6 +15,7 @@ use super::listen::TargetArgs;
 use super::measure::Effort;
 use super::mesh::MeshArgs;
 use super::models::{ListArgs, ModelArgs};
+use super::objects::StoreAt;
 use super::plan::{BackendKind, Calls, Order, PARALLEL_MAX, Plan, Shape, Way};
 use super::process::{ANSWER_DEADLINE, TargetAt};
 
@@ -80,6 +81,13 @@ pub(crate) struct TransferArgs {
     /// Folder for files and objects; a temporary one by default.
     #[arg(long, value_name = "FOLDER")]
     pub(super) dir: Option<PathBuf>,
+    /// The store that objects are made in and removed from again, instead of a folder: s3://bucket/prefix, gs://bucket/prefix,
+    /// az://container/prefix or file:///folder. Credentials come from the environment.
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+    /// Accept a store without TLS.
+    #[arg(long, requires = "store")]
+    store_http: bool,
     /// Measure only ours.
     #[arg(long)]
     pub(super) no_references: bool,
@@ -165,6 +173,15 @@ impl From<Direct> for DirectMode {
 }
 
 impl TransferArgs {
+    /// Where objects are made, if not in a folder of their own.
+    pub(super) fn store_at(&self) -> Option<StoreAt<'_>> {
+        let url = self.store.as_deref()?;
+        Some(StoreAt {
+            url,
+            allow_http: self.store_http,
+        })
+    }
+
     /// Where the targets are, and what they are called in reports when there are several.
     pub(super) fn targets(&self) -> Vec<(Option<&str>, TargetAt)> {
         if self.to.is_empty() {

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use kvfabric_transfer::{
 use crate::report::OURS;
 
 use super::contents::{self, POISON};
+use super::objects::Storage;
 use super::plan::{Calls, Plan, Way};
 use super::process::TargetAt;
 use super::raw_tcp::in_parallel;
@@ -83,9 +83,9 @@ impl Fabric {
         plan: &Plan,
         at: &TargetAt,
         direct: DirectMode,
-        folder: &Path,
+        storage: Storage<'_>,
     ) -> Result<Self> {
-        let (agent, remote, places) = sides::open(plan, at, direct, folder)?;
+        let (agent, remote, places) = sides::open(plan, at, direct, storage)?;
         Self::over(plan, agent, remote, places)
     }
 

@@ -11,6 +11,7 @@ use crate::recorder::{OutputArgs, Recorder};
 
 use super::args::RivalArgs;
 use super::measure::{Effort, measure};
+use super::objects::Storage;
 use super::plan::{BackendKind, Calls, Order, Plan, Shape, Way};
 use super::process::TargetAt;
 use super::program::Rival;
@@ -60,9 +61,14 @@ pub(crate) fn run(args: &GoalsArgs, recorder: &mut Recorder) -> Result<()> {
         }
         recorder.say(plan.case.clone());
         let (at, direct) = (TargetAt::Spawned, DirectMode::Auto);
-        let ours = fabric::Fabric::open(plan, &at, direct, folder.path())?;
+        let ours = fabric::Fabric::open(plan, &at, direct, Storage::folder(folder.path()))?;
         let mut subjects: Vec<Box<dyn super::subject::Subject>> = vec![Box::new(ours)];
-        subjects.append(&mut references(plan, &at, direct, folder.path())?);
+        subjects.append(&mut references(
+            plan,
+            &at,
+            direct,
+            Storage::folder(folder.path()),
+        )?);
         subjects.append(&mut beside(plan, &at, &rivals, recorder));
         measure(&effort, plan, subjects, recorder)?;
         recorder.step();

@@ -9,6 +9,7 @@ mod listen;
 mod measure;
 mod mesh;
 mod models;
+mod objects;
 mod plan;
 mod process;
 mod program;
@@ -19,7 +20,7 @@ mod remote;
 mod subject;
 mod target;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::DirectMode;
@@ -31,6 +32,7 @@ pub(crate) use self::goals::run as run_goals;
 pub(crate) use self::listen::listen;
 pub(crate) use self::mesh::run as run_mesh;
 pub(crate) use self::models::list as list_models;
+use self::objects::Storage;
 pub(crate) use self::plan::BackendKind as PathKind;
 use self::plan::{BackendKind, Calls, Order, Plan, Shape, Way};
 use self::process::TargetAt;
@@ -46,6 +48,10 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
     let plans = args.plans()?;
     let targets = args.targets();
     let folder = folder(args.dir.as_ref())?;
+    let storage = Storage {
+        folder: folder.path(),
+        store: args.store_at(),
+    };
     let rivals = Rival::chosen(&args.rivals);
     recorder.expect_steps((plans.len() * targets.len()) as u64);
     for (name, at) in &targets {
@@ -59,14 +65,10 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
             }
             recorder.say(plan.case.clone());
             let direct = DirectMode::from(args.direct);
-            let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(fabric::Fabric::open(
-                &plan,
-                at,
-                direct,
-                folder.path(),
-            )?)];
+            let mut subjects: Vec<Box<dyn Subject>> =
+                vec![Box::new(fabric::Fabric::open(&plan, at, direct, storage)?)];
             if !args.no_references {
-                subjects.append(&mut references(&plan, at, direct, folder.path())?);
+                subjects.append(&mut references(&plan, at, direct, storage)?);
                 subjects.append(&mut beside(&plan, at, &rivals, recorder));
             }
             measure::measure(&args.effort.effort(), &plan, subjects, recorder)?;
@@ -119,8 +121,9 @@ fn references(
     plan: &Plan,
     at: &TargetAt,
     direct: DirectMode,
-    folder: &Path,
+    storage: Storage<'_>,
 ) -> Result<Vec<Box<dyn Subject>>> {
+    let folder = storage.folder;
     let memcpy = || Box::new(references::Memcpy::new(plan));
     Ok(match plan.shape.backend {
         BackendKind::Memcpy | BackendKind::Cma | BackendKind::Ucx | BackendKind::Verbs => {
@@ -136,6 +139,8 @@ fn references(
             let disk = |threads| references::Disk::open(plan, direct, folder, threads);
             vec![Box::new(disk(1)?), Box::new(disk(references::DEEP)?)]
         }
+        // Of a store somewhere nobody knows what the plainest means would be.
+        BackendKind::Object if storage.store.is_some() => vec![memcpy()],
         // Objects in a folder go through the page cache, so what stands beside them does too.
         BackendKind::Object => {
             let cached = references::Disk::open(plan, DirectMode::Off, folder, 1)?;

@@ -9,6 +9,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::Region;
 
 use super::contents::{self, POISON};
+use super::objects::Objects;
 use super::plan::{Plan, Way};
 use super::process::Target;
 
@@ -22,6 +23,8 @@ pub(super) enum Remote {
     Elsewhere,
     /// A file, or the files that objects are.
     Files(Files),
+    /// Objects of a store.
+    Objects(Objects),
 }
 
 /// Files that hold the blocks one after the other.
@@ -99,6 +102,7 @@ impl Remote {
             }
             Self::Process(_) | Self::Elsewhere => Ok(()),
             Self::Files(files) => files.write(plan, Contents::Source),
+            Self::Objects(objects) => objects.write(plan, Contents::Source),
         }
     }
 
@@ -109,6 +113,7 @@ impl Remote {
             Self::Process(process) => process.poison(),
             Self::Elsewhere => Err(not_here()),
             Self::Files(files) => files.write(plan, Contents::Poison),
+            Self::Objects(objects) => objects.write(plan, Contents::Poison),
         }
     }
 
@@ -121,6 +126,7 @@ impl Remote {
             Self::Process(process) => process.verify(),
             Self::Elsewhere => Err(not_here()),
             Self::Files(files) => files.verify(plan),
+            Self::Objects(objects) => objects.verify(plan),
         }
     }
 
@@ -128,7 +134,7 @@ impl Remote {
     pub(super) fn cpu(&mut self) -> Result<Option<Duration>> {
         match self {
             Self::Process(process) => process.cpu().map(Some),
-            Self::Own(_) | Self::Files(_) | Self::Elsewhere => Ok(None),
+            Self::Own(_) | Self::Files(_) | Self::Objects(_) | Self::Elsewhere => Ok(None),
         }
     }
 }

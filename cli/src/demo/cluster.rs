@@ -8,7 +8,7 @@ use std::time::Duration;
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric::config::{
     DirectSetting, DiskEngineSetting, DiskSection, FabricSection, HostSection, IndexSection,
-    NodeConfig, ObjectSection, ShardSection,
+    NodeConfig, ObjectChecksumSetting, ObjectSection, ShardSection,
 };
 use kvfabric_indexer::client::{ClientConfig, IndexClient};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -233,6 +233,9 @@ fn pod_setup(
                 url,
                 prefix: "blocks".to_owned(),
                 allow_http: true,
+                authorities: None,
+                checksum: ObjectChecksumSetting::default(),
+                part_bytes: None,
             }),
             fabric: fabric(args.transport),
             peer_listen: Some(LOOPBACK),

@@ -6,11 +6,11 @@ use kvcache_core::Result;
 use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
-use kvfabric_transfer::backend::object::ObjectOptions;
+use kvfabric_transfer::backend::object::{ObjectChecksum, ObjectOptions};
 use kvfabric_transfer::{Agent, Priority, TlsOptions, UcxOptions, VerbsOptions};
 
 use crate::blocks::Describer;
-use crate::config::{EngineSection, NodeConfig, OBJECT_STORE};
+use crate::config::{EngineSection, NodeConfig, OBJECT_STORE, ObjectChecksumSetting};
 use crate::names::Names;
 
 /// Reads the names that others ask this node's peer service about.
@@ -63,10 +63,19 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
         }));
     }
     if let Some(object) = &config.object {
-        let options = ObjectOptions {
+        let mut options = ObjectOptions {
             allow_http: object.allow_http,
+            authorities: object.authorities.clone(),
+            checksum: match object.checksum {
+                ObjectChecksumSetting::Off => ObjectChecksum::Off,
+                ObjectChecksumSetting::Sha256 => ObjectChecksum::Sha256,
+                ObjectChecksumSetting::Crc64Nvme => ObjectChecksum::Crc64Nvme,
+            },
             ..ObjectOptions::default()
         };
+        if let Some(bytes) = object.part_bytes {
+            options.part_bytes = bytes;
+        }
         builder = builder.object_store(OBJECT_STORE, &object.url, options);
     }
     let agent = builder.build()?;

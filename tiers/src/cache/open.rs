@@ -135,6 +135,7 @@ fn mover(config: &CacheConfig, limits: &Limits, agent: Agent) -> Result<Mover> {
             Some(Objects {
                 store_name: object.store_name.clone(),
                 names,
+                doubted: Mutex::default(),
             })
         }
     };

@@ -9,13 +9,14 @@ mod object;
 mod peer;
 mod transport;
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use kvcache_core::manager::{Move, MoveFailure};
 use kvcache_core::place::{DiskSlot, HostSlot, Place};
-use kvcache_core::{Checksum, Error, ErrorKind, Result};
+use kvcache_core::{BlockKey, Checksum, Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, Descriptor, Side};
 
 use crate::arena::Arena;
@@ -65,6 +66,8 @@ pub(crate) struct Faults {
 pub(crate) struct Objects {
     pub(crate) store_name: String,
     pub(crate) names: ObjectNames,
+    /// Blocks whose objects were found damaged, and are to be replaced when there are good bytes again.
+    pub(crate) doubted: Mutex<BTreeSet<BlockKey>>,
 }
 
 /// Everything a copy may touch.

@@ -1,21 +1,46 @@
 //! Copies to and from the object store: one object a block, which says itself what it is.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use futures_util::future::join_all;
 use kvcache_core::manager::{Move, MoveFailure};
 use kvcache_core::place::DiskSlot;
-use kvcache_core::{Checksum, Error, ErrorKind, Result};
-use kvfabric_transfer::{Operation, Region};
+use kvcache_core::{BlockKey, Checksum, Error, ErrorKind, Result};
+use kvfabric_transfer::{ObjectWrite, Operation, Region};
 
 use super::local::speaks_of_source;
 use super::transport::{Part, Unsettled, transfer};
-use super::{Job, Memory, Moved, Mover};
+use super::{Job, Memory, Moved, Mover, Objects};
 use crate::pages::{self, BlockMemory};
 use crate::record::{RECORD_HEADER_BYTES, RecordFault, RecordHeader};
 use crate::scratch::{Buffers, Scratch};
 
 const HEADER_BYTES: u64 = RECORD_HEADER_BYTES as u64;
+/// The most damaged objects that are remembered; one that is forgotten is found again when it is read again.
+const DOUBTED_MAX: usize = 4096;
+
+impl Objects {
+    /// The object of this key is not what it should be.
+    fn doubt(&self, key: BlockKey) {
+        let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        if doubted.len() >= DOUBTED_MAX {
+            doubted.pop_first();
+        }
+        doubted.insert(key);
+    }
+
+    /// Whether the object of this key is to be replaced.
+    fn is_doubted(&self, key: &BlockKey) -> bool {
+        let doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        doubted.contains(key)
+    }
+
+    /// The object of this key has been replaced.
+    fn believe(&self, key: &BlockKey) {
+        let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        doubted.remove(key);
+    }
+}
 
 impl Mover {
     pub(super) async fn memory_to_objects(
@@ -39,7 +64,8 @@ impl Mover {
         Ok(gather(join_all(moved).await, unsettled))
     }
 
-    /// Puts one object whose bytes are `payload`, in this agent's memory.
+    /// Puts one object whose bytes are `payload`, in this agent's memory. One that is there already stays, because a key
+    /// stands for its bytes, unless it was found damaged.
     async fn put(
         &self,
         job: &Job,
@@ -49,17 +75,26 @@ impl Mover {
         unsettled: &mut Unsettled,
     ) -> Moved {
         let prepared = async {
-            let (object, _) = self.object(one)?;
+            let objects = self.objects()?;
+            let write = match objects.is_doubted(&one.info.key) {
+                true => ObjectWrite::Replace,
+                false => ObjectWrite::Keep,
+            };
+            let name = objects.names.name(&one.info.key);
+            let object = self.agent.object_for(&objects.store_name, &name, write)?;
             let page = self.pages.take(1, job.deadline).await?;
             page.write(0, &self.header(one, checksum).encode())?;
-            Ok::<_, Error>((object, page))
+            Ok::<_, Error>((objects, object, page))
         };
-        let (object, page) = match prepared.await {
+        let (objects, object, page) = match prepared.await {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };
         let pairs = pairs(&page, payload, &object);
         let put = transfer(&self.agent, Operation::Write, pairs, None, job.deadline).await;
+        if put.is_ok() {
+            objects.believe(&one.info.key);
+        }
         let result = put.map(|()| checksum).map_err(|failed| {
             tracing::debug!(error = %failed.error, "block not put into the object store");
             unsettled.note(failed)
@@ -91,10 +126,13 @@ impl Mover {
         unsettled: &mut Unsettled,
     ) -> Moved {
         let prepared = async {
-            let (object, name) = self.object(one)?;
-            Ok::<_, Error>((object, name, self.pages.take(1, job.deadline).await?))
+            let objects = self.objects()?;
+            let name = objects.names.name(&one.info.key);
+            let object = self.agent.object(&objects.store_name, &name)?;
+            let page = self.pages.take(1, job.deadline).await?;
+            Ok::<_, Error>((objects, object, name, page))
         };
-        let (object, name, page) = match prepared.await {
+        let (objects, object, name, page) = match prepared.await {
             Ok(prepared) => prepared,
             Err(error) => return Err(MoveFailure::settled(error.kind())),
         };
@@ -116,6 +154,9 @@ impl Mover {
                 }
             }
         };
+        if result.is_err_and(|failure| failure.kind == ErrorKind::Corrupt) {
+            objects.doubt(one.info.key);
+        }
         unsettled.hold(page);
         result
     }
@@ -209,17 +250,13 @@ impl Mover {
             .ok_or_else(|| Error::new(ErrorKind::Internal, "a rescue without disk or object tier"))
     }
 
-    /// The object of a block, and its name for messages.
-    fn object(&self, one: &Move) -> Result<(Region, String)> {
-        let objects = self.objects.as_ref().ok_or_else(|| {
+    fn objects(&self) -> Result<&Objects> {
+        self.objects.as_ref().ok_or_else(|| {
             Error::new(
                 ErrorKind::Internal,
                 "an object command without an object tier",
             )
-        })?;
-        let name = objects.names.name(&one.info.key);
-        let object = self.agent.object(&objects.store_name, &name)?;
-        Ok((object, name))
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Damage, and a full disk: the block is a miss, it is counted, the rest is served.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -259,6 +260,43 @@ async fn a_damaged_object_is_a_miss_of_that_block_alone() {
     }
     // All but the one that is gone, which is nothing wrong.
     assert_eq!(node.stat("corrupt_blocks").await, 5);
+}
+
+/// Two nodes with the same blocks and one store. The inode tells whether a file was written again.
+#[tokio::test]
+async fn an_object_that_is_there_is_written_again_only_when_it_is_damaged() {
+    let store = tempfile::tempdir().unwrap();
+    let open = async |name: &str| {
+        let mut config = config(name, 4);
+        config.object = cold();
+        Node::open(config, agent(name, Way::Memcpy, Some(store.path()))).await
+    };
+    let blocks = chain(1, 12);
+    let one = open("one").await;
+    assert_eq!(one.store(&blocks).await.stored, 12);
+    one.sink.until_stored(&blocks[..8], Tier::Object).await;
+    let names = ObjectNames::new("kv", &IDENTITY).unwrap();
+    let path = |number: usize| store.path().join(names.name(&blocks[number].key));
+    let files = || -> Vec<u64> {
+        let file = |number| std::fs::metadata(path(number)).unwrap().ino();
+        (0..8).map(file).collect()
+    };
+    let first = files();
+    let two = open("two").await;
+    assert_eq!(two.store(&blocks).await.stored, 12);
+    two.sink.until_stored(&blocks[..8], Tier::Object).await;
+    assert_eq!(files(), first, "what is there stays");
+
+    let good = std::fs::read(path(1)).unwrap();
+    flip(&path(1), 256 + 77);
+    assert_eq!(two.fetch_own(&blocks[1..2]).await, [Source::Miss]);
+    assert_eq!(two.store(&blocks).await.stored, 12);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while std::fs::read(path(1)).unwrap() != good {
+        assert!(std::time::Instant::now() < until, "the damage stays");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(files()[2..], first[2..]);
 }
 
 const TMPFS: &str = "KVFABRIC_TEST_SMALL_DISK";

@@ -6,26 +6,25 @@ use std::path::{Path, PathBuf};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{
-    Agent, DirectMode, FileOptions, HostMemory, ObjectOptions, PeerHandle, RegionId, RegionOptions,
+    Agent, DirectMode, FileOptions, HostMemory, PeerHandle, RegionId, RegionOptions,
 };
 
 use super::super::contents::POISON;
+use super::super::objects::{Objects, STORE, Storage, StoreAt, run_name};
 use super::super::plan::{BackendKind, Plan, Shape};
 use super::super::process::{Target, TargetAt};
 use super::super::remote::{Files, Remote};
 use super::super::target::agent;
 use super::Places;
 
-/// How the object store is called.
-const STORE: &str = "bench";
-
 /// An agent, and the other side as it is reached and as descriptors name it.
 pub(super) fn open(
     plan: &Plan,
     at: &TargetAt,
     direct: DirectMode,
-    folder: &Path,
+    storage: Storage<'_>,
 ) -> Result<(Agent, Remote, Places)> {
+    let folder = storage.folder;
     let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
     let own = || agent("initiator", plan.shape.backend, loopback);
     let (agent, (remote, places)) = match plan.shape.backend {
@@ -46,10 +45,12 @@ pub(super) fn open(
         }
         BackendKind::Object => {
             let url = format!("file://{}", folder.display());
-            let agent = Agent::builder("initiator")
-                .object_store(STORE, &url, ObjectOptions::default())
-                .build()?;
-            let other = object_remote(plan, &agent, folder)?;
+            let own = StoreAt {
+                url: &url,
+                allow_http: false,
+            };
+            let agent = storage.store.unwrap_or(own).agent("initiator")?;
+            let other = object_remote(plan, &agent, storage)?;
             (agent, other)
         }
     };
@@ -115,14 +116,18 @@ fn file_remote(
     Ok((Remote::Files(files), Places::Own(region)))
 }
 
-fn object_remote(plan: &Plan, agent: &Agent, folder: &Path) -> Result<(Remote, Places)> {
+fn object_remote(plan: &Plan, agent: &Agent, storage: Storage<'_>) -> Result<(Remote, Places)> {
     let blocks_each = plan.requests.first().map_or(1, |first| first.end);
     let is_even = |positions: &Range<u32>| positions.start.is_multiple_of(blocks_each);
     if !plan.requests.iter().all(is_even) {
         let text = "objects take requests of one size: a model with a window has others";
         return Err(Error::new(ErrorKind::Invalid, text));
     }
-    let key = |name: String| format!("{}/{name}", plan.case);
+    let base = match storage.store {
+        Some(_) => format!("{}/{}", run_name()?, plan.case),
+        None => plan.case.clone(),
+    };
+    let key = |name: String| format!("{base}/{name}");
     let keys: Vec<String> = (0..plan.requests.len())
         .map(|number| key(number.to_string()))
         .collect();
@@ -130,8 +135,14 @@ fn object_remote(plan: &Plan, agent: &Agent, folder: &Path) -> Result<(Remote, P
         .iter()
         .map(|key| agent.object(STORE, key))
         .collect::<Result<_>>()?;
-    let single = agent.object(STORE, &key("single".to_owned()))?;
-    let paths: Vec<PathBuf> = keys.iter().map(|key| folder.join(key)).collect();
-    let files = Files { paths, blocks_each };
-    Ok((Remote::Files(files), Places::Objects(objects, single)))
+    let single_key = key("single".to_owned());
+    let single = agent.object(STORE, &single_key)?;
+    let remote = match storage.store {
+        Some(at) => Remote::Objects(Objects::new(plan, at, keys, single_key, blocks_each)?),
+        None => {
+            let paths: Vec<PathBuf> = keys.iter().map(|key| storage.folder.join(key)).collect();
+            Remote::Files(Files { paths, blocks_each })
+        }
+    };
+    Ok((remote, Places::Objects(objects, single)))
 }

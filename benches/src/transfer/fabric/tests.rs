@@ -1,5 +1,7 @@
 //! What requests leave behind.
 
+use std::path::Path;
+
 use kvcache_core::ErrorKind;
 
 use super::super::plan::{BackendKind, Shape, shape};
@@ -11,7 +13,13 @@ fn fabric(backend: BackendKind, way: Way, folder: &Path) -> Fabric {
 
 fn open(shape: Shape, folder: &Path) -> Fabric {
     let plan = Plan::new(shape).unwrap();
-    Fabric::open(&plan, &TargetAt::Spawned, DirectMode::Auto, folder).unwrap()
+    Fabric::open(
+        &plan,
+        &TargetAt::Spawned,
+        DirectMode::Auto,
+        Storage::folder(folder),
+    )
+    .unwrap()
 }
 
 /// Every backend of one process in both directions: not verified before, verified after.
@@ -49,8 +57,8 @@ fn a_corrupted_target_is_found() {
             Remote::Files(files) => {
                 crate::transfer::remote::write_file(&files.paths[0], 5000, b"wrong").unwrap();
             }
-            Remote::Process(_) | Remote::Elsewhere => {
-                panic!("{backend:?} needs no other process")
+            Remote::Process(_) | Remote::Objects(_) | Remote::Elsewhere => {
+                panic!("{backend:?} needs neither another process nor a store")
             }
         }
         let error = fabric.verify().unwrap_err();

@@ -120,7 +120,8 @@ pub enum DiskEngineSetting {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ObjectSection {
-    /// `file:///folder` or `s3://bucket`. Credentials come from the environment (`AWS_…`), never from this file.
+    /// `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`. Credentials come from the
+    /// environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`) or the instance, never from this file.
     pub url: String,
     /// What every object's name begins with.
     #[serde(default)]
@@ -128,6 +129,28 @@ pub struct ObjectSection {
     /// Accept a service without TLS: for stores on this host or on a network that is trusted.
     #[serde(default)]
     pub allow_http: bool,
+    /// PEM file of authorities that are believed beside those of the system.
+    #[serde(default)]
+    pub authorities: Option<PathBuf>,
+    /// What goes with each write to an S3 store for it to check.
+    #[serde(default)]
+    pub checksum: ObjectChecksumSetting,
+    /// Longer objects go in parts of so many bytes; 16 MiB if it is not given.
+    #[serde(default)]
+    pub part_bytes: Option<u64>,
+}
+
+/// The checksum that an S3 store gets with each write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ObjectChecksumSetting {
+    /// None.
+    Off,
+    /// SHA-256.
+    #[default]
+    Sha256,
+    /// CRC-64/NVME.
+    Crc64Nvme,
 }
 
 /// How bytes move between pods.

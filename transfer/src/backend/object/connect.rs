@@ -2,30 +2,50 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use object_store::aws::AmazonS3Builder;
-use object_store::client::{ClientConfigKey, ClientOptions, HttpClient, HttpConnector};
+use object_store::ObjectStore;
+use object_store::aws::{AmazonS3Builder, Checksum};
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::client::ClientConfigKey;
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::prefix::PrefixStore;
-use object_store::{BackoffConfig, ObjectStore, RetryConfig};
 use url::Url;
 
-use super::options::{ObjectOptions, Secret};
+use super::http::{RingConnector, retry};
+use super::options::{Hidden, ObjectChecksum, ObjectOptions};
 
-/// The wait before the first repetition; it doubles up to [`BACKOFF_MAX`].
-const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-/// The longest wait between two attempts.
-const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// How long a connection may take to open.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Environment variables whose values are kept out of errors.
+const HIDDEN_VARIABLES: [&str; 16] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "GOOGLE_BEARER_TOKEN",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_MASTER_KEY",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_CLIENT_SECRET",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_STORAGE_SAS_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_TOKEN",
+    "AZURE_FABRIC_SESSION_TOKEN",
+    "AZURE_ENCRYPTION_KEY",
+];
 
-/// Opens the store at `url`: `file:///directory` (made when missing) or `s3://bucket/prefix`.
-///
-/// Fills what is secret in the environment into `options`, so that it can be kept out of errors.
-pub(super) fn open(url: &str, options: &mut ObjectOptions) -> Result<Arc<dyn ObjectStore>> {
+/// An open store, and what must not be said of it.
+pub(super) struct Opened {
+    pub(super) store: Arc<dyn ObjectStore>,
+    pub(super) hidden: Hidden,
+}
+
+/// Opens the store at `url`: `file:///directory` (made when missing), `s3://bucket/prefix`, `gs://bucket/prefix` or
+/// `az://container/prefix`.
+pub(super) fn open(url: &str, options: &ObjectOptions) -> Result<Opened> {
     options.check()?;
     let parsed = Url::parse(url)
         .map_err(|error| Error::new(ErrorKind::Invalid, format!("{url:?} is no URL: {error}")))?;
@@ -33,14 +53,21 @@ pub(super) fn open(url: &str, options: &mut ObjectOptions) -> Result<Arc<dyn Obj
         let text = "credentials belong into the options, not into the URL of an object store";
         return Err(Error::new(ErrorKind::Invalid, text));
     }
-    match parsed.scheme() {
-        "file" => local(&parsed),
-        "s3" => s3(&parsed, options),
-        other => {
-            let text = format!("scheme {other:?}, expected \"file\" or \"s3\"");
-            Err(Error::new(ErrorKind::Unsupported, text))
+    let mut hidden = Hidden::new(options, &HIDDEN_VARIABLES);
+    let store = match parsed.scheme() {
+        "file" => local(&parsed)?,
+        "s3" => {
+            hidden.add(options.access_key.as_deref());
+            below(&parsed, &hidden, s3(&parsed, options)?.build())?
         }
-    }
+        "gs" => below(&parsed, &hidden, gcs(&parsed, options)?.build())?,
+        "az" => below(&parsed, &hidden, azure(&parsed, options)?.build())?,
+        other => {
+            let text = format!("scheme {other:?}, expected \"file\", \"s3\", \"gs\" or \"az\"");
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+    };
+    Ok(Opened { store, hidden })
 }
 
 fn local(url: &Url) -> Result<Arc<dyn ObjectStore>> {
@@ -57,32 +84,46 @@ fn local(url: &Url) -> Result<Arc<dyn ObjectStore>> {
     Ok(Arc::new(store))
 }
 
-fn s3(url: &Url, options: &mut ObjectOptions) -> Result<Arc<dyn ObjectStore>> {
-    let Some(bucket) = url.host_str().filter(|bucket| !bucket.is_empty()) else {
-        let text = format!("{url} names no bucket, expected s3://bucket/prefix");
-        return Err(Error::new(ErrorKind::Invalid, text));
-    };
-    let environment = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    if options.access_key.is_none() {
-        options.access_key = environment("AWS_ACCESS_KEY_ID");
-        options.secret_key = environment("AWS_SECRET_ACCESS_KEY").map(Secret::new);
-        options.session_token = environment("AWS_SESSION_TOKEN").map(Secret::new);
-    }
-    let mut builder = AmazonS3Builder::from_env()
-        .with_bucket_name(bucket)
-        .with_allow_http(options.allow_http)
-        .with_http_connector(RingConnector {
-            attempt_timeout: options.attempt_timeout,
+/// The bucket or container that a URL names.
+fn bucket<'a>(url: &'a Url) -> Result<&'a str> {
+    url.host_str()
+        .filter(|bucket| !bucket.is_empty())
+        .ok_or_else(|| {
+            let scheme = url.scheme();
+            let text = format!("{url} names no bucket, expected {scheme}://bucket/prefix");
+            Error::new(ErrorKind::Invalid, text)
         })
-        .with_retry(RetryConfig {
-            backoff: BackoffConfig {
-                init_backoff: BACKOFF_FIRST,
-                max_backoff: BACKOFF_MAX,
-                base: 2.0,
-            },
-            max_retries: options.retries_max,
-            retry_timeout: options.retry_budget,
-        });
+}
+
+/// The store that was built, seen from the URL's prefix.
+fn below<S: ObjectStore>(
+    url: &Url,
+    hidden: &Hidden,
+    built: object_store::Result<S>,
+) -> Result<Arc<dyn ObjectStore>> {
+    let store = built.map_err(|error| {
+        let text = hidden.redact(format!("{url}: {error}"));
+        Error::new(ErrorKind::Invalid, text)
+    })?;
+    let prefix = Path::from_url_path(url.path())
+        .map_err(|error| Error::new(ErrorKind::Invalid, format!("{url}: {error}")))?;
+    if prefix.as_ref().is_empty() {
+        return Ok(Arc::new(store));
+    }
+    Ok(Arc::new(PrefixStore::new(store, prefix)))
+}
+
+fn s3(url: &Url, options: &ObjectOptions) -> Result<AmazonS3Builder> {
+    let mut builder = AmazonS3Builder::from_env()
+        .with_bucket_name(bucket(url)?)
+        .with_allow_http(options.allow_http)
+        .with_http_connector(RingConnector::new(options)?)
+        .with_retry(retry(options));
+    builder = match options.checksum {
+        ObjectChecksum::Off => builder,
+        ObjectChecksum::Sha256 => builder.with_checksum_algorithm(Checksum::SHA256),
+        ObjectChecksum::Crc64Nvme => builder.with_checksum_algorithm(Checksum::CRC64NVME),
+    };
     if let Some(endpoint) = &options.endpoint {
         builder = builder.with_endpoint(endpoint);
     }
@@ -97,62 +138,47 @@ fn s3(url: &Url, options: &mut ObjectOptions) -> Result<Arc<dyn ObjectStore>> {
     if let Some(token) = &options.session_token {
         builder = builder.with_token(token.expose());
     }
-    let store = builder.build().map_err(|error| {
-        let text = options.redact(format!("{url}: {error}"));
-        Error::new(ErrorKind::Invalid, text)
-    })?;
-    let prefix = Path::from_url_path(url.path())
-        .map_err(|error| Error::new(ErrorKind::Invalid, format!("{url}: {error}")))?;
-    if prefix.as_ref().is_empty() {
-        return Ok(Arc::new(store));
-    }
-    Ok(Arc::new(PrefixStore::new(store, prefix)))
+    Ok(builder)
 }
 
-/// Makes HTTP clients whose TLS is `ring`, given to them by name: a library must not decide the process-wide provider.
-#[derive(Debug)]
-struct RingConnector {
-    attempt_timeout: Duration,
+fn gcs(url: &Url, options: &ObjectOptions) -> Result<GoogleCloudStorageBuilder> {
+    let mut builder = GoogleCloudStorageBuilder::from_env()
+        .with_bucket_name(bucket(url)?)
+        .with_config(
+            GoogleConfigKey::Client(ClientConfigKey::AllowHttp),
+            options.allow_http.to_string(),
+        )
+        .with_http_connector(RingConnector::new(options)?)
+        .with_retry(retry(options));
+    if let Some(endpoint) = &options.endpoint {
+        builder = builder.with_base_url(endpoint.trim_end_matches('/'));
+    }
+    if let Some(key) = &options.secret_key {
+        builder = builder.with_service_account_key(key.expose());
+    }
+    if let Some(token) = &options.session_token {
+        builder = builder.with_bearer_token(token.expose());
+    }
+    Ok(builder)
 }
 
-impl HttpConnector for RingConnector {
-    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        let failed =
-            |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic {
-                store: "HTTP client",
-                source,
-            };
-        let allow_http = options
-            .get_config_value(&ClientConfigKey::AllowHttp)
-            .is_some_and(|value| value == "true");
-        let client = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls(allow_http).map_err(failed)?)
-            .https_only(!allow_http)
-            .http1_only()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(self.attempt_timeout)
-            .build()
-            .map_err(|error| failed(error.into()))?;
-        Ok(HttpClient::new(client))
+fn azure(url: &Url, options: &ObjectOptions) -> Result<MicrosoftAzureBuilder> {
+    let mut builder = MicrosoftAzureBuilder::from_env()
+        .with_container_name(bucket(url)?)
+        .with_allow_http(options.allow_http)
+        .with_http_connector(RingConnector::new(options)?)
+        .with_retry(retry(options));
+    if let Some(endpoint) = &options.endpoint {
+        builder = builder.with_endpoint(endpoint.clone());
     }
-}
-
-/// TLS against the certificates that this system trusts. Without any, HTTPS cannot work, which matters only where plain
-/// HTTP is not allowed.
-fn tls(allow_http: bool) -> Result<rustls::ClientConfig, Box<dyn std::error::Error + Send + Sync>> {
-    let mut roots = rustls::RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    let (added, _) = roots.add_parsable_certificates(found.certs);
-    if added == 0 && !allow_http {
-        let reason = found
-            .errors
-            .first()
-            .map_or(String::new(), |error| format!(": {error}"));
-        return Err(format!("this system has no trusted certificates{reason}").into());
+    if let Some(account) = &options.access_key {
+        builder = builder.with_account(account);
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    Ok(rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth())
+    if let Some(key) = &options.secret_key {
+        builder = builder.with_access_key(key.expose());
+    }
+    if let Some(token) = &options.session_token {
+        builder = builder.with_config(AzureConfigKey::Token, token.expose());
+    }
+    Ok(builder)
 }

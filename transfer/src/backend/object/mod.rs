@@ -4,7 +4,10 @@
 //! of a transfer speaks of local memory only.
 
 mod connect;
+mod get;
+mod http;
 mod options;
+mod put;
 mod store;
 mod transfer;
 mod turns;
@@ -25,7 +28,7 @@ use crate::region::{External, MemoryKind, Region};
 use store::Store;
 use transfer::Control;
 
-pub use options::{ObjectOptions, Secret};
+pub use options::{ObjectChecksum, ObjectOptions, Secret};
 pub use store::{LISTING_PAGE_MAX, OBJECT_KEY_BYTES_MAX, ObjectInfo, ObjectListing};
 pub use transfer::OBJECT_BYTES_MAX;
 
@@ -40,8 +43,12 @@ pub enum ObjectWrite {
     /// It is replaced, at once and whole.
     #[default]
     Replace,
-    /// The write fails with `Denied` and the object stays.
+    /// The write fails with `Denied` and the object stays. A write whose answer was lost and that is repeated finds its own
+    /// object: it fails, too.
     Create,
+    /// An object of the same size stays, and the write is done without sending its bytes: for names that stand for what is
+    /// in the object. One of another size is replaced.
+    Keep,
 }
 
 /// The object stores of one agent, made with the first.
@@ -259,8 +266,8 @@ impl Agent {
 }
 
 impl AgentBuilder {
-    /// Makes an object store known by `name`: `file:///directory` (made when missing) or `s3://bucket/prefix`. An error
-    /// in it is an error of [`AgentBuilder::build`].
+    /// Makes an object store known by `name`: `file:///directory` (made when missing), `s3://bucket/prefix`,
+    /// `gs://bucket/prefix` or `az://container/prefix`. An error in it is an error of [`AgentBuilder::build`].
     #[must_use]
     pub fn object_store(self, name: &str, url: &str, options: ObjectOptions) -> Self {
         let (name, url) = (name.to_owned(), url.to_owned());

@@ -1,6 +1,7 @@
 //! One object store: what can be asked of it beside reading and writing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -10,7 +11,8 @@ use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use tokio::sync::Mutex;
 
 use super::connect;
-use super::options::ObjectOptions;
+use super::http::NotConditional;
+use super::options::{Hidden, ObjectOptions};
 use super::turns::Turns;
 use crate::backend::file::Answer;
 use crate::request::Priority;
@@ -42,10 +44,13 @@ impl From<ObjectMeta> for ObjectInfo {
 pub(crate) struct Store {
     name: String,
     options: ObjectOptions,
+    hidden: Hidden,
     pub(super) inner: Arc<dyn ObjectStore>,
     /// One for each request.
     pub(super) turns: Arc<Turns>,
     runtime: tokio::runtime::Handle,
+    /// Whether it may know conditional writes.
+    is_conditional: AtomicBool,
 }
 
 impl Store {
@@ -53,23 +58,52 @@ impl Store {
         runtime: tokio::runtime::Handle,
         name: &str,
         url: &str,
-        mut options: ObjectOptions,
+        options: ObjectOptions,
     ) -> Result<Arc<Self>> {
-        let inner = connect::open(url, &mut options)
+        let opened = connect::open(url, &options)
             .map_err(|error| error.at(format!("object store {name:?}")))?;
         let turns = Turns::new(options.concurrency_max);
         Ok(Arc::new(Self {
             name: name.to_owned(),
             options,
-            inner,
+            hidden: opened.hidden,
+            inner: opened.store,
             turns,
             runtime,
+            is_conditional: AtomicBool::new(true),
         }))
     }
 
     /// The name it was opened with.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// As it was opened.
+    pub(super) fn options(&self) -> &ObjectOptions {
+        &self.options
+    }
+
+    /// Where its requests run.
+    pub(super) fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
+    }
+
+    /// Whether a write on condition that there is no such object may be tried: until the store has refused one.
+    pub(super) fn is_conditional(&self) -> bool {
+        self.is_conditional.load(Ordering::Relaxed)
+    }
+
+    /// Whether this error says that the store has no conditional writes; then it is not asked for one again.
+    pub(super) fn note_unconditional(&self, error: &object_store::Error) -> bool {
+        let is_so = is_unconditional(error);
+        if is_so && self.is_conditional.swap(false, Ordering::Relaxed) {
+            tracing::warn!(
+                store = self.name,
+                "no conditional writes here: an object that two write at once is written twice"
+            );
+        }
+        is_so
     }
 
     /// Checks a key.
@@ -164,17 +198,33 @@ impl Store {
             | object_store::Error::Unauthenticated { .. } => ErrorKind::Denied,
             object_store::Error::NotImplemented { .. }
             | object_store::Error::NotSupported { .. } => ErrorKind::Unsupported,
+            other if is_unconditional(other) => ErrorKind::Unsupported,
             other => cause_kind(other),
         };
         let text = format!("{verb} {path} in object store {:?}", self.name);
-        Error::new(kind, text).with_source(self.options.redact(error.to_string()))
+        Error::new(kind, text).with_source(self.hidden.redact(error.to_string()))
     }
+}
+
+type Cause = dyn std::error::Error + 'static;
+
+/// An error and what caused it, outermost first.
+fn causes(error: &object_store::Error) -> impl Iterator<Item = &Cause> {
+    let outermost: &Cause = error;
+    std::iter::successors(Some(outermost), |error| error.source())
+}
+
+fn is_unconditional(error: &object_store::Error) -> bool {
+    let is_disabled = matches!(
+        error,
+        object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. }
+    );
+    is_disabled || causes(error).any(|cause| cause.is::<NotConditional>())
 }
 
 /// The kind that the deepest cause suggests.
 fn cause_kind(error: &object_store::Error) -> ErrorKind {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
+    for error in causes(error) {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
             match io.kind() {
                 std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
@@ -191,7 +241,6 @@ fn cause_kind(error: &object_store::Error) -> ErrorKind {
         {
             return ErrorKind::Timeout;
         }
-        cause = error.source();
     }
     ErrorKind::Io
 }

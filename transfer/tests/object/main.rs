@@ -6,10 +6,16 @@
     reason = "what tests share fails like a test"
 )]
 
+mod azure;
+mod failing;
+mod gcs;
+mod parts;
+mod proxy;
+mod server;
+
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind};
 use kvfabric_transfer::backend::conformance::{ObjectFixture, run};
@@ -17,6 +23,7 @@ use kvfabric_transfer::{
     Agent, HostMemory, MemoryFate, ObjectInfo, ObjectOptions, ObjectWrite, Operation, Region,
     RegionOptions, Request, RequestOptions, Secret, Side, TransferError,
 };
+use server::{Server, options};
 
 /// Far beyond what a loaded machine needs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -38,7 +45,11 @@ fn local(directory: &Path) -> Agent {
 }
 
 fn memory(agent: &Agent) -> Region {
-    let memory = HostMemory::anonymous(BYTES).expect("memory");
+    memory_of(agent, BYTES)
+}
+
+fn memory_of(agent: &Agent, bytes: u64) -> Region {
+    let memory = HostMemory::anonymous(bytes).expect("memory");
     agent
         .register(memory, RegionOptions::default())
         .expect("region")
@@ -124,6 +135,18 @@ fn bad_stores_are_refused_when_the_agent_is_built() {
         ..plain()
     };
     assert_eq!(refused("file:///tmp", none).kind(), ErrorKind::Invalid);
+    let small = ObjectOptions {
+        part_bytes: 5 << 19,
+        ..plain()
+    };
+    assert_eq!(refused("file:///tmp", small).kind(), ErrorKind::Invalid);
+    let nobody = ObjectOptions {
+        authorities: Some("/nowhere/ca.pem".into()),
+        ..plain()
+    };
+    let error = refused("gs://bucket", nobody);
+    assert!(error.to_string().contains("/nowhere/ca.pem"), "{error}");
+    assert_eq!(refused("az:///prefix", plain()).kind(), ErrorKind::Invalid);
     let leaky = refused("s3://user:hunter2@bucket/x", plain());
     assert!(!leaky.to_string().contains("hunter2"), "{leaky}");
     let directory = tempfile::tempdir().expect("directory");
@@ -272,18 +295,6 @@ fn a_directory_creates_lists_and_deletes() {
     );
 }
 
-fn s3_options(address: std::net::SocketAddr) -> ObjectOptions {
-    ObjectOptions {
-        endpoint: Some(format!("http://{address}")),
-        region: Some("us-east-1".to_owned()),
-        access_key: Some(ACCESS_KEY.to_owned()),
-        secret_key: Some(Secret::new(SECRET_KEY)),
-        allow_http: true,
-        retries_max: 1,
-        ..ObjectOptions::default()
-    }
-}
-
 fn without_secrets(text: &str) {
     assert!(!text.contains(SECRET_KEY), "{text}");
     assert!(!text.contains(ACCESS_KEY), "{text}");
@@ -296,9 +307,9 @@ fn an_absent_server_is_an_error_without_secrets() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("port");
         listener.local_addr().expect("address")
     };
-    let options = s3_options(address);
-    without_secrets(&format!("{options:?}").replace(ACCESS_KEY, ""));
-    let agent = build("s3://bucket/prefix", options).expect("agent");
+    let to_nobody = options(address);
+    without_secrets(&format!("{to_nobody:?}").replace(ACCESS_KEY, ""));
+    let agent = build("s3://bucket/prefix", to_nobody).expect("agent");
     let memory = memory(&agent);
     let object = agent.object("cold", "key").expect("object");
     for operation in [Operation::Write, Operation::Read] {
@@ -317,7 +328,7 @@ fn an_absent_server_is_an_error_without_secrets() {
 fn a_silent_server_is_given_up() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("port");
     let address = listener.local_addr().expect("address");
-    let agent = build("s3://bucket/prefix", s3_options(address)).expect("agent");
+    let agent = build("s3://bucket/prefix", options(address)).expect("agent");
     let memory = memory(&agent);
     let object = agent.object("cold", "key").expect("object");
     let request = post(&agent, Operation::Read, &memory, &object, WHOLE);
@@ -333,7 +344,7 @@ fn a_silent_server_is_given_up() {
     let quick = ObjectOptions {
         attempt_timeout: Duration::from_millis(50),
         retries_max: 0,
-        ..s3_options(address)
+        ..options(address)
     };
     let impatient = build("s3://bucket/prefix", quick).expect("agent");
     let mut head = impatient.object_head("cold", "key").expect("accepted");
@@ -346,11 +357,11 @@ fn a_silent_server_is_given_up() {
 fn http_is_refused_unless_allowed() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("port");
     let address = listener.local_addr().expect("address");
-    let options = ObjectOptions {
+    let secure = ObjectOptions {
         allow_http: false,
-        ..s3_options(address)
+        ..options(address)
     };
-    match build("s3://bucket/prefix", options) {
+    match build("s3://bucket/prefix", secure) {
         // A system without certificates refuses here already.
         Err(error) => assert_eq!(error.kind(), ErrorKind::Invalid, "{error}"),
         Ok(agent) => {
@@ -363,80 +374,13 @@ fn http_is_refused_unless_allowed() {
     }
 }
 
-/// A server process that ends with the test.
-struct Server {
-    child: Child,
-    address: std::net::SocketAddr,
-    _root: tempfile::TempDir,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn find_server() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os("KVFABRIC_S3_SERVER") {
-        return Some(path.into());
-    }
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|folder| folder.join("s3s-fs"))
-        .find(|file| file.is_file())
-}
-
-/// Starts `s3s-fs` over a directory with one bucket; none, said aloud, where it is not installed.
-fn s3_server() -> Option<Server> {
-    let Some(program) = find_server() else {
-        eprintln!("SKIPPED: no s3s-fs on PATH or in KVFABRIC_S3_SERVER, S3 is not tested");
-        return None;
-    };
-    let root = tempfile::tempdir().expect("directory");
-    std::fs::create_dir(root.path().join("bucket")).expect("bucket");
-    // The port is free again for a moment before the server takes it: another may come first, so try again.
-    for _ in 0..5 {
-        let address = {
-            let listener = TcpListener::bind("127.0.0.1:0").expect("port");
-            listener.local_addr().expect("address")
-        };
-        let mut child = Command::new(&program)
-            .args([
-                "--access-key",
-                ACCESS_KEY,
-                "--secret-key",
-                SECRET_KEY,
-                "--host",
-                "127.0.0.1",
-            ])
-            .args(["--port", &address.port().to_string()])
-            .arg(root.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the server starts");
-        let until = Instant::now() + PATIENCE;
-        while Instant::now() < until && child.try_wait().expect("status").is_none() {
-            if std::net::TcpStream::connect(address).is_ok() {
-                return Some(Server {
-                    child,
-                    address,
-                    _root: root,
-                });
-            }
-            std::thread::yield_now();
-        }
-    }
-    panic!("{} does not come up", program.display());
-}
-
 /// The whole suite and everything else, against a real server.
 #[test]
 fn s3_conforms() {
-    let Some(server) = s3_server() else { return };
-    let agent = build("s3://bucket/some/prefix", s3_options(server.address)).expect("agent");
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let agent = build("s3://bucket/some/prefix", options(server.address)).expect("agent");
     create_keeps_the_first_object(&agent);
     names_come_and_go(&agent);
     let report = run(&ObjectFixture::new(agent, "cold")).unwrap_or_else(|error| panic!("{error}"));
@@ -446,13 +390,15 @@ fn s3_conforms() {
 /// The right key with the wrong secret.
 #[test]
 fn a_wrong_secret_is_denied_and_not_shown() {
-    let Some(server) = s3_server() else { return };
-    let wrong = "another-secret-of-ours";
-    let options = ObjectOptions {
-        secret_key: Some(Secret::new(wrong)),
-        ..s3_options(server.address)
+    let Some(server) = Server::start() else {
+        return;
     };
-    let agent = build("s3://bucket/prefix", options).expect("agent");
+    let wrong = "another-secret-of-ours";
+    let with_wrong = ObjectOptions {
+        secret_key: Some(Secret::new(wrong)),
+        ..options(server.address)
+    };
+    let agent = build("s3://bucket/prefix", with_wrong).expect("agent");
     let memory = memory(&agent);
     let object = agent.object("cold", "key").expect("object");
     let failed = transfer(&agent, Operation::Write, &memory, &object, WHOLE).expect_err("denied");
