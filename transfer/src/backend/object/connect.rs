@@ -85,7 +85,7 @@ fn local(url: &Url) -> Result<Arc<dyn ObjectStore>> {
 }
 
 /// The bucket or container that a URL names.
-fn bucket<'a>(url: &'a Url) -> Result<&'a str> {
+fn bucket(url: &Url) -> Result<&str> {
     url.host_str()
         .filter(|bucket| !bucket.is_empty())
         .ok_or_else(|| {
