@@ -140,8 +140,9 @@ impl Exports {
         regions.remove(&region.id());
         drop(regions);
         fabrics.iter().for_each(|fabric| fabric.withdraw(region));
-        let keepers = self.keepers.read().unwrap_or_else(PoisonError::into_inner);
-        let keepers: Vec<_> = keepers.iter().filter_map(Weak::upgrade).collect();
+        let known = self.keepers.read().unwrap_or_else(PoisonError::into_inner);
+        let keepers: Vec<_> = known.iter().filter_map(Weak::upgrade).collect();
+        drop(known);
         keepers.iter().for_each(|keeper| keeper.withdraw(region));
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{HashSet, LinkedList};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind};
 
@@ -21,6 +22,9 @@ pub(super) struct Letters {
     /// Regions of which the engine has the kernel hold memory, and those of them that are being deregistered.
     pinned: HashSet<RegionId>,
     gone: Vec<Arc<RegionCore>>,
+    /// How many were withdrawn, and of how many of those nothing is held any more.
+    withdrawn: u64,
+    let_go: u64,
     /// Set when no more jobs are taken.
     pub(super) closed: Option<&'static str>,
 }
@@ -55,6 +59,7 @@ impl Letters {
 pub(super) struct Inbox {
     letters: Mutex<Letters>,
     arrived: Condvar,
+    changed: Condvar,
 }
 
 impl Inbox {
@@ -102,20 +107,44 @@ impl Inbox {
         self.lock().pinned.contains(&region)
     }
 
-    /// A region is being deregistered: when memory of it may be held, it counts as used until that is over. Whether it is so.
-    pub(super) fn withdraw(&self, region: &Arc<RegionCore>) -> bool {
+    /// A region is being deregistered: when memory of it may be held, it counts as used until that is over. Which one it is
+    /// then of all that were withdrawn.
+    pub(super) fn withdraw(&self, region: &Arc<RegionCore>) -> Option<u64> {
         let mut letters = self.lock();
-        let is_pinned = letters.pinned.remove(&region.id());
-        if is_pinned {
-            region.hold();
-            letters.gone.push(Arc::clone(region));
+        if !letters.pinned.remove(&region.id()) {
+            return None;
         }
-        is_pinned
+        region.hold();
+        letters.gone.push(Arc::clone(region));
+        letters.withdrawn += 1;
+        Some(letters.withdrawn)
     }
 
-    /// Those that were withdrawn; each is to be left when nothing of it is held any more.
+    /// Waits until nothing is held of so many that were withdrawn, or for so long.
+    pub(super) fn wait_let_go(&self, withdrawn: u64, timeout: Duration) {
+        let until = Instant::now() + timeout;
+        let mut letters = self.lock();
+        while letters.let_go < withdrawn {
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return;
+            };
+            letters = match self.changed.wait_timeout(letters, left) {
+                Ok((letters, _)) => letters,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Those that were withdrawn, in their order; each is to be passed to [`Inbox::let_go`].
     pub(super) fn take_gone(&self) -> Vec<Arc<RegionCore>> {
         std::mem::take(&mut self.lock().gone)
+    }
+
+    /// Nothing is held any more of the next one that was withdrawn.
+    pub(super) fn let_go(&self, region: &RegionCore) {
+        region.leave();
+        self.lock().let_go += 1;
+        self.changed.notify_all();
     }
 
     /// No memory is held any more: all was taken back at once.
@@ -124,7 +153,7 @@ impl Inbox {
         letters.pinned.clear();
         let gone = std::mem::take(&mut letters.gone);
         drop(letters);
-        gone.iter().for_each(|region| region.leave());
+        gone.iter().for_each(|region| self.let_go(region));
     }
 
     /// Takes no more jobs.

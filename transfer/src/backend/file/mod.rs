@@ -2,6 +2,7 @@
 
 mod answer;
 mod blocking;
+mod door;
 mod inbox;
 mod job;
 mod open;

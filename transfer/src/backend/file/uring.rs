@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -11,6 +11,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::event::EventfdFlags;
 
+use super::door::Door;
 use super::inbox::Inbox;
 use super::job::{FileJob, FileOperation, Waiter};
 use super::pinned::Pinned;
@@ -32,27 +33,6 @@ const WAKE: u64 = u64::MAX;
 /// The number of cancellations, whose answers do not matter: the cancelled call answers for itself.
 const CANCELLATION: u64 = u64::MAX - 1;
 
-/// The way to the ring's thread.
-struct Door {
-    inbox: Arc<Inbox>,
-    wake: OwnedFd,
-}
-
-impl Door {
-    fn knock(&self) {
-        // A full counter means that a wake-up is pending already.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-}
-
-impl Keeper for Door {
-    fn withdraw(&self, region: &Arc<RegionCore>) {
-        if self.inbox.withdraw(region) {
-            self.knock();
-        }
-    }
-}
-
 /// A running ring.
 pub(super) struct Uring {
     door: Arc<Door>,
@@ -68,7 +48,7 @@ impl Uring {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = rustix::event::eventfd(0, flags)
             .map_err(|error| Error::io("make an eventfd for the file engine", error.into()))?;
-        let door = Arc::new(Door { inbox, wake });
+        let door = Arc::new(Door::new(inbox, wake));
         let (started, outcome) = mpsc::sync_channel(1);
         let own = Arc::clone(&door);
         // The ring is made on its own thread: with a single issuer the kernel wants it so.
@@ -78,6 +58,7 @@ impl Uring {
                 Ok(ring) => {
                     // The receiver waits below.
                     let _ = started.send(Ok(()));
+                    own.is_opened_here();
                     Worker::new(ring, own).run();
                 }
                 Err(error) => {
@@ -215,7 +196,7 @@ impl Worker {
         given_up.for_each(|job| job.waiter.settle(Err(abandoned())));
         for region in self.door.inbox.take_gone() {
             self.pinned.forget(&self.ring, region.id());
-            region.leave();
+            self.door.inbox.let_go(&region);
         }
         for job in jobs {
             self.admit(job);
