@@ -18,6 +18,7 @@ use kvfabric_transfer::{
     RegionOptions, Request, RequestOptions, Side, Status,
 };
 
+use support::overtaking::overtakes;
 use support::proxy::proxied;
 use support::{Pair, WAIT, WAYS, Way, contents, pattern};
 
@@ -188,13 +189,6 @@ fn neighbours_on_both_sides_are_one_operation() {
     assert_eq!(asked(&neighbours, &[8, 8]), 2 * once);
 }
 
-/// When a request was done, by its agent's clock.
-fn done_at(request: &Request) -> Duration {
-    request.wait(WAIT).unwrap();
-    let telemetry = request.telemetry().unwrap();
-    telemetry.posted + telemetry.transfer
-}
-
 const BULK: u64 = 64 << 20;
 
 /// Many offloads are posted, then one fetch: it is done before most of them, over every way that has a queue. Writes over UCX
@@ -211,20 +205,15 @@ fn a_fetch_overtakes_offloads() {
             priority: Priority::Background,
             ..RequestOptions::default()
         };
-        let offloads: Vec<_> = (0..8)
-            .map(|_| pair.moves(bulk, &[(0, 0, BULK)], background.clone()))
-            .collect();
-        let fetch = pair.moves(
-            Operation::Read,
-            &[(0, 0, 1 << 20)],
-            RequestOptions::default(),
-        );
-        let fetched = done_at(&fetch);
-        let before = offloads
-            .iter()
-            .filter(|request| done_at(request) < fetched)
-            .count();
-        assert!(before < 4, "{way:?}: {before} offloads were done first");
+        overtakes(&format!("{way:?}"), || {
+            let offload = || pair.moves(bulk, &[(0, 0, BULK)], background.clone());
+            let offloads = std::iter::repeat_with(offload).take(8).collect();
+            let options = RequestOptions::default();
+            (
+                offloads,
+                pair.moves(Operation::Read, &[(0, 0, 1 << 20)], options),
+            )
+        });
     }
 }
 
@@ -252,16 +241,11 @@ fn a_fetch_from_a_file_overtakes_offloads_to_it() {
             .transfer(operation, &pairs, Side::Local, options)
             .unwrap()
     };
-    let offloads: Vec<_> = (0..8)
-        .map(|_| moves(Operation::Write, BULK, Priority::Background))
-        .collect();
-    let fetch = moves(Operation::Read, 1 << 20, Priority::Normal);
-    let fetched = done_at(&fetch);
-    let before = offloads
-        .iter()
-        .filter(|request| done_at(request) < fetched)
-        .count();
-    assert!(before <= 4, "{before} offloads were done first");
+    overtakes("a file", || {
+        let offload = || moves(Operation::Write, BULK, Priority::Background);
+        let offloads = std::iter::repeat_with(offload).take(12).collect();
+        (offloads, moves(Operation::Read, 1 << 20, Priority::Normal))
+    });
 }
 
 /// The same for a store that takes one request at a time.
@@ -291,19 +275,17 @@ fn a_fetch_from_a_store_overtakes_offloads_to_it() {
     moves(Operation::Write, "wanted", 4096, Priority::Normal)
         .wait(WAIT)
         .unwrap();
-    let offloads: Vec<_> = (0..8)
-        .map(|number| {
+    overtakes("a store", || {
+        let offload = |number| {
             let key = format!("offload-{number}");
             moves(Operation::Write, &key, BULK, Priority::Background)
-        })
-        .collect();
-    let fetch = moves(Operation::Read, "wanted", 4096, Priority::Normal);
-    let fetched = done_at(&fetch);
-    let before = offloads
-        .iter()
-        .filter(|request| done_at(request) < fetched)
-        .count();
-    assert!(before < 4, "{before} offloads were done first");
+        };
+        let offloads = (0..8).map(offload).collect();
+        (
+            offloads,
+            moves(Operation::Read, "wanted", 4096, Priority::Normal),
+        )
+    });
 }
 
 /// Eight requests of 1 MiB at 16 MiB a second cannot all be done before 7 of them are paid for, by any way; without the

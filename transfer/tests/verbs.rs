@@ -21,6 +21,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 
 use support::child::{Again, ROLE, hex, unhex};
 use support::hold::hold;
+use support::overtaking::overtakes;
 use support::{OPEN, Pair, WAIT, Way, contents, has_rdma, pattern};
 
 /// So much that it takes soft-RoCE a while.
@@ -145,19 +146,15 @@ fn a_fetch_overtakes_offloads() {
         priority: Priority::Background,
         ..RequestOptions::default()
     };
-    let offloads: Vec<_> = (0..8)
-        .map(|_| pair.moves(Operation::Write, &[(0, 0, BULK)], background.clone()))
-        .collect();
-    let fetch = pair.moves(Operation::Read, &[(0, 0, 4096)], RequestOptions::default());
-    let done_at = |request: &Request| {
-        request.wait(WAIT).unwrap();
-        let telemetry = request.telemetry().unwrap();
-        telemetry.posted + telemetry.transfer
-    };
-    let fetched = done_at(&fetch);
-    let before = offloads.iter().filter(|request| done_at(request) < fetched);
-    let before = before.count();
-    assert!(before < 4, "{before} offloads were done first");
+    overtakes("verbs", || {
+        let offload = || pair.moves(Operation::Write, &[(0, 0, BULK)], background.clone());
+        let offloads = std::iter::repeat_with(offload).take(8).collect();
+        let options = RequestOptions::default();
+        (
+            offloads,
+            pair.moves(Operation::Read, &[(0, 0, 4096)], options),
+        )
+    });
 }
 
 /// The target is held while it takes the first notification: those beyond what may be unanswered wait, those that are given up

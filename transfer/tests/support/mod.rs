@@ -11,6 +11,7 @@ use kvfabric_transfer::{
 
 pub(crate) mod child;
 pub(crate) mod hold;
+pub(crate) mod overtaking;
 pub(crate) mod proxy;
 pub(crate) mod sockets;
 
