@@ -124,23 +124,23 @@ fn references(
     storage: Storage<'_>,
 ) -> Result<Vec<Box<dyn Subject>>> {
     let folder = storage.folder;
-    let memcpy = || Box::new(references::Memcpy::new(plan));
+    let memcpy = || references::Memcpy::new(plan).map(Box::new);
     Ok(match plan.shape.backend {
         BackendKind::Memcpy | BackendKind::Cma | BackendKind::Ucx | BackendKind::Verbs => {
-            vec![memcpy()]
+            vec![memcpy()?]
         }
-        BackendKind::Shm => vec![memcpy(), Box::new(references::MappedLoop::new(plan)?)],
+        BackendKind::Shm => vec![memcpy()?, Box::new(references::MappedLoop::new(plan)?)],
         BackendKind::Tcp => vec![
             Box::new(raw_tcp::RawTcp::connect(plan, at, false)?),
             Box::new(raw_tcp::RawTcp::connect(plan, at, true)?),
-            memcpy(),
+            memcpy()?,
         ],
         BackendKind::File => {
             let disk = |threads| references::Disk::open(plan, direct, folder, threads);
             vec![Box::new(disk(1)?), Box::new(disk(references::DEEP)?)]
         }
         // Of a store somewhere nobody knows what the plainest means would be.
-        BackendKind::Object if storage.store.is_some() => vec![memcpy()],
+        BackendKind::Object if storage.store.is_some() => vec![memcpy()?],
         // Objects in a folder go through the page cache, so what stands beside them does too.
         BackendKind::Object => {
             let cached = references::Disk::open(plan, DirectMode::Off, folder, 1)?;

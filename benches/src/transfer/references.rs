@@ -6,6 +6,7 @@ use std::path::Path;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, DirectMode, HostMemory, Region, RegionOptions};
+use memmap2::{Advice, MmapMut};
 use rustix::fs::OFlags;
 
 use super::contents::{self, POISON};
@@ -17,16 +18,6 @@ use super::subject::Subject;
 /// A page, and what direct I/O asks of addresses, offsets and lengths on the devices we know.
 const PAGE_BYTES: usize = 4096;
 
-fn source(plan: &Plan) -> Vec<u8> {
-    let mut bytes = vec![0; plan.shape.total_bytes as usize];
-    contents::fill(plan.shape.seed, 0, &mut bytes);
-    bytes
-}
-
-fn poisoned(plan: &Plan) -> Vec<u8> {
-    vec![POISON; plan.shape.total_bytes as usize]
-}
-
 fn verify(plan: &Plan, target: &[u8]) -> Result<()> {
     contents::verify(plan, |offset, block| {
         block.copy_from_slice(&target[offset as usize..][..block.len()]);
@@ -37,18 +28,18 @@ fn verify(plan: &Plan, target: &[u8]) -> Result<()> {
 /// One contiguous copy between two private buffers, a part for each thread: what memory gives.
 pub(super) struct Memcpy {
     plan: Plan,
-    source: Vec<u8>,
-    target: Vec<u8>,
+    source: Pages,
+    target: Pages,
 }
 
 impl Memcpy {
-    pub(super) fn new(plan: &Plan) -> Self {
+    pub(super) fn new(plan: &Plan) -> Result<Self> {
         let plan = plan.in_order();
-        Self {
-            source: source(&plan),
-            target: poisoned(&plan),
+        Ok(Self {
+            source: Pages::new(&plan, Contents::Source)?,
+            target: Pages::new(&plan, Contents::Poison)?,
             plan,
-        }
+        })
     }
 }
 
@@ -58,13 +49,14 @@ impl Subject for Memcpy {
     }
 
     fn poison(&mut self) -> Result<()> {
-        self.target.fill(POISON);
+        self.target.get().fill(POISON);
         Ok(())
     }
 
     fn move_all(&mut self) -> Result<u64> {
-        let each = self.target.len().div_ceil(self.plan.shape.threads as usize);
-        let parts = self.source.chunks(each).zip(self.target.chunks_mut(each));
+        let (source, target) = (self.source.get(), self.target.get());
+        let each = target.len().div_ceil(self.plan.shape.threads as usize);
+        let parts = source.chunks(each).zip(target.chunks_mut(each));
         let copy = |(from, to): (&'_ [u8], &'_ mut [u8])| {
             to.copy_from_slice(from);
             Ok(std::hint::black_box(to).len() as u64)
@@ -78,36 +70,36 @@ impl Subject for Memcpy {
             self.plan.shape.block_bytes,
         );
         let block = start..start + len as usize;
-        self.target[block.clone()].copy_from_slice(&self.source[block.clone()]);
-        Ok(std::hint::black_box(&self.target[block]).len() as u64)
+        let (source, target) = (self.source.get(), self.target.get());
+        target[block.clone()].copy_from_slice(&source[block.clone()]);
+        Ok(std::hint::black_box(&target[block]).len() as u64)
     }
 
     fn verify(&mut self) -> Result<()> {
-        verify(&self.plan, &self.target)
+        verify(&self.plan, self.target.get())
     }
 }
 
-/// Private memory that begins at a page, as what agents make does: where copies are aligned decides how fast they are.
-struct Pages {
-    bytes: Vec<u8>,
-    start: usize,
-    len: usize,
-}
+/// Private memory that begins at a page and asks for huge ones, as what agents make does: that decides how fast copies are, and
+/// into how many pieces a disk's calls fall.
+struct Pages(MmapMut);
 
 impl Pages {
-    fn new(plan: &Plan, contents: Contents) -> Self {
+    fn new(plan: &Plan, contents: Contents) -> Result<Self> {
         let len = plan.shape.total_bytes as usize;
-        let bytes = vec![POISON; len + PAGE_BYTES];
-        let start = bytes.as_ptr().align_offset(PAGE_BYTES);
-        let mut pages = Self { bytes, start, len };
-        if matches!(contents, Contents::Source) {
-            contents::fill(plan.shape.seed, 0, pages.get());
+        let mapped = MmapMut::map_anon(len);
+        let mut bytes = mapped.map_err(|error| Error::io(format!("map {len} bytes"), error))?;
+        // A wish, as theirs is: where there are none, neither has them.
+        let _ = bytes.advise(Advice::HugePage);
+        match contents {
+            Contents::Source => contents::fill(plan.shape.seed, 0, &mut bytes),
+            Contents::Poison => bytes.fill(POISON),
         }
-        pages
+        Ok(Self(bytes))
     }
 
     fn get(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..][..self.len]
+        &mut self.0
     }
 }
 
@@ -173,10 +165,10 @@ impl MappedLoop {
         let shared = agent.register(memory, RegionOptions::default())?;
         shared.fill_at(0, shared.bytes(), POISON)?;
         let local = match plan.shape.way {
-            Way::Write => Pages::new(plan, Contents::Source),
+            Way::Write => Pages::new(plan, Contents::Source)?,
             Way::Read => {
                 contents::write_source(plan, |offset, block| shared.write_at(offset, block))?;
-                Pages::new(plan, Contents::Poison)
+                Pages::new(plan, Contents::Poison)?
             }
         };
         Ok(Self {
@@ -269,7 +261,7 @@ impl Disk {
             shares: Shares::new(plan, threads),
             files,
             file,
-            local: Pages::new(plan, here),
+            local: Pages::new(plan, here)?,
             threads,
         })
     }
@@ -360,7 +352,7 @@ mod tests {
             let plan = Plan::new(shape).unwrap();
             let disk = |threads| Disk::open(&plan, DirectMode::Auto, folder.path(), threads);
             let subjects: [Box<dyn Subject>; 4] = [
-                Box::new(Memcpy::new(&plan)),
+                Box::new(Memcpy::new(&plan).unwrap()),
                 Box::new(MappedLoop::new(&plan).unwrap()),
                 Box::new(disk(1).unwrap()),
                 Box::new(disk(DEEP).unwrap()),

@@ -17,6 +17,10 @@ pub(crate) use super::host::SIZE_SEALS;
 /// Bytes copied out at a time to compute a checksum: fits the first-level cache.
 const CHECKSUM_STEP_BYTES: usize = 16 << 10;
 
+/// The size of a huge page. Memory of that length and more asks for them: a device is told of far fewer pieces (a disk's queue
+/// may hold no more than 256 of them in all), they are held faster, and copies miss fewer translations.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 /// A range of addresses; mapped here and unmapped when dropped, or lent by a caller.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
@@ -86,6 +90,11 @@ impl Mapping {
         let advised =
             unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxDontFork) };
         advised.map_err(|e| Error::io("keep mapped memory from forked children", e.into()))?;
+        if len >= HUGE_PAGE_BYTES {
+            // SAFETY: as above. A wish: kernels without huge pages, or told to give none, refuse it or do nothing.
+            let _ =
+                unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxHugepage) };
+        }
         Ok(mapping)
     }
 
