@@ -15,7 +15,7 @@ use bytes::Bytes;
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{
     Agent, FileEngineMode, FileOptions, HostMemory, MemoryFate, ObjectOptions, Operation, Priority,
-    RegionOptions, Request, RequestOptions, Side, Status,
+    RegionOptions, RequestOptions, Side, Status,
 };
 
 use support::overtaking::overtakes;
@@ -251,6 +251,8 @@ fn a_fetch_from_a_file_overtakes_offloads_to_it() {
 /// The same for a store that takes one request at a time.
 #[test]
 fn a_fetch_from_a_store_overtakes_offloads_to_it() {
+    /// Objects in several parts give way between these, whatever matters more.
+    const ONE_PART: u64 = 4 << 20;
     let folder = tempfile::tempdir().unwrap();
     let url = format!("file://{}", folder.path().display());
     let options = ObjectOptions {
@@ -278,9 +280,11 @@ fn a_fetch_from_a_store_overtakes_offloads_to_it() {
     overtakes("a store", || {
         let offload = |number| {
             let key = format!("offload-{number}");
-            moves(Operation::Write, &key, BULK, Priority::Background)
+            moves(Operation::Write, &key, ONE_PART, Priority::Background)
         };
-        let offloads = (0..8).map(offload).collect();
+        let offloads: Vec<_> = (0..16).map(offload).collect();
+        // All of them stand in line then.
+        offloads[0].wait(WAIT).unwrap();
         (
             offloads,
             moves(Operation::Read, "wanted", 4096, Priority::Normal),
