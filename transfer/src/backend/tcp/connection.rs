@@ -1,6 +1,5 @@
 //! One connection, of either side: what it sends, what it receives, how it ends.
 
-use std::collections::{LinkedList, VecDeque};
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,131 +9,25 @@ use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::active::Active;
 use super::frame::Header;
 use super::initiator::Initiator;
+use super::outbox::Outbox;
 use super::receive::{Handler, Intake, Receiver, Stopped};
-use super::scatter::Scatter;
 use super::target::TargetSide;
 use super::tls::Session;
-use crate::backend::Job;
 use crate::look::Look;
 use crate::reactor::{Interest, Reactor, Source, Token};
-use crate::request::Priority;
 use crate::sys::memory::{Sink, Span};
-use crate::sys::socket::{self, SPANS_MAX};
+use crate::sys::socket;
 
 /// Bytes that one connection moves before others get their turn.
-const TURN_BYTES: u64 = 4 << 20;
+pub(super) const TURN_BYTES: u64 = 4 << 20;
 
 /// Bytes that a poster sends by itself; the rest is the reactor's work.
 pub(super) const INLINE_BYTES_MAX: u64 = 64 << 10;
 
-/// A frame to send: encoded bytes, then memory.
-pub(super) struct Frame {
-    bytes: Vec<u8>,
-    sent: usize,
-    payload: Option<Scatter>,
-}
-
-impl Frame {
-    pub(super) fn new(bytes: Vec<u8>, payload: Option<Scatter>) -> Self {
-        Self {
-            bytes,
-            sent: 0,
-            payload,
-        }
-    }
-
-    /// Counts `count` sent bytes; returns those beyond this frame, and whether the frame is finished.
-    fn advance(&mut self, count: u64) -> (u64, bool) {
-        let own = count.min((self.bytes.len() - self.sent) as u64);
-        self.sent += own as usize;
-        let mut beyond = count - own;
-        let mut finished = self.sent == self.bytes.len();
-        if let Some(payload) = &mut self.payload {
-            let moved = beyond.min(payload.left());
-            payload.advance(moved);
-            beyond -= moved;
-            finished &= payload.left() == 0;
-        }
-        (beyond, finished)
-    }
-}
-
-/// What waits to be sent.
-#[derive(Default)]
-pub(super) struct Outbox {
-    pub(super) frames: VecDeque<Frame>,
-    /// Initiator: requests that are not wholly cut into frames. As many as callers hold, each with a place of its own: so
-    /// none is refused, and no post has to make room for others.
-    pub(super) jobs: LinkedList<Arc<Active>>,
-    /// Initiator: those of them that give way to the others.
-    pub(super) background: LinkedList<Arc<Active>>,
-    pub(super) ended: bool,
-    /// Requests that are over; settled without the lock, because that runs wakers of others.
-    pub(super) settled: Vec<(Job, Result<()>)>,
-}
-
-impl Outbox {
-    /// Puts a request at the end of its queue.
-    pub(super) fn queue(&mut self, active: Arc<Active>) {
-        match active.priority {
-            Priority::Normal => self.jobs.push_back(active),
-            Priority::Background => self.background.push_back(active),
-        }
-    }
-
-    /// Puts a request back at the head of its queue.
-    pub(super) fn put_back(&mut self, active: Arc<Active>) {
-        match active.priority {
-            Priority::Normal => self.jobs.push_front(active),
-            Priority::Background => self.background.push_front(active),
-        }
-    }
-
-    /// One system call's worth of frames.
-    fn send(&mut self, wire: &Wire<'_>) -> Result<io::Result<u64>> {
-        let mut spans = Vec::with_capacity(16);
-        let mut bytes = 0;
-        for frame in &self.frames {
-            if spans.len() + 2 > SPANS_MAX || bytes >= TURN_BYTES {
-                break;
-            }
-            if frame.sent < frame.bytes.len() {
-                spans.push(Span::of_bytes(&frame.bytes[frame.sent..]));
-            }
-            if let Some(payload) = &frame.payload {
-                let before = spans.len();
-                payload.spans(&mut spans, SPANS_MAX)?;
-                let ready = spans[before..]
-                    .iter()
-                    .map(|span| span.len() as u64)
-                    .sum::<u64>();
-                bytes += ready;
-                // The rest of this frame must go before the next one.
-                if ready < payload.left() {
-                    break;
-                }
-            }
-        }
-        let sent = match wire.send(&spans) {
-            Ok(sent) => sent as u64,
-            Err(error) => return Ok(Err(error)),
-        };
-        drop(spans);
-        let mut left = sent;
-        while let Some(frame) = self.frames.front_mut() {
-            let (beyond, finished) = frame.advance(left);
-            left = beyond;
-            if !finished {
-                break;
-            }
-            self.frames.pop_front();
-        }
-        Ok(Ok(sent))
-    }
-}
+/// Frames that go a little later, at most.
+const UNHURRIED_MAX: usize = 64;
 
 /// Which side of the protocol this process plays on a connection.
 pub(super) enum Role {
@@ -149,7 +42,7 @@ pub(super) struct Wire<'a> {
 }
 
 impl Wire<'_> {
-    fn send(&self, spans: &[Span<'_>]) -> io::Result<usize> {
+    pub(super) fn send(&self, spans: &[Span<'_>]) -> io::Result<usize> {
         match self.tls {
             None => socket::send(self.socket, spans),
             Some(tls) => tls.send(self.socket, spans),
@@ -321,6 +214,7 @@ impl Connection {
 
     fn pump_locked(&self, outbox: &mut Outbox, budget: u64) {
         let mut left = budget;
+        outbox.unhurried = 0;
         while !outbox.ended {
             match self.wire().flush() {
                 Ok(true) => {}
@@ -370,7 +264,9 @@ impl Connection {
         self.moved[1].store(receiver.received(), Ordering::Relaxed);
         match outcome {
             Ok(stopped) => {
-                self.pump(TURN_BYTES);
+                if !self.sends_later() {
+                    self.pump(TURN_BYTES);
+                }
                 if let (Stopped::Budget, Some(_)) = (&stopped, &self.tls) {
                     // What is decrypted shows at no socket.
                     self.call_again();
@@ -391,6 +287,17 @@ impl Connection {
                 None
             }
         }
+    }
+
+    /// Whether all that waits to be sent may go a little later, and somebody comes by to send it.
+    fn sends_later(&self) -> bool {
+        let outbox = self.outbox();
+        let waiting = outbox.frames.len();
+        (1..=UNHURRIED_MAX).contains(&waiting)
+            && outbox.unhurried == waiting
+            && lock(&self.watch)
+                .token
+                .is_some_and(|token| self.reactor.defer(token))
     }
 
     /// Nothing is sent or received any more: memory is given back, requests fail.
@@ -479,6 +386,10 @@ impl Source for Connection {
         if readiness.readable || self.tls.is_some() {
             self.receive(&mut lock(&self.receiver));
         }
+    }
+
+    fn deferred(&self) {
+        self.pump(TURN_BYTES);
     }
 
     fn orphaned(&self) {

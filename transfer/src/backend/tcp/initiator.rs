@@ -9,8 +9,9 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::{Active, Chunk, Cut, Next};
 use super::channel::Lanes;
-use super::connection::{Connection, Frame, Outbox};
+use super::connection::Connection;
 use super::frame::{FrameKind, HEADER_BYTES, Header, decode_outcome};
+use super::outbox::{Frame, Outbox};
 use super::receive::{Intake, Then};
 use super::scatter::{Piece, Scatter};
 use crate::backend::{Job, Operation};

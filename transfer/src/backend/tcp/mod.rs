@@ -10,6 +10,7 @@ mod frame;
 mod initiator;
 mod lane;
 mod listen;
+mod outbox;
 mod receive;
 mod scatter;
 mod target;

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::connection::{Connection, Frame};
+use super::connection::Connection;
 use super::frame::{
     Access, CHUNK_BYTES_MAX, FrameKind, Greeting, HEADER_BYTES, Header, encode_outcome,
     encode_welcome,
 };
+use super::outbox::Frame;
 use super::receive::{Intake, Then};
 use super::scatter::{Piece, Scatter};
 use crate::agent::Exports;
@@ -132,6 +133,8 @@ impl TargetSide {
                 }
                 let outcome = self.deliver(head.to_vec());
                 answer(connection, done(header.id, &outcome))?;
+                // Whoever waits for it may send its own before this one's sender is told.
+                connection.outbox().unhurried += usize::from(outcome.is_ok());
                 Ok(Intake::NOTHING)
             }
             kind => {
