@@ -29,6 +29,7 @@ pub use agent::{
 };
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;
+pub use backend::cuda::CudaOptions;
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{
     ObjectChecksum, ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret,
@@ -48,5 +49,6 @@ pub use request::{
     RequestOptions,
 };
 pub use stats::{AgentStats, BackendStats};
+pub use sys::cuda::{CudaDevice, CudaReport, DeviceMemory, cuda_probe};
 pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

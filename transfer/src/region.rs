@@ -1,4 +1,4 @@
-//! Registered places: host memory, files, objects.
+//! Registered places: host memory, device memory, files, objects.
 
 use std::fmt;
 use std::sync::{Arc, Weak};
@@ -31,10 +31,37 @@ impl fmt::Display for RegionId {
 pub enum MemoryKind {
     /// Host DRAM.
     Host,
+    /// Memory of a CUDA device, by its number in this process.
+    Device {
+        /// The device's number, counted from 0.
+        ordinal: u32,
+    },
     /// A file.
     File,
     /// An object in a store.
     Object,
+}
+
+impl MemoryKind {
+    /// Stands for all devices in lists of kinds.
+    pub(crate) const ANY_DEVICE: Self = Self::Device { ordinal: 0 };
+
+    /// Whether a list of kinds has this one.
+    pub(crate) fn is_among(self, kinds: &[Self]) -> bool {
+        let same = |kind: &Self| std::mem::discriminant(kind) == std::mem::discriminant(&self);
+        kinds.iter().any(same)
+    }
+}
+
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host memory"),
+            Self::Device { ordinal } => write!(f, "memory of CUDA device {ordinal}"),
+            Self::File => f.write_str("a file"),
+            Self::Object => f.write_str("an object"),
+        }
+    }
 }
 
 /// What peers may do with a region; nothing by default.

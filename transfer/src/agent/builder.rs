@@ -10,6 +10,7 @@ use kvcache_core::{Error, Result};
 use super::core::AgentLooks;
 use super::{Agent, AgentCore, CONNECT_TIMEOUT, Exports, Timer};
 use crate::backend::copy::{COPY_THREADS_MAX, Copier};
+use crate::backend::cuda::CudaOptions;
 use crate::backend::tcp::TlsOptions;
 use crate::backend::ucx::{self, UcxOptions};
 use crate::backend::verbs::{self, VerbsOptions};
@@ -19,6 +20,7 @@ use crate::look::{self, LOOK_DEFAULT, Looks};
 use crate::metadata::check_name;
 use crate::reactor::Reactor;
 use crate::stats::Stats;
+use crate::sys::cuda::Cuda;
 use crate::sys::fork::Process;
 
 /// Threads that share a large copy, unless told otherwise: more fill a memory channel, and leave less to others.
@@ -49,6 +51,7 @@ pub struct AgentBuilder {
     tcp_tls: Option<TlsOptions>,
     ucx: Option<UcxOptions>,
     verbs: Option<VerbsOptions>,
+    cuda: Option<CudaOptions>,
     slow_after: Option<Duration>,
     look: Duration,
     connect_within: Duration,
@@ -75,6 +78,7 @@ impl AgentBuilder {
             tcp_tls: None,
             ucx: None,
             verbs: None,
+            cuda: None,
             slow_after: Some(SLOW_AFTER_DEFAULT),
             look: LOOK_DEFAULT,
             connect_within: CONNECT_TIMEOUT,
@@ -174,6 +178,14 @@ impl AgentBuilder {
         self
     }
 
+    /// Copies between host memory and memory of CUDA devices that is registered with [`Agent::register_device`], by the driver of
+    /// the system. Default: not at all. Where there is no driver, or no device, [`AgentBuilder::build`] says why.
+    #[must_use]
+    pub fn cuda(mut self, options: Option<CudaOptions>) -> Self {
+        self.cuda = options;
+        self
+    }
+
     /// Reaches peers by RDMA, and lets them reach this agent: over InfiniBand or RoCE, with libibverbs alone. Default: not at
     /// all, because registered memory is pinned, and peers reach it by keys of 32 bits: for trusted networks only. Tried
     /// before UCX.
@@ -266,7 +278,7 @@ impl AgentBuilder {
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Invalid`] for a bad name or a time limit out of bounds,
-    /// [`kvcache_core::ErrorKind::Unsupported`] when UCX or RDMA is asked for and is not there, or a congestion control that the
+    /// [`kvcache_core::ErrorKind::Unsupported`] when UCX, RDMA or CUDA is asked for and is not there, or a congestion control that the
     /// system refuses, [`kvcache_core::ErrorKind::Io`] when the address is in use (it is named) or the system refuses threads or
     /// sockets.
     pub fn build(self) -> Result<Agent> {
@@ -337,11 +349,22 @@ impl AgentBuilder {
         for (backend, cost) in self.costs {
             agent.core().stats.assume(&backend, cost)?;
         }
-        for step in self.steps {
+        for step in cuda_step(self.cuda).chain(self.steps) {
             step(&agent)?;
         }
         Ok(agent)
     }
+}
+
+/// What starts CUDA, if that is wanted.
+fn cuda_step(options: Option<CudaOptions>) -> impl Iterator<Item = Step> {
+    let step = |options| -> Step {
+        Box::new(move |agent| {
+            Cuda::get()?;
+            agent.start_cuda(options)
+        })
+    };
+    options.map(step).into_iter()
 }
 
 fn copy_threads(wanted: Option<usize>) -> Result<usize> {
@@ -369,6 +392,7 @@ impl std::fmt::Debug for AgentBuilder {
             .field("tcp", &self.tcp)
             .field("ucx", &self.ucx)
             .field("verbs", &self.verbs)
+            .field("cuda", &self.cuda)
             .finish_non_exhaustive()
     }
 }

@@ -14,6 +14,7 @@ mod core;
 mod exports;
 mod inbox;
 mod links;
+mod own;
 mod path;
 mod peer;
 mod ranges;
@@ -31,7 +32,9 @@ pub(crate) use timer::{Timer, TimerKey};
 
 pub(crate) use crate::metadata::{PeerCard, RemoteRegion};
 
-use crate::backend::{Backend, Operation};
+use self::own::{check_backend, check_local};
+
+use crate::backend::Operation;
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
 use crate::estimate::PathCost;
 use crate::plan::{PairOptions, Plan};
@@ -235,11 +238,7 @@ impl Agent {
             let text = format!("the local list names regions of peer {:?}", peer.name());
             return Err(Error::new(ErrorKind::Invalid, text));
         }
-        for target in &*local.0.targets {
-            if let Target::Local(region) = target {
-                region.mapping()?;
-            }
-        }
+        check_local(&local.0.targets)?;
         let pairing = PairOptions {
             positions: options.positions.as_ref(),
             parts: &options.parts,
@@ -264,6 +263,7 @@ impl Agent {
     }
 
     fn route_to(&self, peer: &Arc<PeerCore>, plan: &Plan) -> Result<Route> {
+        self.check_moved_to_peers(plan)?;
         for target in &*plan.remote {
             if let Target::Remote(region) = target {
                 region.check(plan.operation)?;
@@ -274,61 +274,6 @@ impl Agent {
         }
         peer.ready_channel(&self.0, plan)?;
         Ok(Route::Peer(peer.clone()))
-    }
-
-    /// The backends that a request names, which must be among those that the agent has or can have.
-    fn wanted(&self, names: &[String]) -> Result<Arc<[String]>> {
-        let fabrics = self.0.exports.fabrics();
-        let mut known: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
-        known.extend(
-            OWN_BACKENDS
-                .iter()
-                .filter(|own| !known.contains(own))
-                .copied()
-                .collect::<Vec<_>>(),
-        );
-        match names.iter().find(|name| !known.contains(&name.as_str())) {
-            Some(name) => Err(Error::invalid(
-                "backend",
-                format!("{name:?}"),
-                known.join(", "),
-            )),
-            None => Ok(names.into()),
-        }
-    }
-
-    /// The one engine that serves all of the plan's remote side.
-    fn own_backend(&self, plan: &Plan) -> Result<Arc<dyn Backend>> {
-        let mut chosen: Option<Arc<dyn Backend>> = None;
-        for target in &*plan.remote {
-            let Target::Local(region) = target else {
-                continue;
-            };
-            let backend = region
-                .external()
-                .map_or_else(|| self.0.own.clone(), |e| e.backend());
-            if !backend.capabilities().remote.contains(&region.kind()) {
-                let text = format!(
-                    "{} does not reach {:?} places",
-                    backend.name(),
-                    region.kind()
-                );
-                return Err(Error::new(ErrorKind::Unsupported, text));
-            }
-            match &chosen {
-                Some(other) if other.name() != backend.name() => {
-                    let text = format!(
-                        "one request cannot use both {} and {}",
-                        other.name(),
-                        backend.name()
-                    );
-                    return Err(Error::new(ErrorKind::Unsupported, text));
-                }
-                Some(_) => {}
-                None => chosen = Some(backend),
-            }
-        }
-        Ok(chosen.unwrap_or_else(|| self.0.own.clone()))
     }
 
     /// Prepares, makes and posts a request for pairs of (local, remote) descriptors.
@@ -458,19 +403,6 @@ impl Agent {
             notifications_refused: self.0.exports.inbox().refused(),
             failovers: self.0.stats.failovers(),
         }
-    }
-}
-
-/// What moves bytes within an agent.
-const OWN_BACKENDS: [&str; 3] = ["memcpy", "file", "object"];
-
-fn check_backend(backend: &dyn Backend, plan: &Plan) -> Result<()> {
-    match backend.refusal(plan) {
-        Some(reason) => {
-            let text = format!("{}: {reason}", backend.name());
-            Err(Error::new(ErrorKind::Unsupported, text))
-        }
-        None => Ok(()),
     }
 }
 

@@ -24,6 +24,7 @@ static AGENTS: LazyLock<Mutex<HashMap<u64, Weak<Exports>>>> = LazyLock::new(Mute
 /// Copies between regions of one agent.
 pub(crate) fn own(copier: Arc<Copier>) -> Arc<dyn Backend> {
     const CAPABILITIES: Capabilities = Capabilities {
+        local: Capabilities::HOST,
         remote: &[MemoryKind::Host],
         notifications: false,
         checksums: true,
@@ -145,6 +146,7 @@ impl Fabric for Process {
             copier: self.copier.clone(),
             closed: AtomicBool::new(false),
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
                 notifications: true,
                 checksums: true,

@@ -14,6 +14,7 @@ use crate::region::MemoryKind;
 pub(crate) mod cma;
 pub mod conformance;
 pub(crate) mod copy;
+pub mod cuda;
 mod far_sums;
 pub mod file;
 mod giving_way;
@@ -43,12 +44,19 @@ pub enum Operation {
 /// What a backend can do; read once, when a path is chosen.
 #[derive(Clone, Debug)]
 pub(crate) struct Capabilities {
+    /// Kinds of the local side that it moves.
+    pub(crate) local: &'static [MemoryKind],
     /// Kinds of the remote side that it reaches.
     pub(crate) remote: &'static [MemoryKind],
     /// Whether it carries notifications.
     pub(crate) notifications: bool,
     /// Whether it takes plans of checksums ([`Plan::sums`]).
     pub(crate) checksums: bool,
+}
+
+impl Capabilities {
+    /// The local side of most backends.
+    pub(crate) const HOST: &'static [MemoryKind] = &[MemoryKind::Host];
 }
 
 /// Why a backend that a request does not name is not used.

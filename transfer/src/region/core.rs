@@ -156,7 +156,7 @@ impl RegionCore {
     /// The host memory, or an error that names the region.
     pub(crate) fn mapping(&self) -> Result<&Mapping> {
         self.host().map(HostMemory::mapping).ok_or_else(|| {
-            let text = format!("region {} is no host memory but {:?}", self.id, self.kind());
+            let text = format!("region {} is no host memory but {}", self.id, self.kind());
             Error::new(ErrorKind::Unsupported, text)
         })
     }

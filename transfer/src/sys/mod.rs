@@ -1,5 +1,6 @@
 //! The operating system, behind safe functions: the only place of this crate, with the backends, that has `unsafe`.
 
+pub(crate) mod cuda;
 pub(crate) mod fork;
 pub(crate) mod host;
 pub(crate) mod memory;

@@ -87,6 +87,7 @@ impl FileBackend {
             },
         };
         let capabilities = Capabilities {
+            local: Capabilities::HOST,
             remote: &[MemoryKind::File],
             notifications: false,
             checksums: false,

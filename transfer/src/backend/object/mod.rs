@@ -115,6 +115,7 @@ impl ObjectBackend {
         };
         Ok(Self {
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Object],
                 notifications: false,
                 checksums: false,

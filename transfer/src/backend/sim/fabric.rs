@@ -87,6 +87,7 @@ impl Fabric for SimFabric {
             own_name: self.own_name.clone(),
             peer: Arc::downgrade(&exports),
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
                 notifications: true,
                 checksums: true,

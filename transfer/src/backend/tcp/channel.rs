@@ -152,6 +152,7 @@ impl TcpChannel {
             lanes: Lanes::new(lanes),
             detail,
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
                 notifications: true,
                 checksums: true,

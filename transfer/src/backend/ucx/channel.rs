@@ -41,6 +41,7 @@ impl UcxChannel {
             shared,
             detail: String::new(),
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
                 notifications: true,
                 checksums: true,

@@ -63,6 +63,7 @@ impl<A: Access> UnixChannel<A> {
             peer: OnceLock::new(),
             copier,
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
                 notifications: true,
                 checksums: true,

@@ -42,6 +42,7 @@ impl VerbsChannel {
             shared,
             detail,
             capabilities: Capabilities {
+                local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
                 notifications: true,
                 checksums: true,

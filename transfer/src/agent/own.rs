@@ -1,0 +1,133 @@
+//! Who moves what, as far as that follows from the kinds of places on both sides.
+
+use std::sync::Arc;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::Agent;
+use crate::backend::Backend;
+use crate::descriptor::Target;
+use crate::plan::Plan;
+use crate::region::{MemoryKind, RegionCore};
+
+/// Backends that reach no peers, and are there without being asked for.
+const OWN_BACKENDS: [&str; 4] = ["memcpy", "file", "object", "cuda"];
+
+impl Agent {
+    /// The backends that a request names, which must be among those that the agent has or can have.
+    pub(super) fn wanted(&self, names: &[String]) -> Result<Arc<[String]>> {
+        let fabrics = self.0.exports.fabrics();
+        let mut known: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
+        known.extend(
+            OWN_BACKENDS
+                .iter()
+                .filter(|own| !known.contains(own))
+                .copied()
+                .collect::<Vec<_>>(),
+        );
+        match names.iter().find(|name| !known.contains(&name.as_str())) {
+            Some(name) => Err(Error::invalid(
+                "backend",
+                format!("{name:?}"),
+                known.join(", "),
+            )),
+            None => Ok(names.into()),
+        }
+    }
+
+    /// The one engine that serves all of both sides.
+    pub(super) fn own_backend(&self, plan: &Plan) -> Result<Arc<dyn Backend>> {
+        // Memory of a device is moved by the device's backend, whatever is on the other side.
+        let of_local = locals(&plan.local).find_map(|region| Some(region.external()?.backend()));
+        let mut chosen: Option<Arc<dyn Backend>> = None;
+        for region in locals(&plan.remote) {
+            let usual = || of_local.as_ref().unwrap_or(&self.0.own).clone();
+            let backend = region.external().map_or_else(usual, |e| e.backend());
+            if !region.kind().is_among(backend.capabilities().remote) {
+                let text = format!("{} does not reach {}", backend.name(), region.kind());
+                return Err(Error::new(ErrorKind::Unsupported, text));
+            }
+            match &chosen {
+                Some(other) if other.name() != backend.name() => {
+                    let text = format!(
+                        "one request cannot use both {} and {}",
+                        other.name(),
+                        backend.name()
+                    );
+                    return Err(Error::new(ErrorKind::Unsupported, text));
+                }
+                Some(_) => {}
+                None => chosen = Some(backend),
+            }
+        }
+        let chosen = chosen.unwrap_or_else(|| self.0.own.clone());
+        match unmoved(plan, &*chosen) {
+            None => Ok(chosen),
+            Some(region) => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{} {}", chosen.name(), does_not_move(region)),
+            )),
+        }
+    }
+
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with what each way says, when none of them moves what is on the local side.
+    pub(super) fn check_moved_to_peers(&self, plan: &Plan) -> Result<()> {
+        let is_host = |region: &Arc<RegionCore>| region.kind() == MemoryKind::Host;
+        let Some(region) = locals(&plan.local).find(|region| !is_host(region)) else {
+            return Ok(());
+        };
+        // No way to a peer moves anything but host memory.
+        let fabrics = self.0.exports.fabrics();
+        let names: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
+        let text = format!(
+            "{}: {} to or from peers",
+            names.join(", "),
+            does_not_move(region)
+        );
+        Err(Error::new(ErrorKind::Unsupported, text))
+    }
+}
+
+/// # Errors
+/// [`ErrorKind::Unsupported`] for a file or an object: those are for the remote side.
+pub(super) fn check_local(targets: &[Target]) -> Result<()> {
+    const SIDE: [MemoryKind; 2] = [MemoryKind::Host, MemoryKind::ANY_DEVICE];
+    match locals(targets).find(|region| !region.kind().is_among(&SIDE)) {
+        None => Ok(()),
+        Some(region) => {
+            let (id, kind) = (region.id(), region.kind());
+            let text = format!("region {id} on the local side is no memory but {kind}");
+            Err(Error::new(ErrorKind::Unsupported, text))
+        }
+    }
+}
+
+/// # Errors
+/// [`ErrorKind::Unsupported`] with the reason, when the backend does not do what the plan asks for.
+pub(super) fn check_backend(backend: &dyn Backend, plan: &Plan) -> Result<()> {
+    match backend.refusal(plan) {
+        Some(reason) => {
+            let text = format!("{}: {reason}", backend.name());
+            Err(Error::new(ErrorKind::Unsupported, text))
+        }
+        None => Ok(()),
+    }
+}
+
+fn locals(targets: &[Target]) -> impl Iterator<Item = &Arc<RegionCore>> {
+    targets.iter().filter_map(|target| match target {
+        Target::Local(region) => Some(region),
+        Target::Remote(_) => None,
+    })
+}
+
+/// A region on the local side that a backend does not move.
+fn unmoved<'a>(plan: &'a Plan, backend: &dyn Backend) -> Option<&'a Arc<RegionCore>> {
+    let kinds = backend.capabilities().local;
+    locals(&plan.local).find(|region| !region.kind().is_among(kinds))
+}
+
+fn does_not_move(region: &RegionCore) -> String {
+    format!("does not move {} (region {})", region.kind(), region.id())
+}

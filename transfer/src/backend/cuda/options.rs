@@ -1,0 +1,57 @@
+//! How devices are used.
+
+use std::time::Duration;
+
+use kvcache_core::{Error, Result};
+
+use super::staging::CHUNK_BYTES;
+
+/// The most that [`CudaOptions::staging_bytes`] may be, in bytes.
+const STAGING_BYTES_MAX: u64 = 1 << 30;
+
+/// The longest [`CudaOptions::polling`].
+const POLLING_MAX: Duration = Duration::from_millis(10);
+
+/// How an agent uses CUDA devices ([`AgentBuilder::cuda`](crate::AgentBuilder::cuda)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Whether host memory is pinned: all memory of a region, when a request first names it beside device memory, until it is
+    /// deregistered. Devices then copy from and to it by themselves. Memory that is not pinned, or cannot be, goes through
+    /// buffers that are, and the processor copies it once more. Default: yes.
+    pub pin: bool,
+    /// Bytes of those buffers for each device, allocated when they are first needed: a multiple of 1 MiB, up to 1 GiB.
+    /// Default: 16 MiB.
+    pub staging_bytes: u64,
+    /// How long the device's thread looks whether copies are done before it sleeps in between; up to 10 ms. Default: 20 µs.
+    pub polling: Duration,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self {
+            pin: true,
+            staging_bytes: 16 << 20,
+            polling: Duration::from_micros(20),
+        }
+    }
+}
+
+impl CudaOptions {
+    pub(super) fn check(&self) -> Result<()> {
+        let bytes = self.staging_bytes;
+        if !(CHUNK_BYTES..=STAGING_BYTES_MAX).contains(&bytes) || !bytes.is_multiple_of(CHUNK_BYTES)
+        {
+            let allowed = format!("a multiple of {CHUNK_BYTES} up to {STAGING_BYTES_MAX}");
+            return Err(Error::invalid("cuda staging bytes", bytes, allowed));
+        }
+        if self.polling > POLLING_MAX {
+            let allowed = format!("up to {POLLING_MAX:?}");
+            return Err(Error::invalid(
+                "cuda polling",
+                format!("{:?}", self.polling),
+                allowed,
+            ));
+        }
+        Ok(())
+    }
+}

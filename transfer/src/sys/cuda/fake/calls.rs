@@ -1,0 +1,309 @@
+//! The calls, as their documentation has them.
+
+use std::collections::VecDeque;
+use std::thread;
+
+use super::super::calls::{Answer, Attribute, Calls, Code, CopyList, Device, Handle, PointerFacts};
+use super::work::{Copy, Entry};
+use super::{Event, Fake, name, named};
+
+impl Calls for Fake {
+    fn init(&self) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin("cuInit")?;
+        state.is_started = true;
+        match state.devices {
+            0 => Err(Code::NO_DEVICE),
+            _ => Ok(()),
+        }
+    }
+
+    fn driver_version(&self) -> Answer<i32> {
+        let mut state = self.lock();
+        state.begin("cuDriverGetVersion")?;
+        Ok(state.version)
+    }
+
+    fn device_count(&self) -> Answer<i32> {
+        let mut state = self.lock();
+        state.begin("cuDeviceGetCount")?;
+        if !state.is_started {
+            return Err(Code(3));
+        }
+        Ok(state.devices)
+    }
+
+    fn device(&self, ordinal: i32) -> Answer<Device> {
+        let mut state = self.lock();
+        state.begin("cuDeviceGet")?;
+        match (0..state.devices).contains(&ordinal) {
+            true => Ok(Device(ordinal)),
+            false => Err(Code::INVALID_DEVICE),
+        }
+    }
+
+    fn device_name(&self, device: Device) -> Answer<String> {
+        Ok(format!("Stand-in {}", device.0))
+    }
+
+    fn device_uuid(&self, device: Device) -> Answer<[u8; 16]> {
+        Ok([device.0 as u8 + 1; 16])
+    }
+
+    fn device_pci(&self, device: Device) -> Answer<String> {
+        Ok(format!("0000:{:02x}:00.0", device.0 + 1))
+    }
+
+    fn device_bytes(&self, _device: Device) -> Answer<u64> {
+        Ok(1 << 30)
+    }
+
+    fn attribute(&self, _device: Device, attribute: Attribute) -> Answer<i32> {
+        Ok(match attribute {
+            Attribute::ComputeMajor => 9,
+            Attribute::ComputeMinor => 0,
+            Attribute::UnifiedAddressing => 1,
+        })
+    }
+
+    fn text(&self, code: Code) -> Option<(String, String)> {
+        let (name, text) = match code {
+            Code::INVALID_VALUE => ("CUDA_ERROR_INVALID_VALUE", "invalid argument"),
+            Code::OUT_OF_MEMORY => ("CUDA_ERROR_OUT_OF_MEMORY", "out of memory"),
+            Code::STUB_LIBRARY => ("CUDA_ERROR_STUB_LIBRARY", "CUDA driver is a stub library"),
+            Code::NO_DEVICE => ("CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
+            Code(700) => (
+                "CUDA_ERROR_ILLEGAL_ADDRESS",
+                "an illegal memory access was encountered",
+            ),
+            Code::SYSTEM_NOT_READY => ("CUDA_ERROR_SYSTEM_NOT_READY", "system not yet initialized"),
+            _ => return None,
+        };
+        Some((name.to_owned(), text.to_owned()))
+    }
+
+    fn pointer_facts(&self, address: u64) -> Answer<PointerFacts> {
+        let mut state = self.lock();
+        state.begin_in("cuPointerGetAttributes")?;
+        let inside = |start: u64, bytes: u64| address >= start && address < start + bytes;
+        let device = state.memory.range(..=address).next_back();
+        if let Some((start, memory)) = device
+            && inside(*start, memory.bytes.len() as u64)
+        {
+            return Ok(memory.facts);
+        }
+        let host = state.pinned.range(..=address).next_back();
+        Ok(match host {
+            Some((&start, &(bytes, _))) if inside(start, bytes) => PointerFacts {
+                memory_type: PointerFacts::HOST,
+                start,
+                bytes,
+                ..PointerFacts::default()
+            },
+            _ => PointerFacts::default(),
+        })
+    }
+
+    fn has_batch(&self) -> bool {
+        self.lock().has_batch
+    }
+
+    unsafe fn retain_primary(&self, device: Device) -> Answer<Handle> {
+        let mut state = self.lock();
+        state.begin("cuDevicePrimaryCtxRetain")?;
+        *state.retained.entry(device.0).or_default() += 1;
+        Ok(named(device.0 as u64 + 1))
+    }
+
+    unsafe fn release_primary(&self, device: Device) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin("cuDevicePrimaryCtxRelease")?;
+        let retained = state.retained.entry(device.0).or_default();
+        *retained -= 1;
+        if *retained < 0 {
+            state.wrong("a context is released more often than retained");
+        }
+        Ok(())
+    }
+
+    unsafe fn push(&self, context: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin("cuCtxPushCurrent")?;
+        let device = name(context) as i32 - 1;
+        if state.retained.get(&device).copied().unwrap_or(0) <= 0 {
+            state.wrong("a context is current that nobody retains");
+        }
+        let current = state.current.entry(thread::current().id()).or_default();
+        current.push(name(context));
+        Ok(())
+    }
+
+    unsafe fn pop(&self) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin("cuCtxPopCurrent")?;
+        let current = state.current.entry(thread::current().id()).or_default();
+        match current.pop() {
+            Some(_) => Ok(()),
+            None => Err(super::INVALID_CONTEXT),
+        }
+    }
+
+    fn capture_mode(&self, mode: u32) -> Answer<u32> {
+        let mut state = self.lock();
+        let before = state.modes.insert(thread::current().id(), mode);
+        Ok(before.unwrap_or(0))
+    }
+
+    unsafe fn allocate(&self, bytes: usize) -> Answer<u64> {
+        let mut state = self.lock();
+        let device = state.begin_in("cuMemAlloc")?;
+        Ok(state.allocate(device, bytes as u64))
+    }
+
+    unsafe fn free(&self, address: u64) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuMemFree")?;
+        match state.memory.remove(&address) {
+            Some(_) => Ok(()),
+            None => Err(Code::INVALID_VALUE),
+        }
+    }
+
+    unsafe fn register_host(&self, base: *mut u8, bytes: usize) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuMemHostRegister")?;
+        let (start, end) = (
+            base.expose_provenance() as u64,
+            base.addr() as u64 + bytes as u64,
+        );
+        let before = state.pinned.range(..end).next_back();
+        if before.is_some_and(|(other, (len, _))| other + len > start) {
+            return Err(Code::HOST_MEMORY_ALREADY_REGISTERED);
+        }
+        state.pinned.insert(start, (bytes as u64, false));
+        Ok(())
+    }
+
+    unsafe fn unregister_host(&self, base: *mut u8) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuMemHostUnregister")?;
+        match state.pinned.remove(&(base.addr() as u64)) {
+            Some(_) => Ok(()),
+            None => Err(Code(713)),
+        }
+    }
+
+    unsafe fn create_stream(&self) -> Answer<Handle> {
+        let mut state = self.lock();
+        state.begin_in("cuStreamCreate")?;
+        let stream = state.handle();
+        state.streams.insert(stream, VecDeque::new());
+        Ok(named(stream))
+    }
+
+    unsafe fn destroy_stream(&self, stream: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuStreamDestroy")?;
+        match state.streams.remove(&name(stream)) {
+            Some(left) => state.orphans.push(left),
+            None => state.wrong("a stream is destroyed twice"),
+        }
+        Ok(())
+    }
+
+    unsafe fn create_event(&self) -> Answer<Handle> {
+        let mut state = self.lock();
+        state.begin_in("cuEventCreate")?;
+        let event = state.handle();
+        state.events.insert(event, Event { pending: 0 });
+        Ok(named(event))
+    }
+
+    unsafe fn destroy_event(&self, event: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuEventDestroy")?;
+        match state.events.remove(&name(event)) {
+            Some(event) if event.pending > 0 => {
+                state.wrong("an event is destroyed before it is over")
+            }
+            Some(_) => {}
+            None => state.wrong("an event is destroyed twice"),
+        }
+        Ok(())
+    }
+
+    unsafe fn record(&self, event: Handle, stream: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuEventRecord")?;
+        match state.events.get_mut(&name(event)) {
+            Some(event) => event.pending += 1,
+            None => state.wrong("an event is recorded that there is not"),
+        }
+        match state.streams.get_mut(&name(stream)) {
+            Some(queue) => queue.push_back(Entry::Record(name(event))),
+            None => state.wrong("an event is recorded on a stream that there is not"),
+        }
+        Ok(())
+    }
+
+    unsafe fn is_over(&self, event: Handle) -> Answer<bool> {
+        let mut state = self.lock();
+        state.begin_in("cuEventQuery")?;
+        let is_over = state
+            .events
+            .get(&name(event))
+            .is_some_and(|event| event.pending == 0);
+        if !is_over && state.is_running {
+            state.turn_all();
+        }
+        Ok(is_over)
+    }
+
+    unsafe fn copy(&self, target: u64, source: u64, bytes: usize, stream: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuMemcpyAsync")?;
+        for address in [target, source] {
+            if address < super::FIRST && !state.is_pinned(address, bytes as u64) {
+                state.wrong(format!(
+                    "a copy of {bytes} bytes blocks: {address:#x} is not pinned"
+                ));
+            }
+        }
+        let copy = Copy {
+            target,
+            source,
+            bytes,
+        };
+        match state.streams.get_mut(&name(stream)) {
+            Some(queue) => queue.push_back(Entry::Copies(vec![copy])),
+            None => state.wrong("a copy on a stream that there is not"),
+        }
+        Ok(())
+    }
+
+    unsafe fn copy_batch(&self, copies: &mut CopyList, stream: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuMemcpyBatchAsync")?;
+        if copies.len() == 0 || !state.has_batch {
+            state.wrong("a batch of nothing, or for a driver that knows none");
+        }
+        let copy = |at: usize| Copy {
+            target: copies.targets[at],
+            source: copies.sources[at],
+            bytes: copies.bytes[at],
+        };
+        let made: Vec<Copy> = (0..copies.len()).rev().map(copy).collect();
+        for copy in &made {
+            for address in [copy.target, copy.source] {
+                if address < super::FIRST && !state.is_pinned(address, copy.bytes as u64) {
+                    state.wrong(format!("a batch blocks: {address:#x} is not pinned"));
+                }
+            }
+        }
+        match state.streams.get_mut(&name(stream)) {
+            Some(queue) => queue.push_back(Entry::Copies(made)),
+            None => state.wrong("a batch on a stream that there is not"),
+        }
+        Ok(())
+    }
+}

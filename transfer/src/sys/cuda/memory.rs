@@ -1,0 +1,217 @@
+//! Memory of a device.
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvcache_core::{Error, ErrorKind, Result};
+
+use super::calls::PointerFacts;
+use super::driver::Cuda;
+use super::gpu::Gpu;
+
+/// The most mappings that one range may be made of: 512 GiB in the smallest pieces that drivers map.
+const MAPPINGS_MAX: usize = 1 << 18;
+
+/// Memory of a GPU to register with an agent ([`Agent::register_device`](crate::Agent::register_device)).
+pub struct DeviceMemory {
+    gpu: Arc<Gpu>,
+    address: u64,
+    bytes: u64,
+    /// Which allocation it is, by the driver's count, at its start.
+    buffer: u64,
+    is_own: bool,
+}
+
+impl DeviceMemory {
+    /// Memory of our own, of unspecified content, on the device with this number. To free it makes the driver wait until the
+    /// device has done all it was asked for, by anybody: keep it for as long as the device is busy.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without CUDA, with the reason ([`cuda_probe`](crate::cuda_probe)); [`ErrorKind::Invalid`] for
+    /// no bytes, or a device that there is not; [`ErrorKind::Busy`] when the device has no memory left.
+    pub fn allocate(ordinal: u32, bytes: u64) -> Result<Self> {
+        Self::allocate_on(&Cuda::get()?, ordinal, bytes)
+    }
+
+    pub(crate) fn allocate_on(cuda: &Cuda, ordinal: u32, bytes: u64) -> Result<Self> {
+        let len = checked(bytes)?;
+        let gpu = cuda.gpu(ordinal)?;
+        let address = gpu.enter().and_then(|_entered| {
+            // SAFETY: the context is current; freed by `drop`.
+            unsafe { gpu.calls.allocate(len) }
+        });
+        let address =
+            address.map_err(|code| gpu.fault(&format!("allocate {bytes} bytes"), code))?;
+        let mut memory = Self {
+            gpu,
+            address,
+            bytes,
+            buffer: 0,
+            is_own: true,
+        };
+        memory.buffer = memory.gpu.pointer_facts(address)?.buffer;
+        Ok(memory)
+    }
+
+    /// Memory that someone else owns, such as an engine's cache pool: its address on the device, in this process. What the
+    /// driver knows of it is compared with what is said here.
+    ///
+    /// # Safety
+    /// All of it must stay allocated and mapped, as it is now, until the region made of it has been deregistered and
+    /// [`crate::Deregistration`] has completed (not merely until it was dropped).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] without CUDA, with the reason, and for managed memory, which moves;
+    /// [`ErrorKind::Invalid`] for no bytes, a device that there is not, memory of the host or of another device, an address
+    /// that the driver does not know, and a range that goes past its allocation.
+    pub unsafe fn from_raw(ordinal: u32, address: u64, bytes: u64) -> Result<Self> {
+        // SAFETY: passed on to the caller, word for word.
+        unsafe { Self::lent(&Cuda::get()?, ordinal, address, bytes) }
+    }
+
+    /// # Safety
+    /// As [`DeviceMemory::from_raw`].
+    pub(super) unsafe fn lent(cuda: &Cuda, ordinal: u32, address: u64, bytes: u64) -> Result<Self> {
+        checked(bytes)?;
+        let gpu = cuda.gpu(ordinal)?;
+        let buffer = check(&gpu, address, bytes).map_err(|error| {
+            error.at(format!(
+                "{bytes} bytes at {address:#x} of cuda device {ordinal}"
+            ))
+        })?;
+        Ok(Self {
+            gpu,
+            address,
+            bytes,
+            buffer,
+            is_own: false,
+        })
+    }
+
+    /// The device's number in this process.
+    #[must_use]
+    pub fn ordinal(&self) -> u32 {
+        self.gpu.ordinal()
+    }
+
+    /// Where it begins, on the device.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Its size in bytes, never zero.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// The address of `offset`, after checking that `len` bytes lie there.
+    pub(super) fn at(&self, offset: u64, len: u64) -> Result<u64> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.bytes => Ok(self.address + offset),
+            _ => Err(outside(offset, len, self.bytes)),
+        }
+    }
+
+    /// Whether the same allocation is still there: someone who freed memory that was lent is told so before it is used.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when it is not.
+    pub(crate) fn check_there(&self) -> Result<()> {
+        let facts = self.gpu.pointer_facts(self.address)?;
+        if facts.memory_type == PointerFacts::DEVICE && facts.buffer == self.buffer {
+            return Ok(());
+        }
+        let text = format!(
+            "memory at {:#x} of cuda device {} was freed while it was registered",
+            self.address,
+            self.ordinal()
+        );
+        Err(Error::new(ErrorKind::Invalid, text))
+    }
+}
+
+pub(super) fn outside(offset: u64, len: u64, bytes: u64) -> Error {
+    let text = format!("bytes {offset}+{len} lie outside the {bytes} bytes of the memory");
+    Error::new(ErrorKind::Invalid, text)
+}
+
+fn checked(bytes: u64) -> Result<usize> {
+    match usize::try_from(bytes) {
+        Ok(len) if len > 0 && len <= isize::MAX as usize => Ok(len),
+        _ => Err(Error::invalid("memory length", bytes, 1..=isize::MAX)),
+    }
+}
+
+/// Whether all of a range is what its lender says; which allocation it begins in.
+fn check(gpu: &Gpu, address: u64, bytes: u64) -> Result<u64> {
+    let wrong = |text: String| Err(Error::new(ErrorKind::Invalid, text));
+    let Some(end) = address.checked_add(bytes) else {
+        return wrong("goes past the address space".to_owned());
+    };
+    let (mut at, mut buffer) = (address, None);
+    for _ in 0..MAPPINGS_MAX {
+        let facts = gpu.pointer_facts(at)?;
+        match facts.memory_type {
+            PointerFacts::DEVICE => {}
+            PointerFacts::HOST => return wrong(format!("{at:#x} is memory of the host")),
+            _ => return wrong(format!("the driver does not know {at:#x}")),
+        }
+        if facts.is_managed {
+            let text = format!("{at:#x} is managed memory, which moves between host and devices");
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        if u32::try_from(facts.ordinal) != Ok(gpu.ordinal()) {
+            return wrong(format!("{at:#x} belongs to device {}", facts.ordinal));
+        }
+        let until = facts.start.saturating_add(facts.bytes);
+        if facts.start > at || until <= at {
+            let (start, size) = (facts.start, facts.bytes);
+            return wrong(format!(
+                "the driver says that {at:#x} lies in {start:#x}+{size}"
+            ));
+        }
+        let first = *buffer.get_or_insert(facts.buffer);
+        if until >= end {
+            return Ok(first);
+        }
+        // Memory that was mapped in pieces is one range of addresses; allocations that happen to touch are not.
+        if facts.is_legacy {
+            return wrong(format!(
+                "its allocation ends after {} bytes",
+                until - address
+            ));
+        }
+        at = until;
+    }
+    wrong(format!("is made of more than {MAPPINGS_MAX} mappings"))
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if !self.is_own || !self.gpu.process.is_current() {
+            return;
+        }
+        let freed = self.gpu.enter().and_then(|_entered| {
+            // SAFETY: allocated by `allocate_on`, freed only here; work that names it holds it until it is over.
+            unsafe { self.gpu.calls.free(self.address) }
+        });
+        if let Err(code) = freed {
+            tracing::warn!(code = code.0, device = self.ordinal(), "free device memory");
+        }
+    }
+}
+
+impl fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceMemory")
+            .field("device", &self.ordinal())
+            .field("bytes", &self.bytes)
+            .finish()
+    }
+}

@@ -1,0 +1,24 @@
+//! CUDA, by the driver of the system, found when it is asked for: devices, their memory, and work that they do in order,
+//! behind safe functions.
+//!
+//! Copies are queued over memory that is checked to be there and kept until an event says that they are done. Nothing waits for
+//! a whole device, and no default stream is used.
+
+mod calls;
+mod driver;
+#[cfg(test)]
+pub(crate) mod fake;
+mod gpu;
+mod memory;
+mod pinned;
+mod stream;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use driver::Cuda;
+pub use driver::{CudaDevice, CudaReport, cuda_probe};
+pub(crate) use gpu::Gpu;
+pub use memory::DeviceMemory;
+pub(crate) use pinned::Pinned;
+pub(crate) use stream::{Batch, Flight, Place, Stream, Unsent};
