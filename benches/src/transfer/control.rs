@@ -18,6 +18,7 @@ use crate::report::{Case, OURS};
 use crate::statistics::{Percentiles, Samples};
 
 use super::plan::{BackendKind, Calls, Order, Plan, Shape, Way};
+use super::polling;
 use super::process::{Target, TargetAt};
 use super::protocol::Ask;
 use super::raw_tcp::RawTcp;
@@ -161,6 +162,7 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
     })?;
     let mut bare = ping_pong()?;
     let (mut round_trips, mut exchanges) = (Percentiles::default(), Percentiles::default());
+    let mut polled = Percentiles::default();
     let (mut cpu_us, mut bare_cpu_us) = (Samples::default(), Samples::default());
     for _ in 0..NOTIFICATION_ROUNDS {
         let before = process_cpu() + target.cpu()?;
@@ -177,13 +179,16 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
         let spent = bare.cpu()?.since(before);
         bare_cpu_us.push_us(spent.total() / NOTIFICATIONS);
         exchanges.push_round(&round);
+        polled.push_round(&polling::round(backend, NOTIFICATIONS)?);
     }
     let name = format!("notification-{}", backend.name());
     let ratio = round_trips.p50.ratio_to(&exchanges.p50);
+    let polled_ratio = round_trips.p50.ratio_to(&polled.p50);
     recorder.extend(case(&name).row("p50_us", "µs", &round_trips.p50));
     recorder.extend(case(&name).row("p99_us", "µs", &round_trips.p99));
     recorder.extend(case(&name).row("cpu_us", "µs", &cpu_us));
     recorder.extend(case(&name).row("p50_ratio_to_ping_pong", "ratio", &ratio));
+    recorder.extend(case(&name).row("p50_ratio_to_polling", "ratio", &polled_ratio));
     let bare = Case {
         subject: "ping-pong",
         name: &name,
@@ -191,6 +196,12 @@ fn notifications(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
     recorder.extend(bare.row("p50_us", "µs", &exchanges.p50));
     recorder.extend(bare.row("p99_us", "µs", &exchanges.p99));
     recorder.extend(bare.row("cpu_us", "µs", &bare_cpu_us));
+    let bare = Case {
+        subject: "polling",
+        name: &name,
+    };
+    recorder.extend(bare.row("p50_us", "µs", &polled.p50));
+    recorder.extend(bare.row("p99_us", "µs", &polled.p99));
     Ok(())
 }
 

@@ -11,6 +11,7 @@ mod mesh;
 mod models;
 mod objects;
 mod plan;
+mod polling;
 mod process;
 mod program;
 mod protocol;
