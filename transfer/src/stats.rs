@@ -93,7 +93,9 @@ pub struct BackendStats {
 pub struct AgentStats {
     /// By the backend's name.
     pub backends: BTreeMap<&'static str, BackendStats>,
-    /// Notifications that waited for nobody because the inbox was full: their senders were told `Busy`.
+    /// Notifications that found the inbox full and waited for room: their senders waited with them.
+    pub notifications_held_back: u64,
+    /// Notifications of peers that do not wait for the answers to earlier ones: those were told `Busy`.
     pub notifications_refused: u64,
     /// How often a request, or a piece of one, was tried again another way after it had failed. Each is in the log too.
     pub failovers: u64,

@@ -112,32 +112,60 @@ fn a_notification_arrives_after_its_data() {
     }
 }
 
-/// An inbox takes 8 MiB; the sender of more is told, and the target counts it. Taking them makes room again.
+/// An inbox takes 8 MiB; the sender of more waits, which the target counts, until somebody takes them.
 #[test]
-fn a_full_inbox_refuses_and_counts() {
+fn a_full_inbox_holds_back_and_counts() {
     for way in WAYS {
         let pair = Pair::new(way, 64);
         let large = Bytes::from(vec![1; 64 << 10]);
+        let notify = || pair.initiator.notify(&pair.peer, large.clone()).unwrap();
         for _ in 0..128 {
-            pair.initiator
-                .notify(&pair.peer, large.clone())
-                .unwrap()
-                .wait(WAIT)
-                .unwrap();
+            notify().wait(WAIT).unwrap();
         }
-        let refused = pair
-            .initiator
-            .notify(&pair.peer, large.clone())
-            .unwrap()
-            .wait(WAIT);
-        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Busy, "{way:?}");
-        assert_eq!(pair.target.stats().notifications_refused, 1);
+        let waiting = notify();
+        while pair.target.stats().notifications_held_back == 0 {
+            std::thread::yield_now();
+        }
+        assert!(matches!(waiting.poll(), Status::InFlight), "{way:?}");
         assert_eq!(pair.target.notifications().len(), 128);
-        pair.initiator
-            .notify(&pair.peer, large)
-            .unwrap()
-            .wait(WAIT)
-            .unwrap();
+        waiting.wait(WAIT).unwrap();
+        assert_eq!(pair.target.notifications().len(), 1);
+        let stats = pair.target.stats();
+        assert_eq!(stats.notifications_held_back, 1, "{way:?}");
+        assert_eq!(stats.notifications_refused, 0);
+    }
+}
+
+/// Who waits for room hears of it when the agent that has none goes, or is forgotten.
+#[test]
+fn who_waits_for_room_is_told_of_the_end() {
+    for way in WAYS {
+        for forgotten in [false, true] {
+            let Pair {
+                initiator,
+                target,
+                peer,
+                remote,
+                ..
+            } = Pair::new(way, 64);
+            let large = Bytes::from(vec![1; 64 << 10]);
+            let notify = || initiator.notify(&peer, large.clone()).unwrap();
+            for _ in 0..128 {
+                notify().wait(WAIT).unwrap();
+            }
+            let waiting = notify();
+            while target.stats().notifications_held_back == 0 {
+                std::thread::yield_now();
+            }
+            if forgotten {
+                initiator.forget_peer(&peer);
+            } else {
+                drop((target, remote));
+            }
+            let lost = waiting.wait(WAIT).unwrap_err();
+            assert_eq!(lost.kind(), ErrorKind::PeerLost, "{way:?}");
+            assert!(waiting.wait_drained(WAIT));
+        }
     }
 }
 

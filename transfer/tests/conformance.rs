@@ -18,7 +18,7 @@ use kvfabric_transfer::{
 };
 
 /// How many cases the suite has.
-const CASES: usize = 13;
+const CASES: usize = 14;
 
 fn check(fixture: &dyn Fixture, skipped: usize) -> Report {
     let report = run(fixture).unwrap_or_else(|error| panic!("{error}"));
@@ -161,7 +161,7 @@ fn files(mode: FileEngineMode, direct: DirectMode) {
     };
     check(
         &FileFixture::new(agent, directory.path().to_owned(), options),
-        2,
+        3,
     );
 }
 
@@ -192,7 +192,7 @@ fn object_in_a_directory_conforms() {
         .object_store("local", &url, ObjectOptions::default())
         .build()
         .expect("agent");
-    check(&ObjectFixture::new(agent, "local"), 2);
+    check(&ObjectFixture::new(agent, "local"), 3);
 }
 
 fn simulated(profile: LinkProfile) {

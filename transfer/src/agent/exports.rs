@@ -3,11 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
-use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::inbox::Inbox;
-use crate::backend::{Fabric, Keeper, Operation};
+use super::inbox::{Door, Inbox};
+use crate::backend::{Fabric, Job, Keeper, Operation};
 use crate::metadata::{EXPORTED_REGIONS_MAX, HostId, Incarnation, PeerCard, RemoteRegion};
 use crate::region::{RegionCore, RegionId, RegionKey, RegionUse};
 
@@ -108,6 +107,7 @@ impl Exports {
         let closed = std::mem::take(&mut *fabrics);
         drop(fabrics);
         drop(closed);
+        self.inbox.close();
     }
 
     /// # Errors
@@ -177,10 +177,14 @@ impl Exports {
         RegionUse::begin(region)
     }
 
-    pub(crate) fn deliver(&self, from: &Arc<str>, bytes: Bytes) -> Result<()> {
-        self.inbox
-            .deliver(from, bytes)
-            .map_err(|e| e.at(format!("agent {:?}", self.name)))
+    /// Delivers the notification of a job of this process, if it has one, and settles the job then: as soon as there is room.
+    pub(crate) fn deliver_for(&self, door: Door, from: &Arc<str>, job: Job) {
+        let Some(bytes) = job.notification().cloned() else {
+            return job.settle(Ok(()));
+        };
+        if let Some((job, outcome)) = self.inbox.deliver(door, from, bytes, job) {
+            job.settle(outcome);
+        }
     }
 
     /// What peers are told: of all regions, or of these.

@@ -23,6 +23,7 @@ mod timer;
 pub(crate) use self::core::AgentCore;
 pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
+pub(crate) use inbox::{Door, Sender, UNHEARD_BYTES_MAX, UNHEARD_MAX};
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
 pub use path::{ConnectionReport, PathReport};
 pub use peer::PeerHandle;
@@ -294,8 +295,8 @@ impl Agent {
         Ok(request)
     }
 
-    /// Sends a notification alone. The request is done when the peer's inbox has taken it; it fails with
-    /// [`ErrorKind::Busy`] when that is full.
+    /// Sends a notification alone. The request is done when the peer's inbox has taken it: it waits until there is room, at
+    /// most until its deadline.
     ///
     /// # Errors
     /// As [`Request::post`]; [`ErrorKind::Invalid`] above [`crate::NOTIFICATION_BYTES_MAX`].
@@ -400,6 +401,7 @@ impl Agent {
     pub fn stats(&self) -> AgentStats {
         AgentStats {
             backends: self.0.stats.snapshot(),
+            notifications_held_back: self.0.exports.inbox().held_back(),
             notifications_refused: self.0.exports.inbox().refused(),
             failovers: self.0.stats.failovers(),
         }

@@ -48,6 +48,16 @@ impl Job {
         self.notification.is_some()
     }
 
+    /// How long that is.
+    pub(crate) fn notification_bytes(&self) -> usize {
+        self.notification.as_ref().map_or(0, Bytes::len)
+    }
+
+    /// Its bytes are in place, and its notification waits until the peer has taken others: nothing stands still meanwhile.
+    pub(crate) fn awaits_peer(&self) {
+        self.ticket.await_peer();
+    }
+
     /// What to deliver to the peer once the data is in place. Whoever takes it may send it: the job is then not repeated
     /// another way.
     pub(crate) fn notification(&self) -> Option<&Bytes> {

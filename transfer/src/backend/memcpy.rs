@@ -10,7 +10,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::copy::{Copier, Place, Progress, Turn, Work};
 use super::shared_copy::{copy_plan, is_shared};
 use super::{Backend, Capabilities, Channel, Fabric, Job, Refusal};
-use crate::agent::{Exports, PeerCard, RemoteRegion};
+use crate::agent::{Door, Exports, PeerCard, RemoteRegion};
 use crate::descriptor::Target;
 use crate::look::Look;
 use crate::plan::Plan;
@@ -141,6 +141,7 @@ impl Fabric for Process {
         drop(agents);
         exports.check_allowed(&self.own_name)?;
         Ok(Arc::new(Neighbour {
+            door: exports.inbox().door(),
             own_name: self.own_name.clone(),
             peer: Arc::downgrade(&exports),
             copier: self.copier.clone(),
@@ -159,6 +160,7 @@ impl Fabric for Process {
 
 /// Another agent of this process, or the agent itself.
 struct Neighbour {
+    door: Door,
     own_name: Arc<str>,
     peer: Weak<Exports>,
     copier: Arc<Copier>,
@@ -209,6 +211,7 @@ impl Backend for Neighbour {
             Err(error) => return Err(job.refuse(error)),
         };
         let work = Between {
+            door: self.door,
             own_name: self.own_name.clone(),
             peer,
             uses,
@@ -218,6 +221,13 @@ impl Backend for Neighbour {
         self.copier.post(job, work)
     }
 
+    /// Copies look for themselves; a notification that waits for room does not.
+    fn reap(&self) {
+        if let Some(peer) = self.peer.upgrade() {
+            peer.inbox().reap();
+        }
+    }
+
     fn assist(&self, until: Instant, _look: &Look<'_>, done: &dyn Fn() -> bool) {
         self.copier.assist(until, done);
     }
@@ -225,6 +235,7 @@ impl Backend for Neighbour {
 
 /// A copy between agents of one process.
 struct Between {
+    door: Door,
     own_name: Arc<str>,
     peer: Arc<Exports>,
     uses: Vec<RegionUse>,
@@ -244,12 +255,12 @@ impl Work for Between {
         !is_shared(plan, self.threads)
     }
 
-    fn end(&mut self, job: Job, mut outcome: Result<()>) {
+    fn end(&mut self, job: Job, outcome: Result<()>) {
         self.uses.clear();
-        if let (Ok(()), Some(notification)) = (&outcome, job.notification()) {
-            outcome = self.peer.deliver(&self.own_name, notification.clone());
+        match outcome {
+            Ok(()) => self.peer.deliver_for(self.door, &self.own_name, job),
+            Err(error) => job.settle(Err(error)),
         }
-        job.settle(outcome);
     }
 }
 
@@ -268,5 +279,8 @@ impl Channel for Neighbour {
 
     fn close(&self) {
         self.closed.store(true, Ordering::Release);
+        if let Some(peer) = self.peer.upgrade() {
+            peer.inbox().shut(self.door, "the peer was forgotten");
+        }
     }
 }

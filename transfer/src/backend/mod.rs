@@ -19,6 +19,7 @@ mod far_sums;
 pub mod file;
 mod giving_way;
 mod job;
+mod late;
 pub(crate) mod memcpy;
 pub mod object;
 mod shared_copy;

@@ -43,6 +43,8 @@ pub(crate) struct RequestCore {
     pub(super) slow_after: Option<Duration>,
     /// The notification may have been sent.
     pub(super) told: AtomicBool,
+    /// The notification waits until the peer has taken others.
+    pub(super) awaits_peer: AtomicBool,
     /// Raised while the last post is decided.
     pub(super) decided: Signal,
 }
@@ -187,6 +189,7 @@ impl RequestCore {
         state.failovers += 1;
         state.came_from = Some((failed.failed.name(), failed.error.kind()));
         (state.seen, state.moved_at) = (None, Instant::now());
+        self.awaits_peer.store(false, Ordering::Release);
         let peer = self.retry.as_ref().and_then(|(_, peer)| peer.upgrade());
         state.counters = peer.map(|peer| peer.counters(agent, backend.name()));
         state.backends.push(backend.clone());

@@ -79,6 +79,7 @@ impl RequestCore {
         if still
             && !left
             && !self.told.load(Ordering::Acquire)
+            && !self.awaits_peer.load(Ordering::Acquire)
             && backend.fences(self.plan.operation)
         {
             let slow = Slow {

@@ -169,6 +169,7 @@ impl RequestCore {
             abandoned: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             told: AtomicBool::new(false),
+            awaits_peer: AtomicBool::new(false),
             decided: Signal::default(),
         }
     }
@@ -203,6 +204,7 @@ impl RequestCore {
         (state.seen, state.moved_at, state.came_from) = (None, now, None);
         self.abandoned.store(false, Ordering::Release);
         self.told.store(false, Ordering::Release);
+        self.awaits_peer.store(false, Ordering::Release);
         self.leaving.store(false, Ordering::Release);
         self.decided.clear();
         Ok(state.number)

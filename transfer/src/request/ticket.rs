@@ -8,6 +8,7 @@ use super::core::{RequestCore, TRIES_MAX};
 use super::rate::Priority;
 use crate::backend::Backend;
 use crate::plan::Plan;
+use crate::sync::Ordering;
 
 /// Which part of a request a job is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +79,11 @@ impl Ticket {
     /// The notification may be on its way from now on.
     pub(crate) fn tell(&self) {
         self.core.tell();
+    }
+
+    /// Its notification waits until the peer has taken others.
+    pub(crate) fn await_peer(&self) {
+        self.core.awaits_peer.store(true, Ordering::Release);
     }
 
     fn abandon(&self, error: Error) {

@@ -7,6 +7,7 @@
 mod cases;
 mod endings;
 mod fixture;
+mod inbox;
 
 use std::time::Duration;
 
@@ -72,7 +73,7 @@ enum Verdict {
 
 type Case = fn(&Bench<'_>) -> Result<Verdict>;
 
-const CASES: [(&str, Case); 13] = [
+const CASES: [(&str, Case); 14] = [
     ("sizes from 1 B to 4 MiB survive a round trip", cases::sizes),
     ("any alignment of memory and place works", cases::alignment),
     (
@@ -90,6 +91,10 @@ const CASES: [(&str, Case); 13] = [
     ("requests run concurrently", cases::concurrent),
     ("a request can be posted again", cases::repost),
     ("a notification comes after the data", cases::notification),
+    (
+        "a full inbox holds back its senders, and nothing else",
+        inbox::full,
+    ),
     (
         "checksums are compared, or refused with the reason",
         cases::checksums,

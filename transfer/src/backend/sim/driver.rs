@@ -235,11 +235,18 @@ pub(super) fn settle(settled: Settled) {
         job,
         remote,
         failure,
+        peer,
+        from,
+        door,
+        is_unheard,
         ..
     } in settled
     {
         drop(remote);
-        job.settle(failure.map_or(Ok(()), Err));
+        match failure {
+            None if is_unheard => peer.deliver_for(door, &from, job),
+            failure => job.settle(failure.map_or(Ok(()), Err)),
+        }
     }
 }
 

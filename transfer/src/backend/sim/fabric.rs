@@ -10,7 +10,7 @@ use super::driver::{Member, SimNetwork, settle};
 use super::network::SimNode;
 use super::running::Running;
 use super::transfer::{Direction, SimTransfer};
-use crate::agent::{AgentBuilder, Exports, PeerCard, RemoteRegion};
+use crate::agent::{AgentBuilder, Door, Exports, PeerCard, RemoteRegion};
 use crate::backend::{Backend, Capabilities, Channel, Fabric, Job, Operation, Refusal, abandoned};
 use crate::descriptor::Target;
 use crate::region::{MemoryKind, RegionUse};
@@ -83,6 +83,7 @@ impl Fabric for SimFabric {
         Ok(Arc::new(SimChannel {
             network: self.network.clone(),
             number: state.channels,
+            door: exports.inbox().door(),
             nodes: (self.node, node),
             own_name: self.own_name.clone(),
             peer: Arc::downgrade(&exports),
@@ -105,6 +106,8 @@ impl Fabric for SimFabric {
 struct SimChannel {
     network: SimNetwork,
     number: u64,
+    /// By which its notifications reach the peer's inbox.
+    door: Door,
     nodes: (SimNode, SimNode),
     own_name: Arc<str>,
     peer: Weak<Exports>,
@@ -179,6 +182,8 @@ impl Backend for SimChannel {
             from: self.own_name.clone(),
             peer,
             failure: None,
+            is_unheard: false,
+            door: self.door,
             cancelled: false,
         };
         state.running.insert(id, running);
@@ -203,6 +208,9 @@ impl Backend for SimChannel {
             .cancel(|running| running.job.is_abandoned().then(abandoned));
         settle(settled);
         self.network.0.shared.changed.notify_all();
+        if let Some(peer) = self.peer.upgrade() {
+            peer.inbox().reap();
+        }
     }
 }
 
@@ -226,6 +234,9 @@ impl Channel for SimChannel {
         };
         let settled = self.network.lock().cancel(lost);
         settle(settled);
+        if let Some(peer) = self.peer.upgrade() {
+            peer.inbox().shut(self.door, "the connection was closed");
+        }
         self.network.0.shared.changed.notify_all();
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use crate::agent::Exports;
+use crate::agent::{Door, Exports};
 use crate::backend::copy::{Go, Place, copy_plan};
 use crate::backend::{Job, Operation};
 use crate::descriptor::Target;
@@ -22,6 +22,9 @@ pub(super) struct Running {
     pub(super) from: Arc<str>,
     pub(super) peer: Arc<Exports>,
     pub(super) failure: Option<Error>,
+    /// Its notification has come, and the inbox had no room for it.
+    pub(super) is_unheard: bool,
+    pub(super) door: Door,
     pub(super) cancelled: bool,
 }
 
@@ -67,11 +70,11 @@ impl Running {
         Ok(())
     }
 
+    /// The notification is there. Without room for it the job waits, once the network has done with it.
     pub(super) fn notify(&mut self) {
-        if let Some(bytes) = self.job.notification()
-            && let Err(error) = self.peer.deliver(&self.from, bytes.clone())
-        {
-            self.failure.get_or_insert(error);
+        if let Some(bytes) = self.job.notification() {
+            let taken = self.peer.inbox().try_deliver(&self.from, bytes.clone());
+            self.is_unheard = taken.is_err();
         }
     }
 

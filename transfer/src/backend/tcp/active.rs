@@ -49,6 +49,8 @@ struct Place {
 pub(super) struct Chunk {
     from: Place,
     pub(super) bytes: u64,
+    /// Its notification goes along.
+    pub(super) notifies: bool,
 }
 
 /// What follows from a change of a request's state; done without its lock.
@@ -88,6 +90,17 @@ impl ActiveState {
         given_up
     }
 
+    /// A connection could not send the notification, which it had been given, before it ended or stood still.
+    pub(super) fn hand_back_notice(&mut self) {
+        self.open -= 1;
+        self.notify = true;
+    }
+
+    /// The peer has the data, and had no room for the notification that came along.
+    pub(super) fn repeat_notice(&mut self) {
+        self.notify = true;
+    }
+
     pub(super) fn is_all_cut(&self) -> bool {
         self.all_cut
     }
@@ -98,8 +111,16 @@ impl ActiveState {
             return Next::Nothing;
         }
         if self.error.is_none() && self.notify {
+            // Those who give up later are found where the notification waits.
+            if self.job.as_ref().is_none_or(Job::is_abandoned) {
+                self.fail(abandoned);
+                return self.next();
+            }
             self.notify = false;
             self.open = 1;
+            if let Some(job) = &self.job {
+                job.awaits_peer();
+            }
             return Next::Notify;
         }
         match self.job.take() {
@@ -156,6 +177,17 @@ impl Active {
         Some(state.next())
     }
 
+    /// As [`Active::give_up`], while its notification is all that is left to be sent or answered.
+    pub(super) fn give_up_notice(&self) -> Option<Next> {
+        let mut state = self.lock();
+        if !state.job.as_ref().is_none_or(Job::is_abandoned) {
+            return None;
+        }
+        state.close();
+        state.fail(abandoned);
+        Some(state.next())
+    }
+
     /// Cuts the next chunk; none when there is nothing left to cut.
     pub(super) fn cut(&self, state: &mut ActiveState) -> Option<Cut> {
         if state.job.as_ref().is_some_and(Job::is_abandoned) {
@@ -176,6 +208,7 @@ impl Active {
             state.notify = false;
             let notification = state.job.as_ref().and_then(Job::notification);
             cut.access.notification = notification.map(|bytes| bytes.to_vec());
+            cut.chunk.notifies = true;
         }
         Some(cut)
     }

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -70,6 +70,7 @@ struct Watch {
 
 /// One TCP connection.
 pub(super) struct Connection {
+    own: Weak<Self>,
     stream: TcpStream,
     tls: Option<Session>,
     reactor: Arc<Reactor>,
@@ -110,7 +111,8 @@ impl Connection {
             Role::Initiator(_) => Receiver::of_connected(),
             Role::Target(_) => Receiver::of_accepted(),
         };
-        let connection = Arc::new(Self {
+        let connection = Arc::new_cyclic(|own| Self {
+            own: own.clone(),
             stream,
             tls,
             reactor: reactor.clone(),
@@ -131,6 +133,10 @@ impl Connection {
         watch.token = Some(reactor.add(connection.socket(), Interest::READABLE, source)?);
         drop(watch);
         Ok(connection)
+    }
+
+    pub(super) fn downgrade(&self) -> Weak<Self> {
+        self.own.clone()
     }
 
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
@@ -312,14 +318,18 @@ impl Connection {
         let frames = std::mem::take(&mut outbox.frames);
         let mut jobs = std::mem::take(&mut outbox.jobs);
         jobs.append(&mut outbox.background);
+        jobs.append(&mut outbox.take_notices());
         drop(outbox);
         drop(frames);
-        if let Role::Initiator(initiator) = &self.role {
-            let reason = self
-                .lost
-                .get()
-                .map_or("the connection ended", String::as_str);
-            initiator.end(jobs, reason);
+        match &self.role {
+            Role::Initiator(initiator) => {
+                let reason = self
+                    .lost
+                    .get()
+                    .map_or("the connection ended", String::as_str);
+                initiator.end(jobs, reason);
+            }
+            Role::Target(target) => target.end(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The side that asks: cuts requests into frames, keeps a window of them in flight, matches answers.
 
-use std::collections::{HashMap, HashSet, LinkedList};
+use std::collections::{HashSet, LinkedList};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
@@ -13,7 +13,9 @@ use super::connection::Connection;
 use super::frame::{FrameKind, HEADER_BYTES, Header, decode_outcome};
 use super::outbox::{Frame, Outbox};
 use super::receive::{Intake, Then};
-use super::scatter::{Piece, Scatter};
+use super::scatter::Scatter;
+use super::table::{Open, Table};
+use crate::agent::{UNHEARD_BYTES_MAX, UNHEARD_MAX};
 use crate::backend::{Job, Operation};
 use crate::request::Priority;
 
@@ -32,24 +34,7 @@ const BACKGROUND_BYTES: u64 = 4 << 20;
 /// Frames that may be ready before one of a request that gives way.
 const BACKGROUND_FRAMES_READY_MAX: usize = 2;
 
-/// A frame that was not answered.
-struct Open {
-    active: Arc<Active>,
-    kind: FrameKind,
-    chunk: Chunk,
-    /// Whether the request counts it among its open ones. If not, what arrives for it is dropped.
-    counts: bool,
-    /// Read: where the bytes go.
-    pieces: Vec<Piece>,
-}
-
-#[derive(Default)]
-struct Table {
-    /// Since when there are some.
-    since: Option<Instant>,
-    next: u64,
-    open: HashMap<u64, Open>,
-}
+const _: () = assert!(WINDOW_FRAMES + UNHEARD_MAX < super::target::ANSWERS_MAX);
 
 /// The requests of one connection.
 #[derive(Default)]
@@ -75,10 +60,18 @@ impl Initiator {
             self.background_open
                 .fetch_add(open.chunk.bytes, Ordering::AcqRel);
         }
-        self.frames_open.fetch_add(1, Ordering::AcqRel);
         let mut table = self.table();
-        if table.open.is_empty() {
-            table.since = Some(Instant::now());
+        match open.kind {
+            FrameKind::Notify => {
+                table.notices += 1;
+                table.notice_bytes += open.notice_bytes;
+            }
+            _ => {
+                self.frames_open.fetch_add(1, Ordering::AcqRel);
+                if !table.owes_data() {
+                    table.since = Some(Instant::now());
+                }
+            }
         }
         let id = table.next;
         table.next += 1;
@@ -86,10 +79,16 @@ impl Initiator {
         id
     }
 
-    /// Since when there have been frames without an answer; none if there are none.
+    /// Whether one more notification may be sent alone.
+    fn may_notify(&self) -> bool {
+        let table = self.table();
+        table.notices < UNHEARD_MAX && table.notice_bytes < UNHEARD_BYTES_MAX
+    }
+
+    /// Since when there has been data without an answer; none if there is none.
     pub(super) fn owed_since(&self) -> Option<Instant> {
         let table = self.table();
-        table.since.filter(|_| !table.open.is_empty())
+        table.since.filter(|_| table.owes_data())
     }
 
     fn leave(&self, open: &Open) {
@@ -99,7 +98,9 @@ impl Initiator {
             self.background_open
                 .fetch_sub(open.chunk.bytes, Ordering::AcqRel);
         }
-        self.frames_open.fetch_sub(1, Ordering::AcqRel);
+        if open.kind != FrameKind::Notify {
+            self.frames_open.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 
     /// The request whose turn it is.
@@ -114,8 +115,18 @@ impl Initiator {
         outbox.background.pop_front()
     }
 
-    /// Cuts waiting requests, in turn, into as many frames as the window allows.
+    /// Cuts waiting requests, in turn, into as many frames as the window allows, and notifications likewise.
     pub(super) fn refill(&self, outbox: &mut Outbox) {
+        self.refill_with_data(outbox);
+        while self.may_notify()
+            && let Some(active) = outbox.notices.pop_front()
+        {
+            let frame = self.notification(&active);
+            outbox.frames.push_back(frame);
+        }
+    }
+
+    fn refill_with_data(&self, outbox: &mut Outbox) {
         while outbox.frames.len() < FRAMES_READY_MAX
             && self.bytes_open.load(Ordering::Acquire) < WINDOW_BYTES
             && self.frames_open.load(Ordering::Acquire) < WINDOW_FRAMES
@@ -160,6 +171,7 @@ impl Initiator {
             chunk: cut.chunk,
             counts: true,
             pieces,
+            notice_bytes: 0,
         });
         let header = Header {
             kind,
@@ -188,6 +200,7 @@ impl Initiator {
             chunk: Chunk::default(),
             counts: true,
             pieces: Vec::new(),
+            notice_bytes: notification.len(),
         };
         let id = self.enter(open);
         let head_bytes = notification.len() as u32;
@@ -206,7 +219,7 @@ impl Initiator {
     fn follow(&self, active: &Arc<Active>, next: Next, outbox: &mut Outbox) {
         match next {
             Next::Nothing => {}
-            Next::Notify => outbox.frames.push_back(self.notification(active)),
+            Next::Notify => outbox.notices.push_back(active.clone()),
             Next::Settle(job, outcome) => outbox.settled.push((job, outcome)),
         }
     }
@@ -218,6 +231,12 @@ impl Initiator {
         for active in jobs {
             match active.give_up() {
                 None => outbox.queue(active),
+                Some(next) => self.follow(&active, next, outbox),
+            }
+        }
+        for active in std::mem::take(&mut outbox.notices) {
+            match active.give_up_notice() {
+                None => outbox.notices.push_back(active),
                 Some(next) => self.follow(&active, next, outbox),
             }
         }
@@ -280,11 +299,17 @@ impl Initiator {
     }
 
     fn answered(&self, id: u64) -> Result<Open> {
-        let open = self.table().open.remove(&id);
+        let mut table = self.table();
+        let open = table.open.remove(&id);
         let Some(open) = open else {
             let text = format!("answer to request {id}, which is not open");
             return Err(Error::new(ErrorKind::Corrupt, text));
         };
+        if open.kind == FrameKind::Notify {
+            table.notices -= 1;
+            table.notice_bytes -= open.notice_bytes;
+        }
+        drop(table);
         self.leave(&open);
         Ok(open)
     }
@@ -296,27 +321,38 @@ impl Initiator {
         }
         let mut state = open.active.lock();
         state.close();
-        if let Err(error) = outcome {
-            state.fail(|| error);
+        match outcome {
+            // Nothing else of a write finds the peer busy: its bytes are in place.
+            Err(error) if open.chunk.notifies && error.kind() == ErrorKind::Busy => {
+                state.repeat_notice();
+            }
+            Err(error) => state.fail(|| error),
+            Ok(()) => {}
         }
         let next = state.next();
         drop(state);
         match next {
             Next::Nothing => {}
             Next::Settle(job, outcome) => job.settle(outcome),
-            Next::Notify => {
-                let frame = self.notification(&open.active);
-                connection.outbox().frames.push_back(frame);
-            }
+            Next::Notify => connection.outbox().notices.push_back(open.active.clone()),
         }
     }
 
     /// Lets go of the memory of reads that were given up: what still arrives for them is dropped. The caller holds the
     /// receiver, so nothing is being received. The last connection that does so settles them. Writes that were given up end
-    /// with the answers to what was sent of them.
+    /// with the answers to what was sent of them, but do not wait for that to their notifications.
     pub(super) fn reap(&self) {
         let mut ended = Vec::new();
         for open in self.table().open.values_mut() {
+            if open.counts && open.kind == FrameKind::Notify {
+                if let Some(next) = open.active.give_up_notice() {
+                    open.counts = false;
+                    if let Next::Settle(job, outcome) = next {
+                        ended.push((job, outcome));
+                    }
+                }
+                continue;
+            }
             let mut state = open.active.lock();
             let reads = open.active.plan.operation == Operation::Read;
             if reads && open.counts && state.yield_memory() {
@@ -346,6 +382,7 @@ impl Initiator {
         let mut outbox = connection.outbox();
         let mut jobs = std::mem::take(&mut outbox.jobs);
         jobs.append(&mut outbox.background);
+        jobs.append(&mut outbox.take_notices());
         drop(outbox);
         let (mut rest, mut ended) = (Vec::from_iter(jobs), Vec::new());
         for open in self.table().open.values_mut() {

@@ -13,6 +13,7 @@ mod listen;
 mod outbox;
 mod receive;
 mod scatter;
+mod table;
 mod target;
 mod tls;
 

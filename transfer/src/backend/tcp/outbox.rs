@@ -55,6 +55,8 @@ pub(super) struct Outbox {
     pub(super) jobs: LinkedList<Arc<Active>>,
     /// Initiator: those of them that give way to the others.
     pub(super) background: LinkedList<Arc<Active>>,
+    /// Initiator: requests whose notifications are to be sent, alone, when earlier ones are answered.
+    pub(super) notices: LinkedList<Arc<Active>>,
     pub(super) ended: bool,
     /// Target: how many frames since the last ones were sent may go a little later.
     pub(super) unhurried: usize,
@@ -77,6 +79,15 @@ impl Outbox {
             Priority::Normal => self.jobs.push_front(active),
             Priority::Background => self.background.push_front(active),
         }
+    }
+
+    /// Requests whose notifications were not sent: another connection may send them.
+    pub(super) fn take_notices(&mut self) -> LinkedList<Arc<Active>> {
+        let notices = std::mem::take(&mut self.notices);
+        notices
+            .iter()
+            .for_each(|active| active.lock().hand_back_notice());
+        notices
     }
 
     /// One system call's worth of frames.

@@ -1,6 +1,6 @@
 //! The side that is asked: admits requests by region key, checks bounds, moves bytes, answers.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -13,13 +13,13 @@ use super::frame::{
 use super::outbox::Frame;
 use super::receive::{Intake, Then};
 use super::scatter::{Piece, Scatter};
-use crate::agent::Exports;
+use crate::agent::{Door, Exports, Sender};
 use crate::backend::Operation;
 use crate::plan::SUM_BYTES;
 use crate::request::NOTIFICATION_BYTES_MAX;
 
 /// Answers that may wait to be sent; an initiator that keeps to its window never gets there.
-const ANSWERS_MAX: usize = 4096;
+pub(super) const ANSWERS_MAX: usize = 4096;
 
 /// How long a connection may stay without a greeting.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,6 +27,7 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a connection that was accepted needs to serve its initiator.
 pub(super) struct TargetSide {
     exports: Arc<Exports>,
+    door: Door,
     accepted: Instant,
     initiator: OnceLock<Arc<str>>,
 }
@@ -34,6 +35,7 @@ pub(super) struct TargetSide {
 impl TargetSide {
     pub(super) fn new(exports: Arc<Exports>) -> Self {
         Self {
+            door: exports.inbox().door(),
             exports,
             accepted: Instant::now(),
             initiator: OnceLock::new(),
@@ -131,10 +133,17 @@ impl TargetSide {
                 if head.len() > NOTIFICATION_BYTES_MAX {
                     return Err(Error::invalid("notification length", head.len(), ..65536));
                 }
-                let outcome = self.deliver(head.to_vec());
-                answer(connection, done(header.id, &outcome))?;
-                // Whoever waits for it may send its own before this one's sender is told.
-                connection.outbox().unhurried += usize::from(outcome.is_ok());
+                let sender = Notifier {
+                    connection: connection.downgrade(),
+                    id: header.id,
+                };
+                let (inbox, bytes) = (self.exports.inbox(), head.to_vec().into());
+                let delivered = inbox.deliver(self.door, self.from()?, bytes, sender);
+                if let Some((_, outcome)) = delivered {
+                    answer(connection, done(header.id, &outcome))?;
+                    // Whoever waits for it may send its own before this one's sender is told.
+                    connection.outbox().unhurried += usize::from(outcome.is_ok());
+                }
                 Ok(Intake::NOTHING)
             }
             kind => {
@@ -166,19 +175,24 @@ impl TargetSide {
         if outcome.is_ok()
             && let Some(notification) = notification
         {
-            outcome = self.deliver(notification);
+            // Without room the initiator sends it once more, alone: the data need not wait with it.
+            let inbox = self.exports.inbox();
+            outcome = inbox.try_deliver(self.from()?, notification.into());
         }
         answer(connection, done(header.id, &outcome))
     }
 
-    fn deliver(&self, notification: Vec<u8>) -> Result<()> {
-        let Some(from) = self.initiator.get() else {
-            return Err(Error::new(
-                ErrorKind::Internal,
-                "a notification before the greeting",
-            ));
-        };
-        self.exports.deliver(from, notification.into())
+    fn from(&self) -> Result<&Arc<str>> {
+        let text = "a notification before the greeting";
+        let from = self.initiator.get();
+        from.ok_or_else(|| Error::new(ErrorKind::Internal, text))
+    }
+
+    /// Nothing comes or goes any more: notifications that wait for room are not taken.
+    pub(super) fn end(&self) {
+        self.exports
+            .inbox()
+            .shut(self.door, "the connection has ended");
     }
 
     fn admit(&self, access: &Access, operation: Operation) -> Result<Scatter> {
@@ -196,6 +210,26 @@ impl TargetSide {
             })
             .collect();
         Scatter::admitted(uses, pieces)
+    }
+}
+
+/// Whoever has sent a notification, by its number.
+struct Notifier {
+    connection: Weak<Connection>,
+    id: u64,
+}
+
+impl Sender for Notifier {
+    const IS_REMOTE: bool = true;
+
+    fn answer(self, outcome: Result<()>) {
+        let Some(connection) = self.connection.upgrade() else {
+            return;
+        };
+        match answer(&connection, done(self.id, &outcome)) {
+            Ok(()) => connection.pump_later(),
+            Err(error) => connection.lose(&error.to_string()),
+        }
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) struct Driver {
     state: Mutex<State>,
     posted: Mutex<VecDeque<(Session, Job)>>,
     /// Readable when the thread has something to do that UCX does not tell of.
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     /// Readable when UCX has something to do.
     event: OwnedFd,
     given_up: AtomicBool,
@@ -50,6 +50,8 @@ impl Driver {
     pub(super) fn start(state: State) -> Result<Arc<Self>> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| Error::io("create an eventfd", e.into()))?;
+        let wake = Arc::new(wake);
+        state.late.wake_by(&wake);
         let event = state.worker.event_fd().try_clone_to_owned();
         let event = event.map_err(|e| Error::io("keep the event descriptor of ucx", e))?;
         let driver = Arc::new(Self {
@@ -189,7 +191,7 @@ impl Driver {
     }
 
     fn sleep(&self, deaths: &[OwnedFd], limit: Option<Duration>) {
-        let watched = [&self.event, &self.wake].into_iter().chain(deaths);
+        let watched = [&self.event, &*self.wake].into_iter().chain(deaths);
         let mut polled: Vec<_> = watched
             .map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN))
             .collect();

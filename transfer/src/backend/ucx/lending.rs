@@ -9,6 +9,7 @@ use super::frame::{Frame, Origin, Session, To};
 use super::state::{Side, State, USERS_MAX};
 use super::user::{Proof, User};
 use crate::backend::Operation;
+use crate::backend::late::Notifier;
 use crate::backend::unix::{Message, Outcome};
 use crate::metadata::Incarnation;
 use crate::region::{RegionId, RegionKey};
@@ -60,6 +61,7 @@ impl State {
             endpoint,
             session: from,
             name: name.into(),
+            door: self.exports.inbox().door(),
             used: HashMap::new(),
             proof: Proof::of(origin, self.origin.host, self.origin.namespace),
             is_cut_off: false,
@@ -93,6 +95,13 @@ impl State {
         }
     }
 
+    /// Sends the answers to notifications that the inbox has taken.
+    pub(super) fn answer_late(&mut self) {
+        for (session, answer) in self.late.take() {
+            self.tell(session, answer);
+        }
+    }
+
     /// A peer that uses our memory says something.
     pub(super) fn lend(&mut self, session: Session, message: Message) {
         let answer = match message {
@@ -105,7 +114,17 @@ impl State {
                 let Some(user) = self.users.get(&session) else {
                     return;
                 };
-                let outcome = Outcome::of(self.exports.deliver(&user.name, bytes));
+                let (name, door) = (user.name.clone(), user.door);
+                let sender = Notifier {
+                    late: self.late.clone(),
+                    peer: session,
+                    id,
+                };
+                let delivered = self.exports.inbox().deliver(door, &name, bytes, sender);
+                let Some((_, outcome)) = delivered else {
+                    return;
+                };
+                let outcome = Outcome::of(outcome);
                 Message::Done { id, outcome }
             }
             Message::Sums {
@@ -168,12 +187,14 @@ impl State {
             return;
         };
         user.is_cut_off = true;
+        let door = user.door;
         if matches!(user.proof, Proof::Endpoint) {
             user.bury();
         }
         if user.used.is_empty() {
             self.users.remove(&session);
         }
+        self.exports.inbox().shut(door, "the path is closed");
     }
 
     /// The processes whose death is waited for.

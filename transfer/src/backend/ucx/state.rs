@@ -14,6 +14,7 @@ use super::using::{Shared, Using};
 use crate::agent::Exports;
 use crate::backend::Job;
 use crate::backend::giving_way::GivingWay;
+use crate::backend::late::Late;
 use crate::backend::unix::{Call, Message, Waiting};
 use crate::metadata::Incarnation;
 use crate::region::{RegionCore, RegionId};
@@ -49,6 +50,8 @@ pub(super) struct State {
     pub(super) behind: VecDeque<usize>,
     /// Deregistered regions that UCX or a peer may still use; each counts as a user of its region.
     pub(super) leaving: Vec<Arc<RegionCore>>,
+    /// Answers that others give.
+    pub(super) late: Arc<Late<Session>>,
     /// Jobs that are over, to be settled without the lock.
     pub(super) settled: Vec<(Job, Result<()>)>,
     /// Nobody is let in any more.
@@ -75,6 +78,7 @@ impl State {
             ready: VecDeque::new(),
             behind: VecDeque::new(),
             leaving: Vec::new(),
+            late: Arc::default(),
             settled: Vec::new(),
             is_closed: false,
         }
@@ -158,6 +162,7 @@ impl State {
 
     /// One turn: what UCX has to tell, and what is to be handed to it. Whether there was anything to do.
     pub(super) fn turn(&mut self) -> bool {
+        self.answer_late();
         let mut busy = self.worker.progress();
         for event in self.worker.events() {
             busy = true;

@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::frame::{Origin, Session};
+use crate::agent::Door;
 use crate::metadata::HostId;
 use crate::region::{RegionCore, RegionId};
 use crate::sys::ucx::EndpointId;
@@ -48,6 +49,8 @@ pub(super) struct User {
     /// What it calls itself to us.
     pub(super) session: Session,
     pub(super) name: Arc<str>,
+    /// By which its notifications come.
+    pub(super) door: Door,
     /// What it may use, with the region that waits for it, if that is being deregistered.
     pub(super) used: HashMap<RegionId, Option<Arc<RegionCore>>>,
     pub(super) proof: Proof,

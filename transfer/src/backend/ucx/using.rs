@@ -49,6 +49,7 @@ impl Shared {
             match waiting {
                 Waiting::Call(call) => call.answer(Err(self.loss())),
                 Waiting::Notification(job) => jobs.push(job),
+                Waiting::GivenUp(_) => {}
             }
         }
         jobs

@@ -9,13 +9,11 @@ use std::time::Instant;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::message::Outcome;
+use crate::agent::{UNHEARD_BYTES_MAX, UNHEARD_MAX};
 use crate::backend::Job;
 
-/// Messages that may wait for their answers.
-pub(in crate::backend) const UNANSWERED_MAX: usize = 4096;
-
-/// How many of them are kept for calls, which are made one after the other.
-const CALLS_MAX: usize = 16;
+/// Messages that may wait for their answers: notifications, and calls, which are made one after the other.
+pub(in crate::backend) const UNANSWERED_MAX: usize = UNHEARD_MAX + 16;
 
 /// What the peer answered, and the descriptor that came with it.
 pub(in crate::backend) type Answer = Result<(Outcome, Option<OwnedFd>)>;
@@ -54,6 +52,20 @@ impl Call {
 pub(in crate::backend) enum Waiting {
     Call(Arc<Call>),
     Notification(Job),
+    /// A notification of so many bytes whose caller has given up. The peer may have it all the same, so it counts until it is
+    /// answered.
+    GivenUp(usize),
+}
+
+impl Waiting {
+    /// The bytes of a notification.
+    fn notification_bytes(&self) -> Option<usize> {
+        match self {
+            Self::Call(_) => None,
+            Self::Notification(job) => Some(job.notification_bytes()),
+            Self::GivenUp(bytes) => Some(*bytes),
+        }
+    }
 }
 
 /// Why nothing can be asked.
@@ -67,14 +79,22 @@ pub(in crate::backend) enum Refused {
 /// All who wait for an answer, by the number of their message.
 pub(in crate::backend) struct Unanswered {
     /// None once the path is lost.
-    waiting: Mutex<Option<HashMap<u64, Waiting>>>,
+    waiting: Mutex<Option<Open>>,
     next: AtomicU64,
+}
+
+#[derive(Default)]
+struct Open {
+    by_number: HashMap<u64, Waiting>,
+    /// Notifications among them, and their bytes.
+    notifications: usize,
+    bytes: usize,
 }
 
 impl Default for Unanswered {
     fn default() -> Self {
         Self {
-            waiting: Mutex::new(Some(HashMap::new())),
+            waiting: Mutex::new(Some(Open::default())),
             // 0 is the greeting.
             next: AtomicU64::new(1),
         }
@@ -82,7 +102,7 @@ impl Default for Unanswered {
 }
 
 impl Unanswered {
-    fn lock(&self) -> MutexGuard<'_, Option<HashMap<u64, Waiting>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -100,18 +120,22 @@ impl Unanswered {
         let Some(open) = &mut *waiting else {
             return Err((who, Refused::Closed));
         };
-        if open.len() >= UNANSWERED_MAX {
+        if open.by_number.len() >= UNANSWERED_MAX {
             return Err((who, Refused::Full));
         }
-        open.insert(id, who);
+        if let Some(bytes) = who.notification_bytes() {
+            open.notifications += 1;
+            open.bytes += bytes;
+        }
+        open.by_number.insert(id, who);
         Ok(())
     }
 
-    /// Whether one more notification may wait for its answer, with room left for calls; also when all is over.
+    /// Whether one more notification may wait for its answer; also when all is over.
     pub(in crate::backend) fn has_room(&self) -> bool {
         let waiting = self.lock();
-        let open = waiting.as_ref().map_or(0, HashMap::len);
-        open < UNANSWERED_MAX - CALLS_MAX
+        let few = |open: &Open| open.notifications < UNHEARD_MAX && open.bytes < UNHEARD_BYTES_MAX;
+        waiting.as_ref().is_none_or(few)
     }
 
     /// Whether a notification waits for its answer.
@@ -119,32 +143,45 @@ impl Unanswered {
         let waits = |who: &Waiting| matches!(who, Waiting::Notification(_));
         self.lock()
             .as_ref()
-            .is_some_and(|open| open.values().any(waits))
+            .is_some_and(|open| open.by_number.values().any(waits))
     }
 
     pub(in crate::backend) fn take(&self, id: u64) -> Option<Waiting> {
-        self.lock().as_mut()?.remove(&id)
+        let mut waiting = self.lock();
+        let open = waiting.as_mut()?;
+        let who = open.by_number.remove(&id)?;
+        if let Some(bytes) = who.notification_bytes() {
+            open.notifications -= 1;
+            open.bytes -= bytes;
+        }
+        Some(who)
     }
 
-    /// Jobs that were given up by their callers.
+    /// Jobs that were given up by their callers. What was sent of them still counts.
     pub(in crate::backend) fn take_abandoned(&self) -> Vec<Job> {
         let mut waiting = self.lock();
         let Some(open) = &mut *waiting else {
             return Vec::new();
         };
-        let given_up =
-            |who: &Waiting| matches!(who, Waiting::Notification(job) if job.is_abandoned());
-        let taken = open.extract_if(|_, who| given_up(who));
+        let mut taken = Vec::new();
+        for who in open.by_number.values_mut() {
+            let Waiting::Notification(job) = who else {
+                continue;
+            };
+            if !job.is_abandoned() {
+                continue;
+            }
+            let bytes = job.notification_bytes();
+            if let Waiting::Notification(job) = std::mem::replace(who, Waiting::GivenUp(bytes)) {
+                taken.push(job);
+            }
+        }
         taken
-            .filter_map(|(_, who)| match who {
-                Waiting::Notification(job) => Some(job),
-                Waiting::Call(_) => None,
-            })
-            .collect()
     }
 
     /// Nobody will be answered any more: everyone who waits.
     pub(in crate::backend) fn close(&self) -> impl Iterator<Item = Waiting> + use<> {
-        self.lock().take().unwrap_or_default().into_values()
+        let open = self.lock().take().unwrap_or_default();
+        open.by_number.into_values()
     }
 }

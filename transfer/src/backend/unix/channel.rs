@@ -223,7 +223,15 @@ impl<A: Access> UnixChannel<A> {
         if !job.notifies() {
             return job.settle(Ok(()));
         }
-        lock(&self.unsent).push_back(job);
+        job.awaits_peer();
+        let mut unsent = lock(&self.unsent);
+        // Whoever gives up later finds it here.
+        if job.is_abandoned() {
+            drop(unsent);
+            return job.settle(Err(abandoned()));
+        }
+        unsent.push_back(job);
+        drop(unsent);
         self.send_notifications();
     }
 
@@ -265,7 +273,7 @@ impl<A: Access> UnixChannel<A> {
             Message::Done { id, outcome } => {
                 match self.unanswered.take(id) {
                     // Whoever asked has stopped waiting.
-                    None => {}
+                    None | Some(Waiting::GivenUp(_)) => {}
                     Some(Waiting::Call(call)) => {
                         call.answer(file.map(|file| (outcome, file)));
                     }
@@ -310,6 +318,7 @@ impl<A: Access> UnixChannel<A> {
             match who {
                 Waiting::Call(call) => call.answer(Err(self.loss())),
                 Waiting::Notification(job) => job.settle(Err(self.loss())),
+                Waiting::GivenUp(_) => {}
             }
         }
         // Whoever adds to them later finds the path closed.
@@ -375,9 +384,12 @@ impl<A: Access> Backend for UnixChannel<A> {
     }
 
     fn reap(&self) {
-        // Copies look for themselves. A notification's job holds memory that is no longer in use.
-        let mut given_up = self.unanswered.take_abandoned();
-        given_up.extend(lock(&self.unsent).extract_if(|job| job.is_abandoned()));
+        // Copies look for themselves. A notification's job holds memory that is no longer in use. In the order in which jobs
+        // go from the one to the other, so that none is missed.
+        let mut unsent = lock(&self.unsent);
+        let mut given_up: Vec<Job> = unsent.extract_if(|job| job.is_abandoned()).collect();
+        drop(unsent);
+        given_up.extend(self.unanswered.take_abandoned());
         for job in given_up {
             job.settle(Err(abandoned()));
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -10,7 +10,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::Access;
 use super::link::{Link, Received, Wake};
 use super::message::{Message, Outcome};
-use crate::agent::Exports;
+use crate::agent::{Door, Exports, Sender};
 use crate::backend::Operation;
 use crate::reactor::{Interest, Reactor, Source};
 use crate::region::{RegionCore, RegionId, RegionKey};
@@ -40,6 +40,7 @@ pub(super) struct Lender<A> {
 pub(super) struct Client<A> {
     link: Link,
     lender: Arc<Lender<A>>,
+    door: Door,
     state: Mutex<State>,
 }
 
@@ -66,6 +67,7 @@ impl<A: Access> Client<A> {
         let client = Arc::new(Self {
             link: Link::new(socket, reactor)?,
             lender: lender.clone(),
+            door: lender.exports.inbox().door(),
             state: Mutex::default(),
         });
         let messages = Arc::new(Messages(client.clone()));
@@ -75,7 +77,7 @@ impl<A: Access> Client<A> {
         Ok(client)
     }
 
-    fn handle(&self, message: Message) -> Result<()> {
+    fn handle(self: &Arc<Self>, message: Message) -> Result<()> {
         match message {
             Message::Hello { name, wanted } => {
                 let outcome = match self.greet(&name, wanted) {
@@ -100,9 +102,15 @@ impl<A: Access> Client<A> {
                         "a notification before a greeting",
                     ));
                 };
-                match self.lender.exports.deliver(&name, bytes) {
-                    Ok(()) => self.acknowledge(id),
-                    refused => self.answer(id, Outcome::of(refused)),
+                let sender = Notifier {
+                    client: Arc::downgrade(self),
+                    id,
+                };
+                let inbox = self.lender.exports.inbox();
+                match inbox.deliver(self.door, &name, bytes, sender) {
+                    Some((_, Ok(()))) => self.acknowledge(id),
+                    Some((_, refused)) => self.answer(id, Outcome::of(refused)),
+                    None => Ok(()),
                 }
             }
             Message::Done { .. } | Message::Revoke { .. } => Err(Error::new(
@@ -250,6 +258,8 @@ impl<A: Access> Client<A> {
         if over {
             self.link.ignore_death();
         }
+        let inbox = self.lender.exports.inbox();
+        inbox.shut(self.door, "the path is closed");
     }
 
     /// A dead process uses nothing.
@@ -300,6 +310,26 @@ impl<A: Access> Client<A> {
             let region_id = region.id();
             tracing::warn!(pid, %region_id, "a process did not let go of memory; it is kept for good");
             std::mem::forget(region);
+        }
+    }
+}
+
+/// Whoever has sent a notification, by its number.
+struct Notifier<A> {
+    client: Weak<Client<A>>,
+    id: u64,
+}
+
+impl<A: Access> Sender for Notifier<A> {
+    const IS_REMOTE: bool = true;
+
+    fn answer(self, outcome: Result<()>) {
+        let Some(client) = self.client.upgrade() else {
+            return;
+        };
+        if let Err(error) = client.answer(self.id, Outcome::of(outcome)) {
+            tracing::debug!(%error, pid = client.link.pid(), "answer a notification");
+            client.hang_up();
         }
     }
 }

@@ -53,13 +53,25 @@ impl State {
             region: region.id,
             key: region.key,
         };
-        let said = self.ask(line, &message);
-        if said.is_err()
-            && let Some(using) = self.using.get_mut(&line)
-        {
-            using.asked.remove(&id);
+        using.unasked.push_back(message);
+        self.ask_questions(line);
+        Ok(false)
+    }
+
+    /// Asks what waits to be asked, as much as may be unanswered.
+    pub(super) fn ask_questions(&mut self, line: Line) {
+        while let Some(using) = self.using.get_mut(&line) {
+            if !using.may_ask() {
+                return;
+            }
+            let Some(question) = using.unasked.pop_front() else {
+                return;
+            };
+            using.questions += 1;
+            if let Err(error) = self.ask(line, &question) {
+                return self.fail(line, &error.to_string());
+            }
         }
-        said.map(|()| false)
     }
 
     /// A peer whose memory we use says something.
@@ -81,23 +93,29 @@ impl State {
         let Some(using) = self.using.get_mut(&line) else {
             return Ok(());
         };
+        if let Some(waiting) = using.shared.unanswered.take(id) {
+            // Whoever sent it may have stopped waiting.
+            if let Waiting::Notification(job) = waiting {
+                let outcome = match outcome {
+                    Outcome::Done => Ok(()),
+                    Outcome::Failed { code, text } => Err(Outcome::failure(code, &text)),
+                    _ => Err(not_fitting("a notification is answered by something else")),
+                };
+                self.settled.push((job, outcome));
+            }
+            return Ok(());
+        }
+        let Some(left) = using.questions.checked_sub(1) else {
+            return Err(not_fitting("more is answered than was asked"));
+        };
+        using.questions = left;
+        // Nobody may wait for it any more.
         if let Some(asked) = using.asked.remove(&id) {
             self.granted(line, asked, outcome);
-            return Ok(());
-        }
-        if let Some(summing) = using.summing.remove(&id) {
+        } else if let Some(summing) = using.summing.remove(&id) {
             self.summed(&summing, outcome);
-            return Ok(());
         }
-        // Whoever asked may have stopped waiting.
-        if let Some(Waiting::Notification(job)) = using.shared.unanswered.take(id) {
-            let outcome = match outcome {
-                Outcome::Done => Ok(()),
-                Outcome::Failed { code, text } => Err(Outcome::failure(code, &text)),
-                _ => Err(not_fitting("a notification is answered by something else")),
-            };
-            self.settled.push((job, outcome));
-        }
+        self.ask_questions(line);
         Ok(())
     }
 

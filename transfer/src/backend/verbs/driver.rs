@@ -40,7 +40,7 @@ pub(super) struct Driver {
     state: Mutex<State>,
     posted: Mutex<VecDeque<(Line, Job)>>,
     /// Readable when the thread has something to do that no device and no peer tells of.
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     epoll: Arc<OwnedFd>,
     polling: Duration,
     given_up: AtomicBool,
@@ -60,6 +60,7 @@ impl Driver {
     ) -> Result<Arc<Self>> {
         let failed = |e: rustix::io::Errno| Error::io("watch an RDMA device", e.into());
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
+        let wake = Arc::new(wake);
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?);
         let watched = [
             (WAKE, wake.as_fd()),
@@ -72,8 +73,10 @@ impl Driver {
             epoll::add(&epoll, fd, data, epoll::EventFlags::IN).map_err(failed)?;
         }
         let polling = card.options().polling;
+        let state = State::new(card, exports, listener, epoll.clone());
+        state.late.wake_by(&wake);
         let driver = Arc::new(Self {
-            state: Mutex::new(State::new(card, exports, listener, epoll.clone())),
+            state: Mutex::new(state),
             posted: Mutex::default(),
             wake,
             epoll,

@@ -44,6 +44,7 @@ impl State {
                 .iter()
                 .for_each(|call| call.answer(Err(shared.loss())));
         }
+        using.unasked.clear();
         let unsent = std::mem::take(&mut using.unsent);
         for job in shared.end_waiting().into_iter().chain(unsent) {
             self.settled.push((job, Err(shared.loss())));

@@ -11,8 +11,9 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::greeting::{self, Offer, Question, STOPPED};
 use super::state::{Line, State};
 use super::wire::Wire;
-use crate::agent::CONNECT_TIMEOUT;
+use crate::agent::{CONNECT_TIMEOUT, Door};
 use crate::backend::Operation;
+use crate::backend::late::Notifier;
 use crate::backend::unix::{Message, Outcome};
 use crate::metadata::Incarnation;
 use crate::region::{RegionCore, RegionId, RegionKey};
@@ -43,6 +44,8 @@ pub(super) struct User {
     pub(super) wire: Wire,
     stream: TcpStream,
     name: Arc<str>,
+    /// By which its notifications come.
+    door: Door,
     used: HashSet<RegionId>,
 }
 
@@ -174,6 +177,7 @@ impl State {
             wire,
             stream,
             name: name.into(),
+            door: self.exports.inbox().door(),
             used: HashSet::new(),
         };
         self.users.insert(line, user);
@@ -201,12 +205,14 @@ impl State {
             wire,
             mut stream,
             name,
+            door,
             ..
         } = user;
         tracing::debug!(peer = %name, reason, "a peer over verbs is cut off");
         drop(wire);
         // It may be gone.
         let _ = stream.write(&[STOPPED]);
+        self.exports.inbox().shut(door, reason);
         self.let_leave(Instant::now());
     }
 
@@ -221,6 +227,13 @@ impl State {
         self.heat(line);
     }
 
+    /// Sends the answers to notifications that the inbox has taken.
+    pub(super) fn answer_late(&mut self) {
+        for (line, answer) in self.late.take() {
+            self.tell(line, &answer);
+        }
+    }
+
     /// A peer that uses our memory says something.
     pub(super) fn lend(&mut self, line: Line, message: Message) {
         let answer = match message {
@@ -233,7 +246,17 @@ impl State {
                 let Some(user) = self.users.get(&line) else {
                     return;
                 };
-                let outcome = Outcome::of(self.exports.deliver(&user.name, bytes));
+                let (name, door) = (user.name.clone(), user.door);
+                let sender = Notifier {
+                    late: self.late.clone(),
+                    peer: line,
+                    id,
+                };
+                let delivered = self.exports.inbox().deliver(door, &name, bytes, sender);
+                let Some((_, outcome)) = delivered else {
+                    return;
+                };
+                let outcome = Outcome::of(outcome);
                 Message::Done { id, outcome }
             }
             Message::Sums {

@@ -292,6 +292,7 @@ impl State {
             let lost = Error::new(ErrorKind::PeerLost, "the path is closed");
             return self.settled.push((job, Err(lost)));
         };
+        job.awaits_peer();
         using.unsent.push_back(job);
         self.send_notifications(line);
     }

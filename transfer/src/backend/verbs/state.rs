@@ -17,6 +17,7 @@ use super::using::{Shared, Using};
 use super::wire::{Heard, Wire};
 use crate::agent::Exports;
 use crate::backend::Job;
+use crate::backend::late::Late;
 use crate::backend::spare::Spare;
 use crate::backend::unix::Message;
 use crate::region::RegionId;
@@ -57,6 +58,8 @@ pub(super) struct State {
     hot: Vec<Line>,
     /// Deregistered regions that peers may still use.
     pub(super) leaving: Vec<Leaving>,
+    /// Answers that others give.
+    pub(super) late: Arc<Late<Line>>,
     /// Jobs that are over, to be settled without the lock.
     pub(super) settled: Vec<(Job, Result<()>)>,
     /// Something has a time limit.
@@ -90,6 +93,7 @@ impl State {
             ready: VecDeque::new(),
             hot: Vec::new(),
             leaving: Vec::new(),
+            late: Arc::default(),
             settled: Vec::new(),
             is_timed: false,
             is_closed: false,
@@ -181,6 +185,7 @@ impl State {
 
     /// One turn: what wires have to tell, and what is to be handed to them. Whether there was anything to do.
     pub(super) fn turn(&mut self) -> bool {
+        self.answer_late();
         let mut busy = self.poll();
         busy |= self.pump();
         if self.is_timed {
@@ -273,6 +278,7 @@ impl State {
                 }
             }
         }
+        self.ask_questions(line);
         self.send_notifications(line);
     }
 

@@ -1,5 +1,7 @@
 //! Checksums, computed where the memory is: asked for here, answered there.
 
+use std::collections::HashSet;
+
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::state::{Line, State};
@@ -28,7 +30,8 @@ impl State {
                 key: region.key,
                 ranges,
             };
-            self.ask(line, &message)?;
+            using.unasked.push_back(message);
+            self.ask_questions(line);
             (first, open, *asked) = (end, open + 1, *asked + 1);
             if let Some(active) = self.jobs.get_mut(&number) {
                 (active.asked, active.open) = (first, open);
@@ -53,7 +56,12 @@ impl State {
     /// A job is over: answers that it did not wait for are for nobody.
     pub(super) fn forget_sums(&mut self, line: Line, job: u64) {
         if let Some(using) = self.using.get_mut(&line) {
-            using.summing.retain(|_, summing| summing.job != job);
+            let of_it = using.summing.extract_if(|_, summing| summing.job == job);
+            let gone: HashSet<u64> = of_it.map(|(id, _)| id).collect();
+            // What was not asked yet is not.
+            let is_gone =
+                |one: &Message| matches!(one, Message::Sums { id, .. } if gone.contains(id));
+            using.unasked.retain(|question| !is_gone(question));
         }
     }
 

@@ -13,8 +13,11 @@ use crate::agent::RemoteRegion;
 use crate::backend::Job;
 use crate::backend::far_sums::Summing;
 use crate::backend::giving_way::GivingWay;
-use crate::backend::unix::{Call, Unanswered, Waiting};
+use crate::backend::unix::{Call, Message, Unanswered, Waiting};
 use crate::region::RegionId;
+
+/// Questions that may be unanswered on a path: an answer takes two fragments at most.
+const QUESTIONS_MAX: usize = 1024;
 
 /// What the channel and the driver both look at.
 #[derive(Default)]
@@ -51,6 +54,7 @@ impl Shared {
             match waiting {
                 Waiting::Call(call) => call.answer(Err(self.loss())),
                 Waiting::Notification(job) => jobs.push(job),
+                Waiting::GivenUp(_) => {}
             }
         }
         jobs
@@ -87,6 +91,10 @@ pub(super) struct Using {
     pub(super) asked: HashMap<u64, Asked>,
     /// Checksums that the peer was asked for, by the number of the question.
     pub(super) summing: HashMap<u64, Summing<u64>>,
+    /// Questions that wait until earlier ones are answered: some for each job, and one for each region.
+    pub(super) unasked: VecDeque<Message>,
+    /// Questions that were asked and are not answered, whoever still waits for that.
+    pub(super) questions: usize,
     /// Jobs that are not over.
     pub(super) jobs: usize,
     /// Those of them that give way to the others.
@@ -112,6 +120,8 @@ impl Using {
             held: HashMap::new(),
             asked: HashMap::new(),
             summing: HashMap::new(),
+            unasked: VecDeque::new(),
+            questions: 0,
             jobs: 0,
             background: GivingWay::default(),
             unsent: LinkedList::new(),
@@ -120,6 +130,12 @@ impl Using {
             is_decided: false,
             is_gone: false,
         }
+    }
+
+    /// Whether a question may be asked: the answers to all that are open fit into what the peer may keep for us.
+    pub(super) fn may_ask(&self) -> bool {
+        let outbox = self.wire.as_ref().is_none_or(Wire::may_notify);
+        self.questions < QUESTIONS_MAX && outbox
     }
 
     /// Whether a notification may be sent.
