@@ -24,8 +24,8 @@ mod sys;
 mod wire;
 
 pub use agent::{
-    Agent, AgentBuilder, ConnectionReport, Notification, Notified, PathReport, PeerHandle,
-    RegisteredRange, SLOW_AFTER_DEFAULT,
+    Agent, AgentBuilder, CONNECT_WITHIN_DEFAULT, ConnectionReport, Notification, Notified,
+    PathReport, PeerHandle, RegisteredRange, SLOW_AFTER_DEFAULT,
 };
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;

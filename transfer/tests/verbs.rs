@@ -431,6 +431,49 @@ fn a_path_over_a_link_that_goes_down_is_lost_and_comes_back() {
     assert!(contents(&pair.remote) == data);
 }
 
+/// The target's thread is held: checksums far beyond what the path asks for at once are waited for, those that are given up
+/// end, and the others agree when it goes on.
+#[test]
+fn questions_beyond_what_a_path_takes_wait_for_their_turn() {
+    const RANGES: u64 = 4096;
+    const BYTES: u64 = RANGES * 8;
+    if !has_rdma() {
+        return;
+    }
+    let pair = Pair::new(Way::Verbs, BYTES);
+    let data = pattern(BYTES as usize, 31);
+    pair.remote.write_at(0, &data).unwrap();
+    // Moved as one, and asked for one by one.
+    let ranges: Vec<(u64, u64, u64)> = (0..RANGES).map(|n| (n * 8, n * 8, 8)).collect();
+    let read = || {
+        let options = RequestOptions {
+            checksum: true,
+            deadline: Some(10 * WAIT),
+            ..RequestOptions::default()
+        };
+        pair.moves(Operation::Read, &ranges, options)
+    };
+    read().wait(WAIT).unwrap();
+    let mut notified = pair.target.notified();
+    let held = hold(&mut notified).unwrap();
+    let notice = pair
+        .initiator
+        .notify(&pair.peer, b"one"[..].into())
+        .unwrap();
+    held.wait();
+    let mut requests: Vec<Request> = (0..900).map(|_| read()).collect();
+    for request in requests.split_off(850) {
+        request.cancel();
+        assert!(request.wait_drained(WAIT));
+    }
+    drop(held);
+    notice.wait(WAIT).unwrap();
+    for request in &requests {
+        request.wait(10 * WAIT).unwrap();
+    }
+    assert!(contents(&pair.local) == data);
+}
+
 /// What a target in another process does: offers memory, says so, and waits.
 #[test]
 fn body_of_another_process() {

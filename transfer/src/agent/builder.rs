@@ -26,6 +26,9 @@ use crate::sys::fork::Process;
 /// Threads that share a large copy, unless told otherwise: more fill a memory channel, and leave less to others.
 const COPY_THREADS_DEFAULT_MAX: usize = 4;
 
+/// How long each way to a peer may take to connect, unless [`AgentBuilder::connect_within`] says otherwise.
+pub const CONNECT_WITHIN_DEFAULT: Duration = CONNECT_TIMEOUT;
+
 /// The longest that [`AgentBuilder::connect_within`] takes.
 const CONNECT_WITHIN_MAX: Duration = Duration::from_secs(60);
 

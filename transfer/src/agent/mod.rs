@@ -21,7 +21,7 @@ mod ranges;
 mod timer;
 
 pub(crate) use self::core::AgentCore;
-pub use builder::{AgentBuilder, SLOW_AFTER_DEFAULT};
+pub use builder::{AgentBuilder, CONNECT_WITHIN_DEFAULT, SLOW_AFTER_DEFAULT};
 pub(crate) use exports::Exports;
 pub(crate) use inbox::{Door, Sender, UNHEARD_BYTES_MAX, UNHEARD_MAX};
 pub use inbox::{INBOX_BYTES_MAX, INBOX_NOTIFICATIONS_MAX, Notification, Notified};
