@@ -1,6 +1,7 @@
 //! What this machine offers to transfers, and what could be set better.
 
 mod devices;
+mod gpus;
 mod paths;
 mod system;
 

@@ -43,7 +43,7 @@ pub(super) fn look(folder: &Path) -> Vec<Finding> {
     // Where there are none, or nothing reads them, the ways say so.
     let ports = rdma_ports().unwrap_or_default();
     findings.extend(ports.iter().map(addresses_of));
-    findings.push(gpus(&read("/proc/driver/nvidia/version")));
+    findings.extend(super::gpus::look(&read("/proc/driver/nvidia/version")));
     findings
 }
 
@@ -275,19 +275,6 @@ fn addresses_of(port: &RdmaPort) -> Finding {
     Finding::ok(&what, found)
 }
 
-fn gpus(driver: &str) -> Finding {
-    let what = "gpu: NVIDIA driver";
-    match driver.lines().next() {
-        Some(line) => Finding::new(
-            what,
-            State::Hint,
-            line.trim(),
-            "this version moves host memory only: no backend for device memory yet",
-        ),
-        None => Finding::new(what, State::Absent, "no driver", ""),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -335,11 +322,6 @@ mod tests {
             congestion("bbr\n", "reno cubic bbr\n").found,
             "bbr (of reno cubic bbr)"
         );
-        assert_eq!(
-            gpus("NVRM version: NVIDIA 570\nGCC").found,
-            "NVRM version: NVIDIA 570"
-        );
-        assert_eq!(gpus("").state, State::Absent);
         let active = port_of(
             "mlx5_0",
             "1",
