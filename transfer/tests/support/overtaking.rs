@@ -32,5 +32,9 @@ pub(crate) fn overtakes(what: &str, mut post: impl FnMut() -> (Vec<Request>, Req
         }
         seen.push((found.len(), before));
     }
-    panic!("{what}: offloads under way and done before the fetch: {seen:?}");
+    let none: [(usize, usize); 0] = [];
+    assert_eq!(
+        seen, none,
+        "{what}: offloads under way, and done before the fetch"
+    );
 }
