@@ -91,7 +91,11 @@ fn a_gpu_conforms() {
             ..CudaOptions::default()
         };
         let report = run(&OnDevice(agent(options))).unwrap_or_else(|error| panic!("{error}"));
-        assert_eq!(report.skipped.len(), 2, "{:?}", report.skipped);
+        // What needs a peer, and what devices do not compute.
+        let missing = ["notification", "inbox", "checksums"];
+        for case in &report.skipped {
+            assert!(missing.iter().any(|word| case.contains(word)), "{case}");
+        }
     }
 }
 

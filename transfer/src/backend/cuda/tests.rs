@@ -159,7 +159,13 @@ fn the_suite_of_all_backends_holds() {
         fake.set_version(version);
         let bed = Bed::over(fake, options);
         let report = conformance::run(&bed).unwrap_or_else(|error| panic!("{version}: {error}"));
-        assert_eq!(report.skipped.len(), 2, "{:?}", report.skipped);
+        let without_peers = ["notification", "inbox", "checksums"];
+        for case in &report.skipped {
+            assert!(
+                without_peers.iter().any(|word| case.contains(word)),
+                "{case}"
+            );
+        }
         assert_eq!(report.passed.len(), 11);
         let batches = bed.fake.count("cuMemcpyBatchAsync");
         assert_eq!(batches > 0, version >= 12_080, "{version}: {batches}");

@@ -41,6 +41,9 @@ impl Stalled {
     fn drains(self, kind: ErrorKind) {
         let failed = self.request.wait(PATIENCE).unwrap_err();
         assert_eq!((failed.kind(), failed.fate()), (kind, MemoryFate::InFlight));
+        // Twice, so that the thread has taken up what it was told in between.
+        let asked = self.bed.fake.count("cuEventQuery");
+        until(|| self.bed.fake.count("cuEventQuery") >= asked + 2);
         let queued = self.bed.fake.count("cuEventRecord");
         let regions = [&self.host, &self.device].map(Region::deregister);
         for region in &regions {
