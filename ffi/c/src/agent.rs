@@ -138,7 +138,7 @@ pub unsafe extern "C" fn kvf_agent_metadata_of(
 
 /// Sends a message to a peer and waits until its agent has taken it, at most `timeout_ms`.
 ///
-/// KVF_BUSY when the peer's inbox is full, KVF_INVALID above 65,536 bytes. After KVF_TIMEOUT it may still arrive.
+/// While the peer's inbox is full it waits for room. KVF_INVALID above 65,536 bytes. After KVF_TIMEOUT it may still arrive.
 ///
 /// # Safety
 /// Each pointer is null or valid: `agent` and `peer` live, `message` for `len` reads.
