@@ -48,7 +48,7 @@ pub use request::{
     Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, PartCompleted, Priority, Request,
     RequestOptions,
 };
-pub use stats::{AgentStats, BackendStats, PortStats};
+pub use stats::{AgentStats, BackendStats};
 pub use sys::cuda::{CudaDevice, CudaReport, DeviceMemory, cuda_probe};
 pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

@@ -101,8 +101,6 @@ def test_times_are_told():
         ({"retries": 8}, "verbs retries"),
         ({"timeout": 0}, "verbs timeout"),
         ({"service_level": 16}, "verbs service level"),
-        ({"rails": 0}, "verbs rails"),
-        ({"near": "pigeon"}, "verbs near"),
         ({"listen": "pigeon"}, "verbs.listen"),
     ],
 )
