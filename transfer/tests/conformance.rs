@@ -136,7 +136,11 @@ fn ucx_over_tcp_conforms() {
 #[test]
 fn verbs_conforms() {
     let options = VerbsOptions::default();
-    let build = |name: &str| alone(name).verbs(Some(options.clone()));
+    // An emulated machine that is busy otherwise takes seconds to hand out a region.
+    let build = |name: &str| {
+        let builder = alone(name).verbs(Some(options.clone()));
+        builder.connect_within(Duration::from_secs(30))
+    };
     match build("probe").build() {
         Ok(_) => {
             check(&pair("verbs", build), 0);
