@@ -146,14 +146,20 @@ fn a_fetch_overtakes_offloads() {
         priority: Priority::Background,
         ..RequestOptions::default()
     };
+    // Made before, as that takes its turn beside what is under way.
+    let made = |request: Request| {
+        request.wait(WAIT).unwrap();
+        request
+    };
+    let offload = || made(pair.moves(Operation::Write, &[(0, 0, BULK)], background.clone()));
+    let offloads: Vec<_> = std::iter::repeat_with(offload).take(8).collect();
+    let options = RequestOptions::default();
+    let fetch = made(pair.moves(Operation::Read, &[(0, 0, 4096)], options));
     overtakes("verbs", || {
-        let offload = || pair.moves(Operation::Write, &[(0, 0, BULK)], background.clone());
-        let offloads = std::iter::repeat_with(offload).take(8).collect();
-        let options = RequestOptions::default();
-        (
-            offloads,
-            pair.moves(Operation::Read, &[(0, 0, 4096)], options),
-        )
+        for request in offloads.iter().chain([&fetch]) {
+            request.post().unwrap();
+        }
+        (offloads.iter().collect(), &fetch)
     });
 }
 

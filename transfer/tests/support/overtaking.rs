@@ -1,5 +1,6 @@
 //! Whether a request that matters more is done before others that were posted before it.
 
+use std::borrow::Borrow;
 use std::time::Duration;
 
 use kvfabric_transfer::Request;
@@ -18,13 +19,14 @@ fn done_at(request: &Request) -> Duration {
 
 /// Posts offloads and then a fetch, in rounds until the fetch was done before most of the offloads that it found under way.
 /// Done in the order of their posts it is behind all of them in every round, and this fails.
-pub(crate) fn overtakes(what: &str, mut post: impl FnMut() -> (Vec<Request>, Request)) {
+pub(crate) fn overtakes<T: Borrow<Request>>(what: &str, mut post: impl FnMut() -> (Vec<T>, T)) {
     let mut seen = Vec::new();
     for _ in 0..ROUNDS {
         let (offloads, fetch) = post();
-        let fetched = done_at(&fetch);
+        let fetch = fetch.borrow();
+        let fetched = done_at(fetch);
         let posted = fetch.telemetry().unwrap().posted;
-        let ends = offloads.iter().map(done_at);
+        let ends = offloads.iter().map(|one| done_at(one.borrow()));
         let found: Vec<_> = ends.filter(|end| *end > posted).collect();
         let before = found.iter().filter(|end| **end < fetched).count();
         if found.len() >= 4 && before <= found.len() / 2 {
