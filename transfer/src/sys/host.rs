@@ -179,4 +179,35 @@ mod tests {
             assert_eq!(refused.kind(), ErrorKind::Invalid, "{offset} {len}");
         }
     }
+
+    /// By the kernel's own list of this process's memory: long memory asks for huge pages, and short memory does not.
+    #[test]
+    fn long_memory_asks_for_huge_pages() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            return;
+        }
+        // Neighbours of one kind are told of together.
+        let holds = |line: &str, address: u64| {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            range.is_some_and(|(from, to)| {
+                number(from).is_some_and(|from| from <= address)
+                    && number(to).is_some_and(|to| address < to)
+            })
+        };
+        let asks = |memory: &HostMemory| {
+            let address = memory.mapping().address();
+            let list = std::fs::read_to_string("/proc/self/smaps").expect("the list");
+            let own = list.lines().skip_while(|line| !holds(line, address));
+            let flags = own.filter_map(|line| line.strip_prefix("VmFlags:")).next();
+            flags.is_some_and(|flags| flags.split(' ').any(|flag| flag == "hg"))
+        };
+        let shared = |bytes| HostMemory::shared(bytes).expect("memory");
+        let own = |bytes| HostMemory::anonymous(bytes).expect("memory");
+        assert!(asks(&shared(4 << 20)) && asks(&own(4 << 20)));
+        assert!(!asks(&shared(1 << 20)));
+    }
 }
