@@ -50,9 +50,6 @@ pub(crate) trait Source: Send + Sync {
     /// block. With neither, it was nudged.
     fn ready(&self, readiness: Interest);
 
-    /// What could wait since [`Reactor::defer`] is to be done now. Called on any thread, on several at once: must not block.
-    fn deferred(&self) {}
-
     /// The reactor ends: nothing will be told any more. Called on its thread, once.
     fn orphaned(&self);
 }
@@ -84,10 +81,6 @@ pub(crate) struct Reactor {
     sources: Mutex<HashMap<u64, Arc<dyn Source>>>,
     /// Those to be called although their descriptors have nothing to tell; each of them once.
     nudged: Mutex<BTreeSet<u64>>,
-    /// Those with something that may wait until somebody comes by.
-    deferred: Mutex<BTreeSet<u64>>,
-    /// Whether there are any. A guide for those who come by often.
-    has_deferred: AtomicBool,
     next: AtomicU64,
     closed: AtomicBool,
 }
@@ -115,8 +108,6 @@ impl Reactor {
             wake,
             sources: Mutex::default(),
             nudged: Mutex::default(),
-            deferred: Mutex::default(),
-            has_deferred: AtomicBool::new(false),
             next: AtomicU64::new(WAKE + 1),
             closed: AtomicBool::new(false),
         });
@@ -170,41 +161,6 @@ impl Reactor {
         if nudged.insert(token.0) {
             drop(nudged);
             self.wake();
-        }
-    }
-
-    /// Leaves what a source has to do to whoever comes by: the next who leads, before it reads the sockets, or else the
-    /// thread, which is there within about [`LINGER`]. Only while waits follow each other quickly, when the thread comes by
-    /// anyway; false otherwise, and nothing is left. So what a caller does next goes first, and nobody is woken for it.
-    pub(crate) fn defer(&self, token: Token) -> bool {
-        let mut deferred = self.lock_deferred();
-        // Under the lock under which the thread ceases to come by.
-        if !self.lingers.load(Ordering::SeqCst) {
-            return false;
-        }
-        deferred.insert(token.0);
-        self.has_deferred.store(true, Ordering::SeqCst);
-        true
-    }
-
-    fn lock_deferred(&self) -> MutexGuard<'_, BTreeSet<u64>> {
-        self.deferred.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Does what was left.
-    fn run_deferred(&self) {
-        if !self.has_deferred.load(Ordering::SeqCst) {
-            return;
-        }
-        let mut deferred = self.lock_deferred();
-        self.has_deferred.store(false, Ordering::SeqCst);
-        let tokens = std::mem::take(&mut *deferred);
-        drop(deferred);
-        for token in tokens {
-            let source = self.lock().get(&token).cloned();
-            if let Some(source) = source {
-                source.deferred();
-            }
         }
     }
 
@@ -267,7 +223,6 @@ impl Reactor {
             if done() || self.closed.load(Ordering::Acquire) {
                 return;
             }
-            self.run_deferred();
             match self.serve(&mut events, Some(&Timespec::default())) {
                 Ok(0) => give_way(),
                 Ok(_) => {}
@@ -280,7 +235,6 @@ impl Reactor {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return;
             };
-            self.run_deferred();
             let left = Timespec::try_from(left).ok();
             if self.serve(&mut events, left.as_ref()).is_err() {
                 return;
@@ -356,14 +310,9 @@ impl Reactor {
         }
         let before = std::mem::replace(seen, self.leads.load(Ordering::Relaxed));
         let led = seen.wrapping_sub(before);
-        if lingers && led == 0 {
-            let deferred = self.lock_deferred();
-            self.lingers.store(false, Ordering::SeqCst);
-            drop(deferred);
-        }
-        self.run_deferred();
         match lingers {
             true if led == 0 => {
+                self.lingers.store(false, Ordering::SeqCst);
                 // Also if somebody leads now: whoever has just left may have left the gate to this thread.
                 self.set_gate(EventFlags::IN);
                 return Ok(());
@@ -385,11 +334,7 @@ impl Reactor {
         }
         match lead {
             None => Ok(()),
-            Some(_lead) => {
-                let served = self.serve(events, Some(&Timespec::default()));
-                self.run_deferred();
-                served.map(drop)
-            }
+            Some(_lead) => self.serve(events, Some(&Timespec::default())).map(drop),
         }
     }
 
@@ -402,11 +347,6 @@ impl Reactor {
                 break;
             }
         }
-        // Nobody comes by any more.
-        let deferred = self.lock_deferred();
-        self.lingers.store(false, Ordering::SeqCst);
-        drop(deferred);
-        self.run_deferred();
         let sources = std::mem::take(&mut *self.lock());
         sources.into_values().for_each(|source| source.orphaned());
     }

@@ -59,8 +59,8 @@ fn notify_by_no_socket(look: Duration) {
     waiter.join().unwrap();
 }
 
-/// While waits follow each other quickly, a sender is told a little later that its notification was taken. It is told also
-/// when the last one who took one does nothing more, and when its agent goes.
+/// After exchanges in quick succession, when the sockets are left to those who wait, a sender is told that its notification was
+/// taken also when whoever took it does nothing more, and when that one's agent goes.
 #[test]
 fn a_sender_is_told_whatever_the_taker_does_next() {
     for way in [Way::Shm, Way::Cma, Way::Tcp] {

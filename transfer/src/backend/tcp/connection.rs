@@ -26,9 +26,6 @@ pub(super) const TURN_BYTES: u64 = 4 << 20;
 /// Bytes that a poster sends by itself; the rest is the reactor's work.
 pub(super) const INLINE_BYTES_MAX: u64 = 64 << 10;
 
-/// Frames that go a little later, at most.
-const UNHURRIED_MAX: usize = 64;
-
 /// Which side of the protocol this process plays on a connection.
 pub(super) enum Role {
     Initiator(Initiator),
@@ -220,7 +217,6 @@ impl Connection {
 
     fn pump_locked(&self, outbox: &mut Outbox, budget: u64) {
         let mut left = budget;
-        outbox.unhurried = 0;
         while !outbox.ended {
             match self.wire().flush() {
                 Ok(true) => {}
@@ -270,9 +266,7 @@ impl Connection {
         self.moved[1].store(receiver.received(), Ordering::Relaxed);
         match outcome {
             Ok(stopped) => {
-                if !self.sends_later() {
-                    self.pump(TURN_BYTES);
-                }
+                self.pump(TURN_BYTES);
                 if let (Stopped::Budget, Some(_)) = (&stopped, &self.tls) {
                     // What is decrypted shows at no socket.
                     self.call_again();
@@ -293,17 +287,6 @@ impl Connection {
                 None
             }
         }
-    }
-
-    /// Whether all that waits to be sent may go a little later, and somebody comes by to send it.
-    fn sends_later(&self) -> bool {
-        let outbox = self.outbox();
-        let waiting = outbox.frames.len();
-        (1..=UNHURRIED_MAX).contains(&waiting)
-            && outbox.unhurried == waiting
-            && lock(&self.watch)
-                .token
-                .is_some_and(|token| self.reactor.defer(token))
     }
 
     /// Nothing is sent or received any more: memory is given back, requests fail.
@@ -396,10 +379,6 @@ impl Source for Connection {
         if readiness.readable || self.tls.is_some() {
             self.receive(&mut lock(&self.receiver));
         }
-    }
-
-    fn deferred(&self) {
-        self.pump(TURN_BYTES);
     }
 
     fn orphaned(&self) {

@@ -58,8 +58,6 @@ pub(super) struct Outbox {
     /// Initiator: requests whose notifications are to be sent, alone, when earlier ones are answered.
     pub(super) notices: LinkedList<Arc<Active>>,
     pub(super) ended: bool,
-    /// Target: how many frames since the last ones were sent may go a little later.
-    pub(super) unhurried: usize,
     /// Requests that are over; settled without the lock, because that runs wakers of others.
     pub(super) settled: Vec<(Job, Result<()>)>,
 }

@@ -141,8 +141,6 @@ impl TargetSide {
                 let delivered = inbox.deliver(self.door, self.from()?, bytes, sender);
                 if let Some((_, outcome)) = delivered {
                     answer(connection, done(header.id, &outcome))?;
-                    // Whoever waits for it may send its own before this one's sender is told.
-                    connection.outbox().unhurried += usize::from(outcome.is_ok());
                 }
                 Ok(Intake::NOTHING)
             }

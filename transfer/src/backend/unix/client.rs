@@ -21,9 +21,6 @@ const PARTING_MAX: Duration = Duration::from_secs(1);
 /// Regions that one client may use.
 const USED_MAX: usize = 65_536;
 
-/// Notifications of one client whose sender is told later.
-const UNACKNOWLEDGED_MAX: usize = 64;
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -49,8 +46,6 @@ struct State {
     name: Option<Arc<str>>,
     /// With the region that waits for it, if it is being deregistered.
     used: HashMap<RegionId, Option<Arc<RegionCore>>>,
-    /// Notifications whose senders are told a little later.
-    unacknowledged: Vec<u64>,
     /// Nothing can be sent or received any more.
     closed: bool,
     /// Nothing is handed out any more.
@@ -108,8 +103,7 @@ impl<A: Access> Client<A> {
                 };
                 let inbox = self.lender.exports.inbox();
                 match inbox.deliver(self.door, &name, bytes, sender) {
-                    Some((_, Ok(()))) => self.acknowledge(id),
-                    Some((_, refused)) => self.answer(id, Outcome::of(refused)),
+                    Some((_, outcome)) => self.answer(id, Outcome::of(outcome)),
                     None => Ok(()),
                 }
             }
@@ -127,24 +121,6 @@ impl<A: Access> Client<A> {
 
     fn answer(&self, id: u64, outcome: Outcome) -> Result<()> {
         self.link.send(&Message::Done { id, outcome }, None)
-    }
-
-    /// A notification is in the inbox. Whoever waits for it may take it, and send its own, before its sender is told: two
-    /// messages fewer are waited for in an exchange.
-    fn acknowledge(&self, id: u64) -> Result<()> {
-        let mut state = lock(&self.state);
-        if state.unacknowledged.len() < UNACKNOWLEDGED_MAX && self.link.defer() {
-            state.unacknowledged.push(id);
-            return Ok(());
-        }
-        drop(state);
-        self.answer(id, Outcome::Done)
-    }
-
-    fn acknowledge_deferred(&self) -> Result<()> {
-        let ids = std::mem::take(&mut lock(&self.state).unacknowledged);
-        ids.into_iter()
-            .try_for_each(|id| self.answer(id, Outcome::Done))
     }
 
     fn greet(&self, name: &str, wanted: crate::metadata::Incarnation) -> Result<()> {
@@ -236,16 +212,6 @@ impl<A: Access> Client<A> {
             .iter()
             .filter_map(|id| self.lender.exports.find(*id).ok());
         found.for_each(|region| self.revoke(&region));
-    }
-
-    /// Ends the path after a failure.
-    fn go_on(&self, outcome: Result<()>) {
-        if let Err(error) = outcome {
-            if error.kind() != ErrorKind::PeerLost {
-                tracing::warn!(%error, pid = self.link.pid(), "a path within this host");
-            }
-            self.hang_up();
-        }
     }
 
     /// Nothing more comes over the socket. What is used may be until the process dies.
@@ -349,11 +315,12 @@ impl<A: Access> Source for Messages<A> {
             Ok(Some(received)) => self.0.handle(received.message),
             Err(error) => Err(error),
         };
-        self.0.go_on(outcome);
-    }
-
-    fn deferred(&self) {
-        self.0.go_on(self.0.acknowledge_deferred());
+        if let Err(error) = outcome {
+            if error.kind() != ErrorKind::PeerLost {
+                tracing::warn!(%error, pid = self.0.link.pid(), "a path within this host");
+            }
+            self.0.hang_up();
+        }
     }
 
     fn orphaned(&self) {}

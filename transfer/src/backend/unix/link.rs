@@ -206,12 +206,6 @@ impl Link {
         Ok(())
     }
 
-    /// Whether something may be sent a little later: as [`Reactor::defer`], which calls whoever is told of messages.
-    pub(super) fn defer(&self) -> bool {
-        let token = self.lock().tokens[0];
-        token.is_some_and(|token| self.reactor.defer(token))
-    }
-
     /// There is room in the socket: sends what waits.
     pub(super) fn flush(&self) -> Result<()> {
         let mut state = self.lock();
