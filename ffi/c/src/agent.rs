@@ -50,9 +50,9 @@ impl Handle for kvf_agent {
 
 /// Starts an agent.
 ///
-/// KVF_INVALID for a bad name, address or certificate and for a way that is not enabled, KVF_NOT_FOUND for a file of `tls` that
-/// is not there, which is named, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX, RDMA or a congestion control is
-/// asked for that the system does not have.
+/// KVF_INVALID for a bad name, address, certificate or store and for a way that is not enabled, KVF_NOT_FOUND for a file of
+/// `tls` that is not there, which is named, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX, RDMA or a congestion
+/// control is asked for that the system does not have.
 ///
 /// # Safety
 /// Each pointer is null or valid: `options` with what it points to for reads, `agent_out` for a write.

@@ -14,6 +14,7 @@ use kvfabric::{Error, Result};
 use crate::boundary::{milliseconds, optional_text, slice, text};
 use crate::node::kvf_setting;
 use crate::options::{self, SizePrefixed};
+use crate::place::{kvf_object_store, with_store};
 
 /// What a number is set to where zero stands for the default, and nothing at all is wanted.
 pub const KVF_OFF: u32 = 0xFFFF_FFFF;
@@ -128,6 +129,15 @@ pub struct kvf_agent_options {
     pub slow_after_ms: u32,
     /// 1: agents of this process are reached as those of other processes are; 0: by plain copies.
     pub no_memcpy: u32,
+    /// How long each way to a peer may take to connect, and over RDMA and UCX the peer to hand out a region, at most 60,000;
+    /// 0: 2,000. Ways are tried one after the other, so where a peer does not answer this delays the next one.
+    pub connect_within_ms: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Object stores for kvf_region_open_object; NULL: none.
+    pub object_stores: *const *const kvf_object_store,
+    /// How many.
+    pub object_store_count: usize,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -169,7 +179,20 @@ pub(crate) unsafe fn builder(options: *const kvf_agent_options) -> Result<AgentB
     // SAFETY: what they point to is null or valid, by this function's contract.
     let builder = unsafe { with_tcp(builder, &options) }?;
     // SAFETY: what they point to is null or valid, by this function's contract.
-    let builder = unsafe { with_rdma(builder, &options) }?;
+    let mut builder = unsafe { with_rdma(builder, &options) }?;
+    options::check_reserved(options.reserved, "kvf_agent_options")?;
+    if options.connect_within_ms > 0 {
+        builder = builder.connect_within(milliseconds(options.connect_within_ms));
+    }
+    let (place, count) = (
+        "kvf_agent_options.object_stores",
+        options.object_store_count,
+    );
+    // SAFETY: null or readable for its count, by this function's contract.
+    for &store in unsafe { slice(options.object_stores, count, place) }? {
+        // SAFETY: null or readable for its size, with valid strings, by this function's contract.
+        builder = unsafe { with_store(builder, store) }?;
+    }
     if options.allow_peers.is_null() {
         return Ok(builder);
     }

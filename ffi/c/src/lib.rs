@@ -25,6 +25,7 @@ pub mod node;
 mod options;
 pub mod pages;
 pub mod peer;
+pub mod place;
 pub mod prefix;
 pub mod progress;
 pub mod publisher;

@@ -28,6 +28,22 @@ pub struct kvf_region {
     base: AtomicPtr<u8>,
 }
 
+impl kvf_region {
+    /// A place that is no memory of this process.
+    pub(crate) fn new(life: Arc<Life>, agent: Agent, region: Region) -> Self {
+        Self {
+            life,
+            _agent: agent,
+            region,
+            base: AtomicPtr::default(),
+        }
+    }
+
+    pub(crate) fn region(&self) -> &Region {
+        &self.region
+    }
+}
+
 impl Handle for kvf_region {
     const NAME: &'static str = "region";
 
@@ -136,7 +152,7 @@ pub unsafe extern "C" fn kvf_region_id(region: *const kvf_region, id_out: *mut u
     })
 }
 
-/// Where the region begins in this process. Memory of kvf_region_allocate stays there until the region is freed.
+/// Where the region begins in this process; NULL for files and objects. Memory of kvf_region_allocate stays there until the region is freed.
 ///
 /// # Safety
 /// Each pointer is null or valid: `region` live, `base_out` for a write.

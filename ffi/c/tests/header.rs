@@ -14,6 +14,7 @@ fn the_committed_header_matches_the_sources() {
         "agent_options",
         "agent",
         "region",
+        "place",
         "range",
         "peer",
         "list",

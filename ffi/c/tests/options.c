@@ -143,6 +143,14 @@ static void ways_and_times_can_be_turned_off(void)
     from.look_us = 0;
     from.no_memcpy = 2;
     refused(&from, KVF_INVALID, "kvf_agent_options.no_memcpy");
+    from.no_memcpy = 1;
+    from.connect_within_ms = 60000;
+    expect_path(&from, &to, "tcp", "");
+    from.connect_within_ms = 60001;
+    refused(&from, KVF_INVALID, "connect within");
+    from.connect_within_ms = 0;
+    from.reserved = 1;
+    refused(&from, KVF_INVALID, "kvf_agent_options.reserved");
 }
 
 /* What RDMA and UCX are told is checked before the system is looked at, or by them. */
@@ -206,6 +214,8 @@ static void older_programs_are_served(void)
     options.tcp_advertise = options.tcp_rails = "nonsense";
     options.look_us = 5000;
     options.no_memcpy = 9;
+    options.connect_within_ms = 90000;
+    options.object_store_count = 1;
     kvf_agent *agent = NULL;
     EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
     EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));

@@ -41,6 +41,7 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
         .tcp_connections(config.fabric.tcp_connections)
         .tcp_congestion(config.fabric.tcp_congestion.as_deref())
         .look(Duration::from_micros(config.fabric.look_us))
+        .connect_within(Duration::from_millis(config.fabric.connect_within_ms))
         .prefer(&config.fabric.prefer);
     if let Some(files) = &config.fabric.tls {
         let options = TlsOptions::from_files(&files.authorities, &files.certificates, &files.key);

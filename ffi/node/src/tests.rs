@@ -121,6 +121,8 @@ fn a_node_moves_bytes_as_fast_and_as_its_configuration_says() {
         ("fabric.tcp_listen", "off", "preferred backend is \"tcp\""),
         ("fabric.tcp_congestion", "none such", "none such"),
         ("fabric.look_us", "1001", "1001000"),
+        ("fabric.connect_within_ms", "0", "connect within"),
+        ("fabric.connect_within_ms", "60001", "60001000000"),
     ] {
         let error = load(&[(key, value)]).unwrap_err().to_string();
         assert!(error.contains(words), "{key}={value}: {error}");

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use kvfabric::Error;
 use kvfabric::life::Life;
-use kvfabric::transfer::{self, Operation, Priority, RegionId, RegionOptions, RequestOptions};
+use kvfabric::transfer::{
+    self, FileOptions, Operation, Priority, RegionId, RegionOptions, RequestOptions,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -16,8 +19,9 @@ use crate::agent_options::{AgentOptions, Tls, Verbs};
 use crate::buffer::integers;
 use crate::errors::to_python;
 use crate::fabric::Fabric;
-use crate::life::{enter, parse_timeout, patiently};
+use crate::life::{answered, enter, parse_timeout, patiently};
 use crate::peer::Peer;
+use crate::place::{self, ObjectStore};
 use crate::prepared::{Prepared, Ranges};
 use crate::region::{Promise, Region};
 use crate::transfer::{Transfer, Wanted, wait_alone};
@@ -129,7 +133,7 @@ impl Agent {
     /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any; `ucx` are settings of
     /// UCX, which is used if they are given.
     #[new]
-    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None, memcpy = true, tcp_rails = None, tcp_connections = 1, tls = None, verbs = None, look = None, slow_after = Some(2.0)))]
+    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None, memcpy = true, tcp_rails = None, tcp_connections = 1, tls = None, verbs = None, look = None, slow_after = Some(2.0), connect_within = 2.0, object_stores = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python's side of a function with named arguments"
@@ -153,6 +157,8 @@ impl Agent {
         verbs: Option<Verbs>,
         look: Option<f64>,
         slow_after: Option<f64>,
+        connect_within: f64,
+        object_stores: Option<BTreeMap<String, ObjectStore>>,
     ) -> PyResult<Self> {
         let options = AgentOptions {
             shm,
@@ -171,6 +177,8 @@ impl Agent {
             prefer: prefer.unwrap_or_default(),
             look,
             slow_after,
+            connect_within,
+            object_stores: object_stores.unwrap_or_default(),
         };
         let agent = options.start(py, name)?;
         Ok(Self::of(Fabric::new(Life::begin(), agent)))
@@ -288,6 +296,63 @@ impl Agent {
         let options = options(readable, writable);
         py.detach(|| Region::of_file(&self.fabric, fd, options))
             .map_err(to_python)
+    }
+
+    /// Opens a file as a region, for the remote side of transfers without a peer. `len` is its length as a region, to which a
+    /// shorter one is extended; its length now otherwise.
+    #[pyo3(signature = (path, *, len = None, create = false, read_only = false, preallocate = false, direct = None))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "Python passes the optional ones by name"
+    )]
+    fn open_file(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        len: Option<u64>,
+        create: bool,
+        read_only: bool,
+        preallocate: bool,
+        direct: Option<bool>,
+    ) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let options = FileOptions {
+            create,
+            len_bytes: len,
+            preallocate,
+            direct: place::direct(direct),
+            read_only,
+        };
+        let opened = py.detach(|| self.fabric.agent.open_file(&path, &options));
+        Ok(Region::place(&self.fabric, opened.map_err(to_python)?))
+    }
+
+    /// Starts what reads and writes files ("auto", "io_uring" or "threads"), unless a file was opened before; says how it talks
+    /// to the system, and why.
+    #[pyo3(signature = (engine = "auto"))]
+    fn start_files(&self, py: Python<'_>, engine: &str) -> PyResult<String> {
+        let _call = enter(&self.fabric.life)?;
+        let mode = place::engine(engine)?;
+        py.detach(|| self.fabric.agent.start_file_engine(mode))
+            .map_err(to_python)
+    }
+
+    /// An object of one of the agent's stores as a region, for the remote side of transfers without a peer.
+    #[pyo3(signature = (store, key, *, when_there = "replace"))]
+    fn open_object(&self, store: &str, key: &str, when_there: &str) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let write = place::when_there(when_there)?;
+        let object = self.fabric.agent.object_for(store, key, write);
+        Ok(Region::place(&self.fabric, object.map_err(to_python)?))
+    }
+
+    /// Removes an object; that there is none is fine.
+    #[pyo3(signature = (store, key, timeout = 30.0))]
+    fn remove_object(&self, py: Python<'_>, store: &str, key: &str, timeout: f64) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        let timeout = parse_timeout(timeout)?;
+        let removed = self.fabric.agent.object_delete(store, key);
+        answered(py, timeout, removed.map_err(to_python)?)
     }
 
     /// What peers need to reach this agent and the regions that it exports now, keys included.

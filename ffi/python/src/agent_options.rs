@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 use crate::errors::to_python;
 use crate::life::parse_timeout;
+use crate::place::ObjectStore;
 
 /// `kvfabric.Tls`: files in PEM.
 #[derive(FromPyObject)]
@@ -51,6 +52,8 @@ pub(crate) struct AgentOptions<'a> {
     pub(crate) prefer: Vec<String>,
     pub(crate) look: Option<f64>,
     pub(crate) slow_after: Option<f64>,
+    pub(crate) connect_within: f64,
+    pub(crate) object_stores: BTreeMap<String, ObjectStore>,
 }
 
 impl AgentOptions<'_> {
@@ -74,6 +77,7 @@ impl AgentOptions<'_> {
             .tcp_tls(self.tls.map(Tls::read).transpose().map_err(to_python)?)
             .verbs(self.verbs.map(Verbs::options).transpose()?)
             .slow_after(self.slow_after.map(parse_timeout).transpose()?)
+            .connect_within(parse_timeout(self.connect_within)?)
             .prefer(self.prefer);
         if let Some(enabled) = self.cma {
             builder = builder.cma(enabled);
@@ -90,6 +94,10 @@ impl AgentOptions<'_> {
         }
         if let Some(longest) = self.look {
             builder = builder.look(parse_timeout(longest)?);
+        }
+        for (name, store) in self.object_stores {
+            let url = store.url.clone();
+            builder = builder.object_store(&name, &url, store.options()?);
         }
         Ok(builder)
     }

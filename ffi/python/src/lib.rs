@@ -23,6 +23,7 @@ mod node;
 mod operation;
 mod peer;
 mod peer_service;
+mod place;
 mod prepared;
 mod region;
 mod reports;

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use crate::buffer::Buffer;
 use crate::errors::to_python;
 use crate::fabric::Fabric;
-use crate::life::{enter, parse_timeout, patiently};
+use crate::life::{answered, enter, parse_timeout, patiently};
 
 /// Memory that transfers may name. It is let go when the region is deregistered.
 #[pyclass(frozen, module = "kvfabric")]
@@ -56,6 +56,8 @@ enum Memory {
         buffer: Mutex<Option<Buffer>>,
         is_read_only: bool,
     },
+    /// None: a file or an object.
+    Elsewhere,
     /// Someone else's; what keeps it, until it is let go.
     Promised { keep: Mutex<Option<Py<PyAny>>> },
 }
@@ -169,6 +171,11 @@ impl Region {
         let base = memory.base().as_ptr() as usize;
         let region = fabric.agent.register(memory, options)?;
         Ok(Self::hold(fabric, region, base, Memory::Own))
+    }
+
+    /// A file or an object.
+    pub(crate) fn place(fabric: &Arc<Fabric>, region: transfer::Region) -> Self {
+        Self::hold(fabric, region, 0, Memory::Elsewhere)
     }
 
     fn hold(fabric: &Arc<Fabric>, region: transfer::Region, base: usize, memory: Memory) -> Self {
@@ -285,7 +292,7 @@ impl Held {
     /// Nothing moves bytes to or from the memory any more.
     fn let_go(&self, py: Python<'_>) {
         match &self.memory {
-            Memory::Own => {}
+            Memory::Own | Memory::Elsewhere => {}
             Memory::Lent { buffer, .. } => {
                 let buffer = buffer.lock().unwrap_or_else(PoisonError::into_inner).take();
                 if let Some(buffer) = buffer {
@@ -345,7 +352,7 @@ impl Region {
         self.held.offset()
     }
 
-    /// Where it begins in this process.
+    /// Where it begins in this process; 0 for files and objects.
     #[getter]
     fn address(&self) -> usize {
         self.held.base
@@ -365,12 +372,26 @@ impl Region {
     fn view<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let held = &slf.get().held;
         if !matches!(held.memory, Memory::Own) {
-            let text = "the memory belongs to the object that was registered: look at that";
+            let text = match held.memory {
+                Memory::Elsewhere => "files and objects have no memory to look at",
+                _ => "the memory belongs to the object that was registered: look at that",
+            };
             return Err(to_python(Error::new(ErrorKind::Unsupported, text)));
         }
         let _call = enter(&held.fabric.life)?;
         let module = slf.py().import("kvfabric._view")?;
         module.call_method1("view_of", (slf, held.base, held.len()))
+    }
+
+    /// Has everything that was written to a file before brought to its device; `DeadlineError` when it is not there after
+    /// `timeout` seconds.
+    #[pyo3(signature = (timeout = 30.0))]
+    fn sync(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        let held = &self.held;
+        let _call = enter(&held.fabric.life)?;
+        let timeout = parse_timeout(timeout)?;
+        let synced = held.region.sync().map_err(to_python)?;
+        answered(py, timeout, synced)
     }
 
     /// Refuses new transfers over the region at once, waits for those in flight, and lets the memory go. `BusyError` when some

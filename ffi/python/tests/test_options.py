@@ -1,6 +1,7 @@
 """How agents are made: TLS, connections, addresses, RDMA, and for how long something is waited for."""
 
 import pathlib
+import socket
 
 import pytest
 
@@ -92,6 +93,18 @@ def test_times_are_told():
         agent("target", look=0.01)
     with pytest.raises(kvfabric.InvalidError, match="timeout"):
         agent("target", slow_after=-1.0)
+    with pytest.raises(kvfabric.InvalidError, match="connect within"):
+        agent("target", connect_within=61.0)
+    with pytest.raises(kvfabric.InvalidError, match="connect within"):
+        agent("target", connect_within=0.0)
+
+
+def test_a_peer_that_does_not_answer_is_waited_for_as_long_as_said():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        target = agent("target", tcp_advertise=f"127.0.0.1:{port}")
+        backend, said = path(agent("initiator", connect_within=0.05), target)
+        assert backend is None and "50ms" in said
 
 
 @pytest.mark.parametrize(

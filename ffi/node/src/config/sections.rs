@@ -9,7 +9,7 @@ use kvcache_core::shape::Tensor;
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_indexer::client::{SourceKind, SourceSpec};
 use kvfabric_indexer::wire::parse_source_kind;
-use kvfabric_transfer::LOOK_DEFAULT;
+use kvfabric_transfer::{CONNECT_WITHIN_DEFAULT, LOOK_DEFAULT};
 use serde::{Deserialize, Serialize};
 
 use super::listen;
@@ -175,6 +175,8 @@ pub struct FabricSection {
     pub tcp_congestion: Option<String>,
     /// How long those who wait look before they sleep, in microseconds, at most 1,000; 0: they sleep at once.
     pub look_us: u64,
+    /// How long each way to a pod may take to connect, in milliseconds, at most 60,000.
+    pub connect_within_ms: u64,
     /// The ways to pods that go first, by name; the others follow in the usual order.
     pub prefer: Vec<String>,
     /// Bytes a second that fetches and other requests that someone waits for move at most.
@@ -208,6 +210,7 @@ impl Default for FabricSection {
             tls: None,
             tcp_congestion: None,
             look_us: LOOK_DEFAULT.as_micros() as u64,
+            connect_within_ms: CONNECT_WITHIN_DEFAULT.as_millis() as u64,
             prefer: Vec::new(),
             bytes_per_second: None,
             background_bytes_per_second: None,

@@ -41,7 +41,7 @@ from ._kvfabric import (
     model_identity,
     pack_hashes,
 )
-from ._options import Tls, Verbs
+from ._options import ObjectStore, Tls, Verbs
 from ._reports import Estimate, Held, Pin, Reach, Removed, StoreReport, Telemetry
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "NoSpaceError",
     "Node",
     "NotFoundError",
+    "ObjectStore",
     "Operation",
     "Pages",
     "Peer",

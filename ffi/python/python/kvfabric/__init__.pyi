@@ -16,6 +16,7 @@ from typing import (
     final,
 )
 
+from ._options import ObjectStore as ObjectStore
 from ._options import Tls as Tls
 from ._options import Verbs as Verbs
 from ._reports import Held as Held
@@ -152,6 +153,8 @@ class Agent:
         verbs: Optional[Verbs] = None,
         look: Optional[float] = None,
         slow_after: Optional[float] = 2.0,
+        connect_within: float = 2.0,
+        object_stores: Optional[Mapping[str, ObjectStore]] = None,
     ) -> Agent:
         """Starts an agent that peers know by `name`.
 
@@ -177,7 +180,11 @@ class Agent:
         `look` is how many seconds those who wait for a transfer or a message look for it before they
         sleep, at most 0.001 and as long as that pays, 50 µs otherwise; with 0 they sleep at once. A
         way to a peer that stands still for `slow_after` seconds is left for another one, where what
-        moves can be repeated; None: never.
+        moves can be repeated; None: never. `connect_within` is how many seconds each way to a peer
+        may take to connect, and over RDMA and UCX the peer to hand out a region, at most 60; ways
+        are tried one after the other.
+
+        `object_stores` are known by their names to `open_object`.
         """
 
     @property
@@ -241,6 +248,43 @@ class Agent:
         """Registers shared memory that someone else made, so that peers on this host can map it:
         all of a memfd whose size is sealed (F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_SEAL). It is mapped
         anew; the descriptor may be closed afterwards. `InvalidError` for any other file.
+        """
+
+    def open_file(
+        self,
+        path: Union[str, "os.PathLike[str]"],
+        *,
+        len: Optional[int] = None,
+        create: bool = False,
+        read_only: bool = False,
+        preallocate: bool = False,
+        direct: Optional[bool] = None,
+    ) -> Region:
+        """Opens a file as a region, for the remote side of transfers without a peer. `len` is its
+        length as a region, to which a shorter file is extended; its length now otherwise.
+        `preallocate` reserves the space at once, so that a full disk shows here (`NoSpaceError`).
+        With `direct` the page cache is passed by, or `UnsupportedError`; with False it never is,
+        otherwise where file system and alignment allow it.
+        """
+
+    def start_files(self, engine: str = "auto") -> str:
+        """Starts what reads and writes files, unless a file was opened before: "io_uring",
+        "threads", or the first and where the system refuses it the second. Says how it talks to the
+        system, and why.
+        """
+
+    def open_object(self, store: str, key: str, *, when_there: str = "replace") -> Region:
+        """An object of one of the agent's `object_stores` as a region, for the remote side of
+        transfers without a peer; it need not be there. A write puts the whole object, so its ranges
+        must cover it from 0 on without a gap; a read gets ranges. When the object is there a write
+        replaces it, or with "create" fails with `DeniedError`, or with "keep" is done without
+        sending anything if it is of the same size. The region's `len` is more than any object has,
+        because only the store can tell; `len()` of it is an `OverflowError`.
+        """
+
+    def remove_object(self, store: str, key: str, timeout: float = 30.0) -> None:
+        """Removes an object; that there is none is fine. After `DeadlineError` it may still be
+        removed.
         """
 
     def metadata(self) -> bytes:
@@ -389,7 +433,7 @@ class Region:
 
     @property
     def address(self) -> int:
-        """Where it begins in this process."""
+        """Where it begins in this process; 0 for files and objects."""
 
     @property
     def len(self) -> int:
@@ -399,6 +443,11 @@ class Region:
     def view(self) -> memoryview:
         """The memory as a writable memoryview, which keeps it mapped; only of
         `Agent.shared_memory` and `Agent.register_file`.
+        """
+
+    def sync(self, timeout: float = 30.0) -> None:
+        """Has everything that was written to a file before brought to its device. `DeadlineError`
+        when it is not there after `timeout` seconds, `UnsupportedError` when it is no file.
         """
 
     def deregister(self, timeout: float = 30.0) -> None:

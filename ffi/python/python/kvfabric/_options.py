@@ -17,6 +17,52 @@ class Tls(NamedTuple):
     """The key of the agent's certificate."""
 
 
+class ObjectStore(NamedTuple):
+    """How an object store is reached. What is None comes from the usual environment variables of its
+    kind of store (AWS_…, GOOGLE_…, AZURE_…), and credentials after that from the instance.
+    """
+
+    url: str
+    """"file:///directory" (made when missing), "s3://bucket/prefix", "gs://bucket/prefix" or
+    "az://container/prefix"."""
+    endpoint: Optional[str] = None
+    """The service's URL, when it is not the provider's own."""
+    region: Optional[str] = None
+    """S3: the region to sign for."""
+    access_key: Optional[str] = None
+    """Who we are. S3: the id of the access key; Azure: the storage account."""
+    secret_key: Optional[str] = None
+    """Proves it. S3: the secret key; GCS: the JSON of a service account's key; Azure: the account's
+    key. Never logged."""
+    session_token: Optional[str] = None
+    """S3: what belongs to temporary credentials; GCS and Azure: a bearer token. Never logged."""
+    authorities: Optional[_Path] = None
+    """PEM file of authorities that are believed beside the system's."""
+    allow_http: bool = False
+    """Accept an endpoint without TLS."""
+    checksum: Optional[str] = "sha256"
+    """What goes with each write to S3 for the store to check: "sha256", "crc64nvme" or None."""
+    part_bytes: int = 16 << 20
+    """Longer objects are written and read in parts of this size, 5 MiB to 256 MiB."""
+    parts_in_flight: int = 4
+    """Parts of one object at once, at most 64."""
+    requests_in_flight: int = 32
+    """Requests to the store at once, at most 1,024."""
+    attempt_timeout: float = 10.0
+    """How many seconds one attempt may go without an answer or a byte."""
+    retries: int = 3
+    """How often a failed attempt is repeated."""
+
+    def __repr__(self) -> str:
+        """Without what must not be shown."""
+        shown = self._replace(
+            secret_key=self.secret_key and "(hidden)",
+            session_token=self.session_token and "(hidden)",
+        )
+        fields = ", ".join(f"{name}={value!r}" for name, value in zip(shown._fields, tuple(shown)))
+        return f"ObjectStore({fields})"
+
+
 class Verbs(NamedTuple):
     """How RDMA is used. The defaults are right for most networks."""
 
