@@ -7,16 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use kvfabric::Error;
 use kvfabric::life::Life;
-use kvfabric::transfer::{
-    self, FileOptions, Operation, Priority, RegionId, RegionOptions, RequestOptions,
-};
+use kvfabric::transfer::{self, FileOptions, Operation, RegionId, RequestOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::agent_options::{AgentOptions, Tls, Verbs};
-use crate::buffer::integers;
+use crate::asked::{begin, once, options, parse_operation, positions, priority};
 use crate::errors::to_python;
 use crate::fabric::Fabric;
 use crate::life::{answered, enter, parse_timeout, patiently};
@@ -37,95 +34,6 @@ impl Agent {
     pub(crate) fn of(fabric: Arc<Fabric>) -> Self {
         Self { fabric }
     }
-
-    /// Prepares, makes and posts a transfer of ranges that are used once.
-    fn begin(
-        &self,
-        py: Python<'_>,
-        operation: Operation,
-        local: &Bound<'_, PyAny>,
-        peer: Option<&Bound<'_, Peer>>,
-        remote: &Bound<'_, PyAny>,
-        options: RequestOptions,
-    ) -> PyResult<Transfer> {
-        let fabric = &self.fabric;
-        let peer = peer.map(|peer| peer.get().of(fabric)).transpose();
-        let peer = peer.map_err(to_python)?;
-        let local = Ranges::read(fabric, None, local)?;
-        let remote = Ranges::read(fabric, peer, remote)?;
-        let begin = || {
-            let local = Prepared::of(fabric, None, &local).map_err(|e| e.at("local"))?;
-            let remote = Prepared::of(fabric, peer, &remote).map_err(|e| e.at("remote"))?;
-            let wanted = Wanted {
-                operation,
-                local: &local,
-                remote: &remote,
-                options,
-            };
-            let transfer = Transfer::make(fabric, wanted)?;
-            transfer.start(None)?;
-            Ok(transfer)
-        };
-        py.detach(begin).map_err(|e: Error| to_python(e))
-    }
-}
-
-/// What peers may do.
-fn options(readable: bool, writable: bool) -> RegionOptions {
-    RegionOptions {
-        remote_read: readable,
-        remote_write: writable,
-    }
-}
-
-/// How a transfer of all ranges of both lists differs from a silent one.
-fn once(notification: Option<&[u8]>, deadline: f64) -> PyResult<RequestOptions> {
-    Ok(RequestOptions {
-        positions: None,
-        notification: notification.map(Bytes::copy_from_slice),
-        deadline: Some(parse_timeout(deadline)?),
-        ..RequestOptions::default()
-    })
-}
-
-fn priority(background: bool) -> Priority {
-    match background {
-        true => Priority::Background,
-        false => Priority::Normal,
-    }
-}
-
-fn parse_operation(text: &str) -> PyResult<Operation> {
-    match text {
-        "read" => Ok(Operation::Read),
-        "write" => Ok(Operation::Write),
-        _ => {
-            let found = format!("{text:?}");
-            let accepted = "\"read\" or \"write\"";
-            Err(to_python(Error::invalid("operation", found, accepted)))
-        }
-    }
-}
-
-/// The positions of both lists that take part; all of a list that names none.
-fn positions(
-    local: (&Prepared, Option<&Bound<'_, PyAny>>),
-    remote: (&Prepared, Option<&Bound<'_, PyAny>>),
-) -> PyResult<Option<(Vec<u32>, Vec<u32>)>> {
-    if local.1.is_none() && remote.1.is_none() {
-        return Ok(None);
-    }
-    let chosen = |what: &str, (list, positions): (&Prepared, Option<&Bound<'_, PyAny>>)| {
-        match positions {
-            Some(positions) => integers(positions, what),
-            // Lists are far shorter than this type's range.
-            None => Ok((0..u32::try_from(list.list.len()).unwrap_or(u32::MAX)).collect()),
-        }
-    };
-    Ok(Some((
-        chosen("local_positions", local)?,
-        chosen("remote_positions", remote)?,
-    )))
 }
 
 #[pymethods]
@@ -481,7 +389,15 @@ impl Agent {
     ) -> PyResult<Transfer> {
         let _call = enter(&self.fabric.life)?;
         let options = once(notification, deadline)?;
-        self.begin(py, Operation::Read, local, peer, remote, options)
+        begin(
+            py,
+            &self.fabric,
+            Operation::Read,
+            local,
+            peer,
+            remote,
+            options,
+        )
     }
 
     /// Starts to move bytes from `local` ranges into `remote` ones, which pair in order.
@@ -497,7 +413,15 @@ impl Agent {
     ) -> PyResult<Transfer> {
         let _call = enter(&self.fabric.life)?;
         let options = once(notification, deadline)?;
-        self.begin(py, Operation::Write, local, peer, remote, options)
+        begin(
+            py,
+            &self.fabric,
+            Operation::Write,
+            local,
+            peer,
+            remote,
+            options,
+        )
     }
 
     /// Sends a message and waits, at most `timeout` seconds, until the peer's agent has taken it.

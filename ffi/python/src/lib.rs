@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 mod agent;
 mod agent_options;
+mod asked;
 mod blocks;
 mod buffer;
 mod core;
