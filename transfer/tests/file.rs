@@ -8,6 +8,8 @@
 
 use std::fs::OpenOptions;
 use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use kvcache_core::ErrorKind;
@@ -198,12 +200,10 @@ fn what_cannot_be_opened_is_named() {
     let open = |path: &Path, options: &FileOptions| agent.open_file(path, options);
     let plain = FileOptions::default();
     assert_eq!(kind(open(&missing, &plain), "missing"), ErrorKind::NotFound);
-    let writable = open(directory.path(), &plain).expect_err("a directory");
-    assert!(
-        writable
-            .to_string()
-            .contains(&*directory.path().to_string_lossy()),
-        "{writable}"
+    let directory_itself = directory.path().to_string_lossy().into_owned() + " is a directory";
+    assert_eq!(
+        kind(open(directory.path(), &plain), &directory_itself),
+        ErrorKind::Invalid
     );
     let read_only = FileOptions {
         read_only: true,
@@ -225,6 +225,30 @@ fn what_cannot_be_opened_is_named() {
     };
     assert_eq!(
         kind(open(&short, &longer), "has 10 bytes, expected 11"),
+        ErrorKind::Invalid
+    );
+}
+
+/// To open a pipe is to wait for its other end, which may never come.
+#[test]
+fn a_pipe_is_refused_at_once() {
+    let directory = tempfile::tempdir().expect("directory");
+    let pipe = directory.path().join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.expect("mkfifo").success());
+    let agent = agent(FileEngineMode::Auto);
+    let (told, opened) = mpsc::channel();
+    std::thread::spawn(move || {
+        let read_only = FileOptions {
+            read_only: true,
+            ..FileOptions::default()
+        };
+        told.send(agent.open_file(&pipe, &read_only)).ok();
+    });
+    let opened = opened.recv_timeout(Duration::from_secs(20));
+    let opened = opened.expect("an answer, though nobody writes to the pipe");
+    assert_eq!(
+        kind(opened, "neither a file nor a directory"),
         ErrorKind::Invalid
     );
 }

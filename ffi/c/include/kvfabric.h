@@ -40,6 +40,66 @@
 #define KVF_ACCESS_REMOTE_WRITE 2
 
 /*
+ Where it can be, the page cache is passed by, or used on the way of what is not aligned.
+ */
+#define KVF_DIRECT_AUTO 0
+
+/*
+ The page cache is passed by, or the file is refused.
+ */
+#define KVF_DIRECT_ON 1
+
+/*
+ All goes through the page cache.
+ */
+#define KVF_DIRECT_OFF 2
+
+/*
+ io_uring, or threads where the system refuses that.
+ */
+#define KVF_FILES_AUTO 0
+
+/*
+ io_uring.
+ */
+#define KVF_FILES_URING 1
+
+/*
+ Threads that read and write one range at a time.
+ */
+#define KVF_FILES_THREADS 2
+
+/*
+ An object that is there is replaced, at once and whole.
+ */
+#define KVF_OBJECT_REPLACE 0
+
+/*
+ A write fails with KVF_DENIED when the object is there.
+ */
+#define KVF_OBJECT_CREATE 1
+
+/*
+ An object of the same size stays, and a write of it is done without sending anything.
+ */
+#define KVF_OBJECT_KEEP 2
+
+/*
+ SHA-256 goes with each write to S3 for the store to check.
+ */
+#define KVF_OBJECT_SHA256 0
+
+/*
+ CRC-64/NVME does.
+ */
+#define KVF_OBJECT_CRC64NVME 1
+
+/*
+ Nothing does, for stores that refuse it.
+ */
+#define KVF_OBJECT_UNCHECKED 2
+
+/*
  Bytes that the name of a path has room for, with its terminating NUL.
  */
 #define KVF_PATH_CAPACITY 32
@@ -508,6 +568,77 @@ typedef struct kvf_verbs_options {
 } kvf_verbs_options;
 
 /*
+ How an object store is reached. What is NULL comes from the usual environment variables of its kind of store (AWS_...,
+ GOOGLE_..., AZURE_...), and credentials after that from the instance.
+ */
+typedef struct kvf_object_store {
+    /*
+     sizeof(struct kvf_object_store).
+     */
+    size_t size;
+    /*
+     What kvf_region_open_object calls it.
+     */
+    const char *name;
+    /*
+     "file:///directory" (made when missing), "s3://bucket/prefix", "gs://bucket/prefix" or "az://container/prefix".
+     */
+    const char *url;
+    /*
+     The service's URL, when it is not the provider's own.
+     */
+    const char *endpoint;
+    /*
+     S3: the region to sign for.
+     */
+    const char *region;
+    /*
+     Who we are. S3: the id of the access key; Azure: the storage account.
+     */
+    const char *access_key;
+    /*
+     Proves it. S3: the secret key; GCS: the JSON of a service account's key; Azure: the account's key. Never logged.
+     */
+    const char *secret_key;
+    /*
+     S3: what belongs to temporary credentials; GCS and Azure: a bearer token. Never logged.
+     */
+    const char *session_token;
+    /*
+     PEM file of authorities that are believed beside the system's; NULL: none.
+     */
+    const char *authorities;
+    /*
+     Longer objects are written and read in parts of so many bytes, 5 MiB to 256 MiB; 0: 16 MiB.
+     */
+    uint64_t part_bytes;
+    /*
+     1: an endpoint without TLS is accepted; 0: it is not.
+     */
+    uint32_t allow_http;
+    /*
+     A KVF_OBJECT_ checksum: what goes with each write to S3 for the store to check.
+     */
+    uint32_t checksum;
+    /*
+     Parts of one object at once, at most 64; 0: 4.
+     */
+    uint32_t parts_in_flight;
+    /*
+     Requests to the store at once, at most 1,024; 0: 32.
+     */
+    uint32_t requests_in_flight;
+    /*
+     How long one attempt may go without an answer or a byte; 0: 10,000.
+     */
+    uint32_t attempt_timeout_ms;
+    /*
+     How often a failed attempt is repeated; 0: 3; KVF_OFF: never.
+     */
+    uint32_t retries;
+} kvf_object_store;
+
+/*
  How an agent is made.
  */
 typedef struct kvf_agent_options {
@@ -602,7 +733,54 @@ typedef struct kvf_agent_options {
      1: agents of this process are reached as those of other processes are; 0: by plain copies.
      */
     uint32_t no_memcpy;
+    /*
+     How long each way to a peer may take to connect, and over RDMA and UCX the peer to hand out a region, at most 60,000;
+     0: 2,000. Ways are tried one after the other, so where a peer does not answer this delays the next one.
+     */
+    uint32_t connect_within_ms;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+    /*
+     Object stores for kvf_region_open_object; NULL: none.
+     */
+    const struct kvf_object_store *const *object_stores;
+    /*
+     How many.
+     */
+    size_t object_store_count;
 } kvf_agent_options;
+
+/*
+ How a file is opened. With all of it zero: a file that is there, of its length now.
+ */
+typedef struct kvf_file_options {
+    /*
+     sizeof(struct kvf_file_options).
+     */
+    size_t size;
+    /*
+     Its length as a region, in bytes; a shorter file is extended. 0: its length now.
+     */
+    uint64_t len;
+    /*
+     1: it is made when it is missing; 0: it is not.
+     */
+    uint32_t create;
+    /*
+     1: writes are refused; 0: they are not.
+     */
+    uint32_t read_only;
+    /*
+     1: the space of `len` is reserved at once, so that a full disk shows here; 0: it is not.
+     */
+    uint32_t preallocate;
+    /*
+     A KVF_DIRECT_ value.
+     */
+    uint32_t direct;
+} kvf_file_options;
 
 /*
  A region that a peer exports.
@@ -1387,9 +1565,9 @@ const char *kvf_last_error(void);
 /*
  Starts an agent.
 
- KVF_INVALID for a bad name, address or certificate and for a way that is not enabled, KVF_NOT_FOUND for a file of `tls` that
- is not there, which is named, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX, RDMA or a congestion control is
- asked for that the system does not have.
+ KVF_INVALID for a bad name, address, certificate or store and for a way that is not enabled, KVF_NOT_FOUND for a file of
+ `tls` that is not there, which is named, KVF_IO when the address is in use, KVF_UNSUPPORTED when UCX, RDMA or a congestion
+ control is asked for that the system does not have.
 
  # Safety
  Each pointer is null or valid: `options` with what it points to for reads, `agent_out` for a write.
@@ -1528,7 +1706,7 @@ kvf_status kvf_region_allocate(const struct kvf_agent *agent,
 kvf_status kvf_region_id(const struct kvf_region *region, uint64_t *id_out);
 
 /*
- Where the region begins in this process. Memory of kvf_region_allocate stays there until the region is freed.
+ Where the region begins in this process; NULL for files and objects. Memory of kvf_region_allocate stays there until the region is freed.
 
  # Safety
  Each pointer is null or valid: `region` live, `base_out` for a write.
@@ -1562,6 +1740,79 @@ kvf_status kvf_region_deregister(const struct kvf_region *region,
  `region` is null or live, and not used again after KVF_OK.
  */
 kvf_status kvf_region_free(struct kvf_region *region);
+
+/*
+ Opens a file as a region, for the remote side of transfers without a peer. Its kvf_region_base is NULL.
+
+ `options` NULL: a file that is there, of its length now. KVF_NOT_FOUND and KVF_DENIED as the system says, KVF_INVALID for
+ something that is no regular file or is shorter than asked and read-only, KVF_NO_SPACE when the space cannot be reserved,
+ KVF_UNSUPPORTED when the page cache is to be passed by and cannot be. All name the path.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `path` a string, `options` for its size in reads, `region_out` for a write.
+ */
+kvf_status kvf_region_open_file(const struct kvf_agent *agent,
+                                const char *path,
+                                const struct kvf_file_options *options,
+                                struct kvf_region **region_out);
+
+/*
+ Has everything that was written to a file before brought to its device, and waits at most `timeout_ms` for that.
+
+ KVF_UNSUPPORTED when the region is no file, KVF_IO and KVF_NO_SPACE as the device says.
+
+ # Safety
+ `region` is null or live.
+ */
+kvf_status kvf_region_sync(const struct kvf_region *region,
+                           uint32_t timeout_ms);
+
+/*
+ Starts what reads and writes files, a KVF_FILES_ value, unless a file was opened before; copies out how it talks to the
+ system, and why.
+
+ With `buffer` NULL only its length is told, which counts the terminating NUL. KVF_INVALID when `capacity` is too small;
+ `len_out` is written then too. KVF_UNSUPPORTED when io_uring is wanted and the system refuses it.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `buffer` for `capacity` writes, `len_out` for a write.
+ */
+kvf_status kvf_agent_start_files(const struct kvf_agent *agent,
+                                 uint32_t mode,
+                                 char *buffer,
+                                 size_t capacity,
+                                 size_t *len_out);
+
+/*
+ An object of a store of kvf_agent_options as a region, for the remote side of transfers without a peer; it need not be
+ there. A write puts the whole object, so its ranges must cover it from 0 on without a gap; a read gets ranges. `when_there`
+ is what a write does then, a KVF_OBJECT_ value. Its kvf_region_base is NULL, and its kvf_region_len UINT64_MAX: only the
+ store can tell.
+
+ KVF_NOT_FOUND for an unknown store, KVF_INVALID for a bad key.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `store` and `key` strings, `region_out` for a write.
+ */
+kvf_status kvf_region_open_object(const struct kvf_agent *agent,
+                                  const char *store,
+                                  const char *key,
+                                  uint32_t when_there,
+                                  struct kvf_region **region_out);
+
+/*
+ Removes an object, and waits at most `timeout_ms` for that; that there is none is fine.
+
+ KVF_NOT_FOUND for an unknown store, KVF_INVALID for a bad key, otherwise what the store says. After KVF_TIMEOUT it may still
+ be removed.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `store` and `key` strings.
+ */
+kvf_status kvf_agent_remove_object(const struct kvf_agent *agent,
+                                   const char *store,
+                                   const char *key,
+                                   uint32_t timeout_ms);
 
 /*
  Registers memory of the caller's by its range: one that lies in a range that was registered in this way, and still is, with

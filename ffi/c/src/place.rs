@@ -141,13 +141,22 @@ unsafe fn store_options(store: &kvf_object_store) -> Result<ObjectOptions> {
         let text = unsafe { optional_text(text, &place) }?;
         Ok::<_, Error>(text.map(str::to_owned))
     };
+    // An error quotes what is wrong, and this is not to be said again.
+    let secret = |text: *const c_char, field: &str| {
+        optional(text, field)
+            .map(|text| text.map(Secret::new))
+            .map_err(|e| {
+                let text = format!("kvf_object_store.{field} is not UTF-8");
+                Error::new(e.kind(), text)
+            })
+    };
     let default = ObjectOptions::default();
     Ok(ObjectOptions {
         endpoint: optional(store.endpoint, "endpoint")?,
         region: optional(store.region, "region")?,
         access_key: optional(store.access_key, "access_key")?,
-        secret_key: optional(store.secret_key, "secret_key")?.map(Secret::new),
-        session_token: optional(store.session_token, "session_token")?.map(Secret::new),
+        secret_key: secret(store.secret_key, "secret_key")?,
+        session_token: secret(store.session_token, "session_token")?,
         authorities: optional(store.authorities, "authorities")?.map(PathBuf::from),
         allow_http: parse_flag(store.allow_http, "kvf_object_store.allow_http")?,
         checksum: match store.checksum {
@@ -246,8 +255,8 @@ pub unsafe extern "C" fn kvf_region_sync(region: *const kvf_region, timeout_ms: 
 /// Starts what reads and writes files, a KVF_FILES_ value, unless a file was opened before; copies out how it talks to the
 /// system, and why.
 ///
-/// With `buffer` NULL only the text's length is told, without its NUL. KVF_INVALID when `capacity` is too small; `len_out` is
-/// written then too. KVF_UNSUPPORTED when io_uring is wanted and the system refuses it.
+/// With `buffer` NULL only its length is told, which counts the terminating NUL. KVF_INVALID when `capacity` is too small;
+/// `len_out` is written then too. KVF_UNSUPPORTED when io_uring is wanted and the system refuses it.
 ///
 /// # Safety
 /// Each pointer is null or valid: `agent` live, `buffer` for `capacity` writes, `len_out` for a write.

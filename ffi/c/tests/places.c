@@ -76,9 +76,9 @@ static void files_are_places(const char *folder)
     snprintf(path, sizeof path, "%s/blocks", folder);
     EXPECT_STATUS(KVF_INVALID, kvf_agent_start_files(agent, 3, report, sizeof report, &len));
     EXPECT_STATUS(KVF_OK, kvf_agent_start_files(agent, KVF_FILES_THREADS, report, sizeof report, &len));
-    EXPECT(strstr(report, "threads") != NULL && len == strlen(report));
+    EXPECT(strstr(report, "threads") != NULL && len == strlen(report) + 1);
     EXPECT_STATUS(KVF_INVALID, kvf_agent_start_files(agent, KVF_FILES_AUTO, report, 3, &len));
-    EXPECT(len == strlen(report));
+    EXPECT(len == strlen(report) + 1);
 
     EXPECT_STATUS(KVF_NOT_FOUND, kvf_region_open_file(agent, path, NULL, &file));
     EXPECT_TEXT("blocks");
@@ -161,13 +161,13 @@ static void objects_are_places(const char *folder)
     EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
 }
 
-static void refused(const struct kvf_object_store *store, const char *text)
+static void refused(kvf_status status, const struct kvf_object_store *store, const char *text)
 {
     const struct kvf_object_store *stores[] = {store};
     struct kvf_agent_options options = {
         .size = sizeof options, .name = "places", .object_stores = stores, .object_store_count = 1};
     kvf_agent *agent = UNTOUCHED(kvf_agent);
-    EXPECT_STATUS(KVF_INVALID, kvf_agent_create(&options, &agent));
+    EXPECT_STATUS(status, kvf_agent_create(&options, &agent));
     EXPECT(agent == UNTOUCHED(kvf_agent));
     EXPECT(strstr(kvf_last_error(), text) != NULL);
     EXPECT(strstr(kvf_last_error(), "hush") == NULL);
@@ -179,30 +179,30 @@ static void stores_are_checked(void)
     const struct kvf_object_store good = {
         .size = sizeof good, .name = "s", .url = "s3://bucket", .region = "r", .access_key = "id", .secret_key = "hush"};
     struct kvf_object_store store = good;
-    refused(NULL, "kvf_object_store");
+    refused(KVF_INVALID, NULL, "kvf_object_store");
     store.name = NULL;
-    refused(&store, "kvf_object_store.name");
+    refused(KVF_INVALID, &store, "kvf_object_store.name");
     store = good;
     store.url = "pigeon://bucket";
-    refused(&store, "pigeon");
+    refused(KVF_UNSUPPORTED, &store, "pigeon");
     store = good;
     store.checksum = 3;
-    refused(&store, "kvf_object_store.checksum");
+    refused(KVF_INVALID, &store, "kvf_object_store.checksum");
     store = good;
     store.allow_http = 2;
-    refused(&store, "kvf_object_store.allow_http");
+    refused(KVF_INVALID, &store, "kvf_object_store.allow_http");
     store = good;
     store.part_bytes = 1;
-    refused(&store, "part_bytes");
+    refused(KVF_INVALID, &store, "part_bytes");
     store = good;
     store.parts_in_flight = 65;
-    refused(&store, "parts_in_flight");
+    refused(KVF_INVALID, &store, "parts_in_flight");
     store = good;
     store.requests_in_flight = 1025;
-    refused(&store, "concurrency");
+    refused(KVF_INVALID, &store, "concurrency");
     store = good;
     store.secret_key = "\xff\xfe hush";
-    refused(&store, "kvf_object_store.secret_key");
+    refused(KVF_INVALID, &store, "kvf_object_store.secret_key");
 }
 
 int main(int argc, char **argv)

@@ -74,7 +74,6 @@ def test_an_object_is_a_place(tmp_path):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"url": "pigeon://bucket"}, "pigeon"),
         ({"checksum": "md5"}, "object store checksum"),
         ({"part_bytes": 1}, "part_bytes"),
         ({"parts_in_flight": 65}, "parts_in_flight"),
@@ -89,3 +88,8 @@ def test_what_a_store_is_told_is_checked_and_secrets_stay(options, what):
     with pytest.raises(kvfabric.InvalidError, match=what) as refused:
         kvfabric.Agent("objects", object_stores={"s": store})
     assert "hush" not in str(refused.value)
+
+
+def test_a_store_of_an_unknown_kind_is_refused():
+    with pytest.raises(kvfabric.UnsupportedError, match="pigeon"):
+        kvfabric.Agent("objects", object_stores={"s": kvfabric.ObjectStore("pigeon://bucket")})

@@ -1,6 +1,6 @@
 //! Local files as a place for bytes: how they are opened, and whether the page cache can be passed by.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -80,6 +80,11 @@ impl OpenFile {
     /// asked and read-only, `NoSpace` when the space cannot be reserved, `Unsupported` when direct I/O is demanded and
     /// refused. All name the path.
     pub(super) fn open(path: &Path, options: &FileOptions) -> Result<Self> {
+        // Before it is opened, too: that of a pipe to read waits for somebody who writes to it, and that of a directory to
+        // write says only what the system calls it.
+        if let Ok(found) = std::fs::metadata(path) {
+            regular(found.file_type(), path)?;
+        }
         let buffered = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
@@ -87,21 +92,10 @@ impl OpenFile {
             .truncate(false)
             .open(path)
             .map_err(|error| Error::io(format!("open {}", path.display()), error))?;
-        let kind = buffered
+        let found = buffered
             .metadata()
-            .map_err(|error| Error::io(format!("stat {}", path.display()), error))?
-            .file_type();
-        if !kind.is_file() {
-            let what = if kind.is_dir() {
-                "a directory"
-            } else if kind.is_block_device() || kind.is_char_device() {
-                "a device"
-            } else {
-                "neither a file nor a directory"
-            };
-            let text = format!("{} is {what}, expected a regular file", path.display());
-            return Err(Error::new(ErrorKind::Invalid, text));
-        }
+            .map_err(|error| Error::io(format!("stat {}", path.display()), error))?;
+        regular(found.file_type(), path)?;
         let len = sized(&buffered, path, options)?;
         Self::with_handle(buffered, path, len, options)
     }
@@ -249,6 +243,20 @@ fn alignment(file: &File) -> io::Result<(u64, u64)> {
         }
     }
     Ok(pair)
+}
+
+fn regular(kind: FileType, path: &Path) -> Result<()> {
+    let what = if kind.is_file() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_block_device() || kind.is_char_device() {
+        "a device"
+    } else {
+        "neither a file nor a directory"
+    };
+    let text = format!("{} is {what}, expected a regular file", path.display());
+    Err(Error::new(ErrorKind::Invalid, text))
 }
 
 /// Brings the file to the length asked for; answers its length as a region.

@@ -281,6 +281,8 @@ impl TcpFabric {
             let left = until.saturating_duration_since(Instant::now());
             left.max(Duration::from_millis(1))
         };
+        let patience = left();
+        let no_welcome = |error| no_welcome(error, patience);
         let mut stream =
             TcpStream::connect_timeout(&address, left()).map_err(|e| Error::io("connect", e))?;
         tune(&stream)?;
@@ -336,14 +338,15 @@ fn exchange(
 }
 
 /// Why a peer that let this side connect did not let it in.
-fn no_welcome(error: std::io::Error) -> Error {
+fn no_welcome(error: std::io::Error, patience: Duration) -> Error {
     match error.kind() {
         std::io::ErrorKind::UnexpectedEof => Error::new(
             ErrorKind::PeerLost,
             "the peer closed the connection without a welcome: it has no room for more connections",
         ),
         std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
-            Error::new(ErrorKind::Timeout, "the peer does not answer the greeting")
+            let text = format!("the peer does not answer the greeting within {patience:.0?}");
+            Error::new(ErrorKind::Timeout, text)
         }
         _ => Error::io("receive the welcome", error),
     }
