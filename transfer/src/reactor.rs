@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvcache_core::{Error, Result};
+use kvcache_core::{Error, ErrorKind, Result};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
@@ -124,6 +124,9 @@ impl Reactor {
     }
 
     /// Watches `fd`, which must stay open until [`Reactor::remove`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::PeerLost`] when the reactor has ended, otherwise what the system says.
     pub(crate) fn add(
         &self,
         fd: BorrowedFd<'_>,
@@ -131,7 +134,14 @@ impl Reactor {
         source: Arc<dyn Source>,
     ) -> Result<Token> {
         let token = self.next.fetch_add(1, Ordering::Relaxed);
-        self.lock().insert(token, source);
+        let mut sources = self.lock();
+        // Under the lock under which the last ones are taken out: what comes later would stay for good.
+        if self.closed.load(Ordering::Acquire) {
+            let text = "the agent is closed: nothing is watched any more";
+            return Err(Error::new(ErrorKind::PeerLost, text));
+        }
+        sources.insert(token, source);
+        drop(sources);
         let added = epoll::add(&self.epoll, fd, EventData::new_u64(token), interest.flags());
         if let Err(error) = added {
             self.lock().remove(&token);
@@ -344,7 +354,7 @@ impl Reactor {
         while !self.closed.load(Ordering::Acquire) {
             if let Err(error) = self.turn(&mut events, &mut seen) {
                 tracing::error!(%error, "wait for sockets; the agent's connections end");
-                break;
+                self.closed.store(true, Ordering::Release);
             }
         }
         let sources = std::mem::take(&mut *self.lock());

@@ -7,13 +7,15 @@
 
 mod support;
 
+use std::thread;
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvcache_core::ErrorKind;
 use kvfabric_transfer::{MemoryFate, Operation, Request, RequestOptions, Status};
 
 use support::proxy::proxied;
-use support::{Pair, WAIT, contents, pattern};
+use support::{Pair, WAIT, Way, contents, pattern};
 
 fn deadline(deadline: Duration) -> RequestOptions {
     RequestOptions {
@@ -225,6 +227,31 @@ fn forgetting_a_peer_fails_its_requests() {
     );
     pair.initiator.forget_peer(&pair.peer);
     assert_eq!(kind(&request), ErrorKind::PeerLost);
+}
+
+/// Whatever is on its way in either direction then: an answer that finds nobody, and a revocation that nobody reads, do not
+/// stand before the word that memory was let go of.
+#[test]
+fn memory_is_given_back_whatever_is_under_way_when_its_user_forgets_it() {
+    for way in [Way::Shm, Way::Cma] {
+        for round in 0..100 {
+            let pair = Pair::new(way, 4096);
+            let moved = pair.moves(Operation::Read, &[(0, 0, 64)], RequestOptions::default());
+            moved.wait(WAIT).unwrap();
+            let _unanswered = pair
+                .initiator
+                .notify(&pair.peer, Bytes::from_static(b"last"));
+            let given_back = thread::scope(|scope| {
+                // Now before, now after the peer is forgotten.
+                let deregistering = scope.spawn(|| pair.remote.deregister());
+                pair.initiator.forget_peer(&pair.peer);
+                deregistering.join().unwrap()
+            });
+            given_back
+                .wait(WAIT)
+                .unwrap_or_else(|error| panic!("{way:?}, round {round}: {error}"));
+        }
+    }
 }
 
 /// The agent goes while its requests are in flight and handles to them remain: they end, nothing hangs.

@@ -145,8 +145,7 @@ impl<A: Access> UnixChannel<A> {
         let asked = self.ask(remote);
         if asked.is_err() {
             // It may be handed out all the same, too late or not as it should be; the peer would wait for it.
-            let region = remote.id;
-            let _ = self.link.send(&Message::Unmapped { region }, None);
+            self.link.send_last_word(remote.id);
         }
         let mut regions = self.regions();
         let revoked = regions.asked.take().is_some_and(|(_, revoked)| revoked);
@@ -286,27 +285,27 @@ impl<A: Access> UnixChannel<A> {
                 self.send_notifications();
                 Ok(())
             }
-            Message::Revoke { region } => self.revoke(region),
+            Message::Revoke { region } => {
+                self.revoke(region);
+                Ok(())
+            }
             _ => Err(corrupt("a message that only users of memory send")),
         }
     }
 
     /// The peer wants a region back.
-    fn revoke(&self, id: RegionId) -> Result<()> {
+    fn revoke(&self, id: RegionId) {
         let mut regions = self.regions();
         let revoked = regions.held.remove(&id);
         match &mut regions.asked {
             Some((asked, revoked)) if *asked == id => *revoked = true,
             // The peer granted it to someone here who had stopped waiting.
-            _ if revoked.is_none() => {
-                return self.link.send(&Message::Unmapped { region: id }, None);
-            }
+            _ if revoked.is_none() => self.link.send_last_word(id),
             _ => {}
         }
         drop(regions);
         // Let go of, and told, here or by the last copy that uses it.
         drop(revoked);
-        Ok(())
     }
 
     /// The path ends: posts are refused, waiting calls and notifications fail, regions are let go of.

@@ -18,6 +18,9 @@ use crate::region::{RegionCore, RegionId, RegionKey};
 /// How long an agent that goes waits for others to let go of its memory, all together.
 const PARTING_MAX: Duration = Duration::from_secs(1);
 
+/// Messages that are still read when a path ends; a socket holds fewer.
+const UNREAD_MAX: usize = 65_536;
+
 /// Regions that one client may use.
 const USED_MAX: usize = 65_536;
 
@@ -35,7 +38,7 @@ pub(super) struct Lender<A> {
 
 /// A process that uses memory of ours. Lives until it has let go of everything, or is dead.
 pub(super) struct Client<A> {
-    link: Link,
+    link: Arc<Link>,
     lender: Arc<Lender<A>>,
     door: Door,
     state: Mutex<State>,
@@ -60,7 +63,7 @@ impl<A: Access> Client<A> {
         reactor: &Arc<Reactor>,
     ) -> Result<Arc<Self>> {
         let client = Arc::new(Self {
-            link: Link::new(socket, reactor)?,
+            link: Arc::new(Link::new(socket, reactor)?),
             lender: lender.clone(),
             door: lender.exports.inbox().door(),
             state: Mutex::default(),
@@ -217,6 +220,7 @@ impl<A: Access> Client<A> {
     /// Nothing more comes over the socket. What is used may be until the process dies.
     fn hang_up(&self) {
         self.link.ignore_messages();
+        self.take_last_words();
         let mut state = lock(&self.state);
         state.closed = true;
         let over = state.used.is_empty();
@@ -226,6 +230,20 @@ impl<A: Access> Client<A> {
         }
         let inbox = self.lender.exports.inbox();
         inbox.shut(self.door, "the path is closed");
+    }
+
+    /// The peer may have closed the path after it had said what it let go of, and that may be unread.
+    fn take_last_words(&self) {
+        for _ in 0..UNREAD_MAX {
+            match self.link.receive() {
+                Ok(Some(Received {
+                    message: Message::Unmapped { region },
+                    ..
+                })) => self.let_go(region),
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return,
+            }
+        }
     }
 
     /// A dead process uses nothing.

@@ -6,7 +6,6 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::Access;
 use super::link::Link;
-use super::message::Message;
 use crate::region::RegionId;
 
 /// Let go of when the last copy is done with it; the peer hears of that, because it may be waiting to give the memory
@@ -37,7 +36,6 @@ impl<A: Access> Held<A> {
 impl<A: Access> Drop for Held<A> {
     fn drop(&mut self) {
         self.memory = None;
-        // The peer may be gone: then there is nobody to tell.
-        let _ = self.link.send(&Message::Unmapped { region: self.id }, None);
+        self.link.send_last_word(self.id);
     }
 }

@@ -19,6 +19,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::message::{MESSAGE_BYTES_MAX, Message};
 use crate::look::Look;
 use crate::reactor::{Interest, Reactor, Source, Token};
+use crate::region::RegionId;
 use crate::sys::process::credentials;
 
 /// Messages that may wait for room in the socket; above it, sending is refused.
@@ -38,6 +39,8 @@ pub(super) enum Wake {
 struct Unsent {
     bytes: Vec<u8>,
     file: Option<OwnedFd>,
+    /// It is sent although nothing else is any more.
+    is_last_word: bool,
 }
 
 /// A message that came.
@@ -52,6 +55,8 @@ struct State {
     unsent: VecDeque<Unsent>,
     /// Of the socket, and of the process.
     tokens: [Option<Token>; 2],
+    /// Of the socket, while nothing but last words waits for room in it.
+    parting: Option<Token>,
 }
 
 /// One end of the socket, and the process at the other end.
@@ -157,12 +162,31 @@ impl Link {
         Ok(())
     }
 
-    /// Nothing is sent or received any more.
-    pub(super) fn ignore_messages(&self) {
+    /// Nothing is received any more, and nothing sent but last words.
+    pub(super) fn ignore_messages(self: &Arc<Self>) {
         let mut state = self.lock();
-        state.unsent.clear();
+        state.unsent.retain(|unsent| unsent.is_last_word);
         if let Some(token) = state.tokens[0].take() {
             self.reactor.remove(token, self.socket.as_fd());
+        }
+        self.part(&mut state);
+    }
+
+    /// Keeps the socket until last words that wait for room in it are sent.
+    fn part(self: &Arc<Self>, state: &mut State) {
+        if state.unsent.is_empty() || state.parting.is_some() {
+            return;
+        }
+        let interest = Interest {
+            readable: false,
+            writable: true,
+        };
+        let parting = Arc::new(Parting(self.clone()));
+        match self.reactor.add(self.socket.as_fd(), interest, parting) {
+            Ok(token) => state.parting = Some(token),
+            Err(error) => {
+                tracing::warn!(%error, pid = self.pid, "a peer is not told what is let go of");
+            }
         }
     }
 
@@ -178,15 +202,15 @@ impl Link {
     /// # Errors
     /// [`ErrorKind::Busy`] when too many wait, [`ErrorKind::PeerLost`] when nobody listens.
     pub(super) fn send(&self, message: &Message, file: Option<OwnedFd>) -> Result<()> {
-        let bytes = message.encode();
         let mut state = self.lock();
-        if state.unsent.is_empty() {
-            match self.try_send(&bytes, file.as_ref().map(AsFd::as_fd)) {
-                Err(Errno::AGAIN) => {}
-                Err(error) => return Err(lost("send to the peer").with_source(io(error))),
-                Ok(()) => return Ok(()),
-            }
-        }
+        let unsent = Unsent {
+            bytes: message.encode(),
+            file,
+            is_last_word: false,
+        };
+        let Some(unsent) = self.send_now(&state, unsent)? else {
+            return Ok(());
+        };
         if state.unsent.len() >= UNSENT_MAX {
             let text = format!("the peer leaves {UNSENT_MAX} messages unread");
             return Err(Error::new(ErrorKind::Busy, text));
@@ -194,16 +218,51 @@ impl Link {
         let Some(token) = state.tokens[0] else {
             return Err(lost("the path is closed"));
         };
-        state.unsent.push_back(Unsent { bytes, file });
-        self.reactor.modify(
-            token,
-            self.socket.as_fd(),
-            Interest {
-                readable: true,
-                writable: true,
-            },
-        );
+        self.keep(&mut state, token, unsent);
         Ok(())
+    }
+
+    /// Tells that a region is used no more, whatever else the peer leaves unread and after the path has ended, too: its
+    /// owner waits for that, and for the end of this process otherwise.
+    pub(super) fn send_last_word(self: &Arc<Self>, region: RegionId) {
+        let mut state = self.lock();
+        let unsent = Unsent {
+            bytes: Message::Unmapped { region }.encode(),
+            file: None,
+            is_last_word: true,
+        };
+        // The peer may be gone: then there is nobody to tell.
+        let Ok(Some(unsent)) = self.send_now(&state, unsent) else {
+            return;
+        };
+        match state.tokens[0] {
+            Some(token) => self.keep(&mut state, token, unsent),
+            None => {
+                state.unsent.push_back(unsent);
+                self.part(&mut state);
+            }
+        }
+    }
+
+    /// Gives back what the socket has no room for now.
+    fn send_now(&self, state: &State, unsent: Unsent) -> Result<Option<Unsent>> {
+        if !state.unsent.is_empty() {
+            return Ok(Some(unsent));
+        }
+        match self.try_send(&unsent.bytes, unsent.file.as_ref().map(AsFd::as_fd)) {
+            Err(Errno::AGAIN) => Ok(Some(unsent)),
+            Err(error) => Err(lost("send to the peer").with_source(io(error))),
+            Ok(()) => Ok(None),
+        }
+    }
+
+    fn keep(&self, state: &mut State, token: Token, unsent: Unsent) {
+        state.unsent.push_back(unsent);
+        let interest = Interest {
+            readable: true,
+            writable: true,
+        };
+        self.reactor.modify(token, self.socket.as_fd(), interest);
     }
 
     /// There is room in the socket: sends what waits.
@@ -250,12 +309,15 @@ impl Link {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let mut is_reset = false;
         let received = loop {
             let slices = &mut [IoSliceMut::new(&mut buffer)];
             match rustix::net::recvmsg(&self.socket, slices, &mut ancillary, flags) {
                 Ok(received) => break received,
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
+                // The peer has closed its end with something unread. That is told once, and before what it has sent.
+                Err(Errno::CONNRESET) if !is_reset => is_reset = true,
                 Err(error) => return Err(lost("receive from the peer").with_source(io(error))),
             }
         };
@@ -284,6 +346,27 @@ impl Link {
     }
 }
 
+/// The socket of a path that has ended, while last words wait for room in it.
+struct Parting(Arc<Link>);
+
+impl Source for Parting {
+    fn ready(&self, _readiness: Interest) {
+        let link = &self.0;
+        let failed = link.flush().is_err();
+        let mut state = link.lock();
+        if failed {
+            state.unsent.clear();
+        }
+        if state.unsent.is_empty()
+            && let Some(token) = state.parting.take()
+        {
+            link.reactor.remove(token, link.socket.as_fd());
+        }
+    }
+
+    fn orphaned(&self) {}
+}
+
 fn lost(text: &'static str) -> Error {
     Error::new(ErrorKind::PeerLost, text)
 }
@@ -291,3 +374,6 @@ fn lost(text: &'static str) -> Error {
 fn io(error: Errno) -> std::io::Error {
     error.into()
 }
+
+#[cfg(test)]
+mod tests;
