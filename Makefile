@@ -22,10 +22,11 @@ setup: ## Install what the tests need and is missing
 fmt: ## Format the code
 	$(CARGO) fmt --all
 
-check: setup ## Formatting, lints, licences, documentation
+check: setup ## Formatting, lints, licences, the PTX beside its source, documentation
 	$(STEP) "format" $(CARGO) fmt --all --check
 	$(STEP) "clippy" $(CARGO) clippy --workspace --all-targets --all-features -- -D warnings
 	$(STEP) "cargo-deny" scripts/deny
+	$(STEP) "CUDA kernels" env CACHE='$(CACHE)' '$(PYTHON)' scripts/cuda-kernels --check
 	$(STEP) "documentation" env RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --exclude kvfabric-python
 
 test: setup check test-rust test-c test-python test-rdma test-engines ## Everything CI runs

@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod backend;
+pub mod convert;
 mod descriptor;
 mod estimate;
 mod look;

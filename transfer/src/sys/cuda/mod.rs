@@ -9,6 +9,7 @@ mod driver;
 #[cfg(test)]
 pub(crate) mod fake;
 mod gpu;
+mod kernels;
 mod memory;
 mod pinned;
 mod stream;
