@@ -50,6 +50,8 @@ pub use request::{
     RequestOptions,
 };
 pub use stats::{AgentStats, BackendStats};
-pub use sys::cuda::{CudaDevice, CudaReport, DeviceMemory, cuda_probe};
+#[cfg(feature = "test-util")]
+pub use sys::cuda::CudaStandIn;
+pub use sys::cuda::{CudaCopies, CudaDevice, CudaReport, CudaSide, DeviceMemory, cuda_probe};
 pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

@@ -6,12 +6,17 @@
 
 mod calls;
 mod driver;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-util"))]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[cfg_attr(not(test), allow(dead_code, reason = "our own tests use all of it"))]
 pub(crate) mod fake;
 mod gpu;
 mod kernels;
 mod memory;
 mod pinned;
+mod plain;
+#[cfg(feature = "test-util")]
+mod stand_in;
 mod stream;
 mod table;
 #[cfg(test)]
@@ -22,4 +27,7 @@ pub use driver::{CudaDevice, CudaReport, cuda_probe};
 pub(crate) use gpu::Gpu;
 pub use memory::DeviceMemory;
 pub(crate) use pinned::Pinned;
+pub use plain::{CudaCopies, CudaSide};
+#[cfg(feature = "test-util")]
+pub use stand_in::CudaStandIn;
 pub(crate) use stream::{Batch, Flight, Place, Stream, Unsent};

@@ -1,0 +1,97 @@
+//! The driver without a device, for tests of what stands on this crate.
+
+use std::fmt;
+
+use kvcache_core::Result;
+
+use super::driver::Cuda;
+use super::fake::Fake;
+use super::memory::DeviceMemory;
+use super::plain::CudaCopies;
+use crate::agent::Agent;
+use crate::backend::cuda::CudaOptions;
+
+/// A driver that does what the documentation of its calls says, over memory of the process: no GPU is needed, and none is used. What the
+/// real one would punish is noted down.
+pub struct CudaStandIn {
+    fake: Fake,
+    cuda: Cuda,
+}
+
+impl CudaStandIn {
+    /// One with so many devices.
+    #[must_use]
+    pub fn new(devices: i32) -> Self {
+        let fake = Fake::new(devices);
+        let cuda = fake.start();
+        Self { fake, cuda }
+    }
+
+    /// Has an agent use CUDA devices, which are those of this driver as far as their memory comes from it.
+    ///
+    /// # Errors
+    /// As the builder's [`cuda`](crate::AgentBuilder::cuda).
+    pub fn serve(&self, agent: &Agent, options: CudaOptions) -> Result<()> {
+        agent.start_cuda(options)
+    }
+
+    /// As [`DeviceMemory::allocate`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn allocate(&self, ordinal: u32, bytes: u64) -> Result<DeviceMemory> {
+        DeviceMemory::allocate_on(&self.cuda, ordinal, bytes)
+    }
+
+    /// Memory that an engine has allocated itself, and lends.
+    ///
+    /// # Errors
+    /// As [`DeviceMemory::from_raw`].
+    pub fn lend(&self, ordinal: u32, bytes: u64) -> Result<DeviceMemory> {
+        let address = self.fake.engine_memory(ordinal as i32, bytes);
+        self.fake.lend(&self.cuda, ordinal, address, bytes)
+    }
+
+    /// As [`CudaCopies::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn copies(&self, ordinal: u32, bytes: u64) -> Result<CudaCopies> {
+        CudaCopies::on(&self.cuda, ordinal, bytes)
+    }
+
+    /// The bytes at a device's address.
+    #[must_use]
+    pub fn read(&self, address: u64, bytes: u64) -> Vec<u8> {
+        self.fake.read(address, bytes)
+    }
+
+    /// Changes bytes at a device's address.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
+        self.fake.write(address, bytes);
+    }
+
+    /// Whether work is done as soon as somebody asks for it, which it is at first, or not at all.
+    pub fn set_running(&self, is_running: bool) {
+        self.fake.set_running(is_running);
+    }
+
+    /// The next copy that is queued fails.
+    pub fn fail_next_copy(&self) {
+        for call in ["cuMemcpyAsync", "cuMemcpyBatchAsync"] {
+            self.fake.fail(call, 0, super::fake::OUT_OF_MEMORY);
+        }
+    }
+
+    /// # Panics
+    /// When something was asked that the real driver would punish.
+    pub fn check(&self) {
+        self.fake.check();
+    }
+}
+
+impl fmt::Debug for CudaStandIn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CudaStandIn")
+    }
+}
