@@ -38,6 +38,9 @@ pub(crate) fn page(report: &Report) -> String {
         escaped(&host.kernel),
         host.load,
     );
+    for fact in &report.facts {
+        page.push_str(&format!("<p>{}</p>\n", escaped(fact)));
+    }
     for family in families(&report.rows) {
         page.push_str(&section(report, family));
     }

@@ -146,6 +146,11 @@ impl Recorder {
         self.progress.inc(1);
     }
 
+    /// What the figures depend on, for the head of the report.
+    pub(crate) fn state(&mut self, facts: Vec<String>) {
+        self.report.facts = facts;
+    }
+
     /// Keeps rows.
     pub(crate) fn extend(&mut self, rows: impl IntoIterator<Item = Row>) {
         self.report.rows.extend(rows);
@@ -167,6 +172,9 @@ impl Recorder {
     /// `Io` when a file cannot be written.
     pub(crate) fn finish(self, is_good: bool) -> Result<Verdict> {
         self.progress.finish_and_clear();
+        if !self.report.facts.is_empty() {
+            print(&self.report.facts.join("\n"));
+        }
         if !self.report.rows.is_empty() {
             print(&self.report.table());
         }

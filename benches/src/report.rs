@@ -1,7 +1,8 @@
 //! The figures of one run, as a table and as JSON.
 //!
-//! The JSON is one object: `tool`, `version`, `command`, `host` (`cpu`, `cores`, `memory_bytes`, `kernel`, `load`) and
-//! `rows`, each with `subject` (who: `kvfabric` or a reference), `case`, `metric`, `unit`, `median`, `min`, `max`, `n`.
+//! The JSON is one object: `tool`, `version`, `command`, `host` (`cpu`, `cores`, `memory_bytes`, `kernel`, `load`), with a GPU
+//! `facts` (lines of text), and `rows`, each with `subject` (who: `kvfabric` or a reference), `case`, `metric`, `unit`, `median`,
+//! `min`, `max`, `n`.
 
 use std::io::Write;
 use std::path::Path;
@@ -118,6 +119,9 @@ pub(crate) struct Report {
     pub(crate) command: String,
     /// Where it ran.
     pub(crate) host: Host,
+    /// What else the figures depend on, such as the GPU and its driver: a line for each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) facts: Vec<String>,
     /// The figures, in the order they were measured.
     pub(crate) rows: Vec<Row>,
 }
@@ -130,6 +134,7 @@ impl Report {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             command: command.to_owned(),
             host: Host::read(),
+            facts: Vec::new(),
             rows: Vec::new(),
         }
     }

@@ -637,3 +637,27 @@ fn objects_of_an_s3_store_are_measured_and_removed() {
         Vec::<std::path::PathBuf>::new()
     );
 }
+
+/// Without a GPU the reason is all there is, and the same as that of any backend that is not there; with one every block is compared.
+#[test]
+fn memory_of_a_gpu_is_measured_or_refused_with_the_reason() {
+    let (status, said) = failure("transfer --memory cuda --backend cuda,shm");
+    assert_eq!(status, Some(2), "{said}");
+    assert!(said.contains("--memory cuda: shm"), "{said}");
+    let few = "--sizes 4K --total-bytes 1M --iterations 1 --latency-samples 1";
+    if let Err(reason) = kvfabric_transfer::cuda_probe() {
+        eprintln!("SKIPPED copies from and to a GPU: {reason}");
+        for arguments in ["--memory cuda", "--backend cuda", "--backend cuda-within"] {
+            let (status, said) = failure(&format!("transfer {arguments} {few}"));
+            assert_eq!(status, Some(1), "{said}");
+            assert!(said.contains(reason.context()), "{said}");
+        }
+        return;
+    }
+    let rows = rows(&format!("transfer --memory cuda {few}"));
+    for case in ["h2d", "d2h", "d2d"].map(|way| format!("cuda-{way}-scattered-4096")) {
+        for subject in ["kvfabric", "cu-memcpy-async"] {
+            assert_eq!(median(&rows, subject, &case, "verified_blocks"), 256.0);
+        }
+    }
+}

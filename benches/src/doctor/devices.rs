@@ -5,7 +5,7 @@ use comfy_table::presets::UTF8_BORDERS_ONLY;
 use serde::Serialize;
 
 use super::{Finding, State};
-use crate::machine::{Kind, Link, Machine};
+use crate::machine::{Kind, Link, Machine, Turning};
 
 /// The devices, and the word for what is between each two.
 #[derive(Serialize)]
@@ -58,6 +58,8 @@ impl Topology {
     pub(super) fn findings(&self) -> Vec<Finding> {
         let machine = &self.machine;
         let mut findings = vec![reserved_pages(machine), translation(machine)];
+        findings.extend(turning(machine));
+        findings.extend(links_of_gpus(machine));
         findings.extend(modules(machine));
         findings.extend(machine.devices.iter().filter_map(|one| {
             let (now, most) = one.narrowed.as_ref()?;
@@ -113,6 +115,60 @@ fn translation(machine: &Machine) -> Finding {
         true => Finding::ok(what, "on, addresses of these devices pass as they are"),
         false => Finding::ok(what, "does not stand before these devices"),
     }
+}
+
+/// Whether bridges send what goes from device to device up to the processor; nothing without devices that do so.
+fn turning(machine: &Machine) -> Option<Finding> {
+    let what = "pci: peers below one switch (ACS)";
+    let mut bridges: Vec<&str> = Vec::new();
+    for device in machine.of(Kind::Gpu).chain(machine.of(Kind::Rdma)) {
+        let Some((_, above)) = device.path.split_last() else {
+            continue;
+        };
+        let above = above.iter().filter(|one| !one.starts_with("pci"));
+        bridges.extend(above.map(String::as_str));
+    }
+    bridges.sort_unstable();
+    bridges.dedup();
+    machine.of(Kind::Gpu).next()?;
+    let of = |wanted| {
+        let found = bridges
+            .iter()
+            .filter(|one| machine.turning(one) == wanted)
+            .copied();
+        found.collect::<Vec<_>>()
+    };
+    let (redirected, silent) = (of(Turning::Redirected), of(Turning::NotTold));
+    Some(match (bridges.len(), redirected.len(), silent.len()) {
+        (0, ..) => Finding::ok(what, "no bridge above these devices"),
+        (_, 0, 0) => Finding::ok(what, "the short way"),
+        (_, 0, count) => Finding::new(
+            what,
+            State::Hint,
+            format!("not told for {count} of {} bridges", bridges.len()),
+            "may cost half the bandwidth between a GPU and a network card below one switch: ask again as root, who may read it",
+        ),
+        _ => Finding::new(
+            what,
+            State::Hint,
+            format!("sent up to the processor by {}", redirected.join(", ")),
+            "costs the bandwidth of the processor's own link for bytes between a GPU and a network card below one switch: switch ACS off for these bridges (setpci, or the firmware), where no \
+             machine of a tenant gets the devices",
+        ),
+    })
+}
+
+/// What is between GPUs beside PCI is not read, and nobody shall take the matrix for all there is.
+fn links_of_gpus(machine: &Machine) -> Option<Finding> {
+    let several = machine.of(Kind::Gpu).count() > 1;
+    several.then(|| {
+        Finding::new(
+            "gpu: NVLink",
+            State::Absent,
+            "not read: the matrix has PCI only",
+            "nvidia-smi topo -m",
+        )
+    })
 }
 
 /// What lets devices reach GPU memory.
@@ -204,6 +260,41 @@ mod tests {
             of(&full, "memory: reserved huge pages").found,
             "16 of 1 GiB"
         );
+    }
+
+    /// Bridges whose configuration nobody may read, that redirect, and that do not.
+    #[test]
+    fn bridges_that_redirect_are_named() {
+        let tree = Tree::large();
+        let what = "pci: peers below one switch (ACS)";
+        let read = || Topology::new(Machine::read(tree.root())).findings();
+        assert!(of(&read(), what).found.starts_with("not told"));
+        assert!(of(&read(), "gpu: NVLink").found.starts_with("not read"));
+        let mut config = vec![0_u8; 4096];
+        config[0x100..0x104].copy_from_slice(&[0x0d, 0x00, 0x01, 0x00]);
+        let machine = Machine::read(tree.root());
+        let bridges = machine.devices.iter().flat_map(|one| {
+            let above = one.path.split_last().map_or(&[][..], |(_, above)| above);
+            above.iter().filter(|one| !one.starts_with("pci"))
+        });
+        let folder = |bridge: &str| {
+            let folder = tree.root().join("sys/bus/pci/devices").join(bridge);
+            std::fs::create_dir_all(&folder).unwrap();
+            folder.join("config")
+        };
+        for bridge in bridges {
+            std::fs::write(folder(bridge), &config).unwrap();
+        }
+        assert_eq!(of(&read(), what).found, "the short way");
+        config[0x106] = 0x0c;
+        let bridge = &machine.devices[0].path[1];
+        std::fs::write(folder(bridge), &config).unwrap();
+        let finding = of(&read(), what).clone();
+        assert_eq!(
+            finding.found,
+            format!("sent up to the processor by {bridge}")
+        );
+        assert!(finding.advice.starts_with("costs "));
     }
 
     /// The matrix has a row for each device, and is symmetric.

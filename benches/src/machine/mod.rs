@@ -1,6 +1,7 @@
 //! The devices of a machine and how near they are to each other, as its `/sys` tells.
 
 mod link;
+mod pci;
 #[cfg(test)]
 pub(crate) mod tree;
 
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub(crate) use link::Link;
+pub(crate) use pci::{Pci, Turning, turning};
 
 /// PCI class of a GPU without outputs, and of one with them.
 const CLASSES_OF_GPUS: [&str; 2] = ["0x0302", "0x0300"];
@@ -129,6 +131,11 @@ impl Machine {
             return Some(Link::Same);
         }
         Link::between(one, other, self.nodes.len() > 1)
+    }
+
+    /// What a bridge does with requests between devices below it.
+    pub(crate) fn turning(&self, bridge: &str) -> Turning {
+        turning(&self.root, bridge)
     }
 
     /// Whether a module of the kernel is there.

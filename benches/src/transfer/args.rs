@@ -16,7 +16,7 @@ use super::measure::Effort;
 use super::mesh::MeshArgs;
 use super::models::{ListArgs, ModelArgs};
 use super::objects::StoreAt;
-use super::plan::{BackendKind, Calls, Order, PARALLEL_MAX, Plan, Shape, Way};
+use super::plan::{BackendKind, Calls, Memory, Order, PARALLEL_MAX, Plan, Shape, Way};
 use super::process::{ANSWER_DEADLINE, TargetAt};
 
 /// The most samples of one figure: all are kept.
@@ -30,14 +30,15 @@ const TOTAL_BYTES: u64 = 64 << 20;
 pub(crate) struct TransferArgs {
     #[command(subcommand)]
     pub(crate) role: Option<Role>,
-    /// Which backends.
-    #[arg(
-        long,
-        value_enum,
-        value_delimiter = ',',
-        default_value = "memcpy,shm,tcp,file,object"
-    )]
+    /// Which backends: memcpy, shm, tcp, file and object by default; cuda and cuda-within with --memory cuda.
+    #[arg(long, value_enum, value_delimiter = ',')]
     pub(super) backend: Vec<BackendKind>,
+    /// Where blocks lie: cuda is memory of a GPU, between which and the host, and within which, they are moved.
+    #[arg(long, value_enum, default_value_t = Memory::Host)]
+    pub(super) memory: Memory,
+    /// The number of the GPU, as this process sees it (`kv-bench doctor`).
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub(super) gpu: u32,
     /// Targets that listen elsewhere (`kv-bench transfer target`), one after the other; one is started here by default.
     #[arg(long, value_delimiter = ',', value_name = "HOST:PORT")]
     pub(super) to: Vec<String>,
@@ -47,8 +48,8 @@ pub(crate) struct TransferArgs {
     /// Which way, as the initiator sees it.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "read,write")]
     pub(super) operation: Vec<Way>,
-    /// Sizes of a block, with an optional K, M or G, multiples of 8; a range like 4K..1M doubles.
-    #[arg(long, visible_alias = "sizes", value_delimiter = ',', value_parser = parse_sizes, default_value = "4K,64K,1M", conflicts_with = "model")]
+    /// Sizes of a block, with an optional K, M or G, multiples of 8; a range like 4K..1M doubles. By default 4K,64K,1M; of a GPU's 4K..4M.
+    #[arg(long, visible_alias = "sizes", value_delimiter = ',', value_parser = parse_sizes, conflicts_with = "model")]
     pub(super) block_bytes: Vec<Sizes>,
     /// Blocks in one request.
     #[arg(long, visible_alias = "batch", value_delimiter = ',', default_value = "64", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
@@ -65,9 +66,9 @@ pub(crate) struct TransferArgs {
     /// Whether requests are made once and posted again, or made each time.
     #[arg(long, value_enum, default_value_t = Calls::Prepared)]
     pub(super) requests: Calls,
-    /// Whether blocks lie in random order on both sides.
-    #[arg(long, value_enum, default_value_t = Order::Scattered)]
-    pub(super) order: Order,
+    /// Whether blocks lie in random order on both sides, as they do by default; of a GPU both are measured.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub(super) order: Vec<Order>,
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
@@ -199,13 +200,59 @@ impl TransferArgs {
             .collect()
     }
 
+    /// The backends that were asked for, or all that need nothing.
+    fn backends(&self) -> Result<Vec<BackendKind>> {
+        let other = self.backend.iter().find(|kind| !kind.is_on_device());
+        match (self.memory, other) {
+            (Memory::Cuda, Some(kind)) => {
+                let context = format!(
+                    "--memory cuda: {} does not move memory of GPUs yet: --backend cuda or cuda-within",
+                    kind.name()
+                );
+                Err(Error::new(ErrorKind::Invalid, context))
+            }
+            _ if !self.backend.is_empty() => Ok(self.backend.clone()),
+            (Memory::Cuda, None) => Ok(vec![BackendKind::Cuda, BackendKind::CudaWithin]),
+            (Memory::Host, _) => Ok(vec![
+                BackendKind::Memcpy,
+                BackendKind::Shm,
+                BackendKind::Tcp,
+                BackendKind::File,
+                BackendKind::Object,
+            ]),
+        }
+    }
+
+    fn sizes(&self, backend: BackendKind) -> Vec<u64> {
+        if !self.block_bytes.is_empty() {
+            return self
+                .block_bytes
+                .iter()
+                .flat_map(|sizes| sizes.0.clone())
+                .collect();
+        }
+        match backend.is_on_device() {
+            true => (12..=22).map(|power| 1 << power).collect(),
+            false => vec![4 << 10, 64 << 10, 1 << 20],
+        }
+    }
+
+    fn orders(&self, backend: BackendKind) -> Vec<Order> {
+        match (self.order.is_empty(), backend.is_on_device()) {
+            (false, _) => self.order.clone(),
+            (true, true) => vec![Order::Scattered, Order::Contiguous],
+            (true, false) => vec![Order::Scattered],
+        }
+    }
+
     /// Every combination that was asked for.
     ///
     /// # Errors
     /// `Invalid` naming an option.
     pub(super) fn plans(&self) -> Result<Vec<Plan>> {
+        let backends = self.backends()?;
         let needs_peer = |kind: &&BackendKind| !kind.is_to_a_process();
-        if let (false, Some(kind)) = (self.to.is_empty(), self.backend.iter().find(needs_peer)) {
+        if let (false, Some(kind)) = (self.to.is_empty(), backends.iter().find(needs_peer)) {
             let context = format!(
                 "--to: {} reaches no other process: --backend shm, cma, tcp, ucx or verbs",
                 kind.name()
@@ -213,8 +260,13 @@ impl TransferArgs {
             return Err(Error::new(ErrorKind::Invalid, context));
         }
         let mut plans = Vec::new();
-        for &backend in &self.backend {
-            for &way in &self.operation {
+        for &backend in &backends {
+            let orders = self.orders(backend);
+            let sweep = backend
+                .ways(&self.operation)
+                .iter()
+                .flat_map(|&way| orders.iter().map(move |&order| (way, order)));
+            for (way, order) in sweep {
                 for &threads in &self.threads {
                     for &in_flight in &self.in_flight {
                         let base = Shape {
@@ -223,7 +275,7 @@ impl TransferArgs {
                             block_bytes: 0,
                             total_bytes: 0,
                             request_blocks: 0,
-                            order: self.order,
+                            order,
                             seed: self.seed,
                             threads,
                             in_flight,
@@ -248,9 +300,8 @@ impl TransferArgs {
             })?;
             let mut plan = Plan::new(shape)?;
             plan.case = format!(
-                "{}-{}-{}{}-{}",
-                base.backend.name(),
-                base.way.name(),
+                "{}-{}{}-{}",
+                base.path(),
                 layout.name,
                 self.swept(&base),
                 shape.block_bytes
@@ -259,7 +310,7 @@ impl TransferArgs {
             return Ok(plans);
         }
         for &request_blocks in &self.blocks {
-            for &block_bytes in self.block_bytes.iter().flat_map(|sizes| &sizes.0) {
+            for block_bytes in self.sizes(base.backend) {
                 let shape = Shape {
                     block_bytes,
                     total_bytes: self.total_bytes.unwrap_or(TOTAL_BYTES),
@@ -267,20 +318,19 @@ impl TransferArgs {
                     ..base
                 };
                 let mut plan = Plan::new(shape)?;
-                plan.case = format!(
-                    "{}-{}{}-{block_bytes}",
-                    base.backend.name(),
-                    base.way.name(),
-                    self.swept(&shape)
-                );
+                plan.case = format!("{}{}-{block_bytes}", base.path(), self.swept(&shape));
                 plans.push(plan);
             }
         }
         Ok(plans)
     }
 
-    /// What tells cases apart beside their backend, way and size: what has several values.
+    /// What tells cases apart beside their backend, way and size: what has several values, and how blocks lie on a GPU.
     fn swept(&self, shape: &Shape) -> String {
+        let order = match self.order.len() > 1 || shape.backend.is_on_device() {
+            true => format!("-{}", shape.order.name()),
+            false => String::new(),
+        };
         let parts = [
             ("batch", shape.request_blocks, self.blocks.len()),
             ("threads", shape.threads, self.threads.len()),
@@ -289,8 +339,7 @@ impl TransferArgs {
         let several = parts
             .iter()
             .filter(|(_, value, count)| *count > 1 && *value > 0);
-        several
-            .map(|(name, value, _)| format!("-{name}{value}"))
-            .collect()
+        let several = several.map(|(name, value, _)| format!("-{name}{value}"));
+        std::iter::once(order).chain(several).collect()
     }
 }

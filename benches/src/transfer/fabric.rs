@@ -7,18 +7,19 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 use kvfabric_transfer::{
-    Agent, Descriptor, DirectMode, HostMemory, PeerHandle, Region, RegionId, RegionOptions,
-    Request, RequestOptions, Side, TransferError,
+    Agent, Descriptor, DeviceMemory, DirectMode, HostMemory, PeerHandle, Region, RegionId,
+    RegionOptions, Request, RequestOptions, Side, TransferError,
 };
 
 use crate::report::OURS;
 
 use super::contents::{self, POISON};
+use super::devices::OnDevice;
 use super::objects::Storage;
-use super::plan::{Calls, Plan, Way};
+use super::plan::{BackendKind, Calls, Plan, Way};
 use super::process::TargetAt;
 use super::raw_tcp::in_parallel;
-use super::remote::Remote;
+use super::remote::{Contents, Remote};
 use super::subject::{Cpu, Subject};
 
 mod sides;
@@ -86,7 +87,24 @@ impl Fabric {
         storage: Storage<'_>,
     ) -> Result<Self> {
         let (agent, remote, places) = sides::open(plan, at, direct, storage)?;
-        Self::over(plan, agent, remote, places)
+        if plan.shape.backend != BackendKind::CudaWithin {
+            return Self::over(plan, agent, remote, places);
+        }
+        let memory = DeviceMemory::allocate(storage.gpu, plan.shape.total_bytes)?;
+        let source = OnDevice::new(&agent, memory)?;
+        Self::within(plan, agent, &source, remote, places)
+    }
+
+    /// Makes all requests from memory of a GPU.
+    fn within(
+        plan: &Plan,
+        agent: Agent,
+        source: &OnDevice,
+        remote: Remote,
+        places: Places,
+    ) -> Result<Self> {
+        source.write(plan, Contents::Source)?;
+        Self::with_local(plan, agent, source.memory.clone(), remote, places)
     }
 
     /// Makes all requests to memory that another process exposed, and that somebody else looks after.
@@ -105,6 +123,18 @@ impl Fabric {
         if shape.way == Way::Write {
             contents::write_source(plan, |offset, block| local.write_at(offset, block))?;
         }
+        Self::with_local(plan, agent, local, remote, places)
+    }
+
+    /// Makes all requests from or to this memory, which is filled if it is the source.
+    fn with_local(
+        plan: &Plan,
+        agent: Agent,
+        local: Region,
+        remote: Remote,
+        places: Places,
+    ) -> Result<Self> {
+        let shape = plan.shape;
         remote.prepare(plan)?;
         let mut work = Work {
             plan: plan.clone(),
@@ -322,6 +352,9 @@ impl Subject for Fabric {
         self.first_done
     }
 }
+
+#[cfg(test)]
+pub(super) use tests::over_device;
 
 #[cfg(test)]
 mod tests;

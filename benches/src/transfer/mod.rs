@@ -3,6 +3,7 @@
 mod args;
 mod contents;
 mod control;
+mod devices;
 mod fabric;
 mod goals;
 mod listen;
@@ -24,7 +25,7 @@ mod target;
 use std::path::PathBuf;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric_transfer::DirectMode;
+use kvfabric_transfer::{CudaCopies, DirectMode};
 
 use crate::recorder::Recorder;
 
@@ -52,7 +53,12 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
     let storage = Storage {
         folder: folder.path(),
         store: args.store_at(),
+        gpu: args.gpu,
     };
+    let has_device = plans.iter().any(|plan| plan.shape.backend.is_on_device());
+    if has_device {
+        recorder.state(devices::facts(args.gpu)?);
+    }
     let rivals = Rival::chosen(&args.rivals);
     recorder.expect_steps((plans.len() * targets.len()) as u64);
     for (name, at) in &targets {
@@ -75,6 +81,9 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
             measure::measure(&args.effort.effort(), &plan, subjects, recorder)?;
             recorder.step();
         }
+    }
+    if has_device && !args.no_references {
+        crate::goals::conclude(devices::goals()?, recorder);
     }
     Ok(())
 }
@@ -139,6 +148,10 @@ fn references(
         BackendKind::File => {
             let disk = |threads| references::Disk::open(plan, direct, folder, threads);
             vec![Box::new(disk(1)?), Box::new(disk(references::DEEP)?)]
+        }
+        BackendKind::Cuda | BackendKind::CudaWithin => {
+            let copies = CudaCopies::new(storage.gpu, plan.shape.total_bytes)?;
+            vec![Box::new(devices::CuMemcpy::new(plan, copies)?)]
         }
         // Of a store somewhere nobody knows what the plainest means would be.
         BackendKind::Object if storage.store.is_some() => vec![memcpy()?],

@@ -17,12 +17,13 @@ pub(super) const STORE: &str = "bench";
 /// How long one object may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where files and objects are made.
+/// Where files and objects are made, and which GPU's memory is used.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Storage<'a> {
     /// For files, and for objects unless there is a store.
     pub(super) folder: &'a Path,
     pub(super) store: Option<StoreAt<'a>>,
+    pub(super) gpu: u32,
 }
 
 impl<'a> Storage<'a> {
@@ -31,6 +32,7 @@ impl<'a> Storage<'a> {
         Self {
             folder,
             store: None,
+            gpu: 0,
         }
     }
 }

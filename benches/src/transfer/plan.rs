@@ -34,6 +34,10 @@ pub(crate) enum BackendKind {
     File,
     /// To objects in a local folder.
     Object,
+    /// Between host memory and memory of a GPU; needs the CUDA driver.
+    Cuda,
+    /// Within a GPU, whichever way is named; needs the CUDA driver.
+    CudaWithin,
 }
 
 impl BackendKind {
@@ -47,6 +51,21 @@ impl BackendKind {
             Self::Verbs => "verbs",
             Self::File => "file",
             Self::Object => "object",
+            Self::Cuda => "cuda",
+            Self::CudaWithin => "cuda-within",
+        }
+    }
+
+    /// Whether one side at least is memory of a GPU.
+    pub(super) const fn is_on_device(self) -> bool {
+        matches!(self, Self::Cuda | Self::CudaWithin)
+    }
+
+    /// Those of the ways named that differ over it.
+    pub(super) fn ways(self, named: &[Way]) -> &[Way] {
+        match self {
+            Self::CudaWithin => &[Way::Write],
+            _ => named,
         }
     }
 
@@ -84,6 +103,15 @@ impl Way {
     }
 }
 
+/// Where the other side's memory is, or both sides'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Memory {
+    /// Memory of hosts, files and objects.
+    Host,
+    /// Memory of a GPU.
+    Cuda,
+}
+
 /// Where blocks lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub(super) enum Order {
@@ -91,6 +119,15 @@ pub(super) enum Order {
     Scattered,
     /// One after the other.
     Contiguous,
+}
+
+impl Order {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Scattered => "scattered",
+            Self::Contiguous => "contiguous",
+        }
+    }
 }
 
 /// When lists are checked and requests made.
@@ -155,12 +192,17 @@ pub(super) struct Shape {
 impl Shape {
     /// As in reports: `shm-write-4096`.
     pub(super) fn name(&self) -> String {
-        format!(
-            "{}-{}-{}",
-            self.backend.name(),
-            self.way.name(),
-            self.block_bytes
-        )
+        format!("{}-{}", self.path(), self.block_bytes)
+    }
+
+    /// Which way over which backend, as in reports: `shm-write`; with a GPU `cuda-h2d`, `cuda-d2h` or `cuda-d2d`.
+    pub(super) fn path(&self) -> String {
+        match (self.backend, self.way) {
+            (BackendKind::Cuda, Way::Write) => "cuda-h2d".to_owned(),
+            (BackendKind::Cuda, Way::Read) => "cuda-d2h".to_owned(),
+            (BackendKind::CudaWithin, _) => "cuda-d2d".to_owned(),
+            (backend, way) => format!("{}-{}", backend.name(), way.name()),
+        }
     }
 
     /// Blocks of one iteration.

@@ -9,6 +9,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::Region;
 
 use super::contents::{self, POISON};
+use super::devices::OnDevice;
 use super::objects::Objects;
 use super::plan::{Plan, Way};
 use super::process::Target;
@@ -25,6 +26,8 @@ pub(super) enum Remote {
     Files(Files),
     /// Objects of a store.
     Objects(Objects),
+    /// Memory of a GPU.
+    Device(OnDevice),
 }
 
 /// Files that hold the blocks one after the other.
@@ -103,6 +106,7 @@ impl Remote {
             Self::Process(_) | Self::Elsewhere => Ok(()),
             Self::Files(files) => files.write(plan, Contents::Source),
             Self::Objects(objects) => objects.write(plan, Contents::Source),
+            Self::Device(device) => device.write(plan, Contents::Source),
         }
     }
 
@@ -114,6 +118,7 @@ impl Remote {
             Self::Elsewhere => Err(not_here()),
             Self::Files(files) => files.write(plan, Contents::Poison),
             Self::Objects(objects) => objects.write(plan, Contents::Poison),
+            Self::Device(device) => device.write(plan, Contents::Poison),
         }
     }
 
@@ -127,6 +132,7 @@ impl Remote {
             Self::Elsewhere => Err(not_here()),
             Self::Files(files) => files.verify(plan),
             Self::Objects(objects) => objects.verify(plan),
+            Self::Device(device) => device.verify(plan),
         }
     }
 
@@ -134,7 +140,11 @@ impl Remote {
     pub(super) fn cpu(&mut self) -> Result<Option<Duration>> {
         match self {
             Self::Process(process) => process.cpu().map(Some),
-            Self::Own(_) | Self::Files(_) | Self::Objects(_) | Self::Elsewhere => Ok(None),
+            Self::Own(_)
+            | Self::Files(_)
+            | Self::Objects(_)
+            | Self::Device(_)
+            | Self::Elsewhere => Ok(None),
         }
     }
 }

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
-use kvfabric_transfer::{Agent, HostMemory, Region, RegionOptions, UcxOptions, VerbsOptions};
+use kvfabric_transfer::{
+    Agent, CudaOptions, HostMemory, Region, RegionOptions, UcxOptions, VerbsOptions,
+};
 
 use crate::clock::process_cpu;
 
@@ -278,6 +280,7 @@ pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result
         .tcp((backend == BackendKind::Tcp).then_some(SocketAddr::new(address, 0)))
         .ucx((backend == BackendKind::Ucx).then(UcxOptions::default))
         .verbs((backend == BackendKind::Verbs).then(VerbsOptions::default))
+        .cuda(backend.is_on_device().then(CudaOptions::default))
         .build()
 }
 

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{
-    Agent, DirectMode, FileOptions, HostMemory, PeerHandle, RegionId, RegionOptions,
+    Agent, DeviceMemory, DirectMode, FileOptions, HostMemory, PeerHandle, RegionId, RegionOptions,
 };
 
 use super::super::contents::POISON;
+use super::super::devices::OnDevice;
 use super::super::objects::{Objects, STORE, Storage, StoreAt, run_name};
 use super::super::plan::{BackendKind, Plan, Shape};
 use super::super::process::{Target, TargetAt};
@@ -41,6 +42,12 @@ pub(super) fn open(
         BackendKind::File => {
             let agent = own()?;
             let other = file_remote(plan, &agent, direct, folder)?;
+            (agent, other)
+        }
+        BackendKind::Cuda | BackendKind::CudaWithin => {
+            let agent = own()?;
+            let memory = DeviceMemory::allocate(storage.gpu, plan.shape.total_bytes)?;
+            let other = device_remote(&agent, memory)?;
             (agent, other)
         }
         BackendKind::Object => {
@@ -96,6 +103,12 @@ fn peer_remote(plan: &Plan, at: &TargetAt) -> Result<(Agent, (Remote, Places))> 
     check_path(&agent, &peer, plan.shape.backend)?;
     let places = Places::Peer(peer, RegionId(region));
     Ok((agent, (Remote::Process(target), places)))
+}
+
+pub(super) fn device_remote(agent: &Agent, memory: DeviceMemory) -> Result<(Remote, Places)> {
+    let device = OnDevice::new(agent, memory)?;
+    let places = Places::Own(device.memory.clone());
+    Ok((Remote::Device(device), places))
 }
 
 fn file_remote(

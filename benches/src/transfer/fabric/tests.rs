@@ -4,8 +4,9 @@ use std::path::Path;
 
 use kvcache_core::ErrorKind;
 
-use super::super::plan::{BackendKind, Shape, shape};
+use super::super::plan::{Shape, shape};
 use super::*;
+use kvfabric_transfer::{CudaOptions, CudaStandIn};
 
 fn fabric(backend: BackendKind, way: Way, folder: &Path) -> Fabric {
     open(shape(backend, way), folder)
@@ -20,6 +21,19 @@ fn open(shape: Shape, folder: &Path) -> Fabric {
         Storage::folder(folder),
     )
     .unwrap()
+}
+
+/// Over a stand-in of the CUDA driver, which has no device.
+pub(in super::super) fn over_device(plan: &Plan, driver: &CudaStandIn) -> Fabric {
+    let agent = Agent::builder("one").build().unwrap();
+    driver.serve(&agent, CudaOptions::default()).unwrap();
+    let memory = || driver.allocate(0, plan.shape.total_bytes).unwrap();
+    let (remote, places) = sides::device_remote(&agent, memory()).unwrap();
+    if plan.shape.backend == BackendKind::Cuda {
+        return Fabric::over(plan, agent, remote, places).unwrap();
+    }
+    let source = OnDevice::new(&agent, memory()).unwrap();
+    Fabric::within(plan, agent, &source, remote, places).unwrap()
 }
 
 /// Every backend of one process in both directions: not verified before, verified after.
@@ -57,7 +71,7 @@ fn a_corrupted_target_is_found() {
             Remote::Files(files) => {
                 crate::transfer::remote::write_file(&files.paths[0], 5000, b"wrong").unwrap();
             }
-            Remote::Process(_) | Remote::Objects(_) | Remote::Elsewhere => {
+            Remote::Process(_) | Remote::Objects(_) | Remote::Device(_) | Remote::Elsewhere => {
                 panic!("{backend:?} needs neither another process nor a store")
             }
         }
