@@ -14,6 +14,7 @@ mod cache;
 mod checksum;
 pub mod config;
 pub mod disk;
+mod hbm;
 mod mover;
 mod numbers;
 pub mod object;
@@ -27,5 +28,6 @@ pub use cache::{
     StoreBlock, StoreReport,
 };
 pub use config::{CacheConfig, DiskConfig, NameReader, ObjectConfig, PeerLimits};
+pub use hbm::{HBM_BUFFERS_DEFAULT, HBM_BUFFERS_MAX, HbmFetch, HbmTier, PromoteReport};
 pub use pages::{BlockMemory, Pages, SEGMENTS_MAX, Segment};
 pub use peer::{PeerServer, PeerService};

@@ -189,6 +189,24 @@ impl Cache {
         *self.inner.position.borrow()
     }
 
+    /// Bytes of every block.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.inner.mover.expected.block_bytes
+    }
+
+    /// The agent that moves its bytes.
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.inner.mover.agent
+    }
+
+    /// Whether every block's memory can be one's.
+    pub(crate) fn check_memory<'a>(
+        &self,
+        memory: impl Iterator<Item = &'a BlockMemory>,
+    ) -> Result<()> {
+        self.inner.check_memory(memory)
+    }
+
     /// Where the peer service listens, if there is one.
     #[must_use]
     pub fn peer_address(&self) -> Option<SocketAddr> {

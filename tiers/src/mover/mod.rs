@@ -26,8 +26,7 @@ use crate::pages::{self, BlockMemory};
 use crate::peer::Peers;
 use crate::record::Expected;
 use crate::scratch::Scratch;
-use transport::Part;
-pub(crate) use transport::Unsettled;
+pub(crate) use transport::{Part, Unsettled, transfer_each};
 
 /// How one move of a command ended.
 type Moved = Result<Checksum, MoveFailure>;

@@ -12,7 +12,7 @@ use kvfabric_transfer::{
 use crate::scratch::Buffers;
 
 /// Pairs of local and remote ranges that one block needs.
-pub(super) type Part = Vec<(Descriptor, Descriptor)>;
+pub(crate) type Part = Vec<(Descriptor, Descriptor)>;
 
 /// A request that failed. `in_flight` tells when its memory is free, if it is not yet.
 pub(super) struct Failed {
@@ -52,7 +52,7 @@ impl Unsettled {
     }
 
     /// Keeps `buffers` until the transfers have ended; gives them back now if there are none.
-    pub(super) fn hold(&mut self, buffers: Buffers) {
+    pub(crate) fn hold(&mut self, buffers: Buffers) {
         if !self.is_empty() {
             self.buffers.push(buffers);
         }
@@ -131,7 +131,7 @@ pub(super) async fn transfer(
 
 /// Moves many blocks' parts as one request; if that fails because of one of them, each by itself, so
 /// that a damaged block costs only itself.
-pub(super) async fn transfer_each(
+pub(crate) async fn transfer_each(
     agent: &Agent,
     operation: Operation,
     parts: Vec<Part>,

@@ -18,6 +18,7 @@ mod broken;
 mod ending;
 mod fabric;
 mod faults;
+mod hbm;
 mod keeping;
 mod locating;
 mod lying_peer;
