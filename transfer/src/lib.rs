@@ -49,7 +49,7 @@ pub use request::{
     Completed, DEADLINE_DEFAULT, Drained, NOTIFICATION_BYTES_MAX, PartCompleted, Priority, Request,
     RequestOptions,
 };
-pub use stats::{AgentStats, BackendStats};
+pub use stats::{AgentStats, BackendStats, PortStats};
 #[cfg(feature = "test-util")]
 pub use sys::cuda::CudaStandIn;
 pub use sys::cuda::{CudaCopies, CudaDevice, CudaReport, CudaSide, DeviceMemory, cuda_probe};

@@ -99,6 +99,25 @@ pub struct AgentStats {
     pub notifications_refused: u64,
     /// How often a request, or a piece of one, was tried again another way after it had failed. Each is in the log too.
     pub failovers: u64,
+    /// The ports of network cards that are used by name, those of `verbs`, in the order of their nearness.
+    pub ports: Vec<PortStats>,
+}
+
+/// What a port of a network card has done since the agent was made: what this agent asked for, not what peers did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortStats {
+    /// The device's name and the port's number, such as `mlx5_0:1`.
+    pub name: String,
+    /// Whether the device says so.
+    pub is_up: bool,
+    /// Bytes read by it, as far as they have arrived.
+    pub bytes_read: u64,
+    /// Bytes written by it, likewise.
+    pub bytes_written: u64,
+    /// How often a rail to some peer was lost while others of the same path went on.
+    pub rails_lost: u64,
+    /// Pieces of requests that were done again by another port.
+    pub pieces_repeated: u64,
 }
 
 /// The counters of all backends of an agent.

@@ -523,16 +523,17 @@ typedef struct kvf_verbs_options {
      */
     size_t size;
     /*
-     The device, "mlx5_0", or device and port, "mlx5_0:2"; NULL: the first port that is up.
+     The ports that may be used, with commas between them, each a device, "mlx5_0", or device and port, "mlx5_0:2"; NULL: of
+     those that are up all that are as near as the nearest one.
      */
     const char *device;
     /*
-     Where peers ask for connections, by TCP, "IP:PORT"; NULL: the IP address of the GID and any free port. On InfiniBand,
+     Where peers ask for connections, by TCP, "IP:PORT"; NULL: the IP addresses of the GIDs and any free port. On InfiniBand,
      whose GIDs are no addresses, it must be said.
      */
     const char *listen;
     /*
-     1: `gid_index` is the entry of the port's GID table; 0: RoCE v2 with an IPv4 address first, then RoCE v2, then any.
+     1: `gid_index` is the entry of each port's GID table; 0: RoCE v2 with an IPv4 address first, then RoCE v2, then any.
      */
     uint32_t has_gid_index;
     /*
@@ -565,6 +566,15 @@ typedef struct kvf_verbs_options {
      at once.
      */
     uint32_t polling_us;
+    /*
+     What ports should be near to: the PCI address of a device, "0000:3b:00.0" for a GPU; NULL: the memory node whose
+     processors alone this process may use, if it is bound to one.
+     */
+    const char *near;
+    /*
+     How many ports are used at most, the nearest first, at most 8; 0: 4. Large requests go over all of them.
+     */
+    uint32_t rails;
 } kvf_verbs_options;
 
 /*

@@ -45,12 +45,13 @@ unsafe impl SizePrefixed for kvf_tls_options {
 pub struct kvf_verbs_options {
     /// sizeof(struct kvf_verbs_options).
     pub size: usize,
-    /// The device, "mlx5_0", or device and port, "mlx5_0:2"; NULL: the first port that is up.
+    /// The ports that may be used, with commas between them, each a device, "mlx5_0", or device and port, "mlx5_0:2"; NULL: of
+    /// those that are up all that are as near as the nearest one.
     pub device: *const c_char,
-    /// Where peers ask for connections, by TCP, "IP:PORT"; NULL: the IP address of the GID and any free port. On InfiniBand,
+    /// Where peers ask for connections, by TCP, "IP:PORT"; NULL: the IP addresses of the GIDs and any free port. On InfiniBand,
     /// whose GIDs are no addresses, it must be said.
     pub listen: *const c_char,
-    /// 1: `gid_index` is the entry of the port's GID table; 0: RoCE v2 with an IPv4 address first, then RoCE v2, then any.
+    /// 1: `gid_index` is the entry of each port's GID table; 0: RoCE v2 with an IPv4 address first, then RoCE v2, then any.
     pub has_gid_index: u32,
     /// At most 255.
     pub gid_index: u32,
@@ -68,6 +69,11 @@ pub struct kvf_verbs_options {
     /// How long the agent's thread looks for completions before it sleeps, while work is under way; 0: 20; KVF_OFF: it sleeps
     /// at once.
     pub polling_us: u32,
+    /// What ports should be near to: the PCI address of a device, "0000:3b:00.0" for a GPU; NULL: the memory node whose
+    /// processors alone this process may use, if it is bound to one.
+    pub near: *const c_char,
+    /// How many ports are used at most, the nearest first, at most 8; 0: 4. Large requests go over all of them.
+    pub rails: u32,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -288,12 +294,20 @@ unsafe fn parse_verbs(options: &kvf_verbs_options) -> Result<VerbsOptions> {
     let place = "kvf_verbs_options.listen";
     // SAFETY: null or a string, by this function's contract.
     let listen = unsafe { optional_address(options.listen, place) }?;
+    let place = "kvf_verbs_options.near";
+    // SAFETY: null or a string, by this function's contract.
+    let near = unsafe { optional_text(options.near, place) }?;
     let default = VerbsOptions::default();
     let place = "kvf_verbs_options.gid_index";
     let gid_index = parse_byte(options.gid_index, place)?;
     let has_gid_index = parse_flag(options.has_gid_index, "kvf_verbs_options.has_gid_index")?;
     Ok(VerbsOptions {
         device: device.map(str::to_owned),
+        rails: match options.rails {
+            0 => default.rails,
+            count => parse_byte(count, "kvf_verbs_options.rails")?,
+        },
+        near: near.map(str::to_owned),
         gid_index: has_gid_index.then_some(gid_index),
         listen,
         mtu: (options.mtu > 0).then_some(options.mtu),

@@ -178,6 +178,12 @@ static void rdma_is_told_how(void)
     refused(&options, KVF_INVALID, "verbs retries");
     verbs.retries = KVF_OFF;
     verbs.polling_us = KVF_OFF;
+    verbs.rails = 9;
+    refused(&options, KVF_INVALID, "verbs rails");
+    verbs.rails = 8;
+    verbs.near = "../etc";
+    refused(&options, KVF_INVALID, "verbs near");
+    verbs.near = NULL;
     verbs.timeout = 32;
     refused(&options, KVF_INVALID, "verbs timeout");
     verbs.timeout = 1;

@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use kvcache_core::{Error, Result};
 use kvfabric_tiers::Cache;
-use kvfabric_transfer::{Agent, BackendStats};
+use kvfabric_transfer::{Agent, BackendStats, PortStats};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -111,11 +111,48 @@ fn render(tiers: &[(&'static str, u64)], agent: &Agent) -> Result<String> {
         }
         registry.register(name, help, family);
     }
+    register_ports(&mut registry, &stats.ports);
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|e| {
         Error::new(kvcache_core::ErrorKind::Internal, "encode metrics").with_source(e)
     })?;
     Ok(text)
+}
+
+/// Of network cards that are used by name; nothing where there are none.
+fn register_ports(registry: &mut Registry, ports: &[PortStats]) {
+    type Read = fn(&PortStats) -> u64;
+    let families: [(&str, &str, Read); 5] = [
+        ("transfer_port_up", "Whether the port is up", |s| {
+            u64::from(s.is_up)
+        }),
+        ("transfer_port_read_bytes", "Bytes read, by port", |s| {
+            s.bytes_read
+        }),
+        (
+            "transfer_port_written_bytes",
+            "Bytes written, by port",
+            |s| s.bytes_written,
+        ),
+        (
+            "transfer_port_rails_lost",
+            "Rails lost while others went on, by port",
+            |s| s.rails_lost,
+        ),
+        (
+            "transfer_port_pieces_repeated",
+            "Pieces done again by another port",
+            |s| s.pieces_repeated,
+        ),
+    ];
+    for (name, help, read) in families {
+        let family = Family::<[(&'static str, String); 1], Gauge<i64>>::default();
+        for port in ports {
+            let gauge = family.get_or_create(&[("port", port.name.clone())]);
+            gauge.set(level(read(port)));
+        }
+        registry.register(name, help, family);
+    }
 }
 
 fn level(value: u64) -> i64 {

@@ -10,7 +10,9 @@ use kvfabric_transfer::backend::object::{ObjectChecksum, ObjectOptions};
 use kvfabric_transfer::{Agent, Priority, TlsOptions, UcxOptions, VerbsOptions};
 
 use crate::blocks::Describer;
-use crate::config::{EngineSection, NodeConfig, OBJECT_STORE, ObjectChecksumSetting};
+use crate::config::{
+    EngineSection, FabricSection, NodeConfig, OBJECT_STORE, ObjectChecksumSetting,
+};
 use crate::names::Names;
 
 /// Reads the names that others ask this node's peer service about.
@@ -55,13 +57,7 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
         builder = builder.ucx(Some(UcxOptions { settings }));
     }
     if config.fabric.verbs {
-        builder = builder.verbs(Some(VerbsOptions {
-            device: config.fabric.verbs_device.clone(),
-            gid_index: config.fabric.verbs_gid_index,
-            listen: config.fabric.verbs_listen,
-            traffic_class: config.fabric.verbs_traffic_class,
-            ..VerbsOptions::default()
-        }));
+        builder = builder.verbs(Some(verbs_options(&config.fabric)));
     }
     if let Some(object) = &config.object {
         let mut options = ObjectOptions {
@@ -97,4 +93,20 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
             .map_err(|error| error.at(key))?;
     }
     Ok(agent)
+}
+
+fn verbs_options(fabric: &FabricSection) -> VerbsOptions {
+    VerbsOptions {
+        device: fabric.verbs_device.clone(),
+        rails: fabric.verbs_rails,
+        near: fabric.verbs_near.clone(),
+        gid_index: fabric.verbs_gid_index,
+        listen: fabric.verbs_listen,
+        mtu: fabric.verbs_mtu,
+        traffic_class: fabric.verbs_traffic_class,
+        service_level: fabric.verbs_service_level,
+        timeout: fabric.verbs_timeout,
+        retries: fabric.verbs_retries,
+        polling: Duration::from_micros(fabric.verbs_polling_us),
+    }
 }

@@ -32,6 +32,8 @@ pub(crate) struct Verbs {
     timeout: u8,
     retries: u8,
     polling: f64,
+    rails: u8,
+    near: Option<String>,
 }
 
 /// What the caller has said of an agent.
@@ -126,6 +128,8 @@ impl Verbs {
             service_level: self.service_level,
             timeout: self.timeout,
             retries: self.retries,
+            rails: self.rails,
+            near: self.near,
         })
     }
 }

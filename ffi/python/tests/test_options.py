@@ -115,6 +115,8 @@ def test_a_peer_that_does_not_answer_is_waited_for_as_long_as_said():
         ({"retries": 8}, "verbs retries"),
         ({"timeout": 0}, "verbs timeout"),
         ({"service_level": 16}, "verbs service level"),
+        ({"rails": 0}, "verbs rails"),
+        ({"near": "pigeon"}, "verbs near"),
         ({"listen": "pigeon"}, "verbs.listen"),
     ],
 )

@@ -404,6 +404,13 @@ impl Agent {
             notifications_held_back: self.0.exports.inbox().held_back(),
             notifications_refused: self.0.exports.inbox().refused(),
             failovers: self.0.stats.failovers(),
+            ports: self
+                .0
+                .exports
+                .fabrics()
+                .iter()
+                .flat_map(|fabric| fabric.ports())
+                .collect(),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::agent::{ConnectionReport, PeerCard, RemoteRegion};
 use crate::look::Look;
 use crate::plan::Plan;
 use crate::region::MemoryKind;
+use crate::stats::PortStats;
 
 pub(crate) mod cma;
 pub mod conformance;
@@ -171,6 +172,11 @@ pub(crate) trait Fabric: Send + Sync {
     /// The network address that it listens on, if any.
     fn listening(&self) -> Option<SocketAddr> {
         None
+    }
+
+    /// The ports of network cards that it uses by name.
+    fn ports(&self) -> Vec<PortStats> {
+        Vec::new()
     }
 
     /// Connects, within `timeout`. The error is the reason that path reports give.

@@ -9,7 +9,7 @@ use kvcache_core::shape::Tensor;
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_indexer::client::{SourceKind, SourceSpec};
 use kvfabric_indexer::wire::parse_source_kind;
-use kvfabric_transfer::{CONNECT_WITHIN_DEFAULT, LOOK_DEFAULT};
+use kvfabric_transfer::{CONNECT_WITHIN_DEFAULT, LOOK_DEFAULT, VerbsOptions};
 use serde::{Deserialize, Serialize};
 
 use super::listen;
@@ -189,18 +189,34 @@ pub struct FabricSection {
     pub ucx_settings: BTreeMap<String, String>,
     /// RDMA by libibverbs, which must be in the system then, with a device. Only where the network is trusted.
     pub verbs: bool,
-    /// The device, or device and port (`mlx5_0:1`); the first port that is up otherwise.
+    /// The ports that may be used, with commas between them, each a device, or device and port (`mlx5_0:1`); of those that are
+    /// up all that are as near as the nearest one otherwise.
     pub verbs_device: Option<String>,
-    /// The entry of the port's GID table; RoCE v2 with an IPv4 address first otherwise.
+    /// How many ports are used at most, the nearest first.
+    pub verbs_rails: u8,
+    /// The PCI address of what ports should be near to, such as a GPU; the memory node that the process is bound to otherwise.
+    pub verbs_near: Option<String>,
+    /// The entry of each port's GID table; RoCE v2 with an IPv4 address first otherwise.
     pub verbs_gid_index: Option<u8>,
-    /// Where peers ask for connections; the GID's own IP address otherwise.
+    /// Where peers ask for connections; the GIDs' own IP addresses otherwise.
     pub verbs_listen: Option<SocketAddr>,
+    /// The most bytes of content in a packet; what both ports do otherwise.
+    pub verbs_mtu: Option<u32>,
     /// The traffic class of packets.
     pub verbs_traffic_class: u8,
+    /// The service level of packets.
+    pub verbs_service_level: u8,
+    /// A packet that is not acknowledged is sent again after 4.096 µs × 2^this.
+    pub verbs_timeout: u8,
+    /// How often it is sent again before the peer is given up.
+    pub verbs_retries: u8,
+    /// How long the thread looks for completions before it sleeps, in microseconds.
+    pub verbs_polling_us: u64,
 }
 
 impl Default for FabricSection {
     fn default() -> Self {
+        let verbs = VerbsOptions::default();
         Self {
             shm: true,
             cma: None,
@@ -218,9 +234,16 @@ impl Default for FabricSection {
             ucx_settings: BTreeMap::new(),
             verbs: false,
             verbs_device: None,
+            verbs_rails: verbs.rails,
+            verbs_near: None,
             verbs_gid_index: None,
             verbs_listen: None,
-            verbs_traffic_class: 0,
+            verbs_mtu: None,
+            verbs_traffic_class: verbs.traffic_class,
+            verbs_service_level: verbs.service_level,
+            verbs_timeout: verbs.timeout,
+            verbs_retries: verbs.retries,
+            verbs_polling_us: verbs.polling.as_micros() as u64,
         }
     }
 }

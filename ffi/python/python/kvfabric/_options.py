@@ -67,11 +67,12 @@ class Verbs(NamedTuple):
     """How RDMA is used. The defaults are right for most networks."""
 
     device: Optional[str] = None
-    """The device, "mlx5_0", or device and port, "mlx5_0:2"; the first port that is up otherwise."""
+    """The ports that may be used, with commas between them: each a device, "mlx5_0", or device and port, "mlx5_0:2"; of those
+    that are up all that are as near as the nearest one otherwise."""
     gid_index: Optional[int] = None
-    """The entry of the port's GID table; RoCE v2 with an IPv4 address first otherwise."""
+    """The entry of each port's GID table; RoCE v2 with an IPv4 address first otherwise."""
     listen: Optional[str] = None
-    """The "ip:port" where peers ask for connections; the GID's own address and any port otherwise."""
+    """The "ip:port" where peers ask for connections; the GIDs' own addresses and any port otherwise."""
     mtu: Optional[int] = None
     """The most bytes of content in a packet; what both ports do otherwise."""
     traffic_class: int = 0
@@ -84,3 +85,8 @@ class Verbs(NamedTuple):
     """How often it is sent again before the peer is given up, at most 7."""
     polling: float = 20e-6
     """How many seconds the agent's thread looks for completions before it sleeps."""
+    rails: int = 4
+    """How many ports are used at most, the nearest first, at most 8. Large requests go over all of them."""
+    near: Optional[str] = None
+    """What ports should be near to: the PCI address of a device, "0000:3b:00.0" for a GPU. The memory node whose processors
+    alone this process may use, if it is bound to one, otherwise."""

@@ -10,8 +10,12 @@ use crate::backend::giving_way::GivingWay;
 use crate::plan::Extent;
 use crate::request::Priority;
 
-/// Operations of a job that may be open when they are large: more would only make giving up slower.
+/// Operations of a job that may be open on each rail when they are large: more would only make giving up slower.
 const LARGE_WINDOW: usize = 16;
+
+/// Bytes above which a request goes over all rails, and of the pieces in which it does. Such a piece takes 5 µs at 400 Gbit/s,
+/// many times what posting it costs; and at the end the rails wait for each other no longer than for one piece.
+pub(super) const STRIPE_BYTES: u64 = 256 << 10;
 
 /// Bytes from which operations are large.
 const LARGE_BYTES: u64 = 64 << 10;
@@ -41,6 +45,10 @@ pub(super) struct Active {
     pub(super) forced_at: Option<Instant>,
     /// It gives way, and waits until fewer operations of such jobs are open.
     pub(super) is_waiting: bool,
+    /// Pieces that a rail did not finish.
+    pub(super) again: Vec<Extent>,
+    /// Rails, as bits, that something was written by.
+    pub(super) rails: u32,
     extent: usize,
     skip: u64,
 }
@@ -58,6 +66,8 @@ impl Active {
             holds: false,
             forced_at: None,
             is_waiting: false,
+            again: Vec::new(),
+            rails: 0,
             extent: 0,
             skip: 0,
         }
@@ -65,6 +75,9 @@ impl Active {
 
     /// The next piece of at most so many bytes, if any is left.
     pub(super) fn cut(&mut self, most: u64) -> Option<Extent> {
+        if let Some(piece) = self.again.pop() {
+            return Some(piece);
+        }
         let extent = *self.job.plan().extents.get(self.extent)?;
         let len = (extent.len - self.skip).min(most);
         let piece = Extent {
@@ -88,6 +101,9 @@ impl Active {
 
     /// Bytes of the extent that are not cut yet; none if nothing is left.
     pub(super) fn left(&self) -> u64 {
+        if let Some(piece) = self.again.last() {
+            return piece.len;
+        }
         let extent = self.job.plan().extents.get(self.extent);
         extent.map_or(0, |extent| extent.len - self.skip)
     }
@@ -104,14 +120,19 @@ impl Active {
     }
 
     pub(super) fn is_cut(&self) -> bool {
-        self.extent == self.job.plan().extents.len()
+        self.again.is_empty() && self.extent == self.job.plan().extents.len()
     }
 
-    /// Whether another operation may be begun.
-    pub(super) fn may_begin(&self) -> bool {
-        let Some(extent) = self.job.plan().extents.get(self.extent) else {
+    /// Whether it is so large that all rails carry it.
+    pub(super) fn is_striped(&self) -> bool {
+        self.job.whole().bytes > STRIPE_BYTES
+    }
+
+    /// Whether another operation may be begun, with so many rails in use.
+    pub(super) fn may_begin(&self, rails: usize) -> bool {
+        if self.is_cut() {
             return false;
-        };
-        self.open < LARGE_WINDOW || extent.len - self.skip < LARGE_BYTES
+        }
+        self.open < LARGE_WINDOW * rails.max(1) || self.left() < LARGE_BYTES
     }
 }

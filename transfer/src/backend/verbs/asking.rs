@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::Phase;
+use super::greeting;
 use super::moving::not_fitting;
 use super::state::{Line, State};
 use super::using::{Asked, Held};
@@ -165,15 +166,14 @@ impl State {
                 "a region is not as long as the peer's metadata says",
             ))
         } else {
-            <[u8; 4]>::try_from(&*key)
-                .map(u32::from_le_bytes)
-                .map_err(|_| not_fitting("a key of verbs has four bytes"))
+            let rails = self.tie(line).map_or(0, |tie| tie.rails.len());
+            greeting::decode_keys(&key, rails)
         };
         match (learnt, self.using.get_mut(&line)) {
-            (Ok(key), Some(using)) => {
+            (Ok(keys), Some(using)) => {
                 let held = Held {
                     address,
-                    key,
+                    keys,
                     users: 0,
                     is_revoked: false,
                 };

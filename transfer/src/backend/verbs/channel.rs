@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use kvcache_core::Result;
+use kvcache_core::{Error, Result};
 
 use super::NAME;
 use super::driver::Driver;
 use super::state::Line;
 use super::using::Shared;
-use crate::agent::RemoteRegion;
+use crate::agent::{ConnectionReport, RemoteRegion};
 use crate::backend::unix::Call;
 use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
 use crate::descriptor::Target;
@@ -22,7 +22,6 @@ pub(super) struct VerbsChannel {
     driver: Arc<Driver>,
     line: Line,
     shared: Arc<Shared>,
-    detail: String,
     capabilities: Capabilities,
     /// How long the peer may take to hand out a region.
     patience: Duration,
@@ -33,14 +32,12 @@ impl VerbsChannel {
         driver: &Arc<Driver>,
         line: Line,
         shared: Arc<Shared>,
-        detail: String,
         patience: Duration,
     ) -> Self {
         Self {
             driver: driver.clone(),
             line,
             shared,
-            detail,
             capabilities: Capabilities {
                 local: Capabilities::HOST,
                 remote: &[MemoryKind::Host],
@@ -49,6 +46,11 @@ impl VerbsChannel {
             },
             patience,
         }
+    }
+
+    /// Nothing has come by any rail in time: what each was.
+    pub(super) fn unproved(&self, error: Error) -> Error {
+        error.at(self.shared.describe())
     }
 
     fn end(&self, reason: &str) {
@@ -66,7 +68,7 @@ impl Backend for VerbsChannel {
     }
 
     /// A job is settled when the device has nothing of it left; a write of a path that was lost, when the peer has said that
-    /// its queue pair is gone, or was not heard of in time: then it may still be on its way.
+    /// its queue pairs are gone, or was not heard of in time: then it may still be on its way.
     fn fences(&self, operation: Operation) -> bool {
         operation == Operation::Read || !self.shared.unfenced.load(Ordering::Acquire)
     }
@@ -76,7 +78,7 @@ impl Backend for VerbsChannel {
             let mut calls = Vec::new();
             for target in &*plan.local {
                 if let Target::Local(region) = target {
-                    state.register(region)?;
+                    state.register(self.line, region)?;
                 }
             }
             for target in &*plan.remote {
@@ -134,7 +136,11 @@ impl Channel for VerbsChannel {
     }
 
     fn detail(&self) -> String {
-        self.detail.clone()
+        self.shared.describe()
+    }
+
+    fn connections(&self) -> Vec<ConnectionReport> {
+        self.shared.report()
     }
 
     fn close(&self) {

@@ -12,8 +12,9 @@ use kvcache_core::{Error, Result};
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
-use super::card::Card;
-use super::state::{COMPLETIONS, LISTENER, Line, NOTICES, State, WAKE};
+use super::aside::Aside;
+use super::card::Cards;
+use super::state::{COMPLETIONS, LINES, LISTENERS, Line, NOTICES, State, WAKE};
 use crate::agent::Exports;
 use crate::backend::Job;
 
@@ -41,11 +42,18 @@ pub(super) struct Driver {
     posted: Mutex<VecDeque<(Line, Job)>>,
     /// Readable when the thread has something to do that no device and no peer tells of.
     wake: Arc<OwnedFd>,
+    cards: Arc<Cards>,
+    aside: Arc<Aside>,
     epoll: Arc<OwnedFd>,
     polling: Duration,
     given_up: AtomicBool,
     closing: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+fn wake_by(wake: &OwnedFd) {
+    // It is full when it was written often enough.
+    let _ = rustix::io::write(wake, &1_u64.to_ne_bytes());
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -54,31 +62,42 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Driver {
     pub(super) fn start(
-        card: Card,
+        cards: Cards,
         exports: Arc<Exports>,
-        listener: TcpListener,
+        listeners: Vec<TcpListener>,
     ) -> Result<Arc<Self>> {
         let failed = |e: rustix::io::Errno| Error::io("watch an RDMA device", e.into());
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
-        let wake = Arc::new(wake);
+        let (wake, cards) = (Arc::new(wake), Arc::new(cards));
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?);
-        let watched = [
-            (WAKE, wake.as_fd()),
-            (COMPLETIONS, card.channel.as_fd()),
-            (NOTICES, card.context.notice_fd()),
-            (LISTENER, listener.as_fd()),
-        ];
+        let mut watched = vec![(WAKE, wake.as_fd())];
+        for (number, device) in (0..).zip(&cards.devices) {
+            watched.push((COMPLETIONS + number, device.channel.as_fd()));
+            watched.push((NOTICES + number, device.context.notice_fd()));
+        }
+        let listening = (LISTENERS..).zip(&listeners);
+        watched.extend(listening.map(|(number, listener)| (number, listener.as_fd())));
         for (number, fd) in watched {
             let data = epoll::EventData::new_u64(number);
             epoll::add(&epoll, fd, data, epoll::EventFlags::IN).map_err(failed)?;
         }
-        let polling = card.options().polling;
-        let state = State::new(card, exports, listener, epoll.clone());
+        let polling = cards.options.polling;
+        let woken = wake.clone();
+        let aside = Arc::new(Aside::new(move || wake_by(&woken)));
+        let state = State::new(
+            cards.clone(),
+            aside.clone(),
+            exports,
+            listeners,
+            epoll.clone(),
+        );
         state.late.wake_by(&wake);
         let driver = Arc::new(Self {
             state: Mutex::new(state),
             posted: Mutex::default(),
             wake,
+            cards,
+            aside,
             epoll,
             polling,
             given_up: AtomicBool::new(false),
@@ -113,8 +132,12 @@ impl Driver {
     }
 
     fn wake(&self) {
-        // It is full when it was written often enough.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        wake_by(&self.wake);
+    }
+
+    /// The ports of the agent.
+    pub(super) fn cards(&self) -> &Cards {
+        &self.cards
     }
 
     /// Takes a job in: it waits for its turn however many do.
@@ -149,6 +172,9 @@ impl Driver {
     }
 
     fn turn(&self, state: &mut State) -> bool {
+        for then in self.aside.take() {
+            then(state);
+        }
         self.take_posted(state);
         if self.given_up.swap(false, Ordering::AcqRel) {
             state.sweep();
@@ -193,7 +219,7 @@ impl Driver {
             }
             let polls = !busy && state.is_working() && now < busy_at + self.polling;
             let sleeps = !busy && !polls && self.may_sleep(&mut state);
-            let (is_timed, is_over) = (state.is_timed, state.is_over());
+            let (is_timed, is_over, due) = (state.is_timed, state.is_over(), state.due);
             Self::settle(state);
             if let Some(until) = parting
                 && (is_over || now >= until)
@@ -202,7 +228,8 @@ impl Driver {
             }
             if sleeps {
                 let is_timed = is_timed || parting.is_some();
-                self.sleep(&mut events, is_timed.then_some(LOOK));
+                let due = due.map(|due| due.saturating_duration_since(now));
+                self.sleep(&mut events, is_timed.then_some(LOOK).or(due));
                 busy_at = Instant::now();
             } else if polls {
                 std::thread::yield_now();
@@ -217,7 +244,7 @@ impl Driver {
 
     fn sleep(&self, events: &mut Vec<epoll::Event>, limit: Option<Duration>) {
         let limit = limit.map(|limit| Timespec {
-            tv_sec: 0,
+            tv_sec: limit.as_secs().cast_signed(),
             tv_nsec: limit.subsec_nanos().into(),
         });
         // A signal only makes it look once more than it had to.
@@ -229,9 +256,9 @@ impl Driver {
     fn happened(&self, state: &mut State, event: epoll::Event) {
         match event.data.u64() {
             WAKE => {}
-            COMPLETIONS => state.completions(),
-            NOTICES => state.notices(),
-            LISTENER => state.accept(),
+            number @ LISTENERS..LINES => state.accept((number - LISTENERS) as usize),
+            number @ NOTICES..LISTENERS => state.notices((number - NOTICES) as usize),
+            number @ COMPLETIONS..NOTICES => state.completions((number - COMPLETIONS) as usize),
             line => {
                 let line = Line(line);
                 state.stranger_spoke(line);

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use super::greeting::{STOP, STOPPED};
 use super::state::{Line, State};
-use super::wire::Wire;
 use crate::backend::giving_way::GivingWay;
 
 /// How long a path that ends waits for what is under way on it, and for the peer's word.
@@ -29,15 +28,16 @@ impl State {
         }
         tracing::debug!(reason, "a path over verbs ends");
         using.ending = Some(Instant::now() + ENDING_MAX);
-        if let Some(wire) = &mut using.wire {
-            wire.stop();
-        }
+        using.tie.stop();
         // Only now is it true that this side sends nothing more.
         let said = using.stream.as_mut().map(|stream| stream.write(&[STOP]));
         if !matches!(said, Some(Ok(1))) {
             using.stream = None;
         }
         let shared = using.shared.clone();
+        if let Some(call) = using.opening.take() {
+            call.answer(Err(shared.loss()));
+        }
         for asked in std::mem::take(&mut using.asked).into_values() {
             asked
                 .calls
@@ -46,10 +46,13 @@ impl State {
         }
         using.unasked.clear();
         let unsent = std::mem::take(&mut using.unsent);
+        let unsent = unsent.into_iter().map(|unsent| unsent.job);
         for job in shared.end_waiting().into_iter().chain(unsent) {
             self.settled.push((job, Err(shared.loss())));
         }
-        self.heat(line);
+        for rail in 0..shared.rails.len() {
+            self.heat(line, rail);
+        }
         self.is_timed = true;
         self.rouse(line);
     }
@@ -120,8 +123,7 @@ impl State {
                 continue;
             };
             let is_late = until <= now;
-            let is_drained = using.wire.as_ref().is_some_and(Wire::is_drained);
-            if using.wire.is_some() && (is_drained || is_late) {
+            if using.tie.has_wires() && (using.tie.is_drained() || is_late) {
                 drained.push(*line);
             }
             if !using.is_decided && (is_late || using.stream.is_none()) {
@@ -141,21 +143,22 @@ impl State {
             self.using.remove(&line);
         }
         self.force(now);
+        let next = self.tend(now);
+        self.due = next.filter(|next| *next > now);
         self.let_leave(now);
         self.strangers.retain(|_, stranger| now < stranger.until);
-        self.is_timed = !self.leaving.is_empty()
+        self.is_timed = next.is_some_and(|next| next <= now)
+            || !self.leaving.is_empty()
             || !self.strangers.is_empty()
             || self.using.values().any(|using| using.ending.is_some())
             || self.jobs.values().any(|job| job.forced_at.is_some());
     }
 
-    /// The queue pair goes, and with it whatever the device still had to do: it touches no memory for it any more.
+    /// The queue pairs go, and with them whatever devices still had to do: they touch no memory for them any more.
     fn destroy(&mut self, line: Line) {
-        let wire = self
-            .using
-            .get_mut(&line)
-            .and_then(|using| using.wire.take());
-        drop(wire);
+        if let Some(using) = self.using.get_mut(&line) {
+            using.tie.destroy();
+        }
         for active in self.jobs.values_mut().filter(|job| job.line == line) {
             active.open = 0;
         }

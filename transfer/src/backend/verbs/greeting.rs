@@ -5,13 +5,14 @@
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::options::RAILS_MAX;
 use crate::backend::unix::Outcome;
 use crate::metadata::{Incarnation, check_name};
 use crate::sys::verbs::End;
 use crate::wire::{Reader, put_counted};
 
 /// The version that this build speaks, and the only one that it accepts.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"KVFV";
 
@@ -28,6 +29,8 @@ pub(super) const STOPPED: u8 = b'd';
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Offer {
     pub(super) end: End,
+    /// RoCE; InfiniBand otherwise.
+    pub(super) is_ethernet: bool,
     /// As verbs number it.
     pub(super) mtu: u8,
     /// Reads that it answers at once.
@@ -39,8 +42,12 @@ pub(super) struct Offer {
 pub(super) struct Question {
     pub(super) name: String,
     pub(super) wanted: Incarnation,
-    pub(super) offer: Offer,
+    /// One for each rail that is wanted, the best first.
+    pub(super) offers: Vec<Offer>,
 }
+
+/// Of the offers of a question, by position, those that were taken, each with the other end.
+pub(super) type Taken = Vec<(u8, Offer)>;
 
 fn framed(body: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(body.len() + 2);
@@ -69,20 +76,26 @@ fn read_head(reader: &mut Reader<'_>) -> Result<()> {
 }
 
 impl Offer {
-    fn encode(&self, out: &mut Vec<u8>) {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.end.pair.to_le_bytes());
         out.extend_from_slice(&self.end.first.to_le_bytes());
         out.extend_from_slice(&self.end.lid.to_le_bytes());
         out.extend_from_slice(&self.end.gid);
-        out.extend_from_slice(&[self.mtu, self.reads_served]);
+        let ethernet = u8::from(self.is_ethernet);
+        out.extend_from_slice(&[ethernet, self.mtu, self.reads_served]);
     }
 
-    fn decode(reader: &mut Reader<'_>) -> Result<Self> {
+    pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Self> {
         let end = End {
             pair: number(reader, "queue pair")?,
             first: number(reader, "first packet")?,
             lid: reader.u16("lid")?,
             gid: reader.array("gid")?,
+        };
+        let is_ethernet = match reader.u8("link")? {
+            0 => false,
+            1 => true,
+            other => return Err(Error::invalid("link", other, 0..=1)),
         };
         let mtu = reader.u8("mtu")?;
         if !(1..=5).contains(&mtu) {
@@ -91,6 +104,7 @@ impl Offer {
         let reads_served = reader.u8("reads")?;
         Ok(Self {
             end,
+            is_ethernet,
             mtu,
             reads_served,
         })
@@ -106,12 +120,24 @@ fn number(reader: &mut Reader<'_>, field: &str) -> Result<u32> {
     Ok(value)
 }
 
+/// How many offers follow.
+fn count(reader: &mut Reader<'_>) -> Result<u8> {
+    let count = reader.u8("rails")?;
+    if (1..=RAILS_MAX).contains(&count) {
+        return Ok(count);
+    }
+    Err(Error::invalid("rails", count, 1..=RAILS_MAX))
+}
+
 impl Question {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = head();
         out.extend_from_slice(&self.wanted.0.to_le_bytes());
         put_counted(&mut out, self.name.as_bytes());
-        self.offer.encode(&mut out);
+        out.push(self.offers.len() as u8);
+        for offer in &self.offers {
+            offer.encode(&mut out);
+        }
         framed(&out)
     }
 
@@ -121,23 +147,28 @@ impl Question {
         let wanted = Incarnation(reader.u64("wanted incarnation")?);
         let name = reader.text("agent name")?.to_owned();
         check_name(&name)?;
-        let offer = Offer::decode(&mut reader)?;
+        let offers = (0..count(&mut reader)?)
+            .map(|_| Offer::decode(&mut reader))
+            .collect::<Result<_>>()?;
         reader.end("question")?;
         Ok(Self {
             name,
             wanted,
-            offer,
+            offers,
         })
     }
 }
 
 /// Answers a question.
-pub(super) fn encode_answer(answer: &Result<Offer>) -> Vec<u8> {
+pub(super) fn encode_answer(answer: &Result<Taken>) -> Vec<u8> {
     let mut out = head();
     match answer {
-        Ok(offer) => {
-            out.push(0);
-            offer.encode(&mut out);
+        Ok(taken) => {
+            out.extend_from_slice(&[0, taken.len() as u8]);
+            for (number, offer) in taken {
+                out.push(*number);
+                offer.encode(&mut out);
+            }
         }
         Err(error) => {
             let said = Error::new(error.kind(), error.to_string());
@@ -153,14 +184,23 @@ pub(super) fn encode_answer(answer: &Result<Offer>) -> Vec<u8> {
 
 /// # Errors
 /// What the peer answered, if it refused; [`ErrorKind::Corrupt`] or [`ErrorKind::Version`] for another answer.
-pub(super) fn decode_answer(body: &[u8]) -> Result<Offer> {
+pub(super) fn decode_answer(body: &[u8]) -> Result<Taken> {
     let mut reader = Reader::new(body);
     read_head(&mut reader)?;
     match reader.u8("answer")? {
         0 => {
-            let offer = Offer::decode(&mut reader)?;
+            let mut taken = Taken::new();
+            for _ in 0..count(&mut reader)? {
+                let number = reader.u8("position of an offer")?;
+                let next = taken.last().map_or(0, |(last, _)| last + 1);
+                if number < next || number >= RAILS_MAX {
+                    let text = "position of an offer";
+                    return Err(Error::invalid(text, number, next..RAILS_MAX));
+                }
+                taken.push((number, Offer::decode(&mut reader)?));
+            }
             reader.end("answer")?;
-            Ok(offer)
+            Ok(taken)
         }
         1 => {
             let code = reader.u32("error code")?;
@@ -168,6 +208,19 @@ pub(super) fn decode_answer(body: &[u8]) -> Result<Offer> {
         }
         other => Err(Error::invalid("answer", other, 0..=1)),
     }
+}
+
+/// The keys of a region, one for each rail, from how they are told.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] when they are not as many.
+pub(super) fn decode_keys(bytes: &[u8], rails: usize) -> Result<Vec<u32>> {
+    let (keys, rest) = bytes.as_chunks::<4>();
+    if keys.len() != rails || !rest.is_empty() {
+        let text = format!("{} bytes of keys for {rails} rails", bytes.len());
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
+    Ok(keys.iter().map(|key| u32::from_le_bytes(*key)).collect())
 }
 
 /// The body of a whole message; none as long as some of it is missing.

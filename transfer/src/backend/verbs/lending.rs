@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::greeting::{self, Offer, Question, STOPPED};
-use super::state::{Line, State};
-use super::wire::Wire;
+use super::aside::{self, Meeting};
+use super::card::Cards;
+use super::greeting::{self, Question, STOPPED, Taken};
+use super::state::{Line, State, number};
+use super::tie::{Rail, Tie};
 use crate::agent::{CONNECT_TIMEOUT, Door};
 use crate::backend::Operation;
 use crate::backend::late::Notifier;
@@ -24,6 +26,9 @@ const USERS_MAX: usize = 4096;
 
 /// Peers that have connected and not said who they are.
 const STRANGERS_MAX: usize = 256;
+
+/// How long a peer that was let in may take to say the first word by a rail.
+const PROVING_MAX: Duration = Duration::from_secs(10);
 
 /// Regions that one peer may use.
 const USED_MAX: usize = 65_536;
@@ -41,7 +46,7 @@ pub(super) struct Stranger {
 
 /// A peer that uses memory of ours.
 pub(super) struct User {
-    pub(super) wire: Wire,
+    pub(super) tie: Tie,
     stream: TcpStream,
     name: Arc<str>,
     /// By which its notifications come.
@@ -69,11 +74,19 @@ impl Leaving {
     }
 }
 
+/// Somebody who is let in as soon as its rails are connected.
+struct Guest {
+    name: String,
+    meetings: Vec<Meeting>,
+    taken: Taken,
+}
+
 impl State {
     /// Somebody wants to connect.
-    pub(super) fn accept(&mut self) {
+    pub(super) fn accept(&mut self, listener: usize) {
         loop {
-            match self.listener.accept() {
+            let listener = &self.listeners[listener];
+            match listener.accept() {
                 Ok((stream, from)) => {
                     if let Err(error) = self.receive(stream) {
                         tracing::warn!(%error, %from, "a connection for verbs was not accepted");
@@ -82,7 +95,6 @@ impl State {
                 Err(error) if error.kind() == IoKind::WouldBlock => return,
                 Err(error) => {
                     tracing::warn!(%error, "accept a connection for verbs");
-                    let listener = &self.listener;
                     if !self.spare.shed(|| drop(listener.accept())) {
                         return;
                     }
@@ -131,23 +143,60 @@ impl State {
         let Some(stranger) = self.strangers.remove(&line) else {
             return;
         };
-        let answered = question.and_then(|question| {
-            let name = question.name.clone();
-            let let_in = self.let_in(line, &question);
-            let_in.map(|made| (name, made))
-        });
-        self.answer(line, stranger.stream, answered);
+        match question.and_then(|question| self.let_in(line, question)) {
+            Ok(guest) => self.meet(line, stranger.stream, guest),
+            Err(error) => self.answer(line, stranger.stream, Err(error)),
+        }
     }
 
-    fn let_in(&mut self, line: Line, question: &Question) -> Result<(Wire, Offer)> {
+    fn let_in(&mut self, line: Line, question: Question) -> Result<Guest> {
         if self.is_closed || self.users.len() >= USERS_MAX {
             let text = format!("{USERS_MAX} peers are connected, or the agent is closed");
             return Err(Error::new(ErrorKind::Busy, text));
         }
         self.check(&question.name, question.wanted)?;
-        let (mut wire, offer) = self.card.wire(line.0)?;
-        self.card.connect(&mut wire, &offer, &question.offer)?;
-        Ok((wire, offer))
+        let (mut meetings, mut taken) = (Vec::new(), Taken::new());
+        for (position, at) in self.cards.pair(&question.offers) {
+            let (wire, own) = self.cards.cards[at].wire(number(line, at))?;
+            let peer = question.offers[position];
+            meetings.push(Meeting {
+                card: at,
+                wire,
+                own,
+                peer,
+            });
+            taken.push((position as u8, own));
+        }
+        if meetings.is_empty() {
+            let text = "one side has InfiniBand, the other one Ethernet";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        Ok(Guest {
+            name: question.name,
+            meetings,
+            taken,
+        })
+    }
+
+    /// Connects a guest's rails, and answers.
+    fn meet(&self, line: Line, stream: TcpStream, guest: Guest) {
+        let Guest {
+            name,
+            meetings,
+            taken,
+        } = guest;
+        let met = move |cards: &Cards| aside::meet(cards, meetings);
+        self.aside(met, move |state, met| {
+            let until = Instant::now() + PROVING_MAX;
+            let rails = met.into_iter().map(|(card, wire)| {
+                if let Err(error) = &wire {
+                    tracing::warn!(%error, peer = name, "a rail is not connected yet");
+                }
+                Rail::new(card, wire.ok(), until)
+            });
+            let tie = Tie::new(rails.collect());
+            state.answer(line, stream, Ok((name, (tie, taken))));
+        });
     }
 
     fn check(&self, name: &str, wanted: Incarnation) -> Result<()> {
@@ -159,9 +208,9 @@ impl State {
         self.exports.check_allowed(name)
     }
 
-    fn answer(&mut self, line: Line, mut stream: TcpStream, made: Result<(String, (Wire, Offer))>) {
+    fn answer(&mut self, line: Line, mut stream: TcpStream, made: Result<(String, (Tie, Taken))>) {
         let (made, answer) = match made {
-            Ok((name, (wire, offer))) => (Some((name, wire)), Ok(offer)),
+            Ok((name, (tie, taken))) => (Some((name, tie)), Ok(taken)),
             Err(error) => {
                 tracing::warn!(%error, "a peer was not let in over verbs");
                 (None, Err(error))
@@ -170,18 +219,22 @@ impl State {
         let bytes = greeting::encode_answer(&answer);
         // The answer fits into the buffer of a new connection.
         let said = stream.write(&bytes).is_ok_and(|count| count == bytes.len());
-        let Some((name, wire)) = made.filter(|_| said) else {
+        let Some((name, tie)) = made.filter(|_| said) else {
             return;
         };
+        let rails = tie.rails.len();
         let user = User {
-            wire,
+            tie,
             stream,
             name: name.into(),
             door: self.exports.inbox().door(),
             used: HashSet::new(),
         };
         self.users.insert(line, user);
-        self.heat(line);
+        for rail in 0..rails {
+            self.heat(line, rail);
+        }
+        self.is_timed = true;
     }
 
     /// A peer that uses our memory has said by TCP that it stops, or closed that.
@@ -196,20 +249,20 @@ impl State {
         }
     }
 
-    /// Nothing more of this peer's reaches our memory: its queue pair goes, and then it is told so.
+    /// Nothing more of this peer's reaches our memory: its queue pairs go, and then it is told so.
     pub(super) fn cut_off(&mut self, line: Line, reason: &str) {
         let Some(user) = self.users.remove(&line) else {
             return;
         };
         let User {
-            wire,
+            tie,
             mut stream,
             name,
             door,
             ..
         } = user;
         tracing::debug!(peer = %name, reason, "a peer over verbs is cut off");
-        drop(wire);
+        drop(tie);
         // It may be gone.
         let _ = stream.write(&[STOPPED]);
         self.exports.inbox().shut(door, reason);
@@ -221,10 +274,10 @@ impl State {
         let Some(user) = self.users.get_mut(&line) else {
             return;
         };
-        if let Err(error) = user.wire.say(message) {
+        if let Err(error) = user.tie.speech.put(message) {
             return self.cut_off(line, &error.to_string());
         }
-        self.heat(line);
+        self.say_on(line);
     }
 
     /// Sends the answers to notifications that the inbox has taken.
@@ -288,14 +341,13 @@ impl State {
             .admit(id, key, Operation::Write)
             .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
         let region = admitted.region();
-        let memory = self.register(region)?;
+        let keys = self.register(line, region)?;
         let granted = Outcome::Keyed {
             address: region.mapping()?.address(),
             bytes: region.bytes(),
             writable: region.options().remote_write,
-            key: memory.remote_key().to_le_bytes().to_vec(),
+            key: keys.into_iter().flat_map(u32::to_le_bytes).collect(),
         };
-        drop(memory);
         // Either this sees that the region or the agent was closed, or whoever closed it finds the entry: both look
         // under one lock.
         if self.is_closed || region.is_closed() {
@@ -314,32 +366,54 @@ impl State {
         Ok(granted)
     }
 
-    /// Makes a region known to the device, which pins it.
-    pub(super) fn register(&mut self, region: &Arc<RegionCore>) -> Result<Arc<Memory>> {
-        if let Some(memory) = self.memories.get(&region.id()) {
-            return Ok(memory.clone());
-        }
+    /// Makes a region known to the devices of a path, which pin it; its keys, one for each rail.
+    pub(super) fn register(&mut self, line: Line, region: &Arc<RegionCore>) -> Result<Vec<u32>> {
+        let Some(tie) = self.tie(line) else {
+            return Err(Error::new(ErrorKind::PeerLost, "the path is closed"));
+        };
+        let cards: Vec<usize> = tie.rails.iter().map(|rail| rail.card).collect();
         let access = Access {
             read: region.options().remote_read,
             write: region.options().remote_write,
         };
-        let memory = Arc::new(Memory::of_region(&self.card.domain, region, access)?);
-        self.memories.insert(region.id(), memory.clone());
-        Ok(memory)
+        let devices = &self.cards.devices;
+        let known = self.memories.entry(region.id());
+        let known = known.or_insert_with(|| devices.iter().map(|_| None).collect());
+        let mut keys = Vec::new();
+        for card in cards {
+            let device = self.cards.cards[card].device;
+            let memory = match &known[device] {
+                Some(memory) => memory,
+                None => {
+                    let memory = Memory::of_region(&devices[device].domain, region, access)?;
+                    known[device].insert(Arc::new(memory))
+                }
+            };
+            keys.push(memory.remote_key());
+        }
+        Ok(keys)
     }
 
-    /// Takes a region from the device; false while work of our own uses it. No byte of anybody's lands there after that.
+    /// Takes a region from the devices; false while work of our own uses it. No byte of anybody's lands there after that.
     fn deregister(&mut self, region: RegionId) -> Result<bool> {
-        let Some(memory) = self.memories.remove(&region) else {
+        let Some(known) = self.memories.get_mut(&region) else {
             return Ok(true);
         };
-        match Arc::try_unwrap(memory) {
-            Ok(memory) => memory.deregister().map(|()| true),
-            Err(used) => {
-                self.memories.insert(region, used);
-                Ok(false)
+        let (mut is_free, mut failed) = (true, None);
+        for place in known {
+            match place.take().map(Arc::try_unwrap) {
+                None => {}
+                Some(Ok(memory)) => failed = memory.deregister().err().or(failed),
+                Some(Err(used)) => {
+                    *place = Some(used);
+                    is_free = false;
+                }
             }
         }
+        if is_free {
+            self.memories.remove(&region);
+        }
+        failed.map_or(Ok(is_free), Err)
     }
 
     /// A region that was closed while a job was still to come that made it known to the device.

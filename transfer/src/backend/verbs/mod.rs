@@ -1,24 +1,31 @@
-//! RDMA by libibverbs: reliable queue pairs, over InfiniBand or RoCE.
+//! RDMA by libibverbs: reliable queue pairs, over InfiniBand or RoCE, one for each rail between two agents.
 //!
 //! Agents meet by TCP, where they tell each other their queue pairs, and then talk over those: which region may be used,
 //! notifications. Bytes are read and written by the device, with no word of the peer's. The TCP connection stays: by it a
-//! side learns at once that the other is gone, and that the other's queue pair is, so that nothing can land any more. A
+//! side learns at once that the other is gone, and that the other's queue pairs are, so that nothing can land any more. A
 //! deregistered region is taken from the device, which then refuses it to everyone.
 
 mod active;
+mod aside;
 mod asking;
 mod card;
 mod channel;
 mod choose;
+mod controls;
 mod driver;
 mod ending;
 mod greeting;
 mod lending;
 mod moving;
+mod near;
 mod options;
 mod ports;
+mod rails;
+mod returning;
+mod speech;
 mod state;
 mod sums;
+mod tie;
 mod using;
 mod wire;
 
@@ -29,16 +36,20 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::unix::Call;
 use super::{Channel, Fabric};
 use crate::agent::{Exports, PeerCard};
 use crate::region::RegionCore;
+use crate::stats::PortStats;
 
-use card::Card;
+use aside::Meeting;
+use card::Cards;
 use channel::VerbsChannel;
 use driver::Driver;
-use greeting::{Offer, Question};
+use greeting::{Question, Taken};
 pub use options::VerbsOptions;
 pub use ports::{RdmaPort, rdma_ports};
+use state::{Met, Offered, State};
 
 const NAME: &str = "verbs";
 
@@ -46,34 +57,65 @@ struct VerbsFabric {
     driver: Arc<Driver>,
     exports: Arc<Exports>,
     /// Where peers ask for connections.
-    address: SocketAddr,
+    addresses: Vec<SocketAddr>,
 }
 
-/// Opens an RDMA port for an agent.
+/// Opens RDMA ports for an agent.
 pub(crate) fn fabric(exports: &Arc<Exports>, options: &VerbsOptions) -> Result<Arc<dyn Fabric>> {
-    let card = Card::open(options)?;
-    let (wanted, ip) = (card.listen()?, card.ip());
-    let listener = TcpListener::bind(wanted)
-        .map_err(|e| Error::io(format!("listen for verbs on tcp {wanted}"), e))?;
-    let failed = |e| Error::io("listen for verbs", e);
-    listener.set_nonblocking(true).map_err(failed)?;
-    let mut address = listener.local_addr().map_err(failed)?;
-    if address.ip().is_unspecified() {
-        let Some(ip) = ip else {
-            let text = "peers can't be told an unspecified address";
-            return Err(Error::new(ErrorKind::Invalid, text).at("verbs listen"));
-        };
-        address.set_ip(ip);
+    let cards = Cards::open(options)?;
+    let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
+    for wanted in cards.listen()? {
+        let listener = TcpListener::bind(wanted)
+            .map_err(|e| Error::io(format!("listen for verbs on tcp {wanted}"), e))?;
+        let failed = |e| Error::io("listen for verbs", e);
+        listener.set_nonblocking(true).map_err(failed)?;
+        let mut address = listener.local_addr().map_err(failed)?;
+        if address.ip().is_unspecified() {
+            let Some(ip) = cards.ip() else {
+                let text = "peers can't be told an unspecified address";
+                return Err(Error::new(ErrorKind::Invalid, text).at("verbs listen"));
+            };
+            address.set_ip(ip);
+        }
+        listeners.push(listener);
+        addresses.push(address);
     }
     Ok(Arc::new(VerbsFabric {
-        driver: Driver::start(card, exports.clone(), listener)?,
+        driver: Driver::start(cards, exports.clone(), listeners)?,
         exports: exports.clone(),
-        address,
+        addresses,
     }))
 }
 
+/// Connects to the first of a peer's addresses that can be reached.
+fn reach(addresses: &[u8], until: Instant) -> Result<TcpStream> {
+    let text = String::from_utf8_lossy(addresses);
+    let wrong = || {
+        Error::invalid(
+            "verbs addresses",
+            &text,
+            "IP:PORT, with commas between them",
+        )
+    };
+    let addresses: Vec<SocketAddr> = text
+        .split(',')
+        .map(|one| one.parse().map_err(|_| wrong()))
+        .collect::<Result<_>>()?;
+    let mut last = wrong();
+    for (at, address) in addresses.iter().enumerate() {
+        // Each has its share of what time is left.
+        let left = until.saturating_duration_since(Instant::now());
+        let share = left / (addresses.len() - at) as u32;
+        match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = Error::io(format!("connect to {address} for verbs"), error),
+        }
+    }
+    Err(last)
+}
+
 /// Asks a peer for a connection; its answer.
-fn ask(stream: &mut TcpStream, question: &Question, until: Instant) -> Result<Offer> {
+fn ask(stream: &mut TcpStream, question: &Question, until: Instant) -> Result<Taken> {
     let failed = |e| Error::io("ask for a connection over verbs", e);
     stream.write_all(&question.encode()).map_err(failed)?;
     let mut read = Vec::new();
@@ -105,13 +147,45 @@ fn is_time_over(error: &std::io::Error) -> bool {
     matches!(error.kind(), Interrupted | TimedOut | WouldBlock)
 }
 
+impl VerbsFabric {
+    /// Connects the rails that the peer has taken of those that it was offered.
+    fn meet(&self, offered: Offered, taken: &Taken) -> Result<Vec<Met>> {
+        let cards = self.driver.cards();
+        let (mut meetings, mut told) = (Vec::new(), Vec::new());
+        for (position, (card, wire, own)) in offered.into_iter().enumerate() {
+            let peer = taken.iter().find(|(at, _)| usize::from(*at) == position);
+            let Some(&(_, peer)) = peer else { continue };
+            told.push(cards.tell(card, &peer));
+            meetings.push(Meeting {
+                card,
+                wire,
+                own,
+                peer,
+            });
+        }
+        if meetings.len() != taken.len() {
+            let text = "the peer took rails that were not offered";
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        let met = aside::meet(cards, meetings).into_iter().zip(told);
+        let met = met.map(|((card, wire), told)| Met { card, told, wire });
+        Ok(met.collect())
+    }
+}
+
 impl Fabric for VerbsFabric {
     fn name(&self) -> &'static str {
         NAME
     }
 
     fn address(&self) -> Option<Vec<u8>> {
-        Some(self.address.to_string().into_bytes())
+        let addresses: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
+        Some(addresses.join(",").into_bytes())
+    }
+
+    fn ports(&self) -> Vec<PortStats> {
+        let cards = self.driver.cards().cards.iter();
+        cards.map(|card| card.told.stats()).collect()
     }
 
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {
@@ -120,32 +194,27 @@ impl Fabric for VerbsFabric {
             let text = "the peer does not offer verbs";
             return Err(Error::new(ErrorKind::Unsupported, text));
         };
-        let address = String::from_utf8_lossy(address);
-        let address: SocketAddr = address
-            .parse()
-            .map_err(|_| Error::invalid("verbs address", &address, "IP:PORT"))?;
-        let mut stream = TcpStream::connect_timeout(&address, timeout)
-            .map_err(|e| Error::io(format!("connect to {address} for verbs"), e))?;
-        let (line, wire, own) = self.driver.with(|state| state.offer())?;
+        let mut stream = reach(address, until)?;
+        let (line, offered) = self.driver.with(State::offer)?;
         let question = Question {
             name: self.exports.name().to_string(),
             wanted: peer.incarnation,
-            offer: own,
+            offers: offered.iter().map(|(_, _, offer)| *offer).collect(),
         };
-        let offer = ask(&mut stream, &question, until)?;
+        let taken = ask(&mut stream, &question, until)?;
         lending::tune(&stream)?;
-        let (detail, shared) = self.driver.with(|state| -> Result<_> {
-            let detail = state.card.describe(&offer);
-            Ok((detail, state.connect(line, (wire, own), (stream, offer))?))
-        })?;
+        let met = self.meet(offered, &taken)?;
+        let opening = Arc::<Call>::default();
+        let patience = until.saturating_duration_since(Instant::now());
+        let shared = self
+            .driver
+            .with(|state| state.connect(line, met, stream, (&opening, patience)))?;
         // A channel that is dropped ends its path.
-        Ok(Arc::new(VerbsChannel::new(
-            &self.driver,
-            line,
-            shared,
-            detail,
-            timeout,
-        )))
+        let channel = VerbsChannel::new(&self.driver, line, shared, timeout);
+        opening
+            .wait(until)
+            .map_err(|error| channel.unproved(error))?;
+        Ok(Arc::new(channel))
     }
 
     fn withdraw(&self, region: &Arc<RegionCore>) {

@@ -1,13 +1,15 @@
 //! The side that moves bytes: hands pieces of jobs to the device, settles them.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::active::{Active, Phase};
-use super::state::{Line, State};
-use super::using::{Held, Using};
+use super::active::{Active, Phase, STRIPE_BYTES};
+use super::controls::Control;
+use super::state::{Line, Memories, State};
+use super::using::{Held, Unsent, Using};
+use super::wire::Piece;
 use crate::backend::unix::{Message, Waiting};
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
@@ -74,7 +76,7 @@ impl State {
         }
         for target in &*plan.local {
             if let Target::Local(region) = target {
-                self.register(region)?;
+                self.register(line, region)?;
             }
         }
         let mut missing = 0;
@@ -184,39 +186,78 @@ impl State {
             hold(using, &plan)?;
             active.holds = true;
         }
-        let piece_max = self.card.piece();
-        let line = active.line;
-        let (gives_way, mut may_go_on) = (active.gives_way(), true);
-        while *pieces < most && active.may_begin() {
+        let (touched, may_go_on) = self.hand_over(number, &plan, most, pieces)?;
+        let Some(active) = self.jobs.get_mut(&number) else {
+            return Ok(false);
+        };
+        let (line, is_cut, is_open) = (active.line, active.is_cut(), active.open > 0);
+        if plan.operation == Operation::Write {
+            active.rails |= touched;
+        }
+        for rail in bits(touched) {
+            self.heat(line, rail);
+        }
+        if !is_cut && may_go_on {
+            self.ready.push_back(number);
+        }
+        Ok(is_cut && !is_open)
+    }
+
+    /// Hands pieces of a job to the devices, as many as may be. The rails that they went by, as bits, and whether there would
+    /// be more to hand over at once.
+    fn hand_over(
+        &mut self,
+        number: u64,
+        plan: &Plan,
+        most: usize,
+        pieces: &mut usize,
+    ) -> Result<(u32, bool)> {
+        let mut touched = 0;
+        let Some(active) = self.jobs.get_mut(&number) else {
+            return Ok((touched, false));
+        };
+        let Some(using) = self.using.get_mut(&active.line) else {
+            return Ok((touched, false));
+        };
+        let rails = using.tie.up().count();
+        let is_striped = active.is_striped() && rails > 1;
+        let gives_way = active.gives_way();
+        while *pieces < most && active.may_begin(rails) {
             if active.must_wait(number, &mut using.background) {
-                may_go_on = false;
-                break;
+                return Ok((touched, false));
             }
-            let Some(wire) = &mut using.wire else { break };
-            if wire.room() == 0 {
+            let Some(rail) = using.tie.choose(is_striped) else {
                 using.waiting.push_back(number);
-                return Ok(false);
-            }
-            let Some(piece) = active.cut(piece_max) else {
+                return Ok((touched, false));
+            };
+            let one = &mut using.tie.rails[rail];
+            let (card, Some(wire)) = (&self.cards.cards[one.card], &mut one.wire) else {
                 break;
             };
-            let (local, far) = ends(&self.memories, &using.held, &plan, &piece)?;
+            let largest = if is_striped { STRIPE_BYTES } else { u64::MAX };
+            let Some(extent) = active.cut(card.piece().min(largest)) else {
+                break;
+            };
+            let (local, far) = ends(
+                &self.memories,
+                card.device,
+                &using.held,
+                rail,
+                plan,
+                &extent,
+            )?;
+            let writes = plan.operation == Operation::Write;
+            let job = number;
+            wire.work(Piece { job, extent }, writes, local, far)?;
             *pieces += 1;
-            wire.work(number, plan.operation == Operation::Write, local, far)?;
+            touched |= 1 << rail;
             active.open += 1;
             active.began = true;
             if gives_way {
                 using.background.begin();
             }
         }
-        let (is_cut, is_open, may_begin) = (active.is_cut(), active.open > 0, active.may_begin());
-        if *pieces > 0 {
-            self.heat(line);
-        }
-        if !is_cut && may_begin && may_go_on {
-            self.ready.push_back(number);
-        }
-        Ok(is_cut && !is_open)
+        Ok((touched, active.may_begin(rails)))
     }
 
     /// A job is over: nothing of it is open.
@@ -229,6 +270,7 @@ impl State {
             line,
             error,
             holds,
+            rails,
             ..
         } = active;
         let plan = job.plan().clone();
@@ -258,7 +300,7 @@ impl State {
         }
         match error {
             Some(error) => self.settled.push((job, Err(error))),
-            None => self.notify(line, job),
+            None => self.notify(line, number, job, rails),
         }
     }
 
@@ -283,8 +325,9 @@ impl State {
         }
     }
 
-    /// Hands a job's notification to the peer, after those that came before it; its answer settles the job.
-    fn notify(&mut self, line: Line, job: Job) {
+    /// Hands a job's notification to the peer, after those that came before it; its answer settles the job. What was written
+    /// is in place by then: what came by the rail that carries the notification is, and the others are asked.
+    fn notify(&mut self, line: Line, number: u64, job: Job, rails: u32) {
         if !job.notifies() {
             return self.settled.push((job, Ok(())));
         }
@@ -293,7 +336,26 @@ impl State {
             return self.settled.push((job, Err(lost)));
         };
         job.awaits_peer();
-        using.unsent.push_back(job);
+        // Where messages go may change before it is said: then all rails that it was written by are asked.
+        let over = using.tie.speech.over.map_or(0, |over| 1 << over);
+        let others = if rails & !over == 0 { 0 } else { rails };
+        let up = using.tie.up().fold(0_u32, |up, rail| up | 1 << rail);
+        let asked = others & up;
+        let mark = (asked != 0).then_some(number + 1);
+        if let Some(token) = mark {
+            using.mark(token, asked);
+        }
+        using.unsent.push_back(Unsent { job, mark });
+        for rail in bits(asked) {
+            let token = number + 1;
+            let told = self
+                .wire(line, rail)
+                .map(|wire| wire.tell(&Control::Ask { token }));
+            if let Some(Err(error)) = told {
+                self.fail_rail(line, rail, &error.to_string());
+            }
+            self.heat(line, rail);
+        }
         self.send_notifications(line);
     }
 
@@ -303,7 +365,7 @@ impl State {
             if !using.may_notify() {
                 break;
             }
-            let Some(job) = using.unsent.pop_front() else {
+            let Some(Unsent { job, .. }) = using.unsent.pop_front() else {
                 break;
             };
             let shared = using.shared.clone();
@@ -331,8 +393,8 @@ impl State {
         self.ready.extend(given_up);
         let mut roomy = Vec::new();
         for (line, using) in &mut self.using {
-            let unsent = using.unsent.extract_if(|job| job.is_abandoned());
-            let mut given_up: Vec<Job> = unsent.collect();
+            let unsent = using.unsent.extract_if(|unsent| unsent.job.is_abandoned());
+            let mut given_up: Vec<Job> = unsent.map(|unsent| unsent.job).collect();
             given_up.extend(using.shared.unanswered.take_abandoned());
             if !given_up.is_empty() {
                 roomy.push(*line);
@@ -347,10 +409,17 @@ impl State {
     }
 }
 
-/// Both ends of a piece.
+/// The places of the bits that are set.
+fn bits(set: u32) -> impl Iterator<Item = usize> {
+    (0..u32::BITS as usize).filter(move |at| set & (1 << at) != 0)
+}
+
+/// Both ends of a piece, for a device and a rail.
 fn ends(
-    memories: &std::collections::HashMap<RegionId, Arc<crate::sys::verbs::Memory>>,
-    held: &std::collections::HashMap<RegionId, Held>,
+    memories: &Memories,
+    device: usize,
+    held: &HashMap<RegionId, Held>,
+    rail: usize,
     plan: &Plan,
     piece: &Extent,
 ) -> Result<(Place, Far)> {
@@ -360,7 +429,13 @@ fn ends(
     ) else {
         return Err(not_fitting("a plan between two places of this agent"));
     };
-    let (Some(memory), Some(held)) = (memories.get(&local.id()), held.get(&remote.id)) else {
+    let memory = memories
+        .get(&local.id())
+        .and_then(|all| all.get(device)?.as_ref());
+    let held = held
+        .get(&remote.id)
+        .map(|held| (held.address, held.keys.get(rail)));
+    let (Some(memory), Some((address, Some(key)))) = (memory, held) else {
         let text = format!("region {} or {} is deregistered", local.id(), remote.id);
         return Err(Error::new(ErrorKind::NotFound, text));
     };
@@ -378,8 +453,8 @@ fn ends(
         len: piece.len as u32,
     };
     let far = Far {
-        address: held.address + piece.remote_offset,
-        key: held.key,
+        address: address + piece.remote_offset,
+        key: *key,
     };
     Ok((place, far))
 }

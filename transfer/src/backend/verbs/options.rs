@@ -8,12 +8,19 @@ use kvcache_core::{Error, Result};
 /// How queue pairs are made. The defaults are right for most networks; what came of them is in the path report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VerbsOptions {
-    /// The device, such as `mlx5_0`, or device and port, such as `mlx5_0:2`. None: the first port that is up.
+    /// The ports that may be used, with commas between them, each a device, such as `mlx5_0`, or device and port, such as
+    /// `mlx5_0:2`. None: of those that are up all that are as near as the nearest one.
     pub device: Option<String>,
-    /// The entry of the port's GID table. None: RoCE v2 with an IPv4 address first, then RoCE v2, then any; on InfiniBand
+    /// How many ports are used at most, the nearest first, of equals those that come first in `device`; 1 to 8. To each peer
+    /// there are as many rails as both sides have ports; large requests go over all of them, small ones over the first.
+    pub rails: u8,
+    /// What ports should be near to: the PCI address of a device, such as `0000:3b:00.0` for a GPU. None: the memory node
+    /// whose processors alone this process may use, if it is bound to one.
+    pub near: Option<String>,
+    /// The entry of each port's GID table. None: RoCE v2 with an IPv4 address first, then RoCE v2, then any; on InfiniBand
     /// the first.
     pub gid_index: Option<u8>,
-    /// Where peers ask for connections, by TCP. None: the IP address of the GID, any free port; on InfiniBand, whose GIDs
+    /// Where peers ask for connections, by TCP. None: the IP addresses of the GIDs, any free port; on InfiniBand, whose GIDs
     /// are no addresses, it must be said.
     pub listen: Option<SocketAddr>,
     /// The most bytes of content in a packet: 256, 512, 1024, 2048 or 4096. None: what both ports do.
@@ -34,6 +41,8 @@ impl Default for VerbsOptions {
     fn default() -> Self {
         Self {
             device: None,
+            rails: 4,
+            near: None,
             gid_index: None,
             listen: None,
             mtu: None,
@@ -46,6 +55,9 @@ impl Default for VerbsOptions {
         }
     }
 }
+
+/// The most ports that an agent uses.
+pub(super) const RAILS_MAX: u8 = 8;
 
 /// The least and the greatest MTU that verbs know, by their number of it.
 const MTU_NUMBERS: std::ops::RangeInclusive<u8> = 1..=5;
@@ -80,25 +92,32 @@ impl VerbsOptions {
         within("verbs timeout", self.timeout, 1..=31)?;
         within("verbs retries", self.retries, 0..=7)?;
         within("verbs service level", self.service_level, 0..=15)?;
+        within("verbs rails", self.rails, 1..=RAILS_MAX)?;
+        self.places()?;
         self.mtu_number().map(|_| ())
     }
 
-    /// The wanted device and port, none of which need be said.
-    pub(super) fn place(&self) -> Result<(Option<&str>, Option<u8>)> {
-        let Some(place) = self.device.as_deref() else {
-            return Ok((None, None));
+    /// The devices that may be used, each with the port that is wanted if any is; all if there are none.
+    pub(super) fn places(&self) -> Result<Vec<(&str, Option<u8>)>> {
+        let Some(all) = self.device.as_deref() else {
+            return Ok(Vec::new());
         };
-        let Some((device, port)) = place.split_once(':') else {
-            return Ok((Some(place), None));
-        };
-        match port.parse() {
-            Ok(port) if port > 0 => Ok((Some(device), Some(port))),
-            _ => Err(Error::invalid(
-                "verbs device",
-                place,
-                "DEVICE or DEVICE:PORT",
-            )),
+        all.split(',').map(|one| place(one.trim())).collect()
+    }
+}
+
+fn place(one: &str) -> Result<(&str, Option<u8>)> {
+    let wrong = || Error::invalid("verbs device", one, "DEVICE or DEVICE:PORT");
+    let (device, port) = match one.split_once(':') {
+        None => (one, None),
+        Some((device, port)) => {
+            let port = port.parse().ok().filter(|&port: &u8| port > 0);
+            (device, Some(port.ok_or_else(wrong)?))
         }
+    };
+    match device.is_empty() {
+        true => Err(wrong()),
+        false => Ok((device, port)),
     }
 }
 
@@ -148,6 +167,27 @@ mod tests {
                 },
                 "mtu",
             ),
+            (
+                VerbsOptions {
+                    rails: 0,
+                    ..default.clone()
+                },
+                "rails",
+            ),
+            (
+                VerbsOptions {
+                    rails: 9,
+                    ..default.clone()
+                },
+                "rails",
+            ),
+            (
+                VerbsOptions {
+                    device: Some("mlx5_0,".to_owned()),
+                    ..default.clone()
+                },
+                "device",
+            ),
         ];
         for (options, name) in refused {
             let error = options.check().unwrap_err().to_string();
@@ -155,20 +195,29 @@ mod tests {
         }
     }
 
-    /// Device alone, with a port, and a port that is none.
+    /// Devices alone, with a port, several, and a port that is none.
     #[test]
-    fn a_device_may_come_with_its_port() {
+    fn devices_may_come_with_their_ports() {
         let place = |text: &str| VerbsOptions {
             device: Some(text.to_owned()),
             ..VerbsOptions::default()
         };
-        assert_eq!(place("mlx5_0").place().unwrap(), (Some("mlx5_0"), None));
+        assert_eq!(place("mlx5_0").places().unwrap(), [("mlx5_0", None)]);
         assert_eq!(
-            place("mlx5_0:2").place().unwrap(),
-            (Some("mlx5_0"), Some(2))
+            place("mlx5_0:2, mlx5_1").places().unwrap(),
+            [("mlx5_0", Some(2)), ("mlx5_1", None)]
         );
-        for wrong in ["mlx5_0:", "mlx5_0:0", "mlx5_0:x", "mlx5_0:1:1"] {
-            assert!(place(wrong).place().is_err(), "{wrong}");
+        assert_eq!(VerbsOptions::default().places().unwrap(), []);
+        for wrong in [
+            "mlx5_0:",
+            "mlx5_0:0",
+            "mlx5_0:x",
+            "mlx5_0:1:1",
+            "",
+            ":1",
+            "a,,b",
+        ] {
+            assert!(place(wrong).places().is_err(), "{wrong}");
         }
     }
 

@@ -1,21 +1,21 @@
-//! A queue pair that carries messages beside the work of jobs.
+//! A queue pair that carries fragments of messages, and words about rails, beside the work of jobs.
 //!
-//! Messages are sent in fragments, each into a place that the other side has offered; they arrive after all work that was
-//! posted before them. The send queue has room for the fragments by itself, so jobs never keep messages back.
+//! Fragments are sent each into a place that the other side has offered; they arrive after all work that was posted before
+//! them. The send queue has room for them by itself, so jobs never keep messages back.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use crate::backend::unix::Message;
-use crate::request::NOTIFICATION_BYTES_MAX;
+use super::controls::Control;
+use crate::plan::Extent;
 use crate::sys::verbs::{
     Channel, Depth, Domain, End, Far, Finished, Memory, Pair, PairSettings, Place, Work,
 };
 
-/// Bytes of a fragment, with its first one, which says whether more follow.
-const FRAGMENT_BYTES: u32 = 4096;
+/// Bytes of a fragment, with its first one, which says what it is.
+pub(super) const FRAGMENT_BYTES: u32 = 4096;
 
 /// Places that are offered for fragments.
 const RECEIVES: u32 = 64;
@@ -23,17 +23,8 @@ const RECEIVES: u32 = 64;
 /// Fragments that are under way.
 const SENDS: u32 = 16;
 
-/// Fragments that may wait.
-const OUTBOX_MAX: usize = 16_384;
-
-/// The longest message.
-const MESSAGE_BYTES_MAX: usize = NOTIFICATION_BYTES_MAX + 1024;
-
-/// Set in the tags of fragments; the others are numbers of jobs.
-const FRAGMENT: u64 = 1 << 63;
-
-const LAST: u8 = 0;
-const MORE: u8 = 1;
+/// Words about rails that may wait.
+const WORDS_MAX: usize = 1024;
 
 /// What a queue needs for fragments.
 pub(super) const FRAGMENTS: Depth = Depth {
@@ -41,12 +32,22 @@ pub(super) const FRAGMENTS: Depth = Depth {
     receives: RECEIVES,
 };
 
+/// A piece of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) job: u64,
+    pub(super) extent: Extent,
+}
+
 /// What came by a wire.
 pub(super) enum Heard {
-    Message(Message),
-    /// Work of a job is over.
+    /// A fragment of the other side's.
+    Fragment(Vec<u8>),
+    /// A fragment of a message of ours has arrived.
+    Arrived,
+    /// A piece of a job is over.
     Over {
-        job: u64,
+        piece: Piece,
         outcome: Result<()>,
         /// It failed only because other work had failed.
         is_flushed: bool,
@@ -55,15 +56,27 @@ pub(super) enum Heard {
     Failed(Error),
 }
 
+/// What work was posted for.
+#[derive(Clone, Copy)]
+enum Tag {
+    Piece(Piece),
+    /// From this place of the slab.
+    Fragment(u32),
+    Control(u32),
+    /// Into this place of the slab.
+    Receive(u32),
+}
+
 pub(super) struct Wire {
-    pair: Pair,
+    pair: Pair<Tag>,
     /// Places to receive, then places to send from.
     slab: Arc<Memory>,
     /// Places to send from that are free.
     free: Vec<u32>,
-    outbox: VecDeque<Vec<u8>>,
-    /// The fragments of a message that is not complete.
-    arriving: Vec<u8>,
+    /// Words about rails that wait for room.
+    words: VecDeque<Vec<u8>>,
+    /// Bytes of jobs that are under way.
+    load: u64,
     /// It is among those that are looked at.
     pub(super) is_hot: bool,
 }
@@ -93,15 +106,15 @@ impl Wire {
         let bytes = u64::from(FRAGMENT_BYTES) * u64::from(RECEIVES + SENDS);
         let slab = Arc::new(Memory::own(domain, bytes)?);
         for number in 0..RECEIVES {
-            pair.receive(place(&slab, number, FRAGMENT_BYTES), u64::from(number))?;
+            pair.receive(place(&slab, number, FRAGMENT_BYTES), Tag::Receive(number))?;
         }
         pair.arm()?;
         Ok(Self {
             pair,
             slab,
             free: (RECEIVES..RECEIVES + SENDS).collect(),
-            outbox: VecDeque::new(),
-            arriving: Vec::new(),
+            words: VecDeque::new(),
+            load: 0,
             is_hot: false,
         })
     }
@@ -122,6 +135,16 @@ impl Wire {
         }
     }
 
+    /// Takes it away: the device touches no memory for it any more. The pieces that are not known to be over.
+    pub(super) fn end(self) -> Vec<Piece> {
+        let left = self.pair.end().into_iter();
+        left.filter_map(|tag| match tag {
+            Tag::Piece(piece) => Some(piece),
+            _ => None,
+        })
+        .collect()
+    }
+
     /// Whether no work is under way.
     pub(super) fn is_drained(&self) -> bool {
         self.pair.is_drained()
@@ -132,52 +155,71 @@ impl Wire {
         self.pair.room() - self.free.len()
     }
 
+    /// Bytes of jobs that are under way.
+    pub(super) fn load(&self) -> u64 {
+        self.load
+    }
+
     /// Moves bytes for a job, to or from the peer's memory. There must be [`Wire::room`].
-    pub(super) fn work(&mut self, job: u64, writes: bool, place: Place, far: Far) -> Result<()> {
+    pub(super) fn work(
+        &mut self,
+        piece: Piece,
+        writes: bool,
+        place: Place,
+        far: Far,
+    ) -> Result<()> {
         let work = if writes {
             Work::Write(far)
         } else {
             Work::Read(far)
         };
-        self.pair.post(work, place, job)
+        self.pair.post(work, place, Tag::Piece(piece))?;
+        self.load += piece.extent.len;
+        Ok(())
     }
 
-    /// Sends a message, now or as soon as there is room.
+    /// Whether there is room for a fragment of a message.
+    pub(super) fn may_say(&self) -> bool {
+        !self.free.is_empty() && self.words.is_empty()
+    }
+
+    /// Sends a fragment of a message. There must be room.
+    pub(super) fn say(&mut self, fragment: &[u8]) -> Result<()> {
+        let Some(&number) = self.free.last() else {
+            let text = "no place to send a fragment from";
+            return Err(Error::new(ErrorKind::Busy, text));
+        };
+        self.send(number, fragment, Tag::Fragment(number))
+    }
+
+    /// Sends a word about rails, now or as soon as there is room.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] when too much waits.
-    pub(super) fn say(&mut self, message: &Message) -> Result<()> {
-        let bytes = message.encode();
-        let mut parts = bytes.chunks(FRAGMENT_BYTES as usize - 1).peekable();
-        if self.outbox.len() + parts.len() > OUTBOX_MAX {
-            let text = format!("{OUTBOX_MAX} fragments of messages wait");
+    /// [`ErrorKind::Busy`] when too many wait.
+    pub(super) fn tell(&mut self, control: &Control) -> Result<()> {
+        if self.words.len() >= WORDS_MAX {
+            let text = format!("{WORDS_MAX} words about rails wait");
             return Err(Error::new(ErrorKind::Busy, text));
         }
-        while let Some(part) = parts.next() {
-            let mut fragment = Vec::with_capacity(part.len() + 1);
-            fragment.push(if parts.peek().is_some() { MORE } else { LAST });
-            fragment.extend_from_slice(part);
-            self.outbox.push_back(fragment);
-        }
-        self.send()
+        self.words.push_back(control.encode());
+        self.tell_on()
     }
 
-    /// Whether there is room for a notification, and for what else is to be said beside.
-    pub(super) fn may_notify(&self) -> bool {
-        self.outbox.len() < OUTBOX_MAX / 2
-    }
-
-    fn send(&mut self) -> Result<()> {
+    fn tell_on(&mut self) -> Result<()> {
         while let Some(&number) = self.free.last() {
-            let Some(fragment) = self.outbox.pop_front() else {
+            let Some(word) = self.words.pop_front() else {
                 break;
             };
-            let place = place(&self.slab, number, fragment.len() as u32);
-            self.slab.mapping()?.write(place.offset, &fragment)?;
-            self.pair
-                .post(Work::Send, place, FRAGMENT | u64::from(number))?;
-            self.free.pop();
+            self.send(number, &word, Tag::Control(number))?;
         }
+        Ok(())
+    }
+
+    fn send(&mut self, number: u32, fragment: &[u8], tag: Tag) -> Result<()> {
+        let place = place(&self.slab, number, fragment.len() as u32);
+        self.slab.mapping()?.write(place.offset, fragment)?;
+        self.pair.post(Work::Send, place, tag)?;
+        self.free.pop();
         Ok(())
     }
 
@@ -186,57 +228,54 @@ impl Wire {
         let mut finished = Vec::new();
         let count = self.pair.poll(&mut finished)?;
         for finished in finished {
-            if let Some(bytes) = finished.received {
-                self.received(&finished, bytes, heard);
-            } else if finished.tag & FRAGMENT == 0 {
-                heard.push(Heard::Over {
-                    job: finished.tag,
-                    outcome: finished.outcome,
-                    is_flushed: finished.is_flushed,
-                });
-            } else {
-                self.free.push((finished.tag & !FRAGMENT) as u32);
-                match finished.outcome {
-                    Ok(()) => self.send()?,
-                    Err(_) if finished.is_flushed => {}
-                    Err(error) => heard.push(Heard::Failed(error)),
+            let Finished {
+                tag,
+                outcome,
+                is_flushed,
+                received,
+            } = finished;
+            let (number, is_message) = match tag {
+                Tag::Piece(piece) => {
+                    self.load -= piece.extent.len;
+                    heard.push(Heard::Over {
+                        piece,
+                        outcome,
+                        is_flushed,
+                    });
+                    continue;
                 }
+                Tag::Receive(number) => {
+                    // Whatever made the queue pair fail is told of otherwise.
+                    if let (Ok(()), Some(bytes)) = (outcome, received) {
+                        let taken = self.take_fragment(number, bytes);
+                        heard.push(taken.map_or_else(Heard::Failed, Heard::Fragment));
+                    }
+                    continue;
+                }
+                Tag::Fragment(number) => (number, true),
+                Tag::Control(number) => (number, false),
+            };
+            self.free.push(number);
+            match outcome {
+                Ok(()) if is_message => heard.push(Heard::Arrived),
+                Ok(()) => {}
+                Err(_) if is_flushed => continue,
+                Err(error) => heard.push(Heard::Failed(error)),
+            }
+            if let Err(error) = self.tell_on() {
+                heard.push(Heard::Failed(error));
             }
         }
         Ok(count > 0)
     }
 
-    fn received(&mut self, finished: &Finished, bytes: u32, heard: &mut Vec<Heard>) {
-        if finished.outcome.is_err() {
-            // Whatever made the queue pair fail is told of otherwise.
-            return;
-        }
-        match self.take_fragment(finished.tag as u32, bytes) {
-            Ok(Some(message)) => heard.push(Heard::Message(message)),
-            Ok(None) => {}
-            Err(error) => heard.push(Heard::Failed(error)),
-        }
-    }
-
-    /// Reads a fragment, and offers its place again; the message that it was the last one of.
-    fn take_fragment(&mut self, number: u32, bytes: u32) -> Result<Option<Message>> {
+    /// Reads a fragment, and offers its place again.
+    fn take_fragment(&mut self, number: u32, bytes: u32) -> Result<Vec<u8>> {
         let from = place(&self.slab, number, FRAGMENT_BYTES);
         let mut fragment = vec![0; bytes.min(FRAGMENT_BYTES) as usize];
         self.slab.mapping()?.read(from.offset, &mut fragment)?;
-        self.pair.receive(from, u64::from(number))?;
-        let Some((&kind, part)) = fragment.split_first() else {
-            return Err(Error::new(ErrorKind::Corrupt, "an empty fragment"));
-        };
-        if self.arriving.len() + part.len() > MESSAGE_BYTES_MAX {
-            let text = format!("a message has more than {MESSAGE_BYTES_MAX} bytes");
-            return Err(Error::new(ErrorKind::Corrupt, text));
-        }
-        self.arriving.extend_from_slice(part);
-        match kind {
-            MORE => Ok(None),
-            LAST => Message::decode(&std::mem::take(&mut self.arriving)).map(Some),
-            other => Err(Error::invalid("fragment kind", other, LAST..=MORE)),
-        }
+        self.pair.receive(from, Tag::Receive(number))?;
+        Ok(fragment)
     }
 
     /// Has the thread told of what comes next. What has come before is not told: poll once more.

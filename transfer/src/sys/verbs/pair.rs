@@ -84,9 +84,9 @@ pub(crate) enum Work {
 }
 
 /// Work that is over.
-pub(crate) struct Finished {
+pub(crate) struct Finished<T> {
     /// As it was posted with.
-    pub(crate) tag: u64,
+    pub(crate) tag: T,
     pub(crate) outcome: Result<()>,
     /// It failed only because other work had failed before.
     pub(crate) is_flushed: bool,
@@ -95,31 +95,33 @@ pub(crate) struct Finished {
 }
 
 /// What is held until work is over.
-struct Held {
-    tag: u64,
+struct Held<T> {
+    tag: T,
     _memory: Arc<Memory>,
 }
 
-/// A queue pair.
-pub(crate) struct Pair {
+/// A queue pair; its work is told apart by what it was posted with.
+pub(crate) struct Pair<T> {
     domain: Arc<Domain>,
     /// Kept open for the queue.
     _channel: Arc<Channel>,
     raw: NonNull<ffi::ibv_qp>,
     queue: NonNull<ffi::ibv_cq>,
-    sends: Slots<Held>,
-    receives: Slots<Held>,
+    sends: Slots<Held<T>>,
+    receives: Slots<Held<T>>,
+    /// It was destroyed.
+    is_gone: bool,
 }
 
 // SAFETY: one thread at a time uses it, by `&mut self`; the library does not care which.
-unsafe impl Send for Pair {}
+unsafe impl<T: Send> Send for Pair<T> {}
 
 fn lacking(call: &str) -> Error {
     let text = format!("verbs: the device's provider has no {call}");
     Error::new(ErrorKind::Unsupported, text)
 }
 
-impl Pair {
+impl<T> Pair<T> {
     /// Makes one that is connected to nobody; events of its queue carry `number`.
     pub(crate) fn new(
         domain: &Arc<Domain>,
@@ -163,6 +165,7 @@ impl Pair {
             queue,
             sends: Slots::new(depth.sends),
             receives: Slots::new(depth.receives),
+            is_gone: false,
         })
     }
 
@@ -264,7 +267,7 @@ impl Pair {
     ///
     /// # Errors
     /// [`ErrorKind::Busy`] without [`Pair::room`], [`ErrorKind::Invalid`] beyond the memory's end; nothing is posted then.
-    pub(crate) fn post(&mut self, work: Work, place: Place, tag: u64) -> Result<()> {
+    pub(crate) fn post(&mut self, work: Work, place: Place, tag: T) -> Result<()> {
         let post = self.operations().post_send;
         let post = post.ok_or_else(|| lacking("post_send"))?;
         let (mut list, held) = held(place, tag)?;
@@ -304,7 +307,7 @@ impl Pair {
     ///
     /// # Errors
     /// As [`Pair::post`].
-    pub(crate) fn receive(&mut self, place: Place, tag: u64) -> Result<()> {
+    pub(crate) fn receive(&mut self, place: Place, tag: T) -> Result<()> {
         let post = self.operations().post_recv;
         let post = post.ok_or_else(|| lacking("post_recv"))?;
         let (mut list, held) = held(place, tag)?;
@@ -334,7 +337,7 @@ impl Pair {
     }
 
     /// What is over since the last time, up to a batch.
-    pub(crate) fn poll(&mut self, finished: &mut Vec<Finished>) -> Result<usize> {
+    pub(crate) fn poll(&mut self, finished: &mut Vec<Finished<T>>) -> Result<usize> {
         let poll = self.operations().poll_cq;
         let poll = poll.ok_or_else(|| lacking("poll_cq"))?;
         // SAFETY: numbers and a union of numbers, for all of which zero is a value.
@@ -378,7 +381,7 @@ impl Pair {
 }
 
 /// The list of one place, and what holds it.
-fn held(place: Place, tag: u64) -> Result<(ffi::ibv_sge, Held)> {
+fn held<T>(place: Place, tag: T) -> Result<(ffi::ibv_sge, Held<T>)> {
     let list = ffi::ibv_sge {
         addr: place.memory.at(place.offset, place.len.into())?,
         length: place.len,
@@ -391,18 +394,23 @@ fn held(place: Place, tag: u64) -> Result<(ffi::ibv_sge, Held)> {
     Ok((list, held))
 }
 
-impl Drop for Pair {
+impl<T> Pair<T> {
+    /// Whether the device still has it.
+    fn exists(&self) -> bool {
+        self.domain.context.process.is_current() && !self.is_gone
+    }
+
     #[expect(
         clippy::mem_forget,
         reason = "memory that may be in use is leaked, never freed"
     )]
-    fn drop(&mut self) {
-        let context = &self.domain.context;
-        if !context.process.is_current() {
+    fn destroy(&mut self) {
+        if !self.exists() {
             return;
         }
-        let calls = &context.library.calls;
-        // SAFETY: made by `new`, destroyed once, here.
+        self.is_gone = true;
+        let calls = &self.domain.context.library.calls;
+        // SAFETY: made by `new`, destroyed once, here: `is_gone` was not set before.
         let code = unsafe { calls.ibv_destroy_qp(self.raw.as_ptr()) };
         if code != 0 {
             tracing::error!(code, "a queue pair was not destroyed; its memory is kept");
@@ -416,5 +424,21 @@ impl Drop for Pair {
         if code != 0 {
             tracing::warn!(code, "destroy a completion queue");
         }
+    }
+}
+
+impl<T: Copy> Pair<T> {
+    /// Destroys it: the device touches no memory for it any more. What was posted, other than to receive, and was not found to
+    /// be over.
+    pub(crate) fn end(mut self) -> Vec<T> {
+        let left = self.sends.iter().map(|held| held.tag).collect();
+        self.destroy();
+        left
+    }
+}
+
+impl<T> Drop for Pair<T> {
+    fn drop(&mut self) {
+        self.destroy();
     }
 }

@@ -24,6 +24,11 @@ impl<T> Slots<T> {
         self.free.len() == self.places.len()
     }
 
+    /// Those who are in a place.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.places.iter().flatten()
+    }
+
     /// Takes a place; gives the value back when there is none.
     pub(super) fn take(&mut self, value: T) -> Result<u32, T> {
         let Some(place) = self.free.pop() else {
@@ -58,6 +63,7 @@ mod tests {
         assert_eq!(slots.give(first), None);
         assert_eq!(slots.give(77), None);
         assert_eq!(slots.take('d'), Ok(first));
+        assert_eq!(slots.iter().collect::<String>().len(), 2);
         assert!(!slots.is_empty());
     }
 

@@ -21,7 +21,9 @@ fn meaning(status: ffi::ibv_wc_status) -> (ErrorKind, &'static str) {
         ffi::IBV_WC_MW_BIND_ERR => (Internal, "a memory window was not bound"),
         ffi::IBV_WC_BAD_RESP_ERR => (Corrupt, "the peer answered with another operation"),
         ffi::IBV_WC_LOC_ACCESS_ERR => (Invalid, "the local memory may not be written"),
-        ffi::IBV_WC_REM_INV_REQ_ERR => (Invalid, "the peer's device refused the request"),
+        // Ranges are checked before, so nobody has asked for something wrong. Soft-RoCE says it when a link goes down in the
+        // middle of a write.
+        ffi::IBV_WC_REM_INV_REQ_ERR => (Io, "the peer's device refused the request"),
         ffi::IBV_WC_REM_ACCESS_ERR => (Denied, "the peer's memory may not be used so"),
         ffi::IBV_WC_REM_OP_ERR => (PeerLost, "the peer's device could not do it"),
         ffi::IBV_WC_RETRY_EXC_ERR => (PeerLost, "the peer's device does not answer"),
@@ -67,7 +69,7 @@ mod tests {
             (ffi::IBV_WC_MW_BIND_ERR, Internal),
             (ffi::IBV_WC_BAD_RESP_ERR, Corrupt),
             (ffi::IBV_WC_LOC_ACCESS_ERR, Invalid),
-            (ffi::IBV_WC_REM_INV_REQ_ERR, Invalid),
+            (ffi::IBV_WC_REM_INV_REQ_ERR, Io),
             (ffi::IBV_WC_REM_ACCESS_ERR, Denied),
             (ffi::IBV_WC_REM_OP_ERR, PeerLost),
             (ffi::IBV_WC_RETRY_EXC_ERR, PeerLost),

@@ -6,16 +6,21 @@ fn question() -> Question {
     Question {
         name: "a".to_owned(),
         wanted: Incarnation(9),
-        offer: Offer {
-            end: End {
-                pair: 17,
-                first: 0x00ff_ffff,
-                lid: 3,
-                gid: [7; 16],
-            },
-            mtu: 3,
-            reads_served: 16,
+        offers: vec![offer(17), offer(18)],
+    }
+}
+
+fn offer(pair: u32) -> Offer {
+    Offer {
+        end: End {
+            pair,
+            first: 0x00ff_ffff,
+            lid: 3,
+            gid: [7; 16],
         },
+        is_ethernet: true,
+        mtu: 3,
+        reads_served: 16,
     }
 }
 
@@ -32,8 +37,18 @@ fn greetings_survive_the_way() {
         assert_eq!(whole(&bytes[..cut]).unwrap(), None);
     }
     assert_eq!(Question::decode(body(&bytes)).unwrap(), asked);
-    let answer = encode_answer(&Ok(asked.offer));
-    assert_eq!(decode_answer(body(&answer)).unwrap(), asked.offer);
+    let taken = vec![(1, offer(3)), (7, offer(4))];
+    let answer = encode_answer(&Ok(taken.clone()));
+    assert_eq!(decode_answer(body(&answer)).unwrap(), taken);
+    // Each offer at most once, in order, and one at least.
+    for wrong in [
+        vec![],
+        vec![(1, offer(3)), (1, offer(4))],
+        vec![(8, offer(3))],
+    ] {
+        let answer = encode_answer(&Ok(wrong.clone()));
+        assert!(decode_answer(body(&answer)).is_err(), "{wrong:?}");
+    }
     let refused = Error::new(ErrorKind::Denied, "not on the list");
     let error = decode_answer(body(&encode_answer(&Err(refused)))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Denied);
@@ -51,13 +66,14 @@ fn strangers_are_refused_with_the_reason() {
     };
     assert_eq!(changed(0, b'X').kind(), ErrorKind::Corrupt);
     assert_eq!(changed(4, 9).kind(), ErrorKind::Version);
-    let pair = 4 + 2 + 8 + 3;
+    let rails = 4 + 2 + 8 + 3;
+    assert!(changed(rails, 0).to_string().contains("rails"));
+    assert!(changed(rails, 9).to_string().contains("rails"));
+    let pair = rails + 1;
     assert!(changed(pair + 3, 1).to_string().contains("queue pair"));
-    assert!(
-        changed(pair + 4 + 4 + 2 + 16, 0)
-            .to_string()
-            .contains("mtu")
-    );
+    let link = pair + 4 + 4 + 2 + 16;
+    assert!(changed(link, 2).to_string().contains("link"));
+    assert!(changed(link + 1, 0).to_string().contains("mtu"));
     assert!(whole(&[0xff, 0xff, 0]).is_err());
 }
 
@@ -72,7 +88,7 @@ proptest! {
 
     /// A question that is cut off or changed in one place.
     #[test]
-    fn damaged_questions_are_refused_or_read(at in 0_usize..60, to in any::<u8>(), cut in any::<bool>()) {
+    fn damaged_questions_are_refused_or_read(at in 0_usize..90, to in any::<u8>(), cut in any::<bool>()) {
         let message = question().encode();
         let mut bytes = body(&message).to_vec();
         let at = at.min(bytes.len() - 1);
@@ -83,5 +99,16 @@ proptest! {
             bytes[at] = to;
             let _ = Question::decode(&bytes);
         }
+    }
+}
+
+/// One key of four bytes for each rail, and nothing more.
+#[test]
+fn keys_come_one_for_each_rail() {
+    let bytes = [1, 0, 0, 0, 0, 0, 0, 2];
+    assert_eq!(decode_keys(&bytes, 2).unwrap(), [1, 2 << 24]);
+    for (bytes, rails) in [(&bytes[..], 1), (&bytes[..], 3), (&bytes[..7], 2), (&[], 1)] {
+        let error = decode_keys(bytes, rails).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     }
 }
