@@ -14,6 +14,7 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
 use super::aside::Aside;
 use super::card::Cards;
+use super::fair::Fair;
 use super::state::{COMPLETIONS, LINES, LISTENERS, Line, NOTICES, State, WAKE};
 use crate::agent::Exports;
 use crate::backend::Job;
@@ -38,7 +39,8 @@ const PARTING_MAX: Duration = Duration::from_secs(3);
 const EVENTS: usize = 64;
 
 pub(super) struct Driver {
-    state: Mutex<State>,
+    /// Of the thread, which takes it again and again, and of callers, whom it would keep out otherwise.
+    state: Fair<State>,
     posted: Mutex<VecDeque<(Line, Job)>>,
     /// Readable when the thread has something to do that no device and no peer tells of.
     wake: Arc<OwnedFd>,
@@ -93,7 +95,7 @@ impl Driver {
         );
         state.late.wake_by(&wake);
         let driver = Arc::new(Self {
-            state: Mutex::new(state),
+            state: Fair::new(state),
             posted: Mutex::default(),
             wake,
             cards,
@@ -115,7 +117,7 @@ impl Driver {
 
     /// Does something with the state, and lets the thread look at what follows from it.
     pub(super) fn with<T>(&self, what: impl FnOnce(&mut State) -> T) -> T {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let result = what(&mut state);
         Self::settle(state);
         self.wake();
@@ -145,7 +147,7 @@ impl Driver {
         let plan = job.plan();
         let small = plan.bytes <= INLINE_BYTES_MAX && plan.extents.len() <= INLINE_EXTENTS_MAX;
         lock(&self.posted).push_back((line, job));
-        if small && let Ok(mut state) = self.state.try_lock() {
+        if small && let Some(mut state) = self.state.try_lock() {
             self.take_posted(&mut state);
             state.pump();
             let is_quiet = state.is_quiet();
@@ -186,7 +188,7 @@ impl Driver {
     pub(super) fn assist(&self, until: Instant, done: &dyn Fn() -> bool) {
         let until = until.min(Instant::now() + ASSIST_MAX);
         while !done() && Instant::now() < until {
-            let Ok(mut state) = self.state.try_lock() else {
+            let Some(mut state) = self.state.try_lock() else {
                 std::hint::spin_loop();
                 continue;
             };
@@ -204,7 +206,7 @@ impl Driver {
         let mut events = Vec::with_capacity(EVENTS);
         let mut busy_at = Instant::now();
         loop {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             for event in events.drain(..) {
                 self.happened(&mut state, event);
             }
@@ -270,7 +272,10 @@ impl Driver {
 
     /// Nobody is waited for any more.
     fn end(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
+        for then in self.aside.take() {
+            then(&mut state);
+        }
         self.take_posted(&mut state);
         state.end();
         Self::settle(state);

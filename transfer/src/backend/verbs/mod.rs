@@ -14,6 +14,7 @@ mod choose;
 mod controls;
 mod driver;
 mod ending;
+mod fair;
 mod greeting;
 mod lending;
 mod moving;
