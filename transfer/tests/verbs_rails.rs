@@ -12,8 +12,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use kvfabric_transfer::{
-    Agent, ConnectionReport, Operation, PathReport, Request, RequestOptions, Side, Status,
-    VerbsOptions,
+    Agent, ConnectionReport, HostMemory, NOTIFICATION_BYTES_MAX, Operation, PathReport, Request,
+    RequestOptions, Side, Status, VerbsOptions,
 };
 
 use support::{OPEN, Pair, WAIT, contents, pattern};
@@ -37,12 +37,18 @@ fn links() -> Option<(Vec<String>, String, String)> {
     Some((links, near, far))
 }
 
+/// Soft-RoCE takes one more for ever.
+const RETRIES: u8 = 6;
+
 fn agent(name: &str, devices: &str, rails: u8) -> Agent {
+    agent_that_tries(RETRIES, name, devices, rails)
+}
+
+fn agent_that_tries(retries: u8, name: &str, devices: &str, rails: u8) -> Agent {
     let options = VerbsOptions {
         device: Some(devices.to_owned()),
         rails,
-        // Soft-RoCE takes 7 for ever.
-        retries: 6,
+        retries,
         ..VerbsOptions::default()
     };
     let builder = Agent::builder(name).memcpy(false).shm(false);
@@ -50,7 +56,12 @@ fn agent(name: &str, devices: &str, rails: u8) -> Agent {
 }
 
 fn pair(near: &str, far: &str, bytes: u64) -> Pair {
-    let (initiator, target) = (agent("initiator", near, 8), agent("target", far, 8));
+    pair_that_tries(RETRIES, near, far, bytes)
+}
+
+fn pair_that_tries(retries: u8, near: &str, far: &str, bytes: u64) -> Pair {
+    let agent = |name, devices| agent_that_tries(retries, name, devices, 8);
+    let (initiator, target) = (agent("initiator", near), agent("target", far));
     let pair = Pair::of(initiator, target, bytes, OPEN);
     // Each rail has been answered over.
     until(|| rails(&pair).len() == 2 && rails(&pair).iter().all(|rail| rail.lost.is_none()));
@@ -142,11 +153,15 @@ fn large_requests_use_all_rails_and_small_ones_the_first() {
 }
 
 /// Requests that are under way when one of their rails is lost.
-fn lose_a_rail(operation: Operation, (lose, restore): (&str, &str), lost: usize) {
+fn lose_a_rail(operation: Operation, how: (&str, &str), lost: usize) {
+    lose_a_rail_of(RETRIES, operation, how, lost);
+}
+
+fn lose_a_rail_of(retries: u8, operation: Operation, (lose, restore): (&str, &str), lost: usize) {
     let Some((links, near, far)) = links() else {
         return;
     };
-    let pair = pair(&near, &far, LONG);
+    let pair = pair_that_tries(retries, &near, &far, LONG);
     let data = pattern(LONG as usize, 2);
     match operation {
         Operation::Write => pair.local.write_at(0, &data).unwrap(),
@@ -158,7 +173,9 @@ fn lose_a_rail(operation: Operation, (lose, restore): (&str, &str), lost: usize)
         .map(|_| pair.moves(operation, &whole, RequestOptions::default()))
         .collect();
     until(|| moved(&pair, &before).iter().all(|&bytes| bytes > 0));
-    let words = |text: &str| text.replace("LINK", &links[lost]);
+    let far_links = std::env::var("KVFABRIC_RDMA_FAR_LINKS").unwrap();
+    let far_link = far_links.split(',').nth(lost).unwrap();
+    let words = |text: &str| text.replace("LINK", &links[lost]).replace("FAR", far_link);
     let (program, arguments) = lose.split_once(' ').unwrap();
     runs(program, &words(arguments));
     let is_over = requests.iter().all(is_done);
@@ -229,6 +246,101 @@ fn a_write_outlives_a_rail_that_carries_nothing_any_more() {
 #[test]
 fn a_read_outlives_a_rail_that_carries_nothing_any_more() {
     lose_a_rail(Operation::Read, DROWN, 0);
+}
+
+/// A device that never gives up: that nothing ends any more is seen without it.
+#[test]
+fn a_write_outlives_a_rail_whose_device_never_gives_up() {
+    lose_a_rail_of(7, Operation::Write, DROWN, 1);
+}
+
+/// Packets wait in the port for longer than this test takes, and soft-RoCE takes a queue pair away only after its packets: the
+/// others go on meanwhile. Of the side that sends what is written, and of the one that sends what is read.
+const HOLD: (&str, &str) = (
+    "tc qdisc add dev LINK root netem delay 200s",
+    "tc qdisc del dev LINK root",
+);
+
+#[test]
+fn a_write_outlives_a_rail_whose_packets_stay_in_the_port() {
+    lose_a_rail(Operation::Write, HOLD, 1);
+}
+
+#[test]
+fn a_read_outlives_a_rail_whose_packets_stay_in_the_peers_port() {
+    let (lose, restore) = (HOLD.0.replace("LINK", "FAR"), HOLD.1.replace("LINK", "FAR"));
+    lose_a_rail(Operation::Read, (&lose, &restore), 1);
+}
+
+/// Nothing is under way on it, so no device finds it out.
+#[test]
+fn an_idle_path_ends_when_its_only_port_stays_down() {
+    let Some((links, near, far)) = links() else {
+        return;
+    };
+    let first = |devices: &str| devices.split(',').next().unwrap().to_owned();
+    let agents = (
+        agent("initiator", &first(&near), 1),
+        agent("target", &first(&far), 1),
+    );
+    let pair = Pair::of(agents.0, agents.1, 4096, OPEN);
+    let whole = [(0, 0, 4096)];
+    let request = pair.moves(Operation::Write, &whole, RequestOptions::default());
+    request.wait(WAIT).unwrap();
+    runs("ip", &format!("link set {} down", links[0]));
+    // Asking connects again if there is no path, which comes to nothing.
+    until(|| report(&pair).backend.is_none());
+    runs("ip", &format!("link set {} up", links[0]));
+}
+
+/// Rails are asked about all writes at once, more than there are places to say something from: what is asked about regions
+/// beside that is answered all the same, although nothing else is said.
+#[test]
+fn regions_are_handed_out_while_rails_are_asked_about_many_writes() {
+    let Some((_, near, far)) = links() else {
+        return;
+    };
+    const WRITES: u64 = 40;
+    /// As little as goes over all rails.
+    const BYTES: u64 = (256 << 10) + 4096;
+    const ROUNDS: usize = 12;
+    const INBOX_BYTES: usize = 8 << 20;
+    let pair = pair(&near, &far, BYTES);
+    // Nothing more is taken, so nothing more is answered.
+    let long = vec![0; NOTIFICATION_BYTES_MAX];
+    for _ in 0..INBOX_BYTES / NOTIFICATION_BYTES_MAX {
+        let request = pair.initiator.notify(&pair.peer, long.clone().into());
+        request.unwrap().wait(WAIT).unwrap();
+    }
+    for round in 0..ROUNDS {
+        let memory = HostMemory::shared(4096).unwrap();
+        let region = pair.target.register(memory, OPEN).unwrap();
+        let peer = pair.initiator.load_peer(&pair.target.metadata()).unwrap();
+        let options = || RequestOptions {
+            notification: Some(vec![1].into()),
+            ..RequestOptions::default()
+        };
+        let before = rails(&pair);
+        let whole = [(0, 0, BYTES)];
+        let writes: Vec<Request> = (0..WRITES)
+            .map(|_| pair.moves(Operation::Write, &whole, options()))
+            .collect();
+        // All but the last ones are in place, and are asked about.
+        until(|| moved(&pair, &before).iter().sum::<u64>() > (WRITES - 2) * BYTES);
+        let pairs = [(pair.local.descriptor(0, 4096), region.descriptor(0, 4096))];
+        let options = RequestOptions::default();
+        let made = pair
+            .initiator
+            .transfer(Operation::Write, &pairs, Side::Peer(&peer), options)
+            .unwrap();
+        made.wait(WAIT)
+            .unwrap_or_else(|error| panic!("round {round}: {error}"));
+        for write in writes {
+            write.cancel();
+            assert!(write.wait(WAIT).is_err());
+        }
+        region.deregister().wait(WAIT).unwrap();
+    }
 }
 
 /// Notifications are under way over the rail that is lost: each arrives once, in order.

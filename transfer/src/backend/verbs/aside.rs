@@ -1,5 +1,5 @@
 //! What takes long is done by threads of its own, and not under the lock: connecting queue pairs, for which the system may
-//! have to find out first where the peer is.
+//! have to find out first where the peer is; and taking them away.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -32,7 +32,7 @@ impl Aside {
         std::mem::take(&mut *self.over.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn put(&self, then: Then) {
+    pub(super) fn put(&self, then: Then) {
         let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
         over.push(then);
         drop(over);

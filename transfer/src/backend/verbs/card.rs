@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
@@ -48,6 +49,7 @@ pub(super) struct Card {
     /// The greatest that both the options and the port allow, as verbs number it.
     mtu: u8,
     work: u32,
+    patience: Duration,
     /// Of all peers.
     pub(super) told: Arc<PortTold>,
 }
@@ -221,6 +223,7 @@ impl Card {
             nearness,
             limits,
             work,
+            patience: options.patience(),
             told: Arc::new(told),
         })
     }
@@ -237,7 +240,7 @@ impl Card {
 
     /// A wire, and what the peer is told of it.
     pub(super) fn wire(&self, number: u64) -> Result<(Wire, Offer)> {
-        let size = (self.port.number, self.work);
+        let size = (self.port.number, self.work, self.patience);
         let wire = Wire::new(&self.domain, &self.channel, number, size)?;
         let end = End {
             pair: wire.pair(),

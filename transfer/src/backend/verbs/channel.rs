@@ -70,7 +70,9 @@ impl Backend for VerbsChannel {
     /// A job is settled when the device has nothing of it left; a write of a path that was lost, when the peer has said that
     /// its queue pairs are gone, or was not heard of in time: then it may still be on its way.
     fn fences(&self, operation: Operation) -> bool {
-        operation == Operation::Read || !self.shared.unfenced.load(Ordering::Acquire)
+        let is_drained = !self.shared.undrained.load(Ordering::Acquire);
+        let is_fenced = !self.shared.unfenced.load(Ordering::Acquire);
+        is_drained && (operation == Operation::Read || is_fenced)
     }
 
     fn prepare(&self, plan: &Plan) -> Result<()> {

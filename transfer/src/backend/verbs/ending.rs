@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use super::greeting::{STOP, STOPPED};
 use super::state::{Line, State};
-use crate::backend::giving_way::GivingWay;
 
 /// How long a path that ends waits for what is under way on it, and for the peer's word.
 const ENDING_MAX: Duration = Duration::from_secs(2);
@@ -54,6 +53,7 @@ impl State {
             self.heat(line, rail);
         }
         self.is_timed = true;
+        self.give_up_unfinished(line);
         self.rouse(line);
     }
 
@@ -135,6 +135,7 @@ impl State {
         }
         for line in drained {
             self.destroy(line);
+            self.rouse(line);
         }
         undecided
             .into_iter()
@@ -152,20 +153,6 @@ impl State {
             || !self.strangers.is_empty()
             || self.using.values().any(|using| using.ending.is_some())
             || self.jobs.values().any(|job| job.forced_at.is_some());
-    }
-
-    /// The queue pairs go, and with them whatever devices still had to do: they touch no memory for them any more.
-    fn destroy(&mut self, line: Line) {
-        if let Some(using) = self.using.get_mut(&line) {
-            using.tie.destroy();
-        }
-        for active in self.jobs.values_mut().filter(|job| job.line == line) {
-            active.open = 0;
-        }
-        if let Some(using) = self.using.get_mut(&line) {
-            using.background = GivingWay::default();
-        }
-        self.rouse(line);
     }
 
     /// Ends paths on which something that was given up does not end.
@@ -201,6 +188,7 @@ impl State {
             self.destroy(line);
             self.decide(line, false);
         }
+        self.leave_buried();
         // Each step may make others ready, and all of them end.
         while self.pump() {}
         self.tidy();

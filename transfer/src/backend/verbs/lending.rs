@@ -10,7 +10,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::aside::{self, Meeting};
 use super::card::Cards;
-use super::greeting::{self, Question, STOPPED, Taken};
+use super::greeting::{self, Question, Taken};
 use super::state::{Line, State, number};
 use super::tie::{Rail, Tie};
 use crate::agent::{CONNECT_TIMEOUT, Door};
@@ -255,17 +255,18 @@ impl State {
             return;
         };
         let User {
-            tie,
-            mut stream,
+            mut tie,
+            stream,
             name,
             door,
-            ..
+            used,
         } = user;
         tracing::debug!(peer = %name, reason, "a peer over verbs is cut off");
-        drop(tie);
-        // It may be gone.
-        let _ = stream.write(&[STOPPED]);
+        tie.stop();
+        let going = tie.going();
+        self.begin_parting(line, (stream, used), (tie.end(), going));
         self.exports.inbox().shut(door, reason);
+        self.is_timed = true;
         self.let_leave(Instant::now());
     }
 
@@ -453,7 +454,9 @@ impl State {
     pub(super) fn let_leave(&mut self, now: Instant) {
         for leaving in std::mem::take(&mut self.leaving) {
             let id = leaving.region.id();
-            let is_used = self.users.values().any(|user| user.used.contains(&id));
+            let parting = self.parting.values().map(|parting| &parting.used);
+            let users = self.users.values().map(|user| &user.used);
+            let is_used = users.chain(parting).any(|used| used.contains(&id));
             if is_used && now < leaving.until {
                 self.leaving.push(leaving);
                 continue;

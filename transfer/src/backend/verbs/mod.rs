@@ -8,6 +8,7 @@
 mod active;
 mod aside;
 mod asking;
+mod burying;
 mod card;
 mod channel;
 mod choose;

@@ -59,6 +59,9 @@ impl Default for VerbsOptions {
 /// The most ports that an agent uses.
 pub(super) const RAILS_MAX: u8 = 8;
 
+/// How long nothing of a rail may end while something is under way on it, at least.
+const PATIENCE_MIN: Duration = Duration::from_secs(15);
+
 /// The least and the greatest MTU that verbs know, by their number of it.
 const MTU_NUMBERS: std::ops::RangeInclusive<u8> = 1..=5;
 
@@ -95,6 +98,15 @@ impl VerbsOptions {
         within("verbs rails", self.rails, 1..=RAILS_MAX)?;
         self.places()?;
         self.mtu_number().map(|_| ())
+    }
+
+    /// How long nothing of a rail may end while something is under way on it: twice as long as any device takes to give the peer
+    /// up, which may be four times what it was told. Some never give it up: soft-RoCE tries for ever when it was told seven
+    /// times.
+    pub(super) fn patience(&self) -> Duration {
+        let once = Duration::from_nanos(4096 << self.timeout.min(31));
+        let times = u32::from(self.retries) + 1;
+        PATIENCE_MIN.max(2 * 4 * times * once)
     }
 
     /// The devices that may be used, each with the port that is wanted if any is; all if there are none.

@@ -16,10 +16,16 @@ use super::tie::{Condition, Rail, Tie};
 use super::wire::Wire;
 
 /// How long the other side may take to end a rail.
-const ENDING_MAX: Duration = Duration::from_secs(5);
+pub(super) const ENDING_MAX: Duration = Duration::from_secs(5);
+
+/// How long work of a rail that was stopped may take to be told of as over, before its queue pair is taken away.
+const FLUSHING_MAX: Duration = Duration::from_secs(1);
 
 /// How long a rail may take to be answered over.
 pub(super) const PROVING_MAX: Duration = Duration::from_secs(5);
+
+/// How long the port of a path's only rail may be down: a switch that starts again takes longer, a plug less.
+const DARK_MAX: Duration = Duration::from_secs(5);
 
 /// The question by which a rail is proved; others are numbers of jobs, from 1 on.
 pub(super) const PROOF: u64 = 0;
@@ -51,13 +57,14 @@ impl State {
         let Some(one) = tie.rails.get_mut(rail) else {
             return;
         };
+        let mut is_unused = false;
         match one.condition {
             Condition::Ending { .. } | Condition::Down(_) => return,
             Condition::Up if !has_another => return self.fail(line, reason),
             // Whoever offered it will say that it has stopped.
             Condition::Offered(..) | Condition::Unproved(_) if is_user => {
-                one.wire = None;
                 one.condition = Condition::Down(None);
+                is_unused = true;
             }
             _ => {
                 if let Some(wire) = &mut one.wire {
@@ -72,6 +79,9 @@ impl State {
             }
         }
         let is_hopeless = !tie.rails.iter().any(Rail::is_hopeful);
+        if is_unused {
+            self.bury_rail(line, rail, false);
+        }
         self.told_lost(line, rail, reason);
         self.is_timed = true;
         self.heat(line, rail);
@@ -129,6 +139,12 @@ impl State {
             return;
         };
         match one.condition {
+            Condition::Up if one.dark_until.is_some_and(|until| until <= now) => {
+                self.fail_rail(line, rail, "its port stays down");
+            }
+            Condition::Up => {
+                self.fail_rail(line, rail, "the device does not end what was handed to it");
+            }
             Condition::Offered(_, until) if until <= now => {
                 self.fail_rail(line, rail, "the peer does not take it up again");
             }
@@ -139,49 +155,43 @@ impl State {
                 // Another one may be proved yet, or all are lost, which ends the path.
             }
             Condition::Ending { until, .. } if until <= now => {
-                self.fail(line, "the peer does not say that it has ended a rail");
+                let reason = match one.is_going {
+                    true => "the device does not take a queue pair away",
+                    false => "the peer does not say that it has ended a rail",
+                };
+                self.fail(line, reason);
             }
-            Condition::Ending { is_told: false, .. } => self.end_rail(line, rail),
+            Condition::Ending { is_told: false, .. } if !one.is_going => {
+                self.end_rail(line, rail, now);
+            }
             Condition::Down(Some(_)) if !is_user => self.offer_again(line, rail, now),
             _ => {}
         }
     }
 
-    /// Hears what has come by a rail that was stopped, takes it away, and tells the other side.
-    fn end_rail(&mut self, line: Line, rail: usize) {
+    /// Hears what has come by a rail that was stopped. When the device has told of all that was under way, nothing of it has any
+    /// effect on this side any more, and the other side is told so; else when the queue pair is gone.
+    fn end_rail(&mut self, line: Line, rail: usize, now: Instant) {
         self.drain(line, rail);
         let is_user = self.users.contains_key(&line);
         let Some(tie) = self.tie(line) else {
             return;
         };
         let one = &mut tie.rails[rail];
-        let Condition::Ending {
-            until,
-            is_told,
-            is_gone,
-        } = &mut one.condition
-        else {
+        let Condition::Ending { until, .. } = one.condition else {
             return;
         };
-        // What the device has not told of is not known to have had no effect.
-        one.unfinished
-            .extend(one.wire.take().map(Wire::end).into_iter().flatten());
-        let was_gone = *is_gone;
-        *is_told = true;
-        // Only now is it the other side's turn.
-        *until = Instant::now() + ENDING_MAX;
-        let (which, heard) = (tie.which(rail), tie.speech.heard);
-        let control = if is_user {
-            Control::Gone { which, heard }
-        } else {
-            Control::Stopped { which, heard }
+        let is_still = |wire: &Wire| match is_user {
+            true => wire.is_flushed(),
+            false => wire.is_drained(),
         };
-        match tie.tell(&control) {
-            Ok(over) => self.heat(line, over),
-            Err(error) => return self.fail(line, &error.to_string()),
-        }
-        if was_gone {
-            self.over_with(line, rail);
+        if one.wire.as_ref().is_none_or(is_still) {
+            let still = one.wire.take();
+            self.bury(still.into_iter().collect(), |_, _| ());
+            self.bury_rail(line, rail, true);
+        } else if now + ENDING_MAX >= until + FLUSHING_MAX {
+            // What the device does not tell of is not known to have had no effect: it counts as unfinished.
+            self.bury_rail(line, rail, true);
         }
     }
 
@@ -201,7 +211,7 @@ impl State {
     }
 
     /// Neither end of a rail is left: what it has not finished is done again by the others.
-    fn over_with(&mut self, line: Line, rail: usize) {
+    pub(super) fn over_with(&mut self, line: Line, rail: usize) {
         let Some(using) = self.using.get_mut(&line) else {
             return;
         };
@@ -251,9 +261,13 @@ impl State {
                     tie.rails[rail].condition = Condition::Down(Some(now));
                     self.is_timed = true;
                 }
-                // The only one may come back before the device gives up.
                 Condition::Up if !is_up && tie.has_another(rail) => {
                     self.fail_rail(line, rail, "its port went down");
+                }
+                // The only one may come back soon, and before the device gives up.
+                Condition::Up => {
+                    tie.rails[rail].dark_until = (!is_up).then_some(now + DARK_MAX);
+                    self.is_timed = true;
                 }
                 _ => {}
             }
@@ -316,21 +330,28 @@ impl State {
         }
         // The offer of one that was stopped may be on its way.
         one.made = which.made;
-        if let Some(wire) = &mut one.wire {
-            wire.stop();
-            self.drain(line, rail);
+        match &mut one.condition {
+            Condition::Ending { is_told: true, .. } => one.condition = Condition::Down(None),
+            Condition::Ending { is_gone, .. } => *is_gone = true,
+            Condition::Down(_) => self.bury_rail(line, rail, true),
+            _ => {
+                if let Some(wire) = &mut one.wire {
+                    wire.stop();
+                }
+                one.condition = Condition::Ending {
+                    until: Instant::now() + ENDING_MAX,
+                    is_told: false,
+                    is_gone: true,
+                };
+                self.heat(line, rail);
+                self.is_timed = true;
+            }
         }
         let Some(tie) = self.tie(line) else {
             return Ok(());
         };
-        let one = &mut tie.rails[rail];
-        one.wire = None;
-        one.condition = Condition::Down(None);
         tie.speech.lose(rail);
         tie.speech.resume(rail, heard)?;
-        let heard = tie.speech.heard;
-        let over = tie.tell(&Control::Gone { which, heard })?;
-        self.heat(line, over);
         self.say_on(line);
         Ok(())
     }

@@ -86,9 +86,10 @@ impl State {
             return Err(not_fitting("a rail is offered again that was not ended"));
         }
         one.made = which.made;
-        one.wire = None;
         one.condition = Condition::Down(None);
-        let card = one.card;
+        let (card, unused) = (one.card, one.wire.take());
+        // The user's end of it is gone, so nobody waits for this.
+        self.bury(unused.into_iter().collect(), |_, _| ());
         let (mut wire, own) = self.cards.cards[card].wire(number(line, card))?;
         let peer = *offer;
         let connect = move |cards: &Cards| -> Result<Wire> {
@@ -109,7 +110,8 @@ impl State {
                     state.heat(line, at);
                     state.is_timed = true;
                 }
-                Ok(_) => {}
+                // The user has given it up meanwhile.
+                Ok(wire) => state.bury(vec![wire], |_, _| ()),
                 // The user tries again by itself.
                 Err(error) => tracing::warn!(%error, "a rail is not taken up again"),
             }

@@ -12,6 +12,7 @@ use rustix::event::epoll;
 
 use super::active::Active;
 use super::aside::Aside;
+use super::burying::Parting;
 use super::card::Cards;
 use super::controls::Fragment;
 use super::greeting::Offer;
@@ -87,6 +88,10 @@ pub(super) struct State {
     pub(super) ready: VecDeque<u64>,
     /// Wires that have something, or may have.
     hot: Vec<(Line, usize)>,
+    /// Peers that were cut off, until their queue pairs are gone.
+    pub(super) parting: HashMap<Line, Parting>,
+    /// Threads that take queue pairs away.
+    pub(super) burials: usize,
     /// Deregistered regions that peers may still use.
     pub(super) leaving: Vec<Leaving>,
     /// Answers that others give.
@@ -95,7 +100,7 @@ pub(super) struct State {
     pub(super) settled: Vec<(Job, Result<()>)>,
     /// Something has a time limit.
     pub(super) is_timed: bool,
-    /// When a rail that was lost is tried again.
+    /// When something is to be done about a rail.
     pub(super) due: Option<Instant>,
     /// Nobody is let in any more.
     pub(super) is_closed: bool,
@@ -127,6 +132,8 @@ impl State {
             next_job: 0,
             ready: VecDeque::new(),
             hot: Vec::new(),
+            parting: HashMap::new(),
+            burials: 0,
             leaving: Vec::new(),
             late: Arc::default(),
             settled: Vec::new(),
@@ -302,12 +309,25 @@ impl State {
         if self.poll() {
             return false;
         }
+        let mut works = false;
         for (line, rail) in std::mem::take(&mut self.hot) {
             if let Some(wire) = self.wire(line, rail) {
                 wire.is_hot = false;
+                works |= wire.due().is_some();
             }
         }
+        if works {
+            self.look_after();
+        }
         true
+    }
+
+    /// Has the thread look, some time, whether what is under way still ends. Whether it would have.
+    fn look_after(&mut self) -> bool {
+        let would = self.due.is_some();
+        let patience = self.cards.options.patience();
+        self.due.get_or_insert_with(|| Instant::now() + patience);
+        would
     }
 
     pub(super) fn hear(&mut self, line: Line, rail: usize, heard: Heard) {
@@ -325,6 +345,8 @@ impl State {
                     tie.speech.arrived(rail);
                 }
             }
+            // What waits to be said is looked at below.
+            Heard::Told => {}
             Heard::Failed(error) if is_of_rail(&error) => {
                 self.fail_rail(line, rail, &error.to_string());
             }
@@ -453,8 +475,8 @@ impl State {
     }
 
     /// Whether the thread need not be woken for what the caller has done.
-    pub(super) fn is_quiet(&self) -> bool {
-        self.ready.is_empty() && !self.is_timed
+    pub(super) fn is_quiet(&mut self) -> bool {
+        self.ready.is_empty() && !self.is_timed && self.look_after()
     }
 
     /// Whether completions are likely to come soon.
@@ -464,6 +486,7 @@ impl State {
 
     /// Whether nothing is left that a closed agent waits for.
     pub(super) fn is_over(&self) -> bool {
-        self.using.is_empty() && self.leaving.is_empty() && self.jobs.is_empty()
+        let is_empty = self.using.is_empty() && self.leaving.is_empty() && self.jobs.is_empty();
+        is_empty && self.burials == 0
     }
 }

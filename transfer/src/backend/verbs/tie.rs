@@ -25,7 +25,7 @@ pub(super) enum Condition {
         until: Instant,
         /// The other side was told.
         is_told: bool,
-        /// The other side's end is gone.
+        /// The other side's end is gone, or has stopped if the other side is the one that uses memory.
         is_gone: bool,
     },
     /// It is tried again then; the owner of memory waits for the other side to do that.
@@ -41,6 +41,12 @@ pub(super) struct Rail {
     pub(super) made: u32,
     /// Pieces that it has not finished, and may still have an effect of.
     pub(super) unfinished: Vec<Piece>,
+    /// Its end of ours is being taken away.
+    pub(super) is_going: bool,
+    /// The other side is told when it is gone.
+    pub(super) owes: bool,
+    /// It is up, its port is down, and it is given up then.
+    pub(super) dark_until: Option<Instant>,
     /// How long it is left alone when it is lost next.
     pause: Duration,
     up_at: Option<Instant>,
@@ -54,6 +60,9 @@ impl Rail {
             condition: Condition::Unproved(until),
             made: 0,
             unfinished: Vec::new(),
+            is_going: false,
+            owes: false,
+            dark_until: None,
             pause: AGAIN_MIN,
             up_at: None,
         }
@@ -75,6 +84,7 @@ impl Rail {
 
     pub(super) fn rise(&mut self) {
         self.condition = Condition::Up;
+        self.dark_until = None;
         self.up_at = Some(Instant::now());
     }
 
@@ -88,10 +98,13 @@ impl Rail {
         self.pause = (self.pause * 2).min(AGAIN_MAX);
     }
 
-    /// When something is to be done about it, if it is not up.
+    /// When something is to be done about it.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
         match self.condition {
-            Condition::Up | Condition::Down(None) => None,
+            Condition::Up => {
+                let stuck_at = self.wire.as_ref().and_then(Wire::due);
+                self.dark_until.into_iter().chain(stuck_at).min()
+            }
             Condition::Down(at) => at,
             _ => Some(now),
         }
@@ -189,10 +202,14 @@ impl Tie {
         wires.for_each(Wire::stop);
     }
 
-    /// Whether work may be under way.
+    /// Whether there are queue pairs that nobody takes away yet.
     pub(super) fn has_wires(&self) -> bool {
-        let mut rails = self.rails.iter();
-        rails.any(|rail| rail.wire.is_some() || !rail.unfinished.is_empty())
+        self.rails.iter().any(|rail| rail.wire.is_some())
+    }
+
+    /// How many rails are just being taken away.
+    pub(super) fn going(&self) -> usize {
+        self.rails.iter().filter(|rail| rail.is_going).count()
     }
 
     /// Whether no work is under way.
@@ -201,12 +218,12 @@ impl Tie {
         wires.all(Wire::is_drained)
     }
 
-    /// Takes all rails away: the devices touch no memory for them any more.
-    pub(super) fn destroy(&mut self) {
+    /// No rail is used any more: their wires.
+    pub(super) fn end(&mut self) -> Vec<Wire> {
         for rail in &mut self.rails {
-            rail.wire = None;
             rail.condition = Condition::Down(None);
-            rail.unfinished.clear();
         }
+        let wires = self.rails.iter_mut().filter_map(|rail| rail.wire.take());
+        wires.collect()
     }
 }

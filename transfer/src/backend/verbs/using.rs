@@ -69,6 +69,8 @@ pub(super) struct Shared {
     pub(super) rails: Vec<RailTold>,
     /// Why nothing goes this way any more.
     lost: OnceLock<String>,
+    /// It was lost, and the device did not say that it uses no memory for it any more.
+    pub(super) undrained: AtomicBool,
     /// It was lost, and the peer did not say that nothing of it can land any more.
     pub(super) unfenced: AtomicBool,
     /// How often something of the peer arrived, or was found to have.
@@ -82,6 +84,7 @@ impl Shared {
         Self {
             rails,
             lost: OnceLock::new(),
+            undrained: AtomicBool::new(false),
             unfenced: AtomicBool::new(false),
             arrived: AtomicU64::new(0),
             unanswered: Unanswered::default(),
@@ -186,6 +189,8 @@ pub(super) struct Using {
     marks: HashMap<u64, u32>,
     /// Those of them that wait for room.
     pub(super) waiting: VecDeque<u64>,
+    /// Threads that take its queue pairs away, beside those of single rails.
+    pub(super) burials: usize,
     /// It is over, and everything of it is then, at the latest.
     pub(super) ending: Option<Instant>,
     /// After the end: whether something may still land is known, or will never be.
@@ -216,6 +221,7 @@ impl Using {
             unsent: LinkedList::new(),
             marks: HashMap::new(),
             waiting: VecDeque::new(),
+            burials: 0,
             ending: None,
             is_decided: false,
             is_gone: false,
@@ -266,6 +272,7 @@ impl Using {
 
     /// Whether nothing of it is left.
     pub(super) fn is_over(&self) -> bool {
-        self.ending.is_some() && !self.tie.has_wires() && self.is_decided && self.jobs == 0
+        let has_wires = self.tie.has_wires() || self.tie.going() > 0 || self.burials > 0;
+        self.ending.is_some() && !has_wires && self.is_decided && self.jobs == 0
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
@@ -45,6 +46,8 @@ pub(super) enum Heard {
     Fragment(Vec<u8>),
     /// A fragment of a message of ours has arrived.
     Arrived,
+    /// A word of ours about rails has arrived: there is room for messages that it kept back.
+    Told,
     /// A piece of a job is over.
     Over {
         piece: Piece,
@@ -73,10 +76,16 @@ pub(super) struct Wire {
     slab: Arc<Memory>,
     /// Places to send from that are free.
     free: Vec<u32>,
+    /// All work ends.
+    is_stopped: bool,
     /// Words about rails that wait for room.
     words: VecDeque<Vec<u8>>,
     /// Bytes of jobs that are under way.
     load: u64,
+    /// How long nothing of it may end while something is under way.
+    patience: Duration,
+    /// When something of it ended, or was begun after nothing was.
+    moved_at: Instant,
     /// It is among those that are looked at.
     pub(super) is_hot: bool,
 }
@@ -95,7 +104,7 @@ impl Wire {
         domain: &Arc<Domain>,
         channel: &Arc<Channel>,
         number: u64,
-        (port, work): (u8, u32),
+        (port, work, patience): (u8, u32, Duration),
     ) -> Result<Self> {
         let depth = Depth {
             sends: work + SENDS,
@@ -113,8 +122,11 @@ impl Wire {
             pair,
             slab,
             free: (RECEIVES..RECEIVES + SENDS).collect(),
+            is_stopped: false,
             words: VecDeque::new(),
             load: 0,
+            patience,
+            moved_at: Instant::now(),
             is_hot: false,
         })
     }
@@ -130,6 +142,7 @@ impl Wire {
 
     /// Ends all work: it is told of as flushed.
     pub(super) fn stop(&mut self) {
+        self.is_stopped = true;
         if let Err(error) = self.pair.stop() {
             tracing::warn!(%error, "a queue pair");
         }
@@ -145,9 +158,27 @@ impl Wire {
         .collect()
     }
 
-    /// Whether no work is under way.
+    /// Whether no work is under way: the device uses no memory for it.
     pub(super) fn is_drained(&self) -> bool {
         self.pair.is_drained()
+    }
+
+    /// Whether it was stopped and all has ended, places for messages too: what the peer sends by it is taken no more.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.is_stopped && self.pair.is_drained() && self.pair.takes_nothing()
+    }
+
+    /// When something of what is under way must have ended: the device has gone on for too long after that. None while nothing
+    /// is under way.
+    pub(super) fn due(&self) -> Option<Instant> {
+        (!self.is_drained()).then(|| self.moved_at + self.patience)
+    }
+
+    /// Something is to be posted.
+    fn begin(&mut self) {
+        if self.is_drained() {
+            self.moved_at = Instant::now();
+        }
     }
 
     /// How much work of jobs can be posted.
@@ -173,6 +204,7 @@ impl Wire {
         } else {
             Work::Read(far)
         };
+        self.begin();
         self.pair.post(work, place, Tag::Piece(piece))?;
         self.load += piece.extent.len;
         Ok(())
@@ -218,6 +250,7 @@ impl Wire {
     fn send(&mut self, number: u32, fragment: &[u8], tag: Tag) -> Result<()> {
         let place = place(&self.slab, number, fragment.len() as u32);
         self.slab.mapping()?.write(place.offset, fragment)?;
+        self.begin();
         self.pair.post(Work::Send, place, tag)?;
         self.free.pop();
         Ok(())
@@ -227,6 +260,9 @@ impl Wire {
     pub(super) fn poll(&mut self, heard: &mut Vec<Heard>) -> Result<bool> {
         let mut finished = Vec::new();
         let count = self.pair.poll(&mut finished)?;
+        if finished.iter().any(|one| one.received.is_none()) {
+            self.moved_at = Instant::now();
+        }
         for finished in finished {
             let Finished {
                 tag,
@@ -234,7 +270,7 @@ impl Wire {
                 is_flushed,
                 received,
             } = finished;
-            let (number, is_message) = match tag {
+            let (number, sent) = match tag {
                 Tag::Piece(piece) => {
                     self.load -= piece.extent.len;
                     heard.push(Heard::Over {
@@ -252,13 +288,12 @@ impl Wire {
                     }
                     continue;
                 }
-                Tag::Fragment(number) => (number, true),
-                Tag::Control(number) => (number, false),
+                Tag::Fragment(number) => (number, Heard::Arrived),
+                Tag::Control(number) => (number, Heard::Told),
             };
             self.free.push(number);
             match outcome {
-                Ok(()) if is_message => heard.push(Heard::Arrived),
-                Ok(()) => {}
+                Ok(()) => heard.push(sent),
                 Err(_) if is_flushed => continue,
                 Err(error) => heard.push(Heard::Failed(error)),
             }
@@ -274,7 +309,9 @@ impl Wire {
         let from = place(&self.slab, number, FRAGMENT_BYTES);
         let mut fragment = vec![0; bytes.min(FRAGMENT_BYTES) as usize];
         self.slab.mapping()?.read(from.offset, &mut fragment)?;
-        self.pair.receive(from, Tag::Receive(number))?;
+        if !self.is_stopped {
+            self.pair.receive(from, Tag::Receive(number))?;
+        }
         Ok(fragment)
     }
 

@@ -263,6 +263,11 @@ impl<T> Pair<T> {
         self.sends.is_empty()
     }
 
+    /// Whether no place for a message is offered.
+    pub(crate) fn takes_nothing(&self) -> bool {
+        self.receives.is_empty()
+    }
+
     /// Posts work, which finishes with this tag.
     ///
     /// # Errors
