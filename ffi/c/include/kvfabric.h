@@ -649,6 +649,30 @@ typedef struct kvf_object_store {
 } kvf_object_store;
 
 /*
+ How CUDA devices are used. With all of it zero it is what is right for most machines.
+ */
+typedef struct kvf_cuda_options {
+    /*
+     sizeof(struct kvf_cuda_options).
+     */
+    size_t size;
+    /*
+     Bytes of pinned buffers for each device, a multiple of 1 MiB, up to 1 GiB; 0: 16 MiB.
+     */
+    uint64_t staging_bytes;
+    /*
+     1: host memory is not pinned, and goes through those buffers; 0: all memory of a region is, when a transfer first names it
+     beside a device's.
+     */
+    uint32_t no_pin;
+    /*
+     How long the device's thread looks whether copies are done before it sleeps in between, at most 10,000; 0: 20; KVF_OFF: it
+     sleeps at once.
+     */
+    uint32_t polling_us;
+} kvf_cuda_options;
+
+/*
  How an agent is made.
  */
 typedef struct kvf_agent_options {
@@ -760,6 +784,10 @@ typedef struct kvf_agent_options {
      How many.
      */
     size_t object_store_count;
+    /*
+     Copies between host memory and memory of GPUs, and within a GPU, with the CUDA driver of this system; NULL: not at all.
+     */
+    const struct kvf_cuda_options *cuda;
 } kvf_agent_options;
 
 /*
@@ -1716,7 +1744,7 @@ kvf_status kvf_region_allocate(const struct kvf_agent *agent,
 kvf_status kvf_region_id(const struct kvf_region *region, uint64_t *id_out);
 
 /*
- Where the region begins in this process; NULL for files and objects. Memory of kvf_region_allocate stays there until the region is freed.
+ Where the region begins in this process; NULL for files, objects and memory of devices. Memory of kvf_region_allocate stays there until the region is freed.
 
  # Safety
  Each pointer is null or valid: `region` live, `base_out` for a write.
@@ -1823,6 +1851,40 @@ kvf_status kvf_agent_remove_object(const struct kvf_agent *agent,
                                    const char *store,
                                    const char *key,
                                    uint32_t timeout_ms);
+
+/*
+ What the CUDA driver of this system serves to this process: how many devices, and in words a line for the driver and one for
+ each device. Makes no context; the first call may take seconds.
+
+ With `buffer` NULL only the text's length is told, without its NUL. KVF_INVALID when `capacity` is too small; `len_out` is
+ written then too. KVF_UNSUPPORTED when CUDA cannot be used; kvf_last_error says why.
+
+ # Safety
+ Each pointer is null or valid: `device_count_out` for a write, `buffer` for `capacity` writes, `len_out` for a write.
+ */
+kvf_status kvf_cuda_probe(uint32_t *device_count_out,
+                          char *buffer,
+                          size_t capacity,
+                          size_t *len_out);
+
+/*
+ Registers memory of a GPU that the caller has allocated, by its address on the device, in this process. The driver is asked
+ whether all of it is there. Transfers move it from and to host memory of the same agent, and within the GPU; peers cannot reach
+ it. They begin at once: what computes the bytes must be done before. Its kvf_region_base is NULL.
+
+ The memory must stay allocated and mapped until kvf_region_deregister or kvf_region_free has answered KVF_OK for the region.
+
+ KVF_UNSUPPORTED for an agent without kvf_agent_options.cuda, without CUDA, and for managed memory; KVF_INVALID for a device that
+ there is not, for no bytes, for memory of the host or of another device, and for a range that goes past its allocation.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `region_out` for a write. The device's memory is kept as said above.
+ */
+kvf_status kvf_region_register_device(const struct kvf_agent *agent,
+                                      uint32_t device,
+                                      uint64_t address,
+                                      uint64_t len,
+                                      struct kvf_region **region_out);
 
 /*
  Registers memory of the caller's by its range: one that lies in a range that was registered in this way, and still is, with

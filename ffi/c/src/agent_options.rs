@@ -12,6 +12,7 @@ use kvfabric::transfer::{
 use kvfabric::{Error, Result};
 
 use crate::boundary::{milliseconds, optional_text, slice, text};
+use crate::device::{cuda_options, kvf_cuda_options};
 use crate::node::kvf_setting;
 use crate::options::{self, SizePrefixed};
 use crate::place::{kvf_object_store, with_store};
@@ -144,6 +145,8 @@ pub struct kvf_agent_options {
     pub object_stores: *const *const kvf_object_store,
     /// How many.
     pub object_store_count: usize,
+    /// Copies between host memory and memory of GPUs, and within a GPU, with the CUDA driver of this system; NULL: not at all.
+    pub cuda: *const kvf_cuda_options,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -187,6 +190,8 @@ pub(crate) unsafe fn builder(options: *const kvf_agent_options) -> Result<AgentB
     // SAFETY: what they point to is null or valid, by this function's contract.
     let mut builder = unsafe { with_rdma(builder, &options) }?;
     options::check_reserved(options.reserved, "kvf_agent_options")?;
+    // SAFETY: null or readable for its size, by this function's contract.
+    builder = builder.cuda(unsafe { cuda_options(options.cuda) }?);
     if options.connect_within_ms > 0 {
         builder = builder.connect_within(milliseconds(options.connect_within_ms));
     }
@@ -361,7 +366,7 @@ fn parse_byte(value: u32, place: &str) -> Result<u8> {
 }
 
 /// A caller's microseconds, where zero stands for the default.
-fn microseconds(count: u32, default: Duration) -> Duration {
+pub(crate) fn microseconds(count: u32, default: Duration) -> Duration {
     match count {
         0 => default,
         KVF_OFF => Duration::ZERO,

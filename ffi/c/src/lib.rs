@@ -14,6 +14,7 @@ pub mod agent_options;
 mod begin;
 pub mod blocks;
 mod boundary;
+pub mod device;
 pub mod estimate;
 pub mod events;
 mod handles;

@@ -345,7 +345,7 @@ pub unsafe extern "C" fn kvf_agent_remove_object(
 }
 
 impl kvf_region {
-    fn of_place(agent: &kvf_agent, region: kvfabric::transfer::Region) -> Self {
+    pub(crate) fn of_place(agent: &kvf_agent, region: kvfabric::transfer::Region) -> Self {
         Self::new(agent.life.clone(), agent.agent.clone(), region)
     }
 }

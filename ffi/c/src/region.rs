@@ -152,7 +152,7 @@ pub unsafe extern "C" fn kvf_region_id(region: *const kvf_region, id_out: *mut u
     })
 }
 
-/// Where the region begins in this process; NULL for files and objects. Memory of kvf_region_allocate stays there until the region is freed.
+/// Where the region begins in this process; NULL for files, objects and memory of devices. Memory of kvf_region_allocate stays there until the region is freed.
 ///
 /// # Safety
 /// Each pointer is null or valid: `region` live, `base_out` for a write.

@@ -15,6 +15,7 @@ fn the_committed_header_matches_the_sources() {
         "agent",
         "region",
         "place",
+        "device",
         "range",
         "peer",
         "list",

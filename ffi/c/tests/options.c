@@ -212,6 +212,48 @@ static void rdma_is_told_how(void)
     refused(&options, KVF_INVALID, "setting 0: key is null");
 }
 
+/* What is wrong with the options is said first; then what the driver says, to whoever asks. */
+static void devices_are_told_how(void)
+{
+    struct kvf_cuda_options cuda = {.size = sizeof cuda, .no_pin = 2};
+    struct kvf_agent_options options = remote("device");
+    options.cuda = &cuda;
+    refused(&options, KVF_INVALID, "kvf_cuda_options.no_pin");
+    cuda.size = 8;
+    refused(&options, KVF_INVALID, "kvf_cuda_options");
+    cuda = (struct kvf_cuda_options){.size = sizeof cuda, .polling_us = KVF_OFF};
+
+    char report[4096] = "";
+    uint32_t devices = 77;
+    size_t len = 0;
+    EXPECT_STATUS(KVF_INVALID, kvf_cuda_probe(NULL, report, sizeof report, &len));
+    EXPECT_STATUS(KVF_INVALID, kvf_cuda_probe(&devices, report, sizeof report, NULL));
+    kvf_agent *agent = NULL;
+    kvf_region *region = UNTOUCHED(kvf_region);
+    kvf_status status = kvf_cuda_probe(&devices, report, sizeof report, &len);
+    if (status == KVF_OK) {
+        EXPECT(devices > 0 && len == strlen(report) && strncmp(report, "CUDA ", 5) == 0);
+        EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
+        EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, devices, 1 << 20, 8, &region));
+    } else {
+        EXPECT(status == KVF_UNSUPPORTED && devices == 77 && report[0] == '\0');
+        char reason[1024];
+        snprintf(reason, sizeof reason, "%s", kvf_last_error());
+        printf("SKIPPED memory of devices: %s\n", reason);
+        refused(&options, KVF_UNSUPPORTED, reason);
+        options.cuda = NULL;
+        EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
+        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_region_register_device(agent, 0, 1 << 20, 8, &region));
+        EXPECT_TEXT(reason);
+    }
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(NULL, 0, 1 << 20, 8, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 0, 8, &region));
+    EXPECT_TEXT("address");
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 1 << 20, 8, NULL));
+    EXPECT(region == UNTOUCHED(kvf_region));
+    EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
+}
+
 /* A program that was built before the newer fields were known: what follows is none of its business. */
 static void older_programs_are_served(void)
 {
@@ -240,6 +282,7 @@ int main(int argc, char **argv)
     strangers_are_kept_out();
     ways_and_times_can_be_turned_off();
     rdma_is_told_how();
+    devices_are_told_how();
     older_programs_are_served();
     printf("options: %d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;

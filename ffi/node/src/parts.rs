@@ -7,7 +7,7 @@ use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::{ObjectChecksum, ObjectOptions};
-use kvfabric_transfer::{Agent, Priority, TlsOptions, UcxOptions, VerbsOptions};
+use kvfabric_transfer::{Agent, CudaOptions, Priority, TlsOptions, UcxOptions, VerbsOptions};
 
 use crate::blocks::Describer;
 use crate::config::{
@@ -59,6 +59,7 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
     if config.fabric.verbs {
         builder = builder.verbs(Some(verbs_options(&config.fabric)));
     }
+    builder = builder.cuda(config.fabric.cuda.then(CudaOptions::default));
     if let Some(object) = &config.object {
         let mut options = ObjectOptions {
             allow_http: object.allow_http,

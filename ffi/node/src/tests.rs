@@ -82,6 +82,21 @@ async fn a_node_reaches_others_over_ucx_as_it_is_told() {
     );
 }
 
+/// With a GPU the node's agent takes its memory; without one the node does not start, and says why.
+#[tokio::test]
+async fn a_node_uses_cuda_as_it_is_told() {
+    let settings = with("fabric.cuda", "true");
+    let opened = Node::open(NodeConfig::load(None, &settings).unwrap()).await;
+    match kvfabric_transfer::cuda_probe() {
+        Ok(_) => opened.unwrap().shutdown(SECONDS).await.unwrap(),
+        Err(reason) => {
+            let error = opened.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.to_string().contains(reason.context()), "{error}");
+        }
+    }
+}
+
 /// What is set is in force at the node's agent, and what cannot be is refused by its name.
 #[test]
 fn a_node_moves_bytes_as_fast_and_as_its_configuration_says() {

@@ -14,6 +14,7 @@ use pyo3::types::PyBytes;
 
 use crate::agent_options::{AgentOptions, Tls, Verbs};
 use crate::asked::{begin, once, options, parse_operation, positions, priority};
+use crate::device::{Cuda, Lent};
 use crate::errors::to_python;
 use crate::fabric::Fabric;
 use crate::life::{answered, enter, parse_timeout, patiently};
@@ -41,7 +42,7 @@ impl Agent {
     /// Starts an agent that peers know by `name`. `tcp` is the "ip:port" to listen on, port 0 for any; `ucx` are settings of
     /// UCX, which is used if they are given.
     #[new]
-    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None, memcpy = true, tcp_rails = None, tcp_connections = 1, tls = None, verbs = None, look = None, slow_after = Some(2.0), connect_within = 2.0, object_stores = None))]
+    #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None, memcpy = true, tcp_rails = None, tcp_connections = 1, tls = None, verbs = None, look = None, slow_after = Some(2.0), connect_within = 2.0, object_stores = None, cuda = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "Python's side of a function with named arguments"
@@ -67,6 +68,7 @@ impl Agent {
         slow_after: Option<f64>,
         connect_within: f64,
         object_stores: Option<BTreeMap<String, ObjectStore>>,
+        cuda: Option<Cuda>,
     ) -> PyResult<Self> {
         let options = AgentOptions {
             shm,
@@ -87,6 +89,7 @@ impl Agent {
             slow_after,
             connect_within,
             object_stores: object_stores.unwrap_or_default(),
+            cuda,
         };
         let agent = options.start(py, name)?;
         Ok(Self::of(Fabric::new(Life::begin(), agent)))
@@ -132,11 +135,7 @@ impl Agent {
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
-        let promise = Promise {
-            address,
-            len,
-            keep: keep.unwrap_or_else(|| py.None()),
-        };
+        let promise = Promise::new(py, address, len, keep);
         let region = Region::promised(&self.fabric, promise, options(readable, writable));
         region.map_err(to_python)
     }
@@ -154,13 +153,34 @@ impl Agent {
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
-        let promise = Promise {
-            address,
-            len,
-            keep: keep.unwrap_or_else(|| py.None()),
-        };
+        let promise = Promise::new(py, address, len, keep);
         let region = Region::range(&self.fabric, promise, options(readable, writable));
         region.map_err(to_python)
+    }
+
+    /// Registers memory of a GPU: of an object that tells of it by DLPack or `__cuda_array_interface__`, which is kept alive until the
+    /// region is deregistered. `device` is the GPU's number, for those that do not tell it.
+    #[pyo3(signature = (memory, *, device = None))]
+    fn register_device(&self, memory: &Bound<'_, PyAny>, device: Option<u32>) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let lent = Lent::of_object(memory, device)?;
+        lent.register(&self.fabric).map_err(to_python)
+    }
+
+    /// As `register_address`, of the GPU with this number.
+    #[pyo3(signature = (device, address, len, *, keep = None))]
+    fn register_device_address(
+        &self,
+        py: Python<'_>,
+        device: u32,
+        address: u64,
+        len: u64,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Region> {
+        let _call = enter(&self.fabric.life)?;
+        let keep = keep.unwrap_or_else(|| py.None());
+        let lent = Lent::new(device, address, len, keep);
+        lent.register(&self.fabric).map_err(to_python)
     }
 
     /// What a way is taken to cost in estimates until transfers have shown it.

@@ -8,6 +8,7 @@ use kvfabric::transfer::{Agent, AgentBuilder, TlsOptions, UcxOptions, VerbsOptio
 use kvfabric::{Error, Result};
 use pyo3::prelude::*;
 
+use crate::device::Cuda;
 use crate::errors::to_python;
 use crate::life::parse_timeout;
 use crate::place::ObjectStore;
@@ -56,6 +57,7 @@ pub(crate) struct AgentOptions<'a> {
     pub(crate) slow_after: Option<f64>,
     pub(crate) connect_within: f64,
     pub(crate) object_stores: BTreeMap<String, ObjectStore>,
+    pub(crate) cuda: Option<Cuda>,
 }
 
 impl AgentOptions<'_> {
@@ -78,6 +80,7 @@ impl AgentOptions<'_> {
             .tcp_congestion(self.tcp_congestion)
             .tcp_tls(self.tls.map(Tls::read).transpose().map_err(to_python)?)
             .verbs(self.verbs.map(Verbs::options).transpose()?)
+            .cuda(self.cuda.map(Cuda::options).transpose()?)
             .slow_after(self.slow_after.map(parse_timeout).transpose()?)
             .connect_within(parse_timeout(self.connect_within)?)
             .prefer(self.prefer);

@@ -14,6 +14,7 @@ mod asked;
 mod blocks;
 mod buffer;
 mod core;
+mod device;
 mod errors;
 mod fabric;
 mod hints;
@@ -49,6 +50,7 @@ fn _kvfabric(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<peer_service::PeerService>()?;
     module.add_function(wrap_pyfunction!(names::pack_hashes, module)?)?;
     module.add_function(wrap_pyfunction!(names::model_identity, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_facts, module)?)?;
     module.add_class::<index::Index>()?;
     module.add_class::<index::PodDepth>()?;
     errors::add(module)

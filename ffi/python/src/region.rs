@@ -60,6 +60,8 @@ enum Memory {
     Elsewhere,
     /// Someone else's; what keeps it, until it is let go.
     Promised { keep: Mutex<Option<Py<PyAny>>> },
+    /// The same of a GPU.
+    OnDevice { keep: Mutex<Option<Py<PyAny>>> },
 }
 
 /// Memory by its address, and the object that keeps it.
@@ -67,6 +69,13 @@ pub(crate) struct Promise {
     pub(crate) address: usize,
     pub(crate) len: u64,
     pub(crate) keep: Py<PyAny>,
+}
+
+impl Promise {
+    pub(crate) fn new(py: Python<'_>, address: usize, len: u64, keep: Option<Py<PyAny>>) -> Self {
+        let keep = keep.unwrap_or_else(|| py.None());
+        Self { address, len, keep }
+    }
 }
 
 impl Region {
@@ -176,6 +185,18 @@ impl Region {
     /// A file or an object.
     pub(crate) fn place(fabric: &Arc<Fabric>, region: transfer::Region) -> Self {
         Self::hold(fabric, region, 0, Memory::Elsewhere)
+    }
+
+    /// Memory of a GPU.
+    pub(crate) fn on_device(
+        fabric: &Arc<Fabric>,
+        region: transfer::Region,
+        address: u64,
+        keep: Py<PyAny>,
+    ) -> Self {
+        let keep = Mutex::new(Some(keep));
+        let memory = Memory::OnDevice { keep };
+        Self::hold(fabric, region, address as usize, memory)
     }
 
     fn hold(fabric: &Arc<Fabric>, region: transfer::Region, base: usize, memory: Memory) -> Self {
@@ -299,7 +320,7 @@ impl Held {
                     buffer.release(py);
                 }
             }
-            Memory::Promised { keep } => {
+            Memory::Promised { keep } | Memory::OnDevice { keep } => {
                 let keep = keep.lock().unwrap_or_else(PoisonError::into_inner).take();
                 // Dropped after the lock: an object's end may run any Python code.
                 drop(keep);
@@ -313,7 +334,7 @@ impl Held {
         reason = "work in flight may still use the memory, so it is kept for ever"
     )]
     fn leak(&self) {
-        if let Memory::Promised { keep } = &self.memory {
+        if let Memory::Promised { keep } | Memory::OnDevice { keep } = &self.memory {
             std::mem::forget(keep.lock().unwrap_or_else(PoisonError::into_inner).take());
         }
     }
@@ -352,7 +373,7 @@ impl Region {
         self.held.offset()
     }
 
-    /// Where it begins in this process; 0 for files and objects.
+    /// Where it begins in this process, or on its GPU; 0 for files and objects.
     #[getter]
     fn address(&self) -> usize {
         self.held.base

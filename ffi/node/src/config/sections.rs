@@ -212,6 +212,9 @@ pub struct FabricSection {
     pub verbs_retries: u8,
     /// How long the thread looks for completions before it sleeps, in microseconds.
     pub verbs_polling_us: u64,
+    /// Copies from and to memory of GPUs that the engine registers with the node's agent, by the CUDA driver, which must be in the
+    /// system then.
+    pub cuda: bool,
 }
 
 impl Default for FabricSection {
@@ -244,6 +247,7 @@ impl Default for FabricSection {
             verbs_timeout: verbs.timeout,
             verbs_retries: verbs.retries,
             verbs_polling_us: verbs.polling.as_micros() as u64,
+            cuda: false,
         }
     }
 }

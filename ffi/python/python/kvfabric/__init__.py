@@ -41,7 +41,7 @@ from ._kvfabric import (
     model_identity,
     pack_hashes,
 )
-from ._options import ObjectStore, Tls, Verbs
+from ._options import Cuda, CudaDevice, CudaReport, ObjectStore, Tls, Verbs, cuda_probe
 from ._reports import Estimate, Held, Pin, Reach, Removed, StoreReport, Telemetry
 
 __all__ = [
@@ -49,6 +49,9 @@ __all__ = [
     "BusyError",
     "CancelledError",
     "CorruptError",
+    "Cuda",
+    "CudaDevice",
+    "CudaReport",
     "DeadlineError",
     "DeniedError",
     "Estimate",
@@ -86,6 +89,7 @@ __all__ = [
     "Verbs",
     "VersionError",
     "__version__",
+    "cuda_probe",
     "model_identity",
     "pack_hashes",
 ]

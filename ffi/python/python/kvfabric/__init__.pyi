@@ -16,9 +16,13 @@ from typing import (
     final,
 )
 
+from ._options import Cuda as Cuda
+from ._options import CudaDevice as CudaDevice
+from ._options import CudaReport as CudaReport
 from ._options import ObjectStore as ObjectStore
 from ._options import Tls as Tls
 from ._options import Verbs as Verbs
+from ._options import cuda_probe as cuda_probe
 from ._reports import Held as Held
 from ._reports import Pin as Pin
 from ._reports import Reach as Reach
@@ -155,6 +159,7 @@ class Agent:
         slow_after: Optional[float] = 2.0,
         connect_within: float = 2.0,
         object_stores: Optional[Mapping[str, ObjectStore]] = None,
+        cuda: Optional[Cuda] = None,
     ) -> Agent:
         """Starts an agent that peers know by `name`.
 
@@ -184,7 +189,9 @@ class Agent:
         may take to connect, and over RDMA and UCX the peer to hand out a region, at most 60; ways
         are tried one after the other.
 
-        `object_stores` are known by their names to `open_object`.
+        `object_stores` are known by their names to `open_object`. `cuda` has memory of GPUs moved by
+        the CUDA driver of this system (`UnsupportedError` otherwise, with the reason; `cuda_probe`
+        tells it without an agent).
         """
 
     @property
@@ -234,6 +241,26 @@ class Agent:
         the tensors in it: what lies in a range that was registered in this way, and still is, with
         the same permissions, shares its region (`Region.id`, and `Region.offset` in it). Its
         memory is let go when all that share it are deregistered.
+        """
+
+    def register_device(self, memory: object, *, device: Optional[int] = None) -> Region:
+        """Registers memory of a GPU, and keeps the object alive until the region is deregistered: a
+        contiguous array that has `__dlpack__` (torch, CuPy, JAX) or `__cuda_array_interface__`, or a
+        DLPack capsule, whose tensor nobody else may take then. `device` is the GPU's number in this
+        process for those of the second kind, which do not tell it; 0 otherwise.
+
+        Transfers move it from and to host memory of this agent, and within the GPU; peers cannot
+        reach it. They begin at once: what computes the bytes must be done before. `UnsupportedError`
+        for memory of other devices, without CUDA, and for an agent without `cuda`; `InvalidError`
+        for what the driver does not know as memory of this GPU.
+        """
+
+    def register_device_address(
+        self, device: int, address: int, len: int, *, keep: object = None
+    ) -> Region:
+        """The same of `len` bytes at `address` of the GPU with this number, which the caller promises
+        to leave allocated and mapped until the region is deregistered: `keep` is an object to be kept
+        alive until then. The driver is asked whether all of it is there.
         """
 
     def assume_cost(self, backend: str, *, latency: float, bytes_per_second: int) -> None:

@@ -1,7 +1,9 @@
 """How agents are made: plain tuples with names."""
 
 import os
-from typing import NamedTuple, Optional, Union
+from typing import List, NamedTuple, Optional, Tuple, Union
+
+from . import _kvfabric
 
 _Path = Union[str, "os.PathLike[str]"]
 
@@ -61,6 +63,56 @@ class ObjectStore(NamedTuple):
         )
         fields = ", ".join(f"{name}={value!r}" for name, value in zip(shown._fields, tuple(shown)))
         return f"ObjectStore({fields})"
+
+
+class Cuda(NamedTuple):
+    """How CUDA devices are used. The defaults are right for most machines."""
+
+    pin: bool = True
+    """Whether host memory is pinned: all memory of a region, when a transfer first names it beside
+    a device's. Otherwise it goes through buffers that are, and is copied once more."""
+    staging_bytes: int = 16 << 20
+    """Bytes of those buffers for each device, a multiple of 1 MiB, up to 1 GiB."""
+    polling: float = 20e-6
+    """How many seconds the device's thread looks whether copies are done before it sleeps in
+    between, at most 0.01."""
+
+
+class CudaDevice(NamedTuple):
+    """A GPU that this process sees."""
+
+    ordinal: int
+    """Its number in this process, from 0; another process may number it otherwise."""
+    name: str
+    """The vendor's name."""
+    uuid: str
+    """What tells it from all others, in every process: 32 hexadecimal digits."""
+    pci: str
+    """Its address on the PCI bus, such as "0000:17:00.0"."""
+    bytes: int
+    """Its memory."""
+    compute: Tuple[int, int]
+    """Compute capability."""
+
+
+class CudaReport(NamedTuple):
+    """What the CUDA driver of a system serves."""
+
+    version: Tuple[int, int]
+    """The newest CUDA that it serves."""
+    has_batched_copies: bool
+    """Whether it copies many ranges in one call (CUDA 12.8 and later)."""
+    devices: List[CudaDevice]
+    """The devices that this process sees, by ordinal."""
+
+
+def cuda_probe() -> CudaReport:
+    """What CUDA there is. Starts the driver, which may take seconds the first time, and makes no
+    context. `UnsupportedError` with the reason: no driver, one that is too old or does not start, no
+    device, or none that this process may see.
+    """
+    version, has_batched_copies, devices = _kvfabric.cuda_facts()
+    return CudaReport(version, has_batched_copies, [CudaDevice(*device) for device in devices])
 
 
 class Verbs(NamedTuple):

@@ -1,0 +1,138 @@
+//! Memory of GPUs as regions, and what the CUDA driver of the system serves.
+
+use std::ffi::c_char;
+use std::fmt::Write;
+
+use kvfabric::transfer::{CudaOptions, CudaReport, DeviceMemory, cuda_probe};
+use kvfabric::{Error, Result};
+
+use crate::agent::kvf_agent;
+use crate::agent_options::{microseconds, parse_flag};
+use crate::boundary::{Listing, Out, boundary, enter, into_raw};
+use crate::options::{self, SizePrefixed};
+use crate::region::kvf_region;
+use crate::status::kvf_status;
+
+/// How CUDA devices are used. With all of it zero it is what is right for most machines.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvf_cuda_options {
+    /// sizeof(struct kvf_cuda_options).
+    pub size: usize,
+    /// Bytes of pinned buffers for each device, a multiple of 1 MiB, up to 1 GiB; 0: 16 MiB.
+    pub staging_bytes: u64,
+    /// 1: host memory is not pinned, and goes through those buffers; 0: all memory of a region is, when a transfer first names it
+    /// beside a device's.
+    pub no_pin: u32,
+    /// How long the device's thread looks whether copies are done before it sleeps in between, at most 10,000; 0: 20; KVF_OFF: it
+    /// sleeps at once.
+    pub polling_us: u32,
+}
+
+// SAFETY: `repr(C)`, `size` is its first field, and numbers take any bit pattern.
+unsafe impl SizePrefixed for kvf_cuda_options {
+    const SIZE_MIN: usize = size_of::<Self>();
+    const NAME: &'static str = "kvf_cuda_options";
+}
+
+/// # Safety
+/// `options` is null or readable for its size.
+pub(crate) unsafe fn cuda_options(options: *const kvf_cuda_options) -> Result<Option<CudaOptions>> {
+    // SAFETY: null or readable for its size, by this function's contract.
+    let options = unsafe { options::read_optional(options) }?;
+    let parse = |options: kvf_cuda_options| {
+        let default = CudaOptions::default();
+        Ok(CudaOptions {
+            pin: !parse_flag(options.no_pin, "kvf_cuda_options.no_pin")?,
+            staging_bytes: match options.staging_bytes {
+                0 => default.staging_bytes,
+                bytes => bytes,
+            },
+            polling: microseconds(options.polling_us, default.polling),
+        })
+    };
+    options.map(parse).transpose()
+}
+
+/// What the CUDA driver of this system serves to this process: how many devices, and in words a line for the driver and one for
+/// each device. Makes no context; the first call may take seconds.
+///
+/// With `buffer` NULL only the text's length is told, without its NUL. KVF_INVALID when `capacity` is too small; `len_out` is
+/// written then too. KVF_UNSUPPORTED when CUDA cannot be used; kvf_last_error says why.
+///
+/// # Safety
+/// Each pointer is null or valid: `device_count_out` for a write, `buffer` for `capacity` writes, `len_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_cuda_probe(
+    device_count_out: *mut u32,
+    buffer: *mut c_char,
+    capacity: usize,
+    len_out: *mut usize,
+) -> kvf_status {
+    boundary(|| {
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(device_count_out, "device_count_out") }?;
+        // SAFETY: null or writable, `buffer` for `capacity` values, by contract.
+        let listing = unsafe { Listing::new(buffer.cast(), capacity, len_out, "buffer") }?;
+        let report = cuda_probe()?;
+        listing.fill_text(&in_words(&report), "report")?;
+        out.write(report.devices.len() as u32);
+        Ok(())
+    })
+}
+
+fn in_words(report: &CudaReport) -> String {
+    let (major, minor) = report.version;
+    let lists = match report.has_batched_copies {
+        true => "in one call",
+        false => "one by one",
+    };
+    let mut text = format!("CUDA {major}.{minor}, lists of copies {lists}");
+    for device in &report.devices {
+        let (major, minor) = device.compute;
+        // To a string it cannot fail.
+        let _ = write!(
+            text,
+            "\n{}: {}, {} bytes, compute capability {major}.{minor}, {}, UUID ",
+            device.ordinal, device.name, device.bytes, device.pci
+        );
+        for byte in device.uuid {
+            let _ = write!(text, "{byte:02x}");
+        }
+    }
+    text
+}
+
+/// Registers memory of a GPU that the caller has allocated, by its address on the device, in this process. The driver is asked
+/// whether all of it is there. Transfers move it from and to host memory of the same agent, and within the GPU; peers cannot reach
+/// it. They begin at once: what computes the bytes must be done before. Its kvf_region_base is NULL.
+///
+/// The memory must stay allocated and mapped until kvf_region_deregister or kvf_region_free has answered KVF_OK for the region.
+///
+/// KVF_UNSUPPORTED for an agent without kvf_agent_options.cuda, without CUDA, and for managed memory; KVF_INVALID for a device that
+/// there is not, for no bytes, for memory of the host or of another device, and for a range that goes past its allocation.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, `region_out` for a write. The device's memory is kept as said above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_region_register_device(
+    agent: *const kvf_agent,
+    device: u32,
+    address: u64,
+    len: u64,
+    region_out: *mut *mut kvf_region,
+) -> kvf_status {
+    boundary(|| {
+        let agent = enter(agent, "agent")?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(region_out, "region_out") }?;
+        if address == 0 {
+            return Err(Error::invalid("address", "NULL", "memory of a device"));
+        }
+        // SAFETY: stays as it is until the region is deregistered and drained, by contract.
+        let memory = unsafe { DeviceMemory::from_raw(device, address, len) }?;
+        let region = agent.agent.register_device(memory)?;
+        out.write(into_raw(kvf_region::of_place(&agent, region)));
+        Ok(())
+    })
+}
