@@ -9,11 +9,13 @@
 
 use std::time::Duration;
 
+use kvcache_core::shape::reshard::PageOrder;
 use kvcache_core::{ErrorKind, Result};
 use kvfabric_transfer::backend::conformance::{Fixture, Place, run};
+use kvfabric_transfer::convert::{Grid, PageHeads, bf16s_of_e4m3, e4m3s_of_bf16};
 use kvfabric_transfer::{
-    Agent, CudaOptions, DeviceMemory, HostMemory, MemoryKind, Operation, RegionOptions,
-    RequestOptions, Side, cuda_probe,
+    Agent, CudaKernels, CudaOptions, DeviceMemory, Fragments, HostMemory, MemoryKind, NumberGroups,
+    Operation, Region, RegionOptions, RequestOptions, Side, cuda_probe,
 };
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -79,15 +81,25 @@ impl Fixture for OnDevice {
     }
 }
 
-/// With pinned memory, and through buffers.
+/// With pinned memory, and through buffers; with the driver's copies, with the kernel for small ranges, and with whoever is faster.
 #[test]
 fn a_gpu_conforms() {
     if !has_gpu() {
         return;
     }
-    for pin in [true, false] {
+    let kernel = Fragments::Kernel {
+        up_to_bytes: 64 << 10,
+    };
+    for (pin, fragments) in [
+        (true, Fragments::Copies),
+        (false, Fragments::Copies),
+        (true, kernel),
+        (false, kernel),
+        (true, Fragments::Measured),
+    ] {
         let options = CudaOptions {
             pin,
+            fragments,
             ..CudaOptions::default()
         };
         let report = run(&OnDevice(agent(options))).unwrap_or_else(|error| panic!("{error}"));
@@ -99,15 +111,28 @@ fn a_gpu_conforms() {
     }
 }
 
-/// From host memory to the device, within it, and back: each byte is where it belongs.
+/// From host memory to the device, within it, and back: each byte is where it belongs, whoever copies.
 #[test]
 fn scattered_ranges_go_through_a_gpu_unchanged() {
-    const COUNT: u64 = 3000;
-    const LEN: u64 = 2056;
     if !has_gpu() {
         return;
     }
-    let agent = agent(CudaOptions::default());
+    for fragments in [
+        Fragments::Copies,
+        Fragments::Kernel { up_to_bytes: 4096 },
+        Fragments::Measured,
+    ] {
+        scatter(fragments);
+    }
+}
+
+fn scatter(fragments: Fragments) {
+    const COUNT: u64 = 3000;
+    const LEN: u64 = 2056;
+    let agent = agent(CudaOptions {
+        fragments,
+        ..CudaOptions::default()
+    });
     let device = || {
         let memory = DeviceMemory::allocate(0, COUNT * LEN).unwrap();
         agent.register_device(memory).unwrap()
@@ -153,5 +178,171 @@ fn scattered_ranges_go_through_a_gpu_unchanged() {
     assert!(found == sent);
     for region in [from, back, first, second] {
         region.deregister().wait(WAIT).unwrap();
+    }
+}
+
+/// Memory of the device and of the host, of one size, and copies between them.
+struct Pair {
+    agent: Agent,
+    device: Region,
+    host: Region,
+}
+
+impl Pair {
+    fn new(bytes: u64) -> Self {
+        let agent = agent(CudaOptions::default());
+        let device = DeviceMemory::allocate(0, bytes).unwrap();
+        let host = HostMemory::anonymous(bytes).unwrap();
+        Self {
+            device: agent.register_device(device).unwrap(),
+            host: agent.register(host, RegionOptions::default()).unwrap(),
+            agent,
+        }
+    }
+
+    fn go(&self, operation: Operation) {
+        let all = self.host.bytes();
+        let pair = (self.host.descriptor(0, all), self.device.descriptor(0, all));
+        let request = self
+            .agent
+            .transfer(operation, &[pair], Side::Local, RequestOptions::default())
+            .unwrap();
+        request.wait(WAIT).unwrap();
+    }
+
+    /// Has the device hold these bytes from its start on, and zeros behind them.
+    fn put(&self, bytes: &[u8]) {
+        self.host.fill_at(0, self.host.bytes(), 0).unwrap();
+        self.host.write_at(0, bytes).unwrap();
+        self.go(Operation::Write);
+    }
+
+    fn get(&self) -> Vec<u8> {
+        self.go(Operation::Read);
+        let mut bytes = vec![0; self.host.bytes() as usize];
+        self.host.read_at(0, &mut bytes).unwrap();
+        bytes
+    }
+}
+
+fn noise(bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let next = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 29) as u8
+    };
+    (0..bytes).map(next).collect()
+}
+
+/// Ranges of all alignments and of many lengths, up to a block of 4 MiB.
+#[test]
+fn a_gpu_sums_as_the_tiers_do() {
+    if !has_gpu() {
+        return;
+    }
+    let pair = Pair::new(5 << 20);
+    pair.put(&noise(5 << 20));
+    let mut ranges: Vec<(u64, u64)> = (0..3000).map(|n| (n * 17, n * n % 70_001)).collect();
+    ranges.extend([(0, 4 << 20), (3, (4 << 20) + 9), (9, 0), (7, 1)]);
+    let kernels = CudaKernels::load(0).unwrap();
+    let sums = kernels.checksums(&pair.device, &ranges, WAIT).unwrap();
+    for ((offset, len), sum) in ranges.into_iter().zip(sums) {
+        assert_eq!(
+            sum,
+            pair.host.checksum(offset, len).unwrap(),
+            "{offset}+{len}"
+        );
+    }
+}
+
+/// All bit patterns of a bfloat16, in groups of several lengths, and all 8-bit numbers by scales of many sizes.
+#[test]
+fn a_gpu_rounds_as_the_reference_does() {
+    const COUNT: usize = 1 << 16;
+    if !has_gpu() {
+        return;
+    }
+    let pair = Pair::new(1 << 20);
+    let kernels = CudaKernels::load(0).unwrap();
+    let mixed = noise(COUNT * 2);
+    let mixed = mixed.chunks(2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
+    let all = 0..=u16::MAX;
+    for (values, length) in [
+        (all.clone().collect::<Vec<u16>>(), 128),
+        (all.collect(), 1),
+        (mixed.clone().collect(), 64),
+        (mixed.map(|bits| bits & 0xbfff).collect(), 4096),
+    ] {
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_ne_bytes())
+            .collect();
+        pair.put(&bytes);
+        let (numbers_at, scales_at, back_at) = (COUNT * 2, COUNT * 3, COUNT * 8);
+        let groups = COUNT / length;
+        let mut of = NumberGroups {
+            values: (&pair.device, 0),
+            numbers: (&pair.device, numbers_at as u64),
+            scales: (&pair.device, scales_at as u64),
+            groups: groups as u32,
+            length: length as u32,
+        };
+        kernels.to_e4m3(&of, WAIT).unwrap();
+        of.values.1 = back_at as u64;
+        kernels.from_e4m3(&of, WAIT).unwrap();
+        let found = pair.get();
+        let (mut numbers, mut scales) = (vec![0; COUNT], vec![0.0; groups]);
+        e4m3s_of_bf16(&mut numbers, &mut scales, &values, length).unwrap();
+        let mut back = vec![0; COUNT];
+        bf16s_of_e4m3(&mut back, &numbers, &scales, length).unwrap();
+        let scales: Vec<u8> = scales
+            .iter()
+            .flat_map(|scale| scale.to_ne_bytes())
+            .collect();
+        let back: Vec<u8> = back.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        assert!(
+            found[numbers_at..scales_at] == numbers,
+            "numbers of groups of {length}"
+        );
+        assert!(
+            found[scales_at..scales_at + scales.len()] == scales,
+            "scales of groups of {length}"
+        );
+        assert!(
+            found[back_at..back_at + COUNT * 2] == back,
+            "values of groups of {length}"
+        );
+    }
+}
+
+/// HND to NHD and back, and to half of another rank's pages.
+#[test]
+fn a_gpu_rearranges_as_the_reference_does() {
+    const BYTES: usize = 2 << 20;
+    if !has_gpu() {
+        return;
+    }
+    let (from, to) = (Pair::new(BYTES as u64), Pair::new(BYTES as u64));
+    let content = noise(BYTES);
+    from.put(&content);
+    let kernels = CudaKernels::load(0).unwrap();
+    let side = |order, held, first| PageHeads { order, held, first };
+    let (hnd, nhd) = (PageOrder::HeadsFirst, PageOrder::TokensFirst);
+    for (heads, target, source) in [
+        (8, side(nhd, 8, 0), side(hnd, 8, 0)),
+        (8, side(hnd, 8, 0), side(nhd, 8, 0)),
+        (4, side(nhd, 16, 8), side(hnd, 8, 4)),
+        (4, side(hnd, 4, 0), side(hnd, 8, 2)),
+    ] {
+        let grid = Grid::of_heads(16, 16, 256, heads, target, source).unwrap();
+        to.put(&[]);
+        kernels
+            .rearrange(&to.device, &from.device, &grid, WAIT)
+            .unwrap();
+        let mut expected = vec![0; BYTES];
+        grid.apply(&mut expected, &content).unwrap();
+        assert!(to.get() == expected, "{grid:?}");
     }
 }

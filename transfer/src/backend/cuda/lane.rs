@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::fragments;
 use super::options::CudaOptions;
 use super::staging;
 use super::task::{Moves, Task, Way};
@@ -96,7 +97,8 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn start(gpu: &Arc<Gpu>, options: &CudaOptions) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let streams = [Stream::new(gpu)?, Stream::new(gpu)?, Stream::new(gpu)?];
+        let mut streams = [Stream::new(gpu)?, Stream::new(gpu)?, Stream::new(gpu)?];
+        fragments::arm(gpu, options.fragments, &mut streams)?;
         let has_batch = streams[0].has_batch();
         let worker = Worker::new(shared.clone(), streams, options);
         let thread = std::thread::Builder::new()

@@ -4,6 +4,8 @@
 //! copied by the device itself: from and to host memory that is pinned, or through buffers that are. A job is settled when an event
 //! recorded behind its last copy is over, whatever became of it before.
 
+mod compute;
+mod fragments;
 mod lane;
 mod options;
 mod pins;
@@ -26,8 +28,9 @@ use crate::plan::{Extent, Plan};
 use crate::region::{External, MemoryKind, Region, RegionCore};
 use crate::sys::cuda::{DeviceMemory, Gpu, Place};
 
+pub use compute::{CudaKernels, NumberGroups, RegionAt};
 use lane::Lane;
-pub use options::CudaOptions;
+pub use options::{CudaOptions, Fragments};
 use pins::Pins;
 use task::{Moves, Where};
 
@@ -148,6 +151,11 @@ fn device_memory(target: &Target) -> Option<&Arc<DeviceMemory>> {
     let Target::Local(region) = target else {
         return None;
     };
+    memory_of(region)
+}
+
+/// The device memory that a region is; none if it is something else.
+fn memory_of(region: &RegionCore) -> Option<&Arc<DeviceMemory>> {
     let any: &dyn Any = &**region.external()?;
     any.downcast_ref::<DeviceTarget>()
         .map(|target| &target.memory)

@@ -24,6 +24,27 @@ pub struct CudaOptions {
     pub staging_bytes: u64,
     /// How long the device's thread looks whether copies are done before it sleeps in between; up to 10 ms. Default: 20 µs.
     pub polling: Duration,
+    /// Who copies small ranges. Default: the driver.
+    pub fragments: Fragments,
+}
+
+/// Who copies ranges that are too small for the driver's copies to be fast.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fragments {
+    /// The driver, as all others: the device's copy engines, which take nothing from an engine's kernels.
+    #[default]
+    Copies,
+    /// A kernel of ours, those of up to so many bytes each, where a request has several: many in one launch, on the device's
+    /// processors. Registering memory of a device fails where the driver cannot load it (CUDA before 12.0, a device before compute
+    /// capability 7.5).
+    Kernel {
+        /// The longest range that is small, in bytes.
+        up_to_bytes: u32,
+    },
+    /// Whoever was faster when memory of the device was first registered by this agent: sizes from 512 bytes to 64 KiB are measured in
+    /// each direction, which takes some milliseconds, 16 MiB of the device and 8 MiB of pinned memory, and what the kernel has copied
+    /// is compared. Where the kernel cannot be loaded, or copies wrongly, the driver copies all, and the log says why.
+    Measured,
 }
 
 impl Default for CudaOptions {
@@ -32,6 +53,7 @@ impl Default for CudaOptions {
             pin: true,
             staging_bytes: 16 << 20,
             polling: Duration::from_micros(20),
+            fragments: Fragments::Copies,
         }
     }
 }

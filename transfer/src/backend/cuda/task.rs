@@ -12,7 +12,7 @@ use crate::sys::cuda::{Batch, Pinned, Place};
 use crate::sys::memory::Mapping;
 
 /// The most copies that are queued together.
-const COPIES_MAX: usize = 4096;
+pub(super) const COPIES_MAX: usize = 4096;
 
 /// How a device reaches a region.
 #[derive(Clone, Copy)]

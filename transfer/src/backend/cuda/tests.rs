@@ -15,7 +15,9 @@ use crate::sys::cuda::fake::Fake;
 use crate::sys::cuda::{Cuda, DeviceMemory};
 use crate::sys::memory::HostMemory;
 
+mod compute;
 mod ending;
+mod fragments;
 mod pinning;
 mod refusals;
 

@@ -14,7 +14,7 @@ use crate::request::Priority;
 use crate::sys::cuda::{Flight, Stream, Unsent};
 
 /// Batches that are in flight on a stream, of about so many bytes each: enough to keep a bus busy while the thread sleeps.
-const FLIGHTS_MAX: usize = 4;
+pub(super) const FLIGHTS_MAX: usize = 4;
 const BATCH_BYTES: u64 = 16 << 20;
 
 /// Less of what gives way to others, so that they need not wait for much.

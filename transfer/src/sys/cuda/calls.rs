@@ -1,6 +1,6 @@
 //! The calls of the CUDA driver that are made, as one table: the real driver's, or a stand-in's in tests.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 
 /// What a call answered that is not success, by the driver's number. Newer drivers know more of them than any header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +47,8 @@ pub(crate) enum Attribute {
     ComputeMinor,
     /// Whether one address names the same byte for the host and all devices.
     UnifiedAddressing,
+    /// How many blocks of threads run side by side, at least.
+    Multiprocessors,
 }
 
 /// What the driver knows of an address.
@@ -84,6 +86,21 @@ impl CopyList {
     pub(crate) fn len(&self) -> usize {
         self.bytes.len()
     }
+
+    pub(super) fn push(&mut self, target: u64, source: u64, bytes: usize) {
+        self.targets.push(target);
+        self.sources.push(source);
+        self.bytes.push(bytes);
+    }
+}
+
+/// How many threads run a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Threads {
+    /// Blocks of them.
+    pub(crate) blocks: u32,
+    /// Threads of a block: a multiple of 32, up to 256.
+    pub(crate) each: u32,
 }
 
 /// The driver. Calls that take a handle, or that need a current context, are unsafe: only what owns the handle knows that it is
@@ -157,6 +174,40 @@ pub(crate) trait Calls: Send + Sync {
     /// # Safety
     /// Registered at exactly this address, and used by nothing that is still to run.
     unsafe fn unregister_host(&self, base: *mut u8) -> Answer<()>;
+
+    /// `cuMemHostGetDevicePointer_v2`: by which address the current context's device reaches registered memory.
+    ///
+    /// # Safety
+    /// A context is current.
+    unsafe fn device_pointer(&self, base: *mut u8) -> Answer<u64>;
+
+    /// `cuModuleLoadData`: the driver compiles PTX for the current context's device.
+    ///
+    /// # Safety
+    /// A context is current.
+    unsafe fn load_module(&self, image: &CStr) -> Answer<Handle>;
+    /// `cuModuleGetFunction`: a kernel, which lives as long as its module.
+    ///
+    /// # Safety
+    /// The module is loaded, its context current.
+    unsafe fn function(&self, module: Handle, name: &CStr) -> Answer<Handle>;
+    /// `cuModuleUnload`.
+    ///
+    /// # Safety
+    /// Loaded, its context current, and nothing of it is still to run.
+    unsafe fn unload_module(&self, module: Handle) -> Answer<()>;
+    /// `cuLaunchKernel`, along one axis and without shared memory. The arguments are copied before it returns.
+    ///
+    /// # Safety
+    /// A kernel of a loaded module, and the arguments that it takes, in its order; all memory that it reaches with them is valid for
+    /// what it does until the stream has run it; the stream is live and of the current context.
+    unsafe fn launch(
+        &self,
+        kernel: Handle,
+        threads: Threads,
+        arguments: &mut [*mut c_void],
+        stream: Handle,
+    ) -> Answer<()>;
 
     /// `cuStreamCreate` with `CU_STREAM_NON_BLOCKING`: waits for nobody's default stream.
     ///

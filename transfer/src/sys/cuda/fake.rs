@@ -4,7 +4,7 @@
 //! told to go on, or asked whether it is over: then one entry at a time, those of a batch last to first. What would be wrong to
 //! ask of the real driver is noted down, and fails the test that looks ([`Fake::check`]).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -16,6 +16,7 @@ use super::memory::DeviceMemory;
 use crate::region::Region;
 
 mod calls;
+mod kernels;
 mod work;
 
 use work::Entry;
@@ -29,6 +30,7 @@ const INVALID_CONTEXT: Code = Code(201);
 /// Errors that tests have calls fail with.
 pub(crate) const NOT_SUPPORTED: Code = Code::NOT_SUPPORTED;
 pub(crate) const OUT_OF_MEMORY: Code = Code::OUT_OF_MEMORY;
+pub(crate) const UNSUPPORTED_PTX: Code = Code(222);
 pub(crate) const ILLEGAL_ADDRESS: Code = Code(700);
 
 /// What lies between two allocations.
@@ -66,6 +68,13 @@ struct State {
     /// Destroyed with work left.
     orphans: Vec<VecDeque<Entry>>,
     events: HashMap<u64, Event>,
+    /// Loaded modules, and the kernels that were looked up in them: module and name.
+    modules: HashSet<u64>,
+    kernels: HashMap<u64, (u64, String)>,
+    /// Kernels reach registered host memory.
+    is_mapped: bool,
+    /// Kernels write something else than they should.
+    is_spoilt: bool,
     /// Errors to come, by call: after how many calls of it, and which.
     errors: HashMap<&'static str, VecDeque<(u64, Code)>>,
     counts: HashMap<&'static str, u64>,
@@ -84,6 +93,7 @@ impl Fake {
             devices,
             has_batch: true,
             is_running: true,
+            is_mapped: true,
             next_address: FIRST,
             next_handle: 1,
             ..State::default()
@@ -105,6 +115,16 @@ impl Fake {
     pub(crate) fn set_version(&self, version: i32) {
         let mut state = self.lock();
         (state.version, state.has_batch) = (version, version >= 12_080);
+    }
+
+    /// Whether kernels reach host memory that is registered, which they do at first.
+    pub(crate) fn set_mapped(&self, is_mapped: bool) {
+        self.lock().is_mapped = is_mapped;
+    }
+
+    /// Kernels write something else than they should from now on.
+    pub(crate) fn spoil_kernels(&self) {
+        self.lock().is_spoilt = true;
     }
 
     /// Whether work is done as soon as somebody asks for it, which it is at first, or only by [`Fake::advance`].
@@ -245,6 +265,7 @@ impl Fake {
         );
         assert!(state.streams.is_empty(), "{} streams", state.streams.len());
         assert!(state.events.is_empty(), "{} events", state.events.len());
+        assert!(state.modules.is_empty(), "{} modules", state.modules.len());
         assert!(
             state.memory.is_empty(),
             "{} allocations",

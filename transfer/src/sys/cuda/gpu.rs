@@ -66,6 +66,11 @@ impl Gpu {
         Ok(entered)
     }
 
+    /// A fact about the device.
+    pub(super) fn attribute(&self, attribute: Attribute) -> Answer<i32> {
+        self.calls.attribute(self.device, attribute)
+    }
+
     /// What the driver knows of an address.
     pub(crate) fn pointer_facts(&self, address: u64) -> Result<PointerFacts> {
         let facts = self

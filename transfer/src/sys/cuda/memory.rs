@@ -34,8 +34,12 @@ impl DeviceMemory {
     }
 
     pub(crate) fn allocate_on(cuda: &Cuda, ordinal: u32, bytes: u64) -> Result<Self> {
+        checked(bytes)?;
+        Self::allocate_in(cuda.gpu(ordinal)?, bytes)
+    }
+
+    pub(crate) fn allocate_in(gpu: Arc<Gpu>, bytes: u64) -> Result<Self> {
         let len = checked(bytes)?;
-        let gpu = cuda.gpu(ordinal)?;
         let address = gpu.enter().and_then(|_entered| {
             // SAFETY: the context is current; freed by `drop`.
             unsafe { gpu.calls.allocate(len) }

@@ -5,11 +5,13 @@
 //! a whole device, and no default stream is used.
 
 mod calls;
+mod desk;
 mod driver;
 #[cfg(any(test, feature = "test-util"))]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #[cfg_attr(not(test), allow(dead_code, reason = "our own tests use all of it"))]
 pub(crate) mod fake;
+mod gather;
 mod gpu;
 mod kernels;
 mod memory;
@@ -22,9 +24,11 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use desk::{Desk, Groups, SUMS_MAX};
 pub(crate) use driver::Cuda;
 pub use driver::{CudaDevice, CudaReport, cuda_probe};
 pub(crate) use gpu::Gpu;
+pub(crate) use kernels::Kernels;
 pub use memory::DeviceMemory;
 pub(crate) use pinned::Pinned;
 pub use plain::{CudaCopies, CudaSide};

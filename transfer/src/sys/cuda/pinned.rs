@@ -25,6 +25,8 @@ pub(crate) struct Pinned {
     owner: Owner,
     /// Pinned by us; otherwise its owner had done so.
     is_ours: bool,
+    /// Kernels reach it, by the same address.
+    is_mapped: bool,
     /// Its region is being deregistered, and counts this as a user.
     is_awaited: AtomicBool,
 }
@@ -53,6 +55,7 @@ impl Pinned {
             gpu: gpu.clone(),
             owner,
             is_ours: false,
+            is_mapped: false,
             is_awaited: AtomicBool::new(false),
         };
         let (memory, bytes) = (pinned.memory()?, pinned.memory()?.bytes());
@@ -65,7 +68,10 @@ impl Pinned {
             }
         });
         match registered {
-            Ok(()) => pinned.is_ours = true,
+            Ok(()) => {
+                pinned.is_ours = true;
+                pinned.is_mapped = pinned.find_mapped();
+            }
             Err(Code::HOST_MEMORY_ALREADY_REGISTERED) => pinned.check_covered()?,
             Err(code) => return Err(gpu.fault(&format!("pin {bytes} bytes of host memory"), code)),
         }
@@ -89,6 +95,24 @@ impl Pinned {
     /// The bytes, for the processor's own copies.
     pub(crate) fn mapping(&self) -> Result<&Mapping> {
         Ok(self.memory()?.mapping())
+    }
+
+    /// Whether kernels reach it: it may have no address on the device, or another one.
+    fn find_mapped(&self) -> bool {
+        let Ok(memory) = self.memory() else {
+            return false;
+        };
+        let base = memory.base().as_ptr();
+        let mapped = self.gpu.enter().and_then(|_entered| {
+            // SAFETY: the context is current.
+            unsafe { self.gpu.calls.device_pointer(base) }
+        });
+        mapped == Ok(base.addr() as u64)
+    }
+
+    /// Whether kernels may read and write it. Not said of memory that others have pinned.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.is_mapped
     }
 
     /// Whether what its owner has pinned is all of it.

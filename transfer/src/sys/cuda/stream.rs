@@ -5,7 +5,9 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::calls::{Answer, Code, CopyList, Handle};
+use super::gather::{Gather, Pieces, UsedList};
 use super::gpu::Gpu;
+use super::kernels::Kernels;
 use super::memory::DeviceMemory;
 use super::pinned::Pinned;
 
@@ -17,10 +19,23 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    fn at(&self, offset: u64, len: u64) -> Result<u64> {
+    pub(super) fn at(&self, offset: u64, len: u64) -> Result<u64> {
         match self {
             Self::Device(memory) => memory.at(offset, len),
             Self::Host(memory) => memory.at(offset, len),
+        }
+    }
+
+    /// Whether it is memory of this device.
+    pub(super) fn is_on(&self, gpu: &Gpu) -> bool {
+        matches!(self, Self::Device(memory) if memory.ordinal() == gpu.ordinal())
+    }
+
+    /// Whether kernels reach it, and not copies alone.
+    pub(crate) fn is_reached(&self) -> bool {
+        match self {
+            Self::Device(_) => true,
+            Self::Host(memory) => memory.is_mapped(),
         }
     }
 }
@@ -32,6 +47,8 @@ pub(crate) type At = (usize, u64);
 pub(crate) struct Batch {
     places: Arc<[Place]>,
     copies: CopyList,
+    /// Of each copy, whether a kernel may make it.
+    reached: Vec<bool>,
     bytes: u64,
 }
 
@@ -40,17 +57,19 @@ impl Batch {
         Self {
             places: places.clone(),
             copies: CopyList::default(),
+            reached: Vec::new(),
             bytes: 0,
         }
     }
 
     /// Adds a copy, after checking that both ranges lie in their places.
     pub(crate) fn copy(&mut self, to: At, from: At, len: u64) -> Result<()> {
-        let target = self.place(to.0)?.at(to.1, len)?;
-        let source = self.place(from.0)?.at(from.1, len)?;
-        self.copies.targets.push(target);
-        self.copies.sources.push(source);
-        self.copies.bytes.push(len as usize);
+        let (to_place, from_place) = (self.place(to.0)?, self.place(from.0)?);
+        let target = to_place.at(to.1, len)?;
+        let source = from_place.at(from.1, len)?;
+        let is_reached = to_place.is_reached() && from_place.is_reached();
+        self.copies.push(target, source, len as usize);
+        self.reached.push(is_reached);
         self.bytes += len;
         Ok(())
     }
@@ -78,6 +97,8 @@ pub(crate) struct Flight {
     event: Handle,
     /// Gone once it is over.
     places: Option<Arc<[Place]>>,
+    /// The list that its kernel reads.
+    list: Option<UsedList>,
 }
 
 impl Drop for Flight {
@@ -88,6 +109,7 @@ impl Drop for Flight {
     fn drop(&mut self) {
         if let Some(places) = self.places.take() {
             std::mem::forget(places);
+            std::mem::forget(self.list.take());
         }
     }
 }
@@ -107,6 +129,7 @@ pub(crate) struct Stream {
     /// Events that are over and may be recorded again.
     spare: Vec<Handle>,
     has_batch: bool,
+    gather: Option<Gather>,
 }
 
 impl Stream {
@@ -120,6 +143,7 @@ impl Stream {
             raw,
             spare: Vec::new(),
             has_batch: gpu.calls.has_batch(),
+            gather: None,
             gpu: gpu.clone(),
         })
     }
@@ -129,6 +153,28 @@ impl Stream {
         self.has_batch
     }
 
+    /// Has a kernel copy small pieces, once [`Stream::gather_up_to`] says what is small: of up to so many batches at once, of up to so
+    /// many copies each.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(crate) fn gather_by(
+        &mut self,
+        kernels: &Arc<Kernels>,
+        batches: u64,
+        copies_max: u64,
+    ) -> Result<()> {
+        self.gather = Some(Gather::new(kernels, batches, copies_max)?);
+        Ok(())
+    }
+
+    /// Pieces of up to so many bytes go by the kernel from now on; 0: none.
+    pub(crate) fn gather_up_to(&mut self, bytes: u64) {
+        if let Some(gather) = &mut self.gather {
+            gather.up_to = bytes;
+        }
+    }
+
     /// Queues a batch. The second value is why not all of it was queued; the flight covers what was.
     pub(crate) fn submit(&mut self, batch: Batch) -> Result<(Flight, Option<Error>), Unsent> {
         let gpu = self.gpu.clone();
@@ -136,31 +182,100 @@ impl Stream {
         let _entered = gpu
             .enter()
             .map_err(|code| refused("enter its context", code))?;
-        let event = match self.spare.pop() {
-            Some(event) => event,
-            // SAFETY: the context is current; destroyed by `drop` of the stream, or never.
-            None => unsafe { gpu.calls.create_event() }
-                .map_err(|code| refused("create an event", code))?,
-        };
+        let event = self
+            .event()
+            .map_err(|code| refused("create an event", code))?;
         let Batch {
-            places, mut copies, ..
+            places,
+            mut copies,
+            reached,
+            ..
         } = batch;
+        let what = format!("queue {} copies", copies.len());
+        let pieces = match &mut self.gather {
+            Some(gather) => gather.take(&mut copies, &reached),
+            None => Ok(None),
+        };
+        let (list, pieces) = match pieces {
+            Ok(taken) => taken.unzip(),
+            Err(error) => {
+                self.spare.push(event);
+                return Err(Unsent::Refused(error));
+            }
+        };
         // From here on something may be queued: the flight keeps the memory.
         let flight = Flight {
             event,
             places: Some(places),
+            list,
         };
-        let queued = self.queue(&mut copies);
-        // SAFETY: both live and of the current context.
-        if let Err(code) = unsafe { gpu.calls.record(event, self.raw) } {
-            return Err(Unsent::Broken(gpu.fault("record an event", code)));
-        }
-        let what = format!("queue {} copies", copies.len());
-        Ok((flight, queued.err().map(|code| gpu.fault(&what, code))))
+        let queued = self.queue(&mut copies, pieces.as_ref(), flight.list.as_ref());
+        self.seal(flight, queued, &what)
     }
 
-    fn queue(&mut self, copies: &mut CopyList) -> Answer<()> {
+    /// As [`Stream::submit`], of what a caller queues: it is given the stream.
+    ///
+    /// # Safety
+    /// What is queued touches the memory of `places` and `list` alone.
+    pub(super) unsafe fn submit_work(
+        &mut self,
+        places: Arc<[Place]>,
+        list: UsedList,
+        what: &str,
+        queue: impl FnOnce(&UsedList, Handle) -> Answer<()>,
+    ) -> Result<(Flight, Option<Error>), Unsent> {
+        let gpu = self.gpu.clone();
+        let refused = |doing, code| Unsent::Refused(gpu.fault(doing, code));
+        let _entered = gpu
+            .enter()
+            .map_err(|code| refused("enter its context", code))?;
+        let event = self
+            .event()
+            .map_err(|code| refused("create an event", code))?;
+        let queued = queue(&list, self.raw);
+        let flight = Flight {
+            event,
+            places: Some(places),
+            list: Some(list),
+        };
+        self.seal(flight, queued, what)
+    }
+
+    /// An event that nothing waits for. A context is current.
+    fn event(&mut self) -> Answer<Handle> {
+        match self.spare.pop() {
+            Some(event) => Ok(event),
+            // SAFETY: the context is current; destroyed by `drop` of the stream, or never.
+            None => unsafe { self.gpu.calls.create_event() },
+        }
+    }
+
+    /// Records a flight's event behind what was queued.
+    fn seal(
+        &self,
+        flight: Flight,
+        queued: Answer<()>,
+        what: &str,
+    ) -> Result<(Flight, Option<Error>), Unsent> {
+        // SAFETY: both live and of the current context.
+        if let Err(code) = unsafe { self.gpu.calls.record(flight.event, self.raw) } {
+            return Err(Unsent::Broken(self.gpu.fault("record an event", code)));
+        }
+        Ok((flight, queued.err().map(|code| self.gpu.fault(what, code))))
+    }
+
+    fn queue(
+        &mut self,
+        copies: &mut CopyList,
+        pieces: Option<&Pieces>,
+        list: Option<&UsedList>,
+    ) -> Answer<()> {
         let calls = &*self.gpu.calls;
+        if let (Some(pieces), Some(list)) = (pieces, list) {
+            // SAFETY: the flight that the caller made keeps the list and the places, in which all pieces lie and which kernels reach;
+            // the stream is ours and live, its context current.
+            unsafe { pieces.queue(list, self.raw) }?;
+        }
         if self.has_batch && copies.len() > 1 {
             // SAFETY: the flight that the caller made keeps the places, in which all ranges lie, until the stream has made the
             // copies; the driver has the call.
@@ -194,6 +309,9 @@ impl Stream {
         if over {
             flight.places = None;
             self.spare.push(flight.event);
+            if let (Some(gather), Some(list)) = (&mut self.gather, flight.list.take()) {
+                gather.give_back(list);
+            }
         }
         Ok(over)
     }

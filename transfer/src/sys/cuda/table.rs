@@ -9,7 +9,9 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use cudarc::driver::sys;
 use libloading::os::unix::{Library as Shared, RTLD_LOCAL, RTLD_NOW};
 
-use super::calls::{Answer, Attribute, Calls, Code, CopyList, Device, Handle, PointerFacts};
+use super::calls::{
+    Answer, Attribute, Calls, Code, CopyList, Device, Handle, PointerFacts, Threads,
+};
 
 /// The driver's library, by the name under which only the driver installs it.
 const FILE: &str = "libcuda.so.1";
@@ -17,7 +19,8 @@ const FILE: &str = "libcuda.so.1";
 /// The first version with [`Calls::copy_batch`].
 const BATCH_SINCE: i32 = 12_080;
 
-const PORTABLE: c_uint = 1;
+/// For all contexts, and so that kernels reach it.
+const PORTABLE_AND_MAPPED: c_uint = 1 | 2;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 
@@ -99,6 +102,19 @@ table! {
     cuMemFree_v2(sys::CUdeviceptr);
     cuMemHostRegister_v2(*mut c_void, usize, c_uint);
     cuMemHostUnregister(*mut c_void);
+    cuMemHostGetDevicePointer_v2(*mut sys::CUdeviceptr, *mut c_void, c_uint);
+    cuModuleLoadData(*mut sys::CUmodule, *const c_void);
+    cuModuleGetFunction(*mut sys::CUfunction, sys::CUmodule, *const c_char);
+    cuModuleUnload(sys::CUmodule);
+    cuLaunchKernel(
+        sys::CUfunction,
+        c_uint, c_uint, c_uint,
+        c_uint, c_uint, c_uint,
+        c_uint,
+        sys::CUstream,
+        *mut *mut c_void,
+        *mut *mut c_void
+    );
     cuStreamCreate(*mut sys::CUstream, c_uint);
     cuStreamDestroy_v2(sys::CUstream);
     cuEventCreate(*mut sys::CUevent, c_uint);
@@ -218,6 +234,7 @@ impl Calls for Libcuda {
             Attribute::ComputeMajor => Known::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             Attribute::ComputeMinor => Known::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             Attribute::UnifiedAddressing => Known::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING,
+            Attribute::Multiprocessors => Known::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         };
         // SAFETY: the result is writable; a wrong device is answered with an error.
         filled(0, |out| unsafe {
@@ -334,12 +351,65 @@ impl Calls for Libcuda {
 
     unsafe fn register_host(&self, base: *mut u8, bytes: usize) -> Answer<()> {
         // SAFETY: mapped for as long as it is registered, by the caller's promise.
-        answer(unsafe { (self.table.cuMemHostRegister_v2)(base.cast(), bytes, PORTABLE) })
+        answer(unsafe {
+            (self.table.cuMemHostRegister_v2)(base.cast(), bytes, PORTABLE_AND_MAPPED)
+        })
     }
 
     unsafe fn unregister_host(&self, base: *mut u8) -> Answer<()> {
         // SAFETY: registered and out of use, by the caller's promise.
         answer(unsafe { (self.table.cuMemHostUnregister)(base.cast()) })
+    }
+
+    unsafe fn device_pointer(&self, base: *mut u8) -> Answer<u64> {
+        // SAFETY: the result is writable; memory that is not registered is answered with an error.
+        filled(0, |out| unsafe {
+            (self.table.cuMemHostGetDevicePointer_v2)(out, base.cast(), 0)
+        })
+    }
+
+    unsafe fn load_module(&self, image: &CStr) -> Answer<Handle> {
+        // SAFETY: the result is writable; the image is text with an end; a context is current by the caller's promise.
+        let call = |out| unsafe { (self.table.cuModuleLoadData)(out, image.as_ptr().cast()) };
+        filled(std::ptr::null_mut(), call).map(|raw| Handle(raw.cast()))
+    }
+
+    unsafe fn function(&self, module: Handle, name: &CStr) -> Answer<Handle> {
+        // SAFETY: the result is writable; the name has an end; the module is loaded by the caller's promise.
+        let call =
+            |out| unsafe { (self.table.cuModuleGetFunction)(out, module.0.cast(), name.as_ptr()) };
+        filled(std::ptr::null_mut(), call).map(|raw| Handle(raw.cast()))
+    }
+
+    unsafe fn unload_module(&self, module: Handle) -> Answer<()> {
+        // SAFETY: loaded and out of use, by the caller's promise.
+        answer(unsafe { (self.table.cuModuleUnload)(module.0.cast()) })
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: Handle,
+        threads: Threads,
+        arguments: &mut [*mut c_void],
+        stream: Handle,
+    ) -> Answer<()> {
+        let Threads { blocks, each } = threads;
+        // SAFETY: the kernel, its arguments and the stream are good by the caller's promise; no more options are given.
+        answer(unsafe {
+            (self.table.cuLaunchKernel)(
+                kernel.0.cast(),
+                blocks,
+                1,
+                1,
+                each,
+                1,
+                1,
+                0,
+                stream.0.cast(),
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        })
     }
 
     unsafe fn create_stream(&self) -> Answer<Handle> {

@@ -1,9 +1,13 @@
 //! The calls, as their documentation has them.
 
 use std::collections::VecDeque;
+use std::ffi::{CStr, c_void};
 use std::thread;
 
-use super::super::calls::{Answer, Attribute, Calls, Code, CopyList, Device, Handle, PointerFacts};
+use super::super::calls::{
+    Answer, Attribute, Calls, Code, CopyList, Device, Handle, PointerFacts, Threads,
+};
+use super::kernels::Launch;
 use super::work::{Copy, Entry};
 use super::{Event, Fake, name, named};
 
@@ -63,6 +67,7 @@ impl Calls for Fake {
             Attribute::ComputeMajor => 9,
             Attribute::ComputeMinor => 0,
             Attribute::UnifiedAddressing => 1,
+            Attribute::Multiprocessors => 4,
         })
     }
 
@@ -191,6 +196,82 @@ impl Calls for Fake {
             Some(_) => Ok(()),
             None => Err(Code(713)),
         }
+    }
+
+    unsafe fn device_pointer(&self, base: *mut u8) -> Answer<u64> {
+        let mut state = self.lock();
+        state.begin_in("cuMemHostGetDevicePointer")?;
+        let address = base.addr() as u64;
+        match state.is_mapped && state.is_pinned(address, 1) {
+            true => Ok(address),
+            false => Err(Code::INVALID_VALUE),
+        }
+    }
+
+    unsafe fn load_module(&self, image: &CStr) -> Answer<Handle> {
+        let mut state = self.lock();
+        state.begin_in("cuModuleLoadData")?;
+        if !image.to_bytes().windows(8).any(|text| text == b".version") {
+            return Err(super::UNSUPPORTED_PTX);
+        }
+        let module = state.handle();
+        state.modules.insert(module);
+        Ok(named(module))
+    }
+
+    unsafe fn function(&self, module: Handle, wanted: &CStr) -> Answer<Handle> {
+        let mut state = self.lock();
+        state.begin_in("cuModuleGetFunction")?;
+        let wanted = wanted.to_string_lossy().into_owned();
+        if !state.modules.contains(&name(module)) {
+            state.wrong("a kernel of a module that there is not");
+        }
+        let image = include_str!("../kernels/generated/kernels.ptx");
+        if !image.contains(&format!(".entry {wanted}(")) {
+            return Err(Code(500));
+        }
+        let kernel = state.handle();
+        state.kernels.insert(kernel, (name(module), wanted));
+        Ok(named(kernel))
+    }
+
+    unsafe fn unload_module(&self, module: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuModuleUnload")?;
+        if !state.modules.remove(&name(module)) {
+            state.wrong("a module is unloaded twice");
+        }
+        Ok(())
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: Handle,
+        threads: Threads,
+        arguments: &mut [*mut c_void],
+        stream: Handle,
+    ) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuLaunchKernel")?;
+        if threads.blocks == 0
+            || !(32..=256).contains(&threads.each)
+            || !threads.each.is_multiple_of(32)
+        {
+            return Err(Code::INVALID_VALUE);
+        }
+        let Some((module, kernel)) = state.kernels.get(&name(kernel)).cloned() else {
+            state.wrong("a launch of no kernel");
+            return Err(Code::INVALID_VALUE);
+        };
+        // SAFETY: the arguments are those of this kernel, by the caller's promise, which is what is tested.
+        let Some(launch) = (unsafe { Launch::of(&kernel, arguments) }) else {
+            return Err(Code::INVALID_VALUE);
+        };
+        match state.streams.get_mut(&name(stream)) {
+            Some(queue) => queue.push_back(Entry::Launch(module, launch)),
+            None => state.wrong("a launch on a stream that there is not"),
+        }
+        Ok(())
     }
 
     unsafe fn create_stream(&self) -> Answer<Handle> {

@@ -1,12 +1,15 @@
 //! What is queued, and how it is done.
 
 use super::State;
+use super::kernels::Launch;
 
 /// One entry of a stream.
 pub(super) enum Entry {
     /// Of one call, in the order in which they are done.
     Copies(Vec<Copy>),
     Record(u64),
+    /// A kernel of a module.
+    Launch(u64, Launch),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +54,10 @@ impl State {
     fn make(&mut self, entry: Entry) {
         match entry {
             Entry::Copies(copies) => copies.into_iter().for_each(|copy| self.copy_now(copy)),
+            Entry::Launch(module, _) if !self.modules.contains(&module) => {
+                self.wrong("a kernel's module was unloaded before it ran");
+            }
+            Entry::Launch(_, launch) => self.run(launch),
             Entry::Record(event) => match self.events.get_mut(&event) {
                 Some(event) => event.pending -= 1,
                 None => self.wrong(format!("event {event} was destroyed before it was over")),

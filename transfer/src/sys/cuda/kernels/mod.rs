@@ -2,5 +2,10 @@
 
 #[cfg(test)]
 mod host;
+mod lists;
+mod load;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use lists::{Lists, Upload};
+pub(crate) use load::{Kernel, Kernels, argument};
