@@ -1856,8 +1856,8 @@ kvf_status kvf_agent_remove_object(const struct kvf_agent *agent,
  What the CUDA driver of this system serves to this process: how many devices, and in words a line for the driver and one for
  each device. Makes no context; the first call may take seconds.
 
- With `buffer` NULL only the text's length is told, without its NUL. KVF_INVALID when `capacity` is too small; `len_out` is
- written then too. KVF_UNSUPPORTED when CUDA cannot be used; kvf_last_error says why.
+ With `buffer` NULL only its length is told, which counts the terminating NUL. KVF_INVALID when `capacity` is too small;
+ `len_out` is written then too. KVF_UNSUPPORTED when CUDA cannot be used; kvf_last_error says why.
 
  # Safety
  Each pointer is null or valid: `device_count_out` for a write, `buffer` for `capacity` writes, `len_out` for a write.

@@ -49,6 +49,7 @@ pub(crate) unsafe fn cuda_options(options: *const kvf_cuda_options) -> Result<Op
                 bytes => bytes,
             },
             polling: microseconds(options.polling_us, default.polling),
+            fragments: default.fragments,
         })
     };
     options.map(parse).transpose()
@@ -57,8 +58,8 @@ pub(crate) unsafe fn cuda_options(options: *const kvf_cuda_options) -> Result<Op
 /// What the CUDA driver of this system serves to this process: how many devices, and in words a line for the driver and one for
 /// each device. Makes no context; the first call may take seconds.
 ///
-/// With `buffer` NULL only the text's length is told, without its NUL. KVF_INVALID when `capacity` is too small; `len_out` is
-/// written then too. KVF_UNSUPPORTED when CUDA cannot be used; kvf_last_error says why.
+/// With `buffer` NULL only its length is told, which counts the terminating NUL. KVF_INVALID when `capacity` is too small;
+/// `len_out` is written then too. KVF_UNSUPPORTED when CUDA cannot be used; kvf_last_error says why.
 ///
 /// # Safety
 /// Each pointer is null or valid: `device_count_out` for a write, `buffer` for `capacity` writes, `len_out` for a write.

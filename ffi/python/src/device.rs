@@ -36,6 +36,7 @@ impl Cuda {
             pin: self.pin,
             staging_bytes: self.staging_bytes,
             polling: parse_timeout(self.polling)?,
+            ..CudaOptions::default()
         })
     }
 }
