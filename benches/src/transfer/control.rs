@@ -1,4 +1,4 @@
-//! What is paid before and beside the bytes: agents, first transfers, notifications, lists, metadata, idleness.
+//! What is paid before and beside the bytes: agents, first transfers, posts, notifications, lists, metadata, idleness.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -25,6 +25,8 @@ use super::raw_tcp::RawTcp;
 use super::subject::Subject;
 use super::target::agent;
 
+/// Bytes of a request whose post is timed.
+const POST_BYTES: u64 = 64 << 20;
 /// Bytes of a first transfer.
 const FIRST_BYTES: u64 = 1 << 20;
 /// Blocks of a long list, of 4 KiB each.
@@ -59,6 +61,7 @@ pub(super) fn measure(recorder: &mut Recorder) -> Result<()> {
         ));
         notifications(backend, recorder)?;
         first_transfers(backend, recorder)?;
+        long_posts(backend, recorder)?;
         recorder.step();
     }
     recorder.say("long lists, metadata");
@@ -249,6 +252,42 @@ fn first_transfers(backend: BackendKind, recorder: &mut Recorder) -> Result<()> 
     let name = format!("first-transfer-{}", backend.name());
     recorder.extend(case(&name).row("agent_ms", "ms", &made));
     recorder.extend(case(&name).row("first_transfer_ms", "ms", &first));
+    Ok(())
+}
+
+/// What the call that begins a request of many blocks takes, all of which lie apart from each other. Their bytes are waited for
+/// before the next one.
+fn long_posts(backend: BackendKind, recorder: &mut Recorder) -> Result<()> {
+    let mut target = Target::open(&TargetAt::Spawned)?;
+    let (region, metadata) = target.expose(shape(backend, POST_BYTES))?;
+    let agent = own_agent(backend)?;
+    let peer = agent.load_peer(&metadata)?;
+    let local = agent.register(HostMemory::anonymous(POST_BYTES)?, RegionOptions::default())?;
+    local.fill_at(0, POST_BYTES, 1)?;
+    let blocks = POST_BYTES / LIST_BLOCK_BYTES;
+    let pair = |at: u64| {
+        let offset = at * LIST_BLOCK_BYTES;
+        let other = Descriptor {
+            region: RegionId(region),
+            offset: (blocks - 1 - at) * LIST_BLOCK_BYTES,
+            len: LIST_BLOCK_BYTES,
+        };
+        (local.descriptor(offset, LIST_BLOCK_BYTES), other)
+    };
+    let pairs: Vec<_> = (0..blocks).map(pair).collect();
+    let (own, other): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+    let own = agent.prepare(Side::Local, &own)?;
+    let other = agent.prepare(Side::Peer(&peer), &other)?;
+    let request = agent.request(Operation::Read, &own, &other, RequestOptions::default())?;
+    let mut posted = Samples::default();
+    for _ in 0..STEPS {
+        let start = Instant::now();
+        request.post()?;
+        posted.push_us(start.elapsed());
+        request.wait(PATIENCE)?;
+    }
+    let name = format!("post-{}", backend.name());
+    recorder.extend(case(&name).row("long_post_us", "µs", &posted));
     Ok(())
 }
 
