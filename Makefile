@@ -36,7 +36,7 @@ test-rust: setup ## Unit, property, conformance, simulation and integration test
 	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' KVFABRIC_S3_SERVER='$(S3_SERVER)' $(CARGO) test --workspace --exclude kvfabric-python
 	$(STEP) "a newer UCX" env CACHE='$(CACHE)' VENV='$(VENV)' scripts/test-ucx
 
-test-sanitize: ## The tests of `transfer` under AddressSanitizer; builds all it needs anew
+test-sanitize: ## The tests of `transfer`, the node and the C ABI under AddressSanitizer; builds all it needs anew
 	$(STEP) "AddressSanitizer" scripts/sanitize
 
 test-c: setup ## The C programs, built with the system's compiler
