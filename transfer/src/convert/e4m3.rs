@@ -66,7 +66,7 @@ pub fn of_bf16(number: u16) -> f32 {
     f32::from_bits(u32::from(number) << 16)
 }
 
-fn check(count: usize, length: usize, others: [(&'static str, usize, usize); 2]) -> Result<()> {
+fn check(count: usize, numbers: usize, scales: usize, length: usize) -> Result<()> {
     if length == 0 || !count.is_multiple_of(length) {
         return Err(Error::invalid(
             "numbers",
@@ -74,6 +74,10 @@ fn check(count: usize, length: usize, others: [(&'static str, usize, usize); 2])
             format!("a multiple of the group's {length}"),
         ));
     }
+    let others = [
+        ("8-bit numbers", numbers, count),
+        ("scales", scales, count / length),
+    ];
     for (name, have, need) in others {
         if have != need {
             return Err(Error::invalid(name, have, need));
@@ -95,12 +99,7 @@ pub fn e4m3s_of_bf16(
     values: &[u16],
     length: usize,
 ) -> Result<()> {
-    let groups = values.len() / length.max(1);
-    let others = [
-        ("8-bit numbers", numbers.len(), values.len()),
-        ("scales", scales.len(), groups),
-    ];
-    check(values.len(), length, others)?;
+    check(values.len(), numbers.len(), scales.len(), length)?;
     let targets = numbers.chunks_exact_mut(length).zip(scales);
     for ((numbers, scale), values) in targets.zip(values.chunks_exact(length)) {
         // Sizes of bfloat16 are in the order of their bits, what is no number above all.
@@ -129,12 +128,7 @@ pub fn bf16s_of_e4m3(
     scales: &[f32],
     length: usize,
 ) -> Result<()> {
-    let groups = values.len() / length.max(1);
-    let others = [
-        ("8-bit numbers", numbers.len(), values.len()),
-        ("scales", scales.len(), groups),
-    ];
-    check(values.len(), length, others)?;
+    check(values.len(), numbers.len(), scales.len(), length)?;
     let sources = numbers.chunks_exact(length).zip(scales);
     for (values, (numbers, scale)) in values.chunks_exact_mut(length).zip(sources) {
         for (value, number) in values.iter_mut().zip(numbers) {
