@@ -6,13 +6,16 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::backend::Operation;
-use crate::region::{REGION_SECRET_BYTES, RegionId, RegionKey, RegionSecret};
+use crate::region::{MemoryKind, REGION_SECRET_BYTES, RegionId, RegionKey, RegionSecret};
 use crate::wire::{Reader, put_counted};
 
 mod regions;
 
-/// The version of the metadata format that this build writes, and the only one that it reads.
-pub const METADATA_VERSION: u16 = 2;
+/// The version of the metadata format that this build writes. It reads the one before, too.
+pub const METADATA_VERSION: u16 = 3;
+
+/// The version before: it knows host memory alone.
+const HOST_ALONE: u16 = 2;
 
 /// The longest agent name, in bytes.
 pub const AGENT_NAME_BYTES_MAX: usize = 255;
@@ -41,6 +44,40 @@ impl fmt::Debug for Incarnation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HostId(pub(crate) [u8; 16]);
 
+/// What kind of memory a peer's region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum RemoteKind {
+    /// Host DRAM.
+    Host,
+    /// Memory of a CUDA device. Which one is the peer's business: numbers of devices mean nothing outside of a process.
+    Device,
+}
+
+impl RemoteKind {
+    /// The kind of one's own region as peers are told; none of places that are never exported.
+    pub(crate) fn of(kind: MemoryKind) -> Option<Self> {
+        match kind {
+            MemoryKind::Host => Some(Self::Host),
+            MemoryKind::Device { .. } => Some(Self::Device),
+            MemoryKind::File | MemoryKind::Object => None,
+        }
+    }
+
+    /// Whether a list of kinds has this one.
+    pub(crate) fn is_among(self, kinds: &[MemoryKind]) -> bool {
+        kinds.iter().any(|&kind| Self::of(kind) == Some(self))
+    }
+}
+
+impl fmt::Display for RemoteKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Host => "host memory",
+            Self::Device => "memory of a CUDA device",
+        })
+    }
+}
+
 /// A region that a peer exported.
 #[derive(Debug)]
 pub(crate) struct RemoteRegion {
@@ -49,6 +86,7 @@ pub(crate) struct RemoteRegion {
     pub(crate) id: RegionId,
     pub(crate) key: RegionKey,
     pub(crate) bytes: u64,
+    pub(crate) kind: RemoteKind,
     pub(crate) readable: bool,
     pub(crate) writable: bool,
     /// Other processes of its host can map it.
@@ -135,8 +173,10 @@ impl PeerCard {
         let mut reader = Reader::new(body);
         reader.bytes("magic", MAGIC.len())?;
         let version = reader.u16("version")?;
-        if version != METADATA_VERSION {
-            let text = format!("version is {version}, this build reads {METADATA_VERSION}");
+        if !(HOST_ALONE..=METADATA_VERSION).contains(&version) {
+            let text = format!(
+                "version is {version}, this build reads {HOST_ALONE} and {METADATA_VERSION}"
+            );
             return Err(Error::new(ErrorKind::Version, text));
         }
         let flags = reader.u16("flags")?;
@@ -151,7 +191,7 @@ impl PeerCard {
         let name = reader.text("name")?.to_owned();
         check_name(&name)?;
         let addresses = decode_addresses(&mut reader)?;
-        let regions = regions::decode(&mut reader)?;
+        let regions = regions::decode(&mut reader, version != HOST_ALONE)?;
         Ok(Self {
             name,
             incarnation,

@@ -201,7 +201,7 @@ proptest! {
     #[test]
     fn random_metadata_never_panics(tail in proptest::collection::vec(any::<u8>(), 0..300)) {
         let agent = Agent::builder("reader").shm(false).build().unwrap();
-        let mut bytes = b"KVFM\x02\x00\x00\x00".to_vec();
+        let mut bytes = b"KVFM\x03\x00\x00\x00".to_vec();
         bytes.extend_from_slice(&tail);
         bytes.extend_from_slice(&[0; 4]);
         let whole = forged(&bytes, |_| {});

@@ -7,7 +7,9 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::inbox::{Door, Inbox};
 use crate::backend::{Fabric, Job, Keeper, Operation};
-use crate::metadata::{EXPORTED_REGIONS_MAX, HostId, Incarnation, PeerCard, RemoteRegion};
+use crate::metadata::{
+    EXPORTED_REGIONS_MAX, HostId, Incarnation, PeerCard, RemoteKind, RemoteRegion,
+};
 use crate::region::{RegionCore, RegionId, RegionKey, RegionUse};
 
 /// Shared by an agent with the serving ends of its fabrics. Knows no peer and starts nothing.
@@ -194,16 +196,17 @@ impl Exports {
             .values()
             .filter(|region| only.is_none_or(|only| only.contains(&region.id())))
             .filter(|region| region.options().remote_read || region.options().remote_write)
-            .map(|region| {
-                Arc::new(RemoteRegion {
+            .filter_map(|region| {
+                Some(Arc::new(RemoteRegion {
                     secret: region.secret(),
                     id: region.id(),
                     key: region.key(),
                     bytes: region.bytes(),
+                    kind: RemoteKind::of(region.kind())?,
                     readable: region.options().remote_read,
                     writable: region.options().remote_write,
                     shareable: region.host().is_some_and(|memory| memory.is_shareable()),
-                })
+                }))
             })
             .collect();
         drop(regions);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, Result};
 
+use super::own::{not_reached, unmoved};
 use super::path::PathReport;
 use crate::backend::{Backend, Channel, NOT_WANTED};
 use crate::descriptor::Target;
@@ -295,11 +296,16 @@ pub(super) fn is_same(channel: &Arc<dyn Channel>, other: Option<&Arc<dyn Backend
 
 /// Why a channel cannot carry this plan; none if it can.
 pub(super) fn refusal(channel: &dyn Channel, plan: &Plan) -> Option<String> {
+    let kinds = channel.capabilities();
+    let far = |target: &Target| match target {
+        Target::Local(_) => None,
+        Target::Remote(region) => {
+            let reached = not_reached(region, kinds.remote).map_or(Ok(()), Err);
+            reached.and_then(|()| channel.reaches(region)).err()
+        }
+    };
     let unable = channel.refusal(plan);
-    unable.or_else(|| {
-        plan.remote.iter().find_map(|target| match target {
-            Target::Local(_) => None,
-            Target::Remote(region) => channel.reaches(region).err(),
-        })
-    })
+    unable
+        .or_else(|| unmoved(&plan.local, kinds.local))
+        .or_else(|| plan.remote.iter().find_map(far))
 }

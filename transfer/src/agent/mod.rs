@@ -94,7 +94,16 @@ impl Agent {
         &self,
         external: Arc<dyn crate::region::External>,
     ) -> Result<Region> {
-        self.insert(Body::External(external), RegionOptions::default())
+        self.register_external_with(external, RegionOptions::default())
+    }
+
+    /// As [`Agent::register_external`], exported as the options say: for memory alone.
+    pub(crate) fn register_external_with(
+        &self,
+        external: Arc<dyn crate::region::External>,
+        options: RegionOptions,
+    ) -> Result<Region> {
+        self.insert(Body::External(external), options)
     }
 
     fn insert(&self, body: Body, options: RegionOptions) -> Result<Region> {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::Agent;
-use crate::backend::Backend;
+use super::{Agent, RemoteRegion};
+use crate::backend::{Backend, Kinds};
 use crate::descriptor::Target;
 use crate::plan::Plan;
 use crate::region::{MemoryKind, RegionCore};
@@ -61,30 +61,33 @@ impl Agent {
             }
         }
         let chosen = chosen.unwrap_or_else(|| self.0.own.clone());
-        match unmoved(plan, &*chosen) {
+        match unmoved(&plan.local, chosen.capabilities().local) {
             None => Ok(chosen),
-            Some(region) => Err(Error::new(
+            Some(reason) => Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("{} {}", chosen.name(), does_not_move(region)),
+                format!("{} {reason}", chosen.name()),
             )),
         }
     }
 
     /// # Errors
-    /// [`ErrorKind::Unsupported`] with what each way says, when none of them moves what is on the local side.
+    /// [`ErrorKind::Unsupported`] with the names of all ways, when there is memory on either side that none of them moves.
     pub(super) fn check_moved_to_peers(&self, plan: &Plan) -> Result<()> {
-        let is_host = |region: &Arc<RegionCore>| region.kind() == MemoryKind::Host;
-        let Some(region) = locals(&plan.local).find(|region| !is_host(region)) else {
+        let fabrics = self.0.exports.fabrics();
+        let none_moves = |reason_of: &dyn Fn(&Kinds) -> Option<String>| {
+            let mut reason = None;
+            for fabric in &fabrics {
+                reason = Some(reason_of(&fabric.kinds())?);
+            }
+            reason
+        };
+        let reason = none_moves(&|kinds| unmoved(&plan.local, kinds.local))
+            .or_else(|| none_moves(&|kinds| unreached(plan, kinds.remote)));
+        let Some(reason) = reason else {
             return Ok(());
         };
-        // No way to a peer moves anything but host memory.
-        let fabrics = self.0.exports.fabrics();
         let names: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
-        let text = format!(
-            "{}: {} to or from peers",
-            names.join(", "),
-            does_not_move(region)
-        );
+        let text = format!("{}: {reason}", names.join(", "));
         Err(Error::new(ErrorKind::Unsupported, text))
     }
 }
@@ -122,12 +125,23 @@ fn locals(targets: &[Target]) -> impl Iterator<Item = &Arc<RegionCore>> {
     })
 }
 
-/// A region on the local side that a backend does not move.
-fn unmoved<'a>(plan: &'a Plan, backend: &dyn Backend) -> Option<&'a Arc<RegionCore>> {
-    let kinds = backend.capabilities().local;
-    locals(&plan.local).find(|region| !region.kind().is_among(kinds))
+/// What a backend that moves these kinds says of a local side that has another one; none if it has not.
+pub(super) fn unmoved(local: &[Target], kinds: &[MemoryKind]) -> Option<String> {
+    let other = locals(local).find(|region| !region.kind().is_among(kinds))?;
+    let (id, kind) = (other.id(), other.kind());
+    Some(format!("does not move {kind} (region {id})"))
 }
 
-fn does_not_move(region: &RegionCore) -> String {
-    format!("does not move {} (region {})", region.kind(), region.id())
+/// What a way that reaches these kinds says of a peer's region of another one; none if it is one of them.
+pub(super) fn not_reached(region: &RemoteRegion, kinds: &[MemoryKind]) -> Option<String> {
+    let (id, kind) = (region.id, region.kind);
+    (!kind.is_among(kinds)).then(|| format!("does not reach a peer's {kind} (region {id})"))
+}
+
+/// As [`not_reached`], of all of a plan's remote side.
+fn unreached(plan: &Plan, kinds: &[MemoryKind]) -> Option<String> {
+    plan.remote.iter().find_map(|target| match target {
+        Target::Local(_) => None,
+        Target::Remote(region) => not_reached(region, kinds),
+    })
 }

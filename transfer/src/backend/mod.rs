@@ -56,8 +56,17 @@ pub(crate) struct Capabilities {
     pub(crate) checksums: bool,
 }
 
+/// Kinds of memory that the channels of a way may move, each if the peer and its machine allow: [`Capabilities`] says what
+/// one does.
+pub(crate) struct Kinds {
+    /// On the local side.
+    pub(crate) local: &'static [MemoryKind],
+    /// On the peer's side.
+    pub(crate) remote: &'static [MemoryKind],
+}
+
 impl Capabilities {
-    /// The local side of most backends.
+    /// Either side of most backends.
     pub(crate) const HOST: &'static [MemoryKind] = &[MemoryKind::Host];
 }
 
@@ -168,6 +177,14 @@ pub(crate) trait Fabric: Send + Sync {
 
     /// How peers can reach this agent this way, in a form only the same fabric reads; none if they cannot.
     fn address(&self) -> Option<Vec<u8>>;
+
+    /// What its channels may move.
+    fn kinds(&self) -> Kinds {
+        Kinds {
+            local: Capabilities::HOST,
+            remote: Capabilities::HOST,
+        }
+    }
 
     /// The network address that it listens on, if any.
     fn listening(&self) -> Option<SocketAddr> {

@@ -4,16 +4,20 @@ use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::{EXPORTED_REGIONS_MAX, RemoteRegion};
+use super::{EXPORTED_REGIONS_MAX, RemoteKind, RemoteRegion};
 use crate::region::{RegionId, RegionSecret};
 use crate::wire::{Reader, put_varint};
 
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
 const SHAREABLE: u8 = 4;
+const DEVICE: u8 = 8;
 
 /// A run begins with its count and, in so many low bits, its flags.
-const FLAG_BITS: u32 = 3;
+const FLAG_BITS: u32 = 4;
+
+/// As many as there were when all regions were of host memory.
+const FLAG_BITS_OF_HOST: u32 = 3;
 
 impl RemoteRegion {
     /// Regions that are alike, one after the other, rising.
@@ -26,6 +30,7 @@ impl RemoteRegion {
         flag(self.readable, READABLE)
             | flag(self.writable, WRITABLE)
             | flag(self.shareable, SHAREABLE)
+            | flag(self.kind == RemoteKind::Device, DEVICE)
     }
 
     fn of(secret: RegionSecret, bytes: u64, flags: u8) -> Self {
@@ -35,6 +40,10 @@ impl RemoteRegion {
             id,
             key,
             bytes,
+            kind: match flags & DEVICE {
+                0 => RemoteKind::Host,
+                _ => RemoteKind::Device,
+            },
             readable: flags & READABLE != 0,
             writable: flags & WRITABLE != 0,
             shareable: flags & SHAREABLE != 0,
@@ -66,13 +75,17 @@ pub(super) fn encode(regions: &[Arc<RemoteRegion>], out: &mut Vec<u8>) {
     }
 }
 
-/// Reads runs up to the end.
-pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Vec<Arc<RemoteRegion>>> {
+/// Reads runs up to the end. Whether they say what kind of memory it is depends on the version.
+pub(super) fn decode(reader: &mut Reader<'_>, says_kind: bool) -> Result<Vec<Arc<RemoteRegion>>> {
+    let flag_bits = match says_kind {
+        true => FLAG_BITS,
+        false => FLAG_BITS_OF_HOST,
+    };
     let mut regions = Vec::new();
     let mut before: Option<Kind> = None;
     while reader.left() > 0 {
         let head = reader.varint("region run")?;
-        let (count, flags) = (head >> FLAG_BITS, (head & ((1 << FLAG_BITS) - 1)) as u8);
+        let (count, flags) = (head >> flag_bits, (head & ((1 << flag_bits) - 1)) as u8);
         let room = EXPORTED_REGIONS_MAX - regions.len();
         if count == 0 || count > room as u64 {
             let read = regions.len();

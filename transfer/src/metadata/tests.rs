@@ -7,17 +7,14 @@ use super::*;
 /// Few sizes, so that runs are of several regions.
 fn region() -> impl Strategy<Value = RemoteRegion> {
     let bytes = prop_oneof![Just(0), Just(4096), Just(u64::MAX), any::<u64>()];
-    (any::<[u8; 12]>(), bytes, any::<[bool; 3]>()).prop_map(
-        |(secret, bytes, [readable, writable, shareable])| {
-            remote(secret, bytes, [readable, writable, shareable])
-        },
-    )
+    (any::<[u8; 12]>(), bytes, any::<[bool; 4]>())
+        .prop_map(|(secret, bytes, flags)| remote(secret, bytes, flags))
 }
 
 fn remote(
     secret: [u8; 12],
     bytes: u64,
-    [readable, writable, shareable]: [bool; 3],
+    [readable, writable, shareable, is_device]: [bool; 4],
 ) -> RemoteRegion {
     let secret = RegionSecret(secret);
     let (id, key) = secret.derive();
@@ -26,6 +23,10 @@ fn remote(
         id,
         key,
         bytes,
+        kind: match is_device {
+            true => RemoteKind::Device,
+            false => RemoteKind::Host,
+        },
         readable,
         writable,
         shareable,
@@ -45,8 +46,14 @@ fn card(mut regions: Vec<RemoteRegion>) -> PeerCard {
     }
 }
 
-fn parts(region: &RemoteRegion) -> (RegionId, [u8; 16], u64, [bool; 3]) {
-    let flags = [region.readable, region.writable, region.shareable];
+fn parts(region: &RemoteRegion) -> (RegionId, [u8; 16], u64, [bool; 4]) {
+    let is_device = region.kind == RemoteKind::Device;
+    let flags = [
+        region.readable,
+        region.writable,
+        region.shareable,
+        is_device,
+    ];
     (region.id, region.key.0, region.bytes, flags)
 }
 
@@ -116,7 +123,7 @@ fn secret(n: u64) -> [u8; 12] {
 #[test]
 fn a_thousand_regions_take_12_to_16_kilobytes() {
     let bytes = |size: fn(u64) -> u64| {
-        let region = |n| remote(secret(n), size(n), [true, n % 2 == 0, true]);
+        let region = |n| remote(secret(n), size(n), [true, n % 2 == 0, true, false]);
         let regions = card((0..1000).map(region).collect());
         regions.encode().len() - card(Vec::new()).encode().len()
     };
@@ -129,24 +136,48 @@ fn a_thousand_regions_take_12_to_16_kilobytes() {
 #[test]
 fn the_format_stays_as_it_is() {
     let regions = vec![
-        remote([1; 12], 300, [true, false, false]),
-        remote([2; 12], 301, [true, false, false]),
-        remote([3; 12], 5, [true, true, true]),
+        remote([1; 12], 300, [true, false, false, false]),
+        remote([2; 12], 301, [true, false, false, false]),
+        remote([3; 12], 5, [true, true, true, false]),
+        remote([4; 12], 6, [true, false, false, true]),
     ];
     let found = card(regions).encode();
-    let mut expected = b"KVFM\x02\0\0\0".to_vec();
+    let mut expected = b"KVFM\x03\0\0\0".to_vec();
     expected.extend_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0]);
     expected.extend_from_slice(&[0; 16]);
     expected.extend_from_slice(b"\x05\0agent\0");
-    expected.extend_from_slice(b"\x09\xac\x02");
+    expected.extend_from_slice(b"\x11\xac\x02");
     expected.extend_from_slice(&[1; 12]);
-    expected.extend_from_slice(b"\x09\x01");
+    expected.extend_from_slice(b"\x11\x01");
     expected.extend_from_slice(&[2; 12]);
-    expected.extend_from_slice(b"\x0f\x05");
+    expected.extend_from_slice(b"\x17\x05");
     expected.extend_from_slice(&[3; 12]);
+    expected.extend_from_slice(b"\x19\x06");
+    expected.extend_from_slice(&[4; 12]);
     assert_eq!(found[..found.len() - CHECKSUM_BYTES], expected);
     let (id, key) = RegionSecret([1; 12]).derive();
     assert_eq!((id.to_string().as_str(), key.0), GOLDEN);
+}
+
+/// What version 2 said, and that it had no fourth flag: what is one in version 3 was a count there.
+#[test]
+fn the_version_before_is_read() {
+    let read = |version: u8| {
+        let mut bytes = card(Vec::new()).encode();
+        bytes.truncate(bytes.len() - CHECKSUM_BYTES);
+        bytes[4] = version;
+        bytes.extend_from_slice(b"\x0f\x05");
+        bytes.extend_from_slice(&[3; 12]);
+        bytes.extend_from_slice(&crc32c(&bytes).to_le_bytes());
+        PeerCard::decode(&bytes)
+    };
+    let found = read(2).unwrap();
+    let host = remote([3; 12], 5, [true, true, true, false]);
+    assert_eq!(parts(&found.regions[0]), parts(&host));
+    let error = read(3).unwrap_err().to_string();
+    assert!(error.contains("0 regions in a run"), "{error}");
+    let error = read(1).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Version, "{error}");
 }
 
 /// Of twelve bytes of 1.
@@ -165,27 +196,27 @@ fn regions_out_of_order_are_refused() {
     let region = [7; 12];
     let run = |head: &[u8]| [head, &region].concat();
     for (tail, expected) in [
-        (run(b"\x09\x05"), None),
-        ([run(b"\x09\x05"), run(b"\x09\x01")].concat(), None),
+        (run(b"\x11\x05"), None),
+        ([run(b"\x11\x05"), run(b"\x11\x01")].concat(), None),
         // The same size again, a size past the last one, and flags that fall.
-        ([run(b"\x09\x05"), run(b"\x09\0")].concat(), Some("after")),
+        ([run(b"\x11\x05"), run(b"\x11\0")].concat(), Some("after")),
         (
             [
-                run(b"\x09\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"),
-                run(b"\x09\x01"),
+                run(b"\x11\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"),
+                run(b"\x11\x01"),
             ]
             .concat(),
             Some("after"),
         ),
-        ([run(b"\x0a\x05"), run(b"\x09\x06")].concat(), Some("after")),
+        ([run(b"\x12\x05"), run(b"\x11\x06")].concat(), Some("after")),
         (b"\x01\x05".to_vec(), Some("0 regions in a run")),
-        (run(b"\x89\0\x05"), Some("shortest form")),
+        (run(b"\x91\0\x05"), Some("shortest form")),
         (
-            run(b"\x09\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"),
+            run(b"\x11\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"),
             Some("64 bits"),
         ),
-        (run(b"\x11\x05"), Some("needs 12 bytes")),
-        (run(b"\x80\x80\x40\x05"), Some("expected 1 to")),
+        (run(b"\x21\x05"), Some("needs 12 bytes")),
+        (run(b"\x80\x80\x80\x01\x05"), Some("expected 1 to")),
     ] {
         let mut bytes = [start, &tail].concat();
         bytes.extend_from_slice(&crc32c(&bytes).to_le_bytes());

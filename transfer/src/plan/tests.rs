@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::descriptor::{Descriptor, Strided};
+use crate::metadata::RemoteKind;
 use crate::region::{RegionId, RegionSecret};
 
 const REGION_BYTES: u64 = 64;
@@ -16,6 +17,7 @@ fn find(id: RegionId) -> Result<Target> {
         id,
         key,
         bytes: REGION_BYTES,
+        kind: RemoteKind::Host,
         readable: true,
         writable: true,
         shareable: false,

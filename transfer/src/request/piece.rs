@@ -81,6 +81,7 @@ mod tests {
     use crate::agent::RemoteRegion;
     use crate::backend::Operation;
     use crate::descriptor::Target;
+    use crate::metadata::RemoteKind;
     use crate::region::{RegionId, RegionKey, RegionSecret};
 
     const REGIONS: u32 = 3;
@@ -91,6 +92,7 @@ mod tests {
             id: RegionId(id),
             key: RegionKey([0; 16]),
             bytes: u64::MAX,
+            kind: RemoteKind::Host,
             readable: true,
             writable: true,
             shareable: false,

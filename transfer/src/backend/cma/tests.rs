@@ -7,7 +7,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use super::*;
 use crate::backend::abandoned;
 use crate::descriptor::Target;
-use crate::metadata::RemoteRegion;
+use crate::metadata::{RemoteKind, RemoteRegion};
 use crate::plan::Extent;
 use crate::region::{Body, RegionOptions};
 use crate::sys::memory::HostMemory;
@@ -69,6 +69,7 @@ impl Bench {
             id: self.peer.id(),
             key: self.peer.key(),
             bytes: BYTES,
+            kind: RemoteKind::Host,
             readable: true,
             writable: true,
             shareable: false,

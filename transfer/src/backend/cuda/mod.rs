@@ -25,7 +25,7 @@ use super::{Backend, Capabilities, Job, Keeper, NOT_WANTED, Refusal};
 use crate::agent::Agent;
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
-use crate::region::{External, MemoryKind, Region, RegionCore};
+use crate::region::{External, MemoryKind, Region, RegionCore, RegionOptions};
 use crate::sys::cuda::{DeviceMemory, Gpu, Place};
 
 pub use compute::{CudaKernels, NumberGroups, RegionAt};
@@ -294,8 +294,17 @@ impl Agent {
         started.map(drop)
     }
 
-    /// Registers memory of a device, for either side of requests; peers are not told of it. The agent must have been built with
-    /// [`AgentBuilder::cuda`](crate::AgentBuilder::cuda).
+    /// As [`Agent::register_device_with`], without telling peers of it.
+    ///
+    /// # Errors
+    /// As [`Agent::register_device_with`].
+    pub fn register_device(&self, memory: DeviceMemory) -> Result<Region> {
+        self.register_device_with(memory, RegionOptions::default())
+    }
+
+    /// Registers memory of a device, for either side of requests. The agent must have been built with
+    /// [`AgentBuilder::cuda`](crate::AgentBuilder::cuda). The options say what peers may do with it, as for host memory; which
+    /// ways reach it is in [`Agent::path_to_region`] of the peer.
     ///
     /// A request copies between it and host memory of the agent, or within the device. It begins at once: what computes the
     /// bytes must be done before it is posted, and nothing may use what it writes before it is done. Ranges of one request are
@@ -304,17 +313,22 @@ impl Agent {
     /// # Errors
     /// [`ErrorKind::Unsupported`] for an agent without CUDA, [`ErrorKind::Busy`] when too many regions are registered,
     /// [`ErrorKind::Forked`] in a forked child; otherwise what the driver says.
-    pub fn register_device(&self, memory: DeviceMemory) -> Result<Region> {
+    pub fn register_device_with(
+        &self,
+        memory: DeviceMemory,
+        options: RegionOptions,
+    ) -> Result<Region> {
         self.core().check()?;
         let started = self.core().extension::<Started>(|| {
             let text = "the agent was built without CUDA: AgentBuilder::cuda";
             Err(Error::new(ErrorKind::Unsupported, text))
         })?;
         started.0.lane(memory.gpu())?;
-        self.register_external(Arc::new(DeviceTarget {
+        let target = DeviceTarget {
             memory: Arc::new(memory),
             backend: started.0.clone(),
-        }))
+        };
+        self.register_external_with(Arc::new(target), options)
     }
 }
 

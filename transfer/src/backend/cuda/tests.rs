@@ -17,6 +17,7 @@ use crate::sys::memory::HostMemory;
 
 mod compute;
 mod ending;
+mod exported;
 mod fragments;
 mod pinning;
 mod refusals;

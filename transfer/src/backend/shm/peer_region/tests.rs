@@ -3,6 +3,7 @@
 use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::*;
+use crate::metadata::RemoteKind;
 use crate::region::{RegionId, RegionKey, RegionSecret};
 
 const BYTES: u64 = 8192;
@@ -22,6 +23,7 @@ fn map_granted(file: &OwnedFd, granted: u64) -> Result<Mapping> {
         id: RegionId(1),
         key: RegionKey([0; 16]),
         bytes: BYTES,
+        kind: RemoteKind::Host,
         readable: true,
         writable: true,
         shareable: true,
