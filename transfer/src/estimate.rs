@@ -32,6 +32,7 @@ impl PathCost {
             "verbs" => (5_000, 10_000_000_000),
             "ucx" => (10_000, 5_000_000_000),
             "cuda" => (15_000, 20_000_000_000),
+            "staged" => (150_000, 1_000_000_000),
             "file" => (100_000, 1_000_000_000),
             "object" => (20_000_000, 200_000_000),
             _ => (30_000, 1_500_000_000),
@@ -52,6 +53,8 @@ impl PathCost {
 pub struct Estimate {
     /// The backend that would move it now.
     pub backend: &'static str,
+    /// What is worth knowing of how it moves the bytes, such as the memory that they go through; empty if there is nothing.
+    pub detail: String,
     /// From the post to its completion, if nothing else is in its way.
     pub expected: Duration,
     /// Whether transfers of about this size have shown it; otherwise it is what the backend is taken to cost.

@@ -223,11 +223,11 @@ impl Request {
     pub fn estimate(&self) -> Result<Estimate> {
         self.agent.check()?;
         let plan = &self.core.plan;
-        let (backend, refused) = match &self.route {
-            Route::Own(backend) => (backend.name(), Vec::new()),
+        let (backend, detail, refused) = match &self.route {
+            Route::Own(backend) => (backend.name(), backend.how(plan), Vec::new()),
             Route::Peer(peer) => {
                 let report = peer.report_for(&self.agent, plan)?;
-                (report.backend.unwrap_or("none"), report.refused)
+                (report.backend.unwrap_or("none"), report.why, report.refused)
             }
         };
         let usual = self.agent.stats().assumed(backend);
@@ -239,6 +239,7 @@ impl Request {
         let paced = paced.map(|rate| plan.bytes as f64 * 1e9 / rate as f64);
         Ok(Estimate {
             backend,
+            detail,
             expected: Duration::from_nanos(paced.fold(ns, f64::max) as u64),
             measured,
             refused,

@@ -14,8 +14,8 @@ use kvcache_core::{ErrorKind, Result};
 use kvfabric_transfer::backend::conformance::{Fixture, Place, run};
 use kvfabric_transfer::convert::{Grid, PageHeads, bf16s_of_e4m3, e4m3s_of_bf16};
 use kvfabric_transfer::{
-    Agent, CudaKernels, CudaOptions, DeviceMemory, Fragments, HostMemory, MemoryKind, NumberGroups,
-    Operation, Region, RegionOptions, RequestOptions, Side, cuda_probe,
+    Agent, CudaKernels, CudaOptions, DeviceMemory, FileOptions, Fragments, HostMemory, MemoryKind,
+    NumberGroups, Operation, Region, RegionOptions, RequestOptions, Side, cuda_probe,
 };
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -345,4 +345,66 @@ fn a_gpu_rearranges_as_the_reference_does() {
         grid.apply(&mut expected, &content).unwrap();
         assert!(to.get() == expected, "{grid:?}");
     }
+}
+
+/// More than the window, in scattered ranges, to a file and from it into other memory of the device.
+#[test]
+fn a_gpu_reads_and_writes_files_through_pinned_memory() {
+    const COUNT: u64 = 3000;
+    const LEN: u64 = 2056;
+    if !has_gpu() {
+        return;
+    }
+    let bytes = COUNT * LEN;
+    let agent = agent(CudaOptions {
+        window_bytes: 2 << 20,
+        ..CudaOptions::default()
+    });
+    let region = || {
+        let memory = DeviceMemory::allocate(0, bytes).unwrap();
+        agent.register_device(memory).unwrap()
+    };
+    let (from, to) = (region(), region());
+    let memory = HostMemory::anonymous(bytes).unwrap();
+    let host = agent.register(memory, RegionOptions::default()).unwrap();
+    let sent = noise(bytes as usize);
+    host.write_at(0, &sent).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks");
+    std::fs::write(&path, vec![0; bytes as usize]).unwrap();
+    let file = agent.open_file(&path, &FileOptions::default()).unwrap();
+    let all = |region: &Region| region.descriptor(0, bytes);
+    let scattered = |n: u64| n * 1571 % COUNT * LEN;
+    let pairs = |region: &Region| -> Vec<_> {
+        (0..COUNT)
+            .map(|n| {
+                (
+                    region.descriptor(n * LEN, LEN),
+                    file.descriptor(scattered(n), LEN),
+                )
+            })
+            .collect()
+    };
+    for (operation, pairs, backend) in [
+        (Operation::Write, vec![(all(&host), all(&from))], "cuda"),
+        (Operation::Write, pairs(&from), "staged"),
+        (Operation::Read, pairs(&to), "staged"),
+        (Operation::Read, vec![(all(&host), all(&to))], "cuda"),
+    ] {
+        if backend == "cuda" && operation == Operation::Read {
+            host.fill_at(0, bytes, 0).unwrap();
+        }
+        let options = RequestOptions::default();
+        let request = agent
+            .transfer(operation, &pairs, Side::Local, options)
+            .unwrap();
+        assert_eq!(request.wait(WAIT).unwrap().backend, backend);
+    }
+    let mut found = vec![0; bytes as usize];
+    host.read_at(0, &mut found).unwrap();
+    assert!(found == sent);
+    let written = std::fs::read(&path).unwrap();
+    let (first, at) = (&sent[..LEN as usize], scattered(1) as usize);
+    assert!(&written[..LEN as usize] == first);
+    assert!(written[at..at + LEN as usize] == sent[LEN as usize..2 * LEN as usize]);
 }

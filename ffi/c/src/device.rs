@@ -49,7 +49,7 @@ pub(crate) unsafe fn cuda_options(options: *const kvf_cuda_options) -> Result<Op
                 bytes => bytes,
             },
             polling: microseconds(options.polling_us, default.polling),
-            fragments: default.fragments,
+            ..default
         })
     };
     options.map(parse).transpose()

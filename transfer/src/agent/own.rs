@@ -11,7 +11,10 @@ use crate::plan::Plan;
 use crate::region::{MemoryKind, RegionCore};
 
 /// Backends that reach no peers, and are there without being asked for.
-const OWN_BACKENDS: [&str; 4] = ["memcpy", "file", "object", "cuda"];
+const OWN_BACKENDS: [&str; 5] = ["memcpy", "file", "object", "cuda", "staged"];
+
+/// What no device reaches: bytes go there by way of host memory.
+const BEYOND_DEVICES: [MemoryKind; 2] = [MemoryKind::File, MemoryKind::Object];
 
 impl Agent {
     /// The backends that a request names, which must be among those that the agent has or can have.
@@ -61,6 +64,13 @@ impl Agent {
             }
         }
         let chosen = chosen.unwrap_or_else(|| self.0.own.clone());
+        let reaches = chosen.capabilities().remote;
+        let is_beyond = |kind: &MemoryKind| kind.is_among(reaches);
+        let is_device =
+            |region: &Arc<RegionCore>| region.kind().is_among(&[MemoryKind::ANY_DEVICE]);
+        if BEYOND_DEVICES.iter().any(is_beyond) && locals(&plan.local).any(is_device) {
+            return Ok(self.staged_backend()?);
+        }
         match unmoved(&plan.local, chosen.capabilities().local) {
             None => Ok(chosen),
             Some(reason) => Err(Error::new(

@@ -10,27 +10,63 @@ use crate::request::{Priority, Ticket};
 
 /// One posted request. Holds the regions it names until it is settled.
 pub(crate) struct Job {
-    ticket: Ticket,
+    holder: Holder,
     /// Delivered to the peer after the data.
     notification: Option<Bytes>,
+}
+
+/// Whose job it is.
+enum Holder {
+    Request(Ticket),
+    /// Another backend's, of whose job it is a leg.
+    Leg(Box<dyn Leg>),
+}
+
+/// A part of another backend's job, which notifies nobody.
+pub(crate) trait Leg: Send {
+    /// What to move.
+    fn plan(&self) -> &Arc<Plan>;
+    /// Who goes first.
+    fn priority(&self) -> Priority;
+    /// Whether nobody waits any more.
+    fn is_abandoned(&self) -> bool;
+    /// As [`Job::settle`].
+    fn settle(self: Box<Self>, outcome: Result<()>);
+    /// As [`Job::report`].
+    fn report(&self, error: Error);
+    /// Nothing was started.
+    fn hand_back(self: Box<Self>);
 }
 
 impl Job {
     pub(crate) fn new(ticket: Ticket, notification: Option<Bytes>) -> Self {
         Self {
-            ticket,
+            holder: Holder::Request(ticket),
             notification,
+        }
+    }
+
+    pub(crate) fn of_leg(leg: Box<dyn Leg>) -> Self {
+        Self {
+            holder: Holder::Leg(leg),
+            notification: None,
         }
     }
 
     /// What to move.
     pub(crate) fn plan(&self) -> &Arc<Plan> {
-        self.ticket.plan()
+        match &self.holder {
+            Holder::Request(ticket) => ticket.plan(),
+            Holder::Leg(leg) => leg.plan(),
+        }
     }
 
     /// The whole request that this job is all or a part of.
     pub(crate) fn whole(&self) -> &Plan {
-        self.ticket.whole()
+        match &self.holder {
+            Holder::Request(ticket) => ticket.whole(),
+            Holder::Leg(leg) => leg.plan(),
+        }
     }
 
     /// Whether it is all of its request, and not a part.
@@ -40,7 +76,10 @@ impl Job {
 
     /// Whether it gives way to others.
     pub(crate) fn priority(&self) -> Priority {
-        self.ticket.priority()
+        match &self.holder {
+            Holder::Request(ticket) => ticket.priority(),
+            Holder::Leg(leg) => leg.priority(),
+        }
     }
 
     /// Whether there is something to deliver to the peer.
@@ -55,21 +94,26 @@ impl Job {
 
     /// Its bytes are in place, and its notification waits until the peer has taken others: nothing stands still meanwhile.
     pub(crate) fn awaits_peer(&self) {
-        self.ticket.await_peer();
+        if let Holder::Request(ticket) = &self.holder {
+            ticket.await_peer();
+        }
     }
 
     /// What to deliver to the peer once the data is in place. Whoever takes it may send it: the job is then not repeated
     /// another way.
     pub(crate) fn notification(&self) -> Option<&Bytes> {
-        if self.notification.is_some() {
-            self.ticket.tell();
+        if let (Some(_), Holder::Request(ticket)) = (&self.notification, &self.holder) {
+            ticket.tell();
         }
         self.notification.as_ref()
     }
 
     /// Whether the caller no longer waits (deadline or cancel). Settle soon.
     pub(crate) fn is_abandoned(&self) -> bool {
-        self.ticket.is_abandoned()
+        match &self.holder {
+            Holder::Request(ticket) => ticket.is_abandoned(),
+            Holder::Leg(leg) => leg.is_abandoned(),
+        }
     }
 
     /// # Errors
@@ -83,17 +127,26 @@ impl Job {
 
     /// The terminal outcome: no byte of the job's memory is touched after this.
     pub(crate) fn settle(self, outcome: Result<()>) {
-        self.ticket.settle(outcome);
+        match self.holder {
+            Holder::Request(ticket) => ticket.settle(outcome),
+            Holder::Leg(leg) => leg.settle(outcome),
+        }
     }
 
     /// Reports a failure now, although the job's memory may still be in use; `settle` must follow, with the same error.
     pub(crate) fn report(&self, error: Error) {
-        self.ticket.report(error);
+        match &self.holder {
+            Holder::Request(ticket) => ticket.report(error),
+            Holder::Leg(leg) => leg.report(error),
+        }
     }
 
     /// Nothing was started, and nothing will be.
     pub(crate) fn refuse(self, error: Error) -> Refusal {
-        self.ticket.hand_back();
+        match self.holder {
+            Holder::Request(ticket) => ticket.hand_back(),
+            Holder::Leg(leg) => leg.hand_back(),
+        }
         Refusal(error)
     }
 }

@@ -21,12 +21,14 @@ pub mod file;
 mod giving_way;
 mod job;
 mod late;
+pub(crate) mod leg;
 pub(crate) mod memcpy;
 pub mod object;
 mod shared_copy;
 pub(crate) mod shm;
 pub mod sim;
 pub(crate) mod spare;
+pub(crate) mod staged;
 pub(crate) mod tcp;
 pub mod ucx;
 pub(crate) mod unix;
@@ -109,6 +111,12 @@ pub(crate) trait Backend: Send + Sync {
     fn fences(&self, operation: Operation) -> bool {
         let _ = operation;
         false
+    }
+
+    /// How it moves a plan, in words, where that is more than its name says.
+    fn how(&self, plan: &Plan) -> String {
+        let _ = plan;
+        String::new()
     }
 
     /// Starts the job, or refuses it with `job.refuse(error)`: then nothing has been started.

@@ -87,6 +87,20 @@ impl CudaBackend {
         Ok(lane)
     }
 
+    pub(super) fn options(&self) -> &CudaOptions {
+        &self.options
+    }
+
+    /// Pins memory of ours for as long as it is not unpinned. Whether it is; it is copied once more otherwise.
+    pub(super) fn pin(&self, gpu: &Arc<Gpu>, region: &Arc<RegionCore>) -> bool {
+        self.pins.0.pin(gpu, region);
+        self.pins.0.find(region.id()).is_some()
+    }
+
+    pub(super) fn unpin(&self, region: &RegionCore) {
+        self.pins.0.withdraw(region.id());
+    }
+
     /// Where a plan's regions are, and whose thread copies.
     fn moves(&self, plan: &Plan) -> Result<(Arc<Lane>, Moves)> {
         let targets = || plan.local.iter().chain(plan.remote.iter());
@@ -155,7 +169,7 @@ fn device_memory(target: &Target) -> Option<&Arc<DeviceMemory>> {
 }
 
 /// The device memory that a region is; none if it is something else.
-fn memory_of(region: &RegionCore) -> Option<&Arc<DeviceMemory>> {
+pub(super) fn memory_of(region: &RegionCore) -> Option<&Arc<DeviceMemory>> {
     let any: &dyn Any = &**region.external()?;
     any.downcast_ref::<DeviceTarget>()
         .map(|target| &target.memory)
@@ -319,16 +333,21 @@ impl Agent {
         options: RegionOptions,
     ) -> Result<Region> {
         self.core().check()?;
+        let backend = self.cuda_backend()?;
+        backend.lane(memory.gpu())?;
+        let target = DeviceTarget {
+            memory: Arc::new(memory),
+            backend,
+        };
+        self.register_external_with(Arc::new(target), options)
+    }
+
+    pub(super) fn cuda_backend(&self) -> Result<Arc<CudaBackend>> {
         let started = self.core().extension::<Started>(|| {
             let text = "the agent was built without CUDA: AgentBuilder::cuda";
             Err(Error::new(ErrorKind::Unsupported, text))
         })?;
-        started.0.lane(memory.gpu())?;
-        let target = DeviceTarget {
-            memory: Arc::new(memory),
-            backend: started.0.clone(),
-        };
-        self.register_external_with(Arc::new(target), options)
+        Ok(started.0.clone())
     }
 }
 

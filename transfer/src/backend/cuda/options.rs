@@ -22,6 +22,9 @@ pub struct CudaOptions {
     /// Bytes of those buffers for each device, allocated when they are first needed: a multiple of 1 MiB, up to 1 GiB.
     /// Default: 16 MiB.
     pub staging_bytes: u64,
+    /// Bytes of the pinned memory for each device through which requests between the device and files, objects and peers go,
+    /// 1 MiB at a time; allocated when it is first needed: a multiple of 1 MiB, from 2 MiB to 1 GiB. Default: 16 MiB.
+    pub window_bytes: u64,
     /// How long the device's thread looks whether copies are done before it sleeps in between; up to 10 ms. Default: 20 µs.
     pub polling: Duration,
     /// Who copies small ranges. Default: the driver.
@@ -52,6 +55,7 @@ impl Default for CudaOptions {
         Self {
             pin: true,
             staging_bytes: 16 << 20,
+            window_bytes: 16 << 20,
             polling: Duration::from_micros(20),
             fragments: Fragments::Copies,
         }
@@ -65,6 +69,12 @@ impl CudaOptions {
         {
             let allowed = format!("a multiple of {CHUNK_BYTES} up to {STAGING_BYTES_MAX}");
             return Err(Error::invalid("cuda staging bytes", bytes, allowed));
+        }
+        let bytes = self.window_bytes;
+        let (least, most) = (2 * CHUNK_BYTES, STAGING_BYTES_MAX);
+        if !(least..=most).contains(&bytes) || !bytes.is_multiple_of(CHUNK_BYTES) {
+            let allowed = format!("a multiple of {CHUNK_BYTES} from {least} to {most}");
+            return Err(Error::invalid("cuda window bytes", bytes, allowed));
         }
         if self.polling > POLLING_MAX {
             let allowed = format!("up to {POLLING_MAX:?}");

@@ -8,9 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use kvcache_core::{Error, ErrorKind, Result};
 use object_store::{Error as StoreError, GetOptions, GetResult, GetResultPayload, ObjectStoreExt};
+use tokio::runtime::Handle;
 
-use super::transfer::{Control, Part, memory};
+use super::transfer::{Part, memory};
 use crate::backend::abandoned;
+use crate::backend::leg::Control;
+use crate::backend::staged::Filling;
 use crate::plan::{Extent, Plan};
 
 /// How much of a local object is read at once.
@@ -100,11 +103,14 @@ async fn get_range(
     }
     let version = found.meta.e_tag.clone();
     let size = found.meta.size;
-    let target = Scatter {
-        plan: Arc::clone(plan),
-        extents,
-        position: 0,
-        done: 0,
+    let target = match &part.near {
+        Some(near) => Sink::Filling(near.filling(&extents)),
+        None => Sink::Scatter(Scatter {
+            plan: Arc::clone(plan),
+            extents,
+            position: 0,
+            done: 0,
+        }),
     };
     if !fill(found, target, control, failed).await? {
         return Err(short(size));
@@ -115,7 +121,7 @@ async fn get_range(
 /// Whether all that was asked for has come.
 async fn fill(
     found: GetResult,
-    mut target: Scatter,
+    mut target: Sink,
     control: &Control,
     failed: impl Fn(StoreError) -> Error,
 ) -> Result<bool> {
@@ -123,10 +129,12 @@ async fn fill(
         GetResultPayload::File(file, _) => {
             let held = Arc::clone(&control.busy).read_owned().await;
             let stop = Arc::clone(&control.stop);
+            let runtime = Handle::current();
             let work = move || {
-                let outcome = read_file(&file, found.range, &mut target, &stop);
+                let read = read_file(&file, found.range, (&mut target, &runtime), &stop);
+                let outcome = read.and_then(|()| runtime.block_on(target.finish()));
                 drop(held);
-                outcome.map(|()| true)
+                outcome
             };
             let outcome = tokio::task::spawn_blocking(work).await;
             outcome.unwrap_or_else(|error| {
@@ -135,9 +143,9 @@ async fn fill(
         }
         GetResultPayload::Stream(mut stream) => {
             while let Some(bytes) = stream.next().await {
-                target.put(&bytes.map_err(&failed)?)?;
+                target.put(&bytes.map_err(&failed)?).await?;
             }
-            Ok(target.is_full())
+            target.finish().await
         }
     }
 }
@@ -145,7 +153,7 @@ async fn fill(
 fn read_file(
     file: &File,
     range: std::ops::Range<u64>,
-    target: &mut Scatter,
+    (target, runtime): (&mut Sink, &Handle),
     stop: &AtomicBool,
 ) -> Result<()> {
     let mut offset = range.start;
@@ -163,13 +171,36 @@ fn read_file(
                 };
                 Error::new(kind, format!("read a local object at {offset}")).with_source(error)
             })?;
-        target.put(&step[..count])?;
+        runtime.block_on(target.put(&step[..count]))?;
         offset += count as u64;
     }
     Ok(())
 }
 
-/// Memory that is filled in order.
+/// What is filled in order.
+enum Sink {
+    Scatter(Scatter),
+    Filling(Filling),
+}
+
+impl Sink {
+    async fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Scatter(scatter) => scatter.put(bytes),
+            Self::Filling(filling) => filling.put(bytes).await,
+        }
+    }
+
+    /// Whether all is in place.
+    async fn finish(&mut self) -> Result<bool> {
+        match self {
+            Self::Scatter(scatter) => Ok(scatter.is_full()),
+            Self::Filling(filling) => filling.finish().await,
+        }
+    }
+}
+
+/// Host memory that is filled in order.
 struct Scatter {
     plan: Arc<Plan>,
     extents: Vec<Extent>,

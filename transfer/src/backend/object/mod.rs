@@ -21,12 +21,15 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Semaphore, watch};
 
 use super::file::Answer;
+use super::leg::Control;
+use super::staged::Near;
 use super::{Backend, Capabilities, Job, Refusal, abandoned};
 use crate::agent::{Agent, AgentBuilder};
-use crate::region::{External, MemoryKind, Region};
+use crate::plan::Plan;
+use crate::region::{External, MemoryKind, Region, RegionCore};
+use crate::request::Priority;
 
 use store::Store;
-use transfer::Control;
 
 pub use options::{ObjectChecksum, ObjectOptions, Secret};
 pub use store::{LISTING_PAGE_MAX, OBJECT_KEY_BYTES_MAX, ObjectInfo, ObjectListing};
@@ -125,6 +128,30 @@ impl ObjectBackend {
             shared: Arc::new(shared),
         })
     }
+
+    /// What drives its connections.
+    pub(crate) fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Moves a plan whose local side is `near`, for whoever settles the job; on the runtime of [`ObjectBackend::handle`].
+    pub(crate) async fn run(
+        &self,
+        plan: &Arc<Plan>,
+        priority: Priority,
+        control: &Control,
+        near: &Near,
+    ) -> Result<()> {
+        let buffers = &self.shared.buffers;
+        transfer::run(plan, priority, control, (buffers, Some(near))).await
+    }
+}
+
+/// The backend of a region that is an object; none for another one.
+pub(crate) fn backend_of(region: &RegionCore) -> Option<&Arc<ObjectBackend>> {
+    let any: &dyn std::any::Any = &**region.external()?;
+    any.downcast_ref::<ObjectTarget>()
+        .map(|target| &target.backend)
 }
 
 impl Drop for ObjectBackend {
@@ -166,7 +193,7 @@ async fn serve(shared: Arc<Shared>, job: Job) {
             &plan,
             job.priority(),
             &control,
-            &shared.buffers,
+            (&shared.buffers, None),
         ));
         loop {
             if job.is_abandoned() {

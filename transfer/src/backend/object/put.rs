@@ -17,7 +17,7 @@ use super::ObjectWrite;
 use super::transfer::{BUFFER_UNIT_BYTES, OBJECT_BYTES_MAX, Part, memory};
 use super::turns::Turn;
 use crate::backend::abandoned;
-use crate::plan::Plan;
+use crate::plan::{Extent, Plan};
 
 /// Writes the object that the part's extents make up.
 pub(super) async fn put(plan: &Plan, part: &Part, buffers: &Semaphore) -> Result<()> {
@@ -62,6 +62,18 @@ fn whole(part: &Part) -> Result<u64> {
         ));
     }
     Ok(end)
+}
+
+/// What of an extent lies in a range of the object.
+fn clipped(extent: &Extent, range: &Range<u64>) -> Extent {
+    let from = extent.remote_offset.max(range.start);
+    let end = (extent.remote_offset + extent.len).min(range.end);
+    Extent {
+        local_offset: extent.local_offset + (from - extent.remote_offset),
+        remote_offset: from,
+        len: end - from,
+        ..*extent
+    }
 }
 
 /// One object to write.
@@ -114,15 +126,21 @@ impl<'a> Put<'a> {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let extents = &self.part.extents;
         let first = extents.partition_point(|one| one.remote_offset + one.len <= range.start);
-        for extent in &extents[first..] {
-            if extent.remote_offset >= range.end {
-                break;
+        let within = extents[first..].iter();
+        let within = within.take_while(|extent| extent.remote_offset < range.end);
+        let within = within.map(|extent| clipped(extent, &range));
+        match &self.part.near {
+            Some(near) => {
+                near.gather(within.collect(), range.start, &mut bytes)
+                    .await?
             }
-            let from = extent.remote_offset.max(range.start);
-            let end = (extent.remote_offset + extent.len).min(range.end);
-            let offset = extent.local_offset + (from - extent.remote_offset);
-            let place = (from - range.start) as usize..(end - range.start) as usize;
-            memory(self.plan, extent)?.read(offset, &mut bytes[place])?;
+            None => {
+                for extent in within {
+                    let place = (extent.remote_offset - range.start) as usize;
+                    let part = &mut bytes[place..place + extent.len as usize];
+                    memory(self.plan, &extent)?.read(extent.local_offset, part)?;
+                }
+            }
         }
         Ok(Gathered {
             payload: PutPayload::from(Bytes::from(bytes)),

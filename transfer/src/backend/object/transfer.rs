@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::future::try_join_all;
 use kvcache_core::{Error, ErrorKind, Result};
 use object_store::path::Path;
-use tokio::sync::{RwLock, Semaphore};
+use tokio::sync::Semaphore;
 
 use super::get::get;
 use super::options::{PART_BYTES_MAX, PART_BYTES_MIN};
@@ -15,6 +14,8 @@ use super::put::put;
 use super::store::Store;
 use super::{ObjectTarget, ObjectWrite};
 use crate::backend::Operation;
+use crate::backend::leg::Control;
+use crate::backend::staged::Near;
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
 use crate::request::Priority;
@@ -31,22 +32,6 @@ pub(super) const BUFFER_UNIT_BYTES: u64 = 1 << 10;
 const _: () = assert!(PART_BYTES_MAX.div_ceil(BUFFER_UNIT_BYTES) <= BUFFER_UNITS_MAX as u64);
 const _: () = assert!(OBJECT_BYTES_MAX.div_ceil(PART_BYTES_MIN) <= PARTS_MAX);
 
-/// What ties a job to the threads that block for it.
-#[derive(Default)]
-pub(super) struct Control {
-    /// Held for reading by every thread that may touch the job's memory.
-    pub(super) busy: Arc<RwLock<()>>,
-    pub(super) stop: Arc<AtomicBool>,
-}
-
-impl Control {
-    /// Stops blocking threads, and returns when none of them touches the job's memory any more.
-    pub(super) async fn drain(&self) {
-        self.stop.store(true, Ordering::Release);
-        let _all = self.busy.write().await;
-    }
-}
-
 /// The part of a job that concerns one object.
 pub(super) struct Part {
     pub(super) store: Arc<Store>,
@@ -54,6 +39,8 @@ pub(super) struct Part {
     pub(super) write: ObjectWrite,
     /// Whose turn it is at the store.
     pub(super) priority: Priority,
+    /// Who has the bytes of this side; none: they are host memory.
+    pub(super) near: Option<Near>,
     /// By their place in the object.
     pub(super) extents: Vec<Extent>,
 }
@@ -64,9 +51,9 @@ pub(super) async fn run(
     plan: &Arc<Plan>,
     priority: Priority,
     control: &Control,
-    buffers: &Semaphore,
+    (buffers, near): (&Semaphore, Option<&Near>),
 ) -> Result<()> {
-    let parts = parts(plan, priority)?;
+    let parts = parts(plan, priority, near)?;
     let works = parts.into_iter().map(|part| async move {
         match plan.operation {
             Operation::Write => put(plan, &part, buffers).await,
@@ -76,13 +63,14 @@ pub(super) async fn run(
     try_join_all(works).await.map(drop)
 }
 
-fn parts(plan: &Plan, priority: Priority) -> Result<Vec<Part>> {
+fn parts(plan: &Plan, priority: Priority, near: Option<&Near>) -> Result<Vec<Part>> {
     let mut parts = BTreeMap::new();
     for extent in &plan.extents {
         let part = match parts.entry(extent.remote) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
-                entry.insert(part(&plan.remote[extent.remote as usize], priority)?)
+                let target = &plan.remote[extent.remote as usize];
+                entry.insert(part(target, priority, near)?)
             }
         };
         part.extents.push(*extent);
@@ -94,7 +82,7 @@ fn parts(plan: &Plan, priority: Priority) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-fn part(target: &Target, priority: Priority) -> Result<Part> {
+fn part(target: &Target, priority: Priority, near: Option<&Near>) -> Result<Part> {
     let external = match target {
         Target::Local(region) => region.external(),
         Target::Remote(_) => None,
@@ -112,6 +100,7 @@ fn part(target: &Target, priority: Priority) -> Result<Part> {
         path: target.path.clone(),
         write: target.write,
         priority,
+        near: near.cloned(),
         extents: Vec::new(),
     })
 }

@@ -68,7 +68,7 @@ fn ways_to_peers_refuse_device_memory_by_name() {
 }
 
 #[test]
-fn files_refuse_device_memory_by_name() {
+fn a_file_is_no_local_side() {
     let bed = Bed::new();
     let (device, _) = bed.device(4096);
     let folder = tempfile::tempdir().unwrap();
@@ -81,16 +81,6 @@ fn files_refuse_device_memory_by_name() {
         .agent
         .open_file(folder.path().join("file"), &options)
         .unwrap();
-    for operation in [Read, Write] {
-        let pair = (device.descriptor(0, 4096), file.descriptor(0, 4096));
-        let request = bed.request(operation, &[pair], RequestOptions::default());
-        refused(
-            request,
-            ErrorKind::Unsupported,
-            &["file does not move", "CUDA device 0"],
-        );
-    }
-    // And a file is no memory.
     let pair = (file.descriptor(0, 4096), device.descriptor(0, 4096));
     let request = bed.request(Write, &[pair], RequestOptions::default());
     refused(request, ErrorKind::Unsupported, &["local side", "a file"]);

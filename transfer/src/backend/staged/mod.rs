@@ -1,0 +1,240 @@
+//! Memory of devices and what no device reaches: bytes go in pieces through pinned host memory, over two backends at once.
+//!
+//! Each piece has a chunk of a window. It is read from a file while the one before goes to the device, or the other way round.
+//! Both legs are jobs of the backends that also do this alone, so what they check and how they end is theirs. A job is settled
+//! when all of its legs are over.
+
+mod cut;
+mod object;
+mod stage;
+#[cfg(test)]
+mod tests;
+mod window;
+
+use std::sync::Arc;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use kvcache_core::{Error, ErrorKind, Result};
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::watch;
+
+use super::leg::{self, Control};
+use super::{Backend, Capabilities, Job, NOT_WANTED, Operation, Refusal, abandoned, cuda};
+use crate::agent::Agent;
+use crate::descriptor::Target;
+use crate::plan::Plan;
+use crate::region::MemoryKind;
+use crate::request::Priority;
+
+use cut::{Cut, Piece};
+pub(crate) use object::{Filling, Near};
+pub(crate) use stage::Stage;
+
+/// The name in reports and statistics.
+pub(crate) const NAME: &str = "staged";
+
+/// Pieces of one job that have a chunk or wait for one, so that jobs take turns.
+const PIECES_MAX: usize = 16;
+
+/// Moves bytes through windows on a thread of its own; ends with its last handle.
+pub(crate) struct StagedBackend {
+    capabilities: Capabilities,
+    stage: Arc<Stage>,
+    /// Taken when dropped: a runtime may not be dropped where somebody else's runtime drives us.
+    runtime: Option<Runtime>,
+    handle: Handle,
+    /// Changes whenever a caller gave up on some job.
+    reaped: watch::Sender<u64>,
+}
+
+impl StagedBackend {
+    fn start(cuda: &Arc<cuda::CudaBackend>) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("kvf-staged")
+            .build()
+            .map_err(|error| Error::io("start the thread of staged requests", error))?;
+        Ok(Self {
+            capabilities: Capabilities {
+                local: &[MemoryKind::ANY_DEVICE],
+                remote: &[MemoryKind::File, MemoryKind::Object],
+                notifications: false,
+                checksums: false,
+            },
+            stage: Arc::new(Stage::new(cuda)),
+            handle: runtime.handle().clone(),
+            runtime: Some(runtime),
+            reaped: watch::Sender::new(0),
+        })
+    }
+}
+
+impl Drop for StagedBackend {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Who moves bytes to and from a plan's other side.
+fn engine(plan: &Plan) -> Result<Arc<dyn Backend>> {
+    let region = plan.remote.iter().find_map(|target| match target {
+        Target::Local(region) => region.external(),
+        Target::Remote(_) => None,
+    });
+    region.map(|external| external.backend()).ok_or_else(|| {
+        let text = "staged requests reach files and objects of the agent";
+        Error::new(ErrorKind::Unsupported, text)
+    })
+}
+
+impl Backend for StagedBackend {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        if !plan.wants(NAME) {
+            return Some(NOT_WANTED.to_owned());
+        }
+        let checked = plan.is_checked() || plan.sums;
+        checked.then(|| "computes no checksums of device memory".to_owned())
+    }
+
+    fn prepare(&self, plan: &Plan) -> Result<()> {
+        engine(plan)?.prepare(plan)?;
+        self.stage.prepare(plan)
+    }
+
+    fn how(&self, plan: &Plan) -> String {
+        let other = engine(plan).map_or("nothing", |engine| engine.name());
+        self.stage.detail(plan, other)
+    }
+
+    fn post(&self, job: Job) -> Result<(), Refusal> {
+        let engine = match self
+            .stage
+            .check(job.plan())
+            .and_then(|()| engine(job.plan()))
+        {
+            Ok(engine) => engine,
+            Err(error) => return Err(job.refuse(error)),
+        };
+        let task = Task {
+            plan: job.plan().clone(),
+            priority: job.priority(),
+            control: Control::default(),
+            stage: self.stage.clone(),
+            engine,
+        };
+        let reaped = self.reaped.subscribe();
+        match object::handle(job.plan()) {
+            // Its connections belong to the runtime of the object stores.
+            Some(handle) => handle.spawn(serve(task, job, reaped)),
+            None => self.handle.spawn(serve(task, job, reaped)),
+        };
+        Ok(())
+    }
+
+    fn reap(&self) {
+        self.reaped
+            .send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+/// What moves a job's bytes.
+struct Task {
+    plan: Arc<Plan>,
+    priority: Priority,
+    control: Control,
+    stage: Arc<Stage>,
+    engine: Arc<dyn Backend>,
+}
+
+/// Runs a job to its end, or until nobody waits for it.
+async fn serve(task: Task, job: Job, mut reaped: watch::Receiver<u64>) {
+    let outcome = {
+        let mut work = Box::pin(task.run());
+        loop {
+            if job.is_abandoned() {
+                break Err(abandoned());
+            }
+            tokio::select! {
+                outcome = &mut work => break outcome,
+                told = reaped.changed() => if told.is_err() {
+                    break Err(Error::new(ErrorKind::Internal, "a backend ended before its jobs"));
+                },
+            }
+        }
+    };
+    // The work is dropped, so only its legs can still touch the job's memory.
+    task.control.stop();
+    if let Err(error) = &outcome
+        && !task.control.is_drained()
+    {
+        task.stage.reap();
+        task.engine.reap();
+        // If a leg is lost nothing is settled any more; the caller hears of that now.
+        job.report(Error::new(error.kind(), error.to_string()));
+    }
+    task.control.drain().await;
+    job.settle(outcome);
+}
+
+impl Task {
+    async fn run(&self) -> Result<()> {
+        if let Some(moved) = self.run_objects().await {
+            return moved;
+        }
+        stream::iter(Cut::new(&self.plan))
+            .map(|piece| self.carry(piece))
+            .buffer_unordered(PIECES_MAX)
+            .try_for_each(|()| std::future::ready(Ok(())))
+            .await
+    }
+
+    /// Has a piece go through a chunk.
+    async fn carry(&self, piece: Piece) -> Result<()> {
+        let window = self.stage.window(piece.ordinal)?;
+        let chunk = Arc::new(window.take(self.priority).await?);
+        let (region, start) = (chunk.region(), chunk.start());
+        let other = || {
+            let plan = piece.of_other(&self.plan, region, start);
+            let leg = (plan, self.priority);
+            leg::post(&*self.engine, leg, &self.control, chunk.clone())
+        };
+        let device = || {
+            let plan = piece.of_device(&self.plan, region, start);
+            self.stage
+                .post((plan, self.priority), &self.control, chunk.clone())
+        };
+        match self.plan.operation {
+            Operation::Read => {
+                other()?.wait().await.map_err(staged)?;
+                device()?.wait().await.map_err(staged)
+            }
+            Operation::Write => {
+                device()?.wait().await.map_err(staged)?;
+                other()?.wait().await.map_err(staged)
+            }
+        }
+    }
+}
+
+/// As seen from outside of a leg.
+fn staged(error: Error) -> Error {
+    error.at(NAME)
+}
+
+impl Agent {
+    /// What moves bytes between devices and what they do not reach, started with the first request for it.
+    pub(crate) fn staged_backend(&self) -> Result<Arc<StagedBackend>> {
+        let cuda = self.cuda_backend()?;
+        self.core().extension(|| StagedBackend::start(&cuda))
+    }
+}
