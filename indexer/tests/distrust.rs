@@ -16,7 +16,7 @@ use kvcache_core::{ErrorKind, IndexKey, Tier};
 use kvfabric_indexer::adapter::encode_engine_batch;
 use kvfabric_indexer::client::{IndexClient, Prompt, SourceKind, SourceSpec};
 use kvfabric_indexer::publisher::{Publisher, PublisherConfig, Stream};
-use kvfabric_indexer::server::ServerConfig;
+use kvfabric_indexer::server::{ServerConfig, serve};
 use kvfabric_proto::v1;
 use rig::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
@@ -364,8 +364,7 @@ async fn takes_up_nothing(path: &Path, what: &str) {
     assert!(written.len() > 16, "{what}: a whole one did not replace it");
 }
 
-/// A file of two pods that ends before, within and after each of its pieces but the last, and one that is none at all: taken
-/// as if there were none.
+/// A file of two pods that ends before, within and after each of its pieces but the last: taken as if there were none.
 #[tokio::test]
 async fn a_damaged_file_is_not_taken_up_in_part() {
     let folder = tempfile::tempdir().unwrap();
@@ -389,8 +388,47 @@ async fn a_damaged_file_is_not_taken_up_in_part() {
         std::fs::write(&path, &whole[..place]).unwrap();
         takes_up_nothing(&path, &format!("cut at {place} of {}", whole.len())).await;
     }
-    std::fs::write(&path, b"no snapshot").unwrap();
-    takes_up_nothing(&path, "no snapshot").await;
+}
+
+/// A path that was mistyped: a server that kept its snapshot there would lose somebody that file.
+#[tokio::test]
+async fn what_is_no_snapshot_is_not_replaced_by_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notes");
+    for content in [&b"KV"[..], b"KVFINDEX, and what follows is nothing", b""] {
+        std::fs::write(&path, content).unwrap();
+        takes_up_nothing(&path, "the beginning of a snapshot").await;
+    }
+    for content in [&b"x"[..], b"KVFINDEY", b"no snapshot"] {
+        std::fs::write(&path, content).unwrap();
+        assert_refused(&path, "is another file than a snapshot").await;
+        assert_eq!(std::fs::read(&path).unwrap(), content);
+    }
+    assert_refused(folder.path(), "is no regular file").await;
+    let missing = folder.path().join("missing/index.snapshot");
+    assert_refused(&missing, "lies in a folder that does not exist").await;
+}
+
+/// A file that came there after the start: what would have been written is lost, and not the file.
+#[tokio::test]
+async fn a_file_that_took_the_snapshots_place_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index.snapshot");
+    let server = start(with_file(&path)).await;
+    wait_until_serving(&client(&server)).await;
+    std::fs::write(&path, b"somebody's").unwrap();
+    server.shutdown(PATIENCE).await.unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
+}
+
+async fn assert_refused(path: &Path, why: &str) {
+    let error = serve(with_file(path)).await.map(drop).unwrap_err();
+    let text = error.to_string();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{text}");
+    let place = path.display().to_string();
+    for part in ["snapshot_path", &place, why] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
 }
 
 /// Another scheme, another block size, another protocol: each refused with both named, and the replica begins empty.

@@ -23,6 +23,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 pub use crate::config::ServerConfig;
+use crate::snapshot::check_replaceable;
 use crate::tokenize::Tokenizers;
 use crate::wire::MESSAGE_BYTES_MAX;
 use crate::zmtp::{Endpoint, Listener};
@@ -125,6 +126,9 @@ impl Drop for Running {
 /// `Invalid` naming the setting; `Io` naming the address when it is in use.
 pub async fn serve(config: ServerConfig) -> Result<Running> {
     config.check()?;
+    if let Some(path) = &config.snapshot_path {
+        check_replaceable(path).map_err(|error| error.at("snapshot_path"))?;
+    }
     let tokenizers = Arc::new(Tokenizers::load(&config.tokenizers)?);
     let (grpc, grpc_address) = bind("grpc_listen", config.grpc_listen).await?;
     let metrics = match config.metrics_listen {

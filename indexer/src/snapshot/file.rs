@@ -29,11 +29,12 @@ fn checksum(bytes: &[u8]) -> u32 {
 /// Writes the pieces that `produce` gives to its argument into a file, which replaces the one at `path` as a whole.
 ///
 /// # Errors
-/// What `produce` fails with; `Io` naming the file. The old file stays then.
+/// What `produce` fails with; `Io` naming the file; as [`check_replaceable`]. The old file stays then.
 pub(crate) fn write(
     path: &Path,
     produce: impl FnOnce(&mut dyn FnMut(v1::SnapshotPiece) -> Result<()>) -> Result<()>,
 ) -> Result<u64> {
+    check_replaceable(path)?;
     let part = with_suffix(path, ".part");
     let failed = |error| Error::io(format!("write snapshot {}", part.display()), error);
     let file = File::create(&part).map_err(failed)?;
@@ -69,6 +70,40 @@ pub(crate) fn write(
     Ok(bytes)
 }
 
+/// Whether a snapshot may be written here: a path that was mistyped must not cost somebody else's file. A snapshot may be
+/// replaced, whatever follows its beginning, and so may an empty file.
+///
+/// # Errors
+/// `Invalid` for a file that is something else, for what is no file, and for a folder that there is not; `Io` when it cannot be
+/// read.
+pub(crate) fn check_replaceable(path: &Path) -> Result<()> {
+    let wrong = |what: &str| {
+        let text = format!("{} {what}: no snapshot is kept there", path.display());
+        Err(Error::new(ErrorKind::Invalid, text))
+    };
+    let failed = |error| Error::io(format!("look at {}", path.display()), error);
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => return wrong("is no regular file"),
+        Ok(_) => {}
+        Err(error) if error.kind() == IoKind::NotFound => {
+            return match folder_of(path).is_dir() {
+                true => Ok(()),
+                false => wrong("lies in a folder that does not exist"),
+            };
+        }
+        Err(error) => return Err(failed(error)),
+    }
+    let mut begin = Vec::with_capacity(MAGIC.len());
+    let file = File::open(path).map_err(failed)?;
+    file.take(MAGIC.len() as u64)
+        .read_to_end(&mut begin)
+        .map_err(failed)?;
+    match MAGIC.starts_with(&begin) {
+        true => Ok(()),
+        false => wrong("is another file than a snapshot, and would be replaced by one"),
+    }
+}
+
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
@@ -77,10 +112,14 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 /// The rename itself must survive a power cut too.
 fn sync_folder(path: &Path) -> std::io::Result<()> {
+    File::open(folder_of(path))?.sync_all()
+}
+
+fn folder_of(path: &Path) -> &Path {
     let folder = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    folder.unwrap_or(Path::new("."))
 }
 
 /// The pieces of a file, one after the other.

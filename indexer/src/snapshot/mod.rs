@@ -26,7 +26,7 @@ use crate::index::{ImagePiece, Learnt};
 use crate::ingest::BatchDigest;
 use crate::wire::{self, Registration};
 
-pub(crate) use file::{FileReader, write};
+pub(crate) use file::{FileReader, check_replaceable, write};
 pub(crate) use image::{image_to_wire, shared_to_wire};
 
 /// The version of the format that is written.
