@@ -147,7 +147,10 @@ pub(super) struct RivalArgs {
     /// The folder that has Mooncake's Python package, which stands beside tcp.
     #[arg(long, value_name = "FOLDER")]
     pub(super) mooncake: Option<PathBuf>,
-    /// The Python that runs them; it needs numpy.
+    /// A Python that has PyTorch with CUDA, whose selection and copies stand beside cuda.
+    #[arg(long, value_name = "PROGRAM")]
+    pub(super) torch: Option<PathBuf>,
+    /// The Python that runs the others; it needs numpy.
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     pub(super) python: PathBuf,
 }

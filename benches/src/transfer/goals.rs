@@ -47,7 +47,7 @@ pub(crate) struct GoalsArgs {
 /// As `kv-bench transfer`.
 pub(crate) fn run(args: &GoalsArgs, recorder: &mut Recorder) -> Result<()> {
     let folder = folder(args.dir.as_ref())?;
-    let rivals = Rival::chosen(&args.rivals);
+    let rivals = Rival::chosen(&args.rivals, 0);
     let plans = plans(args)?;
     recorder.expect_steps(plans.len() as u64 + 4);
     let effort = Effort {

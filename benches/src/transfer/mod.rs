@@ -59,7 +59,7 @@ pub(crate) fn run(args: &TransferArgs, recorder: &mut Recorder) -> Result<()> {
     if has_device {
         recorder.state(devices::facts(args.gpu)?);
     }
-    let rivals = Rival::chosen(&args.rivals);
+    let rivals = Rival::chosen(&args.rivals, args.gpu);
     recorder.expect_steps((plans.len() * targets.len()) as u64);
     for (name, at) in &targets {
         for plan in &plans {

@@ -1,4 +1,4 @@
-//! Other programs that move the blocks of a plan, each with two processes of its own: bare UCX, NIXL, Mooncake.
+//! Other programs that move the blocks of a plan: bare UCX, NIXL and Mooncake, each with two processes of its own, and PyTorch.
 //!
 //! Such a program gets the way, the number of blocks and their size as its last arguments, and the places of all blocks
 //! on both sides on its standard input. Then come commands of one letter, each answered by one line: `ok` and numbers,
@@ -32,6 +32,11 @@ const MOONCAKE: &str = concat!(
     "\n\n",
     include_str!("../../transfer/mooncake.py")
 );
+const TORCH: &str = concat!(
+    include_str!("../../transfer/rival.py"),
+    "\n\n",
+    include_str!("../../transfer/torch_copies.py")
+);
 
 /// A program that can be asked.
 #[derive(Clone, Debug)]
@@ -46,8 +51,8 @@ pub(super) struct Rival {
 }
 
 impl Rival {
-    /// Those that the user named.
-    pub(super) fn chosen(args: &RivalArgs) -> Vec<Self> {
+    /// Those that the user named; for memory of the GPU with this number.
+    pub(super) fn chosen(args: &RivalArgs, gpu: u32) -> Vec<Self> {
         let mut rivals = Vec::new();
         if let Some(program) = &args.raw_ucx {
             rivals.push(Self {
@@ -73,6 +78,24 @@ impl Rival {
         }
         if let Some(folder) = &args.mooncake {
             rivals.push(python("mooncake", BackendKind::Tcp, MOONCAKE, folder));
+        }
+        let sides = [
+            (BackendKind::Cuda, "host"),
+            (BackendKind::CudaWithin, "within"),
+        ];
+        for (backend, other) in sides {
+            rivals.extend(args.torch.iter().map(|program| Self {
+                name: "torch",
+                backend,
+                program: program.clone(),
+                arguments: vec![
+                    "-c".to_owned(),
+                    TORCH.to_owned(),
+                    format!("cuda:{gpu}"),
+                    other.to_owned(),
+                ],
+                environment: Vec::new(),
+            }));
         }
         rivals
     }
