@@ -58,7 +58,7 @@ pub(crate) fn run(args: &TopoArgs) -> Result<()> {
     if let Some(path) = &args.json {
         check_json(path)?;
     }
-    let machine = Machine::read(&args.root);
+    let machine = Machine::read_with_driver(&args.root);
     let rails = args.plan.then(|| plan(&machine));
     let topology = Topology::new(machine);
     match (&rails, topology.matrix()) {
@@ -85,10 +85,11 @@ fn table(rails: &[Rail]) -> String {
     table.load_style(UTF8_BORDERS_ONLY);
     table.set_header(["GPU", "rail", "link", "why", "the others"]);
     for rail in rails {
+        let link = rail.link.map(|link| link.to_string()).unwrap_or_default();
         table.add_row([
             rail.gpu.as_str(),
             rail.rail.as_deref().unwrap_or("none"),
-            rail.link.map_or("", Link::name),
+            link.as_str(),
             rail.why.as_str(),
             rail.others.join("; ").as_str(),
         ]);
@@ -128,7 +129,7 @@ impl Candidate<'_> {
 
     fn place(&self) -> String {
         match self.link {
-            Some(link) => format!("{} ({})", link.name(), link.meaning()),
+            Some(link) => format!("{link} ({})", link.meaning()),
             None => "not known how far".to_owned(),
         }
     }
@@ -190,7 +191,8 @@ fn choose(machine: &Machine, gpu: &Device, candidates: &[Candidate<'_>]) -> Rail
     }
     let reason = |one: &Candidate<'_>| {
         let reason = if one.distance() != best.distance() {
-            one.link.map_or("not known how far", Link::name).to_owned()
+            one.link
+                .map_or("not known how far".to_owned(), |link| link.to_string())
         } else if one.users.len() > best.users.len() {
             format!("as near, used by {}", one.users.join(", "))
         } else if one.port.rate < best.port.rate {

@@ -4,7 +4,7 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use serde::Serialize;
 
-use super::{Finding, State};
+use super::{Finding, State, nvlink};
 use crate::machine::{Kind, Link, Machine, Turning};
 
 /// The devices, and the word for what is between each two.
@@ -13,14 +13,15 @@ pub(crate) struct Topology {
     #[serde(flatten)]
     machine: Machine,
     /// A row and a column for each device, in their order; `?` where one has no place.
-    links: Vec<Vec<&'static str>>,
+    links: Vec<Vec<String>>,
 }
 
 impl Topology {
     pub(crate) fn new(machine: Machine) -> Self {
         let row = |one| {
             let links = machine.devices.iter().map(|other| machine.link(one, other));
-            links.map(|link| link.map_or("?", Link::name)).collect()
+            let word = |link: Option<Link>| link.map_or("?".to_owned(), |link| link.to_string());
+            links.map(word).collect()
         };
         let links = machine.devices.iter().map(row).collect();
         Self { machine, links }
@@ -43,12 +44,17 @@ impl Topology {
             let cpus = cpus.filter(|one| Some(one.number) == device.node);
             let cpus: String = cpus.map(|one| one.cpus.as_str()).collect();
             let row = std::iter::once(device.name.as_str());
-            let row = row.chain(links.iter().copied());
+            let row = row.chain(links.iter().map(String::as_str));
             table.add_row(row.chain([node.as_str(), cpus.as_str(), device.about.as_str()]));
         }
         let mut text = table.to_string();
-        for (link, meaning) in Link::LEGEND {
-            text.push_str(&format!("\n  {:<5}{meaning}", link.name()));
+        let has_nvlink = self
+            .links
+            .iter()
+            .flatten()
+            .any(|link| link.starts_with("NV"));
+        for (link, meaning) in Link::legend(has_nvlink) {
+            text.push_str(&format!("\n  {link:<5}{meaning}"));
         }
         text.push_str("\n  ?    not told: a device that is only software, or has no place on PCI");
         Some(text)
@@ -59,7 +65,7 @@ impl Topology {
         let machine = &self.machine;
         let mut findings = vec![reserved_pages(machine), translation(machine)];
         findings.extend(turning(machine));
-        findings.extend(links_of_gpus(machine));
+        findings.extend(nvlink::findings(machine));
         findings.extend(modules(machine));
         findings.extend(machine.devices.iter().filter_map(|one| {
             let (now, most) = one.narrowed.as_ref()?;
@@ -155,19 +161,6 @@ fn turning(machine: &Machine) -> Option<Finding> {
             "costs the bandwidth of the processor's own link for bytes between a GPU and a network card below one switch: switch ACS off for these bridges (setpci, or the firmware), where no \
              machine of a tenant gets the devices",
         ),
-    })
-}
-
-/// What is between GPUs beside PCI is not read, and nobody shall take the matrix for all there is.
-fn links_of_gpus(machine: &Machine) -> Option<Finding> {
-    let several = machine.of(Kind::Gpu).count() > 1;
-    several.then(|| {
-        Finding::new(
-            "gpu: NVLink",
-            State::Absent,
-            "not read: the matrix has PCI only",
-            "nvidia-smi topo -m",
-        )
     })
 }
 
@@ -269,7 +262,6 @@ mod tests {
         let what = "pci: peers below one switch (ACS)";
         let read = || Topology::new(Machine::read(tree.root())).findings();
         assert!(of(&read(), what).found.starts_with("not told"));
-        assert!(of(&read(), "gpu: NVLink").found.starts_with("not read"));
         let mut config = vec![0_u8; 4096];
         config[0x100..0x104].copy_from_slice(&[0x0d, 0x00, 0x01, 0x00]);
         let machine = Machine::read(tree.root());

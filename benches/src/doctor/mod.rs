@@ -2,6 +2,7 @@
 
 mod devices;
 mod gpus;
+mod nvlink;
 mod paths;
 mod system;
 
@@ -109,7 +110,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     }
     let mut findings = paths::look();
     findings.extend(system::look(&folder));
-    let topology = Topology::new(Machine::read(&args.root));
+    let topology = Topology::new(Machine::read_with_driver(&args.root));
     findings.extend(topology.findings());
     print(&findings, topology.matrix());
     if let Some(path) = &args.json {

@@ -1,16 +1,18 @@
 //! How near two devices are, in the words of `nvidia-smi topo`.
 
-use serde::Serialize;
+use std::fmt;
+
+use serde::{Serialize, Serializer};
 
 use super::Device;
 
 /// What lies between two devices; the nearer, the smaller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Link {
     /// They are one.
-    #[serde(rename = "X")]
     Same,
+    /// So many NVLinks, also by switches.
+    Nv(u32),
     /// At most one PCI switch.
     Pix,
     /// Several PCI switches, and not the host bridge.
@@ -24,31 +26,33 @@ pub(crate) enum Link {
 }
 
 impl Link {
-    /// All, with what they mean.
-    pub(crate) const LEGEND: [(Self, &'static str); 6] = [
-        (Self::Same, "itself"),
-        (Self::Pix, "at most one PCI switch between them"),
-        (Self::Pxb, "several PCI switches, and not the host bridge"),
-        (Self::Phb, "the host bridge of a processor"),
-        (Self::Node, "host bridges of one memory node"),
-        (Self::Sys, "the link between processors"),
+    /// All but NVLink, with what they mean.
+    const ALL: [(Self, &'static str, &'static str); 6] = [
+        (Self::Same, "X", "itself"),
+        (Self::Pix, "PIX", "at most one PCI switch between them"),
+        (
+            Self::Pxb,
+            "PXB",
+            "several PCI switches, and not the host bridge",
+        ),
+        (Self::Phb, "PHB", "the host bridge of a processor"),
+        (Self::Node, "NODE", "host bridges of one memory node"),
+        (Self::Sys, "SYS", "the link between processors"),
     ];
 
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Same => "X",
-            Self::Pix => "PIX",
-            Self::Pxb => "PXB",
-            Self::Phb => "PHB",
-            Self::Node => "NODE",
-            Self::Sys => "SYS",
-        }
+    const OF_NVLINK: &'static str = "so many NVLinks, also by switches";
+
+    /// Words of a matrix and what they mean.
+    pub(crate) fn legend(has_nvlink: bool) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let nvlink = has_nvlink.then_some(("NV#", Self::OF_NVLINK));
+        let all = Self::ALL.iter().map(|(_, name, meaning)| (*name, *meaning));
+        all.chain(nvlink)
     }
 
     /// What it means, in words.
     pub(crate) fn meaning(self) -> &'static str {
-        let found = Self::LEGEND.iter().find(|(link, _)| *link == self);
-        found.map_or("", |(_, meaning)| meaning)
+        let found = Self::ALL.iter().find(|(link, ..)| *link == self);
+        found.map_or(Self::OF_NVLINK, |(_, _, meaning)| meaning)
     }
 
     /// By the paths from the host bridge down. None where one of them has no place.
@@ -72,5 +76,20 @@ impl Link {
             (None, _) | (_, None) if !has_nodes => Some(Self::Node),
             _ => Some(Self::Sys),
         }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self, Self::ALL.iter().find(|(link, ..)| link == self)) {
+            (Self::Nv(count), _) => f.pad(&format!("NV{count}")),
+            (_, found) => f.pad(found.map_or("?", |(_, name, _)| name)),
+        }
+    }
+}
+
+impl Serialize for Link {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }

@@ -1,6 +1,7 @@
 //! The devices of a machine and how near they are to each other, as its `/sys` tells.
 
 mod link;
+mod nvml;
 mod pci;
 #[cfg(test)]
 pub(crate) mod tree;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub(crate) use link::Link;
+pub(crate) use nvml::{Gpu, Gpus, NvLink, Pair};
 pub(crate) use pci::{Pci, Turning, turning};
 
 /// PCI class of a GPU without outputs, and of one with them.
@@ -80,6 +82,12 @@ pub(crate) struct Machine {
     /// GPUs, then RDMA devices, other network cards, NVMe drives.
     pub(crate) devices: Vec<Device>,
     pub(crate) nodes: Vec<Node>,
+    /// What the driver says of the GPUs; none where there is no GPU, or the files are another machine's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) driver: Option<Gpus>,
+    /// Why the driver says nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) driver_refusal: Option<String>,
     #[serde(skip)]
     root: PathBuf,
 }
@@ -116,8 +124,22 @@ impl Machine {
         Self {
             devices,
             nodes,
+            driver: None,
+            driver_refusal: None,
             root: root.to_owned(),
         }
+    }
+
+    /// As [`Machine::read`]; what `/sys` does not tell of GPUs comes from their driver, where the machine is this one.
+    pub(crate) fn read_with_driver(root: &Path) -> Self {
+        let mut machine = Self::read(root);
+        if root == Path::new("/") && machine.of(Kind::Gpu).next().is_some() {
+            match Gpus::read() {
+                Ok(found) => machine.driver = Some(found),
+                Err(reason) => machine.driver_refusal = Some(reason),
+            }
+        }
+        machine
     }
 
     /// The devices of a kind, in order.
@@ -129,6 +151,11 @@ impl Machine {
     pub(crate) fn link(&self, one: &Device, other: &Device) -> Option<Link> {
         if one.name == other.name {
             return Some(Link::Same);
+        }
+        if let (Some(driver), Some(a), Some(b)) = (&self.driver, &one.address, &other.address)
+            && let links @ 1.. = driver.links(a, b)
+        {
+            return Some(Link::Nv(links));
         }
         Link::between(one, other, self.nodes.len() > 1)
     }

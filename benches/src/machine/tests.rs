@@ -1,12 +1,15 @@
 use super::tree::Tree;
 use super::*;
 
-fn links(machine: &Machine, one: &str) -> Vec<(String, &'static str)> {
+fn links(machine: &Machine, one: &str) -> Vec<(String, String)> {
     let found = |name: &str| machine.devices.iter().find(|device| device.name == name);
     let of = found(one).unwrap();
     let others = machine.devices.iter().map(|other| {
         let link = machine.link(of, other);
-        (other.name.clone(), link.map_or("?", Link::name))
+        (
+            other.name.clone(),
+            link.map_or("?".to_owned(), |link| link.to_string()),
+        )
     });
     others.collect()
 }
@@ -32,7 +35,13 @@ fn a_large_machine_is_read_as_it_is_built() {
     assert_eq!(of(Kind::Nvme), ["nvme0", "nvme1"]);
     assert_eq!(machine.nodes[1].cpus, "48-95");
     let near = links(&machine, "GPU0");
-    let to = |name: &str| near.iter().find(|(other, _)| other == name).unwrap().1;
+    let to = |name: &str| {
+        near.iter()
+            .find(|(other, _)| other == name)
+            .unwrap()
+            .1
+            .as_str()
+    };
     assert_eq!(to("GPU0"), "X");
     assert_eq!(to("GPU1"), "PIX", "one switch");
     assert_eq!(to("mlx5_0"), "PIX");
@@ -91,10 +100,10 @@ fn what_is_not_told_is_not_guessed() {
     tree.write("sys/class/infiniband/rxe1/parent", "eth0");
     let machine = Machine::read(tree.root());
     let near = links(&machine, "GPU0");
-    assert_eq!(near[1], ("rxe0".to_owned(), "?"));
+    assert_eq!(near[1], ("rxe0".to_owned(), "?".to_owned()));
     assert_eq!(
         near[2],
-        ("rxe1".to_owned(), "NODE"),
+        ("rxe1".to_owned(), "NODE".to_owned()),
         "there is one node only"
     );
     assert_eq!(machine.devices[0].node, None);

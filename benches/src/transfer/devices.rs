@@ -13,7 +13,7 @@ use super::plan::{BackendKind, Plan, Way};
 use super::remote::Contents;
 use super::subject::Subject;
 use crate::goals::{self, Goal};
-use crate::machine::Pci;
+use crate::machine::{Gpus, Pci};
 
 /// How long it may take to fill or read back all of it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -183,7 +183,15 @@ impl Subject for CuMemcpy {
 pub(super) fn facts(ordinal: u32) -> Result<Vec<String>> {
     let module = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
     let pci = |address: &str| Pci::read(std::path::Path::new("/"), address);
-    told(&cuda_probe()?, ordinal, &module, pci)
+    let report = cuda_probe()?;
+    let mut lines = told(&report, ordinal, &module, pci)?;
+    let address = report
+        .devices
+        .iter()
+        .find(|one| one.ordinal == ordinal)
+        .map_or("", |one| one.pci.as_str());
+    lines.push(Gpus::line(&Gpus::read(), address));
+    Ok(lines)
 }
 
 fn told(
