@@ -6,6 +6,12 @@
     reason = "what tests share fails like a test"
 )]
 
+#[path = "support/apart.rs"]
+mod apart;
+#[path = "support/child.rs"]
+mod child;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use kvfabric_transfer::backend::conformance::{
@@ -105,6 +111,91 @@ fn tcp_over_tls_conforms() {
         };
         check(&pair("tcp", build), 0);
     }
+}
+
+/// An agent that reaches others over this backend alone.
+fn over(backend: &str, name: &str, own: IpAddr) -> AgentBuilder {
+    // In an emulated machine that is busy otherwise, a connection or a region takes seconds.
+    let builder = alone(name).connect_within(Duration::from_secs(30));
+    match backend {
+        "shm" => builder.shm(true),
+        "cma" => builder.cma(true),
+        "tcp" => builder.tcp(Some(SocketAddr::new(own, 0))),
+        "ucx" => builder.ucx(Some(UcxOptions::default())),
+        "verbs" => builder.verbs(Some(VerbsOptions::default())),
+        other => panic!("no backend {other:?}"),
+    }
+}
+
+/// The other side, for processes of this machine (its role is `here`) and of others (the address to listen at).
+#[test]
+fn body_of_the_other_side() {
+    let Ok(role) = std::env::var(child::ROLE) else {
+        return;
+    };
+    let address = match role.as_str() {
+        "here" => "127.0.0.1:0",
+        address => address,
+    };
+    let listener = TcpListener::bind(address).expect("listen");
+    let own = listener.local_addr().expect("address");
+    println!("LISTENS {own}");
+    apart::serve(&listener, |backend| {
+        let built = over(backend, "conformance-b", own.ip()).build();
+        built.expect("agent")
+    });
+}
+
+/// Two processes of this machine.
+fn between_processes(backend: &'static str) {
+    let mut other = child::Again::start("body_of_the_other_side", "here");
+    let address = other.expect("LISTENS ");
+    let own = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let agent = over(backend, "conformance-a", own).build().expect("agent");
+    check(&apart::Apart::connect(backend, agent, &address), 0);
+}
+
+#[test]
+fn shm_between_processes_conforms() {
+    between_processes("shm");
+}
+
+#[test]
+fn cma_between_processes_conforms() {
+    between_processes("cma");
+}
+
+#[test]
+fn tcp_between_processes_conforms() {
+    between_processes("tcp");
+}
+
+#[test]
+fn ucx_between_processes_conforms() {
+    between_processes("ucx");
+}
+
+/// Two machines, of which the other one runs [`body_of_the_other_side`]; `make test-rdma` has them.
+fn between_machines(backend: &'static str) {
+    let found = |name: &str| std::env::var(name).ok();
+    let (Some(other), Some(own)) = (found("KVFABRIC_OTHER_SIDE"), found("KVFABRIC_OWN_ADDRESS"))
+    else {
+        eprintln!("SKIPPED: {backend} between two machines needs another machine");
+        return;
+    };
+    let own = own.parse().expect("an address");
+    let agent = over(backend, "conformance-a", own).build().expect("agent");
+    check(&apart::Apart::connect(backend, agent, &other), 0);
+}
+
+#[test]
+fn ucx_between_machines_conforms() {
+    between_machines("ucx");
+}
+
+#[test]
+fn verbs_between_machines_conforms() {
+    between_machines("verbs");
 }
 
 /// Over UCX. What it needs to connect depends on its transports: with queue pairs, in an emulated machine, seconds.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use kvcache_core::shape::reshard::PageOrder;
 use kvcache_core::{ErrorKind, Result};
-use kvfabric_transfer::backend::conformance::{Fixture, Place, run};
+use kvfabric_transfer::backend::conformance::{Fixture, Place, Receiver, run};
 use kvfabric_transfer::convert::{Grid, PageHeads, bf16s_of_e4m3, e4m3s_of_bf16};
 use kvfabric_transfer::{
     Agent, CudaKernels, CudaOptions, DeviceMemory, FileOptions, Fragments, HostMemory, MemoryKind,
@@ -69,13 +69,13 @@ impl Fixture for OnDevice {
         &self.0
     }
 
-    fn peer(&self) -> Option<&Agent> {
+    fn peer(&self) -> Option<&dyn Receiver> {
         None
     }
 
     fn place(&self, bytes: u64) -> Result<Place> {
         Ok(Place {
-            owner: self.0.register_device(DeviceMemory::allocate(0, bytes)?)?,
+            owner: Box::new(self.0.register_device(DeviceMemory::allocate(0, bytes)?)?),
             peer: None,
         })
     }

@@ -243,20 +243,13 @@ pub(super) fn notification(bench: &Bench<'_>) -> Result<Verdict> {
         };
         let request = bench.request(Write, (&memory, range), (&place, range), options)?;
         request.post()?;
-        let mut got = peer.notifications();
-        while got.is_empty() {
-            got = peer.wait_notifications(PATIENCE);
-            if got.is_empty() {
-                return Err(broken(format!("notification {seed} did not come")));
-            }
+        let told = peer.take(PATIENCE)?;
+        if told.is_empty() {
+            return Err(broken(format!("notification {seed} did not come")));
         }
         // The data must be complete the moment the notification can be seen, whatever the initiator knows.
-        expect(&place.owner, 0, &bytes).map_err(|error| error.at(format!("write {seed}")))?;
+        expect(&*place.owner, 0, &bytes).map_err(|error| error.at(format!("write {seed}")))?;
         bench.finish(&request)?;
-        let told = got
-            .iter()
-            .map(|notification| notification.bytes.clone())
-            .collect::<Vec<_>>();
         if told != [text] {
             return Err(broken(format!(
                 "{} notifications instead of write {seed}",

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvcache_core::Result;
 
-use super::{Fixture, Place};
+use super::{Fixture, Place, Receiver};
 use crate::agent::Agent;
 use crate::backend::file::FileOptions;
 use crate::region::RegionOptions;
@@ -50,7 +50,7 @@ impl Fixture for PeerFixture {
         &self.agent
     }
 
-    fn peer(&self) -> Option<&Agent> {
+    fn peer(&self) -> Option<&dyn Receiver> {
         Some(&self.peer)
     }
 
@@ -67,7 +67,7 @@ impl Fixture for PeerFixture {
         let owner = self.peer.register(memory, options)?;
         let peer = self.agent.load_peer(&self.peer.metadata())?;
         Ok(Place {
-            owner,
+            owner: Box::new(owner),
             peer: Some(peer),
         })
     }
@@ -103,7 +103,7 @@ impl Fixture for FileFixture {
         &self.agent
     }
 
-    fn peer(&self) -> Option<&Agent> {
+    fn peer(&self) -> Option<&dyn Receiver> {
         None
     }
 
@@ -116,7 +116,7 @@ impl Fixture for FileFixture {
             ..self.options.clone()
         };
         Ok(Place {
-            owner: self.agent.open_file(path, &options)?,
+            owner: Box::new(self.agent.open_file(path, &options)?),
             peer: None,
         })
     }
@@ -150,7 +150,7 @@ impl Fixture for ObjectFixture {
         &self.agent
     }
 
-    fn peer(&self) -> Option<&Agent> {
+    fn peer(&self) -> Option<&dyn Receiver> {
         None
     }
 
@@ -159,7 +159,10 @@ impl Fixture for ObjectFixture {
         let owner = self
             .agent
             .object(&self.store, &format!("conformance/place-{number}"))?;
-        Ok(Place { owner, peer: None })
+        Ok(Place {
+            owner: Box::new(owner),
+            peer: None,
+        })
     }
 
     fn writes_whole(&self) -> bool {

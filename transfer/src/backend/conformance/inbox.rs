@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvcache_core::{ErrorKind, Result};
 
-use super::{Bench, PATIENCE, Place, Verdict, broken, expect, pattern};
+use super::{Bench, PATIENCE, Place, Receiver, Verdict, broken, expect, pattern};
 use crate::agent::{Agent, INBOX_BYTES_MAX, PeerHandle};
 use crate::backend::Operation::{Read, Write};
 use crate::outcome::Status;
@@ -32,7 +32,7 @@ pub(super) fn full(bench: &Bench<'_>) -> Result<Verdict> {
     let Some(handle) = place.peer.clone() else {
         return Err(broken("a peer without a handle"));
     };
-    let before = peer.stats();
+    let (held_back, refused) = peer.turned_away()?;
     fill(bench.agent(), &handle)?;
     let mut waiting = Vec::new();
     for number in 0..SMALL + LARGE {
@@ -67,8 +67,8 @@ pub(super) fn full(bench: &Bench<'_>) -> Result<Verdict> {
         }
     }
     data_goes_on(bench)?;
-    let taken = peer.notifications();
-    if taken.iter().map(|one| one.bytes.len()).sum::<usize>() != INBOX_BYTES_MAX {
+    let taken = peer.take(Duration::ZERO)?;
+    if taken.iter().map(Bytes::len).sum::<usize>() != INBOX_BYTES_MAX {
         return Err(broken(
             "the inbox held something else than it was filled with",
         ));
@@ -80,11 +80,11 @@ pub(super) fn full(bench: &Bench<'_>) -> Result<Verdict> {
     let marker = bench.agent().notify(&handle, numbered(last + 1, 8))?;
     take_all(peer, last, [last + 1].into())?;
     bench.finish(&marker)?;
-    let after = peer.stats();
-    if after.notifications_held_back == before.notifications_held_back {
+    let after = peer.turned_away()?;
+    if after.0 == held_back {
         return Err(broken("nothing that waited for room is counted"));
     }
-    if after.notifications_refused != before.notifications_refused {
+    if after.1 != refused {
         return Err(broken("notifications were refused"));
     }
     Ok(Verdict::Held)
@@ -146,10 +146,10 @@ fn expect_failure(request: &Request, kind: ErrorKind) -> Result<()> {
 }
 
 /// Takes notifications until these have come, each once; those before `last` that were given up may come too.
-fn take_all(peer: &Agent, last: u64, mut numbers: BTreeSet<u64>) -> Result<()> {
+fn take_all(peer: &dyn Receiver, last: u64, mut numbers: BTreeSet<u64>) -> Result<()> {
     let mut seen = BTreeSet::new();
     while !numbers.is_empty() {
-        let taken = peer.wait_notifications(PATIENCE);
+        let taken = peer.take(PATIENCE)?;
         if taken.is_empty() {
             return Err(broken(format!(
                 "{} notifications do not come",
@@ -157,11 +157,7 @@ fn take_all(peer: &Agent, last: u64, mut numbers: BTreeSet<u64>) -> Result<()> {
             )));
         }
         for one in taken {
-            let number = one
-                .bytes
-                .first_chunk::<8>()
-                .copied()
-                .map(u64::from_le_bytes);
+            let number = one.first_chunk::<8>().copied().map(u64::from_le_bytes);
             let number = number.filter(|number| seen.insert(*number));
             match number {
                 Some(number) if numbers.remove(&number) || number <= last => {}

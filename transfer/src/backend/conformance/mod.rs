@@ -11,12 +11,13 @@ mod inbox;
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::{Agent, PeerHandle};
 use crate::backend::Operation;
 use crate::descriptor::{Descriptor, PreparedList, Side};
-use crate::region::{Region, RegionOptions};
+use crate::region::{MemoryKind, Region, RegionId, RegionOptions};
 use crate::request::{Request, RequestOptions};
 use crate::sys::memory::HostMemory;
 
@@ -25,10 +26,66 @@ pub use fixture::{FileFixture, ObjectFixture, PeerFixture};
 /// The longest that the suite waits for any one thing: far beyond what a loaded machine needs.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A place as its owner sees it, who may be another process; kept for as long as the place is used.
+pub trait Owned {
+    /// Its name in descriptors.
+    fn id(&self) -> RegionId;
+
+    /// What kind of place it is.
+    fn kind(&self) -> MemoryKind;
+
+    /// What it holds from `offset` on.
+    ///
+    /// # Errors
+    /// As [`Region::read_at`], and whatever keeps the owner from telling.
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()>;
+}
+
+impl Owned for Region {
+    fn id(&self) -> RegionId {
+        Region::id(self)
+    }
+
+    fn kind(&self) -> MemoryKind {
+        Region::kind(self)
+    }
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        Region::read_at(self, offset, bytes)
+    }
+}
+
+/// Who gets notifications, and may be another process.
+pub trait Receiver {
+    /// Those that have come, as they were sent; waits at most `timeout` for the first.
+    ///
+    /// # Errors
+    /// Whatever keeps the receiver from telling.
+    fn take(&self, timeout: Duration) -> Result<Vec<Bytes>>;
+
+    /// How many notifications had to wait for room so far, and how many were refused.
+    ///
+    /// # Errors
+    /// As [`Receiver::take`].
+    fn turned_away(&self) -> Result<(u64, u64)>;
+}
+
+impl Receiver for Agent {
+    fn take(&self, timeout: Duration) -> Result<Vec<Bytes>> {
+        let taken = self.wait_notifications(timeout).into_iter();
+        Ok(taken.map(|notification| notification.bytes).collect())
+    }
+
+    fn turned_away(&self) -> Result<(u64, u64)> {
+        let stats = self.stats();
+        Ok((stats.notifications_held_back, stats.notifications_refused))
+    }
+}
+
 /// A remote place of some bytes that a fixture made.
 pub struct Place {
-    /// The place as its owner sees it; kept for as long as it is used.
-    pub owner: Region,
+    /// The place as its owner sees it.
+    pub owner: Box<dyn Owned>,
     /// Through whom it is reached; none when it is the agent's own.
     pub peer: Option<PeerHandle>,
 }
@@ -42,7 +99,7 @@ pub trait Fixture {
     fn agent(&self) -> &Agent;
 
     /// Who gets notifications; none where the backend carries none.
-    fn peer(&self) -> Option<&Agent>;
+    fn peer(&self) -> Option<&dyn Receiver>;
 
     /// A new remote place of `bytes`.
     ///
@@ -155,7 +212,7 @@ impl Bench<'_> {
     fn list(&self, place: &Place, ranges: &[(u64, u64)]) -> Result<PreparedList> {
         let side = place.peer.as_ref().map_or(Side::Local, Side::Peer);
         self.agent()
-            .prepare(side, &descriptors(&place.owner, ranges))
+            .prepare(side, &descriptors(place.owner.id(), ranges))
     }
 
     fn request(
@@ -167,7 +224,7 @@ impl Bench<'_> {
     ) -> Result<Request> {
         let locals = self
             .agent()
-            .prepare(Side::Local, &descriptors(local.0, local.1))?;
+            .prepare(Side::Local, &descriptors(local.0.id(), local.1))?;
         let remotes = self.list(remote.0, remote.1)?;
         self.agent().request(operation, &locals, &remotes, options)
     }
@@ -204,11 +261,13 @@ impl Bench<'_> {
     }
 }
 
-fn descriptors(region: &Region, ranges: &[(u64, u64)]) -> Vec<Descriptor> {
-    ranges
-        .iter()
-        .map(|(offset, len)| region.descriptor(*offset, *len))
-        .collect()
+fn descriptors(region: RegionId, ranges: &[(u64, u64)]) -> Vec<Descriptor> {
+    let descriptor = |(offset, len): &(u64, u64)| Descriptor {
+        region,
+        offset: *offset,
+        len: *len,
+    };
+    ranges.iter().map(descriptor).collect()
 }
 
 /// Bytes that tell their position and their seed.
@@ -225,8 +284,8 @@ fn pattern(seed: u64, len: u64) -> Vec<u8> {
     bytes
 }
 
-/// Compares a range of host memory with what it should hold.
-fn expect(region: &Region, offset: u64, expected: &[u8]) -> Result<()> {
+/// Compares a range of a place with what it should hold.
+fn expect(region: &dyn Owned, offset: u64, expected: &[u8]) -> Result<()> {
     let mut found = vec![0; expected.len()];
     region.read_at(offset, &mut found)?;
     match found

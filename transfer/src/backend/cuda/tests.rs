@@ -7,7 +7,7 @@ use kvcache_core::ErrorKind;
 use super::CudaOptions;
 use crate::agent::Agent;
 use crate::backend::Operation::{self, Read, Write};
-use crate::backend::conformance::{self, Fixture, Place};
+use crate::backend::conformance::{self, Fixture, Place, Receiver};
 use crate::descriptor::{Descriptor, Side};
 use crate::region::{MemoryKind, Region, RegionOptions};
 use crate::request::{Priority, Request, RequestOptions};
@@ -131,14 +131,14 @@ impl Fixture for Bed {
         &self.agent
     }
 
-    fn peer(&self) -> Option<&Agent> {
+    fn peer(&self) -> Option<&dyn Receiver> {
         None
     }
 
     fn place(&self, bytes: u64) -> kvcache_core::Result<Place> {
         let memory = DeviceMemory::allocate_on(&self.cuda, 0, bytes)?;
         Ok(Place {
-            owner: self.agent.register_device(memory)?,
+            owner: Box::new(self.agent.register_device(memory)?),
             peer: None,
         })
     }
