@@ -125,10 +125,7 @@ impl Drop for Running {
 /// # Errors
 /// `Invalid` naming the setting; `Io` naming the address when it is in use.
 pub async fn serve(config: ServerConfig) -> Result<Running> {
-    config.check()?;
-    if let Some(path) = &config.snapshot_path {
-        check_replaceable(path).map_err(|error| error.at("snapshot_path"))?;
-    }
+    check(&config)?;
     let tokenizers = Arc::new(Tokenizers::load(&config.tokenizers)?);
     let (grpc, grpc_address) = bind("grpc_listen", config.grpc_listen).await?;
     let metrics = match config.metrics_listen {
@@ -194,6 +191,15 @@ pub async fn serve(config: ServerConfig) -> Result<Running> {
         stopping,
         tasks,
     })
+}
+
+/// What the settings say, and what they name.
+fn check(config: &ServerConfig) -> Result<()> {
+    config.check()?;
+    match &config.snapshot_path {
+        Some(path) => check_replaceable(path).map_err(|error| error.at("snapshot_path")),
+        None => Ok(()),
+    }
 }
 
 /// Binds the endpoints that engines connect to.
