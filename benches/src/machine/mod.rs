@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub(crate) use link::Link;
-pub(crate) use nvml::{Gpu, Gpus, NvLink, Pair};
+pub(crate) use nvml::{Gpu, Gpus};
+#[cfg(test)]
+pub(crate) use nvml::{NvLink, Pair};
 pub(crate) use pci::{Pci, Turning, turning};
 
 /// PCI class of a GPU without outputs, and of one with them.
