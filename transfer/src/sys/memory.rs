@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+mod first_touch;
+
 pub use super::host::HostMemory;
 pub(crate) use super::host::SIZE_SEALS;
 

@@ -13,12 +13,9 @@ pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 /// What is taken of a buffer at a time, so that copies begin where the bus likes it.
 const STEP_BYTES: u64 = 64;
 
-/// Memory for all buffers of a device. Its pages are taken before the driver asks for them one by one.
+/// Memory for all buffers of a device.
 pub(super) fn memory(gpu: &Arc<Gpu>, bytes: u64) -> Result<Arc<Pinned>> {
     let memory = HostMemory::anonymous(bytes)?;
-    if let Err(error) = memory.mapping().populate(0, bytes) {
-        tracing::debug!(%error, "pages of staging buffers are taken one by one");
-    }
     Ok(Arc::new(Pinned::own(gpu, memory)?))
 }
 

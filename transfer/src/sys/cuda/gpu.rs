@@ -66,6 +66,13 @@ impl Gpu {
         Ok(entered)
     }
 
+    /// The memory node that the device is attached to; none where the system does not tell.
+    pub(super) fn node(&self) -> Option<u32> {
+        let address = self.calls.device_pci(self.device).ok()?;
+        let path = format!("/sys/bus/pci/devices/{address}/numa_node");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
+
     /// A fact about the device.
     pub(super) fn attribute(&self, attribute: Attribute) -> Answer<i32> {
         self.calls.attribute(self.device, attribute)

@@ -59,6 +59,7 @@ impl Pinned {
             is_awaited: AtomicBool::new(false),
         };
         let (memory, bytes) = (pinned.memory()?, pinned.memory()?.bytes());
+        provide(memory.mapping(), gpu.node());
         let registered = gpu.enter().and_then(|_entered| {
             // SAFETY: the memory is the owner's, which this keeps: mapped, readable and writable. Memory that is lent to a
             // region is so until that is deregistered, and it waits for this (`await_end`). Unregistered by `drop`.
@@ -181,5 +182,20 @@ impl Drop for Pinned {
                 std::mem::forget(std::mem::replace(&mut self.owner, Owner::Given));
             }
         }
+    }
+}
+
+/// Takes the pages of memory before the driver does, which has the kernel zero one after the other: by several threads, near the
+/// device. Memory of others is as they made it, and what is not possible is left to the driver.
+fn provide(memory: &Mapping, node: Option<u32>) {
+    if memory.is_lent() {
+        return;
+    }
+    let bytes = memory.len();
+    if let Some(Err(error)) = node.map(|node| memory.prefer_node(node)) {
+        tracing::debug!(%error, bytes, "memory that is pinned is not placed near the device");
+    }
+    if let Err(error) = memory.populate_all() {
+        tracing::debug!(%error, bytes, "pages that are pinned are taken one by one");
     }
 }

@@ -39,6 +39,28 @@ fn a_region_is_pinned_once_for_all_its_requests() {
     bed.end();
 }
 
+/// The driver finds all pages there, and does not have the kernel make one after the other.
+#[test]
+fn pages_are_there_before_they_are_pinned() {
+    let bed = Bed::new();
+    let bytes = 96 << 20;
+    let memory = HostMemory::anonymous(bytes).unwrap();
+    let host = bed.agent.register(memory, RegionOptions::default());
+    let host = host.unwrap();
+    let resident = || host.core().mapping().unwrap().resident_bytes();
+    assert_eq!(resident(), 0);
+    let (device, address) = bed.device(4096);
+    bed.moved(
+        Read,
+        &[(host.descriptor(0, 4096), device.descriptor(0, 4096))],
+    );
+    assert_eq!(resident(), bytes);
+    drop(device);
+    bed.fake.engine_frees(address);
+    drop(host);
+    bed.end();
+}
+
 /// It goes through buffers, once for all: the driver is not asked again with each request.
 #[test]
 fn memory_that_cannot_be_pinned_goes_through_buffers() {
