@@ -8,7 +8,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::calls::Handle;
 use super::gather::UsedList;
 use super::gpu::Gpu;
-use super::kernels::{Kernel, Kernels, Lists, Upload, argument};
+use super::kernels::{Kernel, Kernels, Lists, RawGrid, Upload, argument};
 use super::stream::{At, Flight, Place, Stream, Unsent};
 use crate::convert::{GRID_ALIGNMENT, Grid};
 
@@ -28,17 +28,6 @@ const SLOT_BYTES: u64 = (SUMS_MAX * (RANGE_WORDS + 1) * 8) as u64;
 /// Which slot of the lists is what.
 const TABLE: u64 = 0;
 const LIST: u64 = 1;
-
-/// `struct grid` of `kernels.cu`.
-#[repr(C)]
-struct RawGrid {
-    target: u64,
-    source: u64,
-    target_steps: [u64; 3],
-    source_steps: [u64; 3],
-    counts: [u32; 3],
-    bytes: u32,
-}
 
 /// Groups of numbers on a device: where they are, or go.
 #[derive(Clone, Copy)]
@@ -147,14 +136,7 @@ impl Desk {
         let (target, source) = checked
             .and_then(|()| Ok((side(target)?, side(source)?)))
             .map_err(Unsent::Refused)?;
-        let mut raw = RawGrid {
-            target: target + grid.target_offset,
-            source: source + grid.source_offset,
-            target_steps: grid.target_steps,
-            source_steps: grid.source_steps,
-            counts: grid.counts,
-            bytes: grid.bytes,
-        };
+        let mut raw = RawGrid::of(grid, target, source);
         let (threads, mut arguments) = (grid.moved_bytes() / GRID_ALIGNMENT, [argument(&mut raw)]);
         // SAFETY: the kernel takes a grid; `check` has it within both ranges, and `address` those within their places.
         unsafe { self.launch(places, Kernel::Rearrange, threads, &mut arguments, None) }

@@ -2,24 +2,13 @@
 
 use std::ffi::c_void;
 
+use super::super::kernels::RawGrid;
 use super::State;
 use super::work::Copy;
 use crate::convert::{bf16s_of_e4m3, e4m3s_of_bf16};
 
 /// What a kernel's table of remainders holds here.
 const TABLE: [u8; 4096] = [0x7b; 4096];
-
-/// `struct grid`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct RawGrid {
-    target: u64,
-    source: u64,
-    target_steps: [u64; 3],
-    source_steps: [u64; 3],
-    counts: [u32; 3],
-    bytes: u32,
-}
 
 /// A kernel with its arguments, in the order of `kernels.cu`.
 pub(super) enum Launch {

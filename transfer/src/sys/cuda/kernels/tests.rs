@@ -7,6 +7,7 @@ use kvcache_core::shape::TokensPerBlock;
 use kvcache_core::shape::reshard::{BlockForm, PageOrder, Piece, Reshard};
 use proptest::prelude::*;
 
+use super::grid::RawGrid;
 use super::host::launch;
 use crate::convert::{Grid, PageHeads, bf16s_of_e4m3, e4m3s_of_bf16, of_bf16};
 
@@ -14,17 +15,6 @@ use crate::convert::{Grid, PageHeads, bf16s_of_e4m3, e4m3s_of_bf16, of_bf16};
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RawPiece([u64; 3]);
-
-/// `struct grid`.
-#[repr(C)]
-struct RawGrid {
-    target: u64,
-    source: u64,
-    target_steps: [u64; 3],
-    source_steps: [u64; 3],
-    counts: [u32; 3],
-    bytes: u32,
-}
 
 /// `struct crc_range`.
 #[repr(C)]
@@ -82,14 +72,7 @@ fn copy(pieces: &[RawPiece], blocks: u32) {
 }
 
 fn rearrange(target: &mut Aligned, source: &mut Aligned, grid: &Grid) {
-    let mut raw = RawGrid {
-        target: target.address() + grid.target_offset,
-        source: source.address() + grid.source_offset,
-        target_steps: grid.target_steps,
-        source_steps: grid.source_steps,
-        counts: grid.counts,
-        bytes: grid.bytes,
-    };
+    let mut raw = RawGrid::of(grid, target.address(), source.address());
     // SAFETY: the grid, which the caller has checked against both sides.
     unsafe { launch("kvf_rearrange", 2, 96, &mut [argument(&mut raw)]) };
 }
