@@ -52,6 +52,8 @@ pub use request::{
 pub use stats::{AgentStats, BackendStats, PortStats};
 #[cfg(feature = "test-util")]
 pub use sys::cuda::CudaStandIn;
-pub use sys::cuda::{CudaCopies, CudaDevice, CudaReport, CudaSide, DeviceMemory, cuda_probe};
+pub use sys::cuda::{
+    CudaCopies, CudaDevice, CudaPoint, CudaReport, CudaSide, CudaStream, DeviceMemory, cuda_probe,
+};
 pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

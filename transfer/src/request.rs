@@ -10,7 +10,7 @@ use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use crate::agent::{AgentCore, PeerCore};
-use crate::backend::Backend;
+use crate::backend::{Backend, Point};
 use crate::estimate::Estimate;
 use crate::outcome::{Completion, MemoryFate, Status, Telemetry, TransferError};
 use crate::plan::Plan;
@@ -20,6 +20,7 @@ mod check;
 mod connecting;
 mod core;
 mod later;
+mod order;
 mod piece;
 mod rate;
 mod slow;
@@ -133,7 +134,7 @@ impl Request {
     pub fn post(&self) -> Result<()> {
         self.agent.check()?;
         match &self.route {
-            Route::Own(backend) => self.post_to(backend, 0),
+            Route::Own(backend) => self.post_to(backend, 0, None),
             Route::Peer(peer) => self.post_to_peer(peer),
         }
     }
@@ -143,7 +144,7 @@ impl Request {
         let mut tries = 0;
         while let Some(channel) = peer.connected(agent, plan) {
             let backend: Arc<dyn Backend> = channel;
-            let Err(error) = self.post_to(&backend, peer.closings()) else {
+            let Err(error) = self.post_to(&backend, peer.closings(), None) else {
                 return Ok(());
             };
             tries += 1;
@@ -152,9 +153,14 @@ impl Request {
         self.post_unconnected(peer)
     }
 
-    fn post_to(&self, backend: &Arc<dyn Backend>, closings: u64) -> Result<()> {
+    fn post_to(
+        &self,
+        backend: &Arc<dyn Backend>,
+        closings: u64,
+        after: Option<Point>,
+    ) -> Result<()> {
         let way = Some((backend, self.counters(backend.name())));
-        let number = self.start(way, closings)?;
+        let number = self.start(way, closings, after)?;
         if let Err(error) = self.core.post_pieces(number) {
             self.core.withdraw();
             return Err(error);
@@ -166,7 +172,7 @@ impl Request {
     /// Has the request posted as soon as there is a connection.
     fn post_unconnected(&self, peer: &Arc<PeerCore>) -> Result<()> {
         let closings = peer.closings();
-        let number = self.start(None, closings)?;
+        let number = self.start(None, closings, None)?;
         peer.enter_queue();
         let posted_at = Instant::now();
         let due = Due::Unconnected(Unconnected {
@@ -190,6 +196,7 @@ impl Request {
         &self,
         way: Option<(&Arc<dyn Backend>, Arc<Counters>)>,
         closings: u64,
+        after: Option<Point>,
     ) -> Result<PostNumber> {
         self.core.plan.enter()?;
         let started = self.core.start(Start {
@@ -197,6 +204,7 @@ impl Request {
             deadline: self.deadline,
             notice: self.notification.clone(),
             closings,
+            after,
         });
         if started.is_err() {
             self.core.plan.leave();

@@ -107,6 +107,10 @@ pub(crate) mod backend {
 
     pub(crate) use crate::job::{Job, Refusal, abandoned};
 
+    /// Where a device's stream is: there is none here.
+    #[derive(Clone)]
+    pub(crate) enum Point {}
+
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) enum Operation {
         Read,

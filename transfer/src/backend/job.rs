@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
+use crate::backend::Point;
 use crate::plan::Plan;
 use crate::request::{Priority, Ticket};
 
@@ -79,6 +80,21 @@ impl Job {
         match &self.holder {
             Holder::Request(ticket) => ticket.priority(),
             Holder::Leg(leg) => leg.priority(),
+        }
+    }
+
+    /// Where a device's stream has to be before it begins.
+    pub(crate) fn after(&self) -> Option<Point> {
+        match &self.holder {
+            Holder::Request(ticket) => ticket.after(),
+            Holder::Leg(_) => None,
+        }
+    }
+
+    /// All of it is queued on a device, which will have done it at this point.
+    pub(crate) fn queued(&self, point: Point) {
+        if let Holder::Request(ticket) = &self.holder {
+            ticket.queued(point);
         }
     }
 

@@ -34,6 +34,8 @@ pub mod ucx;
 pub(crate) mod unix;
 pub mod verbs;
 
+/// Where a device's stream was at some time, or will be.
+pub(crate) use crate::sys::cuda::CudaPoint as Point;
 pub(crate) use job::{Job, Refusal, abandoned};
 
 /// Which way bytes go, seen from the one who asks.
@@ -143,6 +145,11 @@ pub(crate) trait Backend: Send + Sync {
     /// connection where they cannot be settled otherwise.
     fn give_way(&self) {
         self.reap();
+    }
+
+    /// Whether devices move its bytes, whose streams can wait for those of an engine, and the other way round.
+    fn has_streams(&self) -> bool {
+        false
     }
 
     /// Lends the calling thread to the backend until `done` or `until`, if it can be used to make progress sooner

@@ -303,7 +303,7 @@ impl RequestCore {
             state.moved_at = Instant::now();
         }
         match outcome {
-            Ok(()) => state.left[self.pieces[piece as usize].part as usize] -= 1,
+            Ok(()) => state.put_in_place(piece, self.pieces[piece as usize].part),
             Err(error) => {
                 let failed = TransferError::new(error, MemoryFate::InFlight);
                 state.failure.get_or_insert(failed);
@@ -423,6 +423,7 @@ impl RequestCore {
         // Dropped without the lock: the last user of a connection ends it.
         let backends = std::mem::take(&mut state.backends);
         let left = std::mem::take(&mut state.leaving);
+        let points = (state.after.take(), std::mem::take(&mut state.queued));
         match (&state.status, failure) {
             (Status::InFlight, None) => {
                 let elapsed = state.started.elapsed();
@@ -463,7 +464,7 @@ impl RequestCore {
             (Status::Idle | Status::Done(_), _) => {}
         }
         self.wake(state);
-        drop((backends, left));
+        drop((backends, left, points));
     }
 
     /// The post is refused: nothing was started.

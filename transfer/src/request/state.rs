@@ -1,5 +1,6 @@
 //! Where a request stands, and those who wait for that to change.
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
 use std::task::{Context, Waker};
@@ -12,7 +13,7 @@ use super::core::RequestCore;
 use super::piece;
 use super::rate::{Bucket, Priority};
 use crate::agent::{AgentCore, PeerCore, TimerKey};
-use crate::backend::Backend;
+use crate::backend::{Backend, Point};
 use crate::outcome::{Completion, MemoryFate, Status, TransferError};
 use crate::plan::Plan;
 use crate::reactor::Reactor;
@@ -74,6 +75,10 @@ pub(super) struct State {
     pub(super) moved_at: Instant,
     /// The last way that was left, and why.
     pub(super) came_from: Option<(&'static str, ErrorKind)>,
+    /// Where a device's stream has to be before anything of it begins.
+    pub(super) after: Option<Point>,
+    /// Pieces that a device has been given all of: when it will have done them, none once it has.
+    pub(super) queued: BTreeMap<u32, Option<Point>>,
 }
 
 impl State {
@@ -104,11 +109,21 @@ impl State {
             seen: None,
             moved_at: now,
             came_from: None,
+            after: None,
+            queued: BTreeMap::new(),
         }
     }
 
     pub(super) fn is_drained(&self) -> bool {
         !self.posted
+    }
+
+    /// A piece is in place.
+    pub(super) fn put_in_place(&mut self, piece: u32, part: u32) {
+        self.left[part as usize] -= 1;
+        if let Some(point) = self.queued.get_mut(&piece) {
+            *point = None;
+        }
     }
 
     /// Whether a part is in place, as of the last post; none while that is open.
@@ -141,6 +156,7 @@ pub(super) struct Start<'a> {
     pub(super) deadline: Duration,
     pub(super) notice: Option<Bytes>,
     pub(super) closings: u64,
+    pub(super) after: Option<Point>,
 }
 
 impl RequestCore {
@@ -201,6 +217,8 @@ impl RequestCore {
         state.notice = start.notice;
         state.failovers = 0;
         state.closings = start.closings;
+        state.after = start.after;
+        state.queued.clear();
         (state.seen, state.moved_at, state.came_from) = (None, now, None);
         self.abandoned.store(false, Ordering::Release);
         self.told.store(false, Ordering::Release);
@@ -287,6 +305,53 @@ impl RequestCore {
                 Taken::Result(Err(TransferError::new(error, MemoryFate::Settled)))
             }
         }
+    }
+
+    /// All of a piece is queued on a device.
+    pub(super) fn queued(&self, piece: u32, point: Point) {
+        let mut state = self.lock();
+        state.queued.insert(piece, Some(point));
+        // It is nothing that a completion's waiters look for.
+        let sleepers = state.sleepers;
+        drop(state);
+        if sleepers > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// When the device will have copied a part, or all; none until that can be told.
+    pub(super) fn points(
+        &self,
+        state: &State,
+        part: Option<usize>,
+    ) -> Option<Result<Vec<Point>, TransferError>> {
+        let parts = match part {
+            None => 0..state.left.len(),
+            Some(part) => part..part + 1,
+        };
+        // What is in place, is not posted, is not there or has failed.
+        let mut open = Vec::new();
+        for part in parts {
+            match state.part(part) {
+                Some(Ok(())) => {}
+                Some(Err(failed)) => return Some(Err(failed)),
+                None => open.push(part as u32),
+            }
+        }
+        if matches!(state.status, Status::InFlight)
+            && let Some(failure) = &state.failure
+            && !open.is_empty()
+        {
+            return Some(Err(failure.clone()));
+        }
+        let pieces = self.pieces.iter().zip(0_u32..);
+        let mut points = Vec::with_capacity(open.len());
+        for (piece, number) in pieces {
+            if open.binary_search(&piece.part).is_ok() {
+                points.extend(state.queued.get(&number)?.clone());
+            }
+        }
+        Some(Ok(points))
     }
 
     pub(super) fn parts(&self) -> usize {

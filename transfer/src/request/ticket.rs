@@ -6,7 +6,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::core::{RequestCore, TRIES_MAX};
 use super::rate::Priority;
-use crate::backend::Backend;
+use crate::backend::{Backend, Point};
 use crate::plan::Plan;
 use crate::sync::Ordering;
 
@@ -60,6 +60,17 @@ impl Ticket {
 
     pub(crate) fn is_abandoned(&self) -> bool {
         self.core.is_abandoned() || self.is_left()
+    }
+
+    pub(crate) fn after(&self) -> Option<Point> {
+        self.core.lock().after.clone()
+    }
+
+    /// All of its piece is queued, and done when a device's stream comes to this point.
+    pub(crate) fn queued(&self, point: Point) {
+        if let Share::Piece { number, .. } = self.share {
+            self.core.queued(number, point);
+        }
     }
 
     /// Whether it is to go on another way.

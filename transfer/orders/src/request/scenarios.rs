@@ -52,6 +52,7 @@ impl Scene {
             deadline: FOR_EVER,
             notice: notice.then(|| Bytes::from_static(b"done")),
             closings: 0,
+            after: None,
         };
         let number = request.start(start).expect("it is idle");
         request.post_pieces(number).expect("it is taken");
@@ -78,6 +79,7 @@ impl Scene {
             deadline: FOR_EVER,
             notice: None,
             closings: 0,
+            after: None,
         };
         let number = request.start(start).expect("it is idle");
         peer.queued.store(1, Ordering::Release);
@@ -345,6 +347,7 @@ pub fn a_request_is_posted_again_when_it_is_over() {
             deadline: FOR_EVER,
             notice: None,
             closings: 0,
+            after: None,
         };
         let number = scene.request.start(start).expect("it is idle");
         scene.request.post_pieces(number).expect("it is taken");

@@ -40,19 +40,32 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const HOST: usize = 0;
 const DEVICE: usize = 1;
 
-/// Has the streams copy small ranges as the options say.
+/// Has the streams copy small ranges as the options say: those that wait for nobody, by which it is measured, and those that wait for
+/// an engine's.
 ///
 /// # Errors
 /// When the kernel is asked for by a size and cannot be had.
-pub(super) fn arm(gpu: &Arc<Gpu>, fragments: Fragments, streams: &mut [Stream; 3]) -> Result<()> {
+pub(super) fn arm(
+    gpu: &Arc<Gpu>,
+    fragments: Fragments,
+    free: &mut [Stream; 3],
+    ordered: &mut [Stream; 3],
+) -> Result<()> {
+    let mut load = || {
+        let kernels = Kernels::load(gpu)?;
+        for stream in free.iter_mut().chain(ordered.iter_mut()) {
+            stream.gather_by(&kernels, FLIGHTS_MAX as u64, COPIES_MAX as u64)?;
+        }
+        Ok(())
+    };
     let limits = match fragments {
         Fragments::Copies => return Ok(()),
         Fragments::Kernel { up_to_bytes } => {
-            load(gpu, streams)?;
+            load()?;
             [u64::from(up_to_bytes); 3]
         }
         Fragments::Measured => {
-            let measured = load(gpu, streams).and_then(|()| measure(gpu, streams));
+            let measured = load().and_then(|()| measure(gpu, free));
             measured.unwrap_or_else(|error| {
                 let device = gpu.ordinal();
                 tracing::warn!(%error, device, "the driver copies small ranges, too");
@@ -68,16 +81,10 @@ pub(super) fn arm(gpu: &Arc<Gpu>, fragments: Fragments, streams: &mut [Stream; 3
         within,
         "ranges of up to so many bytes are copied by a kernel"
     );
-    for (stream, limit) in streams.iter_mut().zip(limits) {
-        stream.gather_up_to(limit);
-    }
-    Ok(())
-}
-
-fn load(gpu: &Arc<Gpu>, streams: &mut [Stream; 3]) -> Result<()> {
-    let kernels = Kernels::load(gpu)?;
-    for stream in streams {
-        stream.gather_by(&kernels, FLIGHTS_MAX as u64, COPIES_MAX as u64)?;
+    for streams in [free, ordered] {
+        for (stream, limit) in streams.iter_mut().zip(limits) {
+            stream.gather_up_to(limit);
+        }
     }
     Ok(())
 }

@@ -97,10 +97,12 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn start(gpu: &Arc<Gpu>, options: &CudaOptions) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let mut streams = [Stream::new(gpu)?, Stream::new(gpu)?, Stream::new(gpu)?];
-        fragments::arm(gpu, options.fragments, &mut streams)?;
-        let has_batch = streams[0].has_batch();
-        let worker = Worker::new(shared.clone(), streams, options);
+        let streams =
+            || -> Result<_> { Ok([Stream::new(gpu)?, Stream::new(gpu)?, Stream::new(gpu)?]) };
+        let (mut free, mut ordered) = (streams()?, streams()?);
+        fragments::arm(gpu, options.fragments, &mut free, &mut ordered)?;
+        let has_batch = free[0].has_batch();
+        let worker = Worker::new(shared.clone(), free, ordered, options);
         let thread = std::thread::Builder::new()
             .name(format!("kvf-cuda-{}", gpu.ordinal()))
             .spawn(move || worker.run())

@@ -1,8 +1,8 @@
 //! Memory of CUDA devices: copies between it and host memory, and within a device.
 //!
-//! A device has one thread of ours and three streams, one for each direction, in its primary context, which engines use, too. Bytes are
-//! copied by the device itself: from and to host memory that is pinned, or through buffers that are. A job is settled when an event
-//! recorded behind its last copy is over, whatever became of it before.
+//! A device has one thread of ours and six streams, in its primary context, which engines use, too: one for each direction, and
+//! one more for what begins after an engine's stream. Bytes are copied by the device itself: from and to host memory that is pinned, or
+//! through buffers that are. A job is settled when an event recorded behind its last copy is over, whatever became of it before.
 
 mod compute;
 mod fragments;
@@ -268,6 +268,10 @@ impl Backend for CudaBackend {
         }
     }
 
+    fn has_streams(&self) -> bool {
+        true
+    }
+
     fn reap(&self) {
         let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         lanes.values().for_each(|lane| lane.reap());
@@ -320,9 +324,10 @@ impl Agent {
     /// [`AgentBuilder::cuda`](crate::AgentBuilder::cuda). The options say what peers may do with it, as for host memory; which
     /// ways reach it is in [`Agent::path_to_region`] of the peer.
     ///
-    /// A request copies between it and host memory of the agent, or within the device. It begins at once: what computes the
-    /// bytes must be done before it is posted, and nothing may use what it writes before it is done. Ranges of one request are
-    /// copied in no order, and what lands where they overlap is unspecified.
+    /// A request copies between it and host memory of the agent, or within the device. It begins at once, unless it is
+    /// posted after a point of a stream ([`Request::post_after`](crate::Request::post_after)): what computes the bytes must be done
+    /// before, and nothing may use what it writes before it is done. Ranges of one request are copied in no order, and what lands where
+    /// they overlap is unspecified.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] for an agent without CUDA, [`ErrorKind::Busy`] when too many regions are registered,

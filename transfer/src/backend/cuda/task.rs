@@ -8,7 +8,7 @@ use super::staging::{Chunk, Chunks};
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
-use crate::sys::cuda::{Batch, Pinned, Place};
+use crate::sys::cuda::{Batch, CudaPoint, Pinned, Place};
 use crate::sys::memory::Mapping;
 
 /// The most copies that are queued together.
@@ -104,11 +104,23 @@ pub(super) struct Task {
     /// Batches in flight.
     pub(super) open: u32,
     pub(super) failure: Option<Error>,
+    /// What it begins after, until its stream was told to wait for that.
+    after: Option<CudaPoint>,
+}
+
+/// Whether a task may be queued.
+pub(super) enum Readiness {
+    Ready,
+    /// When its stream waits for this.
+    After(CudaPoint),
+    /// Not before somebody has asked again: its buffers are filled by the processor.
+    Held,
 }
 
 impl Task {
     pub(super) fn new(job: Job, moves: Moves) -> Self {
         Self {
+            after: job.after(),
             job,
             moves,
             next: 0,
@@ -116,6 +128,30 @@ impl Task {
             open: 0,
             failure: None,
         }
+    }
+
+    /// Whether an engine's stream comes before it.
+    pub(super) fn is_ordered(&self) -> bool {
+        self.after.is_some()
+    }
+
+    /// Whether what it begins after is over, or its stream can wait for that.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(super) fn readiness(&mut self) -> Result<Readiness> {
+        let Some(point) = &self.after else {
+            return Ok(Readiness::Ready);
+        };
+        if self.moves.staging.is_some() && !point.is_over()? {
+            return Ok(Readiness::Held);
+        }
+        Ok(self.after.take().map_or(Readiness::Ready, Readiness::After))
+    }
+
+    /// Whether all of it is queued, and nothing went wrong so far.
+    pub(super) fn is_queued(&self) -> bool {
+        self.failure.is_none() && self.next == self.job.plan().extents.len()
     }
 
     /// Notes that its caller has given it up. Whether nothing of it is to be queued any more.

@@ -19,6 +19,7 @@ mod compute;
 mod ending;
 mod exported;
 mod fragments;
+mod order;
 mod pinning;
 mod refusals;
 

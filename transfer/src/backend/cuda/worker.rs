@@ -9,13 +9,17 @@ use kvcache_core::{Error, ErrorKind};
 use super::lane::Shared;
 use super::options::CudaOptions;
 use super::staging::{Chunk, Chunks};
-use super::task::{Built, Landing, Task, Way};
+use super::task::{Built, Landing, Readiness, Task, Way};
 use crate::request::Priority;
 use crate::sys::cuda::{Flight, Stream, Unsent};
 
 /// Batches that are in flight on a stream, of about so many bytes each: enough to keep a bus busy while the thread sleeps.
 pub(super) const FLIGHTS_MAX: usize = 4;
 const BATCH_BYTES: u64 = 16 << 20;
+
+/// The same of a stream that waits for an engine's, which may take long to let go of the first; no more bytes than of the others.
+const ORDERED_FLIGHTS_MAX: usize = 32;
+const FLYING_BYTES_MAX: u64 = FLIGHTS_MAX as u64 * BATCH_BYTES;
 
 /// Less of what gives way to others, so that they need not wait for much.
 const BACKGROUND_FLIGHTS_MAX: usize = 2;
@@ -33,17 +37,37 @@ struct Sent {
     chunk: Option<Chunk>,
     landings: Vec<Landing>,
     priority: Priority,
+    bytes: u64,
 }
 
 /// One stream, and what waits for it.
 struct Line {
     stream: Stream,
+    flights_max: usize,
+    /// The task whose turn it is waits for an engine's stream, and nothing but the thread sees to that.
+    is_held: bool,
     sent: VecDeque<Sent>,
     normal: VecDeque<u64>,
     background: VecDeque<u64>,
 }
 
 impl Line {
+    fn new(stream: Stream, flights_max: usize) -> Self {
+        Self {
+            stream,
+            flights_max,
+            is_held: false,
+            sent: VecDeque::new(),
+            normal: VecDeque::new(),
+            background: VecDeque::new(),
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let bytes = self.sent.iter().map(|sent| sent.bytes).sum::<u64>();
+        self.sent.len() < self.flights_max && bytes < FLYING_BYTES_MAX
+    }
+
     fn queue(&mut self, priority: Priority) -> &mut VecDeque<u64> {
         match priority {
             Priority::Normal => &mut self.normal,
@@ -51,18 +75,24 @@ impl Line {
         }
     }
 
+    /// Has the stream wait for what a task begins after, or else the thread, which looks again.
+    fn may_begin(&mut self, task: &mut Task) -> kvcache_core::Result<bool> {
+        match task.readiness()? {
+            Readiness::Ready => {}
+            Readiness::After(point) => self.stream.follow(&point)?,
+            Readiness::Held => self.is_held = true,
+        }
+        Ok(!self.is_held)
+    }
+
     /// The task whose turn it is, if there is room for more of it.
     fn next(&self) -> Option<(u64, Priority)> {
         if let Some(&task) = self.normal.front() {
-            let room = self.sent.len() < FLIGHTS_MAX;
-            return room.then_some((task, Priority::Normal));
+            return self.has_room().then_some((task, Priority::Normal));
         }
         let is_background = |sent: &&Sent| sent.priority == Priority::Background;
         let room = self.sent.iter().filter(is_background).count() < BACKGROUND_FLIGHTS_MAX;
-        let task = self
-            .background
-            .front()
-            .filter(|_| room && self.sent.len() < FLIGHTS_MAX);
+        let task = self.background.front().filter(|_| room && self.has_room());
         task.map(|&task| (task, Priority::Background))
     }
 }
@@ -70,7 +100,8 @@ impl Line {
 /// The thread's own.
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    lines: [Line; 3],
+    /// In the order of [`Way::ALL`], and once more in that order for those that wait for an engine's stream.
+    lines: Vec<Line>,
     tasks: HashMap<u64, Task>,
     next_task: u64,
     chunks: Chunks,
@@ -83,15 +114,18 @@ pub(super) struct Worker {
 struct Broken(Error);
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, streams: [Stream; 3], options: &CudaOptions) -> Self {
+    /// With a stream for each way, and one for what waits for an engine's stream before it goes that way.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        free: [Stream; 3],
+        ordered: [Stream; 3],
+        options: &CudaOptions,
+    ) -> Self {
+        let free = free.map(|stream| Line::new(stream, FLIGHTS_MAX));
+        let ordered = ordered.map(|stream| Line::new(stream, ORDERED_FLIGHTS_MAX));
         Self {
             shared,
-            lines: streams.map(|stream| Line {
-                stream,
-                sent: VecDeque::new(),
-                normal: VecDeque::new(),
-                background: VecDeque::new(),
-            }),
+            lines: free.into_iter().chain(ordered).collect(),
             tasks: HashMap::new(),
             next_task: 0,
             chunks: Chunks::new(options.staging_bytes),
@@ -128,10 +162,9 @@ impl Worker {
         let took = !taken.is_empty() || reap;
         for (way, priority, task) in taken {
             self.next_task += 1;
+            let line = way as usize + if task.is_ordered() { Way::ALL.len() } else { 0 };
             self.tasks.insert(self.next_task, task);
-            self.lines[way as usize]
-                .queue(priority)
-                .push_back(self.next_task);
+            self.lines[line].queue(priority).push_back(self.next_task);
         }
         if reap {
             self.end_given_up();
@@ -158,8 +191,7 @@ impl Worker {
     /// Takes up what is over. Whether there was something.
     fn land(&mut self) -> Result<bool, Broken> {
         let mut landed = false;
-        for way in Way::ALL {
-            let line = &mut self.lines[way as usize];
+        for line in &mut self.lines {
             while let Some(first) = line.sent.front_mut() {
                 if !line.stream.is_over(&mut first.flight).map_err(Broken)? {
                     break;
@@ -177,11 +209,12 @@ impl Worker {
     /// Queues what there is room for. Whether there was something.
     fn send(&mut self) -> Result<bool, Broken> {
         let mut moved = false;
-        for way in Way::ALL {
-            while let Some((number, priority)) = self.lines[way as usize].next() {
-                match self.send_of(way, number, priority)? {
+        for line in 0..self.lines.len() {
+            self.lines[line].is_held = false;
+            while let Some((number, priority)) = self.lines[line].next() {
+                match self.send_of(line, number, priority)? {
                     true => moved = true,
-                    // It waits for buffers.
+                    // It waits for buffers, or for an engine.
                     false => break,
                 }
             }
@@ -190,8 +223,8 @@ impl Worker {
     }
 
     /// Queues the next batch of a task, or takes it from the queue when there is none. Whether it did either.
-    fn send_of(&mut self, way: Way, number: u64, priority: Priority) -> Result<bool, Broken> {
-        let line = &mut self.lines[way as usize];
+    fn send_of(&mut self, line: usize, number: u64, priority: Priority) -> Result<bool, Broken> {
+        let line = &mut self.lines[line];
         let Some(task) = self.tasks.get_mut(&number) else {
             line.queue(priority).pop_front();
             return Ok(true);
@@ -202,6 +235,14 @@ impl Worker {
                 self.tasks.remove(&number).into_iter().for_each(Task::end);
             }
             return Ok(true);
+        }
+        match line.may_begin(task) {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => {
+                task.failure.get_or_insert(error);
+                return Ok(true);
+            }
         }
         let bytes = match priority {
             Priority::Normal => BATCH_BYTES,
@@ -219,11 +260,15 @@ impl Worker {
                 return Ok(true);
             }
         };
+        let bytes = batch.bytes();
         match line.stream.submit(batch) {
             Ok((flight, failure)) => {
                 task.open += 1;
                 if let Some(error) = failure {
                     task.failure.get_or_insert(error);
+                }
+                if task.is_queued() {
+                    task.job.queued(flight.point());
                 }
                 line.sent.push_back(Sent {
                     flight,
@@ -231,6 +276,7 @@ impl Worker {
                     chunk,
                     landings,
                     priority,
+                    bytes,
                 });
                 Ok(true)
             }
@@ -250,8 +296,8 @@ impl Worker {
     }
 
     fn rest(&self, is_closed: bool) {
-        let in_flight = self.lines.iter().any(|line| !line.sent.is_empty());
-        if !in_flight {
+        let expects = |line: &Line| line.is_held || !line.sent.is_empty();
+        if !self.lines.iter().any(expects) {
             return self.shared.sleep(None);
         }
         let waited = self.moved_at.elapsed();

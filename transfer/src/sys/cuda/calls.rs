@@ -20,6 +20,8 @@ impl Code {
     pub(crate) const SYSTEM_NOT_READY: Self = Self(802);
     pub(crate) const SYSTEM_DRIVER_MISMATCH: Self = Self(803);
     pub(crate) const COMPAT_NOT_SUPPORTED_ON_DEVICE: Self = Self(804);
+    pub(crate) const CAPTURE_IMPLICIT: Self = Self(906);
+    pub(crate) const CAPTURED_EVENT: Self = Self(907);
     pub(crate) const UNKNOWN: Self = Self(999);
 }
 
@@ -39,6 +41,13 @@ pub(crate) struct Handle(pub(super) *mut c_void);
 unsafe impl Send for Handle {}
 // SAFETY: as above; nothing is ever reached through it here.
 unsafe impl Sync for Handle {}
+
+impl Handle {
+    /// What another owner names by a number.
+    pub(super) fn of(number: u64) -> Self {
+        Self(std::ptr::without_provenance_mut(number as usize))
+    }
+}
 
 /// Facts about a device that have no call of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -219,6 +228,25 @@ pub(crate) trait Calls: Send + Sync {
     /// # Safety
     /// Created by [`Calls::create_stream`], not destroyed, its context current.
     unsafe fn destroy_stream(&self, stream: Handle) -> Answer<()>;
+    /// `cuStreamWaitEvent`: what the stream is given from now on is done when what was last recorded in the event is; at once if nothing
+    /// was. The two may be of different devices.
+    ///
+    /// # Safety
+    /// Both live; the event's last record is in no graph that is being captured.
+    unsafe fn stream_wait(&self, stream: Handle, event: Handle) -> Answer<()>;
+    /// `cuStreamGetCtx`.
+    ///
+    /// # Safety
+    /// A live stream, a context is current.
+    unsafe fn stream_context(&self, stream: Handle) -> Answer<Handle>;
+    /// `cuStreamIsCapturing`: 0 if not.
+    ///
+    /// # Safety
+    /// A live stream, a context is current.
+    unsafe fn is_captured(&self, stream: Handle) -> Answer<u32>;
+    /// `cuCtxGetDevice`: the current context's.
+    fn current_device(&self) -> Answer<Device>;
+
     /// `cuEventCreate` with `CU_EVENT_DISABLE_TIMING`.
     ///
     /// # Safety

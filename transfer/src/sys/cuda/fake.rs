@@ -16,6 +16,7 @@ use super::memory::DeviceMemory;
 use crate::region::Region;
 
 mod calls;
+mod engine;
 mod kernels;
 mod work;
 
@@ -30,6 +31,7 @@ const INVALID_CONTEXT: Code = Code(201);
 /// Errors that tests have calls fail with.
 pub(crate) const NOT_SUPPORTED: Code = Code::NOT_SUPPORTED;
 pub(crate) const OUT_OF_MEMORY: Code = Code::OUT_OF_MEMORY;
+pub(crate) const CAPTURE_IMPLICIT: Code = Code::CAPTURE_IMPLICIT;
 pub(crate) const UNSUPPORTED_PTX: Code = Code(222);
 pub(crate) const ILLEGAL_ADDRESS: Code = Code(700);
 
@@ -43,8 +45,18 @@ struct Allocation {
 }
 
 struct Event {
-    /// How many recordings are queued and not done.
+    /// How often it was recorded, and how many of these records are not done.
+    recorded: u64,
     pending: u64,
+    /// Of which device.
+    device: i32,
+}
+
+/// What is special of a stream that an engine has made.
+#[derive(Clone, Copy)]
+struct EngineStream {
+    context: u64,
+    is_captured: bool,
 }
 
 #[derive(Default)]
@@ -65,9 +77,20 @@ struct State {
     /// Registered host memory, by address: bytes, and whether a test did it.
     pinned: BTreeMap<u64, (u64, bool)>,
     streams: HashMap<u64, VecDeque<Entry>>,
+    /// Of each stream that was made, its device.
+    stream_devices: HashMap<u64, i32>,
+    engine_streams: HashMap<u64, EngineStream>,
+    /// Events that were last recorded into a graph.
+    captured_events: HashSet<u64>,
+    /// Contexts of engines, and their devices.
+    contexts: HashMap<u64, i32>,
+    /// What streams are held at, and not any more.
+    released: HashSet<u64>,
     /// Destroyed with work left.
     orphans: Vec<VecDeque<Entry>>,
     events: HashMap<u64, Event>,
+    /// Destroyed while streams had not come to them.
+    past_events: HashMap<u64, Event>,
     /// Loaded modules, and the kernels that were looked up in them: module and name.
     modules: HashSet<u64>,
     kernels: HashMap<u64, (u64, String)>,
@@ -95,7 +118,8 @@ impl Fake {
             is_running: true,
             is_mapped: true,
             next_address: FIRST,
-            next_handle: 1,
+            // Lower ones are contexts and default streams.
+            next_handle: 1 << 16,
             ..State::default()
         })))
     }
@@ -199,10 +223,7 @@ impl Fake {
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
-        let mut state = self.lock();
-        let (start, allocation) = state.memory.range_mut(..=address).next_back().unwrap();
-        let from = (address - start) as usize;
-        allocation.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+        self.lock().write(address, bytes);
     }
 
     /// Entries that are queued and not done, on all streams.
@@ -245,7 +266,7 @@ impl Fake {
     /// Whether nothing of ours is left.
     pub(crate) fn is_empty(&self) -> bool {
         let state = self.lock();
-        state.retained.values().all(|count| *count == 0) && state.streams.is_empty()
+        state.retained.values().all(|count| *count == 0) && state.own_streams() == 0
     }
 
     /// What was asked that the real driver would punish.
@@ -263,7 +284,7 @@ impl Fake {
             "contexts: {:?}",
             state.retained
         );
-        assert!(state.streams.is_empty(), "{} streams", state.streams.len());
+        assert_eq!(state.own_streams(), 0, "streams");
         assert!(state.events.is_empty(), "{} events", state.events.len());
         assert!(state.modules.is_empty(), "{} modules", state.modules.len());
         assert!(
@@ -317,7 +338,20 @@ impl State {
         if self.modes.get(&thread::current().id()) != Some(&2) {
             self.wrong(format!("{call} may spoil a graph's capture"));
         }
-        Ok(context as i32 - 1)
+        let engines = self.contexts.get(&context).copied();
+        Ok(engines.unwrap_or(context as i32 - 1))
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) {
+        let (start, allocation) = self.memory.range_mut(..=address).next_back().unwrap();
+        let from = (address - start) as usize;
+        allocation.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Streams that no engine has made.
+    fn own_streams(&self) -> usize {
+        let own = |stream: &&u64| !self.engine_streams.contains_key(stream);
+        self.streams.keys().filter(own).count()
     }
 
     fn handle(&mut self) -> u64 {

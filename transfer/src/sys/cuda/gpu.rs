@@ -48,6 +48,11 @@ impl Gpu {
         self.ordinal
     }
 
+    /// Its primary context.
+    pub(super) fn context(&self) -> Handle {
+        self.context
+    }
+
     /// An error of this device.
     pub(super) fn fault(&self, doing: &str, code: Code) -> Error {
         fault(&*self.calls, doing, code).at(format!("device {}", self.ordinal))

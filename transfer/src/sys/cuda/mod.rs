@@ -7,10 +7,13 @@
 mod calls;
 mod desk;
 mod driver;
+mod engine;
+mod event;
 #[cfg(any(test, feature = "test-util"))]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #[cfg_attr(not(test), allow(dead_code, reason = "our own tests use all of it"))]
 pub(crate) mod fake;
+mod filled;
 mod gather;
 mod gpu;
 mod kernels;
@@ -27,6 +30,8 @@ mod tests;
 pub(crate) use desk::{Desk, Groups, SUMS_MAX};
 pub(crate) use driver::Cuda;
 pub use driver::{CudaDevice, CudaReport, cuda_probe};
+pub use engine::CudaStream;
+pub use event::CudaPoint;
 pub(crate) use gpu::Gpu;
 pub(crate) use kernels::Kernels;
 pub use memory::DeviceMemory;

@@ -5,6 +5,7 @@ use std::fmt;
 use kvcache_core::Result;
 
 use super::driver::Cuda;
+use super::engine::CudaStream;
 use super::fake::Fake;
 use super::memory::DeviceMemory;
 use super::plain::CudaCopies;
@@ -58,6 +59,20 @@ impl CudaStandIn {
     /// As there.
     pub fn copies(&self, ordinal: u32, bytes: u64) -> Result<CudaCopies> {
         CudaCopies::on(&self.cuda, ordinal, bytes)
+    }
+
+    /// A stream of an engine on this device, which does nothing but what [`CudaStandIn::compute`] gives it.
+    ///
+    /// # Errors
+    /// As [`CudaStream::from_raw`].
+    pub fn stream(&self, ordinal: u32) -> Result<(CudaStream, u64)> {
+        let raw = self.fake.engine_stream(ordinal as i32);
+        Ok((Fake::stream_of(&self.cuda.gpu(ordinal)?, raw)?, raw))
+    }
+
+    /// Has an engine's stream write bytes to a device's address, when it comes to that.
+    pub fn compute(&self, stream: u64, address: u64, bytes: &[u8]) {
+        self.fake.engine_writes(stream, address, bytes);
     }
 
     /// The bytes at a device's address.

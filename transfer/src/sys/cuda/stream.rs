@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::calls::{Answer, Code, CopyList, Handle};
+use super::event::{CudaPoint, Event};
 use super::gather::{Gather, Pieces, UsedList};
 use super::gpu::Gpu;
 use super::kernels::Kernels;
@@ -94,7 +95,7 @@ impl Batch {
 
 /// What was queued, and is not known to be done: it keeps its memory, for ever if need be.
 pub(crate) struct Flight {
-    event: Handle,
+    event: Arc<Event>,
     /// Gone once it is over.
     places: Option<Arc<[Place]>>,
     /// The list that its kernel reads.
@@ -110,7 +111,15 @@ impl Drop for Flight {
         if let Some(places) = self.places.take() {
             std::mem::forget(places);
             std::mem::forget(self.list.take());
+            std::mem::forget(self.event.clone());
         }
+    }
+}
+
+impl Flight {
+    /// The place in its stream behind all of it.
+    pub(crate) fn point(&self) -> CudaPoint {
+        CudaPoint(self.event.clone())
     }
 }
 
@@ -126,8 +135,8 @@ pub(crate) enum Unsent {
 pub(crate) struct Stream {
     gpu: Arc<Gpu>,
     raw: Handle,
-    /// Events that are over and may be recorded again.
-    spare: Vec<Handle>,
+    /// Events that are over, and may be recorded again when nobody else holds them.
+    spare: Vec<Arc<Event>>,
     has_batch: bool,
     gather: Option<Gather>,
 }
@@ -177,14 +186,6 @@ impl Stream {
 
     /// Queues a batch. The second value is why not all of it was queued; the flight covers what was.
     pub(crate) fn submit(&mut self, batch: Batch) -> Result<(Flight, Option<Error>), Unsent> {
-        let gpu = self.gpu.clone();
-        let refused = |doing, code| Unsent::Refused(gpu.fault(doing, code));
-        let _entered = gpu
-            .enter()
-            .map_err(|code| refused("enter its context", code))?;
-        let event = self
-            .event()
-            .map_err(|code| refused("create an event", code))?;
         let Batch {
             places,
             mut copies,
@@ -196,21 +197,10 @@ impl Stream {
             Some(gather) => gather.take(&mut copies, &reached),
             None => Ok(None),
         };
-        let (list, pieces) = match pieces {
-            Ok(taken) => taken.unzip(),
-            Err(error) => {
-                self.spare.push(event);
-                return Err(Unsent::Refused(error));
-            }
-        };
-        // From here on something may be queued: the flight keeps the memory.
-        let flight = Flight {
-            event,
-            places: Some(places),
-            list,
-        };
-        let queued = self.queue(&mut copies, pieces.as_ref(), flight.list.as_ref());
-        self.seal(flight, queued, &what)
+        let (list, pieces) = pieces.map_err(Unsent::Refused)?.unzip();
+        self.fly(places, list, &what, |stream, list| {
+            stream.queue(&mut copies, pieces.as_ref(), list)
+        })
     }
 
     /// As [`Stream::submit`], of what a caller queues: it is given the stream.
@@ -224,44 +214,71 @@ impl Stream {
         what: &str,
         queue: impl FnOnce(&UsedList, Handle) -> Answer<()>,
     ) -> Result<(Flight, Option<Error>), Unsent> {
+        self.fly(places, Some(list), what, |stream, list| {
+            list.map_or(Ok(()), |list| queue(list, stream.raw))
+        })
+    }
+
+    /// Has what is queued and an event behind it keep its memory.
+    fn fly(
+        &mut self,
+        places: Arc<[Place]>,
+        list: Option<UsedList>,
+        what: &str,
+        queue: impl FnOnce(&mut Self, Option<&UsedList>) -> Answer<()>,
+    ) -> Result<(Flight, Option<Error>), Unsent> {
         let gpu = self.gpu.clone();
-        let refused = |doing, code| Unsent::Refused(gpu.fault(doing, code));
-        let _entered = gpu
-            .enter()
-            .map_err(|code| refused("enter its context", code))?;
-        let event = self
-            .event()
-            .map_err(|code| refused("create an event", code))?;
-        let queued = queue(&list, self.raw);
+        let ready = gpu.enter().map_err(|code| ("enter its context", code));
+        let ready = ready.and_then(|entered| match self.event() {
+            Ok(event) => Ok((entered, event)),
+            Err(code) => Err(("create an event", code)),
+        });
+        let (_entered, event) = match ready {
+            Ok(ready) => ready,
+            Err((doing, code)) => {
+                self.give_back(list);
+                return Err(Unsent::Refused(gpu.fault(doing, code)));
+            }
+        };
+        // From here on something may be queued: the flight keeps the memory.
         let flight = Flight {
             event,
             places: Some(places),
-            list: Some(list),
+            list,
         };
-        self.seal(flight, queued, what)
+        let queued = queue(self, flight.list.as_ref());
+        // SAFETY: both live and of the current context.
+        if let Err(code) = unsafe { gpu.calls.record(flight.event.raw, self.raw) } {
+            return Err(Unsent::Broken(gpu.fault("record an event", code)));
+        }
+        Ok((flight, queued.err().map(|code| gpu.fault(what, code))))
+    }
+
+    /// What is queued from now on is done after a point of another stream.
+    ///
+    /// # Errors
+    /// What the driver says; then it waits for nothing.
+    pub(crate) fn follow(&self, point: &CudaPoint) -> Result<()> {
+        let waits = self.gpu.enter().and_then(|_entered| {
+            // SAFETY: both live; points are in no graph.
+            unsafe { self.gpu.calls.stream_wait(self.raw, point.0.raw) }
+        });
+        waits.map_err(|code| self.gpu.fault("wait for another stream", code))
+    }
+
+    fn give_back(&mut self, list: Option<UsedList>) {
+        if let (Some(gather), Some(list)) = (&mut self.gather, list) {
+            gather.give_back(list);
+        }
     }
 
     /// An event that nothing waits for. A context is current.
-    fn event(&mut self) -> Answer<Handle> {
-        match self.spare.pop() {
-            Some(event) => Ok(event),
-            // SAFETY: the context is current; destroyed by `drop` of the stream, or never.
-            None => unsafe { self.gpu.calls.create_event() },
+    fn event(&mut self) -> Answer<Arc<Event>> {
+        let unused = |event: &Arc<Event>| Arc::strong_count(event) == 1;
+        match self.spare.iter().position(unused) {
+            Some(at) => Ok(self.spare.swap_remove(at)),
+            None => Event::new(&self.gpu).map(Arc::new),
         }
-    }
-
-    /// Records a flight's event behind what was queued.
-    fn seal(
-        &self,
-        flight: Flight,
-        queued: Answer<()>,
-        what: &str,
-    ) -> Result<(Flight, Option<Error>), Unsent> {
-        // SAFETY: both live and of the current context.
-        if let Err(code) = unsafe { self.gpu.calls.record(flight.event, self.raw) } {
-            return Err(Unsent::Broken(self.gpu.fault("record an event", code)));
-        }
-        Ok((flight, queued.err().map(|code| self.gpu.fault(what, code))))
     }
 
     fn queue(
@@ -302,16 +319,14 @@ impl Stream {
             return Ok(true);
         }
         let over = self.gpu.enter().and_then(|_entered| {
-            // SAFETY: recorded by `submit`, and destroyed only with the stream, of events that are over.
-            unsafe { self.gpu.calls.is_over(flight.event) }
+            // SAFETY: the flight holds it.
+            unsafe { self.gpu.calls.is_over(flight.event.raw) }
         });
         let over = over.map_err(|code| self.gpu.fault("wait for copies", code))?;
         if over {
             flight.places = None;
-            self.spare.push(flight.event);
-            if let (Some(gather), Some(list)) = (&mut self.gather, flight.list.take()) {
-                gather.give_back(list);
-            }
+            self.spare.push(flight.event.clone());
+            self.give_back(flight.list.take());
         }
         Ok(over)
     }
@@ -323,10 +338,6 @@ impl Drop for Stream {
             return;
         }
         let destroyed = self.gpu.enter().and_then(|_entered| {
-            for event in self.spare.drain(..) {
-                // SAFETY: created by `submit`; it is over, and no flight has it any more.
-                unsafe { self.gpu.calls.destroy_event(event) }?;
-            }
             // SAFETY: created by `new`, destroyed only here; what is queued still runs, over memory that its flight keeps.
             unsafe { self.gpu.calls.destroy_stream(self.raw) }
         });

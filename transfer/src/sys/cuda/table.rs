@@ -12,6 +12,7 @@ use libloading::os::unix::{Library as Shared, RTLD_LOCAL, RTLD_NOW};
 use super::calls::{
     Answer, Attribute, Calls, Code, CopyList, Device, Handle, PointerFacts, Threads,
 };
+use super::filled::{answer, filled, filled_text};
 
 /// The driver's library, by the name under which only the driver installs it.
 const FILE: &str = "libcuda.so.1";
@@ -23,9 +24,6 @@ const BATCH_SINCE: i32 = 12_080;
 const PORTABLE_AND_MAPPED: c_uint = 1 | 2;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
-
-/// The longest name that is asked for, with its end.
-const NAME_BYTES: usize = 256;
 
 type BatchCall = unsafe extern "C" fn(
     *mut sys::CUdeviceptr,
@@ -48,6 +46,7 @@ macro_rules! table {
             cuGetErrorName: unsafe extern "C" fn(u32, *mut *const c_char) -> u32,
             cuGetErrorString: unsafe extern "C" fn(u32, *mut *const c_char) -> u32,
             cuThreadExchangeStreamCaptureMode: unsafe extern "C" fn(*mut u32) -> u32,
+            cuStreamIsCapturing: unsafe extern "C" fn(sys::CUstream, *mut u32) -> u32,
             cuMemcpyBatchAsync: Option<BatchCall>,
         }
 
@@ -73,6 +72,8 @@ macro_rules! table {
                     cuThreadExchangeStreamCaptureMode: *unsafe {
                         library.get(b"cuThreadExchangeStreamCaptureMode\0")
                     }?,
+                    // SAFETY: as above.
+                    cuStreamIsCapturing: *unsafe { library.get(b"cuStreamIsCapturing\0") }?,
                     // SAFETY: as above; the name without a version keeps the type of CUDA 12.8 in later drivers.
                     cuMemcpyBatchAsync: unsafe { library.get(b"cuMemcpyBatchAsync\0") }
                         .ok()
@@ -117,6 +118,9 @@ table! {
     );
     cuStreamCreate(*mut sys::CUstream, c_uint);
     cuStreamDestroy_v2(sys::CUstream);
+    cuStreamWaitEvent(sys::CUstream, sys::CUevent, c_uint);
+    cuStreamGetCtx(sys::CUstream, *mut sys::CUcontext);
+    cuCtxGetDevice(*mut sys::CUdevice);
     cuEventCreate(*mut sys::CUevent, c_uint);
     cuEventDestroy_v2(sys::CUevent);
     cuEventRecord(sys::CUevent, sys::CUstream);
@@ -152,32 +156,6 @@ impl Libcuda {
         }
         Ok(loaded)
     }
-}
-
-fn answer(code: u32) -> Answer<()> {
-    match code {
-        0 => Ok(()),
-        code => Err(Code(code)),
-    }
-}
-
-/// What a call fills in.
-fn filled<T>(empty: T, call: impl FnOnce(*mut T) -> u32) -> Answer<T> {
-    let mut value = empty;
-    answer(call(&raw mut value))?;
-    Ok(value)
-}
-
-/// The text that a call fills in.
-fn filled_text(call: impl FnOnce(*mut c_char, c_int) -> u32) -> Answer<String> {
-    let mut bytes = [0_u8; NAME_BYTES];
-    // One byte less than there is room, so that it ends whatever is written.
-    answer(call(bytes.as_mut_ptr().cast(), NAME_BYTES as c_int - 1))?;
-    let end = bytes
-        .iter()
-        .position(|&byte| byte == 0)
-        .unwrap_or(NAME_BYTES);
-    Ok(String::from_utf8_lossy(&bytes[..end]).into_owned())
 }
 
 impl Calls for Libcuda {
@@ -421,6 +399,29 @@ impl Calls for Libcuda {
     unsafe fn destroy_stream(&self, stream: Handle) -> Answer<()> {
         // SAFETY: a live stream, by the caller's promise.
         answer(unsafe { (self.table.cuStreamDestroy_v2)(stream.0.cast()) })
+    }
+
+    unsafe fn stream_wait(&self, stream: Handle, event: Handle) -> Answer<()> {
+        // SAFETY: both live, by the caller's promise; no flag but the default.
+        answer(unsafe { (self.table.cuStreamWaitEvent)(stream.0.cast(), event.0.cast(), 0) })
+    }
+
+    unsafe fn stream_context(&self, stream: Handle) -> Answer<Handle> {
+        // SAFETY: the result is writable; a live stream, by the caller's promise.
+        let call = |out| unsafe { (self.table.cuStreamGetCtx)(stream.0.cast(), out) };
+        filled(std::ptr::null_mut(), call).map(|raw| Handle(raw.cast()))
+    }
+
+    unsafe fn is_captured(&self, stream: Handle) -> Answer<u32> {
+        // SAFETY: the result is writable, as wide as the enumeration; a live stream, by the caller's promise.
+        filled(0, |out| unsafe {
+            (self.table.cuStreamIsCapturing)(stream.0.cast(), out)
+        })
+    }
+
+    fn current_device(&self) -> Answer<Device> {
+        // SAFETY: the result is writable; without a context the answer is an error.
+        filled(0, |out| unsafe { (self.table.cuCtxGetDevice)(out) }).map(Device)
     }
 
     unsafe fn create_event(&self) -> Answer<Handle> {

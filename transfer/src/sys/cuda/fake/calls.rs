@@ -135,7 +135,8 @@ impl Calls for Fake {
         let mut state = self.lock();
         state.begin("cuCtxPushCurrent")?;
         let device = name(context) as i32 - 1;
-        if state.retained.get(&device).copied().unwrap_or(0) <= 0 {
+        let is_engines = state.contexts.contains_key(&name(context));
+        if !is_engines && state.retained.get(&device).copied().unwrap_or(0) <= 0 {
             state.wrong("a context is current that nobody retains");
         }
         let current = state.current.entry(thread::current().id()).or_default();
@@ -276,8 +277,9 @@ impl Calls for Fake {
 
     unsafe fn create_stream(&self) -> Answer<Handle> {
         let mut state = self.lock();
-        state.begin_in("cuStreamCreate")?;
+        let device = state.begin_in("cuStreamCreate")?;
         let stream = state.handle();
+        state.stream_devices.insert(stream, device);
         state.streams.insert(stream, VecDeque::new());
         Ok(named(stream))
     }
@@ -294,17 +296,27 @@ impl Calls for Fake {
 
     unsafe fn create_event(&self) -> Answer<Handle> {
         let mut state = self.lock();
-        state.begin_in("cuEventCreate")?;
+        let device = state.begin_in("cuEventCreate")?;
         let event = state.handle();
-        state.events.insert(event, Event { pending: 0 });
+        let made = Event {
+            recorded: 0,
+            pending: 0,
+            device,
+        };
+        state.events.insert(event, made);
         Ok(named(event))
     }
 
     unsafe fn destroy_event(&self, event: Handle) -> Answer<()> {
         let mut state = self.lock();
         state.begin_in("cuEventDestroy")?;
+        let is_awaited = state.is_awaited_by_engine(name(event));
         match state.events.remove(&name(event)) {
-            Some(event) if event.pending > 0 => {
+            // The driver keeps it until streams have come to it; nobody but an engine's stream may take so long.
+            Some(made) if made.pending > 0 && is_awaited => {
+                state.past_events.insert(name(event), made);
+            }
+            Some(made) if made.pending > 0 => {
                 state.wrong("an event is destroyed before it is over")
             }
             Some(_) => {}
@@ -316,20 +328,58 @@ impl Calls for Fake {
     unsafe fn record(&self, event: Handle, stream: Handle) -> Answer<()> {
         let mut state = self.lock();
         state.begin_in("cuEventRecord")?;
-        match state.events.get_mut(&name(event)) {
-            Some(event) => event.pending += 1,
-            None => state.wrong("an event is recorded that there is not"),
+        state.record(name(event), name(stream));
+        Ok(())
+    }
+
+    unsafe fn stream_wait(&self, stream: Handle, event: Handle) -> Answer<()> {
+        let mut state = self.lock();
+        state.begin_in("cuStreamWaitEvent")?;
+        let event = name(event);
+        if state.captured_events.contains(&event) || state.is_captured(name(stream)) {
+            state.wrong("a stream gets into a graph");
         }
-        match state.streams.get_mut(&name(stream)) {
-            Some(queue) => queue.push_back(Entry::Record(name(event))),
-            None => state.wrong("an event is recorded on a stream that there is not"),
+        let Some(recorded) = state.events.get(&event).map(|event| event.recorded) else {
+            state.wrong("a stream waits for an event that there is not");
+            return Err(Code::INVALID_VALUE);
+        };
+        let wait = Entry::Wait(event, recorded);
+        match state.queue_of(name(stream)) {
+            Some(queue) => queue.push_back(wait),
+            None => state.wrong("a stream waits that there is not"),
         }
         Ok(())
+    }
+
+    unsafe fn stream_context(&self, stream: Handle) -> Answer<Handle> {
+        let mut state = self.lock();
+        state.begin_in("cuStreamGetCtx")?;
+        if let Some(engine) = state.engine_streams.get(&name(stream)) {
+            return Ok(named(engine.context));
+        }
+        match state.stream_devices.get(&name(stream)) {
+            Some(device) => Ok(named(*device as u64 + 1)),
+            None => Err(Code::INVALID_VALUE),
+        }
+    }
+
+    unsafe fn is_captured(&self, stream: Handle) -> Answer<u32> {
+        let mut state = self.lock();
+        state.begin_in("cuStreamIsCapturing")?;
+        Ok(u32::from(state.is_captured(name(stream))))
+    }
+
+    fn current_device(&self) -> Answer<Device> {
+        let mut state = self.lock();
+        state.begin_in("cuCtxGetDevice").map(Device)
     }
 
     unsafe fn is_over(&self, event: Handle) -> Answer<bool> {
         let mut state = self.lock();
         state.begin_in("cuEventQuery")?;
+        if state.captured_events.contains(&name(event)) {
+            return Err(Code::CAPTURED_EVENT);
+        }
         let is_over = state
             .events
             .get(&name(event))

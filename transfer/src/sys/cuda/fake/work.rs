@@ -1,13 +1,21 @@
 //! What is queued, and how it is done.
 
-use super::State;
+use std::collections::VecDeque;
+
 use super::kernels::Launch;
+use super::{Event, State};
 
 /// One entry of a stream.
 pub(super) enum Entry {
     /// Of one call, in the order in which they are done.
     Copies(Vec<Copy>),
     Record(u64),
+    /// Until an event's record with this number is done.
+    Wait(u64, u64),
+    /// Until a test lets it go on.
+    Hold(u64),
+    /// An engine's kernel: writes bytes to an address.
+    Write(u64, Vec<u8>),
     /// A kernel of a module.
     Launch(u64, Launch),
 }
@@ -34,21 +42,36 @@ impl State {
             self.turn(stream);
         }
         for mut orphan in std::mem::take(&mut self.orphans) {
-            if let Some(entry) = orphan.pop_front() {
-                self.make(entry);
+            self.turn_first(&mut orphan);
+            if !orphan.is_empty() {
                 self.orphans.push(orphan);
             }
         }
     }
 
     pub(super) fn turn(&mut self, stream: u64) {
-        let entry = self
-            .streams
-            .get_mut(&stream)
-            .and_then(|queue| queue.pop_front());
-        if let Some(entry) = entry {
+        if let Some(mut queue) = self.streams.remove(&stream) {
+            self.turn_first(&mut queue);
+            self.streams.insert(stream, queue);
+        }
+    }
+
+    fn turn_first(&mut self, queue: &mut VecDeque<Entry>) {
+        let waits = match queue.front() {
+            Some(Entry::Wait(event, record)) => self
+                .event(*event)
+                .is_some_and(|event| event.recorded - event.pending < *record),
+            Some(Entry::Hold(hold)) => !self.released.contains(hold),
+            _ => false,
+        };
+        if !waits && let Some(entry) = queue.pop_front() {
             self.make(entry);
         }
+    }
+
+    fn event(&mut self, event: u64) -> Option<&mut Event> {
+        let past = self.past_events.get_mut(&event);
+        self.events.get_mut(&event).or(past)
     }
 
     fn make(&mut self, entry: Entry) {
@@ -58,7 +81,9 @@ impl State {
                 self.wrong("a kernel's module was unloaded before it ran");
             }
             Entry::Launch(_, launch) => self.run(launch),
-            Entry::Record(event) => match self.events.get_mut(&event) {
+            Entry::Wait(..) | Entry::Hold(_) => {}
+            Entry::Write(address, bytes) => self.write(address, &bytes),
+            Entry::Record(event) => match self.event(event) {
                 Some(event) => event.pending -= 1,
                 None => self.wrong(format!("event {event} was destroyed before it was over")),
             },
