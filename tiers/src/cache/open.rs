@@ -16,7 +16,7 @@ use super::{Cache, Inner, Locator};
 use crate::arena::Arena;
 use crate::config::CacheConfig;
 use crate::disk::{PAGE_BYTES, SegmentFiles};
-use crate::mover::{Faults, Mover, Objects};
+use crate::mover::{Faults, Lift, Mover, Objects};
 use crate::numbers::Numbers;
 use crate::object::ObjectNames;
 use crate::peer::{PeerServer, Peers, Serving};
@@ -157,6 +157,7 @@ fn mover(config: &CacheConfig, limits: &Limits, agent: Agent) -> Result<Mover> {
         peers,
         pages,
         staging,
+        lift: Lift::default(),
         expected,
         faults,
     })

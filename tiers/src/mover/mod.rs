@@ -4,6 +4,7 @@
 //! is known by, or the block counts as corrupt. Bytes for disk and objects leave with the sum in
 //! their header. Commands stay batches: one request to the agent where one can carry them.
 
+mod lift;
 mod local;
 mod object;
 mod peer;
@@ -26,6 +27,7 @@ use crate::pages::{self, BlockMemory};
 use crate::peer::Peers;
 use crate::record::Expected;
 use crate::scratch::Scratch;
+pub(crate) use lift::Lift;
 pub(crate) use transport::{Part, Unsettled, transfer_each};
 
 /// How one move of a command ended.
@@ -81,6 +83,8 @@ pub(crate) struct Mover {
     pub(crate) pages: Arc<Scratch>,
     /// Room for blocks on their way from disk to the object store; only with both tiers.
     pub(crate) staging: Option<Arc<Scratch>>,
+    /// The way up to devices.
+    pub(crate) lift: Lift,
     pub(crate) expected: Expected,
     pub(crate) faults: Faults,
 }
@@ -105,7 +109,11 @@ impl Mover {
     /// Carries out one copy command.
     pub(crate) async fn copy(&self, job: &Job) -> Answer {
         let mut unsettled = Unsettled::default();
-        let results = match self.dispatch(job, &mut unsettled).await {
+        let done = match self.goes_up(job) {
+            true => Box::pin(self.lift(job, &mut unsettled)).await,
+            false => self.dispatch(job, &mut unsettled).await,
+        };
+        let results = match done {
             Ok(results) => results,
             Err(error) => {
                 tracing::debug!(%error, blocks = job.moves.len(), "copy not started");

@@ -15,6 +15,7 @@ use kvfabric_transfer::FileEngineMode;
 const ENGINE: FileEngineMode = FileEngineMode::Auto;
 
 mod broken;
+mod device;
 mod ending;
 mod fabric;
 mod faults;

@@ -39,7 +39,7 @@ use crate::backend::Operation;
 use crate::descriptor::{Descriptor, PreparedList, Side, Strided, Target};
 use crate::estimate::PathCost;
 use crate::plan::{PairOptions, Plan};
-use crate::region::{Body, Region, RegionCore, RegionId, RegionOptions, RegionUse};
+use crate::region::{Body, MemoryKind, Region, RegionCore, RegionId, RegionOptions, RegionUse};
 use crate::request::{Priority, Request, RequestOptions, Route};
 use crate::stats::AgentStats;
 use crate::sys::memory::HostMemory;
@@ -351,6 +351,14 @@ impl Agent {
         let (inbox, looks) = (self.0.exports.inbox(), &self.0.looks.notifications);
         inbox.wait(timeout, &self.0.reactor, looks);
         self.notifications()
+    }
+
+    /// Of which kind the memory of an own region is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] for a region that there is not, or not any more.
+    pub fn memory_kind(&self, region: RegionId) -> Result<MemoryKind> {
+        Ok(self.0.exports.find(region)?.kind())
     }
 
     /// The CRC-32C of host memory of this agent.
