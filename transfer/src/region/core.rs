@@ -9,6 +9,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::gate::Gate;
 use super::{MemoryKind, RegionId, RegionOptions};
 use crate::backend::{Backend, Operation};
+use crate::sys::cuda::DeviceMemory;
 use crate::sys::memory::{HostMemory, Mapping};
 
 /// Bytes of a [`RegionSecret`].
@@ -77,6 +78,10 @@ pub(crate) trait External: Any + Send + Sync {
     fn bytes(&self) -> u64;
     /// Who moves bytes to and from it.
     fn backend(&self) -> Arc<dyn Backend>;
+    /// The memory of a device that it is, if it is any.
+    fn device(&self) -> Option<&Arc<DeviceMemory>> {
+        None
+    }
 }
 
 /// What a region is made of.
@@ -150,6 +155,19 @@ impl RegionCore {
         match &self.body {
             Body::Host(_) => None,
             Body::External(external) => Some(external),
+        }
+    }
+
+    /// The memory of a device, if it is any.
+    pub(crate) fn device(&self) -> Option<&Arc<DeviceMemory>> {
+        self.external()?.device()
+    }
+
+    /// Where memory of the host or of a device begins, or an error that names the region.
+    pub(crate) fn address(&self) -> Result<u64> {
+        match self.device() {
+            Some(memory) => Ok(memory.address()),
+            None => self.mapping().map(Mapping::address),
         }
     }
 

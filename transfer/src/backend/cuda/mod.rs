@@ -15,7 +15,6 @@ mod task;
 mod tests;
 mod worker;
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -170,9 +169,7 @@ fn device_memory(target: &Target) -> Option<&Arc<DeviceMemory>> {
 
 /// The device memory that a region is; none if it is something else.
 pub(super) fn memory_of(region: &RegionCore) -> Option<&Arc<DeviceMemory>> {
-    let any: &dyn Any = &**region.external()?;
-    any.downcast_ref::<DeviceTarget>()
-        .map(|target| &target.memory)
+    region.device()
 }
 
 fn check_one_device(first: &DeviceMemory, other: &DeviceMemory) -> Result<()> {
@@ -297,6 +294,10 @@ impl External for DeviceTarget {
 
     fn backend(&self) -> Arc<dyn Backend> {
         self.backend.clone()
+    }
+
+    fn device(&self) -> Option<&Arc<DeviceMemory>> {
+        Some(&self.memory)
     }
 }
 

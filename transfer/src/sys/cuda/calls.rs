@@ -2,6 +2,8 @@
 
 use std::ffi::{CStr, c_void};
 
+use super::direct::DirectCalls;
+
 /// What a call answered that is not success, by the driver's number. Newer drivers know more of them than any header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Code(pub(crate) u32);
@@ -58,6 +60,16 @@ pub(crate) enum Attribute {
     UnifiedAddressing,
     /// How many blocks of threads run side by side, at least.
     Multiprocessors,
+    /// Whether its memory can be given as dma-bufs.
+    DmaBuf,
+    /// Whether a module of the kernel lets network cards reach its memory.
+    PeerMemory,
+    /// The same for memory that is mapped in pieces.
+    PeerMemoryMapped,
+    /// How writes of network cards are made visible, as bits.
+    RemoteFlushes,
+    /// For whom they are ordered anyway, as a number that grows with the circle.
+    RemoteOrdering,
 }
 
 /// What the driver knows of an address.
@@ -114,7 +126,7 @@ pub(crate) struct Threads {
 
 /// The driver. Calls that take a handle, or that need a current context, are unsafe: only what owns the handle knows that it is
 /// still good. Those that only ask are not: the driver answers a wrong number with an error.
-pub(crate) trait Calls: Send + Sync {
+pub(crate) trait Calls: DirectCalls {
     /// `cuInit`.
     fn init(&self) -> Answer<()>;
     /// `cuDriverGetVersion`: 1000 × major + 10 × minor of the newest CUDA that it serves. Works before `init`.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::calls::{Attribute, Calls, Code, Device};
+use super::direct::CudaDirect;
 use super::gpu::Gpu;
 use super::table::Libcuda;
 

@@ -1,6 +1,6 @@
 //! A driver without a device, for tests: it does what the documentation of the calls says, and no more.
 //!
-//! Device memory is memory of the test under addresses that no processor can reach. Work is queued, and done only when it is
+//! Device memory is memory of the test under addresses that no processor can reach, unless it is to be reached by network cards. Work is queued, and done only when it is
 //! told to go on, or asked whether it is over: then one entry at a time, those of a batch last to first. What would be wrong to
 //! ask of the real driver is noted down, and fails the test that looks ([`Fake::check`]).
 
@@ -16,10 +16,12 @@ use super::memory::DeviceMemory;
 use crate::region::Region;
 
 mod calls;
+mod direct;
 mod engine;
 mod kernels;
 mod work;
 
+use direct::{Content, Direct};
 use work::Entry;
 
 /// Where device memory begins: no address of a process, so whoever follows it falls.
@@ -40,7 +42,7 @@ const GAP: u64 = 1 << 20;
 
 /// Memory of a device.
 struct Allocation {
-    bytes: Vec<u8>,
+    content: Content,
     facts: PointerFacts,
 }
 
@@ -72,6 +74,8 @@ struct State {
     current: HashMap<ThreadId, Vec<u64>>,
     modes: HashMap<ThreadId, u32>,
     memory: BTreeMap<u64, Allocation>,
+    /// What network cards may do with it.
+    direct: Direct,
     next_address: u64,
     next_handle: u64,
     /// Registered host memory, by address: bytes, and whether a test did it.
@@ -219,7 +223,7 @@ impl Fake {
         let state = self.lock();
         let (start, allocation) = state.memory.range(..=address).next_back().unwrap();
         let from = (address - start) as usize;
-        allocation.bytes[from..from + bytes as usize].to_vec()
+        allocation.content.get(from, bytes as usize)
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
@@ -345,7 +349,7 @@ impl State {
     fn write(&mut self, address: u64, bytes: &[u8]) {
         let (start, allocation) = self.memory.range_mut(..=address).next_back().unwrap();
         let from = (address - start) as usize;
-        allocation.bytes[from..from + bytes.len()].copy_from_slice(bytes);
+        allocation.content.put(from, bytes);
     }
 
     /// Streams that no engine has made.
@@ -360,7 +364,8 @@ impl State {
     }
 
     fn allocate(&mut self, ordinal: i32, bytes: u64) -> u64 {
-        let start = self.next_address;
+        let content = self.direct.content(bytes);
+        let start = content.address().unwrap_or(self.next_address);
         self.next_address += bytes.next_multiple_of(GAP) + GAP;
         let facts = PointerFacts {
             memory_type: PointerFacts::DEVICE,
@@ -371,8 +376,7 @@ impl State {
             buffer: self.handle(),
             is_legacy: true,
         };
-        let bytes = vec![0xcd; bytes as usize];
-        self.memory.insert(start, Allocation { bytes, facts });
+        self.memory.insert(start, Allocation { content, facts });
         start
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::calls::{Answer, Attribute, Calls, Code, Device, Handle, PointerFacts};
+use super::direct::Asked;
 use super::driver::fault;
 use crate::sys::fork::Process;
 
@@ -20,6 +21,7 @@ pub(crate) struct Gpu {
     device: Device,
     ordinal: u32,
     context: Handle,
+    pub(super) direct: Asked,
 }
 
 impl Gpu {
@@ -40,6 +42,7 @@ impl Gpu {
             device,
             ordinal,
             context,
+            direct: Asked::default(),
             calls,
         })
     }

@@ -6,6 +6,7 @@
 
 mod calls;
 mod desk;
+mod direct;
 mod driver;
 mod engine;
 mod event;
@@ -28,6 +29,7 @@ mod table;
 mod tests;
 
 pub(crate) use desk::{Desk, Groups, SUMS_MAX};
+pub use direct::{CudaDirect, RemoteWrites};
 pub(crate) use driver::Cuda;
 pub use driver::{CudaDevice, CudaReport, cuda_probe};
 pub use engine::CudaStream;

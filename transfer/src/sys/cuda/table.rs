@@ -14,6 +14,10 @@ use super::calls::{
 };
 use super::filled::{answer, filled, filled_text};
 
+mod direct;
+
+use direct::DirectTable;
+
 /// The driver's library, by the name under which only the driver installs it.
 const FILE: &str = "libcuda.so.1";
 
@@ -132,6 +136,7 @@ table! {
 pub(super) struct Libcuda {
     table: Table,
     batch: Option<BatchCall>,
+    direct: DirectTable,
 }
 
 impl Libcuda {
@@ -144,9 +149,15 @@ impl Libcuda {
         // SAFETY: libcuda by its name.
         let table = unsafe { Table::fill(&library) };
         let table = table.map_err(|e| format!("{FILE} is too old: a call is missing: {e}"))?;
+        // SAFETY: as above.
+        let direct = unsafe { DirectTable::fill(&library) };
         // Its handle is given up, so that it stays loaded.
         let _ = library.into_raw();
-        let mut loaded = Self { table, batch: None };
+        let mut loaded = Self {
+            table,
+            batch: None,
+            direct,
+        };
         // A library that has the call for others' sake need not serve it.
         if loaded
             .driver_version()
@@ -213,6 +224,17 @@ impl Calls for Libcuda {
             Attribute::ComputeMinor => Known::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             Attribute::UnifiedAddressing => Known::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING,
             Attribute::Multiprocessors => Known::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            Attribute::DmaBuf => Known::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED,
+            Attribute::PeerMemory => Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED,
+            Attribute::PeerMemoryMapped => {
+                Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+            }
+            Attribute::RemoteFlushes => {
+                Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS
+            }
+            Attribute::RemoteOrdering => {
+                Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
+            }
         };
         // SAFETY: the result is writable; a wrong device is answered with an error.
         filled(0, |out| unsafe {

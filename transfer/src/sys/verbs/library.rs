@@ -1,18 +1,25 @@
 //! libibverbs itself.
 
+use std::ffi::c_int;
 use std::sync::OnceLock;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use libloading::os::unix::{Library as Shared, RTLD_LOCAL, RTLD_NOW};
 
-use super::generated::ibverbs::Ibverbs;
+use super::generated::ibverbs::{self as ffi, Ibverbs};
 
 /// The name under which every libibverbs is found.
 const FILE: &str = "libibverbs.so.1";
 
+/// `ibv_reg_dmabuf_mr`: where the range begins in the descriptor, its bytes, by which address it is known, the descriptor, access.
+pub(super) type RegisterDmaBuf =
+    unsafe extern "C" fn(*mut ffi::ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ffi::ibv_mr;
+
 /// The loaded library. Never unloaded: it loads the providers of devices, and they stay.
 pub(crate) struct Library {
     pub(super) calls: Ibverbs,
+    /// From rdma-core 34 on.
+    pub(super) register_dma_buf: Option<RegisterDmaBuf>,
 }
 
 impl Library {
@@ -32,11 +39,17 @@ impl Library {
         // SAFETY: the initialisers of libibverbs have no preconditions. Its names stay out of the process's own.
         let file = unsafe { Shared::open(Some(FILE), RTLD_NOW | RTLD_LOCAL) };
         let file = file.map_err(|e| format!("libibverbs not found: {e}"))?;
+        // SAFETY: libibverbs has the call by this name with this type, or not at all.
+        let register_dma_buf = unsafe { file.get::<RegisterDmaBuf>(b"ibv_reg_dmabuf_mr\0") };
+        let register_dma_buf = register_dma_buf.ok().map(|found| *found);
         // SAFETY: the library is libibverbs by its name, whose calls have had these types, by their default versions,
         // since its ABI 1.1; one that lacks any of them is refused.
         let calls = unsafe { Ibverbs::from_library(file) };
         let calls = calls.map_err(|e| format!("{FILE} lacks a call: {e}"))?;
-        Ok(Self { calls })
+        Ok(Self {
+            calls,
+            register_dma_buf,
+        })
     }
 }
 

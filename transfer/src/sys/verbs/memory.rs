@@ -6,9 +6,11 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::context::Context;
+use super::device;
 use super::generated::ibverbs as ffi;
 use super::library::{check, last};
 use crate::region::RegionCore;
+use crate::sys::cuda::DeviceMemory;
 use crate::sys::memory::Mapping;
 
 /// Memory and queue pairs that may be used together.
@@ -56,7 +58,7 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    fn flags(self) -> u32 {
+    pub(super) fn flags(self) -> u32 {
         let flag = |set, flag| if set { flag } else { 0 };
         ffi::IBV_ACCESS_LOCAL_WRITE
             | flag(self.read, ffi::IBV_ACCESS_REMOTE_READ)
@@ -64,10 +66,57 @@ impl Access {
     }
 }
 
-/// What keeps memory mapped.
+/// What keeps memory where it is.
 enum Kept {
     Region(Arc<RegionCore>),
     Own(Mapping),
+}
+
+impl Kept {
+    /// Where it begins, and its bytes.
+    fn range(&self) -> Result<(u64, u64)> {
+        match self {
+            Self::Own(mapping) => Ok((mapping.address(), mapping.len())),
+            Self::Region(region) => Ok((region.address()?, region.bytes())),
+        }
+    }
+
+    /// The memory of a device that it is.
+    fn device(&self) -> Option<&DeviceMemory> {
+        match self {
+            Self::Own(_) => None,
+            Self::Region(region) => region.device().map(|memory| &**memory),
+        }
+    }
+}
+
+/// Registers memory by its address.
+///
+/// # Safety
+/// The range stays what it is until the registration has ended: mapped, or of a device.
+pub(super) unsafe fn pin(
+    domain: &Domain,
+    (address, bytes): (u64, u64),
+    access: Access,
+) -> std::io::Result<NonNull<ffi::ibv_mr>> {
+    // SAFETY: the caller keeps the range; what the system does not find there it refuses.
+    let raw = unsafe {
+        domain.context.library.calls.ibv_reg_mr(
+            domain.raw.as_ptr(),
+            std::ptr::with_exposed_provenance_mut(address as usize),
+            bytes as usize,
+            access.flags().cast_signed(),
+        )
+    };
+    NonNull::new(raw).ok_or_else(std::io::Error::last_os_error)
+}
+
+fn not_pinned(bytes: u64, cause: std::io::Error) -> Error {
+    if cause.raw_os_error() == Some(libc::ENOMEM) {
+        let text = format!("verbs: pin {bytes} bytes: more than this process may (`ulimit -l`)");
+        return Error::new(ErrorKind::NoSpace, text).with_source(cause);
+    }
+    Error::io(format!("verbs: register {bytes} bytes"), cause)
 }
 
 /// Registered memory. While this lives the device may use it; it is pinned.
@@ -76,6 +125,9 @@ pub(crate) struct Memory {
     raw: NonNull<ffi::ibv_mr>,
     pub(super) local_key: u32,
     remote_key: u32,
+    /// Its first address, as the device knows it, and its bytes.
+    address: u64,
+    bytes: u64,
     /// None once the registration has failed to end: what was here is then kept for good.
     kept: Option<Kept>,
     is_registered: bool,
@@ -87,16 +139,16 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Registers all of a region.
+    /// Registers all of a region: memory of the host, or of a GPU.
     ///
     /// # Errors
-    /// [`ErrorKind::NoSpace`] above the limit of pinned memory (`ulimit -l`), [`ErrorKind::Io`] when the device refuses it.
+    /// [`ErrorKind::NoSpace`] above the limit of pinned memory (`ulimit -l`), [`ErrorKind::Io`] when the device refuses it;
+    /// [`ErrorKind::Unsupported`] when it does not reach memory of this GPU, with what was tried.
     pub(crate) fn of_region(
         domain: &Arc<Domain>,
         region: &Arc<RegionCore>,
         access: Access,
     ) -> Result<Self> {
-        region.mapping()?;
         Self::new(domain, Kept::Region(region.clone()), access)
     }
 
@@ -107,31 +159,14 @@ impl Memory {
     }
 
     fn new(domain: &Arc<Domain>, kept: Kept, access: Access) -> Result<Self> {
-        let (address, bytes) = match &kept {
-            Kept::Own(mapping) => (mapping.address(), mapping.len()),
-            Kept::Region(region) => {
-                let mapping = region.mapping()?;
-                (mapping.address(), mapping.len())
-            }
-        };
-        // SAFETY: the range is mapped for as long as `kept`, which lives as long as the registration.
-        let raw = unsafe {
-            domain.context.library.calls.ibv_reg_mr(
-                domain.raw.as_ptr(),
-                std::ptr::with_exposed_provenance_mut(address as usize),
-                bytes as usize,
-                access.flags().cast_signed(),
-            )
-        };
-        let Some(raw) = NonNull::new(raw) else {
-            let cause = std::io::Error::last_os_error();
-            if cause.raw_os_error() == Some(libc::ENOMEM) {
-                let text =
-                    format!("verbs: pin {bytes} bytes: more than this process may (`ulimit -l`)");
-                return Err(Error::new(ErrorKind::NoSpace, text).with_source(cause));
-            }
-            return Err(Error::io(format!("verbs: register {bytes} bytes"), cause));
-        };
+        let (address, bytes) = kept.range()?;
+        let raw = match kept.device() {
+            // SAFETY: the memory is kept as it is by `kept`, which lives as long as the registration.
+            Some(memory) => unsafe { device::register(domain, memory, access) },
+            // SAFETY: the range is mapped for as long as `kept`, which lives as long as the registration.
+            None => unsafe { pin(domain, (address, bytes), access) }
+                .map_err(|cause| not_pinned(bytes, cause)),
+        }?;
         // SAFETY: registered just now.
         let described = unsafe { raw.as_ref() };
         Ok(Self {
@@ -139,6 +174,8 @@ impl Memory {
             raw,
             local_key: described.lkey,
             remote_key: described.rkey,
+            address,
+            bytes,
             kept: Some(kept),
             is_registered: true,
         })
@@ -151,16 +188,12 @@ impl Memory {
 
     /// Bytes that are registered, and where: checked to be within.
     pub(super) fn at(&self, offset: u64, len: u64) -> Result<u64> {
-        let mapping = self.mapping()?;
         let end = offset.checked_add(len);
-        if end.is_none_or(|end| end > mapping.len()) {
-            let text = format!(
-                "{len} bytes at {offset} of {} registered ones",
-                mapping.len()
-            );
+        if end.is_none_or(|end| end > self.bytes) {
+            let text = format!("{len} bytes at {offset} of {} registered ones", self.bytes);
             return Err(Error::new(ErrorKind::Invalid, text));
         }
-        Ok(mapping.address() + offset)
+        Ok(self.address + offset)
     }
 
     /// The memory itself.

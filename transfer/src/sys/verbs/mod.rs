@@ -21,6 +21,7 @@ mod generated {
     pub(super) mod ibverbs;
 }
 mod context;
+mod device;
 mod events;
 mod facts;
 mod library;

@@ -68,6 +68,7 @@ impl Calls for Fake {
             Attribute::ComputeMinor => 0,
             Attribute::UnifiedAddressing => 1,
             Attribute::Multiprocessors => 4,
+            other => self.lock().direct.attribute(other),
         })
     }
 
@@ -93,7 +94,7 @@ impl Calls for Fake {
         let inside = |start: u64, bytes: u64| address >= start && address < start + bytes;
         let device = state.memory.range(..=address).next_back();
         if let Some((start, memory)) = device
-            && inside(*start, memory.bytes.len() as u64)
+            && inside(*start, memory.content.len() as u64)
         {
             return Ok(memory.facts);
         }

@@ -138,7 +138,8 @@ impl State {
 
     /// As a copy; host memory must be mapped for that.
     fn kernel_copies(&mut self, target: u64, source: u64, bytes: u64) {
-        if !self.is_mapped && (target < super::FIRST || source < super::FIRST) {
+        let is_device = |address| self.is_of_device(address);
+        if !self.is_mapped && !(is_device(target) && is_device(source)) {
             self.wrong("a kernel touches host memory that it does not reach");
             return;
         }
@@ -148,7 +149,7 @@ impl State {
             source,
             bytes,
         });
-        if self.is_spoilt && bytes > 0 && target >= super::FIRST {
+        if self.is_spoilt && bytes > 0 && self.is_of_device(target) {
             let first = self.get(target, 1)[0];
             self.put(target, &[first.wrapping_add(1)]);
         }
@@ -157,7 +158,7 @@ impl State {
     /// Bytes of device memory; zeros where there is none.
     fn get(&mut self, address: u64, bytes: usize) -> Vec<u8> {
         match self.device_range(address, bytes) {
-            Some((start, at)) => self.memory[&start].bytes[at..at + bytes].to_vec(),
+            Some((start, at)) => self.memory[&start].content.get(at, bytes),
             None => vec![0; bytes],
         }
     }
@@ -166,13 +167,13 @@ impl State {
         if let Some((start, at)) = self.device_range(address, content.len())
             && let Some(memory) = self.memory.get_mut(&start)
         {
-            memory.bytes[at..at + content.len()].copy_from_slice(content);
+            memory.content.put(at, content);
         }
     }
 
     fn device_range(&mut self, address: u64, bytes: usize) -> Option<(u64, usize)> {
         let found = self.memory.range(..=address).next_back();
-        let found = found.map(|(start, memory)| (*start, memory.bytes.len()));
+        let found = found.map(|(start, memory)| (*start, memory.content.len()));
         match found {
             Some((start, len)) if address + bytes as u64 <= start + len as u64 => {
                 Some((start, (address - start) as usize))

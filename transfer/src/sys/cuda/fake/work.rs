@@ -91,7 +91,7 @@ impl State {
     }
 
     fn owner(&mut self, address: u64, bytes: usize) -> Option<Owner> {
-        if address < super::FIRST {
+        if !self.is_of_device(address) {
             if !self.is_pinned(address, bytes as u64) {
                 self.wrong(format!(
                     "{bytes} bytes of host memory at {address:#x} are not pinned"
@@ -101,7 +101,7 @@ impl State {
         }
         let found = self.memory.range(..=address).next_back();
         let found = found.filter(|(start, memory)| {
-            address + bytes as u64 <= **start + memory.bytes.len() as u64
+            address + bytes as u64 <= **start + memory.content.len() as u64
         });
         let start = found.map(|(start, _)| *start);
         if start.is_none() {
@@ -124,7 +124,7 @@ impl State {
         let content = match from {
             Owner::Device(start) => {
                 let at = (source - start) as usize;
-                self.memory[&start].bytes[at..at + bytes].to_vec()
+                self.memory[&start].content.get(at, bytes)
             }
             Owner::Host => {
                 let mut content = vec![0; bytes];
@@ -139,7 +139,7 @@ impl State {
             Owner::Device(start) => {
                 let at = (target - start) as usize;
                 if let Some(memory) = self.memory.get_mut(&start) {
-                    memory.bytes[at..at + bytes].copy_from_slice(&content);
+                    memory.content.put(at, &content);
                 }
             }
             Owner::Host => {
