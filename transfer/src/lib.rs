@@ -53,7 +53,8 @@ pub use stats::{AgentStats, BackendStats, PortStats};
 #[cfg(feature = "test-util")]
 pub use sys::cuda::CudaStandIn;
 pub use sys::cuda::{
-    CudaCopies, CudaDevice, CudaPoint, CudaReport, CudaSide, CudaStream, DeviceMemory, cuda_probe,
+    CudaCopies, CudaDevice, CudaDirect, CudaPoint, CudaReport, CudaSide, CudaStream, DeviceMemory,
+    RemoteWrites, cuda_probe,
 };
 pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

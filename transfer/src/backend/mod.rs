@@ -16,6 +16,7 @@ pub(crate) mod cma;
 pub mod conformance;
 pub(crate) mod copy;
 pub mod cuda;
+pub(crate) mod direct;
 mod far_sums;
 pub mod file;
 mod giving_way;

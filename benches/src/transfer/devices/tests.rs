@@ -131,6 +131,12 @@ fn a_device_is_described() {
             pci: "0000:17:00.0".to_owned(),
             bytes: 80 << 30,
             compute: (9, 0),
+            direct: CudaDirect {
+                dma_buf: true,
+                peer_memory: true,
+                peer_memory_mapped: true,
+                remote_writes: RemoteWrites::Ordered,
+            },
         }],
     };
     let nowhere = tempfile::tempdir().unwrap();

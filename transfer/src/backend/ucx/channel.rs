@@ -12,11 +12,11 @@ use super::frame::Session;
 use super::using::Shared;
 use crate::agent::RemoteRegion;
 use crate::backend::unix::Call;
-use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
+use crate::backend::direct::{self, HOST_AND_DEVICES};
+use crate::backend::{Backend, Capabilities, Channel, Job, NOT_WANTED, Operation, Refusal};
 use crate::descriptor::Target;
 use crate::look::Look;
 use crate::plan::Plan;
-use crate::region::MemoryKind;
 
 pub(super) struct UcxChannel {
     driver: Arc<Driver>,
@@ -41,8 +41,8 @@ impl UcxChannel {
             shared,
             detail: String::new(),
             capabilities: Capabilities {
-                local: Capabilities::HOST,
-                remote: &[MemoryKind::Host],
+                local: HOST_AND_DEVICES,
+                remote: HOST_AND_DEVICES,
                 notifications: true,
                 checksums: true,
             },
@@ -76,7 +76,18 @@ impl Backend for UcxChannel {
         operation == Operation::Read
     }
 
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        if !plan.wants(NAME) {
+            return Some(NOT_WANTED.to_owned());
+        }
+        direct::sums_refusal(plan).or_else(|| {
+            let mut memories = direct::local_devices(plan);
+            memories.find_map(|memory| self.driver.with(|state| state.worker.kind_of(memory).err()))
+        })
+    }
+
     fn prepare(&self, plan: &Plan) -> Result<()> {
+        direct::check_there(plan)?;
         let calls = self.driver.with(|state| -> Result<Vec<Arc<Call>>> {
             let mut calls = Vec::new();
             for target in &*plan.local {

@@ -9,6 +9,7 @@ use super::frame::{Frame, Origin, Session, To};
 use super::state::{Side, State, USERS_MAX};
 use super::user::{Proof, User};
 use crate::backend::Operation;
+use crate::backend::direct::Landing;
 use crate::backend::late::Notifier;
 use crate::backend::unix::{Message, Outcome};
 use crate::metadata::Incarnation;
@@ -63,6 +64,7 @@ impl State {
             name: name.into(),
             door: self.exports.inbox().door(),
             used: HashMap::new(),
+            landing: Landing::default(),
             proof: Proof::of(origin, self.origin.host, self.origin.namespace),
             is_cut_off: false,
         };
@@ -114,6 +116,10 @@ impl State {
                 let Some(user) = self.users.get(&session) else {
                     return;
                 };
+                if let Err(error) = user.landing.land() {
+                    let outcome = Outcome::of(Err(error));
+                    return self.tell(session, Message::Done { id, outcome });
+                }
                 let (name, door) = (user.name.clone(), user.door);
                 let sender = Notifier {
                     late: self.late.clone(),
@@ -158,7 +164,7 @@ impl State {
         let region = admitted.region();
         self.worker.register(region)?;
         let granted = Outcome::Keyed {
-            address: region.mapping()?.address(),
+            address: region.address()?,
             bytes: region.bytes(),
             writable: region.options().remote_write,
             key: self.worker.pack_key(id)?,
@@ -178,6 +184,7 @@ impl State {
             return Err(Error::new(ErrorKind::Busy, text));
         }
         user.used.insert(id, None);
+        user.landing.lend(region);
         Ok(granted)
     }
 

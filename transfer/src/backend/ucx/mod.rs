@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::unix::Outcome;
-use super::{Channel, Fabric};
+use super::direct::HOST_AND_DEVICES;
+use super::{Channel, Fabric, Kinds};
 use crate::agent::{Exports, PeerCard};
 use crate::region::RegionCore;
 use crate::sys::ucx::{Library, Worker};
@@ -67,6 +68,13 @@ impl Fabric for UcxFabric {
 
     fn address(&self) -> Option<Vec<u8>> {
         Some(self.address.clone())
+    }
+
+    fn kinds(&self) -> Kinds {
+        Kinds {
+            local: HOST_AND_DEVICES,
+            remote: HOST_AND_DEVICES,
+        }
     }
 
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {

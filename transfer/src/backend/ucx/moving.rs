@@ -9,6 +9,7 @@ use super::frame::Session;
 use super::state::State;
 use super::using::{Asked, Held, Using};
 use crate::agent::RemoteRegion;
+use crate::backend::direct;
 use crate::backend::giving_way::{LARGE_BYTES, OPEN_MAX};
 use crate::backend::unix::{Call, Message, Outcome, Waiting};
 use crate::backend::{Operation, abandoned};
@@ -454,7 +455,7 @@ impl State {
                 }
             }
         }
-        match active.error {
+        match active.error.or_else(|| direct::land(&plan).err()) {
             Some(error) => self.settled.push((active.job, Err(error))),
             None => self.notify(session, active.job),
         }

@@ -9,6 +9,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::frame::{Origin, Session};
 use crate::agent::Door;
+use crate::backend::direct::Landing;
 use crate::metadata::HostId;
 use crate::region::{RegionCore, RegionId};
 use crate::sys::ucx::EndpointId;
@@ -53,6 +54,8 @@ pub(super) struct User {
     pub(super) door: Door,
     /// What it may use, with the region that waits for it, if that is being deregistered.
     pub(super) used: HashMap<RegionId, Option<Arc<RegionCore>>>,
+    /// What of it is memory of GPUs that it may write.
+    pub(super) landing: Landing,
     pub(super) proof: Proof,
     /// The endpoint is closed.
     pub(super) is_cut_off: bool,

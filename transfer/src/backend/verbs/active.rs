@@ -47,6 +47,8 @@ pub(super) struct Active {
     pub(super) is_waiting: bool,
     /// Pieces that a rail did not finish.
     pub(super) again: Vec<Extent>,
+    /// Rails, as bits, that its pieces go by while any of them is up: those near to the GPU whose memory they are of.
+    pub(super) near: u32,
     /// Rails, as bits, that something was written by.
     pub(super) rails: u32,
     extent: usize,
@@ -67,6 +69,7 @@ impl Active {
             forced_at: None,
             is_waiting: false,
             again: Vec::new(),
+            near: u32::MAX,
             rails: 0,
             extent: 0,
             skip: 0,

@@ -1,19 +1,22 @@
 //! The ports of an agent, and what is made of them.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::choose::{self, Chosen};
 use super::greeting::Offer;
-use super::near::Nearness;
+use super::near::{Nearness, Place};
 use super::options::{VerbsOptions, mtu_bytes};
 use super::using::RailTold;
 use super::wire::{FRAGMENTS, Wire};
 use crate::stats::PortStats;
+use crate::sys::cuda::Gpu;
 use crate::sys::verbs::{Channel, Context, Domain, End, Gid, GidKind, Limits, PairSettings, Port};
 
 /// Operations of jobs that a connection has under way at most.
@@ -86,6 +89,8 @@ pub(super) struct Cards {
     /// The nearest first; never none.
     pub(super) cards: Vec<Card>,
     pub(super) options: VerbsOptions,
+    /// How near each card is to GPUs whose memory was moved, by their PCI addresses.
+    near: Mutex<HashMap<String, Arc<[Nearness]>>>,
 }
 
 /// A random number of 24 bits, which packets are counted from.
@@ -129,7 +134,30 @@ impl Cards {
             devices,
             cards,
             options: options.clone(),
+            near: Mutex::default(),
         })
+    }
+
+    /// How near each of the cards is to a GPU; nobody can say of one that is at no PCI address that the system knows.
+    pub(super) fn near(&self, gpu: &Gpu) -> Arc<[Nearness]> {
+        let pci = gpu.pci().unwrap_or_default();
+        let mut known = self.near.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(near) = known.get(&pci) {
+            return near.clone();
+        }
+        let place = Place::of(Some(&pci), Path::new("/")).ok();
+        let near: Arc<[Nearness]> = self
+            .cards
+            .iter()
+            .map(|card| {
+                let name = self.devices[card.device].context.name();
+                let place = place.as_ref();
+                place.map_or(Nearness::Unknown, |place| place.nearness(name))
+            })
+            .collect();
+        tracing::debug!(pci, ?near, "ports as seen from a GPU");
+        known.insert(pci, near.clone());
+        near
     }
 
     /// Where peers ask for connections.

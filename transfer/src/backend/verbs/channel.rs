@@ -12,11 +12,11 @@ use super::state::Line;
 use super::using::Shared;
 use crate::agent::{ConnectionReport, RemoteRegion};
 use crate::backend::unix::Call;
-use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
+use crate::backend::direct::{self, HOST_AND_DEVICES};
+use crate::backend::{Backend, Capabilities, Channel, Job, NOT_WANTED, Operation, Refusal};
 use crate::descriptor::Target;
 use crate::look::Look;
 use crate::plan::Plan;
-use crate::region::MemoryKind;
 
 pub(super) struct VerbsChannel {
     driver: Arc<Driver>,
@@ -39,8 +39,8 @@ impl VerbsChannel {
             line,
             shared,
             capabilities: Capabilities {
-                local: Capabilities::HOST,
-                remote: &[MemoryKind::Host],
+                local: HOST_AND_DEVICES,
+                remote: HOST_AND_DEVICES,
                 notifications: true,
                 checksums: true,
             },
@@ -75,7 +75,15 @@ impl Backend for VerbsChannel {
         is_drained && (operation == Operation::Read || is_fenced)
     }
 
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        if !plan.wants(NAME) {
+            return Some(NOT_WANTED.to_owned());
+        }
+        direct::sums_refusal(plan)
+    }
+
     fn prepare(&self, plan: &Plan) -> Result<()> {
+        direct::check_there(plan)?;
         let calls = self.driver.with(|state| -> Result<Vec<Arc<Call>>> {
             let mut calls = Vec::new();
             for target in &*plan.local {

@@ -15,6 +15,7 @@ use super::state::{Line, State, number};
 use super::tie::{Rail, Tie};
 use crate::agent::{CONNECT_TIMEOUT, Door};
 use crate::backend::Operation;
+use crate::backend::direct::Landing;
 use crate::backend::late::Notifier;
 use crate::backend::unix::{Message, Outcome};
 use crate::metadata::Incarnation;
@@ -52,6 +53,8 @@ pub(super) struct User {
     /// By which its notifications come.
     door: Door,
     used: HashSet<RegionId>,
+    /// What it may write into, beside memory of the host.
+    landing: Landing,
 }
 
 /// A deregistered region that peers, or work of our own, may still use. It counts as a user of the region.
@@ -229,6 +232,7 @@ impl State {
             name: name.into(),
             door: self.exports.inbox().door(),
             used: HashSet::new(),
+            landing: Landing::default(),
         };
         self.users.insert(line, user);
         for rail in 0..rails {
@@ -260,6 +264,7 @@ impl State {
             name,
             door,
             used,
+            landing: _,
         } = user;
         tracing::debug!(peer = %name, reason, "a peer over verbs is cut off");
         tie.stop();
@@ -300,6 +305,10 @@ impl State {
                 let Some(user) = self.users.get(&line) else {
                     return;
                 };
+                if let Err(error) = user.landing.land() {
+                    let outcome = Outcome::of(Err(error));
+                    return self.tell(line, &Message::Done { id, outcome });
+                }
                 let (name, door) = (user.name.clone(), user.door);
                 let sender = Notifier {
                     late: self.late.clone(),
@@ -344,7 +353,7 @@ impl State {
         let region = admitted.region();
         let keys = self.register(line, region)?;
         let granted = Outcome::Keyed {
-            address: region.mapping()?.address(),
+            address: region.address()?,
             bytes: region.bytes(),
             writable: region.options().remote_write,
             key: keys.into_iter().flat_map(u32::to_le_bytes).collect(),
@@ -364,6 +373,7 @@ impl State {
             return Err(Error::new(ErrorKind::Busy, text));
         }
         user.used.insert(id);
+        user.landing.lend(region);
         Ok(granted)
     }
 

@@ -39,7 +39,8 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::unix::Call;
-use super::{Channel, Fabric};
+use super::direct::HOST_AND_DEVICES;
+use super::{Channel, Fabric, Kinds};
 use crate::agent::{Exports, PeerCard};
 use crate::region::RegionCore;
 use crate::stats::PortStats;
@@ -188,6 +189,13 @@ impl Fabric for VerbsFabric {
     fn ports(&self) -> Vec<PortStats> {
         let cards = self.driver.cards().cards.iter();
         cards.map(|card| card.told.stats()).collect()
+    }
+
+    fn kinds(&self) -> Kinds {
+        Kinds {
+            local: HOST_AND_DEVICES,
+            remote: HOST_AND_DEVICES,
+        }
     }
 
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {

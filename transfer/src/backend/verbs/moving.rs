@@ -7,15 +7,18 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::{Active, Phase, STRIPE_BYTES};
 use super::controls::Control;
+use super::near::nearest;
 use super::state::{Line, Memories, State};
 use super::using::{Held, Unsent, Using};
 use super::wire::Piece;
+use crate::backend::direct;
 use crate::backend::unix::{Message, Waiting};
 use crate::backend::{Job, Operation, abandoned};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
 use crate::region::RegionId;
 use crate::request::Priority;
+use crate::sys::cuda::Gpu;
 use crate::sys::verbs::{Far, Place};
 
 /// Pieces that are handed over before others get their turn.
@@ -70,6 +73,11 @@ impl State {
             return Ok(0);
         };
         let (plan, line) = (active.job.plan().clone(), active.line);
+        let near = direct::local_devices(&plan).next();
+        let near = near.map(|memory| self.rails_near(line, memory.gpu()));
+        if let Some(active) = self.jobs.get_mut(&number) {
+            active.near = near.unwrap_or(u32::MAX);
+        }
         // Neither side's memory is the device's concern then.
         if plan.sums {
             return Ok(0);
@@ -88,6 +96,17 @@ impl State {
             }
         }
         Ok(missing)
+    }
+
+    /// A path's rails over the cards that are nearest to a GPU, as bits.
+    fn rails_near(&self, line: Line, gpu: &Gpu) -> u32 {
+        let Some(using) = self.using.get(&line) else {
+            return u32::MAX;
+        };
+        let near = self.cards.near(gpu);
+        let rails = using.tie.rails.iter();
+        let of_rails: Vec<_> = rails.map(|rail| near[rail.card]).collect();
+        nearest(&of_rails)
     }
 
     /// Hands pieces of waiting jobs to the device, in turn; whether there were any.
@@ -219,14 +238,15 @@ impl State {
         let Some(using) = self.using.get_mut(&active.line) else {
             return Ok((touched, false));
         };
-        let rails = using.tie.up().count();
+        let usable = using.tie.usable(active.near);
+        let rails = usable.count_ones() as usize;
         let is_striped = active.is_striped() && rails > 1;
         let gives_way = active.gives_way();
         while *pieces < most && active.may_begin(rails) {
             if active.must_wait(number, &mut using.background) {
                 return Ok((touched, false));
             }
-            let Some(rail) = using.tie.choose(is_striped) else {
+            let Some(rail) = using.tie.choose(is_striped, usable) else {
                 using.waiting.push_back(number);
                 return Ok((touched, false));
             };
@@ -298,7 +318,7 @@ impl State {
         if !self.leaving.is_empty() {
             self.let_leave(Instant::now());
         }
-        match error {
+        match error.or_else(|| direct::land(&plan).err()) {
             Some(error) => self.settled.push((job, Err(error))),
             None => self.notify(line, number, job, rails),
         }

@@ -34,6 +34,16 @@ impl Nearness {
     }
 }
 
+/// Of ports that are so near to something those that are as near as the nearest one, as bits: all where nobody can say.
+pub(super) fn nearest(all: &[Nearness]) -> u32 {
+    let Some(best) = all.iter().min() else {
+        return u32::MAX;
+    };
+    let bits = all.iter().enumerate();
+    bits.filter(|(_, one)| *one == best)
+        .fold(0, |bits, (at, _)| bits | 1 << at)
+}
+
 /// Where something sits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Seat {

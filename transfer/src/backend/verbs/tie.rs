@@ -154,9 +154,19 @@ impl Tie {
         self.up().any(|at| at != rail)
     }
 
-    /// The rail for the next piece: the first that has room, or of all that have the one with the least under way.
-    pub(super) fn choose(&self, is_striped: bool) -> Option<usize> {
-        let roomy = self.up().filter_map(|at| {
+    /// Those of the wanted rails, as bits, that are up; all that are up if none of them is.
+    pub(super) fn usable(&self, wanted: u32) -> u32 {
+        let up = self.up().fold(0_u32, |up, at| up | 1 << at);
+        match up & wanted {
+            0 => up,
+            both => both,
+        }
+    }
+
+    /// The rail for the next piece, of these: the first that has room, or of all that have the one with the least under way.
+    pub(super) fn choose(&self, is_striped: bool, usable: u32) -> Option<usize> {
+        let is_usable = |at: &usize| usable & (1 << at) != 0;
+        let roomy = self.up().filter(is_usable).filter_map(|at| {
             let wire = self.rails[at].wire.as_ref()?;
             (wire.room() > 0).then_some((at, wire.load()))
         });

@@ -34,6 +34,10 @@ pub(crate) trait DirectCalls: Send + Sync {
     fn synchronize_copies(&self, address: u64) -> Answer<()>;
     /// `cuFlushGPUDirectRDMAWrites` of the current context, for that device.
     fn flush_remote_writes(&self) -> Answer<()>;
+    /// Whether memory of devices is memory of the process, which a stand-in may have.
+    fn is_of_process(&self) -> bool {
+        false
+    }
 }
 
 /// Natively ordered for the device itself, as `CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING` counts.
@@ -65,6 +69,24 @@ pub struct CudaDirect {
     pub remote_writes: RemoteWrites,
 }
 
+impl CudaDirect {
+    pub(super) fn of(attribute: impl Fn(Attribute) -> Answer<i32>) -> Self {
+        // A driver that does not know the question has not what is asked for.
+        let number = |wanted| attribute(wanted).unwrap_or(0);
+        let flushes = number(Attribute::RemoteFlushes) & FLUSHED_BY_HOST != 0;
+        Self {
+            dma_buf: number(Attribute::DmaBuf) != 0,
+            peer_memory: number(Attribute::PeerMemory) != 0,
+            peer_memory_mapped: number(Attribute::PeerMemoryMapped) != 0,
+            remote_writes: match number(Attribute::RemoteOrdering) {
+                ORDERED_FOR_OWNER.. => RemoteWrites::Ordered,
+                _ if flushes => RemoteWrites::Flushed,
+                _ => RemoteWrites::Unordered,
+            },
+        }
+    }
+}
+
 /// What a device is asked once.
 #[derive(Default)]
 pub(super) struct Asked(OnceLock<CudaDirect>);
@@ -85,21 +107,10 @@ impl DmaBuf {
 impl Gpu {
     /// What network cards may do with its memory.
     pub(crate) fn direct(&self) -> CudaDirect {
-        *self.direct.0.get_or_init(|| {
-            // A driver that does not know the question has not what is asked for.
-            let number = |attribute| self.attribute(attribute).unwrap_or(0);
-            let flushes = number(Attribute::RemoteFlushes) & FLUSHED_BY_HOST != 0;
-            CudaDirect {
-                dma_buf: number(Attribute::DmaBuf) != 0,
-                peer_memory: number(Attribute::PeerMemory) != 0,
-                peer_memory_mapped: number(Attribute::PeerMemoryMapped) != 0,
-                remote_writes: match number(Attribute::RemoteOrdering) {
-                    ORDERED_FOR_OWNER.. => RemoteWrites::Ordered,
-                    _ if flushes => RemoteWrites::Flushed,
-                    _ => RemoteWrites::Unordered,
-                },
-            }
-        })
+        *self
+            .direct
+            .0
+            .get_or_init(|| CudaDirect::of(|attribute| self.attribute(attribute)))
     }
 
     /// Waits until kernels of this device see what cards have written into its memory, where that is not so anyway.
@@ -128,6 +139,11 @@ impl DeviceMemory {
             let error = gpu.fault("set CU_POINTER_ATTRIBUTE_SYNC_MEMOPS", code);
             tracing::warn!(%error, "copies within a device that are not waited for may be missing in what a card reads");
         }
+    }
+
+    /// Whether it is memory of the process: that of a stand-in for the driver, for tests.
+    pub(crate) fn is_of_process(&self) -> bool {
+        self.gpu().calls.is_of_process()
     }
 
     /// It as a dma-buf, of the pages that it lies in.

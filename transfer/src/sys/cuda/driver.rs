@@ -43,6 +43,8 @@ pub struct CudaDevice {
     pub bytes: u64,
     /// Compute capability: major and minor.
     pub compute: (u32, u32),
+    /// What it lets network cards do with its memory.
+    pub direct: CudaDirect,
 }
 
 /// What CUDA there is. Starts the driver, which may take seconds the first time, and makes no context.
@@ -136,6 +138,7 @@ impl Cuda {
             pci: calls.device_pci(device).map_err(failed)?,
             bytes: calls.device_bytes(device).map_err(failed)?,
             compute: (major.unsigned_abs(), minor.unsigned_abs()),
+            direct: CudaDirect::of(|attribute| calls.attribute(device, attribute)),
         })
     }
 

@@ -56,6 +56,11 @@ impl Gpu {
         self.context
     }
 
+    /// Its address on the PCI bus, if the driver tells.
+    pub(crate) fn pci(&self) -> Option<String> {
+        self.calls.device_pci(self.device).ok()
+    }
+
     /// An error of this device.
     pub(super) fn fault(&self, doing: &str, code: Code) -> Error {
         fault(&*self.calls, doing, code).at(format!("device {}", self.ordinal))
@@ -79,6 +84,16 @@ impl Gpu {
         let address = self.calls.device_pci(self.device).ok()?;
         let path = format!("/sys/bus/pci/devices/{address}/numa_node");
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
+
+    /// Runs a call of another library that wants the device to be the thread's current one.
+    ///
+    /// # Errors
+    /// What the driver says; nothing was run then.
+    pub(crate) fn within<R>(&self, call: impl FnOnce() -> R) -> Result<R> {
+        let entered = self.enter();
+        let _entered = entered.map_err(|code| self.fault("make it current", code))?;
+        Ok(call())
     }
 
     /// A fact about the device.

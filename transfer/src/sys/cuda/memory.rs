@@ -115,7 +115,7 @@ impl DeviceMemory {
     }
 
     /// The address of `offset`, after checking that `len` bytes lie there.
-    pub(super) fn at(&self, offset: u64, len: u64) -> Result<u64> {
+    pub(crate) fn at(&self, offset: u64, len: u64) -> Result<u64> {
         match offset.checked_add(len) {
             Some(end) if end <= self.bytes => Ok(self.address + offset),
             _ => Err(outside(offset, len, self.bytes)),

@@ -36,6 +36,30 @@ impl CudaStandIn {
         agent.start_cuda(options)
     }
 
+    /// Memory that is allocated from now on lies in the process, where network cards, and what stands for them, reach it as the real
+    /// ones reach that of a GPU.
+    pub fn open_memory(&self) {
+        self.fake.open_memory();
+    }
+
+    /// Cards' writes are visible to kernels by a call of the driver alone, or, otherwise, by themselves. To be said before memory is
+    /// registered.
+    pub fn set_flushed(&self, is_flushed: bool) {
+        self.fake.set_remote_writes(1, if is_flushed { 0 } else { 100 });
+    }
+
+    /// How often cards' writes were made visible by a call of the driver.
+    #[must_use]
+    pub fn flushes(&self) -> u64 {
+        self.fake.count("cuFlushGPUDirectRDMAWrites")
+    }
+
+    /// The next time that cards' writes are to be made visible fails.
+    pub fn fail_next_flush(&self) {
+        self.fake
+            .fail("cuFlushGPUDirectRDMAWrites", 0, super::fake::ILLEGAL_ADDRESS);
+    }
+
     /// As [`DeviceMemory::allocate`].
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Registered memory, ours and the peers'.
 
+use std::ffi::c_void;
 use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -7,7 +8,9 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::generated::ucp as ffi;
 use super::operations::EndpointId;
 use super::worker::{Memory, RemoteKey, Worker};
+use crate::backend::Operation;
 use crate::region::{RegionCore, RegionId};
+use crate::sys::cuda::DeviceMemory;
 
 /// A peer's region, as the peer handed it out.
 pub(crate) struct Granted<'a> {
@@ -25,29 +28,67 @@ impl Worker {
         if self.memories.contains_key(&region.id()) {
             return Ok(());
         }
-        let mapping = region.mapping()?;
+        let (address, bytes) = (region.address()?, region.bytes());
+        let kind = match region.device() {
+            Some(memory) => {
+                let kind = self.kind_of(memory);
+                let kind = kind.map_err(|text| Error::new(ErrorKind::Unsupported, text))?;
+                memory.open_to_cards();
+                Some(kind)
+            }
+            None => None,
+        };
         let fields = ffi::UCP_MEM_MAP_PARAM_FIELD_ADDRESS | ffi::UCP_MEM_MAP_PARAM_FIELD_LENGTH;
         // SAFETY: as in `connect`.
         let mut params: ffi::ucp_mem_map_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = u64::from(fields);
-        params.address = std::ptr::with_exposed_provenance_mut(mapping.address() as usize);
-        params.length = mapping.len() as usize;
+        params.address = std::ptr::with_exposed_provenance_mut(address as usize);
+        params.length = bytes as usize;
+        if let Some(kind) = kind {
+            params.field_mask |= u64::from(ffi::UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE);
+            params.memory_type = kind;
+        }
         let mut raw = std::ptr::null_mut();
-        // SAFETY: the context is open, and the range is mapped for as long as the region is kept, beside the handle.
-        let status = unsafe {
+        // SAFETY: the context is open, and the range is mapped, or of a device, for as long as the region is kept, beside the
+        // handle.
+        let mut map = || unsafe {
             self.library
                 .calls
                 .ucp_mem_map(self.context, &raw const params, &raw mut raw)
         };
-        let doing = format!("register {} bytes", mapping.len());
+        let status = match region.device() {
+            Some(memory) => memory.gpu().within(map)?,
+            None => map(),
+        };
+        let doing = format!("register {bytes} bytes of {}", region.kind());
         self.library.check(&doing, status)?;
         let memory = Memory {
             raw,
+            kind,
             region: region.clone(),
             users: 0,
         };
         self.memories.insert(region.id(), memory);
         Ok(())
+    }
+
+    /// As what UCX takes memory of a device, or why it does not.
+    pub(crate) fn kind_of(&self, memory: &DeviceMemory) -> Result<ffi::ucs_memory_type_t, String> {
+        if memory.is_of_process() {
+            return Ok(ffi::UCS_MEMORY_TYPE_HOST);
+        }
+        let (version, device) = (self.library.version(), memory.ordinal());
+        if !self.knows(ffi::UCS_MEMORY_TYPE_CUDA) {
+            return Err(format!(
+                "ucx {version} knows no memory of CUDA devices, such as device {device}: it was built without CUDA, or may not use it (UCX_TLS, UCX_MODULES)"
+            ));
+        }
+        if is_before_1_16(version) {
+            return Err(format!(
+                "ucx {version} has the processor copy small pieces, which cannot reach memory of CUDA device {device}: 1.16 does not"
+            ));
+        }
+        Ok(ffi::UCS_MEMORY_TYPE_CUDA)
     }
 
     /// What lets a peer use a registered region.
@@ -133,6 +174,53 @@ impl Worker {
         if let Some(key) = endpoint.and_then(|endpoint| endpoint.keys.remove(&region)) {
             // SAFETY: unpacked by `learn`, dropped only once, and nothing uses it by the caller's word.
             unsafe { self.library.calls.ucp_rkey_destroy(key.raw) };
+        }
+    }
+}
+
+impl Memory {
+    /// Bytes of it, checked to be there, and for reads to be writable.
+    pub(super) fn range(
+        &self,
+        operation: Operation,
+        offset: u64,
+        len: u64,
+    ) -> Result<(*mut c_void, usize)> {
+        if let Some(memory) = self.region.device() {
+            let start = memory.at(offset, len)?;
+            let start = std::ptr::with_exposed_provenance_mut(start as usize);
+            return Ok((start, len as usize));
+        }
+        let mapping = self.region.mapping()?;
+        let range = match operation {
+            Operation::Read => mapping.sink(offset, len)?.raw(),
+            Operation::Write => mapping.span(offset, len)?.raw(),
+        };
+        Ok((range.iov_base, range.iov_len))
+    }
+}
+
+/// Whether remote access is by the older protocols of UCX, which take the pieces they copy by themselves for memory of the host (from
+/// 1.16 on `PROTO_ENABLE` is on).
+fn is_before_1_16(version: &str) -> bool {
+    let mut numbers = version.split('.').map(|number| number.parse::<u32>());
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (1, 16),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_numbers_and_not_text() {
+        for old in ["1.13.1", "1.9.0", "1.15.0", "", "unknown"] {
+            assert!(is_before_1_16(old), "{old}");
+        }
+        for new in ["1.16.0", "1.22.0", "2.0.0"] {
+            assert!(!is_before_1_16(new), "{new}");
         }
     }
 }

@@ -91,19 +91,18 @@ impl Worker {
             return Err(Error::new(ErrorKind::Invalid, text));
         };
         let memory = self.memory(moving.local)?;
-        let mapping = memory.region.mapping()?;
-        let range = match operation {
-            Operation::Read => mapping.sink(moving.local_offset, moving.len)?.raw(),
-            Operation::Write => mapping.span(moving.local_offset, moving.len)?.raw(),
-        };
-        let handle = memory.raw;
+        let (base, len) = memory.range(operation, moving.local_offset, moving.len)?;
+        let (handle, kind) = (memory.raw, memory.kind);
         let local = moving.local;
         let (slot, own) = self.operations.enter(Flight::Move { local, job });
         let mut params = request(own);
         params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_MEMH;
         params.memh = handle;
+        if let Some(kind) = kind {
+            params.op_attr_mask |= ffi::UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+            params.memory_type = kind;
+        }
         let calls = &self.library.calls;
-        let (base, len) = (range.iov_base, range.iov_len);
         let answer = match operation {
             // SAFETY: the range was checked to lie in registered memory that is kept until the operation is over, and
             // may be written; the endpoint and its key are open; what lies at the other end is checked there by UCX.

@@ -36,6 +36,8 @@ pub(super) struct Endpoint {
 /// Own memory that UCX knows.
 pub(super) struct Memory {
     pub(super) raw: ffi::ucp_mem_h,
+    /// What UCX takes it for; none: it is to find out, and finds memory of the host.
+    pub(super) kind: Option<ffi::ucs_memory_type_t>,
     /// Keeps it mapped.
     pub(super) region: Arc<RegionCore>,
     /// Operations that use it.
@@ -47,6 +49,8 @@ pub(crate) struct Worker {
     pub(super) library: &'static Library,
     process: Process,
     pub(super) context: ffi::ucp_context_h,
+    /// Kinds of memory that it knows, as bits.
+    memory_types: u64,
     worker: ffi::ucp_worker_h,
     address: Vec<u8>,
     event_fd: RawFd,
@@ -87,6 +91,7 @@ impl Worker {
             library,
             process: Process::current(),
             context,
+            memory_types: 0,
             worker,
             address: Vec::new(),
             event_fd: -1,
@@ -97,6 +102,7 @@ impl Worker {
             memories: HashMap::new(),
             told: Vec::new(),
         };
+        own.memory_types = own.read_memory_types()?;
         own.listen()?;
         own.address = own.read_address()?;
         own.event_fd = own.read_event_fd()?;
@@ -143,6 +149,25 @@ impl Worker {
                 .ucp_worker_release_address(self.worker, raw);
         }
         Ok(address)
+    }
+
+    fn read_memory_types(&self) -> Result<u64> {
+        // SAFETY: a structure of numbers, for all of which zero is a value.
+        let mut found: ffi::ucp_context_attr_t = unsafe { std::mem::zeroed() };
+        found.field_mask = u64::from(ffi::UCP_ATTR_FIELD_MEMORY_TYPES);
+        // SAFETY: the context is open, and the result is writable.
+        let status = unsafe {
+            self.library
+                .calls
+                .ucp_context_query(self.context, &raw mut found)
+        };
+        self.library.check("ask for kinds of memory", status)?;
+        Ok(found.memory_types)
+    }
+
+    /// Whether it knows a kind of memory.
+    pub(super) fn knows(&self, kind: ffi::ucs_memory_type_t) -> bool {
+        self.memory_types & (1 << kind) != 0
     }
 
     fn read_event_fd(&self) -> Result<RawFd> {

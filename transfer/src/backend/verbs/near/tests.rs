@@ -106,3 +106,19 @@ fn a_process_that_is_bound_to_a_memory_node_is_near_its_cards() {
         assert_eq!(found, (near, other), "{processors}");
     }
 }
+
+/// Which rails a GPU's bytes go by: those behind its switch if there are any, all of equals, all where nobody can say.
+#[test]
+fn of_several_ports_the_nearest_to_a_gpu_are_taken() {
+    let root = machine();
+    let place = Place::of(Some("0000:3B:00.0"), root.path()).unwrap();
+    let near = |names: &[&str]| {
+        let all: Vec<_> = names.iter().map(|name| place.nearness(name)).collect();
+        nearest(&all)
+    };
+    assert_eq!(near(&["mlx5_0", "mlx5_1", "mlx5_2", "mlx5_3"]), 0b0010);
+    assert_eq!(near(&["mlx5_0", "mlx5_3"]), 0b10);
+    assert_eq!(near(&["mlx5_0", "mlx5_0"]), 0b11);
+    assert_eq!(near(&["rxe0", "rxe0"]), 0b11);
+    assert_eq!(near(&[]), u32::MAX);
+}

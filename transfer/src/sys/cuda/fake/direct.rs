@@ -174,4 +174,8 @@ impl DirectCalls for Fake {
         state.begin_in("cuFlushGPUDirectRDMAWrites")?;
         Ok(())
     }
+
+    fn is_of_process(&self) -> bool {
+        self.lock().direct.is_open
+    }
 }
