@@ -5,8 +5,8 @@ use std::sync::{Arc, Weak};
 use kvcache_core::Result;
 
 use super::Operation;
-use crate::agent::RemoteKind;
 use crate::descriptor::Target;
+use crate::metadata::RemoteKind;
 use crate::plan::Plan;
 use crate::region::{MemoryKind, RegionCore};
 use crate::sys::cuda::{DeviceMemory, Gpu};
@@ -29,7 +29,9 @@ pub(crate) fn sums_refusal(plan: &Plan) -> Option<String> {
     }
     let local = plan.local.iter().chain(plan.remote.iter());
     let found = local.filter_map(|target| match target {
-        Target::Local(region) => region.device().map(|_| (region.id(), region.kind().to_string())),
+        Target::Local(region) => region
+            .device()
+            .map(|_| (region.id(), region.kind().to_string())),
         Target::Remote(region) if region.kind == RemoteKind::Device => {
             Some((region.id, region.kind.to_string()))
         }
@@ -90,6 +92,7 @@ impl Landing {
     /// What the driver says: whoever is told may start something that does not see it.
     pub(crate) fn land(&self) -> Result<()> {
         let gpus = self.0.iter().filter_map(Weak::upgrade);
-        gpus.into_iter().try_for_each(|gpu| gpu.land_remote_writes())
+        gpus.into_iter()
+            .try_for_each(|gpu| gpu.land_remote_writes())
     }
 }

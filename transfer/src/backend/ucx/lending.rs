@@ -162,6 +162,9 @@ impl State {
             .admit(id, key, Operation::Write)
             .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
         let region = admitted.region();
+        if let Some(memory) = region.device() {
+            memory.check_there()?;
+        }
         self.worker.register(region)?;
         let granted = Outcome::Keyed {
             address: region.address()?,

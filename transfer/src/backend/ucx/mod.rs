@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::unix::Outcome;
 use super::direct::HOST_AND_DEVICES;
+use super::unix::Outcome;
 use super::{Channel, Fabric, Kinds};
 use crate::agent::{Exports, PeerCard};
 use crate::region::RegionCore;

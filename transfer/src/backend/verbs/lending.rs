@@ -351,6 +351,9 @@ impl State {
             .admit(id, key, Operation::Write)
             .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
         let region = admitted.region();
+        if let Some(memory) = region.device() {
+            memory.check_there()?;
+        }
         let keys = self.register(line, region)?;
         let granted = Outcome::Keyed {
             address: region.address()?,

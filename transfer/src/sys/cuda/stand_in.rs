@@ -45,7 +45,8 @@ impl CudaStandIn {
     /// Cards' writes are visible to kernels by a call of the driver alone, or, otherwise, by themselves. To be said before memory is
     /// registered.
     pub fn set_flushed(&self, is_flushed: bool) {
-        self.fake.set_remote_writes(1, if is_flushed { 0 } else { 100 });
+        self.fake
+            .set_remote_writes(1, if is_flushed { 0 } else { 100 });
     }
 
     /// How often cards' writes were made visible by a call of the driver.
@@ -56,8 +57,11 @@ impl CudaStandIn {
 
     /// The next time that cards' writes are to be made visible fails.
     pub fn fail_next_flush(&self) {
-        self.fake
-            .fail("cuFlushGPUDirectRDMAWrites", 0, super::fake::ILLEGAL_ADDRESS);
+        self.fake.fail(
+            "cuFlushGPUDirectRDMAWrites",
+            0,
+            super::fake::ILLEGAL_ADDRESS,
+        );
     }
 
     /// As [`DeviceMemory::allocate`].
@@ -75,6 +79,11 @@ impl CudaStandIn {
     pub fn lend(&self, ordinal: u32, bytes: u64) -> Result<DeviceMemory> {
         let address = self.fake.engine_memory(ordinal as i32, bytes);
         self.fake.lend(&self.cuda, ordinal, address, bytes)
+    }
+
+    /// An engine frees what it has lent, whoever still uses it.
+    pub fn free(&self, address: u64) {
+        self.fake.engine_frees(address);
     }
 
     /// As [`CudaCopies::new`].

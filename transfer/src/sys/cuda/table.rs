@@ -232,9 +232,7 @@ impl Calls for Libcuda {
             Attribute::RemoteFlushes => {
                 Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS
             }
-            Attribute::RemoteOrdering => {
-                Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
-            }
+            Attribute::RemoteOrdering => Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING,
         };
         // SAFETY: the result is writable; a wrong device is answered with an error.
         filled(0, |out| unsafe {

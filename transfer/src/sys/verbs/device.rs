@@ -124,7 +124,11 @@ unsafe fn by_dma_buf(
     memory: &DeviceMemory,
     access: Access,
 ) -> Result<NonNull<ffi::ibv_mr>, String> {
-    let call = domain.context.library.register_dma_buf.ok_or_else(no_call)?;
+    let call = domain
+        .context
+        .library
+        .register_dma_buf
+        .ok_or_else(no_call)?;
     let buffer = memory.dma_buf().map_err(|error| error.to_string())?;
     // The card keeps what the descriptor stands for; peers name bytes by their addresses on the GPU.
     // SAFETY: the domain is kept, the descriptor is open, and the memory stays what it is by the caller's word.
@@ -159,9 +163,13 @@ unsafe fn by_address(
 /// What the system's answer means here.
 fn refused(cause: &std::io::Error) -> String {
     let meaning = match cause.raw_os_error() {
-        Some(libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => "; the kernel's driver of the card cannot",
+        Some(libc::EOPNOTSUPP | libc::EPROTONOSUPPORT) => {
+            "; the kernel's driver of the card cannot"
+        }
         Some(libc::EFAULT) => "; the kernel finds no memory there that cards may reach",
-        Some(libc::ENOMEM) => "; `ulimit -l`, or the GPU's window on the bus is full (BAR1 in nvidia-smi -q)",
+        Some(libc::ENOMEM) => {
+            "; `ulimit -l`, or the GPU's window on the bus is full (BAR1 in nvidia-smi -q)"
+        }
         _ => "",
     };
     format!("{cause}{meaning}")

@@ -104,8 +104,9 @@ impl State {
     /// Whether an address is one of a device, allocated or not.
     pub(super) fn is_of_device(&self, address: u64) -> bool {
         let found = self.memory.range(..=address).next_back();
-        let is_within =
-            |(start, memory): (&u64, &super::Allocation)| address < start + memory.content.len() as u64;
+        let is_within = |(start, memory): (&u64, &super::Allocation)| {
+            address < start + memory.content.len() as u64
+        };
         address >= FIRST || found.is_some_and(is_within)
     }
 }
