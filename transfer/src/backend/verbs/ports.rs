@@ -1,10 +1,12 @@
 //! What RDMA there is on this machine, for whoever wants to know before making an agent.
 
-use kvcache_core::Result;
+use std::sync::Arc;
+
+use kvcache_core::Error;
 
 use super::choose;
 use super::options::mtu_bytes;
-use crate::sys::verbs::{Context, device_names};
+use crate::sys::verbs::{Context, Domain, device_names, takes_dma_bufs};
 
 /// A port of an RDMA device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +27,8 @@ pub struct RdmaPort {
     pub gid_used: Option<String>,
     /// The longest work queue that the device has, in operations.
     pub work_max: u32,
+    /// Whether the device takes memory of GPUs as dma-bufs, or why not.
+    pub dma_bufs: Result<(), String>,
 }
 
 /// All RDMA ports of this machine; none where it has no RDMA device.
@@ -32,11 +36,13 @@ pub struct RdmaPort {
 /// # Errors
 /// [`kvcache_core::ErrorKind::Unsupported`] without libibverbs, [`kvcache_core::ErrorKind::Io`] when a device can't be
 /// opened.
-pub fn rdma_ports() -> Result<Vec<RdmaPort>> {
+pub fn rdma_ports() -> Result<Vec<RdmaPort>, Error> {
     let mut all = Vec::new();
     for name in device_names()? {
         let context = Context::open(&name)?;
         let limits = context.limits()?;
+        let context = Arc::new(context);
+        let dma_bufs = takes_dma_bufs(&Domain::new(&context)?);
         for port in context.ports()? {
             let used = choose::gid(&port.gids, port.is_ethernet, None).ok();
             all.push(RdmaPort {
@@ -48,6 +54,7 @@ pub fn rdma_ports() -> Result<Vec<RdmaPort>> {
                 gids: port.gids.iter().map(ToString::to_string).collect(),
                 gid_used: used.map(|gid| gid.to_string()),
                 work_max: limits.work,
+                dma_bufs: dma_bufs.clone(),
             });
         }
     }

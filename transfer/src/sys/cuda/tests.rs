@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use kvcache_core::ErrorKind;
 
+mod direct;
+
 use super::calls::{Code, PointerFacts};
 use super::driver::Cuda;
 use super::fake::Fake;

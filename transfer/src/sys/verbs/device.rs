@@ -20,7 +20,7 @@ const PEER_MODULES: [(&str, &str); 3] = [
 ];
 
 /// The loaded module that lets cards reach memory of GPUs by its address, if there is one. `root` is where `sys` is.
-pub(crate) fn peer_module(root: &Path) -> Option<&'static str> {
+fn peer_module(root: &Path) -> Option<&'static str> {
     let found = PEER_MODULES
         .iter()
         .find(|(_, path)| root.join(path).exists());

@@ -31,6 +31,7 @@ mod slots;
 mod status;
 
 pub(crate) use context::{Context, Limits, Port, device_names};
+pub(crate) use device::takes_dma_bufs;
 pub(crate) use events::{Channel, Notice};
 pub(crate) use facts::{Gid, GidKind};
 pub(crate) use memory::{Access, Domain, Memory};
