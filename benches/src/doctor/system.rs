@@ -43,7 +43,10 @@ pub(super) fn look(folder: &Path) -> Vec<Finding> {
     // Where there are none, or nothing reads them, the ways say so.
     let ports = rdma_ports().unwrap_or_default();
     findings.extend(ports.iter().map(addresses_of));
-    findings.extend(super::gpus::look(&read("/proc/driver/nvidia/version")));
+    findings.extend(super::gpus::look(
+        &read("/proc/driver/nvidia/version"),
+        &ports,
+    ));
     findings
 }
 
@@ -271,7 +274,11 @@ fn addresses_of(port: &RdmaPort) -> Finding {
         return Finding::new(&what, State::Absent, format!("GIDs: [{all}]"), advice);
     };
     let (mtu, work) = (port.mtu, port.work_max);
-    let found = format!("{used}; MTU {mtu}, work queues of {work}; GIDs: {all}");
+    let buffers = match &port.dma_bufs {
+        Ok(()) => "takes dma-bufs".to_owned(),
+        Err(reason) => format!("takes no memory of GPUs as dma-bufs: {reason}"),
+    };
+    let found = format!("{used}; MTU {mtu}, work queues of {work}; {buffers}; GIDs: {all}");
     Finding::ok(&what, found)
 }
 

@@ -33,7 +33,8 @@ pub(crate) struct TransferArgs {
     /// Which backends: memcpy, shm, tcp, file and object by default; cuda and cuda-within with --memory cuda.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub(super) backend: Vec<BackendKind>,
-    /// Where blocks lie: cuda is memory of a GPU, between which and the host, and within which, they are moved.
+    /// Where blocks lie: cuda is memory of a GPU, between which and the host, and within which, they are moved; with --backend verbs
+    /// or ucx on both sides, the target's being the first GPU that it sees.
     #[arg(long, value_enum, default_value_t = Memory::Host)]
     pub(super) memory: Memory,
     /// The number of the GPU, as this process sees it (`kv-bench doctor`).
@@ -205,18 +206,25 @@ impl TransferArgs {
 
     /// The backends that were asked for, or all that need nothing.
     fn backends(&self) -> Result<Vec<BackendKind>> {
-        let other = self.backend.iter().find(|kind| !kind.is_on_device());
-        match (self.memory, other) {
-            (Memory::Cuda, Some(kind)) => {
-                let context = format!(
-                    "--memory cuda: {} does not move memory of GPUs yet: --backend cuda or cuda-within",
-                    kind.name()
-                );
-                Err(Error::new(ErrorKind::Invalid, context))
+        if self.memory == Memory::Cuda && !self.backend.is_empty() {
+            let of_gpus = |kind: &BackendKind| {
+                match kind.is_on_device() {
+                true => Ok(*kind),
+                false => kind.between_gpus().ok_or_else(|| {
+                    let context = format!(
+                        "--memory cuda: {} does not move memory of GPUs: --backend cuda, cuda-within, verbs or ucx",
+                        kind.name()
+                    );
+                    Error::new(ErrorKind::Invalid, context)
+                }),
             }
+            };
+            return self.backend.iter().map(of_gpus).collect();
+        }
+        match self.memory {
             _ if !self.backend.is_empty() => Ok(self.backend.clone()),
-            (Memory::Cuda, None) => Ok(vec![BackendKind::Cuda, BackendKind::CudaWithin]),
-            (Memory::Host, _) => Ok(vec![
+            Memory::Cuda => Ok(vec![BackendKind::Cuda, BackendKind::CudaWithin]),
+            Memory::Host => Ok(vec![
                 BackendKind::Memcpy,
                 BackendKind::Shm,
                 BackendKind::Tcp,

@@ -32,9 +32,18 @@ impl OnDevice {
     /// # Errors
     /// `Unsupported` with the reason, where there is no CUDA.
     pub(super) fn new(agent: &Agent, memory: DeviceMemory) -> Result<Self> {
+        Self::exported(agent, memory, RegionOptions::default())
+    }
+
+    /// As [`OnDevice::new`], with what peers may do with it.
+    pub(super) fn exported(
+        agent: &Agent,
+        memory: DeviceMemory,
+        options: RegionOptions,
+    ) -> Result<Self> {
         let buffer = HostMemory::anonymous(memory.bytes())?;
         let own = Self {
-            memory: agent.register_device(memory)?,
+            memory: agent.register_device_with(memory, options)?,
             buffer: agent.register(buffer, RegionOptions::default())?,
             agent: agent.clone(),
         };

@@ -44,6 +44,8 @@ struct Batch {
 pub(super) struct Fabric {
     work: Work,
     remote: Remote,
+    /// The local side, if it is memory of a GPU.
+    device: Option<OnDevice>,
     /// When the first request of the last move was done.
     first_done: Option<Duration>,
 }
@@ -87,24 +89,29 @@ impl Fabric {
         storage: Storage<'_>,
     ) -> Result<Self> {
         let (agent, remote, places) = sides::open(plan, at, direct, storage)?;
-        if plan.shape.backend != BackendKind::CudaWithin {
+        let backend = plan.shape.backend;
+        if !backend.is_between_gpus() && backend != BackendKind::CudaWithin {
             return Self::over(plan, agent, remote, places);
         }
         let memory = DeviceMemory::allocate(storage.gpu, plan.shape.total_bytes)?;
         let source = OnDevice::new(&agent, memory)?;
-        Self::within(plan, agent, &source, remote, places)
+        Self::within(plan, agent, source, remote, places)
     }
 
-    /// Makes all requests from memory of a GPU.
+    /// Makes all requests from or to memory of a GPU.
     fn within(
         plan: &Plan,
         agent: Agent,
-        source: &OnDevice,
+        device: OnDevice,
         remote: Remote,
         places: Places,
     ) -> Result<Self> {
-        source.write(plan, Contents::Source)?;
-        Self::with_local(plan, agent, source.memory.clone(), remote, places)
+        if plan.shape.way == Way::Write {
+            device.write(plan, Contents::Source)?;
+        }
+        let mut own = Self::with_local(plan, agent, device.memory.clone(), remote, places)?;
+        own.device = Some(device);
+        Ok(own)
     }
 
     /// Makes all requests to memory that another process exposed, and that somebody else looks after.
@@ -112,6 +119,11 @@ impl Fabric {
         let peer = agent.load_peer(metadata)?;
         check_path(&agent, &peer, plan.shape.backend)?;
         let places = Places::Peer(peer, RegionId(region));
+        if plan.shape.backend.is_between_gpus() {
+            let memory = DeviceMemory::allocate(0, plan.shape.total_bytes)?;
+            let device = OnDevice::new(&agent, memory)?;
+            return Self::within(plan, agent, device, Remote::Elsewhere, places);
+        }
         Self::over(plan, agent, Remote::Elsewhere, places)
     }
 
@@ -154,6 +166,7 @@ impl Fabric {
         Ok(Self {
             work,
             remote,
+            device: None,
             first_done: None,
         })
     }
@@ -297,10 +310,13 @@ impl Subject for Fabric {
 
     fn poison(&mut self) -> Result<()> {
         match self.work.plan.shape.way {
-            Way::Read => {
-                let local = &self.work.local;
-                local.fill_at(0, local.bytes(), POISON)
-            }
+            Way::Read => match &self.device {
+                Some(device) => device.write(&self.work.plan, Contents::Poison),
+                None => {
+                    let local = &self.work.local;
+                    local.fill_at(0, local.bytes(), POISON)
+                }
+            },
             Way::Write => self.remote.poison(&self.work.plan),
         }
     }
@@ -334,9 +350,12 @@ impl Subject for Fabric {
 
     fn verify(&mut self) -> Result<()> {
         match self.work.plan.shape.way {
-            Way::Read => contents::verify(&self.work.plan, |offset, block| {
-                self.work.local.read_at(offset, block)
-            }),
+            Way::Read => match &self.device {
+                Some(device) => device.verify(&self.work.plan),
+                None => contents::verify(&self.work.plan, |offset, block| {
+                    self.work.local.read_at(offset, block)
+                }),
+            },
             Way::Write => self.remote.verify(&self.work.plan),
         }
     }
@@ -354,7 +373,7 @@ impl Subject for Fabric {
 }
 
 #[cfg(test)]
-pub(super) use tests::over_device;
+pub(super) use tests::{between_devices, over_device};
 
 #[cfg(test)]
 mod tests;

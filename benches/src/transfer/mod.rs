@@ -149,7 +149,10 @@ fn references(
             let disk = |threads| references::Disk::open(plan, direct, folder, threads);
             vec![Box::new(disk(1)?), Box::new(disk(references::DEEP)?)]
         }
-        BackendKind::Cuda | BackendKind::CudaWithin => {
+        BackendKind::Cuda
+        | BackendKind::CudaWithin
+        | BackendKind::UcxCuda
+        | BackendKind::VerbsCuda => {
             let copies = CudaCopies::new(storage.gpu, plan.shape.total_bytes)?;
             vec![Box::new(devices::CuMemcpy::new(plan, copies)?)]
         }

@@ -30,6 +30,12 @@ pub(crate) enum BackendKind {
     Ucx,
     /// To another process, over RDMA by libibverbs; needs a device.
     Verbs,
+    /// From memory of a GPU to that of another process's GPU, over UCX.
+    #[value(skip)]
+    UcxCuda,
+    /// The same over RDMA by libibverbs.
+    #[value(skip)]
+    VerbsCuda,
     /// To a file.
     File,
     /// To objects in a local folder.
@@ -49,6 +55,8 @@ impl BackendKind {
             Self::Tcp => "tcp",
             Self::Ucx => "ucx",
             Self::Verbs => "verbs",
+            Self::UcxCuda => "ucx-cuda",
+            Self::VerbsCuda => "verbs-cuda",
             Self::File => "file",
             Self::Object => "object",
             Self::Cuda => "cuda",
@@ -59,6 +67,29 @@ impl BackendKind {
     /// Whether one side at least is memory of a GPU.
     pub(super) const fn is_on_device(self) -> bool {
         matches!(self, Self::Cuda | Self::CudaWithin)
+    }
+
+    /// Whether both sides are memory of GPUs, each of its own process.
+    pub(super) const fn is_between_gpus(self) -> bool {
+        matches!(self, Self::UcxCuda | Self::VerbsCuda)
+    }
+
+    /// The same between memory of GPUs; none where that is not moved so.
+    pub(super) const fn between_gpus(self) -> Option<Self> {
+        match self {
+            Self::Ucx | Self::UcxCuda => Some(Self::UcxCuda),
+            Self::Verbs | Self::VerbsCuda => Some(Self::VerbsCuda),
+            _ => None,
+        }
+    }
+
+    /// The way as path reports name it.
+    pub(super) const fn way_name(self) -> &'static str {
+        match self {
+            Self::UcxCuda => Self::Ucx.name(),
+            Self::VerbsCuda => Self::Verbs.name(),
+            other => other.name(),
+        }
     }
 
     /// Those of the ways named that differ over it.
@@ -73,7 +104,13 @@ impl BackendKind {
     pub(super) const fn is_to_a_process(self) -> bool {
         matches!(
             self,
-            Self::Shm | Self::Cma | Self::Tcp | Self::Ucx | Self::Verbs
+            Self::Shm
+                | Self::Cma
+                | Self::Tcp
+                | Self::Ucx
+                | Self::Verbs
+                | Self::UcxCuda
+                | Self::VerbsCuda
         )
     }
 }

@@ -9,17 +9,19 @@ use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::{
-    Agent, CudaOptions, HostMemory, Region, RegionOptions, UcxOptions, VerbsOptions,
+    Agent, CudaOptions, DeviceMemory, HostMemory, Region, RegionOptions, UcxOptions, VerbsOptions,
 };
 
 use crate::clock::process_cpu;
 
 use super::contents::{self, POISON};
 use super::control::Echo;
+use super::devices::OnDevice;
 use super::fabric::Fabric;
 use super::plan::{BackendKind, Plan, Shape, Way};
 use super::protocol::{Answer, Ask, line, read_line};
 use super::raw_tcp::RawMemory;
+use super::remote::Contents;
 use super::subject::Subject;
 
 /// Memory of one session of a target that the one who started it talks to alone.
@@ -157,7 +159,7 @@ impl Session {
             }
             Ask::Poison => match &mut self.fabric {
                 Some(fabric) => fabric.poison()?,
-                None => self.exposed()?.memory.poison()?,
+                None => self.exposed()?.poison()?,
             },
             Ask::Verify => match &mut self.fabric {
                 Some(fabric) => fabric.verify()?,
@@ -190,7 +192,15 @@ fn nothing() -> Error {
 
 /// Memory of this process that both kinds of initiator can reach.
 enum Memory {
-    Region { region: Region, agent: Agent },
+    Region {
+        region: Region,
+        agent: Agent,
+    },
+    /// Memory of a GPU.
+    Device {
+        device: OnDevice,
+        agent: Agent,
+    },
     Raw(Arc<RawMemory>),
 }
 
@@ -211,6 +221,16 @@ impl Exposed {
                 remote_read: true,
                 remote_write: true,
             };
+            if shape.backend.is_between_gpus() {
+                // The first that this process may see.
+                let memory = DeviceMemory::allocate(0, shape.total_bytes)?;
+                let device = OnDevice::exported(&agent, memory, options)?;
+                if shape.way == Way::Read {
+                    device.write(&plan, Contents::Source)?;
+                }
+                let memory = Memory::Device { device, agent };
+                return Ok(Self { plan, memory });
+            }
             // Shared memory would be mapped rather than copied by the system.
             let memory = match shape.backend {
                 BackendKind::Cma => HostMemory::anonymous(shape.total_bytes)?,
@@ -232,6 +252,10 @@ impl Exposed {
                 region: region.id().0,
                 metadata: agent.metadata().to_vec(),
             },
+            Memory::Device { device, agent } => Answer::Exposed {
+                region: device.memory.id().0,
+                metadata: agent.metadata().to_vec(),
+            },
             Memory::Raw(memory) => Answer::Listening {
                 port: memory.listen(address)?,
             },
@@ -239,7 +263,17 @@ impl Exposed {
     }
 
     fn verify(&self) -> Result<()> {
-        contents::verify(&self.plan, |offset, block| self.memory.read(offset, block))
+        match &self.memory {
+            Memory::Device { device, .. } => device.verify(&self.plan),
+            memory => contents::verify(&self.plan, |offset, block| memory.read(offset, block)),
+        }
+    }
+
+    fn poison(&self) -> Result<()> {
+        match &self.memory {
+            Memory::Device { device, .. } => device.write(&self.plan, Contents::Poison),
+            memory => memory.poison(),
+        }
     }
 }
 
@@ -247,6 +281,7 @@ impl Memory {
     fn poison(&self) -> Result<()> {
         match self {
             Self::Region { region, .. } => region.fill_at(0, region.bytes(), POISON)?,
+            Self::Device { .. } => return Err(of_device()),
             Self::Raw(memory) => memory.fill(POISON),
         }
         Ok(())
@@ -255,6 +290,7 @@ impl Memory {
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         match self {
             Self::Region { region, .. } => region.write_at(offset, bytes)?,
+            Self::Device { .. } => return Err(of_device()),
             Self::Raw(memory) => {
                 memory.block(offset, |block| block[..bytes.len()].copy_from_slice(bytes));
             }
@@ -265,10 +301,17 @@ impl Memory {
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
         match self {
             Self::Region { region, .. } => region.read_at(offset, bytes)?,
+            Self::Device { .. } => return Err(of_device()),
             Self::Raw(memory) => memory.block(offset, |block| bytes.copy_from_slice(block)),
         }
         Ok(())
     }
+}
+
+/// Memory of a GPU is filled and compared as a whole.
+fn of_device() -> Error {
+    let text = "memory of a GPU, byte by byte";
+    Error::new(ErrorKind::Unsupported, text)
 }
 
 /// An agent that reaches others only by this backend, under a name that no other has.
@@ -278,9 +321,9 @@ pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result
         .shm(backend == BackendKind::Shm)
         .cma(backend == BackendKind::Cma)
         .tcp((backend == BackendKind::Tcp).then_some(SocketAddr::new(address, 0)))
-        .ucx((backend == BackendKind::Ucx).then(UcxOptions::default))
-        .verbs((backend == BackendKind::Verbs).then(VerbsOptions::default))
-        .cuda(backend.is_on_device().then(CudaOptions::default))
+        .ucx((backend.way_name() == BackendKind::Ucx.name()).then(UcxOptions::default))
+        .verbs((backend.way_name() == BackendKind::Verbs.name()).then(VerbsOptions::default))
+        .cuda((backend.is_on_device() || backend.is_between_gpus()).then(CudaOptions::default))
         .build()
 }
 

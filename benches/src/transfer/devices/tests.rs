@@ -1,9 +1,9 @@
 //! Without a GPU: the driver is a stand-in, everything else is as it runs.
 
 use kvcache_core::ErrorKind;
-use kvfabric_transfer::{CudaDevice, CudaOptions, CudaStandIn};
+use kvfabric_transfer::{CudaDevice, CudaDirect, CudaOptions, CudaStandIn, RemoteWrites};
 
-use super::super::fabric::over_device;
+use super::super::fabric::{between_devices, over_device};
 use super::super::plan::{Shape, shape};
 use super::super::remote::Remote;
 use super::*;
@@ -38,6 +38,23 @@ fn blocks_go_to_a_device_and_back() {
         ours.poison().unwrap();
         assert_eq!(ours.verify().unwrap_err().kind(), ErrorKind::Corrupt);
         driver.check();
+    }
+}
+
+/// From memory of one GPU to that of another process's, as over a network card, both ways: refused before, verified after.
+#[test]
+fn blocks_go_between_devices_of_two_agents() {
+    for way in [Way::Write, Way::Read] {
+        let drivers = [CudaStandIn::new(1), CudaStandIn::new(1)];
+        let plan = plan((BackendKind::UcxCuda, way), 1);
+        assert_eq!(plan.shape.path(), format!("ucx-cuda-{}", way.name()));
+        let mut ours = between_devices(&plan, [&drivers[0], &drivers[1]]);
+        ours.poison().unwrap();
+        assert_eq!(ours.verify().unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(ours.move_all().unwrap(), 64 << 10);
+        ours.verify().unwrap();
+        drop(ours);
+        drivers.iter().for_each(CudaStandIn::check);
     }
 }
 

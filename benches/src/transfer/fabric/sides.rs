@@ -38,7 +38,9 @@ pub(super) fn open(
         | BackendKind::Cma
         | BackendKind::Tcp
         | BackendKind::Ucx
-        | BackendKind::Verbs => peer_remote(plan, at)?,
+        | BackendKind::Verbs
+        | BackendKind::UcxCuda
+        | BackendKind::VerbsCuda => peer_remote(plan, at)?,
         BackendKind::File => {
             let agent = own()?;
             let other = file_remote(plan, &agent, direct, folder)?;
@@ -74,7 +76,7 @@ pub(in super::super) fn path_to_another_process(shape: Shape) -> Result<String> 
 }
 
 pub(super) fn check_path(agent: &Agent, peer: &PeerHandle, backend: BackendKind) -> Result<String> {
-    let wanted = backend.name();
+    let wanted = backend.way_name();
     let path = agent.path_to(peer);
     if path.backend == Some(wanted) {
         return Ok(path.why);

@@ -6,7 +6,7 @@ use kvcache_core::ErrorKind;
 
 use super::super::plan::{Shape, shape};
 use super::*;
-use kvfabric_transfer::{CudaOptions, CudaStandIn};
+use kvfabric_transfer::{CudaOptions, CudaStandIn, UcxOptions};
 
 fn fabric(backend: BackendKind, way: Way, folder: &Path) -> Fabric {
     open(shape(backend, way), folder)
@@ -33,7 +33,29 @@ pub(in super::super) fn over_device(plan: &Plan, driver: &CudaStandIn) -> Fabric
         return Fabric::over(plan, agent, remote, places).unwrap();
     }
     let source = OnDevice::new(&agent, memory()).unwrap();
-    Fabric::within(plan, agent, &source, remote, places).unwrap()
+    Fabric::within(plan, agent, source, remote, places).unwrap()
+}
+
+/// Between memory of two stand-ins of the CUDA driver, over UCX within this process.
+pub(in super::super) fn between_devices(plan: &Plan, drivers: [&CudaStandIn; 2]) -> Fabric {
+    let agents = drivers.map(|driver| {
+        let builder = Agent::builder("one").memcpy(false).shm(false);
+        let agent = builder.ucx(Some(UcxOptions::default())).build().unwrap();
+        driver.open_memory();
+        driver.serve(&agent, CudaOptions::default()).unwrap();
+        agent
+    });
+    let memory = |at: usize| drivers[at].allocate(0, plan.shape.total_bytes).unwrap();
+    let options = RegionOptions {
+        remote_read: true,
+        remote_write: true,
+    };
+    let far = OnDevice::exported(&agents[1], memory(1), options).unwrap();
+    let peer = agents[0].load_peer(&agents[1].metadata()).unwrap();
+    sides::check_path(&agents[0], &peer, plan.shape.backend).unwrap();
+    let places = Places::Peer(peer, far.memory.id());
+    let near = OnDevice::new(&agents[0], memory(0)).unwrap();
+    Fabric::within(plan, agents[0].clone(), near, Remote::Device(far), places).unwrap()
 }
 
 /// Every backend of one process in both directions: not verified before, verified after.
