@@ -51,6 +51,17 @@ pub(crate) fn check_there(plan: &Plan) -> Result<()> {
     local_devices(plan).try_for_each(|memory| memory.check_there())
 }
 
+/// Where a region begins that is handed out to a peer, if it is still there.
+///
+/// # Errors
+/// As [`check_there`]; [`kvcache_core::ErrorKind::Unsupported`] for what is no memory.
+pub(crate) fn lend(region: &RegionCore) -> Result<u64> {
+    if let Some(memory) = region.device() {
+        memory.check_there()?;
+    }
+    region.address()
+}
+
 /// All that a plan has read into memory of GPUs has come in by a card, as its completions say: waits until kernels see it.
 ///
 /// # Errors

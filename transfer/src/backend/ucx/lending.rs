@@ -9,7 +9,7 @@ use super::frame::{Frame, Origin, Session, To};
 use super::state::{Side, State, USERS_MAX};
 use super::user::{Proof, User};
 use crate::backend::Operation;
-use crate::backend::direct::Landing;
+use crate::backend::direct::{self, Landing};
 use crate::backend::late::Notifier;
 use crate::backend::unix::{Message, Outcome};
 use crate::metadata::Incarnation;
@@ -162,12 +162,10 @@ impl State {
             .admit(id, key, Operation::Write)
             .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
         let region = admitted.region();
-        if let Some(memory) = region.device() {
-            memory.check_there()?;
-        }
+        let address = direct::lend(region)?;
         self.worker.register(region)?;
         let granted = Outcome::Keyed {
-            address: region.address()?,
+            address,
             bytes: region.bytes(),
             writable: region.options().remote_write,
             key: self.worker.pack_key(id)?,

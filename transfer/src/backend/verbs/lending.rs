@@ -15,7 +15,7 @@ use super::state::{Line, State, number};
 use super::tie::{Rail, Tie};
 use crate::agent::{CONNECT_TIMEOUT, Door};
 use crate::backend::Operation;
-use crate::backend::direct::Landing;
+use crate::backend::direct::{self, Landing};
 use crate::backend::late::Notifier;
 use crate::backend::unix::{Message, Outcome};
 use crate::metadata::Incarnation;
@@ -351,12 +351,9 @@ impl State {
             .admit(id, key, Operation::Write)
             .or_else(|_| self.exports.admit(id, key, Operation::Read))?;
         let region = admitted.region();
-        if let Some(memory) = region.device() {
-            memory.check_there()?;
-        }
-        let keys = self.register(line, region)?;
+        let (address, keys) = (direct::lend(region)?, self.register(line, region)?);
         let granted = Outcome::Keyed {
-            address: region.address()?,
+            address,
             bytes: region.bytes(),
             writable: region.options().remote_write,
             key: keys.into_iter().flat_map(u32::to_le_bytes).collect(),

@@ -14,6 +14,7 @@ use super::calls::{
 };
 use super::filled::{answer, filled, filled_text};
 
+mod attributes;
 mod direct;
 
 use direct::DirectTable;
@@ -218,22 +219,7 @@ impl Calls for Libcuda {
     }
 
     fn attribute(&self, device: Device, attribute: Attribute) -> Answer<i32> {
-        use sys::CUdevice_attribute as Known;
-        let known = match attribute {
-            Attribute::ComputeMajor => Known::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            Attribute::ComputeMinor => Known::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            Attribute::UnifiedAddressing => Known::CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING,
-            Attribute::Multiprocessors => Known::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-            Attribute::DmaBuf => Known::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED,
-            Attribute::PeerMemory => Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED,
-            Attribute::PeerMemoryMapped => {
-                Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
-            }
-            Attribute::RemoteFlushes => {
-                Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS
-            }
-            Attribute::RemoteOrdering => Known::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING,
-        };
+        let known = attributes::known(attribute);
         // SAFETY: the result is writable; a wrong device is answered with an error.
         filled(0, |out| unsafe {
             (self.table.cuDeviceGetAttribute)(out, known, device.0)
