@@ -385,12 +385,13 @@ mod tests {
             ],
             gid_used: Some("10.9.0.1 (index 1)".to_owned()),
             work_max: 16384,
+            dma_bufs: Ok(()),
         };
         let found = addresses_of(&port);
         assert_eq!(found.what, "rdma: rxe0 port 1: address");
         assert_eq!(
             found.found,
-            "10.9.0.1 (index 1); MTU 4096, work queues of 16384; GIDs: fe80::1 (index 0), 10.9.0.1 (index 1)"
+            "10.9.0.1 (index 1); MTU 4096, work queues of 16384; takes dma-bufs; GIDs: fe80::1 (index 0), 10.9.0.1 (index 1)"
         );
         port.gid_used = None;
         assert_eq!(addresses_of(&port).state, State::Absent);

@@ -28,7 +28,7 @@ pub(crate) fn sums_refusal(plan: &Plan) -> Option<String> {
         return None;
     }
     let local = plan.local.iter().chain(plan.remote.iter());
-    let found = local.filter_map(|target| match target {
+    let mut found = local.filter_map(|target| match target {
         Target::Local(region) => region
             .device()
             .map(|_| (region.id(), region.kind().to_string())),
@@ -37,7 +37,7 @@ pub(crate) fn sums_refusal(plan: &Plan) -> Option<String> {
         }
         Target::Remote(_) => None,
     });
-    let (id, kind) = found.into_iter().next()?;
+    let (id, kind) = found.next()?;
     Some(format!(
         "computes no checksums of {kind} (region {id}): the processor does not reach it; compare what the engine computes there"
     ))
@@ -102,8 +102,7 @@ impl Landing {
     /// # Errors
     /// What the driver says: whoever is told may start something that does not see it.
     pub(crate) fn land(&self) -> Result<()> {
-        let gpus = self.0.iter().filter_map(Weak::upgrade);
-        gpus.into_iter()
-            .try_for_each(|gpu| gpu.land_remote_writes())
+        let mut gpus = self.0.iter().filter_map(Weak::upgrade);
+        gpus.try_for_each(|gpu| gpu.land_remote_writes())
     }
 }

@@ -139,7 +139,8 @@ impl State {
     /// As a copy; host memory must be mapped for that.
     fn kernel_copies(&mut self, target: u64, source: u64, bytes: u64) {
         let is_device = |address| self.is_of_device(address);
-        if !self.is_mapped && !(is_device(target) && is_device(source)) {
+        let is_reached = self.is_mapped || is_device(target) && is_device(source);
+        if !is_reached {
             self.wrong("a kernel touches host memory that it does not reach");
             return;
         }
