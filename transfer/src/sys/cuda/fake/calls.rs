@@ -395,7 +395,7 @@ impl Calls for Fake {
         let mut state = self.lock();
         state.begin_in("cuMemcpyAsync")?;
         for address in [target, source] {
-            if address < super::FIRST && !state.is_pinned(address, bytes as u64) {
+            if !state.is_of_device(address) && !state.is_pinned(address, bytes as u64) {
                 state.wrong(format!(
                     "a copy of {bytes} bytes blocks: {address:#x} is not pinned"
                 ));
@@ -427,7 +427,7 @@ impl Calls for Fake {
         let made: Vec<Copy> = (0..copies.len()).rev().map(copy).collect();
         for copy in &made {
             for address in [copy.target, copy.source] {
-                if address < super::FIRST && !state.is_pinned(address, copy.bytes as u64) {
+                if !state.is_of_device(address) && !state.is_pinned(address, copy.bytes as u64) {
                     state.wrong(format!("a batch blocks: {address:#x} is not pinned"));
                 }
             }
