@@ -1,14 +1,17 @@
 //! Every backend that runs on any Linux machine, against the one suite.
 #![allow(
     clippy::expect_used,
+    clippy::unwrap_used,
     clippy::panic,
     clippy::print_stderr,
-    reason = "what tests share fails like a test"
+    clippy::print_stdout,
+    reason = "what tests share fails like a test, and the other process speaks by printing"
 )]
 
 #[path = "support/apart.rs"]
 mod apart;
 #[path = "support/child.rs"]
+#[expect(dead_code, reason = "tests of two processes use all of it")]
 mod child;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
