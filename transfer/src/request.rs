@@ -19,6 +19,7 @@ use crate::stats::Counters;
 mod check;
 mod connecting;
 mod core;
+mod half;
 mod later;
 mod order;
 mod piece;

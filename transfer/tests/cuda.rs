@@ -408,3 +408,52 @@ fn a_gpu_reads_and_writes_files_through_pinned_memory() {
     assert!(&written[..LEN as usize] == first);
     assert!(written[at..at + LEN as usize] == sent[LEN as usize..2 * LEN as usize]);
 }
+
+/// From a device to a peer's host memory and to a peer's device, and back, over TCP.
+#[test]
+fn a_gpu_reaches_peers_through_pinned_memory() {
+    const BYTES: u64 = (9 << 20) + 5;
+    if !has_gpu() {
+        return;
+    }
+    let loopback = || Some("127.0.0.1:0".parse().unwrap());
+    let start = |name: &str| {
+        let builder = Agent::builder(name).tcp(loopback());
+        builder.cuda(Some(CudaOptions::default())).build().unwrap()
+    };
+    let (user, owner) = (start("user"), start("owner"));
+    let exported = RegionOptions {
+        remote_read: true,
+        remote_write: true,
+    };
+    let host = |agent: &Agent| {
+        let memory = HostMemory::anonymous(BYTES).unwrap();
+        agent.register(memory, exported).unwrap()
+    };
+    let device = |agent: &Agent| {
+        let memory = DeviceMemory::allocate(0, BYTES).unwrap();
+        agent.register_device_with(memory, exported).unwrap()
+    };
+    let (here, near, far_host, far) = (host(&user), device(&user), host(&owner), device(&owner));
+    let peer = user.load_peer(&owner.metadata()).unwrap();
+    let sent = noise(BYTES as usize);
+    here.write_at(0, &sent).unwrap();
+    let all = |region: &Region| region.descriptor(0, BYTES);
+    let go = |operation, local: &Region, remote: &Region, side: Side<'_>| {
+        let pair = (all(local), all(remote));
+        let options = RequestOptions::default();
+        let request = user.transfer(operation, &[pair], side, options).unwrap();
+        request.wait(WAIT).unwrap().backend
+    };
+    let far_side = || Side::Peer(&peer);
+    assert_eq!(go(Operation::Write, &here, &far, far_side()), "tcp");
+    assert_eq!(go(Operation::Read, &near, &far, far_side()), "staged");
+    assert_eq!(go(Operation::Write, &near, &far_host, far_side()), "staged");
+    let mut found = vec![0; BYTES as usize];
+    far_host.read_at(0, &mut found).unwrap();
+    assert!(found == sent);
+    here.fill_at(0, BYTES, 0).unwrap();
+    assert_eq!(go(Operation::Read, &here, &near, Side::Local), "cuda");
+    here.read_at(0, &mut found).unwrap();
+    assert!(found == sent);
+}

@@ -61,6 +61,12 @@ impl AgentCore {
         self.started
     }
 
+    /// A peer that is known by this name.
+    pub(crate) fn peer(&self, name: &str) -> Option<Arc<PeerCore>> {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        peers.get(name).cloned()
+    }
+
     pub(crate) fn exports(&self) -> &Arc<Exports> {
         &self.exports
     }

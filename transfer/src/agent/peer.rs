@@ -11,7 +11,7 @@ use super::AgentCore;
 use super::links::{Links, is_same, refusal};
 use super::path::PathReport;
 use crate::backend::{Backend, Channel, NOT_WANTED};
-use crate::metadata::{PeerCard, RemoteRegion};
+use crate::metadata::{Incarnation, PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::region::RegionId;
 use crate::request::{Bucket, TRIES_MAX};
@@ -146,6 +146,11 @@ impl PeerCore {
 
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Which start of it its metadata were of.
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        self.card().incarnation
     }
 
     fn card(&self) -> Arc<PeerCard> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvcache_core::{Error, ErrorKind, Result};
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, oneshot};
+use tokio::sync::{Notify, OwnedRwLockReadGuard, RwLock, oneshot};
 
 use super::job::Leg;
 use super::{Backend, Job};
@@ -22,12 +22,43 @@ pub(crate) struct Control {
     /// Held for reading by everyone who may touch the job's memory.
     pub(crate) busy: Arc<RwLock<()>>,
     pub(crate) stop: Arc<AtomicBool>,
+    told: Arc<Notify>,
+}
+
+/// What somebody holds of a job while they may touch its memory.
+pub(crate) struct Holding {
+    busy: OwnedRwLockReadGuard<()>,
+    keep: Box<dyn Any + Send>,
 }
 
 impl Control {
     /// Asks all of them to end.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
+        self.told.notify_waiters();
+    }
+
+    /// Resolves when all of them are to end.
+    pub(crate) async fn stopped(&self) {
+        loop {
+            let told = self.told.notified();
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            told.await;
+        }
+    }
+
+    /// Somebody begins to touch the job's memory, and keeps what they need for that.
+    ///
+    /// # Errors
+    /// When the job is ending.
+    pub(crate) fn begin(&self, keep: impl Any + Send) -> Result<Holding> {
+        let busy = self.busy.clone().try_read_owned();
+        Ok(Holding {
+            busy: busy.map_err(|_| super::abandoned())?,
+            keep: Box::new(keep),
+        })
     }
 
     /// Whether nobody touches the job's memory now.
@@ -49,7 +80,7 @@ struct Held {
     stop: Arc<AtomicBool>,
     answer: Mutex<Option<oneshot::Sender<Result<()>>>>,
     /// Until it is over.
-    held: Option<(OwnedRwLockReadGuard<()>, Box<dyn Any + Send>)>,
+    held: Option<Holding>,
 }
 
 impl Leg for Held {
@@ -103,6 +134,20 @@ impl Drop for Held {
     }
 }
 
+impl Holding {
+    /// Waits on the runtime of the caller until something is over that touches the job's memory.
+    pub(crate) fn watch(self, ended: impl Future<Output = Result<()>> + Send + 'static) -> Answer {
+        let (sender, receiver) = oneshot::channel();
+        tokio::spawn(async move {
+            let outcome = ended.await;
+            drop((self.keep, self.busy));
+            // Whoever asked may have gone: the job was given up.
+            let _ = sender.send(outcome);
+        });
+        Answer(receiver)
+    }
+}
+
 /// What comes of a leg. It goes on if this is dropped.
 #[must_use]
 pub(crate) struct Answer(oneshot::Receiver<Result<()>>);
@@ -128,16 +173,14 @@ pub(crate) fn post(
     control: &Control,
     keep: impl Any + Send,
 ) -> Result<Answer> {
-    let Ok(busy) = control.busy.clone().try_read_owned() else {
-        return Err(super::abandoned());
-    };
+    let holding = control.begin(keep)?;
     let (sender, receiver) = oneshot::channel();
     let leg = Held {
         plan: Arc::new(plan),
         priority,
         stop: control.stop.clone(),
         answer: Mutex::new(Some(sender)),
-        held: Some((busy, Box::new(keep))),
+        held: Some(holding),
     };
     let posted = backend.post(Job::of_leg(Box::new(leg)));
     posted.map_err(|refusal| refusal.into_error())?;

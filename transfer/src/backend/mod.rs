@@ -20,7 +20,7 @@ pub(crate) mod direct;
 mod far_sums;
 pub mod file;
 mod giving_way;
-mod job;
+pub(crate) mod job;
 mod late;
 pub(crate) mod leg;
 pub(crate) mod memcpy;

@@ -190,6 +190,12 @@ impl RequestCore {
         }
     }
 
+    /// Not held back by any rate: whatever it is a part of is.
+    pub(super) fn unpaced(mut self) -> Self {
+        self.pace.clear();
+        self
+    }
+
     pub(super) fn start(&self, start: Start<'_>) -> Result<PostNumber> {
         let mut state = self.lock();
         if state.posted {

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::{Backend, Capabilities, Job, Keeper, NOT_WANTED, Refusal};
-use crate::agent::Agent;
+use crate::agent::{Agent, AgentCore};
 use crate::descriptor::Target;
 use crate::plan::{Extent, Plan};
 use crate::region::{External, MemoryKind, Region, RegionCore, RegionOptions};
@@ -84,6 +84,15 @@ impl CudaBackend {
         );
         lanes.insert(gpu.ordinal(), lane.clone());
         Ok(lane)
+    }
+
+    /// The one of an agent that was built with CUDA.
+    pub(super) fn of(agent: &AgentCore) -> Result<Arc<Self>> {
+        let started = agent.extension::<Started>(|| {
+            let text = "the agent was built without CUDA: AgentBuilder::cuda";
+            Err(Error::new(ErrorKind::Unsupported, text))
+        })?;
+        Ok(started.0.clone())
     }
 
     pub(super) fn options(&self) -> &CudaOptions {
@@ -308,6 +317,9 @@ impl Agent {
             let backend = Arc::new(CudaBackend::start(options)?);
             let pins: Arc<dyn Keeper> = backend.pins.clone();
             self.core().exports().add_keeper(&pins);
+            // The last of all ways, and there with the first of them that moves memory of devices.
+            let staged = super::staged::fabric(self.core());
+            self.core().exports().add_fabric(staged);
             Ok(Started(backend))
         });
         started.map(drop)
@@ -339,21 +351,13 @@ impl Agent {
         options: RegionOptions,
     ) -> Result<Region> {
         self.core().check()?;
-        let backend = self.cuda_backend()?;
+        let backend = CudaBackend::of(self.core())?;
         backend.lane(memory.gpu())?;
         let target = DeviceTarget {
             memory: Arc::new(memory),
             backend,
         };
         self.register_external_with(Arc::new(target), options)
-    }
-
-    pub(super) fn cuda_backend(&self) -> Result<Arc<CudaBackend>> {
-        let started = self.core().extension::<Started>(|| {
-            let text = "the agent was built without CUDA: AgentBuilder::cuda";
-            Err(Error::new(ErrorKind::Unsupported, text))
-        })?;
-        Ok(started.0.clone())
     }
 }
 

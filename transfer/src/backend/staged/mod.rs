@@ -6,6 +6,7 @@
 
 mod cut;
 mod object;
+mod peer;
 mod stage;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ mod window;
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use kvcache_core::{Error, ErrorKind, Result};
 use tokio::runtime::{Handle, Runtime};
@@ -20,7 +22,7 @@ use tokio::sync::watch;
 
 use super::leg::{self, Control};
 use super::{Backend, Capabilities, Job, NOT_WANTED, Operation, Refusal, abandoned, cuda};
-use crate::agent::Agent;
+use crate::agent::{Agent, AgentCore};
 use crate::descriptor::Target;
 use crate::plan::Plan;
 use crate::region::MemoryKind;
@@ -28,6 +30,8 @@ use crate::request::Priority;
 
 use cut::{Cut, Piece};
 pub(crate) use object::{Filling, Near};
+use peer::Far;
+pub(crate) use peer::fabric;
 pub(crate) use stage::Stage;
 
 /// The name in reports and statistics.
@@ -117,20 +121,41 @@ impl Backend for StagedBackend {
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
-        let engine = match self
-            .stage
-            .check(job.plan())
-            .and_then(|()| engine(job.plan()))
-        {
-            Ok(engine) => engine,
-            Err(error) => return Err(job.refuse(error)),
-        };
+        match engine(job.plan()) {
+            Ok(engine) => self.begin(job, Other::Own(engine)),
+            Err(error) => Err(job.refuse(error)),
+        }
+    }
+
+    fn reap(&self) {
+        self.reaped
+            .send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+impl StagedBackend {
+    /// The one of an agent, started with the first request for it.
+    pub(super) fn of(agent: &AgentCore) -> Result<Arc<Self>> {
+        let cuda = cuda::CudaBackend::of(agent)?;
+        agent.extension(|| Self::start(&cuda))
+    }
+
+    fn stage(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// Starts a job between devices and something else.
+    fn begin(&self, job: Job, other: Other) -> Result<(), Refusal> {
+        if let Err(error) = self.stage.check(job.plan()) {
+            return Err(job.refuse(error));
+        }
         let task = Task {
             plan: job.plan().clone(),
             priority: job.priority(),
             control: Control::default(),
             stage: self.stage.clone(),
-            engine,
+            notice: job.notification().cloned(),
+            other,
         };
         let reaped = self.reaped.subscribe();
         match object::handle(job.plan()) {
@@ -140,11 +165,14 @@ impl Backend for StagedBackend {
         };
         Ok(())
     }
+}
 
-    fn reap(&self) {
-        self.reaped
-            .send_modify(|count| *count = count.wrapping_add(1));
-    }
+/// Who moves bytes between windows and a plan's other side.
+enum Other {
+    /// An engine of the agent.
+    Own(Arc<dyn Backend>),
+    /// Requests to a peer.
+    Peer(Far),
 }
 
 /// What moves a job's bytes.
@@ -153,7 +181,9 @@ struct Task {
     priority: Priority,
     control: Control,
     stage: Arc<Stage>,
-    engine: Arc<dyn Backend>,
+    other: Other,
+    /// Delivered to the peer when all is in place.
+    notice: Option<Bytes>,
 }
 
 /// Runs a job to its end, or until nobody waits for it.
@@ -178,7 +208,9 @@ async fn serve(task: Task, job: Job, mut reaped: watch::Receiver<u64>) {
         && !task.control.is_drained()
     {
         task.stage.reap();
-        task.engine.reap();
+        if let Other::Own(engine) = &task.other {
+            engine.reap();
+        }
         // If a leg is lost nothing is settled any more; the caller hears of that now.
         job.report(Error::new(error.kind(), error.to_string()));
     }
@@ -195,7 +227,14 @@ impl Task {
             .map(|piece| self.carry(piece))
             .buffer_unordered(PIECES_MAX)
             .try_for_each(|()| std::future::ready(Ok(())))
-            .await
+            .await?;
+        match (&self.other, &self.notice) {
+            (Other::Peer(far), Some(notice)) => {
+                let told = far.notify(notice.clone(), &self.control)?;
+                told.wait().await.map_err(staged)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Has a piece go through a chunk.
@@ -206,7 +245,10 @@ impl Task {
         let other = || {
             let plan = piece.of_other(&self.plan, region, start);
             let leg = (plan, self.priority);
-            leg::post(&*self.engine, leg, &self.control, chunk.clone())
+            match &self.other {
+                Other::Own(engine) => leg::post(&**engine, leg, &self.control, chunk.clone()),
+                Other::Peer(far) => far.post(leg, &self.control, chunk.clone()),
+            }
         };
         let device = || {
             let plan = piece.of_device(&self.plan, region, start);
@@ -234,7 +276,6 @@ fn staged(error: Error) -> Error {
 impl Agent {
     /// What moves bytes between devices and what they do not reach, started with the first request for it.
     pub(crate) fn staged_backend(&self) -> Result<Arc<StagedBackend>> {
-        let cuda = self.cuda_backend()?;
-        self.core().extension(|| StagedBackend::start(&cuda))
+        StagedBackend::of(self.core())
     }
 }

@@ -83,6 +83,11 @@ impl Stage {
         })
     }
 
+    /// Bytes of a window.
+    pub(super) fn window_bytes(&self) -> u64 {
+        self.cuda.options().window_bytes
+    }
+
     /// What it does for a plan, in words.
     pub(super) fn detail(&self, plan: &Plan, other: &str) -> String {
         let bytes = self.cuda.options().window_bytes >> 20;

@@ -20,6 +20,7 @@ use crate::sys::memory::HostMemory;
 
 mod ending;
 mod objects;
+mod peers;
 mod property;
 
 /// Far beyond what a loaded machine needs.

@@ -12,9 +12,15 @@ use super::connection::{self, Connection, INLINE_BYTES_MAX, Role};
 use super::frame::CHUNK_BYTES_MAX;
 use super::lane::Lane;
 use crate::agent::{ConnectionReport, RemoteRegion};
-use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal};
+use crate::backend::{Backend, Capabilities, Channel, Job, NOT_WANTED, Operation, Refusal};
+use crate::descriptor::Target;
 use crate::look::Look;
+use crate::metadata::RemoteKind;
+use crate::plan::Plan;
 use crate::region::MemoryKind;
+
+/// What is reached: a peer copies from and to its devices by itself.
+pub(super) const REMOTE: &[MemoryKind] = &[MemoryKind::Host, MemoryKind::ANY_DEVICE];
 
 /// All connections to one incarnation of a peer, in the order in which small requests use them.
 pub(super) struct Lanes {
@@ -153,7 +159,7 @@ impl TcpChannel {
             detail,
             capabilities: Capabilities {
                 local: Capabilities::HOST,
-                remote: &[MemoryKind::Host],
+                remote: REMOTE,
                 notifications: true,
                 checksums: true,
             },
@@ -164,6 +170,16 @@ impl TcpChannel {
 impl Backend for TcpChannel {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        if !plan.wants(NAME) {
+            return Some(NOT_WANTED.to_owned());
+        }
+        let is_device = |target: &Target| matches!(target, Target::Remote(region) if region.kind == RemoteKind::Device);
+        let checked = plan.is_checked() || plan.sums;
+        let refused = checked && plan.remote.iter().any(is_device);
+        refused.then(|| "nobody computes checksums of a peer's memory of a CUDA device".to_owned())
     }
 
     /// What was sent of a write may still be on its way when the connection has ended.

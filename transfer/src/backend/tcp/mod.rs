@@ -6,6 +6,7 @@
 mod active;
 mod channel;
 mod connection;
+mod devices;
 mod frame;
 mod initiator;
 mod lane;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 use rustix::net::sockopt;
 
-use super::{Channel, Fabric};
+use super::{Capabilities, Channel, Fabric, Kinds};
 use crate::agent::{Exports, PeerCard};
 use crate::reactor::Reactor;
 use crate::region::RegionCore;
@@ -167,6 +168,13 @@ impl Fabric for TcpFabric {
     fn address(&self) -> Option<Vec<u8>> {
         let told: Vec<String> = self.advertised.iter().map(SocketAddr::to_string).collect();
         Some(told.join(",").into_bytes())
+    }
+
+    fn kinds(&self) -> Kinds {
+        Kinds {
+            local: Capabilities::HOST,
+            remote: channel::REMOTE,
+        }
     }
 
     fn listening(&self) -> Option<SocketAddr> {

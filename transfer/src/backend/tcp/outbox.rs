@@ -8,6 +8,7 @@ use kvcache_core::Result;
 
 use super::active::Active;
 use super::connection::{TURN_BYTES, Wire};
+use super::devices::Allowed;
 use super::scatter::Scatter;
 use crate::backend::Job;
 use crate::request::Priority;
@@ -19,6 +20,8 @@ pub(super) struct Frame {
     bytes: Vec<u8>,
     sent: usize,
     payload: Option<Scatter>,
+    /// Given back when it is sent.
+    _allowed: Option<Allowed>,
 }
 
 impl Frame {
@@ -27,6 +30,15 @@ impl Frame {
             bytes,
             sent: 0,
             payload,
+            _allowed: None,
+        }
+    }
+
+    /// Part of an allowance until it is sent.
+    pub(super) fn keeping(self, allowed: Allowed) -> Self {
+        Self {
+            _allowed: Some(allowed),
+            ..self
         }
     }
 

@@ -7,6 +7,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::Active;
 use super::connection::Wire;
+use super::devices::Staged;
 use super::frame::{HEADER_BYTES, Header, PREAMBLE_BYTES, decode_preamble};
 use super::scatter::Scatter;
 use crate::sys::memory::Sink;
@@ -34,6 +35,11 @@ pub(super) enum Then {
         outcome: Result<()>,
         notification: Option<Vec<u8>>,
     },
+    /// Target: copy a write's bytes to devices, deliver its notification, and answer.
+    Store {
+        staged: Staged,
+        notification: Option<Vec<u8>>,
+    },
     /// Initiator: a part of this read has arrived.
     Arrived(Arc<Active>),
 }
@@ -56,6 +62,14 @@ impl Intake {
                 self.scatter = None;
                 let text = "the region was deregistered during the write";
                 *outcome = Err(Error::new(ErrorKind::NotFound, text));
+            }
+            Then::Store { staged, .. } if staged.is_withdrawn() => {
+                self.scatter = None;
+                let text = "the region was deregistered during the write";
+                self.then = Then::Answer {
+                    outcome: Err(Error::new(ErrorKind::NotFound, text)),
+                    notification: None,
+                };
             }
             _ => {}
         }

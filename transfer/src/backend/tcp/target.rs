@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::connection::Connection;
+use super::devices::{self, Allowance, Allowed, Staged};
 use super::frame::{
     Access, CHUNK_BYTES_MAX, FrameKind, Greeting, HEADER_BYTES, Header, encode_outcome,
     encode_welcome,
@@ -30,6 +31,7 @@ pub(super) struct TargetSide {
     door: Door,
     accepted: Instant,
     initiator: OnceLock<Arc<str>>,
+    allowance: Allowance,
 }
 
 impl TargetSide {
@@ -39,6 +41,7 @@ impl TargetSide {
             exports,
             accepted: Instant::now(),
             initiator: OnceLock::new(),
+            allowance: Allowance::default(),
         }
     }
 
@@ -88,47 +91,10 @@ impl TargetSide {
     ) -> Result<Intake> {
         match header.kind {
             FrameKind::Read | FrameKind::Sums if header.payload_bytes == 0 => {
-                let access = Access::decode(head)?;
-                if access.bytes() > CHUNK_BYTES_MAX {
-                    return Err(Error::invalid(
-                        "bytes asked for",
-                        access.bytes(),
-                        CHUNK_BYTES_MAX,
-                    ));
-                }
-                let frame = match self.admit(&access, Operation::Read) {
-                    Ok(scatter) if header.kind == FrameKind::Sums => sums(header.id, &scatter),
-                    Ok(scatter) => Ok(data(header.id, scatter)),
-                    Err(error) => Err(error),
-                };
-                let frame = frame.unwrap_or_else(|error| done(header.id, &Err(error)));
-                answer(connection, frame)?;
+                self.begin_read(connection, header, &Access::decode(head)?)?;
                 Ok(Intake::NOTHING)
             }
-            FrameKind::Write => {
-                let access = Access::decode(head)?;
-                if access.bytes() != header.payload_bytes {
-                    let text = format!(
-                        "a write of {} bytes brings {}",
-                        access.bytes(),
-                        header.payload_bytes
-                    );
-                    return Err(Error::new(ErrorKind::Corrupt, text));
-                }
-                let (scatter, outcome) = match self.admit(&access, Operation::Write) {
-                    Ok(scatter) => (Some(scatter), Ok(())),
-                    Err(error) => (None, Err(error)),
-                };
-                let then = Then::Answer {
-                    outcome,
-                    notification: access.notification,
-                };
-                Ok(Intake {
-                    left: header.payload_bytes,
-                    scatter,
-                    then,
-                })
-            }
+            FrameKind::Write => self.begin_write(header, Access::decode(head)?),
             FrameKind::Notify if header.payload_bytes == 0 => {
                 if head.len() > NOTIFICATION_BYTES_MAX {
                     return Err(Error::invalid("notification length", head.len(), ..65536));
@@ -161,23 +127,110 @@ impl TargetSide {
         header: &Header,
         intake: Intake,
     ) -> Result<()> {
-        let Then::Answer {
-            mut outcome,
-            notification,
-        } = intake.then
-        else {
-            return Ok(());
-        };
         // The regions' use ends before the initiator hears of it.
         drop(intake.scatter);
-        if outcome.is_ok()
-            && let Some(notification) = notification
-        {
-            // Without room the initiator sends it once more, alone: the data need not wait with it.
-            let inbox = self.exports.inbox();
-            outcome = inbox.try_deliver(self.from()?, notification.into());
+        match intake.then {
+            Then::Answer {
+                mut outcome,
+                notification,
+            } => {
+                if outcome.is_ok()
+                    && let Some(notification) = notification
+                {
+                    // Without room the initiator sends it once more, alone: the data need not wait with it.
+                    let inbox = self.exports.inbox();
+                    outcome = inbox.try_deliver(self.from()?, notification.into());
+                }
+                answer(connection, done(header.id, &outcome))
+            }
+            Then::Store {
+                staged,
+                notification,
+            } => self.store(connection, header.id, staged, notification),
+            Then::Nothing | Then::Arrived(_) => Ok(()),
         }
-        answer(connection, done(header.id, &outcome))
+    }
+
+    /// The bytes of a write are in host memory: they go to devices, and then it is answered.
+    fn store(
+        &self,
+        connection: &Connection,
+        id: u64,
+        staged: Staged,
+        notification: Option<Vec<u8>>,
+    ) -> Result<()> {
+        let (exports, from) = (self.exports.clone(), self.from()?.clone());
+        let answerer = connection.downgrade();
+        let then = move |mut outcome: Result<()>, allowed: Allowed| {
+            // Before the initiator, who keeps count, too, hears of it.
+            drop(allowed);
+            if outcome.is_ok()
+                && let Some(notification) = notification
+            {
+                outcome = exports.inbox().try_deliver(&from, notification.into());
+            }
+            answer_later(&answerer, done(id, &outcome));
+        };
+        staged.copy(Operation::Write, connection.downgrade(), then);
+        Ok(())
+    }
+
+    fn begin_read(&self, connection: &Connection, header: &Header, access: &Access) -> Result<()> {
+        let bytes = access.bytes();
+        if bytes > CHUNK_BYTES_MAX {
+            return Err(Error::invalid("bytes asked for", bytes, CHUNK_BYTES_MAX));
+        }
+        let is_sums = header.kind == FrameKind::Sums;
+        let frame = match self.admit(access, Operation::Read) {
+            Ok(Admitted::Host(scatter)) if is_sums => sums(header.id, &scatter),
+            Ok(Admitted::Host(scatter)) => Ok(data(header.id, scatter)),
+            Ok(Admitted::Devices(_)) if is_sums => {
+                let text = "nobody computes checksums of memory of a CUDA device";
+                Err(Error::new(ErrorKind::Unsupported, text))
+            }
+            Ok(Admitted::Devices(staged)) => match load(connection, header.id, staged) {
+                // It is answered when the bytes are there.
+                Ok(()) => return Ok(()),
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
+        let frame = frame.unwrap_or_else(|error| done(header.id, &Err(error)));
+        answer(connection, frame)
+    }
+
+    fn begin_write(&self, header: &Header, access: Access) -> Result<Intake> {
+        let (bytes, left) = (access.bytes(), header.payload_bytes);
+        if bytes != left {
+            let text = format!("a write of {bytes} bytes brings {left}");
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        let admitted = self.admit(&access, Operation::Write);
+        let notification = access.notification;
+        let answer = |outcome, notification| Then::Answer {
+            outcome,
+            notification,
+        };
+        let taken = admitted.and_then(|admitted| match admitted {
+            Admitted::Host(scatter) => Ok((scatter, None)),
+            Admitted::Devices(staged) => Ok((staged.scatter()?, Some(staged))),
+        });
+        let (scatter, then) = match taken {
+            Ok((scatter, None)) => (Some(scatter), answer(Ok(()), notification)),
+            Ok((scatter, Some(staged))) => {
+                let then = Then::Store {
+                    staged,
+                    notification,
+                };
+                (Some(scatter), then)
+            }
+            Err(error) => (None, answer(Err(error), notification)),
+        };
+        Ok(Intake {
+            left,
+            scatter,
+            then,
+        })
     }
 
     fn from(&self) -> Result<&Arc<str>> {
@@ -193,7 +246,7 @@ impl TargetSide {
             .shut(self.door, "the connection has ended");
     }
 
-    fn admit(&self, access: &Access, operation: Operation) -> Result<Scatter> {
+    fn admit(&self, access: &Access, operation: Operation) -> Result<Admitted> {
         let mut uses = Vec::with_capacity(access.regions.len());
         for (id, key) in &access.regions {
             uses.push(self.exports.admit(*id, key, operation)?);
@@ -207,8 +260,17 @@ impl TargetSide {
                 len: u64::from(range.len),
             })
             .collect();
-        Scatter::admitted(uses, pieces)
+        match devices::are_among(&uses) {
+            false => Scatter::admitted(uses, pieces).map(Admitted::Host),
+            true => Staged::new(uses, pieces, &self.allowance).map(Admitted::Devices),
+        }
     }
+}
+
+/// What a peer was admitted to.
+enum Admitted {
+    Host(Scatter),
+    Devices(Staged),
 }
 
 /// Whoever has sent a notification, by its number.
@@ -221,13 +283,36 @@ impl Sender for Notifier {
     const IS_REMOTE: bool = true;
 
     fn answer(self, outcome: Result<()>) {
-        let Some(connection) = self.connection.upgrade() else {
-            return;
+        answer_later(&self.connection, done(self.id, &outcome));
+    }
+}
+
+/// Has devices copy what a read asks for, and answers it then.
+fn load(connection: &Connection, id: u64, staged: Staged) -> Result<()> {
+    let filled = staged.scatter()?;
+    let answerer = connection.downgrade();
+    let then = move |outcome: Result<()>, allowed: Allowed| {
+        let frame = match outcome {
+            Ok(()) => data(id, filled).keeping(allowed),
+            Err(error) => {
+                drop(allowed);
+                done(id, &Err(error))
+            }
         };
-        match answer(&connection, done(self.id, &outcome)) {
-            Ok(()) => connection.pump_later(),
-            Err(error) => connection.lose(&error.to_string()),
-        }
+        answer_later(&answerer, frame);
+    };
+    staged.copy(Operation::Read, connection.downgrade(), then);
+    Ok(())
+}
+
+/// Answers from another thread than that of the connection, if that is still there.
+fn answer_later(connection: &Weak<Connection>, frame: Frame) {
+    let Some(connection) = connection.upgrade() else {
+        return;
+    };
+    match answer(&connection, frame) {
+        Ok(()) => connection.pump_later(),
+        Err(error) => connection.lose(&error.to_string()),
     }
 }
 

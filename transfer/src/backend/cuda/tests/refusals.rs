@@ -38,36 +38,6 @@ fn device_memory_is_no_host_memory() {
 }
 
 #[test]
-fn ways_to_peers_refuse_device_memory_by_name() {
-    let bed = Bed::new();
-    let (device, _) = bed.device(4096);
-    let peer = Agent::builder("peer").build().unwrap();
-    let options = RegionOptions {
-        remote_read: true,
-        remote_write: true,
-    };
-    let far = HostMemory::shared(4096).unwrap();
-    let far = peer.register(far, options).unwrap();
-    let handle = bed.agent.load_peer(&peer.metadata()).unwrap();
-    let local = bed
-        .agent
-        .prepare(Side::Local, &[device.descriptor(0, 4096)])
-        .unwrap();
-    let remote = bed
-        .agent
-        .prepare(Side::Peer(&handle), &[far.descriptor(0, 4096)])
-        .unwrap();
-    for operation in [Read, Write] {
-        let request = bed
-            .agent
-            .request(operation, &local, &remote, RequestOptions::default());
-        let named = ["memcpy", "shm", "cma", "memory of CUDA device 0"];
-        refused(request, ErrorKind::Unsupported, &named);
-    }
-    assert!(content(&far) == [0; 4096]);
-}
-
-#[test]
 fn a_file_is_no_local_side() {
     let bed = Bed::new();
     let (device, _) = bed.device(4096);

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::peers::{EXPORTED, End};
 use super::*;
 
 const BYTES: u64 = 5 << 20;
@@ -96,5 +97,50 @@ proptest! {
         prop_assert!(bed.fake.read(address, BYTES) == model, "read");
         prop_assert_eq!(bed.free(0), 2);
         bed.fake.check();
+    }
+
+    /// The same between devices of two agents, and to a peer's host memory.
+    #[test]
+    fn any_list_of_ranges_goes_to_a_peer_as_the_model_does(
+        ranges in ranges(),
+        seed in any::<u8>(),
+        to_device in any::<bool>(),
+        reads in any::<bool>(),
+    ) {
+        let way = if to_device { "tcp" } else { "shm" };
+        let (owner, user) = (End::new("owner", way), End::new("user", way));
+        let (source, target) = (pattern(seed, BYTES as usize), pattern(!seed, BYTES as usize));
+        let mut model = target.clone();
+        for &(from, to, len) in &ranges {
+            model[to as usize..(to + len) as usize].copy_from_slice(&source[from as usize..(from + len) as usize]);
+        }
+        let (here, there) = if reads { (&target, &source) } else { (&source, &target) };
+        let (near, address) = user.device(0, here, EXPORTED);
+        let (far, far_address) = match to_device {
+            true => owner.device(1, there, EXPORTED),
+            false => (owner.host(there), 0),
+        };
+        let peer = user.knows(&owner);
+        let pairs: Pairs = ranges
+            .iter()
+            .map(|&(from, to, len)| match reads {
+                true => (near.descriptor(to, len), far.descriptor(from, len)),
+                false => (near.descriptor(from, len), far.descriptor(to, len)),
+            })
+            .collect();
+        let operation = if reads { Read } else { Write };
+        prop_assert_eq!(user.moved(operation, &peer, &pairs), "staged");
+        let found = match (reads, to_device) {
+            (true, _) => user.fake.read(address, BYTES),
+            (false, true) => owner.fake.read(far_address, BYTES),
+            (false, false) => {
+                let mut bytes = vec![0; BYTES as usize];
+                far.read_at(0, &mut bytes).unwrap();
+                bytes
+            }
+        };
+        prop_assert!(found == model, "{} {}", reads, to_device);
+        user.fake.check();
+        owner.fake.check();
     }
 }
