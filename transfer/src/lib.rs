@@ -30,7 +30,7 @@ pub use agent::{
 };
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;
-pub use backend::cuda::{CudaKernels, CudaOptions, Fragments, NumberGroups, RegionAt};
+pub use backend::cuda::{CudaKernels, CudaOptions, DevicePath, Fragments, NumberGroups, RegionAt};
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{
     ObjectChecksum, ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret,

@@ -51,7 +51,12 @@ impl Node {
 
     fn with(way: Way, name: &str, gpu: CudaStandIn) -> Self {
         let agent = way.builder(name).connect_within(WAIT).build().unwrap();
-        gpu.serve(&agent, CudaOptions::default()).unwrap();
+        // The cards are to do it, and not the GPU itself.
+        let options = CudaOptions {
+            peers: false,
+            ..CudaOptions::default()
+        };
+        gpu.serve(&agent, options).unwrap();
         let gpu = Rc::new(gpu);
         Self { agent, gpu }
     }

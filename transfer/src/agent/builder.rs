@@ -182,7 +182,7 @@ impl AgentBuilder {
     }
 
     /// Copies between host memory and memory of CUDA devices that is registered with [`Agent::register_device`], by the driver of
-    /// the system. Default: not at all. Where there is no driver, or no device, [`AgentBuilder::build`] says why.
+    /// the system, and to and from that of peers on this machine. Default: not at all. Where there is no driver, or no device, [`AgentBuilder::build`] says why.
     #[must_use]
     pub fn cuda(mut self, options: Option<CudaOptions>) -> Self {
         self.cuda = options;
@@ -348,26 +348,22 @@ impl AgentBuilder {
                 },
             )?);
         }
+        start_cuda(&agent, self.cuda)?;
         exports.order(&self.preferred)?;
         for (backend, cost) in self.costs {
             agent.core().stats.assume(&backend, cost)?;
         }
-        for step in cuda_step(self.cuda).chain(self.steps) {
-            step(&agent)?;
-        }
+        self.steps.into_iter().try_for_each(|step| step(&agent))?;
         Ok(agent)
     }
 }
 
-/// What starts CUDA, if that is wanted.
-fn cuda_step(options: Option<CudaOptions>) -> impl Iterator<Item = Step> {
-    let step = |options| -> Step {
-        Box::new(move |agent| {
-            Cuda::get()?;
-            agent.start_cuda(options)
-        })
-    };
-    options.map(step).into_iter()
+/// Starts CUDA, if that is wanted.
+fn start_cuda(agent: &Agent, options: Option<CudaOptions>) -> Result<()> {
+    match options {
+        Some(options) => agent.start_cuda(options, &Cuda::get()?),
+        None => Ok(()),
+    }
 }
 
 fn copy_threads(wanted: Option<usize>) -> Result<usize> {

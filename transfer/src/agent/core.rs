@@ -89,6 +89,11 @@ impl AgentCore {
         &self.later
     }
 
+    /// The threads that copy.
+    pub(crate) fn copier(&self) -> &Arc<Copier> {
+        &self.copier
+    }
+
     /// Reads the agent's sockets.
     pub(crate) fn reactor(&self) -> &Arc<Reactor> {
         &self.reactor

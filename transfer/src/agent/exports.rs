@@ -66,6 +66,16 @@ impl Exports {
             .push(fabric);
     }
 
+    /// Adds a way before these; for an agent that knows no peers yet.
+    pub(crate) fn add_fabric_before(&self, fabric: Arc<dyn Fabric>, others: &[&str]) {
+        let mut fabrics = self.fabrics.write().unwrap_or_else(PoisonError::into_inner);
+        let place = fabrics
+            .iter()
+            .position(|other| others.contains(&other.name()));
+        let place = place.unwrap_or(fabrics.len());
+        fabrics.insert(place, fabric);
+    }
+
     /// It is told of regions that are deregistered, for as long as it is there.
     pub(crate) fn add_keeper(&self, keeper: &Arc<dyn Keeper>) {
         self.keepers
@@ -205,7 +215,10 @@ impl Exports {
                     kind: RemoteKind::of(region.kind())?,
                     readable: region.options().remote_read,
                     writable: region.options().remote_write,
-                    shareable: region.host().is_some_and(|memory| memory.is_shareable()),
+                    shareable: match region.external() {
+                        Some(external) => external.is_shareable(),
+                        None => region.host().is_some_and(|memory| memory.is_shareable()),
+                    },
                 }))
             })
             .collect();

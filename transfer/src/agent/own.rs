@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::{Agent, RemoteRegion};
-use crate::backend::{Backend, Kinds};
+use crate::backend::Backend;
 use crate::descriptor::Target;
 use crate::plan::Plan;
 use crate::region::{MemoryKind, RegionCore};
@@ -81,24 +81,25 @@ impl Agent {
     }
 
     /// # Errors
-    /// [`ErrorKind::Unsupported`] with the names of all ways, when there is memory on either side that none of them moves.
+    /// [`ErrorKind::Unsupported`] with what each way says, when none of them moves what is on both sides, as it is wanted.
     pub(super) fn check_moved_to_peers(&self, plan: &Plan) -> Result<()> {
-        let fabrics = self.0.exports.fabrics();
-        let none_moves = |reason_of: &dyn Fn(&Kinds) -> Option<String>| {
-            let mut reason = None;
-            for fabric in &fabrics {
-                reason = Some(reason_of(&fabric.kinds())?);
+        let mut reasons = Vec::new();
+        for fabric in self.0.exports.fabrics() {
+            let kinds = fabric.kinds();
+            let is_checked = plan.is_checked() || plan.sums;
+            let unchecked = || fabric.unchecked().filter(|_| is_checked);
+            let reason = unmoved(&plan.local, kinds.local)
+                .or_else(|| unreached(plan, kinds.remote))
+                .or_else(|| unchecked().map(str::to_owned));
+            match reason {
+                None => return Ok(()),
+                Some(reason) => reasons.push(format!("{}: {reason}", fabric.name())),
             }
-            reason
-        };
-        let reason = none_moves(&|kinds| unmoved(&plan.local, kinds.local))
-            .or_else(|| none_moves(&|kinds| unreached(plan, kinds.remote)));
-        let Some(reason) = reason else {
+        }
+        if reasons.is_empty() {
             return Ok(());
-        };
-        let names: Vec<&str> = fabrics.iter().map(|fabric| fabric.name()).collect();
-        let text = format!("{}: {reason}", names.join(", "));
-        Err(Error::new(ErrorKind::Unsupported, text))
+        }
+        Err(Error::new(ErrorKind::Unsupported, reasons.join("; ")))
     }
 }
 

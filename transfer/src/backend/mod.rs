@@ -202,6 +202,11 @@ pub(crate) trait Fabric: Send + Sync {
         }
     }
 
+    /// Why none of its channels compares checksums; none if they do.
+    fn unchecked(&self) -> Option<&'static str> {
+        None
+    }
+
     /// The network address that it listens on, if any.
     fn listening(&self) -> Option<SocketAddr> {
         None

@@ -76,6 +76,10 @@ pub(crate) trait External: Any + Send + Sync {
     fn kind(&self) -> MemoryKind;
     /// Bytes up to which descriptors are accepted now; `u64::MAX` when only the backend can tell.
     fn bytes(&self) -> u64;
+    /// Whether other processes of this host can have it in reach, if it is memory.
+    fn is_shareable(&self) -> bool {
+        false
+    }
     /// Who moves bytes to and from it.
     fn backend(&self) -> Arc<dyn Backend>;
     /// The memory of a device that it is, if it is any.

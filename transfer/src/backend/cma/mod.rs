@@ -71,7 +71,7 @@ impl Access for Cma {
         }
     }
 
-    fn grant(&self, region: &RegionCore) -> Result<(Outcome, Option<OwnedFd>)> {
+    fn grant(&self, region: &RegionCore, _process: i32) -> Result<(Outcome, Option<OwnedFd>)> {
         let located = Outcome::Located {
             address: region.mapping()?.address(),
             bytes: region.bytes(),
@@ -94,7 +94,12 @@ impl Access for Cma {
             .map_err(|error| explain::refusal(link.pid(), error))
     }
 
-    fn accept(remote: &RemoteRegion, outcome: Outcome, _file: Option<OwnedFd>) -> Result<Window> {
+    fn accept(
+        &self,
+        remote: &RemoteRegion,
+        (outcome, _file): (Outcome, Option<OwnedFd>),
+        _piece: &mut dyn FnMut(u32) -> Result<(Outcome, Option<OwnedFd>)>,
+    ) -> Result<Window> {
         let Outcome::Located {
             address,
             bytes,

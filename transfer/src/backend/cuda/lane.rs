@@ -13,17 +13,19 @@ use kvcache_core::{Error, ErrorKind, Result};
 use super::fragments;
 use super::options::CudaOptions;
 use super::staging;
-use super::task::{Moves, Task, Way};
+use super::task::{Ending, Moves, Task, Way};
 use super::worker::Worker;
 use crate::backend::{Job, Refusal};
 use crate::request::Priority;
-use crate::sys::cuda::{Gpu, Pinned, Stream};
+use crate::sys::cuda::{Gpu, Keep, Pinned, Stream};
 use crate::sys::fork::Process;
 
 /// What the thread finds: jobs for their streams, as many as callers have posted.
 #[derive(Default)]
 pub(super) struct Letters {
     pub(super) tasks: VecDeque<(Way, Priority, Task)>,
+    /// What is dropped on the thread, because that may take as long as the device is busy.
+    pub(super) let_go: Vec<Keep>,
     /// Some job was given up by its caller.
     pub(super) reap: bool,
     pub(super) is_closed: bool,
@@ -79,7 +81,7 @@ impl Shared {
 
 impl Letters {
     fn is_new(&self) -> bool {
-        !self.tasks.is_empty() || self.reap || self.is_closed
+        !self.tasks.is_empty() || !self.let_go.is_empty() || self.reap || self.is_closed
     }
 }
 
@@ -134,7 +136,26 @@ impl Lane {
         Ok(made)
     }
 
-    pub(super) fn post(&self, job: Job, moves: Moves) -> Result<(), Refusal> {
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Drops this on the thread; here if there is none any more.
+    pub(super) fn let_go(&self, thing: Keep) {
+        let mut letters = self.shared.lock();
+        if letters.broken.is_none() {
+            letters.let_go.push(thing);
+            drop(letters);
+            self.shared.arrived.notify_one();
+        }
+    }
+
+    pub(super) fn post(
+        &self,
+        job: Job,
+        moves: Moves,
+        ending: Option<Box<dyn Ending>>,
+    ) -> Result<(), Refusal> {
         let mut letters = self.shared.lock();
         if let Some(reason) = &letters.broken {
             let text = format!("cuda device {}: {reason}", self.gpu.ordinal());
@@ -142,7 +163,7 @@ impl Lane {
             return Err(job.refuse(Error::new(ErrorKind::Poisoned, text)));
         }
         let (way, priority) = (Way::of(job.plan()), job.priority());
-        let task = Task::new(job, moves);
+        let task = Task::new(job, moves, ending);
         letters.tasks.push_back((way, priority, task));
         drop(letters);
         self.shared.arrived.notify_one();

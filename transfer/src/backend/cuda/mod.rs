@@ -1,4 +1,5 @@
-//! Memory of CUDA devices: copies between it and host memory, and within a device.
+//! Memory of CUDA devices: copies between it and host memory, within devices and between them, and to and from those of peers on
+//! this machine.
 //!
 //! A device has one thread of ours and six streams, in its primary context, which engines use, too: one for each direction, and
 //! one more for what begins after an engine's stream. Bytes are copied by the device itself: from and to host memory that is pinned, or
@@ -7,7 +8,9 @@
 mod compute;
 mod fragments;
 mod lane;
+mod moves;
 mod options;
+mod peers;
 mod pins;
 mod staging;
 mod task;
@@ -22,19 +25,32 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::{Backend, Capabilities, Job, Keeper, NOT_WANTED, Refusal};
 use crate::agent::{Agent, AgentCore};
-use crate::descriptor::Target;
-use crate::plan::{Extent, Plan};
+use crate::plan::Plan;
 use crate::region::{External, MemoryKind, Region, RegionCore, RegionOptions};
-use crate::sys::cuda::{DeviceMemory, Gpu, Place};
+use crate::sys::cuda::{Cuda, DeviceMemory, Gpu};
 
 pub use compute::{CudaKernels, NumberGroups, RegionAt};
 use lane::Lane;
 pub use options::{CudaOptions, Fragments};
 use pins::Pins;
-use task::{Moves, Where};
 
 /// The name in reports and statistics.
 const NAME: &str = "cuda";
+
+/// Ways that also lead to other hosts, and go after this one.
+const OTHER_HOSTS: [&str; 4] = ["staged", "verbs", "ucx", "tcp"];
+
+/// How a device copies from or to another one's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DevicePath {
+    /// The device that copies: the one whose memory is read.
+    pub by: u32,
+    /// The other one.
+    pub other: u32,
+    /// Whether it reaches the other one's memory by itself, over NVLink or PCI; otherwise the driver takes the bytes through host
+    /// memory.
+    pub is_peer_access: bool,
+}
 
 /// All devices that an agent uses.
 pub(crate) struct CudaBackend {
@@ -42,6 +58,11 @@ pub(crate) struct CudaBackend {
     capabilities: Capabilities,
     lanes: Mutex<HashMap<u32, Arc<Lane>>>,
     pins: Arc<CudaPins>,
+    /// By which memory of peers is opened.
+    cuda: Cuda,
+    /// Agents of this process are treated as those of others.
+    #[cfg(test)]
+    apart: std::sync::atomic::AtomicBool,
 }
 
 /// The part that regions are withdrawn from.
@@ -55,7 +76,7 @@ impl Keeper for CudaPins {
 }
 
 impl CudaBackend {
-    fn start(options: CudaOptions) -> Result<Self> {
+    fn start(options: CudaOptions, cuda: &Cuda) -> Result<Self> {
         options.check()?;
         Ok(Self {
             options,
@@ -67,7 +88,19 @@ impl CudaBackend {
             },
             lanes: Mutex::default(),
             pins: Arc::default(),
+            cuda: cuda.clone(),
+            #[cfg(test)]
+            apart: Default::default(),
         })
+    }
+
+    /// Whether memory of this process is opened as if it were another's, which no driver does.
+    #[allow(clippy::unused_self, reason = "tests ask it")]
+    fn is_apart(&self) -> bool {
+        #[cfg(test)]
+        return self.apart.load(std::sync::atomic::Ordering::Relaxed);
+        #[cfg(not(test))]
+        false
     }
 
     /// A device's thread, started when memory of the device is first registered.
@@ -108,119 +141,11 @@ impl CudaBackend {
     pub(super) fn unpin(&self, region: &RegionCore) {
         self.pins.0.withdraw(region.id());
     }
-
-    /// Where a plan's regions are, and whose thread copies.
-    fn moves(&self, plan: &Plan) -> Result<(Arc<Lane>, Moves)> {
-        let targets = || plan.local.iter().chain(plan.remote.iter());
-        let Some(first) = targets().find_map(device_memory) else {
-            return Err(Error::new(
-                ErrorKind::Internal,
-                "a plan without device memory",
-            ));
-        };
-        let lane = self.lane(first.gpu())?;
-        let mut places = Vec::with_capacity(plan.local.len() + plan.remote.len() + 1);
-        let mut wheres = Vec::with_capacity(places.capacity());
-        for target in targets() {
-            let region = own(target)?;
-            let place = match device_memory(target) {
-                Some(memory) => {
-                    check_one_device(first, memory)?;
-                    Some(Place::Device(memory.clone()))
-                }
-                None => {
-                    region.mapping()?;
-                    self.pins.0.find(region.id()).map(Place::Host)
-                }
-            };
-            wheres.push(place.map_or(Where::Staged, |place| {
-                places.push(place);
-                Where::Place(places.len() - 1)
-            }));
-        }
-        let staging = match wheres.iter().any(|place| matches!(place, Where::Staged)) {
-            false => None,
-            true => {
-                let memory = lane.staging()?;
-                places.push(Place::Host(memory.clone()));
-                Some((places.len() - 1, memory))
-            }
-        };
-        let remote = wheres.split_off(plan.local.len());
-        let moves = Moves {
-            places: places.into(),
-            local: wheres,
-            remote,
-            staging,
-        };
-        Ok((lane, moves))
-    }
-}
-
-/// A region of this agent.
-fn own(target: &Target) -> Result<&Arc<RegionCore>> {
-    match target {
-        Target::Local(region) => Ok(region),
-        Target::Remote(region) => Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("cuda reaches no peers: region {} is one's", region.id),
-        )),
-    }
-}
-
-/// The device memory that a target is; none if it is something else.
-fn device_memory(target: &Target) -> Option<&Arc<DeviceMemory>> {
-    let Target::Local(region) = target else {
-        return None;
-    };
-    memory_of(region)
 }
 
 /// The device memory that a region is; none if it is something else.
 pub(super) fn memory_of(region: &RegionCore) -> Option<&Arc<DeviceMemory>> {
     region.device()
-}
-
-fn check_one_device(first: &DeviceMemory, other: &DeviceMemory) -> Result<()> {
-    if first.ordinal() == other.ordinal() {
-        return Ok(());
-    }
-    let (first, other) = (first.ordinal(), other.ordinal());
-    let text = format!("cuda copies within one device, not between {first} and {other}");
-    Err(Error::new(ErrorKind::Unsupported, text))
-}
-
-/// What no device copies, or not in a way that can be told.
-fn check_extent(plan: &Plan, extent: &Extent) -> Result<()> {
-    let (local, remote) = (
-        &plan.local[extent.local as usize],
-        &plan.remote[extent.remote as usize],
-    );
-    match (device_memory(local), device_memory(remote)) {
-        (None, None) => {
-            let text = "a request to a device that also copies between host memories: ask for those by another one";
-            Err(Error::new(ErrorKind::Unsupported, text))
-        }
-        (Some(one), Some(other)) => {
-            let start = |memory: &DeviceMemory, offset: u64| memory.address() + offset;
-            let (a, b) = (
-                start(one, extent.local_offset),
-                start(other, extent.remote_offset),
-            );
-            match a < b + extent.len && b < a + extent.len {
-                false => Ok(()),
-                true => {
-                    let len = extent.len;
-                    let text = format!(
-                        "{len} bytes are copied over themselves, {} bytes on",
-                        a.abs_diff(b)
-                    );
-                    Err(Error::new(ErrorKind::Invalid, text))
-                }
-            }
-        }
-        _ => Ok(()),
-    }
 }
 
 impl Backend for CudaBackend {
@@ -241,37 +166,11 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, plan: &Plan) -> Result<()> {
-        let place = |number: usize| format!("extent {number}");
-        for (number, extent) in plan.extents.iter().enumerate() {
-            check_extent(plan, extent).map_err(|error| error.at(place(number)))?;
-        }
-        let mut gpu = None;
-        for memory in plan
-            .local
-            .iter()
-            .chain(plan.remote.iter())
-            .filter_map(device_memory)
-        {
-            memory.check_there()?;
-            gpu = Some(memory.gpu());
-        }
-        if let Some(gpu) = gpu.filter(|_| self.options.pin) {
-            for target in plan.local.iter().chain(plan.remote.iter()) {
-                let region = own(target)?;
-                if region.host().is_some() {
-                    self.pins.0.pin(gpu, region);
-                }
-            }
-        }
-        // What is missing is told now, and made.
-        self.moves(plan).map(drop)
+        self.make_ready(plan, &[])
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
-        match self.moves(job.plan()) {
-            Ok((lane, moves)) => lane.post(job, moves),
-            Err(error) => Err(job.refuse(error)),
-        }
+        self.start_job(job, &[], None)
     }
 
     fn has_streams(&self) -> bool {
@@ -288,6 +187,8 @@ impl Backend for CudaBackend {
 struct DeviceTarget {
     memory: Arc<DeviceMemory>,
     backend: Arc<CudaBackend>,
+    /// Other processes can open it.
+    is_shareable: bool,
 }
 
 impl External for DeviceTarget {
@@ -301,6 +202,10 @@ impl External for DeviceTarget {
         self.memory.bytes()
     }
 
+    fn is_shareable(&self) -> bool {
+        self.is_shareable
+    }
+
     fn backend(&self) -> Arc<dyn Backend> {
         self.backend.clone()
     }
@@ -311,18 +216,49 @@ impl External for DeviceTarget {
 }
 
 impl Agent {
-    /// Has this agent use CUDA, of which there is some.
-    pub(crate) fn start_cuda(&self, options: CudaOptions) -> Result<()> {
+    /// Has this agent use CUDA, by this driver, before it knows peers.
+    pub(crate) fn start_cuda(&self, options: CudaOptions, cuda: &Cuda) -> Result<()> {
         let started = self.core().extension(|| {
-            let backend = Arc::new(CudaBackend::start(options)?);
+            let peers = options.peers;
+            let backend = Arc::new(CudaBackend::start(options, cuda)?);
+            let exports = self.core().exports();
             let pins: Arc<dyn Keeper> = backend.pins.clone();
-            self.core().exports().add_keeper(&pins);
+            exports.add_keeper(&pins);
+            if peers {
+                exports.add_fabric_before(peers::fabric(self.core(), &backend)?, &OTHER_HOSTS);
+            }
             // The last of all ways, and there with the first of them that moves memory of devices.
-            let staged = super::staged::fabric(self.core());
-            self.core().exports().add_fabric(staged);
+            exports.add_fabric(super::staged::fabric(self.core()));
             Ok(Started(backend))
         });
         started.map(drop)
+    }
+
+    /// Between which devices requests of this agent have copied, and how: by the devices themselves, or through host memory because
+    /// they do not reach each other's. Only pairs that were asked for; empty without CUDA.
+    pub fn device_paths(&self) -> Vec<DevicePath> {
+        let started = self
+            .core()
+            .extension::<Started>(|| Err(Error::new(ErrorKind::Unsupported, "no CUDA")));
+        let Ok(started) = started else {
+            return Vec::new();
+        };
+        let backend = &started.0;
+        let lanes = backend.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut paths: Vec<DevicePath> = lanes
+            .values()
+            .flat_map(|lane| {
+                let by = lane.gpu().ordinal();
+                let known = lane.gpu().known_reach().into_iter();
+                known.map(move |(other, is_peer_access)| DevicePath {
+                    by,
+                    other,
+                    is_peer_access,
+                })
+            })
+            .collect();
+        paths.sort_unstable_by_key(|path| (path.by, path.other));
+        paths
     }
 
     /// As [`Agent::register_device_with`], without telling peers of it.
@@ -353,12 +289,24 @@ impl Agent {
         self.core().check()?;
         let backend = CudaBackend::of(self.core())?;
         backend.lane(memory.gpu())?;
+        let is_exported = options.remote_read || options.remote_write;
         let target = DeviceTarget {
+            is_shareable: is_exported && is_shareable(&memory),
             memory: Arc::new(memory),
             backend,
         };
         self.register_external_with(Arc::new(target), options)
     }
+}
+
+/// Whether other processes of this machine can open it; the reason is logged.
+fn is_shareable(memory: &DeviceMemory) -> bool {
+    let offered = memory.offer();
+    if let Err(error) = &offered {
+        let (device, bytes) = (memory.ordinal(), memory.bytes());
+        tracing::info!(%error, device, bytes, "memory of a device is not for other processes");
+    }
+    offered.is_ok()
 }
 
 /// What an agent with CUDA has.

@@ -29,6 +29,9 @@ pub struct CudaOptions {
     pub polling: Duration,
     /// Who copies small ranges. Default: the driver.
     pub fragments: Fragments,
+    /// Whether peers of this machine reach memory of devices that is exported to them, and this agent theirs: each process opens the
+    /// other's memory, and its device copies. Default: yes.
+    pub peers: bool,
 }
 
 /// Who copies ranges that are too small for the driver's copies to be fast.
@@ -58,6 +61,7 @@ impl Default for CudaOptions {
             window_bytes: 16 << 20,
             polling: Duration::from_micros(20),
             fragments: Fragments::Copies,
+            peers: true,
         }
     }
 }

@@ -33,6 +33,15 @@ pub(super) struct Moves {
     pub(super) staging: Option<(usize, Arc<Pinned>)>,
 }
 
+/// Who is told what came of a job, in place of its caller.
+pub(super) trait Ending: Send {
+    /// Why nothing more of the job is to be queued.
+    fn check(&self) -> Result<()>;
+
+    /// Nothing of the job is in flight any more; settles it.
+    fn end(self: Box<Self>, job: Job, outcome: Result<()>);
+}
+
 /// Which way most of a job's bytes go. Each has a stream of its own, because devices copy both ways at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
@@ -48,7 +57,7 @@ impl Way {
         let is_device = |targets: &[Target]| {
             targets
                 .iter()
-                .any(|target| matches!(target, Target::Local(r) if r.host().is_none()))
+                .any(|target| !matches!(target, Target::Local(r) if r.host().is_some()))
         };
         match (
             is_device(&plan.local),
@@ -98,6 +107,7 @@ pub(super) struct Built {
 pub(super) struct Task {
     pub(super) job: Job,
     moves: Moves,
+    ending: Option<Box<dyn Ending>>,
     /// The extent that comes next, and how much of it is queued.
     next: usize,
     done: u64,
@@ -118,11 +128,12 @@ pub(super) enum Readiness {
 }
 
 impl Task {
-    pub(super) fn new(job: Job, moves: Moves) -> Self {
+    pub(super) fn new(job: Job, moves: Moves, ending: Option<Box<dyn Ending>>) -> Self {
         Self {
             after: job.after(),
             job,
             moves,
+            ending,
             next: 0,
             done: 0,
             open: 0,
@@ -159,6 +170,11 @@ impl Task {
         if self.failure.is_none() && self.job.is_abandoned() {
             self.failure = Some(abandoned());
         }
+        if self.failure.is_none()
+            && let Some(ending) = &self.ending
+        {
+            self.failure = ending.check().err();
+        }
         self.failure.is_some() || self.next == self.job.plan().extents.len()
     }
 
@@ -167,12 +183,23 @@ impl Task {
         let Self {
             job,
             moves,
+            ending,
             failure,
             ..
         } = self;
         // What is pinned for this job alone is let go of before its regions are free.
         drop(moves);
-        job.settle(failure.map_or(Ok(()), Err));
+        let outcome = failure.map_or(Ok(()), Err);
+        match ending {
+            Some(ending) => ending.end(job, outcome),
+            None => job.settle(outcome),
+        }
+    }
+
+    /// As [`Task::end`], of what nothing is in flight of, and nothing will be.
+    pub(super) fn fail(mut self, error: Error) {
+        self.failure = Some(error);
+        self.end();
     }
 
     /// The next batch, of about so many bytes; none while all buffers that it needs are in use.

@@ -16,11 +16,14 @@ use crate::sys::cuda::{Cuda, DeviceMemory};
 use crate::sys::memory::HostMemory;
 
 mod compute;
+mod devices;
 mod ending;
 mod exported;
 mod fragments;
 mod order;
+mod peers;
 mod pinning;
+mod processes;
 mod refusals;
 
 /// Far beyond what a loaded machine needs.
@@ -44,12 +47,9 @@ impl Bed {
 
     fn over(fake: Fake, options: CudaOptions) -> Self {
         let agent = Agent::builder("cuda").build().unwrap();
-        agent.start_cuda(options).unwrap();
-        Self {
-            cuda: fake.start(),
-            fake,
-            agent,
-        }
+        let cuda = fake.start();
+        agent.start_cuda(options, &cuda).unwrap();
+        Self { cuda, fake, agent }
     }
 
     /// Memory of device 0 that an engine lends, and where it is.

@@ -158,7 +158,9 @@ impl Worker {
         let taken = std::mem::take(&mut letters.tasks);
         let reap = std::mem::take(&mut letters.reap);
         let is_closed = letters.is_closed;
+        let let_go = std::mem::take(&mut letters.let_go);
         drop(letters);
+        drop(let_go);
         let took = !taken.is_empty() || reap;
         for (way, priority, task) in taken {
             self.next_task += 1;
@@ -319,13 +321,13 @@ impl Worker {
         let failed = || Error::new(ErrorKind::Poisoned, text.clone());
         for task in self.tasks.drain().map(|(_, task)| task) {
             match task.open {
-                0 => task.job.settle(Err(failed())),
+                0 => task.fail(failed()),
                 // A job that is dropped keeps its memory for ever.
                 _ => task.job.report(failed()),
             }
         }
         for (_, _, task) in waiting {
-            task.job.settle(Err(failed()));
+            task.fail(failed());
         }
     }
 }
@@ -360,7 +362,7 @@ impl Drop for Gone {
     fn drop(&mut self) {
         for (_, _, task) in self.0.break_down("its thread has ended") {
             let text = "the thread of a CUDA device has ended";
-            task.job.settle(Err(Error::new(ErrorKind::Poisoned, text)));
+            task.fail(Error::new(ErrorKind::Poisoned, text));
         }
     }
 }

@@ -46,7 +46,7 @@ impl Access for Shm {
     }
 
     /// The memory of a region: a descriptor that allows no more than the region does.
-    fn grant(&self, region: &RegionCore) -> Result<(Outcome, Option<OwnedFd>)> {
+    fn grant(&self, region: &RegionCore, _process: i32) -> Result<(Outcome, Option<OwnedFd>)> {
         let Some(file) = region.host().and_then(|memory| memory.shared_file()) else {
             let text = format!("region {} is not in shared memory", region.id());
             return Err(Error::new(ErrorKind::Unsupported, text));
@@ -69,7 +69,12 @@ impl Access for Shm {
         }
     }
 
-    fn accept(remote: &RemoteRegion, outcome: Outcome, file: Option<OwnedFd>) -> Result<Mapping> {
+    fn accept(
+        &self,
+        remote: &RemoteRegion,
+        (outcome, file): (Outcome, Option<OwnedFd>),
+        _piece: &mut dyn FnMut(u32) -> Result<(Outcome, Option<OwnedFd>)>,
+    ) -> Result<Mapping> {
         let Outcome::Granted { bytes, writable } = outcome else {
             return Err(corrupt("a map is answered without memory"));
         };

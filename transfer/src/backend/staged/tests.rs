@@ -58,10 +58,11 @@ impl Bed {
         let agent = Agent::builder("staged").object_store("store", &store, object);
         let agent = agent.build().unwrap();
         agent.start_file_engine(mode).unwrap();
-        agent.start_cuda(options).unwrap();
         let fake = Fake::new(2);
+        let cuda = fake.start();
+        agent.start_cuda(options, &cuda).unwrap();
         Self {
-            cuda: fake.start(),
+            cuda,
             fake,
             agent,
             folder,
@@ -370,7 +371,8 @@ fn what_cannot_be_staged_is_refused_by_name() {
             ..CudaOptions::default()
         };
         let agent = Agent::builder("refused").build().unwrap();
-        let error = agent.start_cuda(options).unwrap_err();
+        let cuda = Fake::new(1).start();
+        let error = agent.start_cuda(options, &cuda).unwrap_err();
         assert!(error.to_string().contains("cuda window bytes"), "{error}");
     }
 }

@@ -149,7 +149,10 @@ impl State {
                 }
                 return;
             }
-            Message::Hello { .. } | Message::Done { .. } | Message::Revoke { .. } => {
+            Message::Hello { .. }
+            | Message::Done { .. }
+            | Message::Revoke { .. }
+            | Message::Piece { .. } => {
                 return tracing::warn!("a message over ucx that only owners of memory send");
             }
         };

@@ -12,14 +12,20 @@ use super::link::{Link, Received};
 use super::message::{Message, Outcome};
 use super::{Access, corrupt};
 use crate::agent::{CONNECT_TIMEOUT, RemoteRegion};
-use crate::backend::copy::{Copier, Place, Progress, Turn, Work};
-use crate::backend::{Backend, Capabilities, Channel, Job, Operation, Refusal, abandoned};
+use crate::backend::copy::{Copier, Place, Progress, Turn};
+use crate::backend::{
+    Backend, Capabilities, Channel, Job, NOT_WANTED, Operation, Refusal, abandoned,
+};
 use crate::descriptor::Target;
 use crate::look::Look;
 use crate::metadata::Incarnation;
 use crate::plan::Plan;
 use crate::reactor::{Interest, Source};
-use crate::region::{MemoryKind, RegionId};
+use crate::region::RegionId;
+
+mod copying;
+
+pub(crate) use copying::Copying;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -37,6 +43,7 @@ pub(super) struct UnixChannel<A: Access> {
     link: Arc<Link>,
     /// Set once the peer has answered the greeting.
     peer: OnceLock<A::Peer>,
+    access: Arc<A>,
     copier: Arc<Copier>,
     capabilities: Capabilities,
     regions: RwLock<Regions<A>>,
@@ -55,18 +62,19 @@ impl<A: Access> UnixChannel<A> {
         link: Link,
         name: &str,
         wanted: Incarnation,
-        copier: Arc<Copier>,
+        (access, copier): (Arc<A>, Arc<Copier>),
         timeout: Duration,
     ) -> Result<Arc<Self>> {
         let channel = Arc::new_cyclic(|own| Self {
             link: Arc::new(link),
             peer: OnceLock::new(),
+            access,
             copier,
             capabilities: Capabilities {
-                local: Capabilities::HOST,
-                remote: &[MemoryKind::Host],
+                local: A::LOCAL,
+                remote: A::REMOTE,
                 notifications: true,
-                checksums: true,
+                checksums: A::UNCHECKED.is_none(),
             },
             regions: RwLock::new(Regions {
                 held: HashMap::new(),
@@ -167,12 +175,27 @@ impl<A: Access> UnixChannel<A> {
             region: remote.id,
             key: remote.key,
         };
-        let (outcome, file) = self.call(id, &message, Instant::now() + CONNECT_TIMEOUT)?;
-        if let Outcome::Failed { code, text } = outcome {
-            return Err(Outcome::failure(code, &text));
-        }
-        let memory = A::accept(remote, outcome, file)?;
+        let granted = self.asked(id, &message)?;
+        let mut piece = |number| {
+            let id = self.unanswered.number();
+            let message = Message::Piece {
+                id,
+                region: remote.id,
+                key: remote.key,
+                number,
+            };
+            self.asked(id, &message)
+        };
+        let memory = self.access.accept(remote, granted, &mut piece)?;
         Ok(Arc::new(Held::new(remote.id, memory, &self.link)))
+    }
+
+    /// What the peer hands out.
+    fn asked(&self, id: u64, message: &Message) -> Answer {
+        match self.call(id, message, Instant::now() + CONNECT_TIMEOUT)? {
+            (Outcome::Failed { code, text }, _) => Err(Outcome::failure(code, &text)),
+            granted => Ok(granted),
+        }
     }
 
     /// The regions of a plan, in its order.
@@ -305,7 +328,9 @@ impl<A: Access> UnixChannel<A> {
         }
         drop(regions);
         // Let go of, and told, here or by the last copy that uses it.
-        drop(revoked);
+        if let Some(held) = revoked {
+            self.access.let_go(held);
+        }
     }
 
     /// The path ends: posts are refused, waiting calls and notifications fail, regions are let go of.
@@ -327,7 +352,9 @@ impl<A: Access> UnixChannel<A> {
         }
         let unused = std::mem::take(&mut self.regions().held);
         // Those in use by a copy are let go of when it ends.
-        drop(unused);
+        for held in unused.into_values() {
+            self.access.let_go(held);
+        }
         self.link.ignore_messages();
     }
 }
@@ -346,13 +373,17 @@ impl<A: Access> Backend for UnixChannel<A> {
         true
     }
 
-    fn prepare(&self, plan: &Plan) -> Result<()> {
-        for target in &*plan.remote {
-            if let Target::Remote(remote) = target {
-                self.hold(remote)?;
-            }
+    fn refusal(&self, plan: &Plan) -> Option<String> {
+        if !plan.wants(A::NAME) {
+            return Some(NOT_WANTED.to_owned());
         }
-        Ok(())
+        let unchecked = A::UNCHECKED.filter(|_| plan.is_checked() || plan.sums);
+        unchecked.map(str::to_owned)
+    }
+
+    fn prepare(&self, plan: &Plan) -> Result<()> {
+        let regions = self.resolve(plan)?;
+        self.access.make_ready(plan, &regions)
     }
 
     fn post(&self, job: Job) -> Result<(), Refusal> {
@@ -371,7 +402,7 @@ impl<A: Access> Backend for UnixChannel<A> {
             regions,
             place: Place::default(),
         };
-        self.copier.post(job, work)
+        self.access.post(&self.copier, job, work)
     }
 
     /// Copies what waits to be copied; answers to notifications come by the reactor.
@@ -393,28 +424,6 @@ impl<A: Access> Backend for UnixChannel<A> {
             job.settle(Err(abandoned()));
         }
         self.send_notifications();
-    }
-}
-
-/// A job's bytes on their way.
-struct Copying<A: Access> {
-    channel: Arc<UnixChannel<A>>,
-    regions: Vec<Arc<Held<A>>>,
-    place: Place,
-}
-
-impl<A: Access> Work for Copying<A> {
-    fn go_on(&mut self, job: &Job, turn: &Turn<'_>) -> Result<Progress> {
-        let place = &mut self.place;
-        self.channel.copy(job, &self.regions, place, turn)
-    }
-
-    fn end(&mut self, job: Job, outcome: Result<()>) {
-        self.regions.clear();
-        match outcome {
-            Ok(()) => self.channel.notify(job),
-            Err(error) => job.settle(Err(error)),
-        }
     }
 }
 

@@ -30,7 +30,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What the server and its clients share.
 pub(super) struct Lender<A> {
-    pub(super) access: A,
+    pub(super) access: Arc<A>,
     pub(super) exports: Arc<Exports>,
     /// When nobody is waited for any more; set by the first client that is still there when the agent goes.
     pub(super) parting: OnceLock<Instant>,
@@ -85,6 +85,15 @@ impl<A: Access> Client<A> {
                 self.answer(0, outcome)
             }
             Message::Map { id, region, key } => match self.map(region, &key) {
+                Ok((outcome, file)) => self.link.send(&Message::Done { id, outcome }, file),
+                Err(error) => self.answer(id, Outcome::of(Err(error))),
+            },
+            Message::Piece {
+                id,
+                region,
+                key,
+                number,
+            } => match self.piece(region, &key, number) {
                 Ok((outcome, file)) => self.link.send(&Message::Done { id, outcome }, file),
                 Err(error) => self.answer(id, Outcome::of(Err(error))),
             },
@@ -147,7 +156,7 @@ impl<A: Access> Client<A> {
             .admit(id, key, Operation::Write)
             .or_else(|_| exports.admit(id, key, Operation::Read))?;
         let region = used.region();
-        let granted = self.lender.access.grant(region)?;
+        let granted = self.lender.access.grant(region, self.link.pid())?;
         let mut state = lock(&self.state);
         if state.used.len() >= USED_MAX {
             return Err(Error::new(
@@ -164,6 +173,23 @@ impl<A: Access> Client<A> {
         }
         state.used.insert(id, None);
         Ok(granted)
+    }
+
+    /// Hands out a piece of a region that this process may use.
+    fn piece(
+        &self,
+        id: RegionId,
+        key: &RegionKey,
+        number: u32,
+    ) -> Result<(Outcome, Option<OwnedFd>)> {
+        if !lock(&self.state).used.contains_key(&id) {
+            return Err(Error::new(ErrorKind::Denied, "a piece before its region"));
+        }
+        let exports = &self.lender.exports;
+        let used = exports
+            .admit(id, key, Operation::Write)
+            .or_else(|_| exports.admit(id, key, Operation::Read))?;
+        self.lender.access.grant_piece(used.region(), number)
     }
 
     /// A region is being deregistered: it counts as used until this process has let go of it, if it has it.

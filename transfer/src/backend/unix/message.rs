@@ -7,8 +7,11 @@ use kvcache_core::{Error, ErrorKind, Result};
 use crate::metadata::{Incarnation, check_name};
 use crate::region::{RegionId, RegionKey};
 use crate::request::NOTIFICATION_BYTES_MAX;
+use crate::sys::cuda::Offer;
 use crate::sys::process_vm::NONCE_BYTES;
 use crate::wire::{Reader, put_counted};
+
+mod device;
 
 /// The version that this build speaks, and the only one that it accepts.
 const VERSION: u16 = 1;
@@ -50,6 +53,13 @@ pub(crate) enum Message {
         key: RegionKey,
         ranges: Vec<(u64, u64)>,
     },
+    /// Asks for a piece of a region that was granted in pieces.
+    Piece {
+        id: u64,
+        region: RegionId,
+        key: RegionKey,
+        number: u32,
+    },
 }
 
 /// An outcome as it travels.
@@ -86,6 +96,12 @@ pub(crate) enum Outcome {
     /// The CRC-32C of each range, in order.
     Summed {
         sums: Vec<u32>,
+    },
+    /// Memory of a device, of this size: how another process opens it, or nothing for the process that has it itself.
+    Device {
+        bytes: u64,
+        writable: bool,
+        offer: Option<Offer>,
     },
 }
 
@@ -129,6 +145,7 @@ const NOTIFY: u8 = 4;
 const DONE: u8 = 5;
 const REVOKE: u8 = 6;
 const SUMS: u8 = 7;
+const PIECE: u8 = 8;
 
 impl Message {
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -180,6 +197,18 @@ impl Message {
                     out.extend_from_slice(&offset.to_le_bytes());
                     out.extend_from_slice(&len.to_le_bytes());
                 }
+            }
+            Self::Piece {
+                id,
+                region,
+                key,
+                number,
+            } => {
+                out.push(PIECE);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(&region.0.to_le_bytes());
+                out.extend_from_slice(&key.0);
+                out.extend_from_slice(&number.to_le_bytes());
             }
         }
         out
@@ -239,7 +268,13 @@ impl Message {
                     Ok((reader.u64("offset")?, reader.u64("length")?))
                 })?,
             },
-            other => return Err(Error::invalid("message kind", other, HELLO..=SUMS)),
+            PIECE => Self::Piece {
+                id: reader.u64("request id")?,
+                region: RegionId(reader.u64("region id")?),
+                key: RegionKey(reader.array("region key")?),
+                number: reader.u32("number of a piece")?,
+            },
+            other => return Err(Error::invalid("message kind", other, HELLO..=PIECE)),
         };
         reader.end("message")?;
         Ok(message)
@@ -293,6 +328,16 @@ impl Outcome {
                 sums.iter()
                     .for_each(|sum| out.extend_from_slice(&sum.to_le_bytes()));
             }
+            Self::Device {
+                bytes,
+                writable,
+                offer,
+            } => {
+                out.push(7);
+                out.extend_from_slice(&bytes.to_le_bytes());
+                out.push(u8::from(*writable));
+                device::encode(offer.as_ref(), out);
+            }
         }
     }
 
@@ -328,7 +373,12 @@ impl Outcome {
             6 => Ok(Self::Summed {
                 sums: decode_each(reader, |reader| reader.u32("checksum"))?,
             }),
-            other => Err(Error::invalid("outcome", other, 0..=6)),
+            7 => Ok(Self::Device {
+                bytes: reader.u64("region size")?,
+                writable: decode_writable(reader)?,
+                offer: device::decode(reader)?,
+            }),
+            other => Err(Error::invalid("outcome", other, 0..=7)),
         }
     }
 }

@@ -22,13 +22,14 @@ use rustix::net::{
 };
 
 use super::copy::{Copier, Go, Place, Progress};
-use super::{Channel, Fabric};
+use super::{Capabilities, Channel, Fabric, Job, Kinds, Refusal};
 use crate::agent::{Exports, PeerCard, RemoteRegion};
 use crate::plan::Plan;
 use crate::reactor::{Interest, Reactor, Token};
-use crate::region::RegionCore;
+use crate::region::{MemoryKind, RegionCore};
 
 pub(super) use call::{Call, Unanswered, Waiting};
+pub(crate) use channel::Copying;
 use channel::UnixChannel;
 pub(crate) use held::Held;
 pub(crate) use link::Link;
@@ -48,6 +49,15 @@ pub(crate) trait Access: Send + Sync + Sized + 'static {
     /// An agent that goes must then wait for them.
     const IN_PLACE: bool;
 
+    /// What it moves on the side of whoever asks.
+    const LOCAL: &'static [MemoryKind] = Capabilities::HOST;
+
+    /// What it moves on the side of whoever is asked.
+    const REMOTE: &'static [MemoryKind] = Capabilities::HOST;
+
+    /// Why no checksums are compared; none if they are.
+    const UNCHECKED: Option<&'static str> = None;
+
     /// What is known of the process at the other end.
     type Peer: Send + Sync;
 
@@ -57,17 +67,25 @@ pub(crate) trait Access: Send + Sync + Sized + 'static {
     /// What a process that connects is told.
     fn welcome(&self) -> Outcome;
 
-    /// What a process that may use a region is told, and the descriptor that goes along.
-    fn grant(&self, region: &RegionCore) -> Result<(Outcome, Option<OwnedFd>)>;
+    /// What a process of this number, which may use a region, is told, and the descriptor that goes along.
+    fn grant(&self, region: &RegionCore, process: i32) -> Result<(Outcome, Option<OwnedFd>)>;
+
+    /// As [`Access::grant`], of one piece of a region that was granted in pieces.
+    fn grant_piece(&self, region: &RegionCore, number: u32) -> Result<(Outcome, Option<OwnedFd>)> {
+        let _ = number;
+        let text = format!("region {} is not handed out in pieces", region.id());
+        Err(Error::new(ErrorKind::Unsupported, text))
+    }
 
     /// The other side of [`Access::welcome`]. The error is the reason why the path is not used.
     fn meet(link: &Link, welcome: Outcome) -> Result<Self::Peer>;
 
-    /// The other side of [`Access::grant`].
+    /// The other side of [`Access::grant`]; `piece` asks for one.
     fn accept(
+        &self,
         remote: &RemoteRegion,
-        outcome: Outcome,
-        file: Option<OwnedFd>,
+        granted: (Outcome, Option<OwnedFd>),
+        piece: &mut dyn FnMut(u32) -> Result<(Outcome, Option<OwnedFd>)>,
     ) -> Result<Self::Memory>;
 
     /// Whether this region can be reached; the reason otherwise.
@@ -83,6 +101,22 @@ pub(crate) trait Access: Send + Sync + Sized + 'static {
         go_on: &dyn Fn() -> Result<Go>,
     ) -> Result<Progress>;
 
+    /// Makes ready for requests with this plan; `memory` as for [`Access::copy`].
+    fn make_ready(&self, plan: &Plan, memory: &[Arc<Held<Self>>]) -> Result<()> {
+        let _ = (plan, memory);
+        Ok(())
+    }
+
+    /// Has a job's bytes moved: by the threads that copy, and [`Access::copy`], unless somebody else does it.
+    fn post(&self, copier: &Copier, job: Job, copying: Copying<Self>) -> Result<(), Refusal> {
+        copier.post(job, copying)
+    }
+
+    /// Lets go of a region; its last copy may not be over.
+    fn let_go(&self, held: Arc<Held<Self>>) {
+        drop(held);
+    }
+
     /// What is worth telling of the path.
     fn detail(link: &Link) -> String;
 }
@@ -92,6 +126,7 @@ struct UnixFabric<A: Access> {
     exports: Arc<Exports>,
     reactor: Arc<Reactor>,
     copier: Arc<Copier>,
+    access: Arc<A>,
     address: Vec<u8>,
     server: Arc<Server<A>>,
     token: OnceLock<Token>,
@@ -112,12 +147,14 @@ pub(crate) fn fabric<A: Access>(
     let socket = new_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
     bind(&socket, &abstract_name(&address)?).map_err(failed("name a Unix socket"))?;
     listen(&socket, BACKLOG).map_err(failed("listen on a Unix socket"))?;
-    let server = Server::new(socket, access, exports, reactor);
+    let access = Arc::new(access);
+    let server = Server::new(socket, access.clone(), exports, reactor);
     let token = reactor.add(server.socket(), Interest::READABLE, server.clone())?;
     let fabric = UnixFabric {
         exports: exports.clone(),
         reactor: reactor.clone(),
         copier,
+        access,
         address,
         server,
         token: OnceLock::new(),
@@ -145,6 +182,17 @@ impl<A: Access> Fabric for UnixFabric<A> {
         Some(self.address.clone())
     }
 
+    fn kinds(&self) -> Kinds {
+        Kinds {
+            local: A::LOCAL,
+            remote: A::REMOTE,
+        }
+    }
+
+    fn unchecked(&self) -> Option<&'static str> {
+        A::UNCHECKED
+    }
+
     fn connect(&self, peer: &PeerCard, timeout: Duration) -> Result<Arc<dyn Channel>> {
         if peer.host != self.exports.host() {
             return Err(Error::new(
@@ -165,7 +213,7 @@ impl<A: Access> Fabric for UnixFabric<A> {
             link,
             self.exports.name(),
             peer.incarnation,
-            self.copier.clone(),
+            (self.access.clone(), self.copier.clone()),
             timeout,
         )?;
         Ok(channel)

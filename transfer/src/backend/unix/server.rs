@@ -38,7 +38,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl<A: Access> Server<A> {
     pub(super) fn new(
         socket: OwnedFd,
-        access: A,
+        access: Arc<A>,
         exports: &Arc<Exports>,
         reactor: &Arc<Reactor>,
     ) -> Arc<Self> {

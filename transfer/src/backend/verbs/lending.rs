@@ -338,9 +338,8 @@ impl State {
                 }
                 return self.let_leave(Instant::now());
             }
-            Message::Hello { .. } | Message::Done { .. } | Message::Revoke { .. } => {
-                return self.cut_off(line, "it says what users of memory do not say");
-            }
+            // Greetings, answers and revocations, and what is asked within a machine.
+            _ => return self.cut_off(line, "it says what users of memory do not say"),
         };
         self.tell(line, &answer);
     }

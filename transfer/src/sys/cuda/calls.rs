@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_void};
 
 use super::direct::DirectCalls;
+use super::sharing::SharingCalls;
 
 /// What a call answered that is not success, by the driver's number. Newer drivers know more of them than any header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,7 +16,11 @@ impl Code {
     pub(crate) const DEVICE_UNAVAILABLE: Self = Self(46);
     pub(crate) const NO_DEVICE: Self = Self(100);
     pub(crate) const INVALID_DEVICE: Self = Self(101);
+    pub(crate) const MAP_FAILED: Self = Self(205);
+    pub(crate) const PEER_ACCESS_UNSUPPORTED: Self = Self(217);
+    pub(crate) const INVALID_HANDLE: Self = Self(400);
     pub(crate) const NOT_READY: Self = Self(600);
+    pub(crate) const PEER_ACCESS_ALREADY_ENABLED: Self = Self(704);
     pub(crate) const HOST_MEMORY_ALREADY_REGISTERED: Self = Self(712);
     pub(crate) const NOT_PERMITTED: Self = Self(800);
     pub(crate) const NOT_SUPPORTED: Self = Self(801);
@@ -126,7 +131,7 @@ pub(crate) struct Threads {
 
 /// The driver. Calls that take a handle, or that need a current context, are unsafe: only what owns the handle knows that it is
 /// still good. Those that only ask are not: the driver answers a wrong number with an error.
-pub(crate) trait Calls: DirectCalls {
+pub(crate) trait Calls: DirectCalls + SharingCalls {
     /// `cuInit`.
     fn init(&self) -> Answer<()>;
     /// `cuDriverGetVersion`: 1000 × major + 10 × minor of the newest CUDA that it serves. Works before `init`.

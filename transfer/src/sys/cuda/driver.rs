@@ -142,6 +142,24 @@ impl Cuda {
         })
     }
 
+    /// The device of this process that is called so in every process.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] when this process does not see it.
+    pub(crate) fn gpu_named(&self, uuid: &[u8; 16]) -> Result<Arc<Gpu>> {
+        for ordinal in 0..self.0.count {
+            let found = self.0.calls.device_uuid(self.device(ordinal)?);
+            let failed = |code| fault(&*self.0.calls, &format!("describe device {ordinal}"), code);
+            if found.map_err(failed)? == *uuid {
+                return self.gpu(ordinal);
+            }
+        }
+        let uuid: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+        Err(unsupported(format!(
+            "the memory is of CUDA device {uuid}, which this process does not see ({VISIBLE})"
+        )))
+    }
+
     fn device(&self, ordinal: u32) -> Result<Device> {
         if ordinal >= self.0.count {
             return Err(Error::invalid("cuda device", ordinal, 0..self.0.count));

@@ -5,6 +5,7 @@
 //! ask of the real driver is noted down, and fails the test that looks ([`Fake::check`]).
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -13,15 +14,19 @@ use kvcache_core::Result;
 use super::calls::{Answer, Calls, Code, Handle, PointerFacts};
 use super::driver::Cuda;
 use super::memory::DeviceMemory;
+use super::sharing::IPC_NAME_BYTES;
 use crate::region::Region;
 
 mod calls;
 mod direct;
 mod engine;
 mod kernels;
+mod memory;
+mod sharing;
 mod work;
 
-use direct::{Content, Direct};
+use direct::Direct;
+use memory::Backing;
 use work::Entry;
 
 /// Where device memory begins: no address of a process, so whoever follows it falls.
@@ -37,13 +42,32 @@ pub(crate) const CAPTURE_IMPLICIT: Code = Code::CAPTURE_IMPLICIT;
 pub(crate) const UNSUPPORTED_PTX: Code = Code(222);
 pub(crate) const ILLEGAL_ADDRESS: Code = Code(700);
 
+/// An error by the driver's number.
+pub(crate) fn code(number: u32) -> Code {
+    Code(number)
+}
+
 /// What lies between two allocations.
 const GAP: u64 = 1 << 20;
 
 /// Memory of a device.
 struct Allocation {
-    content: Content,
+    backing: Backing,
     facts: PointerFacts,
+    of: Of,
+}
+
+/// Whose memory it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    /// Allocated in this process, and free to be shared.
+    Own,
+    /// Of one of the driver's pools: no other process can have it.
+    Pool,
+    /// Another process's.
+    Other,
+    /// Another process's, mapped and not to be touched yet.
+    Barred,
 }
 
 struct Event {
@@ -98,6 +122,17 @@ struct State {
     /// Loaded modules, and the kernels that were looked up in them: module and name.
     modules: HashSet<u64>,
     kernels: HashMap<u64, (u64, String)>,
+    /// What is open of other processes, by name: where, and how often.
+    opened: HashMap<[u8; IPC_NAME_BYTES], (u64, u64)>,
+    /// Handles of memory that can be mapped: the file, and its bytes.
+    pieces: HashMap<u64, (OwnedFd, u64)>,
+    reserved: BTreeMap<u64, u64>,
+    /// Whose memory whose context reaches.
+    linked: HashSet<(i32, i32)>,
+    /// Devices reach each other's memory.
+    is_linked: bool,
+    /// This process opens its own allocations as if they were another's.
+    is_forced: bool,
     /// Kernels reach registered host memory.
     is_mapped: bool,
     /// Kernels write something else than they should.
@@ -121,6 +156,7 @@ impl Fake {
             has_batch: true,
             is_running: true,
             is_mapped: true,
+            is_linked: true,
             next_address: FIRST,
             // Lower ones are contexts and default streams.
             next_handle: 1 << 16,
@@ -148,6 +184,30 @@ impl Fake {
     /// Whether kernels reach host memory that is registered, which they do at first.
     pub(crate) fn set_mapped(&self, is_mapped: bool) {
         self.lock().is_mapped = is_mapped;
+    }
+
+    /// Whether devices reach each other's memory, which they do at first.
+    pub(crate) fn set_linked(&self, is_linked: bool) {
+        self.lock().is_linked = is_linked;
+    }
+
+    /// This process opens its own allocations as if they were another's.
+    pub(crate) fn force_opening(&self) {
+        self.lock().is_forced = true;
+    }
+
+    /// How much is open of other processes' memory: allocations, and addresses at which pieces are mapped.
+    pub(crate) fn opened(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.opened.len(), state.reserved.len())
+    }
+
+    /// Memory of one of the driver's pools: no other process can have it.
+    pub(crate) fn engine_pool(&self, ordinal: i32, bytes: u64) -> u64 {
+        let address = self.engine_mappings(ordinal, &[bytes]);
+        let mut state = self.lock();
+        state.memory.get_mut(&address).unwrap().of = Of::Pool;
+        address
     }
 
     /// Kernels write something else than they should from now on.
@@ -199,7 +259,7 @@ impl Fake {
     }
 
     pub(crate) fn engine_frees(&self, address: u64) {
-        self.lock().memory.remove(&address).unwrap();
+        self.lock().free(address).unwrap();
     }
 
     /// An engine pins memory by itself.
@@ -223,7 +283,7 @@ impl Fake {
         let state = self.lock();
         let (start, allocation) = state.memory.range(..=address).next_back().unwrap();
         let from = (address - start) as usize;
-        allocation.content.get(from, bytes as usize)
+        allocation.backing.get(from, bytes as usize)
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
@@ -297,6 +357,9 @@ impl Fake {
             state.memory.len()
         );
         assert!(state.pinned.is_empty(), "pins: {:?}", state.pinned);
+        assert!(state.opened.is_empty(), "{} openings", state.opened.len());
+        assert!(state.pieces.is_empty(), "{} pieces", state.pieces.len());
+        assert!(state.reserved.is_empty(), "reserved: {:?}", state.reserved);
         assert!(
             state.current.values().all(Vec::is_empty),
             "a context is current"
@@ -347,9 +410,9 @@ impl State {
     }
 
     fn write(&mut self, address: u64, bytes: &[u8]) {
-        let (start, allocation) = self.memory.range_mut(..=address).next_back().unwrap();
+        let (start, allocation) = self.memory.range(..=address).next_back().unwrap();
         let from = (address - start) as usize;
-        allocation.content.put(from, bytes);
+        allocation.backing.put(from, bytes);
     }
 
     /// Streams that no engine has made.
@@ -364,8 +427,32 @@ impl State {
     }
 
     fn allocate(&mut self, ordinal: i32, bytes: u64) -> u64 {
-        let content = self.direct.content(bytes);
-        let start = content.address().unwrap_or(self.next_address);
+        self.place(ordinal, Backing::new(bytes), Of::Own)
+    }
+
+    /// Frees an allocation; none if there is none.
+    fn free(&mut self, address: u64) -> Option<()> {
+        let memory = self.memory.remove(&address)?;
+        // What is mapped in pieces stays for those who have mapped it, too.
+        if memory.backing.free() && memory.facts.is_legacy {
+            self.wrong("memory is freed that another process has open");
+        }
+        Some(())
+    }
+
+    /// The device that an address belongs to.
+    fn device_of(&self, address: u64) -> Option<i32> {
+        let (start, memory) = self.memory.range(..=address).next_back()?;
+        (address < start + memory.backing.len()).then_some(memory.facts.ordinal)
+    }
+
+    fn place(&mut self, ordinal: i32, backing: Backing, of: Of) -> u64 {
+        let bytes = backing.len();
+        // Memory that network cards reach lies in the process.
+        let start = match of {
+            Of::Own if self.direct.is_open() => backing.address(),
+            _ => self.next_address,
+        };
         self.next_address += bytes.next_multiple_of(GAP) + GAP;
         let facts = PointerFacts {
             memory_type: PointerFacts::DEVICE,
@@ -376,7 +463,7 @@ impl State {
             buffer: self.handle(),
             is_legacy: true,
         };
-        self.memory.insert(start, Allocation { content, facts });
+        self.memory.insert(start, Allocation { backing, facts, of });
         start
     }
 

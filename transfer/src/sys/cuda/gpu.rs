@@ -1,14 +1,16 @@
 //! A device's primary context, which it shares with everybody in the process who uses the device.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::calls::{Answer, Attribute, Calls, Code, Device, Handle, PointerFacts};
 use super::direct::Asked;
 use super::driver::fault;
+use super::ipc::Openings;
 use crate::sys::fork::Process;
 
 /// Calls that a graph's capture forbids to other threads are allowed to this one: it has no part in anybody's graph.
@@ -22,6 +24,10 @@ pub(crate) struct Gpu {
     ordinal: u32,
     context: Handle,
     pub(super) direct: Asked,
+    /// What is open of other processes' memory.
+    pub(super) opened: Openings,
+    /// Whose memory this one reaches by itself, of those that were asked about.
+    reached: Mutex<HashMap<u32, bool>>,
 }
 
 impl Gpu {
@@ -43,12 +49,19 @@ impl Gpu {
             ordinal,
             context,
             direct: Asked::default(),
+            opened: Openings::default(),
+            reached: Mutex::default(),
             calls,
         })
     }
 
     pub(crate) fn ordinal(&self) -> u32 {
         self.ordinal
+    }
+
+    /// What tells it from all others, in every process.
+    pub(super) fn uuid(&self) -> Answer<[u8; 16]> {
+        self.calls.device_uuid(self.device)
     }
 
     /// Its primary context.
@@ -59,6 +72,48 @@ impl Gpu {
     /// Its address on the PCI bus, if the driver tells.
     pub(crate) fn pci(&self) -> Option<String> {
         self.calls.device_pci(self.device).ok()
+    }
+
+    /// Whether this device reaches the other one's memory by itself, which it is told to do when it is first asked: for the life of
+    /// the process, and for everybody in it. Otherwise the driver takes the bytes through host memory.
+    pub(crate) fn reaches(&self, other: &Self) -> bool {
+        if self.ordinal == other.ordinal {
+            return true;
+        }
+        let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        *reached
+            .entry(other.ordinal)
+            .or_insert_with(|| self.reach(other))
+    }
+
+    fn reach(&self, other: &Self) -> bool {
+        let can = self.calls.can_access(self.device, other.device);
+        let enabled = match can {
+            Ok(true) => self.enter().and_then(|_entered| {
+                // SAFETY: both contexts are retained, this one's is current.
+                unsafe { self.calls.reach(other.context) }
+            }),
+            Ok(false) => Err(Code::PEER_ACCESS_UNSUPPORTED),
+            Err(code) => Err(code),
+        };
+        let (from, to) = (other.ordinal, self.ordinal);
+        match enabled {
+            // An engine may have told it before.
+            Ok(()) | Err(Code::PEER_ACCESS_ALREADY_ENABLED) => true,
+            Err(code) => {
+                let error = self.fault("reach another device's memory", code);
+                tracing::warn!(%error, from, to, "copies between two devices go through host memory");
+                false
+            }
+        }
+    }
+
+    /// Whose memory this one has been asked to reach, and whether it does.
+    pub(crate) fn known_reach(&self) -> Vec<(u32, bool)> {
+        let reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = reached.iter().map(|(&other, &can)| (other, can)).collect();
+        all.sort_unstable();
+        all
     }
 
     /// An error of this device.

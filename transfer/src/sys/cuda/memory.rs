@@ -1,13 +1,15 @@
 //! Memory of a device.
 
 use std::fmt;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::calls::PointerFacts;
 use super::driver::Cuda;
 use super::gpu::Gpu;
+use super::ipc::{self, Form, Mapped, Offer, Opened, Piece};
 
 /// The most mappings that one range may be made of: 512 GiB in the smallest pieces that drivers map.
 const MAPPINGS_MAX: usize = 1 << 18;
@@ -19,7 +21,21 @@ pub struct DeviceMemory {
     bytes: u64,
     /// Which allocation it is, by the driver's count, at its start.
     buffer: u64,
-    is_own: bool,
+    owner: Owner,
+    /// What other processes are told of it, once they are.
+    offered: OnceLock<(Offer, Vec<Piece>)>,
+}
+
+/// Whose memory it is.
+enum Owner {
+    /// Ours, freed with this.
+    Own,
+    /// Lent to us, by somebody in this process.
+    Lent,
+    /// A part of another process's allocation, closed with the last that has it open.
+    Opened(#[expect(dead_code, reason = "kept open")] Arc<Opened>),
+    /// Another process's, mapped in pieces for this alone.
+    Mapped(#[expect(dead_code, reason = "kept mapped")] Mapped),
 }
 
 impl DeviceMemory {
@@ -51,7 +67,8 @@ impl DeviceMemory {
             address,
             bytes,
             buffer: 0,
-            is_own: true,
+            owner: Owner::Own,
+            offered: OnceLock::new(),
         };
         memory.buffer = memory.gpu.pointer_facts(address)?.buffer;
         Ok(memory)
@@ -88,8 +105,85 @@ impl DeviceMemory {
             address,
             bytes,
             buffer,
-            is_own: false,
+            owner: Owner::Lent,
+            offered: OnceLock::new(),
         })
+    }
+
+    /// Memory of another process, as that has offered it; `piece` asks for a descriptor of one of its pieces. The other process has to
+    /// keep it until it is told that this was dropped. If it does not, what is copied is unspecified, and the device's context may
+    /// break; memory of this process is not touched by that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] when this process does not see the device, or the driver does not open it here, with the reason;
+    /// [`ErrorKind::Corrupt`] when it is not what was said; otherwise what the driver or `piece` says.
+    pub(crate) fn open(
+        cuda: &Cuda,
+        offer: &Offer,
+        bytes: u64,
+        piece: &mut dyn FnMut(u32) -> Result<(OwnedFd, u64)>,
+    ) -> Result<Self> {
+        let gpu = cuda.gpu_named(&offer.device)?;
+        let whole = match &offer.form {
+            Form::Allocation { bytes, .. } | Form::Pieces { bytes, .. } => *bytes,
+        };
+        let end = offer.offset.checked_add(bytes);
+        if bytes == 0 || end.is_none_or(|end| end > whole) {
+            let text = format!("{bytes} bytes at {} of {whole}", offer.offset);
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        let (start, owner) = match &offer.form {
+            Form::Allocation { name, bytes } => {
+                let opened = Opened::get(&gpu, name, *bytes)?;
+                (opened.start(), Owner::Opened(opened))
+            }
+            Form::Pieces { count, bytes } => {
+                let mapped = Mapped::new(&gpu, (*count, *bytes), piece)?;
+                (mapped.start(), Owner::Mapped(mapped))
+            }
+        };
+        let address = start.saturating_add(offer.offset);
+        let buffer = check(&gpu, address, bytes)
+            .map_err(|error| Error::new(ErrorKind::Corrupt, error.to_string()))?;
+        Ok(Self {
+            gpu,
+            address,
+            bytes,
+            buffer,
+            owner,
+            offered: OnceLock::new(),
+        })
+    }
+
+    /// What another process of this machine is told, so that it can open it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with the reason when the driver gives nothing for that, and for memory of another process, which
+    /// that one alone can offer; [`ErrorKind::Invalid`] when it was freed; otherwise what the driver says.
+    pub(crate) fn offer(&self) -> Result<&Offer> {
+        if let Owner::Opened(_) | Owner::Mapped(_) = self.owner {
+            let text = "memory of another process is offered by that one alone";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        self.check_there()?;
+        if let Some((offer, _)) = self.offered.get() {
+            return Ok(offer);
+        }
+        let made = ipc::offer(&self.gpu, self.address, self.bytes)?;
+        Ok(&self.offered.get_or_init(|| made).0)
+    }
+
+    /// A descriptor of one of the pieces that were offered, and its bytes.
+    ///
+    /// # Errors
+    /// As [`DeviceMemory::offer`]; [`ErrorKind::Invalid`] for a piece that there is not.
+    pub(crate) fn piece(&self, number: u32) -> Result<(OwnedFd, u64)> {
+        self.check_there()?;
+        let pieces = self.offered.get().map_or(&[][..], |(_, pieces)| pieces);
+        let Some(&piece) = pieces.get(number as usize) else {
+            return Err(Error::invalid("piece", number, 0..pieces.len()));
+        };
+        Ok((ipc::export(&self.gpu, piece)?, piece.1))
     }
 
     /// The device's number in this process.
@@ -198,7 +292,7 @@ fn check(gpu: &Gpu, address: u64, bytes: u64) -> Result<u64> {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if !self.is_own || !self.gpu.process.is_current() {
+        if !matches!(self.owner, Owner::Own) || !self.gpu.process.is_current() {
             return;
         }
         let freed = self.gpu.enter().and_then(|_entered| {

@@ -17,10 +17,12 @@ pub(crate) mod fake;
 mod filled;
 mod gather;
 mod gpu;
+mod ipc;
 mod kernels;
 mod memory;
 mod pinned;
 mod plain;
+mod sharing;
 #[cfg(feature = "test-util")]
 mod stand_in;
 mod stream;
@@ -35,10 +37,11 @@ pub use driver::{CudaDevice, CudaReport, cuda_probe};
 pub use engine::CudaStream;
 pub use event::CudaPoint;
 pub(crate) use gpu::Gpu;
+pub(crate) use ipc::{Form, Offer, PIECES_MAX};
 pub(crate) use kernels::Kernels;
 pub use memory::DeviceMemory;
 pub(crate) use pinned::Pinned;
 pub use plain::{CudaCopies, CudaSide};
 #[cfg(feature = "test-util")]
 pub use stand_in::CudaStandIn;
-pub(crate) use stream::{Batch, Flight, Place, Stream, Unsent};
+pub(crate) use stream::{Batch, Flight, Keep, Place, Stream, Unsent};

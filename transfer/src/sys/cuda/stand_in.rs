@@ -33,7 +33,7 @@ impl CudaStandIn {
     /// # Errors
     /// As the builder's [`cuda`](crate::AgentBuilder::cuda).
     pub fn serve(&self, agent: &Agent, options: CudaOptions) -> Result<()> {
-        agent.start_cuda(options)
+        agent.start_cuda(options, &self.cuda)
     }
 
     /// Memory that is allocated from now on lies in the process, where network cards, and what stands for them, reach it as the real

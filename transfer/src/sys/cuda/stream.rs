@@ -1,5 +1,6 @@
 //! Work that a device does in order, and what tells that it is done.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -12,30 +13,46 @@ use super::kernels::Kernels;
 use super::memory::DeviceMemory;
 use super::pinned::Pinned;
 
+/// What is dropped when nothing uses a place any more, after its memory.
+pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
+
 /// Memory that a device copies from and to.
 #[derive(Clone)]
 pub(crate) enum Place {
     Device(Arc<DeviceMemory>),
+    /// Of somebody who waits until it is let go of.
+    Held(
+        Arc<DeviceMemory>,
+        #[expect(dead_code, reason = "kept")] Keep,
+    ),
     Host(Arc<Pinned>),
 }
 
 impl Place {
     pub(super) fn at(&self, offset: u64, len: u64) -> Result<u64> {
         match self {
-            Self::Device(memory) => memory.at(offset, len),
+            Self::Device(memory) | Self::Held(memory, _) => memory.at(offset, len),
             Self::Host(memory) => memory.at(offset, len),
+        }
+    }
+
+    /// The device that it is memory of.
+    fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Self::Device(memory) | Self::Held(memory, _) => Some(memory.gpu()),
+            Self::Host(_) => None,
         }
     }
 
     /// Whether it is memory of this device.
     pub(super) fn is_on(&self, gpu: &Gpu) -> bool {
-        matches!(self, Self::Device(memory) if memory.ordinal() == gpu.ordinal())
+        self.gpu().is_some_and(|own| own.ordinal() == gpu.ordinal())
     }
 
     /// Whether kernels reach it, and not copies alone.
     pub(crate) fn is_reached(&self) -> bool {
         match self {
-            Self::Device(_) => true,
+            Self::Device(_) | Self::Held(..) => true,
             Self::Host(memory) => memory.is_mapped(),
         }
     }
@@ -48,9 +65,18 @@ pub(crate) type At = (usize, u64);
 pub(crate) struct Batch {
     places: Arc<[Place]>,
     copies: CopyList,
-    /// Of each copy, whether a kernel may make it.
-    reached: Vec<bool>,
+    /// Of each copy, on which device a kernel may make it.
+    reached: Vec<Option<u32>>,
+    /// Copies from device to device.
+    across: Vec<Across>,
     bytes: u64,
+}
+
+/// A copy between memory of two devices, each by its context and the address.
+struct Across {
+    to: (Handle, u64),
+    from: (Handle, u64),
+    bytes: usize,
 }
 
 impl Batch {
@@ -59,6 +85,7 @@ impl Batch {
             places: places.clone(),
             copies: CopyList::default(),
             reached: Vec::new(),
+            across: Vec::new(),
             bytes: 0,
         }
     }
@@ -69,8 +96,18 @@ impl Batch {
         let target = to_place.at(to.1, len)?;
         let source = from_place.at(from.1, len)?;
         let is_reached = to_place.is_reached() && from_place.is_reached();
+        let of = match (to_place.gpu(), from_place.gpu()) {
+            (Some(to), Some(from)) if to.ordinal() != from.ordinal() => {
+                let (to, from) = ((to.context(), target), (from.context(), source));
+                let bytes = len as usize;
+                self.across.push(Across { to, from, bytes });
+                self.bytes += len;
+                return Ok(());
+            }
+            (gpu, other) => gpu.or(other).map(Gpu::ordinal),
+        };
         self.copies.push(target, source, len as usize);
-        self.reached.push(is_reached);
+        self.reached.push(of.filter(|_| is_reached));
         self.bytes += len;
         Ok(())
     }
@@ -89,7 +126,7 @@ impl Batch {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.copies.len()
+        self.copies.len() + self.across.len()
     }
 }
 
@@ -190,16 +227,21 @@ impl Stream {
             places,
             mut copies,
             reached,
+            across,
             ..
         } = batch;
-        let what = format!("queue {} copies", copies.len());
+        let what = format!("queue {} copies", copies.len() + across.len());
+        // Kernels of this device do not touch another one's memory.
+        let here = Some(self.gpu.ordinal());
+        let reached: Vec<bool> = reached.into_iter().map(|of| of == here).collect();
         let pieces = match &mut self.gather {
             Some(gather) => gather.take(&mut copies, &reached),
             None => Ok(None),
         };
         let (list, pieces) = pieces.map_err(Unsent::Refused)?.unzip();
         self.fly(places, list, &what, |stream, list| {
-            stream.queue(&mut copies, pieces.as_ref(), list)
+            stream.queue(&mut copies, pieces.as_ref(), list)?;
+            stream.queue_across(&across)
         })
     }
 
@@ -306,6 +348,19 @@ impl Stream {
             let (target, source) = (copies.targets[at], copies.sources[at]);
             // SAFETY: as above.
             unsafe { calls.copy(target, source, copies.bytes[at], self.raw) }?;
+        }
+        Ok(())
+    }
+
+    fn queue_across(&self, copies: &[Across]) -> Answer<()> {
+        for copy in copies {
+            // SAFETY: the flight that the caller made keeps the places, in which both ranges lie, and with them their contexts, until
+            // the stream has made the copy; the stream is ours and live, its context current.
+            unsafe {
+                self.gpu
+                    .calls
+                    .copy_across(copy.to, copy.from, copy.bytes, self.raw)
+            }?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! called: they panic where a library or a call is missing, prefer a toolkit's stub to the driver, and return an enumeration, so
 //! that the number of an error which a newer driver has would be undefined behaviour.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_uint, c_void};
 
 use cudarc::driver::sys;
 use libloading::os::unix::{Library as Shared, RTLD_LOCAL, RTLD_NOW};
@@ -16,8 +16,11 @@ use super::filled::{answer, filled, filled_text};
 
 mod attributes;
 mod direct;
+mod entries;
+mod sharing;
 
 use direct::DirectTable;
+use entries::{BatchCall, Table};
 
 /// The driver's library, by the name under which only the driver installs it.
 const FILE: &str = "libcuda.so.1";
@@ -29,109 +32,6 @@ const BATCH_SINCE: i32 = 12_080;
 const PORTABLE_AND_MAPPED: c_uint = 1 | 2;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
-
-type BatchCall = unsafe extern "C" fn(
-    *mut sys::CUdeviceptr,
-    *mut sys::CUdeviceptr,
-    *mut usize,
-    usize,
-    *mut sys::CUmemcpyAttributes,
-    *mut usize,
-    usize,
-    *mut usize,
-    sys::CUstream,
-) -> u32;
-
-/// Declares the table and how it is filled; each entry must be what `cudarc` says, but for the type of its result.
-macro_rules! table {
-    ($($name:ident($($argument:ty),*);)*) => {
-        #[allow(non_snake_case, reason = "the driver's own names")]
-        struct Table {
-            $($name: unsafe extern "C" fn($($argument),*) -> u32,)*
-            cuGetErrorName: unsafe extern "C" fn(u32, *mut *const c_char) -> u32,
-            cuGetErrorString: unsafe extern "C" fn(u32, *mut *const c_char) -> u32,
-            cuThreadExchangeStreamCaptureMode: unsafe extern "C" fn(*mut u32) -> u32,
-            cuStreamIsCapturing: unsafe extern "C" fn(sys::CUstream, *mut u32) -> u32,
-            cuMemcpyBatchAsync: Option<BatchCall>,
-        }
-
-        // The compiler compares each with the generated binding.
-        const _: () = {
-            $(let _: unsafe fn($($argument),*) -> sys::CUresult = sys::$name;)*
-        };
-
-        impl Table {
-            /// # Safety
-            /// The library is libcuda.
-            unsafe fn fill(library: &Shared) -> Result<Self, libloading::Error> {
-                Ok(Self {
-                    $(
-                        // SAFETY: libcuda has the call by this name with this type, or not at all.
-                        $name: *unsafe { library.get(concat!(stringify!($name), "\0").as_bytes()) }?,
-                    )*
-                    // SAFETY: as above; these take or fill an enumeration of 32 bits, which is a plain number here.
-                    cuGetErrorName: *unsafe { library.get(b"cuGetErrorName\0") }?,
-                    // SAFETY: as above.
-                    cuGetErrorString: *unsafe { library.get(b"cuGetErrorString\0") }?,
-                    // SAFETY: as above.
-                    cuThreadExchangeStreamCaptureMode: *unsafe {
-                        library.get(b"cuThreadExchangeStreamCaptureMode\0")
-                    }?,
-                    // SAFETY: as above.
-                    cuStreamIsCapturing: *unsafe { library.get(b"cuStreamIsCapturing\0") }?,
-                    // SAFETY: as above; the name without a version keeps the type of CUDA 12.8 in later drivers.
-                    cuMemcpyBatchAsync: unsafe { library.get(b"cuMemcpyBatchAsync\0") }
-                        .ok()
-                        .map(|found| *found),
-                })
-            }
-        }
-    };
-}
-
-table! {
-    cuInit(c_uint);
-    cuDriverGetVersion(*mut c_int);
-    cuDeviceGetCount(*mut c_int);
-    cuDeviceGet(*mut sys::CUdevice, c_int);
-    cuDeviceGetName(*mut c_char, c_int, sys::CUdevice);
-    cuDeviceGetUuid_v2(*mut sys::CUuuid, sys::CUdevice);
-    cuDeviceGetPCIBusId(*mut c_char, c_int, sys::CUdevice);
-    cuDeviceTotalMem_v2(*mut usize, sys::CUdevice);
-    cuDeviceGetAttribute(*mut c_int, sys::CUdevice_attribute, sys::CUdevice);
-    cuPointerGetAttributes(c_uint, *mut sys::CUpointer_attribute, *mut *mut c_void, sys::CUdeviceptr);
-    cuDevicePrimaryCtxRetain(*mut sys::CUcontext, sys::CUdevice);
-    cuDevicePrimaryCtxRelease_v2(sys::CUdevice);
-    cuCtxPushCurrent_v2(sys::CUcontext);
-    cuCtxPopCurrent_v2(*mut sys::CUcontext);
-    cuMemAlloc_v2(*mut sys::CUdeviceptr, usize);
-    cuMemFree_v2(sys::CUdeviceptr);
-    cuMemHostRegister_v2(*mut c_void, usize, c_uint);
-    cuMemHostUnregister(*mut c_void);
-    cuMemHostGetDevicePointer_v2(*mut sys::CUdeviceptr, *mut c_void, c_uint);
-    cuModuleLoadData(*mut sys::CUmodule, *const c_void);
-    cuModuleGetFunction(*mut sys::CUfunction, sys::CUmodule, *const c_char);
-    cuModuleUnload(sys::CUmodule);
-    cuLaunchKernel(
-        sys::CUfunction,
-        c_uint, c_uint, c_uint,
-        c_uint, c_uint, c_uint,
-        c_uint,
-        sys::CUstream,
-        *mut *mut c_void,
-        *mut *mut c_void
-    );
-    cuStreamCreate(*mut sys::CUstream, c_uint);
-    cuStreamDestroy_v2(sys::CUstream);
-    cuStreamWaitEvent(sys::CUstream, sys::CUevent, c_uint);
-    cuStreamGetCtx(sys::CUstream, *mut sys::CUcontext);
-    cuCtxGetDevice(*mut sys::CUdevice);
-    cuEventCreate(*mut sys::CUevent, c_uint);
-    cuEventDestroy_v2(sys::CUevent);
-    cuEventRecord(sys::CUevent, sys::CUstream);
-    cuEventQuery(sys::CUevent);
-    cuMemcpyAsync(sys::CUdeviceptr, sys::CUdeviceptr, usize, sys::CUstream);
-}
 
 /// The loaded driver. Never unloaded: it has threads of its own.
 pub(super) struct Libcuda {

@@ -37,10 +37,15 @@ struct Far {
 impl Far {
     fn new(way: &str) -> Self {
         let far = agent("far", way);
-        far.start_cuda(CudaOptions::default()).unwrap();
         let fake = Fake::new(1);
+        let cuda = fake.start();
+        let options = CudaOptions {
+            peers: false,
+            ..CudaOptions::default()
+        };
+        far.start_cuda(options, &cuda).unwrap();
         let bed = Bed {
-            cuda: fake.start(),
+            cuda,
             fake,
             agent: far,
         };
@@ -158,7 +163,7 @@ fn a_device_region_is_told_of_as_its_options_say() {
     let found = regions();
     assert_eq!(found.len(), 1);
     assert!(found[0].id == told.id() && found[0].bytes == BYTES);
-    assert!(found[0].readable && !found[0].writable && !found[0].shareable);
+    assert!(found[0].readable && !found[0].writable && found[0].shareable);
     bed.agent.metadata_of(&[told.id()]).unwrap();
     bed.agent.metadata_of(&[own.id()]).unwrap_err();
     told.deregister().wait(PATIENCE).unwrap();

@@ -209,7 +209,9 @@ fn nonsense_in_the_options_is_refused() {
         },
     ] {
         let agent = Agent::builder("cuda").build().unwrap();
-        let error = agent.start_cuda(options).unwrap_err();
+        let error = agent
+            .start_cuda(options, &Fake::new(1).start())
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     }
 }

@@ -60,19 +60,9 @@ fn a_file_is_no_local_side() {
 fn what_no_device_does_is_refused_when_the_request_is_made() {
     let bed = Bed::new();
     let (device, _) = bed.device(8192);
-    let address = bed.fake.engine_memory(1, 4096);
-    let other = bed.fake.lend(&bed.cuda, 1, address, 4096).unwrap();
-    let other = bed.agent.register_device(other).unwrap();
     let (host, second) = (bed.host(&[0; 8192]), bed.host(&[0; 8192]));
     let range = |region: &Region| region.descriptor(0, 4096);
     let usual = RequestOptions::default;
-    let two = [(range(&device), range(&other))];
-    let named = ["not between 0 and 1"];
-    refused(
-        bed.request(Write, &two, usual()),
-        ErrorKind::Unsupported,
-        &named,
-    );
     // Host memory on both sides of one pair, the device on one side of another.
     let mixed = [
         (range(&device), range(&host)),

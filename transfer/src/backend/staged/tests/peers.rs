@@ -30,13 +30,15 @@ fn builder(name: &str, way: &str) -> AgentBuilder {
 impl End {
     pub(super) fn new(name: &str, way: &str) -> Self {
         let agent = builder(name, way).build().unwrap();
-        agent.start_cuda(Bed::small()).unwrap();
         let fake = Fake::new(2);
-        Self {
-            cuda: fake.start(),
-            fake,
-            agent,
-        }
+        let cuda = fake.start();
+        // As on another machine: nobody opens the other's devices.
+        let options = CudaOptions {
+            peers: false,
+            ..Bed::small()
+        };
+        agent.start_cuda(options, &cuda).unwrap();
+        Self { fake, cuda, agent }
     }
 
     pub(super) fn device(

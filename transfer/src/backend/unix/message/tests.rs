@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::sys::cuda::Form;
 
 fn messages() -> Vec<Message> {
     vec![
@@ -55,7 +56,36 @@ fn messages() -> Vec<Message> {
         Message::Revoke {
             region: RegionId(10),
         },
+        Message::Piece {
+            id: 13,
+            region: RegionId(14),
+            key: RegionKey([15; 16]),
+            number: 16,
+        },
+        device(None),
+        device(Some(Form::Allocation {
+            name: [17; 64],
+            bytes: 18,
+        })),
+        device(Some(Form::Pieces {
+            count: 19,
+            bytes: 20,
+        })),
     ]
+}
+
+fn device(form: Option<Form>) -> Message {
+    let offer = |form| Offer {
+        device: [21; 16],
+        offset: 22,
+        form,
+    };
+    let outcome = Outcome::Device {
+        bytes: 23,
+        writable: true,
+        offer: form.map(offer),
+    };
+    Message::Done { id: 24, outcome }
 }
 
 /// Those that only go over a network.

@@ -94,7 +94,7 @@ impl Calls for Fake {
         let inside = |start: u64, bytes: u64| address >= start && address < start + bytes;
         let device = state.memory.range(..=address).next_back();
         if let Some((start, memory)) = device
-            && inside(*start, memory.content.len() as u64)
+            && inside(*start, memory.backing.len())
         {
             return Ok(memory.facts);
         }
@@ -170,8 +170,8 @@ impl Calls for Fake {
     unsafe fn free(&self, address: u64) -> Answer<()> {
         let mut state = self.lock();
         state.begin_in("cuMemFree")?;
-        match state.memory.remove(&address) {
-            Some(_) => Ok(()),
+        match state.free(address) {
+            Some(()) => Ok(()),
             None => Err(Code::INVALID_VALUE),
         }
     }

@@ -6,50 +6,6 @@ use std::os::fd::OwnedFd;
 use super::super::calls::{Answer, Attribute, Code};
 use super::super::direct::DirectCalls;
 use super::{FIRST, Fake, State};
-use crate::sys::memory::Mapping;
-
-/// What devices are made of.
-pub(super) enum Content {
-    /// Nobody reaches it but by the driver's calls.
-    Hidden(Vec<u8>),
-    /// Memory of the process, which network cards can be given.
-    Open(Mapping),
-}
-
-impl Content {
-    pub(super) fn len(&self) -> usize {
-        match self {
-            Self::Hidden(bytes) => bytes.len(),
-            Self::Open(mapping) => mapping.len() as usize,
-        }
-    }
-
-    /// Where it lies in the process.
-    pub(super) fn address(&self) -> Option<u64> {
-        match self {
-            Self::Hidden(_) => None,
-            Self::Open(mapping) => Some(mapping.address()),
-        }
-    }
-
-    pub(super) fn get(&self, at: usize, bytes: usize) -> Vec<u8> {
-        match self {
-            Self::Hidden(content) => content[at..at + bytes].to_vec(),
-            Self::Open(mapping) => {
-                let mut content = vec![0; bytes];
-                mapping.read(at as u64, &mut content).unwrap();
-                content
-            }
-        }
-    }
-
-    pub(super) fn put(&mut self, at: usize, bytes: &[u8]) {
-        match self {
-            Self::Hidden(content) => content[at..at + bytes.len()].copy_from_slice(bytes),
-            Self::Open(mapping) => mapping.write(at as u64, bytes).unwrap(),
-        }
-    }
-}
 
 /// What devices say, and what was asked of them.
 pub(super) struct Direct {
@@ -91,13 +47,9 @@ impl Direct {
         }
     }
 
-    pub(super) fn content(&self, bytes: u64) -> Content {
-        if !self.is_open {
-            return Content::Hidden(vec![0xcd; bytes as usize]);
-        }
-        let mapping = Mapping::anonymous(bytes).unwrap();
-        mapping.fill(0, bytes, 0xcd).unwrap();
-        Content::Open(mapping)
+    /// Whether memory is allocated where network cards reach it.
+    pub(super) fn is_open(&self) -> bool {
+        self.is_open
     }
 }
 
@@ -105,9 +57,8 @@ impl State {
     /// Whether an address is one of a device, allocated or not.
     pub(super) fn is_of_device(&self, address: u64) -> bool {
         let found = self.memory.range(..=address).next_back();
-        let is_within = |(start, memory): (&u64, &super::Allocation)| {
-            address < start + memory.content.len() as u64
-        };
+        let is_within =
+            |(start, memory): (&u64, &super::Allocation)| address < start + memory.backing.len();
         address >= FIRST || found.is_some_and(is_within)
     }
 }
@@ -147,7 +98,7 @@ impl DirectCalls for Fake {
         // All of it is mapped: allocations are of whole pages, whatever was asked for.
         let found = state.memory.range(..=address).next_back();
         let is_there = found.is_some_and(|(start, memory)| {
-            address + bytes as u64 <= start + (memory.content.len() as u64).next_multiple_of(page)
+            address + bytes as u64 <= start + (memory.backing.len()).next_multiple_of(page)
         });
         if !is_aligned || !is_there {
             return Err(Code::INVALID_VALUE);

@@ -159,22 +159,22 @@ impl State {
     /// Bytes of device memory; zeros where there is none.
     fn get(&mut self, address: u64, bytes: usize) -> Vec<u8> {
         match self.device_range(address, bytes) {
-            Some((start, at)) => self.memory[&start].content.get(at, bytes),
+            Some((start, at)) => self.memory[&start].backing.get(at, bytes),
             None => vec![0; bytes],
         }
     }
 
     fn put(&mut self, address: u64, content: &[u8]) {
         if let Some((start, at)) = self.device_range(address, content.len())
-            && let Some(memory) = self.memory.get_mut(&start)
+            && let Some(memory) = self.memory.get(&start)
         {
-            memory.content.put(at, content);
+            memory.backing.put(at, content);
         }
     }
 
     fn device_range(&mut self, address: u64, bytes: usize) -> Option<(u64, usize)> {
         let found = self.memory.range(..=address).next_back();
-        let found = found.map(|(start, memory)| (*start, memory.content.len()));
+        let found = found.map(|(start, memory)| (*start, memory.backing.len() as usize));
         match found {
             Some((start, len)) if address + bytes as u64 <= start + len as u64 => {
                 Some((start, (address - start) as usize))

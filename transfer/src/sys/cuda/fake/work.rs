@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::kernels::Launch;
-use super::{Event, State};
+use super::{Event, Of, State};
 
 /// One entry of a stream.
 pub(super) enum Entry {
@@ -29,8 +29,8 @@ pub(super) struct Copy {
 
 /// Whose an address is.
 enum Owner {
-    /// The device memory that begins there.
-    Device(u64),
+    /// Device memory: where each piece begins, and which part of it.
+    Device(Vec<(u64, usize, usize)>),
     Host,
 }
 
@@ -99,17 +99,24 @@ impl State {
             }
             return Some(Owner::Host);
         }
-        let found = self.memory.range(..=address).next_back();
-        let found = found.filter(|(start, memory)| {
-            address + bytes as u64 <= **start + memory.content.len() as u64
-        });
-        let start = found.map(|(start, _)| *start);
-        if start.is_none() {
-            self.wrong(format!(
-                "{bytes} bytes at {address:#x} are in no device memory"
-            ));
+        let (mut at, end, mut parts) = (address, address + bytes as u64, Vec::new());
+        while at < end {
+            // Memory that was mapped side by side is one range of addresses.
+            let found = self.memory.range(..=at).next_back();
+            let found = found.filter(|(start, memory)| {
+                at < **start + memory.backing.len() && memory.of != Of::Barred
+            });
+            let Some((&start, memory)) = found else {
+                self.wrong(format!(
+                    "{bytes} bytes at {address:#x} are in no device memory"
+                ));
+                return None;
+            };
+            let len = end.min(start + memory.backing.len()) - at;
+            parts.push((start, (at - start) as usize, len as usize));
+            at += len;
         }
-        start.map(Owner::Device)
+        Some(Owner::Device(parts))
     }
 
     pub(super) fn copy_now(&mut self, copy: Copy) {
@@ -122,9 +129,9 @@ impl State {
             return;
         };
         let content = match from {
-            Owner::Device(start) => {
-                let at = (source - start) as usize;
-                self.memory[&start].content.get(at, bytes)
+            Owner::Device(parts) => {
+                let part = |(start, at, len)| self.memory[&start].backing.get(at, len);
+                parts.into_iter().flat_map(part).collect()
             }
             Owner::Host => {
                 let mut content = vec![0; bytes];
@@ -136,10 +143,12 @@ impl State {
             }
         };
         match to {
-            Owner::Device(start) => {
-                let at = (target - start) as usize;
-                if let Some(memory) = self.memory.get_mut(&start) {
-                    memory.content.put(at, &content);
+            Owner::Device(parts) => {
+                let mut rest = &content[..];
+                for (start, at, len) in parts {
+                    let (head, tail) = rest.split_at(len);
+                    self.memory[&start].backing.put(at, head);
+                    rest = tail;
                 }
             }
             Owner::Host => {
