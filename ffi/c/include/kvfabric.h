@@ -100,6 +100,11 @@
 #define KVF_OBJECT_UNCHECKED 2
 
 /*
+ What is faster is measured ([`kvf_cuda_options::fragments_bytes`]).
+ */
+#define KVF_MEASURED 4294967295
+
+/*
  Bytes that the name of a path has room for, with its terminating NUL.
  */
 #define KVF_PATH_CAPACITY 32
@@ -670,6 +675,21 @@ typedef struct kvf_cuda_options {
      sleeps at once.
      */
     uint32_t polling_us;
+    /*
+     Ranges of up to so many bytes, of which a transfer has several, are copied by a kernel, many in one launch; 0: the driver
+     copies all; KVF_MEASURED: whoever was faster when memory of the device was first registered.
+     */
+    uint32_t fragments_bytes;
+    /*
+     1: peers of this machine do not open memory of devices that is exported to them, nor this agent theirs; 0: they do, and
+     devices copy.
+     */
+    uint32_t no_peers;
+    /*
+     Bytes of pinned memory for each device through which transfers with files, objects and peers go: a multiple of 1 MiB, from
+     2 MiB to 1 GiB; 0: 16 MiB.
+     */
+    uint64_t window_bytes;
 } kvf_cuda_options;
 
 /*
@@ -1884,6 +1904,23 @@ kvf_status kvf_region_register_device(const struct kvf_agent *agent,
                                       uint32_t device,
                                       uint64_t address,
                                       uint64_t len,
+                                      struct kvf_region **region_out);
+
+/*
+ Allocates memory of the GPU with number `device`, of unspecified content, and registers it. It is freed after kvf_region_deregister
+ or kvf_region_free has answered KVF_OK for the region; that makes the driver wait until the GPU has done all it was asked for, by
+ anybody. Its address on the device goes to `address_out`. Otherwise as kvf_region_register_device.
+
+ KVF_UNSUPPORTED for an agent without kvf_agent_options.cuda and without CUDA; KVF_INVALID for a device that there is not, and no
+ bytes; KVF_BUSY when the device has no memory left.
+
+ # Safety
+ Each pointer is null or valid: `agent` live, `address_out` and `region_out` for a write.
+ */
+kvf_status kvf_region_allocate_device(const struct kvf_agent *agent,
+                                      uint32_t device,
+                                      uint64_t len,
+                                      uint64_t *address_out,
                                       struct kvf_region **region_out);
 
 /*

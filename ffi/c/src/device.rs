@@ -2,8 +2,9 @@
 
 use std::ffi::c_char;
 use std::fmt::Write;
+use std::mem::offset_of;
 
-use kvfabric::transfer::{CudaOptions, CudaReport, DeviceMemory, cuda_probe};
+use kvfabric::transfer::{CudaOptions, CudaReport, DeviceMemory, Fragments, cuda_probe};
 use kvfabric::{Error, Result};
 
 use crate::agent::kvf_agent;
@@ -27,11 +28,23 @@ pub struct kvf_cuda_options {
     /// How long the device's thread looks whether copies are done before it sleeps in between, at most 10,000; 0: 20; KVF_OFF: it
     /// sleeps at once.
     pub polling_us: u32,
+    /// Ranges of up to so many bytes, of which a transfer has several, are copied by a kernel, many in one launch; 0: the driver
+    /// copies all; KVF_MEASURED: whoever was faster when memory of the device was first registered.
+    pub fragments_bytes: u32,
+    /// 1: peers of this machine do not open memory of devices that is exported to them, nor this agent theirs; 0: they do, and
+    /// devices copy.
+    pub no_peers: u32,
+    /// Bytes of pinned memory for each device through which transfers with files, objects and peers go: a multiple of 1 MiB, from
+    /// 2 MiB to 1 GiB; 0: 16 MiB.
+    pub window_bytes: u64,
 }
+
+/// What is faster is measured ([`kvf_cuda_options::fragments_bytes`]).
+pub const KVF_MEASURED: u32 = 0xFFFF_FFFF;
 
 // SAFETY: `repr(C)`, `size` is its first field, and numbers take any bit pattern.
 unsafe impl SizePrefixed for kvf_cuda_options {
-    const SIZE_MIN: usize = size_of::<Self>();
+    const SIZE_MIN: usize = offset_of!(Self, fragments_bytes);
     const NAME: &'static str = "kvf_cuda_options";
 }
 
@@ -42,14 +55,18 @@ pub(crate) unsafe fn cuda_options(options: *const kvf_cuda_options) -> Result<Op
     let options = unsafe { options::read_optional(options) }?;
     let parse = |options: kvf_cuda_options| {
         let default = CudaOptions::default();
+        let or = |bytes: u64, default| if bytes == 0 { default } else { bytes };
         Ok(CudaOptions {
             pin: !parse_flag(options.no_pin, "kvf_cuda_options.no_pin")?,
-            staging_bytes: match options.staging_bytes {
-                0 => default.staging_bytes,
-                bytes => bytes,
-            },
+            staging_bytes: or(options.staging_bytes, default.staging_bytes),
+            window_bytes: or(options.window_bytes, default.window_bytes),
+            peers: !parse_flag(options.no_peers, "kvf_cuda_options.no_peers")?,
             polling: microseconds(options.polling_us, default.polling),
-            ..default
+            fragments: match options.fragments_bytes {
+                0 => Fragments::Copies,
+                KVF_MEASURED => Fragments::Measured,
+                up_to_bytes => Fragments::Kernel { up_to_bytes },
+            },
         })
     };
     options.map(parse).transpose()
@@ -133,6 +150,41 @@ pub unsafe extern "C" fn kvf_region_register_device(
         // SAFETY: stays as it is until the region is deregistered and drained, by contract.
         let memory = unsafe { DeviceMemory::from_raw(device, address, len) }?;
         let region = agent.agent.register_device(memory)?;
+        out.write(into_raw(kvf_region::of_place(&agent, region)));
+        Ok(())
+    })
+}
+
+/// Allocates memory of the GPU with number `device`, of unspecified content, and registers it. It is freed after kvf_region_deregister
+/// or kvf_region_free has answered KVF_OK for the region; that makes the driver wait until the GPU has done all it was asked for, by
+/// anybody. Its address on the device goes to `address_out`. Otherwise as kvf_region_register_device.
+///
+/// KVF_UNSUPPORTED for an agent without kvf_agent_options.cuda and without CUDA; KVF_INVALID for a device that there is not, and no
+/// bytes; KVF_BUSY when the device has no memory left.
+///
+/// # Safety
+/// Each pointer is null or valid: `agent` live, `address_out` and `region_out` for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvf_region_allocate_device(
+    agent: *const kvf_agent,
+    device: u32,
+    len: u64,
+    address_out: *mut u64,
+    region_out: *mut *mut kvf_region,
+) -> kvf_status {
+    boundary(|| {
+        let agent = enter(agent, "agent")?;
+        // SAFETY: null or writable, by contract.
+        let address = unsafe { Out::new(address_out, "address_out") }?;
+        // SAFETY: null or writable, by contract.
+        let out = unsafe { Out::new(region_out, "region_out") }?;
+        if len == 0 {
+            return Err(Error::invalid("len", len, 1..=u64::MAX));
+        }
+        let memory = DeviceMemory::allocate(device, len)?;
+        let begins = memory.address();
+        let region = agent.agent.register_device(memory)?;
+        address.write(begins);
         out.write(into_raw(kvf_region::of_place(&agent, region)));
         Ok(())
     })

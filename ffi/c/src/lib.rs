@@ -35,6 +35,7 @@ pub mod region;
 pub mod reports;
 pub mod service;
 pub mod status;
+pub mod stream;
 pub mod task;
 pub mod transfer;
 pub mod upkeep;

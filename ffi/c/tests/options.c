@@ -212,6 +212,34 @@ static void rdma_is_told_how(void)
     refused(&options, KVF_INVALID, "setting 0: key is null");
 }
 
+/* A transfer between memories of the host has no streams, whatever the driver. */
+static void streams_are_checked(kvf_agent *agent, bool has_driver)
+{
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_post_after(NULL, 0, 0));
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_post_after_event(NULL, 0, 8));
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_order_stream(NULL, 0, 0, KVF_ALL_PARTS, 1));
+    EXPECT_TEXT("transfer");
+
+    kvf_region *region = NULL;
+    EXPECT_STATUS(KVF_OK, kvf_region_allocate(agent, 4096, 0, &region));
+    uint64_t id = 0;
+    EXPECT_STATUS(KVF_OK, kvf_region_id(region, &id));
+    struct kvf_descriptor local = {id, 0, 64}, remote = {id, 64, 64};
+    struct kvf_transfer_options move = {.size = sizeof move, .operation = KVF_READ};
+    kvf_transfer *transfer = NULL;
+    EXPECT_STATUS(KVF_OK,
+                  kvf_transfer_create(agent, NULL, &local, &remote, 1, &move, &transfer));
+    EXPECT_STATUS(KVF_INVALID, kvf_transfer_post_after_event(transfer, 0, 0));
+    EXPECT_TEXT("event");
+    EXPECT_STATUS(KVF_UNSUPPORTED, kvf_transfer_post_after(transfer, 0, 0));
+    EXPECT_TEXT(has_driver ? "memcpy" : "CUDA");
+    EXPECT_STATUS(KVF_UNSUPPORTED, kvf_transfer_order_stream(transfer, 0, 0, KVF_ALL_PARTS, 1));
+    if (!has_driver)
+        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_transfer_post_after_event(transfer, 0, 8));
+    EXPECT_STATUS(KVF_OK, kvf_transfer_free(transfer));
+    EXPECT_STATUS(KVF_OK, kvf_region_free(region));
+}
+
 /* What is wrong with the options is said first; then what the driver says, to whoever asks. */
 static void devices_are_told_how(void)
 {
@@ -221,7 +249,13 @@ static void devices_are_told_how(void)
     refused(&options, KVF_INVALID, "kvf_cuda_options.no_pin");
     cuda.size = 8;
     refused(&options, KVF_INVALID, "kvf_cuda_options");
-    cuda = (struct kvf_cuda_options){.size = sizeof cuda, .polling_us = KVF_OFF};
+    cuda = (struct kvf_cuda_options){.size = sizeof cuda, .no_peers = 2};
+    refused(&options, KVF_INVALID, "kvf_cuda_options.no_peers");
+    cuda = (struct kvf_cuda_options){
+        .size = sizeof cuda,
+        .polling_us = KVF_OFF,
+        .fragments_bytes = KVF_MEASURED,
+    };
 
     char report[4096] = "";
     uint32_t devices = 77;
@@ -250,7 +284,18 @@ static void devices_are_told_how(void)
     EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 0, 8, &region));
     EXPECT_TEXT("address");
     EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 1 << 20, 8, NULL));
+    uint64_t address = 77;
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(NULL, 0, 8, &address, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, NULL, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, &address, NULL));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 0, &address, &region));
+    EXPECT_TEXT("len");
+    if (status != KVF_OK) {
+        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_region_allocate_device(agent, 0, 8, &address, &region));
+        EXPECT(address == 77);
+    }
     EXPECT(region == UNTOUCHED(kvf_region));
+    streams_are_checked(agent, status == KVF_OK);
     EXPECT_STATUS(KVF_OK, kvf_agent_free(agent));
 }
 

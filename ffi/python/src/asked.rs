@@ -97,7 +97,7 @@ pub(crate) fn begin(
             options,
         };
         let transfer = Transfer::make(fabric, wanted)?;
-        transfer.start(None)?;
+        transfer.start(None, None)?;
         Ok(transfer)
     };
     py.detach(begin).map_err(|e: Error| to_python(e))

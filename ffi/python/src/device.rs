@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
-use kvfabric::transfer::{self, CudaOptions, DeviceMemory};
+use kvfabric::transfer::{self, CudaOptions, DeviceMemory, Fragments};
 use kvfabric::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
@@ -28,6 +28,30 @@ pub(crate) struct Cuda {
     pin: bool,
     staging_bytes: u64,
     polling: f64,
+    fragments: Small,
+    window_bytes: u64,
+    peers: bool,
+}
+
+/// Which ranges a kernel copies: none, those up to so many bytes, or what is measured.
+#[derive(FromPyObject)]
+enum Small {
+    UpTo(u32),
+    Named(String),
+}
+
+impl Small {
+    fn parse(self) -> PyResult<Fragments> {
+        match self {
+            Self::UpTo(0) => Ok(Fragments::Copies),
+            Self::UpTo(up_to_bytes) => Ok(Fragments::Kernel { up_to_bytes }),
+            Self::Named(name) if name == "measured" => Ok(Fragments::Measured),
+            Self::Named(name) => {
+                let accepted = "\"measured\" or a number of bytes";
+                Err(invalid("cuda.fragments", format!("{name:?}"), accepted))
+            }
+        }
+    }
 }
 
 impl Cuda {
@@ -35,8 +59,10 @@ impl Cuda {
         Ok(CudaOptions {
             pin: self.pin,
             staging_bytes: self.staging_bytes,
+            window_bytes: self.window_bytes,
+            peers: self.peers,
             polling: parse_timeout(self.polling)?,
-            ..CudaOptions::default()
+            fragments: self.fragments.parse()?,
         })
     }
 }

@@ -30,6 +30,7 @@ mod prepared;
 mod region;
 mod reports;
 mod settings;
+mod stream;
 mod transfer;
 
 /// The native part of the package; `kvfabric/__init__.py` says what is public.

@@ -15,6 +15,7 @@ use crate::life::{enter, parse_timeout, patiently};
 use crate::prepared::{Prepared, check_target};
 use crate::region::Held;
 use crate::reports;
+use crate::stream::Lent;
 
 /// Bytes on their way. Its regions are kept alive until it is finished, also when it is dropped before.
 #[pyclass(frozen, module = "kvfabric")]
@@ -63,8 +64,9 @@ impl Transfer {
         self.request.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts it. Must not be called with the GIL held.
-    pub(crate) fn start(&self, notification: Option<Bytes>) -> Result<()> {
+    /// Starts it, after a stream if there is one. Must not be called with the GIL held.
+    pub(crate) fn start(&self, notification: Option<Bytes>, after: Option<Lent>) -> Result<()> {
+        let point = after.map(|stream| stream.open()?.point()).transpose()?;
         if let Some(notification) = notification {
             // While it is in flight others may wait in it, and then posting is refused anyway.
             if is_in_flight(&self.request()) {
@@ -73,7 +75,10 @@ impl Transfer {
             let mut request = self.request.write().unwrap_or_else(PoisonError::into_inner);
             request.set_notification(Some(notification))?;
         }
-        self.request().post()
+        match point {
+            None => self.request().post(),
+            Some(point) => self.request().post_after(&point),
+        }
     }
 }
 
@@ -112,12 +117,47 @@ fn is_in_flight(request: &Request) -> bool {
 #[pymethods]
 impl Transfer {
     /// Starts it; small copies within this host are finished when this returns. `notification` replaces the one that was
-    /// given before.
-    #[pyo3(signature = (notification = None))]
-    fn post(&self, py: Python<'_>, notification: Option<&[u8]>) -> PyResult<()> {
+    /// given before. With `after`, a stream of an engine, nothing of it moves before the GPU has done all that the stream was given.
+    #[pyo3(signature = (notification = None, *, after = None, device = None))]
+    fn post(
+        &self,
+        py: Python<'_>,
+        notification: Option<&[u8]>,
+        after: Option<&Bound<'_, PyAny>>,
+        device: Option<u32>,
+    ) -> PyResult<()> {
         let _call = enter(&self.fabric.life)?;
         let notification = notification.map(Bytes::copy_from_slice);
-        py.detach(|| self.start(notification)).map_err(to_python)
+        let after = after
+            .map(|stream| Lent::of_object(stream, device))
+            .transpose()?;
+        py.detach(|| self.start(notification, after))
+            .map_err(to_python)
+    }
+
+    /// Has an engine's stream wait for a part, counted from 0, or for all: what it is given after this call is done after the copies.
+    #[pyo3(signature = (stream, part = None, timeout = 30.0, *, device = None))]
+    fn order_stream(
+        &self,
+        py: Python<'_>,
+        stream: &Bound<'_, PyAny>,
+        part: Option<usize>,
+        timeout: f64,
+        device: Option<u32>,
+    ) -> PyResult<()> {
+        let _call = enter(&self.fabric.life)?;
+        let lent = Lent::of_object(stream, device)?;
+        let timeout = parse_timeout(timeout)?;
+        let stream = py.detach(|| lent.open()).map_err(to_python)?;
+        wait(py, timeout, |slice| {
+            let request = self.request();
+            match request.order_stream(&stream, part, slice) {
+                Err(failed) if failed.kind() == ErrorKind::Timeout && is_in_flight(&request) => {
+                    None
+                }
+                result => Some(result),
+            }
+        })
     }
 
     /// Where the last post stands: "idle" before the first, "in_flight", "done" or "failed".

@@ -168,3 +168,51 @@ def test_bytes_go_up_and_down():
     agent.read([(own, 0, 1 << 20)], None, [(region, 0, 1 << 20)]).wait()
     assert bytes(memory) == data
     region.deregister()
+
+
+class Stream:
+    def __init__(self, **said):
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+@pytest.fixture
+def transfer():
+    agent = kvfabric.Agent("streams")
+    region = agent.register(bytearray(4096))
+    local, remote = agent.prepare([(region, 0, 64)]), agent.prepare([(region, 64, 64)])
+    return agent.request("read", local, remote)
+
+
+WRONG_STREAMS = [
+    ("stream", kvfabric.InvalidError, "__cuda_stream__"),
+    (Stream(__cuda_stream__=lambda: (1, 8)), kvfabric.UnsupportedError, "version 1"),
+    (Stream(device_index=1, cuda_stream=8), kvfabric.InvalidError, "device 1, said to be of device 0"),
+]
+
+
+def test_streams_are_checked_before_the_driver_is_asked(transfer):
+    for stream, error, said in WRONG_STREAMS:
+        for call in (
+            lambda: transfer.post(after=stream, device=0),
+            lambda: transfer.order_stream(stream, device=0),
+        ):
+            with pytest.raises(error, match=said):
+                call()
+    assert transfer.state == "idle"
+
+
+@without
+def test_no_stream_is_waited_for_without_a_driver(transfer):
+    for stream in (0, Stream(__cuda_stream__=(0, 1)), Stream(cuda_stream=2, device_index=0)):
+        with pytest.raises(kvfabric.UnsupportedError, match="CUDA"):
+            transfer.post(after=stream)
+        with pytest.raises(kvfabric.UnsupportedError, match="CUDA"):
+            transfer.order_stream(stream, 0, 0.1)
+    transfer.post()
+    transfer.wait()
+
+
+def test_what_copies_small_ranges_is_checked():
+    with pytest.raises(kvfabric.InvalidError, match="cuda.fragments"):
+        kvfabric.Agent("device", cuda=kvfabric.Cuda(fragments="often"))

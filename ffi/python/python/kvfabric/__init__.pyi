@@ -500,10 +500,40 @@ class Transfer:
     dropped before. `await` waits for it without a thread.
     """
 
-    def post(self, notification: Optional[_Bytes] = None) -> None:
+    def post(
+        self,
+        notification: Optional[_Bytes] = None,
+        *,
+        after: Optional[Any] = None,
+        device: Optional[int] = None,
+    ) -> None:
         """Starts it; small copies within this host are finished when this returns.
         `notification` replaces the one that was given before. `BusyError` while it is in flight,
         or while work of a failed post may still land.
+
+        With `after`, nothing of it moves before the GPU has done all that this stream was given so
+        far: an object with `__cuda_stream__` or `cuda_stream`, such as a `torch.cuda.Stream`, or a
+        handle; 0 and 1 are the default stream, 2 the calling thread's. `device` is the number of its
+        device, for those without `device_index`. Nothing but the GPU waits. `UnsupportedError` for a
+        transfer without memory of a GPU, and for a stream that is captured into a graph. The stream
+        must live, and no capture begin on it, during the call.
+        """
+
+    def order_stream(
+        self,
+        stream: Any,
+        part: Optional[int] = None,
+        timeout: float = 30.0,
+        *,
+        device: Optional[int] = None,
+    ) -> None:
+        """Has a stream, as in `post`, wait for a part, counted from 0, or for all: what it is given
+        after this call is done after the copies. Waits until these are queued, at most `timeout`
+        seconds, not until they are made.
+
+        After a success the stream goes on whatever becomes of the transfer, and finds the bytes in
+        memory of the GPU. When this raises, the stream waits for nothing: do not use the part. Memory
+        of the host is in place when `wait_part` says so.
         """
 
     @property

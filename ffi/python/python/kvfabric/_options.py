@@ -76,6 +76,16 @@ class Cuda(NamedTuple):
     polling: float = 20e-6
     """How many seconds the device's thread looks whether copies are done before it sleeps in
     between, at most 0.01."""
+    fragments: Union[int, str] = 0
+    """Ranges of up to so many bytes, of which a transfer has several, are copied by a kernel, many in
+    one launch; 0: the driver copies all; "measured": whoever was faster when memory of the device was
+    first registered."""
+    window_bytes: int = 16 << 20
+    """Bytes of pinned memory for each device through which transfers with files, objects and peers
+    go: a multiple of 1 MiB, from 2 MiB to 1 GiB."""
+    peers: bool = True
+    """Whether peers of this machine open memory of devices that is exported to them, and this agent
+    theirs; devices copy then."""
 
 
 class CudaDevice(NamedTuple):
