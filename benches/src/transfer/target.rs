@@ -314,6 +314,14 @@ fn of_device() -> Error {
     Error::new(ErrorKind::Unsupported, text)
 }
 
+/// On one machine peers would open each other's memory rather than go over a card.
+pub(super) fn by_network_cards() -> CudaOptions {
+    CudaOptions {
+        peers: false,
+        ..CudaOptions::default()
+    }
+}
+
 /// An agent that reaches others only by this backend, under a name that no other has.
 pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result<Agent> {
     let chance = RandomState::new().build_hasher().finish();
@@ -323,7 +331,7 @@ pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result
         .tcp((backend == BackendKind::Tcp).then_some(SocketAddr::new(address, 0)))
         .ucx((backend.way_name() == BackendKind::Ucx.name()).then(UcxOptions::default))
         .verbs((backend.way_name() == BackendKind::Verbs.name()).then(VerbsOptions::default))
-        .cuda((backend.is_on_device() || backend.is_between_gpus()).then(CudaOptions::default))
+        .cuda((backend.is_on_device() || backend.is_between_gpus()).then(by_network_cards))
         .build()
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use kvcache_core::ErrorKind;
 
 use super::super::plan::{Shape, shape};
+use super::super::target::by_network_cards;
 use super::*;
 use kvfabric_transfer::{CudaOptions, CudaStandIn, UcxOptions};
 
@@ -42,7 +43,7 @@ pub(in super::super) fn between_devices(plan: &Plan, drivers: [&CudaStandIn; 2])
         let builder = Agent::builder("one").memcpy(false).shm(false);
         let agent = builder.ucx(Some(UcxOptions::default())).build().unwrap();
         driver.open_memory();
-        driver.serve(&agent, CudaOptions::default()).unwrap();
+        driver.serve(&agent, by_network_cards()).unwrap();
         agent
     });
     let memory = |at: usize| drivers[at].allocate(0, plan.shape.total_bytes).unwrap();
