@@ -38,6 +38,7 @@ fn way() -> Option<Way> {
 
 /// An agent, and the driver that it uses.
 struct Node {
+    way: Way,
     agent: Agent,
     gpu: Rc<CudaStandIn>,
 }
@@ -58,7 +59,7 @@ impl Node {
         };
         gpu.serve(&agent, options).unwrap();
         let gpu = Rc::new(gpu);
-        Self { agent, gpu }
+        Self { way, agent, gpu }
     }
 
     fn host(&self, bytes: u64) -> Memory {
@@ -90,6 +91,11 @@ impl Node {
         peer: &PeerHandle,
         options: RequestOptions,
     ) -> Result<Request> {
+        // What a card does not move would go through host memory.
+        let options = RequestOptions {
+            backends: vec![self.way.name().to_owned()],
+            ..options
+        };
         let len = local.region.bytes().min(remote.region.bytes());
         let pair = (
             local.region.descriptor(0, len),
