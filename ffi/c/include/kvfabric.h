@@ -25,6 +25,11 @@
 #include <stdint.h>
 
 /*
+ All parts of a transfer.
+ */
+#define KVF_ALL_PARTS 4294967295
+
+/*
  What a number is set to where zero stands for the default, and nothing at all is wanted.
  */
 #define KVF_OFF 4294967295
@@ -1619,6 +1624,55 @@ const char *kvf_status_name(uint32_t status);
  call of this thread that fails.
  */
 const char *kvf_last_error(void);
+
+/*
+ As kvf_transfer_post, of a transfer with memory of a GPU: nothing of it is read or written before the GPU has done all that
+ `stream` of device number `device` has been given so far. `stream` is a CUstream or cudaStream_t as a number: 0 and 1 are the
+ device's default stream, 2 the calling thread's. Nothing waits for it but the GPU. The deadline counts from the post.
+
+ As kvf_transfer_post; KVF_UNSUPPORTED for a transfer that no GPU's copies move, without CUDA, for a stream that is captured into a
+ graph, and for one of another context than the device's primary one; KVF_INVALID for a device that there is not, and a stream of
+ another device.
+
+ # Safety
+ `transfer` is null or live; `stream` is a stream that lives, and on which no capture begins, during the call.
+ */
+kvf_status kvf_transfer_post_after(const struct kvf_transfer *transfer,
+                                   uint32_t device,
+                                   uint64_t stream);
+
+/*
+ As kvf_transfer_post_after, after what `event` of device number `device`, a CUevent or cudaEvent_t as a number, was last recorded
+ behind. It may be recorded again afterwards.
+
+ As kvf_transfer_post_after; KVF_INVALID also for 0, KVF_UNSUPPORTED also for an event that was recorded into a graph.
+
+ # Safety
+ `transfer` is null or live; `event` is an event that lives, and that no thread records, during the call.
+ */
+kvf_status kvf_transfer_post_after_event(const struct kvf_transfer *transfer,
+                                         uint32_t device,
+                                         uint64_t event);
+
+/*
+ Has `stream` of device number `device` wait for a part, counted from 0, or for KVF_ALL_PARTS: what it is given after this call is
+ done after all copies of the part. Waits itself until they are queued, at most `timeout_ms`, not until they are made.
+
+ After KVF_OK the stream goes on whatever becomes of the transfer, and finds the part's bytes in memory of the GPU: queued copies are
+ taken back by nothing, and one that fails breaks the GPU's context, which the stream's own calls report. After any failure the
+ stream waits for nothing: do not use the part. Memory of the host is in place when kvf_transfer_wait_part says so.
+
+ Why the transfer failed before the copies were queued; KVF_TIMEOUT also when `timeout_ms` ran out; KVF_INVALID for a part that
+ there is not, and when it was never posted; KVF_UNSUPPORTED also with checksums; otherwise as kvf_transfer_post_after.
+
+ # Safety
+ As kvf_transfer_post_after.
+ */
+kvf_status kvf_transfer_order_stream(const struct kvf_transfer *transfer,
+                                     uint32_t device,
+                                     uint64_t stream,
+                                     size_t part,
+                                     uint32_t timeout_ms);
 
 /*
  Starts an agent.

@@ -11,6 +11,7 @@ fn the_committed_header_matches_the_sources() {
     // In the order in which a reader wants them.
     let sources = [
         "status",
+        "stream",
         "agent_options",
         "agent",
         "region",

@@ -2,6 +2,7 @@
  * How agents are made: `options [TLS]`, where TLS is the folder of the certificates for tests. Without it TLS is left out.
  */
 #define _POSIX_C_SOURCE 200809L
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdlib.h>
 
