@@ -148,6 +148,15 @@ pub(super) fn memory_of(region: &RegionCore) -> Option<&Arc<DeviceMemory>> {
     region.device()
 }
 
+/// Why a way that moves memory of devices does not take a plan; none if it does.
+pub(super) fn refusal(plan: &Plan, name: &str) -> Option<String> {
+    if !plan.wants(name) {
+        return Some(NOT_WANTED.to_owned());
+    }
+    let checked = plan.is_checked() || plan.sums;
+    checked.then(|| "computes no checksums of device memory".to_owned())
+}
+
 impl Backend for CudaBackend {
     fn name(&self) -> &'static str {
         NAME
@@ -158,11 +167,7 @@ impl Backend for CudaBackend {
     }
 
     fn refusal(&self, plan: &Plan) -> Option<String> {
-        if !plan.wants(NAME) {
-            return Some(NOT_WANTED.to_owned());
-        }
-        let checked = plan.is_checked() || plan.sums;
-        checked.then(|| "computes no checksums of device memory".to_owned())
+        refusal(plan, NAME)
     }
 
     fn prepare(&self, plan: &Plan) -> Result<()> {

@@ -21,7 +21,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 
 use super::leg::{self, Control};
-use super::{Backend, Capabilities, Job, NOT_WANTED, Operation, Refusal, abandoned, cuda};
+use super::{Backend, Capabilities, Job, Operation, Refusal, abandoned, cuda};
 use crate::agent::{Agent, AgentCore};
 use crate::descriptor::Target;
 use crate::plan::Plan;
@@ -103,11 +103,7 @@ impl Backend for StagedBackend {
     }
 
     fn refusal(&self, plan: &Plan) -> Option<String> {
-        if !plan.wants(NAME) {
-            return Some(NOT_WANTED.to_owned());
-        }
-        let checked = plan.is_checked() || plan.sums;
-        checked.then(|| "computes no checksums of device memory".to_owned())
+        cuda::refusal(plan, NAME)
     }
 
     fn prepare(&self, plan: &Plan) -> Result<()> {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::super::leg::{Answer, Control};
-use super::super::{Backend, Capabilities, Channel, Fabric, Job, Kinds, NOT_WANTED, Refusal};
+use super::super::{Backend, Capabilities, Channel, Fabric, Job, Kinds, Refusal, cuda};
 use super::{NAME, Other, StagedBackend};
 use crate::agent::{AgentCore, PeerCard, PeerCore, RemoteRegion};
 use crate::descriptor::Target;
@@ -134,14 +134,10 @@ impl Backend for StagedChannel {
     }
 
     fn refusal(&self, plan: &Plan) -> Option<String> {
-        if !plan.wants(NAME) {
-            return Some(NOT_WANTED.to_owned());
-        }
-        if plan.local.is_empty() {
+        if plan.wants(NAME) && plan.local.is_empty() {
             return Some("is for memory of devices of this agent".to_owned());
         }
-        let checked = plan.is_checked() || plan.sums;
-        checked.then(|| "computes no checksums of device memory".to_owned())
+        cuda::refusal(plan, NAME)
     }
 
     fn prepare(&self, plan: &Plan) -> Result<()> {

@@ -107,7 +107,11 @@ impl Calls for Libcuda {
 
     fn device_pci(&self, device: Device) -> Answer<String> {
         // SAFETY: so many bytes are writable; a wrong device is answered with an error.
-        filled_text(|out, bytes| unsafe { (self.table.cuDeviceGetPCIBusId)(out, bytes, device.0) })
+        let text = filled_text(|out, bytes| unsafe {
+            (self.table.cuDeviceGetPCIBusId)(out, bytes, device.0)
+        });
+        // The driver writes capitals; `/sys` and everybody who compares has small letters.
+        text.map(|address| address.to_ascii_lowercase())
     }
 
     fn device_bytes(&self, device: Device) -> Answer<u64> {
