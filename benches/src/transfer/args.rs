@@ -30,7 +30,7 @@ const TOTAL_BYTES: u64 = 64 << 20;
 pub(crate) struct TransferArgs {
     #[command(subcommand)]
     pub(crate) role: Option<Role>,
-    /// Which backends: memcpy, shm, tcp, file and object by default; cuda and cuda-within with --memory cuda.
+    /// Which backends: memcpy, shm, tcp, file and object by default; cuda, cuda-within and cuda-ipc with --memory cuda.
     #[arg(long, value_enum, value_delimiter = ',')]
     pub(super) backend: Vec<BackendKind>,
     /// Where blocks lie: cuda is memory of a GPU, between which and the host, and within which, they are moved; with --backend verbs
@@ -212,7 +212,7 @@ impl TransferArgs {
                 true => Ok(*kind),
                 false => kind.between_gpus().ok_or_else(|| {
                     let context = format!(
-                        "--memory cuda: {} does not move memory of GPUs: --backend cuda, cuda-within, verbs or ucx",
+                        "--memory cuda: {} does not move memory of GPUs: --backend cuda, cuda-within, cuda-ipc, verbs or ucx",
                         kind.name()
                     );
                     Error::new(ErrorKind::Invalid, context)
@@ -223,7 +223,11 @@ impl TransferArgs {
         }
         match self.memory {
             _ if !self.backend.is_empty() => Ok(self.backend.clone()),
-            Memory::Cuda => Ok(vec![BackendKind::Cuda, BackendKind::CudaWithin]),
+            Memory::Cuda => Ok(vec![
+                BackendKind::Cuda,
+                BackendKind::CudaWithin,
+                BackendKind::CudaIpc,
+            ]),
             Memory::Host => Ok(vec![
                 BackendKind::Memcpy,
                 BackendKind::Shm,

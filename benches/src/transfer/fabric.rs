@@ -117,8 +117,9 @@ impl Fabric {
     /// Makes all requests to memory that another process exposed, and that somebody else looks after.
     pub(super) fn towards(plan: &Plan, agent: Agent, region: u64, metadata: &[u8]) -> Result<Self> {
         let peer = agent.load_peer(metadata)?;
-        check_path(&agent, &peer, plan.shape.backend)?;
-        let places = Places::Peer(peer, RegionId(region));
+        let region = RegionId(region);
+        check_path(&agent, (&peer, region), plan.shape.backend)?;
+        let places = Places::Peer(peer, region);
         if plan.shape.backend.is_between_gpus() {
             let memory = DeviceMemory::allocate(0, plan.shape.total_bytes)?;
             let device = OnDevice::new(&agent, memory)?;

@@ -151,6 +151,7 @@ fn references(
         }
         BackendKind::Cuda
         | BackendKind::CudaWithin
+        | BackendKind::CudaIpc
         | BackendKind::UcxCuda
         | BackendKind::VerbsCuda => {
             let copies = CudaCopies::new(storage.gpu, plan.shape.total_bytes)?;

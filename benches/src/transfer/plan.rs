@@ -44,6 +44,8 @@ pub(crate) enum BackendKind {
     Cuda,
     /// Within a GPU, whichever way is named; needs the CUDA driver.
     CudaWithin,
+    /// From memory of a GPU to that of another process on the same machine, which it opens; needs the CUDA driver.
+    CudaIpc,
 }
 
 impl BackendKind {
@@ -61,17 +63,18 @@ impl BackendKind {
             Self::Object => "object",
             Self::Cuda => "cuda",
             Self::CudaWithin => "cuda-within",
+            Self::CudaIpc => "cuda-ipc",
         }
     }
 
-    /// Whether one side at least is memory of a GPU.
+    /// Whether one side at least is memory of a GPU, and GPUs copy.
     pub(super) const fn is_on_device(self) -> bool {
-        matches!(self, Self::Cuda | Self::CudaWithin)
+        matches!(self, Self::Cuda | Self::CudaWithin | Self::CudaIpc)
     }
 
     /// Whether both sides are memory of GPUs, each of its own process.
     pub(super) const fn is_between_gpus(self) -> bool {
-        matches!(self, Self::UcxCuda | Self::VerbsCuda)
+        matches!(self, Self::UcxCuda | Self::VerbsCuda | Self::CudaIpc)
     }
 
     /// The same between memory of GPUs; none where that is not moved so.
@@ -88,6 +91,7 @@ impl BackendKind {
         match self {
             Self::UcxCuda => Self::Ucx.name(),
             Self::VerbsCuda => Self::Verbs.name(),
+            Self::CudaIpc => Self::Cuda.name(),
             other => other.name(),
         }
     }
@@ -111,6 +115,7 @@ impl BackendKind {
                 | Self::Verbs
                 | Self::UcxCuda
                 | Self::VerbsCuda
+                | Self::CudaIpc
         )
     }
 }

@@ -314,10 +314,10 @@ fn of_device() -> Error {
     Error::new(ErrorKind::Unsupported, text)
 }
 
-/// On one machine peers would open each other's memory rather than go over a card.
-pub(super) fn by_network_cards() -> CudaOptions {
+/// Peers of this machine would open each other's memory rather than go over a network card.
+pub(super) fn cuda(backend: BackendKind) -> CudaOptions {
     CudaOptions {
-        peers: false,
+        peers: backend == BackendKind::CudaIpc,
         ..CudaOptions::default()
     }
 }
@@ -331,7 +331,7 @@ pub(super) fn agent(role: &str, backend: BackendKind, address: IpAddr) -> Result
         .tcp((backend == BackendKind::Tcp).then_some(SocketAddr::new(address, 0)))
         .ucx((backend.way_name() == BackendKind::Ucx.name()).then(UcxOptions::default))
         .verbs((backend.way_name() == BackendKind::Verbs.name()).then(VerbsOptions::default))
-        .cuda((backend.is_on_device() || backend.is_between_gpus()).then(by_network_cards))
+        .cuda((backend.is_on_device() || backend.is_between_gpus()).then(|| cuda(backend)))
         .build()
 }
 

@@ -41,14 +41,21 @@ fn blocks_go_to_a_device_and_back() {
     }
 }
 
-/// From memory of one GPU to that of another process's, as over a network card, both ways: refused before, verified after.
+/// From memory of one GPU to that of another agent's, as over a network card and directly, both ways: refused before, verified
+/// after.
 #[test]
 fn blocks_go_between_devices_of_two_agents() {
-    for way in [Way::Write, Way::Read] {
+    let each = [BackendKind::UcxCuda, BackendKind::CudaIpc]
+        .into_iter()
+        .flat_map(|backend| [(backend, Way::Write), (backend, Way::Read)]);
+    for (backend, way) in each {
         let drivers = [CudaStandIn::new(1), CudaStandIn::new(1)];
-        let plan = plan((BackendKind::UcxCuda, way), 1);
-        assert_eq!(plan.shape.path(), format!("ucx-cuda-{}", way.name()));
-        let mut ours = between_devices(&plan, [&drivers[0], &drivers[1]]);
+        // Of one machine, where memory is opened.
+        let other = usize::from(backend == BackendKind::UcxCuda);
+        let plan = plan((backend, way), 1);
+        let path = format!("{}-{}", backend.name(), way.name());
+        assert_eq!(plan.shape.path(), path);
+        let mut ours = between_devices(&plan, [&drivers[0], &drivers[other]]);
         ours.poison().unwrap();
         assert_eq!(ours.verify().unwrap_err().kind(), ErrorKind::Corrupt);
         assert_eq!(ours.move_all().unwrap(), 64 << 10);

@@ -40,7 +40,8 @@ pub(super) fn open(
         | BackendKind::Ucx
         | BackendKind::Verbs
         | BackendKind::UcxCuda
-        | BackendKind::VerbsCuda => peer_remote(plan, at)?,
+        | BackendKind::VerbsCuda
+        | BackendKind::CudaIpc => peer_remote(plan, at)?,
         BackendKind::File => {
             let agent = own()?;
             let other = file_remote(plan, &agent, direct, folder)?;
@@ -70,14 +71,19 @@ pub(super) fn open(
 pub(in super::super) fn path_to_another_process(shape: Shape) -> Result<String> {
     let mut target = Target::open(&TargetAt::Spawned)?;
     let agent = agent("doctor", shape.backend, target.addresses().0)?;
-    let (_, metadata) = target.expose(shape)?;
+    let (region, metadata) = target.expose(shape)?;
     let peer = agent.load_peer(&metadata)?;
-    check_path(&agent, &peer, shape.backend)
+    check_path(&agent, (&peer, RegionId(region)), shape.backend)
 }
 
-pub(super) fn check_path(agent: &Agent, peer: &PeerHandle, backend: BackendKind) -> Result<String> {
+/// What is told of the way to a region, which must be this one.
+pub(super) fn check_path(
+    agent: &Agent,
+    (peer, region): (&PeerHandle, RegionId),
+    backend: BackendKind,
+) -> Result<String> {
     let wanted = backend.way_name();
-    let path = agent.path_to(peer);
+    let path = agent.path_to_region(peer, region)?;
     if path.backend == Some(wanted) {
         return Ok(path.why);
     }
@@ -102,8 +108,9 @@ fn peer_remote(plan: &Plan, at: &TargetAt) -> Result<(Agent, (Remote, Places))> 
     let agent = agent("initiator", plan.shape.backend, target.addresses().0)?;
     let (region, metadata) = target.expose(plan.shape)?;
     let peer = agent.load_peer(&metadata)?;
-    check_path(&agent, &peer, plan.shape.backend)?;
-    let places = Places::Peer(peer, RegionId(region));
+    let region = RegionId(region);
+    check_path(&agent, (&peer, region), plan.shape.backend)?;
+    let places = Places::Peer(peer, region);
     Ok((agent, (Remote::Process(target), places)))
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use kvcache_core::ErrorKind;
 
 use super::super::plan::{Shape, shape};
-use super::super::target::by_network_cards;
+use super::super::target::cuda;
 use super::*;
 use kvfabric_transfer::{CudaOptions, CudaStandIn, UcxOptions};
 
@@ -37,13 +37,15 @@ pub(in super::super) fn over_device(plan: &Plan, driver: &CudaStandIn) -> Fabric
     Fabric::within(plan, agent, source, remote, places).unwrap()
 }
 
-/// Between memory of two stand-ins of the CUDA driver, over UCX within this process.
+/// Between memory of two stand-ins of the CUDA driver, or of one, within this process.
 pub(in super::super) fn between_devices(plan: &Plan, drivers: [&CudaStandIn; 2]) -> Fabric {
+    let backend = plan.shape.backend;
     let agents = drivers.map(|driver| {
         let builder = Agent::builder("one").memcpy(false).shm(false);
-        let agent = builder.ucx(Some(UcxOptions::default())).build().unwrap();
+        let ucx = (backend == BackendKind::UcxCuda).then(UcxOptions::default);
+        let agent = builder.ucx(ucx).build().unwrap();
         driver.open_memory();
-        driver.serve(&agent, by_network_cards()).unwrap();
+        driver.serve(&agent, cuda(backend)).unwrap();
         agent
     });
     let memory = |at: usize| drivers[at].allocate(0, plan.shape.total_bytes).unwrap();
@@ -53,8 +55,9 @@ pub(in super::super) fn between_devices(plan: &Plan, drivers: [&CudaStandIn; 2])
     };
     let far = OnDevice::exported(&agents[1], memory(1), options).unwrap();
     let peer = agents[0].load_peer(&agents[1].metadata()).unwrap();
-    sides::check_path(&agents[0], &peer, plan.shape.backend).unwrap();
-    let places = Places::Peer(peer, far.memory.id());
+    let region = far.memory.id();
+    sides::check_path(&agents[0], (&peer, region), backend).unwrap();
+    let places = Places::Peer(peer, region);
     let near = OnDevice::new(&agents[0], memory(0)).unwrap();
     Fabric::within(plan, agents[0].clone(), near, Remote::Device(far), places).unwrap()
 }
