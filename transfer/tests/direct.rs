@@ -14,9 +14,10 @@ use std::rc::Rc;
 
 use kvcache_core::{Error, ErrorKind, Result};
 use kvfabric_transfer::Operation::{Read, Write};
+use kvfabric_transfer::backend::conformance;
 use kvfabric_transfer::{
-    Agent, CudaOptions, CudaStandIn, Descriptor, HostMemory, Operation, PeerHandle, Region,
-    Request, RequestOptions, Side, Strided,
+    Agent, CudaOptions, CudaStandIn, Deregistration, Descriptor, DeviceMemory, HostMemory,
+    MemoryKind, Operation, PeerHandle, Region, RegionId, Request, RequestOptions, Side, Strided,
 };
 
 use support::child::{Again, ROLE, hex, unhex};
@@ -72,7 +73,15 @@ impl Node {
 
     /// Memory that an engine has, from so many bytes after its first page's start on.
     fn device(&self, bytes: u64) -> Memory {
-        let memory = self.gpu.lend(0, bytes).unwrap();
+        self.export(self.gpu.lend(0, bytes).unwrap())
+    }
+
+    /// Memory that is freed with its region.
+    fn allocated(&self, bytes: u64) -> Memory {
+        self.export(self.gpu.allocate(0, bytes).unwrap())
+    }
+
+    fn export(&self, memory: DeviceMemory) -> Memory {
         let address = memory.address();
         Memory {
             region: self.agent.register_device_with(memory, OPEN).unwrap(),
@@ -126,6 +135,76 @@ impl Memory {
             None => self.region.write_at(0, bytes).unwrap(),
         }
     }
+}
+
+/// The suite of all backends, with memory of GPUs on both sides.
+struct Both {
+    near: Node,
+    far: Node,
+}
+
+impl conformance::Fixture for Both {
+    fn backend(&self) -> &'static str {
+        self.near.way.name()
+    }
+
+    fn agent(&self) -> &Agent {
+        &self.near.agent
+    }
+
+    fn peer(&self) -> Option<&dyn conformance::Receiver> {
+        Some(&self.far.agent)
+    }
+
+    fn place(&self, bytes: u64) -> Result<conformance::Place> {
+        let owner = Box::new(self.far.allocated(bytes));
+        let peer = Some(self.near.load(&self.far));
+        Ok(conformance::Place { owner, peer })
+    }
+
+    fn memory(&self, bytes: u64) -> Result<Box<dyn conformance::Memory>> {
+        Ok(Box::new(self.near.allocated(bytes)))
+    }
+}
+
+impl conformance::Owned for Memory {
+    fn id(&self) -> RegionId {
+        self.region.id()
+    }
+
+    fn kind(&self) -> MemoryKind {
+        self.region.kind()
+    }
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let (gpu, address) = self.device.as_ref().unwrap();
+        bytes.copy_from_slice(&gpu.read(address + offset, bytes.len() as u64));
+        Ok(())
+    }
+}
+
+impl conformance::Memory for Memory {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let (gpu, address) = self.device.as_ref().unwrap();
+        gpu.write(address + offset, bytes);
+        Ok(())
+    }
+
+    fn deregister(&self) -> Deregistration {
+        self.region.deregister()
+    }
+}
+
+#[test]
+fn device_memory_on_both_sides_passes_the_suite_of_all_backends() {
+    let Some(way) = way() else { return };
+    let (near, far) = (Node::new(way, "near"), Node::new(way, "far"));
+    let both = Both { near, far };
+    let report = conformance::run(&both).unwrap_or_else(|error| panic!("{error}"));
+    let without = ["checksums are compared, or refused with the reason"];
+    assert_eq!(report.skipped, without);
+    both.near.gpu.check();
+    both.far.gpu.check();
 }
 
 fn refused(made: Result<Request>) -> Error {

@@ -33,12 +33,17 @@ fn links() -> Option<(Vec<String>, String, String)> {
         eprintln!("SKIPPED: no two RDMA links that may be disturbed");
         return None;
     };
+    support::tell();
     let links = links.split(',').map(str::to_owned).collect();
     Some((links, near, far))
 }
 
 /// Soft-RoCE takes one more for ever.
 const RETRIES: u8 = 6;
+
+/// A quarter of a second for each of them: an emulated machine that is busy otherwise stands still for as long as devices try by
+/// default, and a rail that was to stay is lost.
+const TIMEOUT: u8 = 16;
 
 fn agent(name: &str, devices: &str, rails: u8) -> Agent {
     agent_that_tries(RETRIES, name, devices, rails)
@@ -49,6 +54,7 @@ fn agent_that_tries(retries: u8, name: &str, devices: &str, rails: u8) -> Agent 
         device: Some(devices.to_owned()),
         rails,
         retries,
+        timeout: TIMEOUT,
         ..VerbsOptions::default()
     };
     let builder = Agent::builder(name).memcpy(false).shm(false);
@@ -181,7 +187,7 @@ fn lose_a_rail_of(retries: u8, operation: Operation, (lose, restore): (&str, &st
     let is_over = requests.iter().all(is_done);
     assert!(!is_over, "all was over before anything was lost");
     for request in &requests {
-        request.wait(WAIT * 2).unwrap();
+        request.wait(WAIT * 3).unwrap();
     }
     let there = match operation {
         Operation::Write => contents(&pair.remote),

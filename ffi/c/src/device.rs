@@ -11,7 +11,7 @@ use crate::agent::kvf_agent;
 use crate::agent_options::{microseconds, parse_flag};
 use crate::boundary::{Listing, Out, boundary, enter, into_raw};
 use crate::options::{self, SizePrefixed};
-use crate::region::kvf_region;
+use crate::region::{kvf_region, parse_access};
 use crate::status::kvf_status;
 
 /// How CUDA devices are used. With all of it zero it is what is right for most machines.
@@ -122,8 +122,9 @@ fn in_words(report: &CudaReport) -> String {
 }
 
 /// Registers memory of a GPU that the caller has allocated, by its address on the device, in this process. The driver is asked
-/// whether all of it is there. Transfers move it from and to host memory of the same agent, and within the GPU; peers cannot reach
-/// it. They begin at once: what computes the bytes must be done before. Its kvf_region_base is NULL.
+/// whether all of it is there. Transfers move it from and to host memory of the same agent, and within the GPU; they begin at once:
+/// what computes the bytes must be done before. `access` as in kvf_region_register: peers that may reach it open it on the same
+/// machine, and reach it over network cards, or through host memory of this agent. Its kvf_region_base is NULL.
 ///
 /// The memory must stay allocated and mapped until kvf_region_deregister or kvf_region_free has answered KVF_OK for the region.
 ///
@@ -138,10 +139,12 @@ pub unsafe extern "C" fn kvf_region_register_device(
     device: u32,
     address: u64,
     len: u64,
+    access: u32,
     region_out: *mut *mut kvf_region,
 ) -> kvf_status {
     boundary(|| {
         let agent = enter(agent, "agent")?;
+        let options = parse_access(access)?;
         // SAFETY: null or writable, by contract.
         let out = unsafe { Out::new(region_out, "region_out") }?;
         if address == 0 {
@@ -149,7 +152,7 @@ pub unsafe extern "C" fn kvf_region_register_device(
         }
         // SAFETY: stays as it is until the region is deregistered and drained, by contract.
         let memory = unsafe { DeviceMemory::from_raw(device, address, len) }?;
-        let region = agent.agent.register_device(memory)?;
+        let region = agent.agent.register_device_with(memory, options)?;
         out.write(into_raw(kvf_region::of_place(&agent, region)));
         Ok(())
     })
@@ -169,11 +172,13 @@ pub unsafe extern "C" fn kvf_region_allocate_device(
     agent: *const kvf_agent,
     device: u32,
     len: u64,
+    access: u32,
     address_out: *mut u64,
     region_out: *mut *mut kvf_region,
 ) -> kvf_status {
     boundary(|| {
         let agent = enter(agent, "agent")?;
+        let options = parse_access(access)?;
         // SAFETY: null or writable, by contract.
         let address = unsafe { Out::new(address_out, "address_out") }?;
         // SAFETY: null or writable, by contract.
@@ -183,7 +188,7 @@ pub unsafe extern "C" fn kvf_region_allocate_device(
         }
         let memory = DeviceMemory::allocate(device, len)?;
         let begins = memory.address();
-        let region = agent.agent.register_device(memory)?;
+        let region = agent.agent.register_device_with(memory, options)?;
         address.write(begins);
         out.write(into_raw(kvf_region::of_place(&agent, region)));
         Ok(())

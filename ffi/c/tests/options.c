@@ -265,11 +265,12 @@ static void devices_are_told_how(void)
     EXPECT_STATUS(KVF_INVALID, kvf_cuda_probe(&devices, report, sizeof report, NULL));
     kvf_agent *agent = NULL;
     kvf_region *region = UNTOUCHED(kvf_region);
+    uint64_t address = 77;
     kvf_status status = kvf_cuda_probe(&devices, report, sizeof report, &len);
     if (status == KVF_OK) {
         EXPECT(devices > 0 && len == strlen(report) && strncmp(report, "CUDA ", 5) == 0);
         EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
-        EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, devices, 1 << 20, 8, &region));
+        EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, devices, 1 << 20, 8, 0, &region));
     } else {
         EXPECT(status == KVF_UNSUPPORTED && devices == 77 && report[0] == '\0');
         char reason[1024];
@@ -278,21 +279,24 @@ static void devices_are_told_how(void)
         refused(&options, KVF_UNSUPPORTED, reason);
         options.cuda = NULL;
         EXPECT_STATUS(KVF_OK, kvf_agent_create(&options, &agent));
-        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_region_register_device(agent, 0, 1 << 20, 8, &region));
+        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_region_register_device(agent, 0, 1 << 20, 8, 0, &region));
         EXPECT_TEXT(reason);
     }
-    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(NULL, 0, 1 << 20, 8, &region));
-    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 0, 8, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(NULL, 0, 1 << 20, 8, 0, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 0, 8, 0, &region));
     EXPECT_TEXT("address");
-    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 1 << 20, 8, NULL));
-    uint64_t address = 77;
-    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(NULL, 0, 8, &address, &region));
-    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, NULL, &region));
-    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, &address, NULL));
-    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 0, &address, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 1 << 20, 8, 0, NULL));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_register_device(agent, 0, 1 << 20, 8, 4, &region));
+    EXPECT_TEXT("access");
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, 4, &address, &region));
+    EXPECT_TEXT("access");
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(NULL, 0, 8, 0, &address, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, 0, NULL, &region));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 8, 0, &address, NULL));
+    EXPECT_STATUS(KVF_INVALID, kvf_region_allocate_device(agent, 0, 0, 0, &address, &region));
     EXPECT_TEXT("len");
     if (status != KVF_OK) {
-        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_region_allocate_device(agent, 0, 8, &address, &region));
+        EXPECT_STATUS(KVF_UNSUPPORTED, kvf_region_allocate_device(agent, 0, 8, 0, &address, &region));
         EXPECT(address == 77);
     }
     EXPECT(region == UNTOUCHED(kvf_region));

@@ -159,28 +159,40 @@ impl Agent {
     }
 
     /// Registers memory of a GPU: of an object that tells of it by DLPack or `__cuda_array_interface__`, which is kept alive until the
-    /// region is deregistered. `device` is the GPU's number, for those that do not tell it.
-    #[pyo3(signature = (memory, *, device = None))]
-    fn register_device(&self, memory: &Bound<'_, PyAny>, device: Option<u32>) -> PyResult<Region> {
+    /// region is deregistered. `device` is the GPU's number, for those that do not tell it. `readable` and `writable` say what peers
+    /// may do.
+    #[pyo3(signature = (memory, *, device = None, readable = true, writable = false))]
+    fn register_device(
+        &self,
+        memory: &Bound<'_, PyAny>,
+        device: Option<u32>,
+        readable: bool,
+        writable: bool,
+    ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
         let lent = Lent::of_object(memory, device)?;
-        lent.register(&self.fabric).map_err(to_python)
+        let region = lent.register(&self.fabric, options(readable, writable));
+        region.map_err(to_python)
     }
 
     /// As `register_address`, of the GPU with this number.
-    #[pyo3(signature = (device, address, len, *, keep = None))]
+    #[pyo3(signature = (device, address, len, *, readable = true, writable = false, keep = None))]
+    #[expect(clippy::too_many_arguments, reason = "named ones, in Python")]
     fn register_device_address(
         &self,
         py: Python<'_>,
         device: u32,
         address: u64,
         len: u64,
+        readable: bool,
+        writable: bool,
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
         let keep = keep.unwrap_or_else(|| py.None());
         let lent = Lent::new(device, address, len, keep);
-        lent.register(&self.fabric).map_err(to_python)
+        let region = lent.register(&self.fabric, options(readable, writable));
+        region.map_err(to_python)
     }
 
     /// What a way is taken to cost in estimates until transfers have shown it.

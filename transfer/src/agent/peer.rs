@@ -371,7 +371,7 @@ impl PeerCore {
         self.links.know(fabrics.iter().map(|fabric| fabric.name()));
         let (left, others): (Vec<usize>, Vec<usize>) =
             (0..fabrics.len()).partition(|&position| self.links.is_left(position));
-        let mut refused = Vec::new();
+        let (mut refused, mut is_reached) = (Vec::new(), false);
         for &position in others.iter().chain(&left) {
             let fabric = &fabrics[position];
             let (name, usable) = (fabric.name(), self.links.usable(position));
@@ -398,7 +398,10 @@ impl PeerCore {
                         self.links.take_back(position);
                         return Ok(channel);
                     }
-                    Some(reason) => reason,
+                    Some(reason) => {
+                        is_reached = true;
+                        reason
+                    }
                 },
                 Err(reason) => reason.to_string(),
             };
@@ -409,6 +412,10 @@ impl PeerCore {
         } else {
             refused.join("; ")
         };
+        if is_reached {
+            let text = format!("no way to peer {:?} does this ({reasons})", self.name);
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
         let text = format!("peer {:?} can't be reached ({reasons})", self.name);
         // Of those that this request wants nothing follows for others.
         if plan.ways.is_empty() {

@@ -77,6 +77,7 @@ impl Way {
 /// Whether RDMA is there; told aloud when it is not. With `KVFABRIC_RDMA` set it must be.
 #[allow(clippy::print_stderr, reason = "a skipped test says so")]
 pub(crate) fn has_rdma() -> bool {
+    tell();
     match Way::Verbs.builder("probe").build() {
         Ok(_) => true,
         Err(error) => {
@@ -85,6 +86,14 @@ pub(crate) fn has_rdma() -> bool {
             false
         }
     }
+}
+
+/// What the crate logs, as `RUST_LOG` says, is printed with the test's own words.
+pub(crate) fn tell() {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter);
+    // Another test of the process may have done so.
+    let _ = lines.with_test_writer().try_init();
 }
 
 /// Any free port of this host.

@@ -243,20 +243,36 @@ class Agent:
         memory is let go when all that share it are deregistered.
         """
 
-    def register_device(self, memory: object, *, device: Optional[int] = None) -> Region:
+    def register_device(
+        self,
+        memory: object,
+        *,
+        device: Optional[int] = None,
+        readable: bool = True,
+        writable: bool = False,
+    ) -> Region:
         """Registers memory of a GPU, and keeps the object alive until the region is deregistered: a
         contiguous array that has `__dlpack__` (torch, CuPy, JAX) or `__cuda_array_interface__`, or a
         DLPack capsule, whose tensor nobody else may take then. `device` is the GPU's number in this
         process for those of the second kind, which do not tell it; 0 otherwise.
 
-        Transfers move it from and to host memory of this agent, and within the GPU; peers cannot
-        reach it. They begin at once: what computes the bytes must be done before. `UnsupportedError`
+        Transfers move it from and to host memory of this agent, and within the GPU; they begin at
+        once: what computes the bytes must be done before. `readable` and `writable` say what peers
+        may do: on the same machine they open it, from others they reach it over network cards, or
+        through host memory of this agent. `UnsupportedError`
         for memory of other devices, without CUDA, and for an agent without `cuda`; `InvalidError`
         for what the driver does not know as memory of this GPU.
         """
 
     def register_device_address(
-        self, device: int, address: int, len: int, *, keep: object = None
+        self,
+        device: int,
+        address: int,
+        len: int,
+        *,
+        readable: bool = True,
+        writable: bool = False,
+        keep: object = None,
     ) -> Region:
         """The same of `len` bytes at `address` of the GPU with this number, which the caller promises
         to leave allocated and mapped until the region is deregistered: `keep` is an object to be kept

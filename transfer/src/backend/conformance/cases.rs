@@ -34,10 +34,10 @@ pub(super) fn sizes(bench: &Bench<'_>) -> Result<Verdict> {
         let place = bench.fixture.place(len)?;
         let bytes = pattern(seed, len);
         memory.write_at(0, &bytes)?;
-        bench.transfer(Write, (&memory, &[(0, len)]), (&place, &[(0, len)]))?;
+        bench.transfer(Write, (&*memory, &[(0, len)]), (&place, &[(0, len)]))?;
         memory.fill_at(0, len, 0)?;
-        bench.transfer(Read, (&memory, &[(0, len)]), (&place, &[(0, len)]))?;
-        expect(&memory, 0, &bytes).map_err(|error| error.at(format!("{len} bytes")))?;
+        bench.transfer(Read, (&*memory, &[(0, len)]), (&place, &[(0, len)]))?;
+        expect(&*memory, 0, &bytes).map_err(|error| error.at(format!("{len} bytes")))?;
     }
     Ok(Verdict::Held)
 }
@@ -59,13 +59,17 @@ pub(super) fn alignment(bench: &Bench<'_>) -> Result<Verdict> {
             let target = [(0, remote), (remote, len)];
             let skip = usize::from(!bench.fixture.writes_whole() || remote == 0);
             let sources = &before[skip..];
-            bench.transfer(Write, (&memory, sources), (&place, &target[skip..]))?;
+            bench.transfer(Write, (&*memory, sources), (&place, &target[skip..]))?;
             memory.fill_at(0, room, 0)?;
-            bench.transfer(Read, (&memory, &[(local, len)]), (&place, &[(remote, len)]))?;
+            bench.transfer(
+                Read,
+                (&*memory, &[(local, len)]),
+                (&place, &[(remote, len)]),
+            )?;
             let at = format!("memory at {local}, place at {remote}");
-            expect(&memory, local, &bytes).map_err(|error| error.at(&at))?;
-            expect(&memory, 0, &vec![0; local as usize]).map_err(|error| error.at(&at))?;
-            expect(&memory, local + len, &[0; 64]).map_err(|error| error.at(&at))?;
+            expect(&*memory, local, &bytes).map_err(|error| error.at(&at))?;
+            expect(&*memory, 0, &vec![0; local as usize]).map_err(|error| error.at(&at))?;
+            expect(&*memory, local + len, &[0; 64]).map_err(|error| error.at(&at))?;
         }
     }
     Ok(Verdict::Held)
@@ -88,23 +92,23 @@ pub(super) fn scattered(bench: &Bench<'_>) -> Result<Verdict> {
         let part = &bytes[(position * len) as usize..((position + 1) * len) as usize];
         memory.write_at(slot(position) * step, part)?;
     }
-    bench.transfer(Write, (&memory, &locals), (&place, &remotes))?;
+    bench.transfer(Write, (&*memory, &locals), (&place, &remotes))?;
     memory.fill_at(0, count * step, 0xee)?;
-    bench.transfer(Read, (&memory, &locals), (&place, &remotes))?;
+    bench.transfer(Read, (&*memory, &locals), (&place, &remotes))?;
     for position in 0..count {
         let part = &bytes[(position * len) as usize..((position + 1) * len) as usize];
         let start = slot(position) * step;
-        expect(&memory, start, part).map_err(|error| error.at(format!("range {position}")))?;
-        expect(&memory, start + len, &vec![0xee; gap as usize])
+        expect(&*memory, start, part).map_err(|error| error.at(format!("range {position}")))?;
+        expect(&*memory, start + len, &vec![0xee; gap as usize])
             .map_err(|error| error.at(format!("the gap after range {position}")))?;
     }
     // Backwards, so that nothing can be merged.
     let reversed: Vec<_> = remotes.iter().rev().copied().collect();
     let forward: Vec<_> = (0..count).map(|position| (position * len, len)).collect();
-    bench.transfer(Read, (&memory, &forward), (&place, &reversed))?;
+    bench.transfer(Read, (&*memory, &forward), (&place, &reversed))?;
     for position in 0..count {
         let from = ((count - 1 - position) * len) as usize;
-        expect(&memory, position * len, &bytes[from..from + len as usize])
+        expect(&*memory, position * len, &bytes[from..from + len as usize])
             .map_err(|error| error.at(format!("reversed range {position}")))?;
     }
     Ok(Verdict::Held)
@@ -121,11 +125,11 @@ pub(super) fn many_descriptors(bench: &Bench<'_>) -> Result<Verdict> {
     for (position, part) in parts() {
         memory.write_at(position * 64, part)?;
     }
-    bench.transfer(Write, (&memory, &locals), (&place, &remotes))?;
+    bench.transfer(Write, (&*memory, &locals), (&place, &remotes))?;
     memory.fill_at(0, count * 64, 0)?;
-    bench.transfer(Read, (&memory, &locals), (&place, &remotes))?;
+    bench.transfer(Read, (&*memory, &locals), (&place, &remotes))?;
     for (position, part) in parts() {
-        expect(&memory, position * 64, part)
+        expect(&*memory, position * 64, part)
             .map_err(|error| error.at(format!("descriptor {position}")))?;
     }
     Ok(Verdict::Held)
@@ -136,7 +140,7 @@ pub(super) fn refusals(bench: &Bench<'_>) -> Result<Verdict> {
     let place = bench.fixture.place(4096)?;
     let options = RequestOptions::default;
     let whole: &[(u64, u64)] = &[(0, 4096)];
-    bench.transfer(Write, (&memory, whole), (&place, whole))?;
+    bench.transfer(Write, (&*memory, whole), (&place, whole))?;
     let mut attempts = vec![
         ("an empty local range", (0, 0), (0, 4096)),
         ("an empty remote range", (0, 4096), (0, 0)),
@@ -149,20 +153,20 @@ pub(super) fn refusals(bench: &Bench<'_>) -> Result<Verdict> {
         attempts.push(("a remote range past the end", (0, 4096), (1, 4096)));
     }
     for (what, local, remote) in attempts {
-        match bench.request(Read, (&memory, &[local]), (&place, &[remote]), options()) {
+        match bench.request(Read, (&*memory, &[local]), (&place, &[remote]), options()) {
             Err(error) if error.kind() == ErrorKind::Invalid => {}
             Err(error) => return Err(error.at(format!("{what} is refused for another reason"))),
             Ok(_) => return Err(broken(format!("{what} is accepted"))),
         }
     }
     let two: &[(u64, u64)] = &[(0, 8), (8, 8)];
-    match bench.request(Read, (&memory, two), (&place, &[(0, 16)]), options()) {
+    match bench.request(Read, (&*memory, two), (&place, &[(0, 16)]), options()) {
         Err(error) if error.kind() == ErrorKind::Invalid => {}
         _ => return Err(broken("two local ranges are paired with one")),
     }
     // Only the store knows how long an object is.
     if place.owner.kind() == MemoryKind::Object {
-        let request = bench.request(Read, (&memory, whole), (&place, &[(1, 4096)]), options())?;
+        let request = bench.request(Read, (&*memory, whole), (&place, &[(1, 4096)]), options())?;
         request.post()?;
         match request.wait(PATIENCE) {
             Err(failed) if failed.kind() == ErrorKind::Corrupt => {}
@@ -187,7 +191,7 @@ pub(super) fn concurrent(bench: &Bench<'_>) -> Result<Verdict> {
             let range: &[(u64, u64)] = &[(position * len, len)];
             let options = RequestOptions::default();
             let request =
-                bench.request(operation, (&memory, range), (place, &[(0, len)]), options)?;
+                bench.request(operation, (&*memory, range), (place, &[(0, len)]), options)?;
             request.post()?;
             requests.push(request);
         }
@@ -198,7 +202,7 @@ pub(super) fn concurrent(bench: &Bench<'_>) -> Result<Verdict> {
             memory.fill_at(0, count * len, 0)?;
         }
     }
-    expect(&memory, 0, &bytes)?;
+    expect(&*memory, 0, &bytes)?;
     Ok(Verdict::Held)
 }
 
@@ -208,8 +212,8 @@ pub(super) fn repost(bench: &Bench<'_>) -> Result<Verdict> {
     let place = bench.fixture.place(len)?;
     let range: &[(u64, u64)] = &[(0, len)];
     let options = RequestOptions::default;
-    let write = bench.request(Write, (&memory, range), (&place, range), options())?;
-    let read = bench.request(Read, (&memory, &[(len, len)]), (&place, range), options())?;
+    let write = bench.request(Write, (&*memory, range), (&place, range), options())?;
+    let read = bench.request(Read, (&*memory, &[(len, len)]), (&place, range), options())?;
     if !matches!(write.poll(), Status::Idle) {
         return Err(broken("a request that was not posted is not idle"));
     }
@@ -220,7 +224,7 @@ pub(super) fn repost(bench: &Bench<'_>) -> Result<Verdict> {
             request.post()?;
             bench.finish(request)?;
         }
-        expect(&memory, len, &bytes).map_err(|error| error.at(format!("post {seed}")))?;
+        expect(&*memory, len, &bytes).map_err(|error| error.at(format!("post {seed}")))?;
     }
     Ok(Verdict::Held)
 }
@@ -241,7 +245,7 @@ pub(super) fn notification(bench: &Bench<'_>) -> Result<Verdict> {
             notification: Some(text.clone()),
             ..Default::default()
         };
-        let request = bench.request(Write, (&memory, range), (&place, range), options)?;
+        let request = bench.request(Write, (&*memory, range), (&place, range), options)?;
         request.post()?;
         let told = peer.take(PATIENCE)?;
         if told.is_empty() {
@@ -274,9 +278,9 @@ pub(super) fn stats(bench: &Bench<'_>) -> Result<Verdict> {
     let range: &[(u64, u64)] = &[(0, len)];
     let before = counters();
     for _ in 0..3 {
-        bench.transfer(Write, (&memory, range), (&place, range))?;
+        bench.transfer(Write, (&*memory, range), (&place, range))?;
     }
-    bench.transfer(Read, (&memory, range), (&place, range))?;
+    bench.transfer(Read, (&*memory, range), (&place, range))?;
     let after = counters();
     let moved = [
         after.bytes_written - before.bytes_written,
@@ -302,7 +306,7 @@ pub(super) fn checksums(bench: &Bench<'_>) -> Result<Verdict> {
         ..RequestOptions::default()
     };
     let apart = [(0, LEN), (LEN, LEN)];
-    let request = match bench.request(Write, (&memory, &apart), (&place, &apart), checked()) {
+    let request = match bench.request(Write, (&*memory, &apart), (&place, &apart), checked()) {
         Err(error) if error.kind() == ErrorKind::Unsupported => {
             return match error.to_string().contains("checksums") {
                 true => Ok(Verdict::DoesNotApply),
@@ -319,7 +323,7 @@ pub(super) fn checksums(bench: &Bench<'_>) -> Result<Verdict> {
             Write => (&apart, &together),
             Read => (&together, &apart),
         };
-        let request = bench.request(operation, (&memory, own), (&place, other), checked())?;
+        let request = bench.request(operation, (&*memory, own), (&place, other), checked())?;
         request.post()?;
         match request.wait(PATIENCE) {
             Err(failed) if failed.kind() == ErrorKind::Corrupt => {

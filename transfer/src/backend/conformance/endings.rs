@@ -17,7 +17,7 @@ pub(super) fn deregister(bench: &Bench<'_>) -> Result<Verdict> {
     let place = bench.fixture.place(LARGE_BYTES)?;
     let range: &[(u64, u64)] = &[(0, LARGE_BYTES)];
     let options = RequestOptions::default();
-    let request = bench.request(Write, (&memory, range), (&place, range), options)?;
+    let request = bench.request(Write, (&*memory, range), (&place, range), options)?;
     request.post()?;
     memory.deregister().wait(PATIENCE)?;
     // The memory is free now, and the request learns of it as well.
@@ -66,7 +66,7 @@ fn given_up(
     for operation in [Write, Read] {
         let request = bench.request(
             operation,
-            (&memory, range),
+            (&*memory, range),
             (&place, range),
             options.clone(),
         )?;
@@ -92,14 +92,14 @@ fn given_up(
         // What drained stays drained: a late byte of the read would differ from this.
         memory.fill_at(0, LARGE_BYTES, 0x55)?;
         round_trip(bench)?;
-        expect(&memory, 0, &vec![0x55; LARGE_BYTES as usize])
+        expect(&*memory, 0, &vec![0x55; LARGE_BYTES as usize])
             .map_err(|error| error.at("after draining"))?;
     }
     memory.write_at(0, &bytes)?;
-    bench.transfer(Write, (&memory, range), (&place, range))?;
+    bench.transfer(Write, (&*memory, range), (&place, range))?;
     memory.fill_at(0, LARGE_BYTES, 0)?;
-    bench.transfer(Read, (&memory, range), (&place, range))?;
-    expect(&memory, 0, &bytes)?;
+    bench.transfer(Read, (&*memory, range), (&place, range))?;
+    expect(&*memory, 0, &bytes)?;
     Ok(Verdict::Held)
 }
 
@@ -107,8 +107,8 @@ fn round_trip(bench: &Bench<'_>) -> Result<()> {
     let memory = bench.memory(4096)?;
     let place = bench.fixture.place(4096)?;
     let range: &[(u64, u64)] = &[(0, 4096)];
-    bench.transfer(Write, (&memory, range), (&place, range))?;
-    bench.transfer(Read, (&memory, range), (&place, range))
+    bench.transfer(Write, (&*memory, range), (&place, range))?;
+    bench.transfer(Read, (&*memory, range), (&place, range))
 }
 
 fn check_fate(request: &Request, failed: &TransferError) -> Result<()> {

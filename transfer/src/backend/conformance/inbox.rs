@@ -6,11 +6,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvcache_core::{ErrorKind, Result};
 
-use super::{Bench, PATIENCE, Place, Receiver, Verdict, broken, expect, pattern};
+use super::{Bench, Memory, PATIENCE, Place, Receiver, Verdict, broken, expect, pattern};
 use crate::agent::{Agent, INBOX_BYTES_MAX, PeerHandle};
 use crate::backend::Operation::{Read, Write};
 use crate::outcome::Status;
-use crate::region::Region;
 use crate::request::{NOTIFICATION_BYTES_MAX, Request, RequestOptions};
 
 /// More notifications than a path has unanswered, in number and in bytes.
@@ -44,11 +43,16 @@ pub(super) fn full(bench: &Bench<'_>) -> Result<Verdict> {
         waiting.push(bench.agent().notify(&handle, numbered(number, len))?);
     }
     for number in SMALL + LARGE..SMALL + LARGE + WRITES {
-        waiting.push(notifying_write(bench, &memory, &place, (number, PATIENCE))?);
+        waiting.push(notifying_write(
+            bench,
+            &*memory,
+            &place,
+            (number, PATIENCE),
+        )?);
     }
     let last = waiting.len() as u64;
     let late = (last, Duration::from_millis(20));
-    let late = notifying_write(bench, &memory, &place, late)?;
+    let late = notifying_write(bench, &*memory, &place, late)?;
     data_goes_on(bench)?;
     expect_failure(&late, ErrorKind::Timeout)?;
     // Every other one is given up, of each kind.
@@ -106,7 +110,7 @@ fn fill(agent: &Agent, peer: &PeerHandle) -> Result<()> {
 
 fn notifying_write(
     bench: &Bench<'_>,
-    memory: &Region,
+    memory: &dyn Memory,
     place: &Place,
     (number, deadline): (u64, Duration),
 ) -> Result<Request> {
@@ -127,10 +131,10 @@ fn data_goes_on(bench: &Bench<'_>) -> Result<()> {
     let range: &[(u64, u64)] = &[(0, WRITE_BYTES)];
     let bytes = pattern(31, WRITE_BYTES);
     memory.write_at(0, &bytes)?;
-    bench.transfer(Write, (&memory, range), (&place, range))?;
+    bench.transfer(Write, (&*memory, range), (&place, range))?;
     memory.fill_at(0, WRITE_BYTES, 0)?;
-    bench.transfer(Read, (&memory, range), (&place, range))?;
-    expect(&memory, 0, &bytes).map_err(|error| error.at("while the inbox is full"))
+    bench.transfer(Read, (&*memory, range), (&place, range))?;
+    expect(&*memory, 0, &bytes).map_err(|error| error.at("while the inbox is full"))
 }
 
 fn expect_failure(request: &Request, kind: ErrorKind) -> Result<()> {

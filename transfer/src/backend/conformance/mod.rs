@@ -17,7 +17,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use crate::agent::{Agent, PeerHandle};
 use crate::backend::Operation;
 use crate::descriptor::{Descriptor, PreparedList, Side};
-use crate::region::{MemoryKind, Region, RegionId, RegionOptions};
+use crate::region::{Deregistration, MemoryKind, Region, RegionId, RegionOptions};
 use crate::request::{Request, RequestOptions};
 use crate::sys::memory::HostMemory;
 
@@ -52,6 +52,40 @@ impl Owned for Region {
 
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
         Region::read_at(self, offset, bytes)
+    }
+}
+
+/// Memory on the side that makes the requests.
+pub trait Memory: Owned {
+    /// Changes what it holds from `offset` on.
+    ///
+    /// # Errors
+    /// As [`Region::write_at`].
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// As [`Region::deregister`].
+    fn deregister(&self) -> Deregistration;
+
+    /// Sets `len` bytes from `offset` on to `value`.
+    ///
+    /// # Errors
+    /// As [`Region::write_at`].
+    fn fill_at(&self, offset: u64, len: u64, value: u8) -> Result<()> {
+        self.write_at(offset, &vec![value; len as usize])
+    }
+}
+
+impl Memory for Region {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        Region::write_at(self, offset, bytes)
+    }
+
+    fn deregister(&self) -> Deregistration {
+        Region::deregister(self)
+    }
+
+    fn fill_at(&self, offset: u64, len: u64, value: u8) -> Result<()> {
+        Region::fill_at(self, offset, len, value)
     }
 }
 
@@ -106,6 +140,16 @@ pub trait Fixture {
     /// # Errors
     /// Whatever keeps it from being made.
     fn place(&self, bytes: u64) -> Result<Place>;
+
+    /// New local memory of `bytes`: of the host, and shareable, so that no backend is left out, unless the fixture has another kind.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being made.
+    fn memory(&self, bytes: u64) -> Result<Box<dyn Memory>> {
+        let memory = HostMemory::shared(bytes)?;
+        let region = self.agent().register(memory, RegionOptions::default())?;
+        Ok(Box::new(region))
+    }
 
     /// Whether a write replaces the whole place, so that its descriptors must cover it from 0 on.
     fn writes_whole(&self) -> bool {
@@ -203,10 +247,8 @@ impl Bench<'_> {
         self.fixture.agent()
     }
 
-    /// Local memory, shareable so that no backend is left out.
-    fn memory(&self, bytes: u64) -> Result<Region> {
-        self.agent()
-            .register(HostMemory::shared(bytes)?, RegionOptions::default())
+    fn memory(&self, bytes: u64) -> Result<Box<dyn Memory>> {
+        self.fixture.memory(bytes)
     }
 
     fn list(&self, place: &Place, ranges: &[(u64, u64)]) -> Result<PreparedList> {
@@ -218,7 +260,7 @@ impl Bench<'_> {
     fn request(
         &self,
         operation: Operation,
-        local: (&Region, &[(u64, u64)]),
+        local: (&dyn Memory, &[(u64, u64)]),
         remote: (&Place, &[(u64, u64)]),
         options: RequestOptions,
     ) -> Result<Request> {
@@ -233,7 +275,7 @@ impl Bench<'_> {
     fn transfer(
         &self,
         operation: Operation,
-        local: (&Region, &[(u64, u64)]),
+        local: (&dyn Memory, &[(u64, u64)]),
         remote: (&Place, &[(u64, u64)]),
     ) -> Result<()> {
         let request = self.request(operation, local, remote, RequestOptions::default())?;
