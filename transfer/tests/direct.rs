@@ -162,6 +162,11 @@ impl conformance::Fixture for Both {
         Ok(conformance::Place { owner, peer })
     }
 
+    /// What stands still on an emulated card would go through host memory.
+    fn ways(&self) -> Vec<String> {
+        vec![self.near.way.name().to_owned()]
+    }
+
     fn memory(&self, bytes: u64) -> Result<Box<dyn conformance::Memory>> {
         Ok(Box::new(self.near.allocated(bytes)))
     }

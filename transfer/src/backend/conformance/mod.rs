@@ -141,6 +141,11 @@ pub trait Fixture {
     /// Whatever keeps it from being made.
     fn place(&self, bytes: u64) -> Result<Place>;
 
+    /// The ways that requests name, where the agent might take others; none if it has no others.
+    fn ways(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// New local memory of `bytes`: of the host, and shareable, so that no backend is left out, unless the fixture has another kind.
     ///
     /// # Errors
@@ -268,6 +273,10 @@ impl Bench<'_> {
             .agent()
             .prepare(Side::Local, &descriptors(local.0.id(), local.1))?;
         let remotes = self.list(remote.0, remote.1)?;
+        let options = RequestOptions {
+            backends: self.fixture.ways(),
+            ..options
+        };
         self.agent().request(operation, &locals, &remotes, options)
     }
 
