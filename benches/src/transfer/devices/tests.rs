@@ -130,8 +130,8 @@ fn every_goal_is_measured() {
     let cli = Cli::try_parse_from(["kv-bench", "--memory", "cuda"]).unwrap();
     let plans = cli.args.plans().unwrap();
     let cases: Vec<_> = plans.iter().map(|plan| plan.case.as_str()).collect();
-    // Three ways, two orders, eleven sizes; each once.
-    assert_eq!(cases.len(), 66);
+    // Five ways, two orders, eleven sizes; each once.
+    assert_eq!(cases.len(), 110);
     for goal in goals().unwrap() {
         let found = cases.iter().filter(|case| **case == goal.case).count();
         assert_eq!(found, 1, "{}", goal.case);
