@@ -1943,8 +1943,9 @@ kvf_status kvf_cuda_probe(uint32_t *device_count_out,
 
 /*
  Registers memory of a GPU that the caller has allocated, by its address on the device, in this process. The driver is asked
- whether all of it is there. Transfers move it from and to host memory of the same agent, and within the GPU; peers cannot reach
- it. They begin at once: what computes the bytes must be done before. Its kvf_region_base is NULL.
+ whether all of it is there. Transfers move it from and to host memory of the same agent, and within the GPU; they begin at once:
+ what computes the bytes must be done before. `access` as in kvf_region_register: peers that may reach it open it on the same
+ machine, and reach it over network cards, or through host memory of this agent. Its kvf_region_base is NULL.
 
  The memory must stay allocated and mapped until kvf_region_deregister or kvf_region_free has answered KVF_OK for the region.
 
@@ -1958,6 +1959,7 @@ kvf_status kvf_region_register_device(const struct kvf_agent *agent,
                                       uint32_t device,
                                       uint64_t address,
                                       uint64_t len,
+                                      uint32_t access,
                                       struct kvf_region **region_out);
 
 /*
@@ -1974,6 +1976,7 @@ kvf_status kvf_region_register_device(const struct kvf_agent *agent,
 kvf_status kvf_region_allocate_device(const struct kvf_agent *agent,
                                       uint32_t device,
                                       uint64_t len,
+                                      uint32_t access,
                                       uint64_t *address_out,
                                       struct kvf_region **region_out);
 

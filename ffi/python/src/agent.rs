@@ -43,10 +43,7 @@ impl Agent {
     /// UCX, which is used if they are given.
     #[new]
     #[pyo3(signature = (name, *, shm = true, tcp = None, cma = None, ucx = None, tcp_advertise = None, allow_peers = None, tcp_congestion = None, prefer = None, copy_threads = None, memcpy = true, tcp_rails = None, tcp_connections = 1, tls = None, verbs = None, look = None, slow_after = Some(2.0), connect_within = 2.0, object_stores = None, cuda = None))]
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "Python's side of a function with named arguments"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "named ones, in Python")]
     fn new(
         py: Python<'_>,
         name: &str,
@@ -158,9 +155,8 @@ impl Agent {
         region.map_err(to_python)
     }
 
-    /// Registers memory of a GPU: of an object that tells of it by DLPack or `__cuda_array_interface__`, which is kept alive until the
-    /// region is deregistered. `device` is the GPU's number, for those that do not tell it. `readable` and `writable` say what peers
-    /// may do.
+    /// As `register`, of memory of a GPU: of an object that tells of it by DLPack or `__cuda_array_interface__`. `device` is the GPU's
+    /// number, for those that do not tell it.
     #[pyo3(signature = (memory, *, device = None, readable = true, writable = false))]
     fn register_device(
         &self,
@@ -171,8 +167,7 @@ impl Agent {
     ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
         let lent = Lent::of_object(memory, device)?;
-        let region = lent.register(&self.fabric, options(readable, writable));
-        region.map_err(to_python)
+        lent.register(&self.fabric, options(readable, writable))
     }
 
     /// As `register_address`, of the GPU with this number.
@@ -189,10 +184,8 @@ impl Agent {
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Region> {
         let _call = enter(&self.fabric.life)?;
-        let keep = keep.unwrap_or_else(|| py.None());
-        let lent = Lent::new(device, address, len, keep);
-        let region = lent.register(&self.fabric, options(readable, writable));
-        region.map_err(to_python)
+        let lent = Lent::new(device, address, len, keep.unwrap_or_else(|| py.None()));
+        lent.register(&self.fabric, options(readable, writable))
     }
 
     /// What a way is taken to cost in estimates until transfers have shown it.

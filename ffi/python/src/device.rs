@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
 use kvfabric::transfer::{self, CudaOptions, DeviceMemory, Fragments, RegionOptions};
-use kvfabric::{Error, ErrorKind, Result};
+use kvfabric::{Error, ErrorKind};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
 
@@ -86,11 +86,12 @@ impl Lent {
     }
 
     /// Registers memory that its caller promises to keep.
-    pub(crate) fn register(self, fabric: &Arc<Fabric>, options: RegionOptions) -> Result<Region> {
+    pub(crate) fn register(self, fabric: &Arc<Fabric>, options: RegionOptions) -> PyResult<Region> {
         // SAFETY: the caller of `Agent.register_device_address` promises that it stays as it is until the region is
         // deregistered; an array's does, because the array is kept alive.
-        let memory = unsafe { DeviceMemory::from_raw(self.ordinal, self.address, self.len) }?;
-        let region = fabric.agent.register_device_with(memory, options)?;
+        let memory = unsafe { DeviceMemory::from_raw(self.ordinal, self.address, self.len) };
+        let registered = memory.and_then(|it| fabric.agent.register_device_with(it, options));
+        let region = registered.map_err(to_python)?;
         Ok(Region::on_device(fabric, region, self.address, self.keep))
     }
 

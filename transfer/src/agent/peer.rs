@@ -393,16 +393,14 @@ impl PeerCore {
                 }
             };
             let reason = match channel {
-                Ok(channel) => match refusal(&*channel, plan) {
-                    None => {
+                Ok(channel) => {
+                    is_reached = true;
+                    let Some(reason) = refusal(&*channel, plan) else {
                         self.links.take_back(position);
                         return Ok(channel);
-                    }
-                    Some(reason) => {
-                        is_reached = true;
-                        reason
-                    }
-                },
+                    };
+                    reason
+                }
                 Err(reason) => reason.to_string(),
             };
             refused.push(format!("{name}: {reason}"));
