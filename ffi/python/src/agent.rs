@@ -155,8 +155,7 @@ impl Agent {
         region.map_err(to_python)
     }
 
-    /// As `register`, of memory of a GPU: of an object that tells of it by DLPack or `__cuda_array_interface__`. `device` is the GPU's
-    /// number, for those that do not tell it.
+    /// As `register`, of memory of a GPU: its number is `device` for objects that do not tell it (`__cuda_array_interface__`).
     #[pyo3(signature = (memory, *, device = None, readable = true, writable = false))]
     fn register_device(
         &self,
