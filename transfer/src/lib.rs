@@ -30,7 +30,9 @@ pub use agent::{
 };
 pub use backend::Operation;
 pub use backend::copy::COPY_THREADS_MAX;
-pub use backend::cuda::{CudaKernels, CudaOptions, DevicePath, Fragments, NumberGroups, RegionAt};
+pub use backend::cuda::{
+    CudaKernels, CudaOptions, DevicePath, Fragments, NumberGroups, RegionAt, Storage,
+};
 pub use backend::file::{Answer, DirectMode, FileEngineMode, FileOptions};
 pub use backend::object::{
     ObjectChecksum, ObjectInfo, ObjectListing, ObjectOptions, ObjectWrite, Secret,
@@ -56,5 +58,6 @@ pub use sys::cuda::{
     CudaCopies, CudaDevice, CudaDirect, CudaPoint, CudaReport, CudaSide, CudaStream, DeviceMemory,
     RemoteWrites, cuda_probe,
 };
+pub use sys::cufile::{StorageBounce, StorageReport, storage_probe};
 pub use sys::fork::Process;
 pub use sys::memory::HostMemory;

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::{Agent, RemoteRegion};
-use crate::backend::Backend;
+use crate::backend::gds::{self, GdsBackend};
+use crate::backend::{Backend, staged};
 use crate::descriptor::Target;
 use crate::plan::Plan;
 use crate::region::{MemoryKind, RegionCore};
 
 /// Backends that reach no peers, and are there without being asked for.
-const OWN_BACKENDS: [&str; 5] = ["memcpy", "file", "object", "cuda", "staged"];
+const OWN_BACKENDS: [&str; 6] = ["memcpy", "file", "object", "cuda", "gds", "staged"];
 
 /// What no device reaches: bytes go there by way of host memory.
 const BEYOND_DEVICES: [MemoryKind; 2] = [MemoryKind::File, MemoryKind::Object];
@@ -69,7 +70,7 @@ impl Agent {
         let is_device =
             |region: &Arc<RegionCore>| region.kind().is_among(&[MemoryKind::ANY_DEVICE]);
         if BEYOND_DEVICES.iter().any(is_beyond) && locals(&plan.local).any(is_device) {
-            return Ok(self.staged_backend()?);
+            return self.beyond_devices(plan);
         }
         match unmoved(&plan.local, chosen.capabilities().local) {
             None => Ok(chosen),
@@ -77,6 +78,22 @@ impl Agent {
                 ErrorKind::Unsupported,
                 format!("{} {reason}", chosen.name()),
             )),
+        }
+    }
+
+    /// Who moves bytes between devices and files or objects: the devices' drives themselves, where that is asked for and goes; or host
+    /// memory is between.
+    fn beyond_devices(&self, plan: &Plan) -> Result<Arc<dyn Backend>> {
+        let refused = match GdsBackend::of(self.core()) {
+            Ok(gds) => match gds.declines(plan) {
+                None => return Ok(gds),
+                Some(reason) => Error::new(ErrorKind::Unsupported, format!("gds: {reason}")),
+            },
+            Err(error) => error,
+        };
+        match plan.wants(gds::NAME) && !plan.wants(staged::NAME) {
+            true => Err(refused),
+            false => Ok(self.staged_backend()?),
         }
     }
 

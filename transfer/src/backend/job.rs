@@ -24,7 +24,7 @@ enum Holder {
 }
 
 /// A part of another backend's job, which notifies nobody.
-pub(crate) trait Leg: Send {
+pub(crate) trait Leg: Send + Sync {
     /// What to move.
     fn plan(&self) -> &Arc<Plan>;
     /// Who goes first.

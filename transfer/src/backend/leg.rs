@@ -28,7 +28,8 @@ pub(crate) struct Control {
 /// What somebody holds of a job while they may touch its memory.
 pub(crate) struct Holding {
     busy: OwnedRwLockReadGuard<()>,
-    keep: Box<dyn Any + Send>,
+    /// Only dropped; locked so that threads may share what holds this.
+    keep: Mutex<Box<dyn Any + Send>>,
 }
 
 impl Control {
@@ -57,7 +58,7 @@ impl Control {
         let busy = self.busy.clone().try_read_owned();
         Ok(Holding {
             busy: busy.map_err(|_| super::abandoned())?,
-            keep: Box::new(keep),
+            keep: Mutex::new(Box::new(keep)),
         })
     }
 

@@ -19,6 +19,7 @@ pub mod cuda;
 pub(crate) mod direct;
 mod far_sums;
 pub mod file;
+pub(crate) mod gds;
 mod giving_way;
 pub(crate) mod job;
 mod late;
@@ -120,6 +121,12 @@ pub(crate) trait Backend: Send + Sync {
     fn how(&self, plan: &Plan) -> String {
         let _ = plan;
         String::new()
+    }
+
+    /// Backends that would go before this one for a plan, each with what kept it from being chosen.
+    fn passed_over(&self, plan: &Plan) -> Vec<(&'static str, String)> {
+        let _ = plan;
+        Vec::new()
     }
 
     /// Starts the job, or refuses it with `job.refuse(error)`: then nothing has been started.

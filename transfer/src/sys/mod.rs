@@ -1,6 +1,7 @@
 //! The operating system, behind safe functions: the only place of this crate, with the backends, that has `unsafe`.
 
 pub(crate) mod cuda;
+pub(crate) mod cufile;
 pub(crate) mod fork;
 pub(crate) mod host;
 pub(crate) mod memory;

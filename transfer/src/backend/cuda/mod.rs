@@ -19,6 +19,7 @@ mod tests;
 mod worker;
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvcache_core::{Error, ErrorKind, Result};
@@ -28,10 +29,11 @@ use crate::agent::{Agent, AgentCore};
 use crate::plan::Plan;
 use crate::region::{External, MemoryKind, Region, RegionCore, RegionOptions};
 use crate::sys::cuda::{Cuda, DeviceMemory, Gpu};
+use crate::sys::cufile::Cufile;
 
 pub use compute::{CudaKernels, NumberGroups, RegionAt};
 use lane::Lane;
-pub use options::{CudaOptions, Fragments};
+pub use options::{CudaOptions, Fragments, Storage};
 use pins::Pins;
 
 /// The name in reports and statistics.
@@ -223,6 +225,15 @@ impl External for DeviceTarget {
 impl Agent {
     /// Has this agent use CUDA, by this driver, before it knows peers.
     pub(crate) fn start_cuda(&self, options: CudaOptions, cuda: &Cuda) -> Result<()> {
+        options.check()?;
+        if let (true, Some(threads)) = (
+            options.storage != Storage::Staged,
+            NonZeroU32::new(options.storage_threads),
+        ) {
+            // Opened when a request could use it.
+            Cufile::library()?;
+            self.start_gds(options.storage, threads, None)?;
+        }
         let started = self.core().extension(|| {
             let peers = options.peers;
             let backend = Arc::new(CudaBackend::start(options, cuda)?);

@@ -12,6 +12,9 @@ const STAGING_BYTES_MAX: u64 = 1 << 30;
 /// The longest [`CudaOptions::polling`].
 const POLLING_MAX: Duration = Duration::from_millis(10);
 
+/// The most [`CudaOptions::storage_threads`].
+const STORAGE_THREADS_MAX: u32 = 256;
+
 /// How an agent uses CUDA devices ([`AgentBuilder::cuda`](crate::AgentBuilder::cuda)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
@@ -32,6 +35,23 @@ pub struct CudaOptions {
     /// Whether peers of this machine reach memory of devices that is exported to them, and this agent theirs: each process opens the
     /// other's memory, and its device copies. Default: yes.
     pub peers: bool,
+    /// How bytes go between memory of devices and files. Default: through pinned host memory.
+    pub storage: Storage,
+    /// Threads that wait in cuFile, where that is used: as many of its calls of up to 4 MiB are under way. 1 to 256; default: 16.
+    pub storage_threads: u32,
+}
+
+/// How bytes go between memory of devices and files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// Through pinned host memory of the agent; cuFile is not looked for.
+    #[default]
+    Staged,
+    /// By cuFile (GPUDirect Storage) where it moves them without a copy in host memory, and says so: its compatibility mode has to be
+    /// switched off for that. Through pinned host memory elsewhere; [`Estimate::refused`](crate::Estimate::refused) has the reason.
+    Direct,
+    /// By cuFile wherever it takes a file, also where it may take the bytes through host memory of its own.
+    Cufile,
 }
 
 /// Who copies ranges that are too small for the driver's copies to be fast.
@@ -62,6 +82,8 @@ impl Default for CudaOptions {
             polling: Duration::from_micros(20),
             fragments: Fragments::Copies,
             peers: true,
+            storage: Storage::Staged,
+            storage_threads: 16,
         }
     }
 }
@@ -79,6 +101,11 @@ impl CudaOptions {
         if !(least..=most).contains(&bytes) || !bytes.is_multiple_of(CHUNK_BYTES) {
             let allowed = format!("a multiple of {CHUNK_BYTES} from {least} to {most}");
             return Err(Error::invalid("cuda window bytes", bytes, allowed));
+        }
+        let threads = self.storage_threads;
+        if !(1..=STORAGE_THREADS_MAX).contains(&threads) {
+            let allowed = 1..=STORAGE_THREADS_MAX;
+            return Err(Error::invalid("cuda storage threads", threads, allowed));
         }
         if self.polling > POLLING_MAX {
             let allowed = format!("up to {POLLING_MAX:?}");

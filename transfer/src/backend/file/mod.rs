@@ -14,14 +14,16 @@ mod tests;
 mod uring;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::gds::Stored;
 use super::{Backend, Capabilities, Job, Refusal};
 use crate::agent::Agent;
-use crate::region::{External, MemoryKind, Region};
+use crate::region::{External, MemoryKind, Region, RegionCore};
 use crate::request::Priority;
+use crate::sys::cufile::Cufile;
 
 use answer::Reply;
 use blocking::Blocking;
@@ -151,9 +153,40 @@ impl Backend for FileBackend {
 pub(crate) struct FileTarget {
     file: Arc<OpenFile>,
     backend: Arc<FileBackend>,
+    /// As cuFile knows it, once it was asked.
+    stored: OnceLock<Result<Stored, String>>,
 }
 
 impl FileTarget {
+    /// What cuFile makes of it, asked once.
+    ///
+    /// # Errors
+    /// Why it does not take it.
+    pub(crate) fn stored(&self, cufile: &Arc<Cufile>) -> Result<&Stored, String> {
+        let known = self.stored.get_or_init(|| {
+            let (fd, alignment) = self.file.another_direct()?;
+            Stored::new(cufile, fd, alignment)
+        });
+        known.as_ref().map_err(Clone::clone)
+    }
+
+    /// cuFile itself has failed: it is not asked any more.
+    pub(crate) fn give_up(&self, reason: &str) {
+        if let Some(Ok(stored)) = self.stored.get() {
+            tracing::warn!(path = %self.file.path().display(), reason, "cuFile is not used for a file any more");
+            stored.give_up(reason);
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Whether writes are refused.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.file.is_read_only()
+    }
+
     /// Brings everything that was written before, and its metadata as far as needed to read it, to the device.
     ///
     /// # Errors
@@ -216,7 +249,11 @@ impl Agent {
         self.core().check()?;
         let backend = self.file_backend(FileEngineMode::Auto)?;
         let file = Arc::new(OpenFile::open(path.as_ref(), options)?);
-        self.register_external(Arc::new(FileTarget { file, backend }))
+        self.register_external(Arc::new(FileTarget {
+            file,
+            backend,
+            stored: OnceLock::new(),
+        }))
     }
 
     /// Starts the file engine in this mode, unless it runs already; says how it talks to the kernel, and why.
@@ -240,13 +277,15 @@ impl Agent {
     }
 }
 
+/// The file that a region is, if it is one.
+pub(crate) fn target_of(region: &RegionCore) -> Option<&FileTarget> {
+    let any: &dyn std::any::Any = &**region.external()?;
+    any.downcast_ref::<FileTarget>()
+}
+
 impl Region {
     fn file(&self) -> Result<&FileTarget> {
-        let target = self.core().external().and_then(|external| {
-            let any: &dyn std::any::Any = &**external;
-            any.downcast_ref::<FileTarget>()
-        });
-        target.ok_or_else(|| {
+        target_of(self.core()).ok_or_else(|| {
             let text = format!("region {} is no file but {:?}", self.id(), self.kind());
             Error::new(ErrorKind::Unsupported, text)
         })

@@ -2,7 +2,7 @@
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -192,6 +192,18 @@ impl OpenFile {
         self.direct
             .as_ref()
             .map_or(1, |direct| direct.memory_alignment as usize)
+    }
+
+    /// A handle for direct I/O of somebody else's, and what offsets must be aligned to there, in bytes.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(super) fn another_direct(&self) -> Result<(OwnedFd, u64), String> {
+        let Some(direct) = &self.direct else {
+            return Err(self.direct_report());
+        };
+        let file = direct.file.try_clone().map_err(|error| error.to_string())?;
+        Ok((file.into(), direct.offset_alignment))
     }
 
     /// The file descriptor of a route.

@@ -20,6 +20,7 @@ use kvcache_core::{Error, ErrorKind, Result};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 
+use super::gds::{self, GdsBackend};
 use super::leg::{self, Control};
 use super::{Backend, Capabilities, Job, Operation, Refusal, abandoned, cuda};
 use crate::agent::{Agent, AgentCore};
@@ -44,6 +45,8 @@ const PIECES_MAX: usize = 16;
 pub(crate) struct StagedBackend {
     capabilities: Capabilities,
     stage: Arc<Stage>,
+    /// What goes before it for files, if the agent has that.
+    gds: Option<Arc<GdsBackend>>,
     /// Taken when dropped: a runtime may not be dropped where somebody else's runtime drives us.
     runtime: Option<Runtime>,
     handle: Handle,
@@ -52,7 +55,7 @@ pub(crate) struct StagedBackend {
 }
 
 impl StagedBackend {
-    fn start(cuda: &Arc<cuda::CudaBackend>) -> Result<Self> {
+    fn start(cuda: &Arc<cuda::CudaBackend>, gds: Option<Arc<GdsBackend>>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("kvf-staged")
@@ -66,6 +69,7 @@ impl StagedBackend {
                 checksums: false,
             },
             stage: Arc::new(Stage::new(cuda)),
+            gds,
             handle: runtime.handle().clone(),
             runtime: Some(runtime),
             reaped: watch::Sender::new(0),
@@ -116,6 +120,14 @@ impl Backend for StagedBackend {
         self.stage.detail(plan, other)
     }
 
+    fn passed_over(&self, plan: &Plan) -> Vec<(&'static str, String)> {
+        let declined = self.gds.as_ref().and_then(|gds| gds.declines(plan));
+        declined
+            .map(|reason| (gds::NAME, reason))
+            .into_iter()
+            .collect()
+    }
+
     fn post(&self, job: Job) -> Result<(), Refusal> {
         match engine(job.plan()) {
             Ok(engine) => self.begin(job, Other::Own(engine)),
@@ -133,7 +145,8 @@ impl StagedBackend {
     /// The one of an agent, started with the first request for it.
     pub(super) fn of(agent: &AgentCore) -> Result<Arc<Self>> {
         let cuda = cuda::CudaBackend::of(agent)?;
-        agent.extension(|| Self::start(&cuda))
+        let gds = GdsBackend::of(agent).ok();
+        agent.extension(|| Self::start(&cuda, gds))
     }
 
     fn stage(&self) -> &Stage {

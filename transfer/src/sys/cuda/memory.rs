@@ -208,6 +208,11 @@ impl DeviceMemory {
         &self.gpu
     }
 
+    /// Which allocation it is, by the driver's count.
+    pub(crate) fn buffer(&self) -> u64 {
+        self.buffer
+    }
+
     /// The address of `offset`, after checking that `len` bytes lie there.
     pub(crate) fn at(&self, offset: u64, len: u64) -> Result<u64> {
         match offset.checked_add(len) {
