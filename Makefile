@@ -35,6 +35,7 @@ test-rust: setup ## Unit, property, conformance, simulation and integration test
 	$(STEP) "build the programs" $(CARGO) build --bins
 	$(STEP) "rust tests" env KVFABRIC_PYTHON='$(VENV)/bin/python' KVFABRIC_S3_SERVER='$(S3_SERVER)' $(CARGO) test --workspace --exclude kvfabric-python
 	$(STEP) "a newer UCX" env CACHE='$(CACHE)' VENV='$(VENV)' scripts/test-ucx
+	$(STEP) "cuFile" env CACHE='$(CACHE)' VENV='$(VENV)' scripts/test-cufile
 
 test-sanitize: ## The tests of `transfer`, the node and the C ABI under AddressSanitizer; builds all it needs anew
 	$(STEP) "AddressSanitizer" scripts/sanitize

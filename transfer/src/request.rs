@@ -233,11 +233,7 @@ impl Request {
         self.agent.check()?;
         let plan = &self.core.plan;
         let (backend, detail, refused) = match &self.route {
-            Route::Own(backend) => (
-                backend.name(),
-                backend.how(plan),
-                backend.passed_over(plan),
-            ),
+            Route::Own(backend) => (backend.name(), backend.how(plan), backend.passed_over(plan)),
             Route::Peer(peer) => {
                 let report = peer.report_for(&self.agent, plan)?;
                 (report.backend.unwrap_or("none"), report.why, report.refused)

@@ -19,6 +19,9 @@ fn the_binding_is_what_the_headers_say() {
         constants: &["UCP_", "UCS_"],
         unions: &[],
         package: "libucx-dev",
+        folders: Vec::new(),
+        more: String::new(),
+        least: 150,
     };
     headers.agree(
         "offset_of!(ucp_params, features) - 8usize",

@@ -19,6 +19,9 @@ fn the_binding_is_what_the_headers_say() {
         constants: &["IBV_"],
         unions: &["ibv_gid"],
         package: "libibverbs-dev",
+        folders: Vec::new(),
+        more: String::new(),
+        least: 150,
     };
     headers.agree(
         "offset_of!(ibv_send_wr, opcode) - 28usize",

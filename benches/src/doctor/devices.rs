@@ -189,7 +189,7 @@ fn modules(machine: &Machine) -> Vec<Finding> {
             &["nvidia_fs"][..],
             "gpu: memory for drives",
             has(Kind::Nvme),
-            "costs a copy through host memory for each block between a drive and a GPU: nvidia_fs (GPUDirect Storage)",
+            "costs a copy through host memory for each block between a drive and a GPU: nvidia_fs (GPUDirect Storage), or PCI P2PDMA of kernel and driver",
         ),
     ];
     let wanted = rows.into_iter().filter(|(_, _, is_of_use, _)| *is_of_use);

@@ -4,6 +4,7 @@ mod devices;
 mod gpus;
 mod nvlink;
 mod paths;
+mod storage;
 mod system;
 
 use std::path::PathBuf;

@@ -47,6 +47,7 @@ pub(super) fn look(folder: &Path) -> Vec<Finding> {
         &read("/proc/driver/nvidia/version"),
         &ports,
     ));
+    findings.push(super::storage::look());
     findings
 }
 

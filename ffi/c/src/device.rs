@@ -4,7 +4,9 @@ use std::ffi::c_char;
 use std::fmt::Write;
 use std::mem::offset_of;
 
-use kvfabric::transfer::{CudaOptions, CudaReport, DeviceMemory, Fragments, cuda_probe};
+use kvfabric::transfer::{
+    CudaOptions, CudaReport, DeviceMemory, Fragments, Storage, cuda_probe,
+};
 use kvfabric::{Error, Result};
 
 use crate::agent::kvf_agent;
@@ -37,7 +39,18 @@ pub struct kvf_cuda_options {
     /// Bytes of pinned memory for each device through which transfers with files, objects and peers go: a multiple of 1 MiB, from
     /// 2 MiB to 1 GiB; 0: 16 MiB.
     pub window_bytes: u64,
+    /// How bytes go between memory of devices and files. 0: through pinned host memory; KVF_STORAGE_DIRECT: by cuFile (GPUDirect
+    /// Storage) where it says that no copy of them is in host memory, which takes that its compatibility mode is off, and as for 0
+    /// elsewhere; KVF_STORAGE_CUFILE: by cuFile wherever it takes a file, also where it may take them through host memory.
+    pub storage: u32,
+    /// Threads that wait in cuFile, where that is used, at most 256; 0: 16.
+    pub storage_threads: u32,
 }
+
+/// By cuFile where that goes past host memory ([`kvf_cuda_options::storage`]).
+pub const KVF_STORAGE_DIRECT: u32 = 1;
+/// By cuFile wherever it takes a file ([`kvf_cuda_options::storage`]).
+pub const KVF_STORAGE_CUFILE: u32 = 2;
 
 /// What is faster is measured ([`kvf_cuda_options::fragments_bytes`]).
 pub const KVF_MEASURED: u32 = 0xFFFF_FFFF;
@@ -62,6 +75,19 @@ pub(crate) unsafe fn cuda_options(options: *const kvf_cuda_options) -> Result<Op
             window_bytes: or(options.window_bytes, default.window_bytes),
             peers: !parse_flag(options.no_peers, "kvf_cuda_options.no_peers")?,
             polling: microseconds(options.polling_us, default.polling),
+            storage: match options.storage {
+                0 => Storage::Staged,
+                KVF_STORAGE_DIRECT => Storage::Direct,
+                KVF_STORAGE_CUFILE => Storage::Cufile,
+                other => {
+                    let accepted = 0..=KVF_STORAGE_CUFILE;
+                    return Err(Error::invalid("kvf_cuda_options.storage", other, accepted));
+                }
+            },
+            storage_threads: match options.storage_threads {
+                0 => default.storage_threads,
+                threads => threads,
+            },
             fragments: match options.fragments_bytes {
                 0 => Fragments::Copies,
                 KVF_MEASURED => Fragments::Measured,

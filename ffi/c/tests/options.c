@@ -252,6 +252,12 @@ static void devices_are_told_how(void)
     refused(&options, KVF_INVALID, "kvf_cuda_options");
     cuda = (struct kvf_cuda_options){.size = sizeof cuda, .no_peers = 2};
     refused(&options, KVF_INVALID, "kvf_cuda_options.no_peers");
+    cuda = (struct kvf_cuda_options){.size = sizeof cuda, .storage = KVF_STORAGE_CUFILE + 1};
+    refused(&options, KVF_INVALID, "kvf_cuda_options.storage");
+    /* A caller that was built before the last options has all of them zero, whatever lies there. */
+    cuda.size = offsetof(struct kvf_cuda_options, storage);
+    cuda.no_peers = 2;
+    refused(&options, KVF_INVALID, "kvf_cuda_options.no_peers");
     cuda = (struct kvf_cuda_options){
         .size = sizeof cuda,
         .polling_us = KVF_OFF,

@@ -2,16 +2,18 @@
 
 use std::time::Duration;
 
-use kvcache_core::Result;
+use kvcache_core::{Error, Result};
 use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::{ObjectChecksum, ObjectOptions};
-use kvfabric_transfer::{Agent, CudaOptions, Priority, TlsOptions, UcxOptions, VerbsOptions};
+use kvfabric_transfer::{
+    Agent, CudaOptions, Priority, Storage, TlsOptions, UcxOptions, VerbsOptions,
+};
 
 use crate::blocks::Describer;
 use crate::config::{
-    EngineSection, FabricSection, NodeConfig, OBJECT_STORE, ObjectChecksumSetting,
+    EngineSection, FabricSection, NodeConfig, OBJECT_STORE, ObjectChecksumSetting, StorageSetting,
 };
 use crate::names::Names;
 
@@ -59,7 +61,7 @@ pub(crate) fn agent(config: &NodeConfig) -> Result<Agent> {
     if config.fabric.verbs {
         builder = builder.verbs(Some(verbs_options(&config.fabric)));
     }
-    builder = builder.cuda(config.fabric.cuda.then(CudaOptions::default));
+    builder = builder.cuda(cuda_options(&config.fabric)?);
     if let Some(object) = &config.object {
         let mut options = ObjectOptions {
             allow_http: object.allow_http,
@@ -110,4 +112,23 @@ fn verbs_options(fabric: &FabricSection) -> VerbsOptions {
         retries: fabric.verbs_retries,
         polling: Duration::from_micros(fabric.verbs_polling_us),
     }
+}
+
+/// # Errors
+/// `Invalid` for settings of memory of GPUs without it.
+fn cuda_options(fabric: &FabricSection) -> Result<Option<CudaOptions>> {
+    let storage = match fabric.cuda_storage {
+        StorageSetting::Staged => Storage::Staged,
+        StorageSetting::Direct => Storage::Direct,
+        StorageSetting::Cufile => Storage::Cufile,
+    };
+    if !fabric.cuda && storage != Storage::Staged {
+        let accepted = "\"staged\" without fabric.cuda";
+        let value = format!("{storage:?}").to_lowercase();
+        return Err(Error::invalid("fabric.cuda_storage", value, accepted));
+    }
+    Ok(fabric.cuda.then(|| CudaOptions {
+        storage,
+        ..CudaOptions::default()
+    }))
 }

@@ -128,6 +128,7 @@ fn a_node_moves_bytes_as_fast_and_as_its_configuration_says() {
     }
     for (key, value, words) in [
         ("fabric.bytes_per_second", "0", "fabric.bytes_per_second"),
+        ("fabric.cuda_storage", "direct", "fabric.cuda_storage"),
         (
             "fabric.background_bytes_per_second",
             "0",

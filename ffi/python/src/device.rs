@@ -3,7 +3,9 @@
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
-use kvfabric::transfer::{self, CudaOptions, DeviceMemory, Fragments, RegionOptions};
+use kvfabric::transfer::{
+    self, CudaOptions, DeviceMemory, Fragments, RegionOptions, Storage,
+};
 use kvfabric::{Error, ErrorKind};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
@@ -31,6 +33,8 @@ pub(crate) struct Cuda {
     fragments: Small,
     window_bytes: u64,
     peers: bool,
+    storage: String,
+    storage_threads: u32,
 }
 
 /// Which ranges a kernel copies: none, those up to so many bytes, or what is measured.
@@ -63,6 +67,16 @@ impl Cuda {
             peers: self.peers,
             polling: parse_timeout(self.polling)?,
             fragments: self.fragments.parse()?,
+            storage: match &*self.storage {
+                "staged" => Storage::Staged,
+                "direct" => Storage::Direct,
+                "cufile" => Storage::Cufile,
+                other => {
+                    let accepted = "\"staged\", \"direct\" or \"cufile\"";
+                    return Err(invalid("cuda.storage", format!("{other:?}"), accepted));
+                }
+            },
+            storage_threads: self.storage_threads,
         })
     }
 }

@@ -150,6 +150,8 @@ def test_an_object_that_was_refused_is_let_go():
 def test_options_are_checked():
     with pytest.raises(kvfabric.InvalidError, match="timeout"):
         kvfabric.Agent("device", cuda=kvfabric.Cuda(polling=-1.0))
+    with pytest.raises(kvfabric.InvalidError, match="cuda.storage"):
+        kvfabric.Agent("device", cuda=kvfabric.Cuda(storage="fast"))
 
 
 @pytest.mark.skipif(REPORT is None, reason="NO GPU HERE: memory of devices is not moved")

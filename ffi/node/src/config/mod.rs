@@ -21,7 +21,7 @@ pub use load::Overrides;
 use sections::default_lookup_deadline_ms;
 pub use sections::{
     DirectSetting, DiskEngineSetting, DiskSection, EngineSection, FabricSection, HostSection,
-    IndexSection, ObjectChecksumSetting, ObjectSection, ShardSection,
+    IndexSection, ObjectChecksumSetting, ObjectSection, ShardSection, StorageSetting,
 };
 
 /// Environment variables that override the file begin so; `__` stands between a table and its key, as in

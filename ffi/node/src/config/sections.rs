@@ -215,6 +215,21 @@ pub struct FabricSection {
     /// Copies from and to memory of GPUs that the engine registers with the node's agent, by the CUDA driver, which must be in the
     /// system then.
     pub cuda: bool,
+    /// How bytes go between that memory and files.
+    pub cuda_storage: StorageSetting,
+}
+
+/// How bytes go between memory of GPUs and files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StorageSetting {
+    /// Through pinned host memory.
+    #[default]
+    Staged,
+    /// By cuFile where that goes past host memory.
+    Direct,
+    /// By cuFile wherever it takes a file.
+    Cufile,
 }
 
 impl Default for FabricSection {
@@ -248,6 +263,7 @@ impl Default for FabricSection {
             verbs_retries: verbs.retries,
             verbs_polling_us: verbs.polling.as_micros() as u64,
             cuda: false,
+            cuda_storage: StorageSetting::Staged,
         }
     }
 }

@@ -86,6 +86,13 @@ class Cuda(NamedTuple):
     peers: bool = True
     """Whether peers of this machine open memory of devices that is exported to them, and this agent
     theirs; devices copy then."""
+    storage: str = "staged"
+    """How bytes go between memory of devices and files. "staged": through pinned host memory;
+    "direct": by cuFile (GPUDirect Storage) where it says that no copy of them is in host memory, which
+    takes that its compatibility mode is off, and staged elsewhere; "cufile": by cuFile wherever it takes
+    a file, also where it may take them through host memory."""
+    storage_threads: int = 16
+    """Threads that wait in cuFile, where that is used, at most 256."""
 
 
 class CudaDevice(NamedTuple):

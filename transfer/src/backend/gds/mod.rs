@@ -168,7 +168,9 @@ impl GdsBackend {
 
     /// Why it does not move a plan; none if it does. Opens cuFile, and makes files and memory known to it.
     pub(crate) fn declines(&self, plan: &Plan) -> Option<String> {
-        self.places(plan).err().map(|error| error.context().to_owned())
+        self.places(plan)
+            .err()
+            .map(|error| error.context().to_owned())
     }
 
     /// Files and memory of a plan as cuFile knows them.
@@ -208,7 +210,9 @@ fn file(target: &Target) -> Result<&FileTarget> {
 fn local(target: &Target) -> Result<&Arc<RegionCore>> {
     let reason = match target {
         Target::Local(region) if region.device().is_some() => return Ok(region),
-        Target::Local(region) => format!("does not move {} (region {})", region.kind(), region.id()),
+        Target::Local(region) => {
+            format!("does not move {} (region {})", region.kind(), region.id())
+        }
         Target::Remote(region) => format!("region {} is a peer's", region.id),
     };
     Err(Error::new(ErrorKind::Unsupported, reason))
@@ -216,12 +220,7 @@ fn local(target: &Target) -> Result<&Arc<RegionCore>> {
 
 fn seat(file: &FileTarget, cufile: &Arc<Cufile>) -> Result<Seat> {
     let path = file.path().display();
-    let refused = |reason: &str| {
-        Error::new(
-            ErrorKind::Unsupported,
-            format!("{path}: {reason}"),
-        )
-    };
+    let refused = |reason: &str| Error::new(ErrorKind::Unsupported, format!("{path}: {reason}"));
     let stored = file.stored(cufile).map_err(|reason| refused(&reason))?;
     match stored.failed.get() {
         Some(reason) => Err(refused(reason)),

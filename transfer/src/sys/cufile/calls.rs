@@ -17,7 +17,8 @@ pub(crate) struct Code {
 
 impl Code {
     pub(crate) const ALREADY_OPEN: i32 = ffi::CU_FILE_DRIVER_ALREADY_OPEN;
-    pub(crate) const MEMORY_ALREADY_REGISTERED: Self = Self::new(ffi::CU_FILE_MEMORY_ALREADY_REGISTERED);
+    pub(crate) const MEMORY_ALREADY_REGISTERED: Self =
+        Self::new(ffi::CU_FILE_MEMORY_ALREADY_REGISTERED);
 
     pub(crate) const fn new(error: i32) -> Self {
         Self { error, cuda: 0 }

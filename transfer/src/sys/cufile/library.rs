@@ -118,9 +118,7 @@ impl CufileCalls for Libcufile {
         descriptor.handle.fd = fd;
         let mut file = std::ptr::null_mut();
         // SAFETY: both are writable, the descriptor is open by the caller's promise, and no operations of a file system are named.
-        answer(unsafe {
-            (self.table.cuFileHandleRegister)(&raw mut file, &raw mut descriptor)
-        })?;
+        answer(unsafe { (self.table.cuFileHandleRegister)(&raw mut file, &raw mut descriptor) })?;
         Ok(Handle(file))
     }
 

@@ -17,7 +17,7 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use calls::{CufileCalls, Failure};
+pub(crate) use calls::Failure;
 pub(crate) use memory::{CufileFile, CufileMemory};
 pub(crate) use report::Cufile;
 pub use report::{StorageBounce, StorageReport, storage_probe};

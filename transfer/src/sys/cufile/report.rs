@@ -154,12 +154,15 @@ impl Cufile {
     /// # Errors
     /// [`ErrorKind::Unsupported`] with what it says.
     pub(crate) fn open(calls: Arc<dyn CufileCalls>) -> Result<Arc<Self>> {
-        let failed = |doing: &str, code: Code| {
-            unsupported(format!("cuFile: {doing}: {}", code.words()))
-        };
+        let failed =
+            |doing: &str, code: Code| unsupported(format!("cuFile: {doing}: {}", code.words()));
         match calls.open() {
             // By somebody else in this process.
-            Ok(()) | Err(Code { error: Code::ALREADY_OPEN, .. }) => {}
+            Ok(())
+            | Err(Code {
+                error: Code::ALREADY_OPEN,
+                ..
+            }) => {}
             Err(code) => return Err(failed("open", code)),
         }
         let properties = calls

@@ -83,6 +83,16 @@ impl Fake {
         (state.direct.flushes, state.direct.ordering) = (flushes, ordering);
     }
 
+    /// A drive reads or writes memory by a call that wants a current context: whether all of it is there.
+    pub(crate) fn is_reached(&self, call: &'static str, address: u64, bytes: u64) -> bool {
+        let mut state = self.lock();
+        if state.begin_in(call).is_err() {
+            return false;
+        }
+        let found = state.memory.range(..=address).next_back();
+        found.is_some_and(|(start, memory)| address + bytes <= start + memory.backing.len())
+    }
+
     /// Whether copies with memory at this address are waited for.
     pub(crate) fn is_synchronized(&self, address: u64) -> bool {
         self.lock().direct.synchronized.contains(&address)
