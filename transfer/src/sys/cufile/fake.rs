@@ -161,6 +161,12 @@ impl FakeCufile {
         self.lock().under_way_max
     }
 
+    /// Files that calls are under way with.
+    pub(crate) fn files_in_use(&self) -> usize {
+        let state = self.lock();
+        state.files.values().filter(|known| known.users > 0).count()
+    }
+
     /// Files and ranges of memory that are registered.
     pub(crate) fn registered(&self) -> (usize, usize) {
         let state = self.lock();

@@ -167,6 +167,7 @@ fn memory_that_cannot_be_pinned_is_copied_once_more_within_the_gpu() {
     );
     bed.moved_by("gds", Read, &[pair]);
     assert_eq!(bed.cufile.registered(), (1, 0));
+    drop((device, file));
     bed.end();
 }
 
