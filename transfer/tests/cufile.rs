@@ -25,7 +25,10 @@ fn what_there_is_of_cufile_is_said() {
             let is_of_library = error.context().starts_with("no cuFile in this system: ");
             match std::env::var_os("KVFABRIC_CUFILE") {
                 Some(_) => assert_eq!(error.context(), of_cuda.context()),
-                None => assert!(is_of_library || error.context() == of_cuda.context(), "{error}"),
+                None => assert!(
+                    is_of_library || error.context() == of_cuda.context(),
+                    "{error}"
+                ),
             }
             assert!(!folder.path().join("cufile.log").exists());
             // An agent says first that there is no CUDA.

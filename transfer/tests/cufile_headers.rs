@@ -38,15 +38,16 @@ const CALLS: &[&str] = &[
 #[test]
 fn the_binding_is_what_the_header_says() {
     let Some(package) = std::env::var_os("KVFABRIC_CUFILE").map(PathBuf::from) else {
-        eprintln!("SKIPPED, and so not tested: the binding of cuFile beside NVIDIA's header (scripts/test-cufile has it)");
+        eprintln!(
+            "SKIPPED, and so not tested: the binding of cuFile beside NVIDIA's header (scripts/test-cufile has it)"
+        );
         return;
     };
     let cuda = tempfile::tempdir().unwrap();
     fs::write(cuda.path().join("cuda.h"), CUDA).unwrap();
-    let binding = fs::read_to_string(
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("src/sys/cufile/binding.rs"),
-    )
-    .unwrap();
+    let binding =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/sys/cufile/binding.rs"))
+            .unwrap();
     let mut more = String::new();
     for call in CALLS {
         let name = call

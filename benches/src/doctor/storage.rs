@@ -53,10 +53,17 @@ mod tests {
         };
         let good = report(&["NVMe"], StorageBounce::Never);
         assert_eq!(good.state, State::Ok);
-        assert_eq!(good.found, "cuFile 1.14, nvidia-fs 2.22, NVMe; compatibility mode off");
+        assert_eq!(
+            good.found,
+            "cuFile 1.14, nvidia-fs 2.22, NVMe; compatibility mode off"
+        );
         for (reached, bounce, words) in [
             (&[][..], StorageBounce::Never, "use_pci_p2pdma"),
-            (&["NVMe"], StorageBounce::Allowed, "CUFILE_ALLOW_COMPAT_MODE=false"),
+            (
+                &["NVMe"],
+                StorageBounce::Allowed,
+                "CUFILE_ALLOW_COMPAT_MODE=false",
+            ),
             (&["NVMe"], StorageBounce::Always, "force_compat_mode"),
         ] {
             let finding = report(reached, bounce);

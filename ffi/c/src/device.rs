@@ -4,9 +4,7 @@ use std::ffi::c_char;
 use std::fmt::Write;
 use std::mem::offset_of;
 
-use kvfabric::transfer::{
-    CudaOptions, CudaReport, DeviceMemory, Fragments, Storage, cuda_probe,
-};
+use kvfabric::transfer::{CudaOptions, CudaReport, DeviceMemory, Fragments, Storage, cuda_probe};
 use kvfabric::{Error, Result};
 
 use crate::agent::kvf_agent;

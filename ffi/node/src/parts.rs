@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use kvcache_core::{Error, Result};
 use kvcache_core::prefix::data::ModelIdentity;
 use kvcache_core::shape::TokensPerBlock;
+use kvcache_core::{Error, Result};
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::{ObjectChecksum, ObjectOptions};
 use kvfabric_transfer::{

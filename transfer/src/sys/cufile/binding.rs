@@ -7,6 +7,7 @@
     non_snake_case,
     reason = "the library's own names"
 )]
+#![allow(clippy::identity_op, reason = "as bindgen writes them")]
 
 use std::ffi::{c_int, c_uint, c_void};
 

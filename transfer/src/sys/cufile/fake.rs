@@ -31,6 +31,14 @@ pub(crate) enum Ending {
     Short(u64),
 }
 
+/// What a call of the system leaves behind.
+pub(super) fn set_errno(number: i32) {
+    // SAFETY: no preconditions.
+    let place = unsafe { libc::__errno_location() };
+    // SAFETY: this thread's own, for as long as it lives.
+    unsafe { *place = number };
+}
+
 struct Known {
     file: File,
     fd: RawFd,
@@ -250,8 +258,7 @@ impl FakeCufile {
         match (known, ending) {
             (None, _) => Err(-(ffi::CU_FILE_HANDLE_NOT_REGISTERED as isize)),
             (_, Some(Ending::Errno(number))) => {
-                // SAFETY: this thread's own.
-                unsafe { *libc::__errno_location() = number };
+                set_errno(number);
                 Err(-1)
             }
             (_, Some(Ending::Raw(number))) => Err(number),

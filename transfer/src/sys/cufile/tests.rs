@@ -6,7 +6,7 @@ use kvcache_core::ErrorKind;
 
 use super::binding as ffi;
 use super::calls::{Code, CufileCalls, Failure, moved};
-use super::fake::FakeCufile;
+use super::fake::{FakeCufile, set_errno};
 use super::library::Libcufile;
 use super::report::StorageBounce;
 use crate::sys::cuda::fake::Fake;
@@ -119,8 +119,7 @@ fn why_it_does_not_open_is_said() {
 fn answers_are_told_apart() {
     assert_eq!(moved(0).unwrap(), 0);
     assert_eq!(moved(4096).unwrap(), 4096);
-    // SAFETY: this thread's own.
-    unsafe { *libc::__errno_location() = libc::ENOSPC };
+    set_errno(libc::ENOSPC);
     let system = |answer| match moved(answer) {
         Err(Failure::System(error)) => error.raw_os_error(),
         other => panic!("{other:?}"),

@@ -47,7 +47,9 @@ fn an_error_ends_the_request() {
             "staged",
         ),
     ] {
-        let bed = Bed::new();
+        // With one thread the fourth call is the last one of the request.
+        let threads = if next == "gds" { 1 } else { 4 };
+        let bed = Bed::with(Storage::Direct, threads);
         let (device, _) = bed.device(0, &pattern(1, BYTES));
         let file = bed.file("blocks", &vec![0; BYTES]);
         let pair = [(whole(&device), whole(&file))];
@@ -62,7 +64,8 @@ fn an_error_ends_the_request() {
         );
         assert!(request.wait_drained(PATIENCE));
         // What had not been begun was not.
-        assert!(bed.cufile.calls() < 16, "{}", bed.cufile.calls());
+        let calls = bed.cufile.calls();
+        assert!(calls == 4 || threads > 1 && calls < 16, "{calls}");
         if next == "staged" {
             let refused = bed.estimate(Write, pair[0]).refused;
             assert!(refused[0].1.contains(words), "{refused:?}");
@@ -180,6 +183,8 @@ fn a_request_that_is_given_up_ends_with_its_calls() {
         let bed = Bed::new();
         let (device, address) = bed.device(0, &vec![0; BYTES]);
         let file = bed.file("blocks", &pattern(4, BYTES));
+        // Each would have to be made again for the rest.
+        bed.cufile.set_most(1 << 20);
         bed.cufile.hold();
         let options = RequestOptions {
             deadline,
