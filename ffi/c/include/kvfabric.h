@@ -105,6 +105,16 @@
 #define KVF_OBJECT_UNCHECKED 2
 
 /*
+ By cuFile where that goes past host memory ([`kvf_cuda_options::storage`]).
+ */
+#define KVF_STORAGE_DIRECT 1
+
+/*
+ By cuFile wherever it takes a file ([`kvf_cuda_options::storage`]).
+ */
+#define KVF_STORAGE_CUFILE 2
+
+/*
  What is faster is measured ([`kvf_cuda_options::fragments_bytes`]).
  */
 #define KVF_MEASURED 4294967295
@@ -695,6 +705,16 @@ typedef struct kvf_cuda_options {
      2 MiB to 1 GiB; 0: 16 MiB.
      */
     uint64_t window_bytes;
+    /*
+     How bytes go between memory of devices and files. 0: through pinned host memory; KVF_STORAGE_DIRECT: by cuFile (GPUDirect
+     Storage) where it says that no copy of them is in host memory, which takes that its compatibility mode is off, and as for 0
+     elsewhere; KVF_STORAGE_CUFILE: by cuFile wherever it takes a file, also where it may take them through host memory.
+     */
+    uint32_t storage;
+    /*
+     Threads that wait in cuFile, where that is used, at most 256; 0: 16.
+     */
+    uint32_t storage_threads;
 } kvf_cuda_options;
 
 /*
