@@ -24,6 +24,7 @@ fn what_there_is_of_cufile_is_said() {
             assert_eq!(error.kind(), ErrorKind::Unsupported);
             let is_of_library = error.context().starts_with("no cuFile in this system: ");
             match std::env::var_os("KVFABRIC_CUFILE") {
+                // Whoever names it has it found, too.
                 Some(_) => assert_eq!(error.context(), of_cuda.context()),
                 None => assert!(
                     is_of_library || error.context() == of_cuda.context(),

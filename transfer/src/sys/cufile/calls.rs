@@ -155,7 +155,7 @@ pub(crate) struct Properties {
 pub(crate) trait CufileCalls: Send + Sync {
     /// Such as 1140 for 1.14; none if it does not tell.
     fn version(&self) -> Option<i32>;
-    /// `cuFileDriverOpen`. Starts CUDA, and prints to standard error and to `cufile.log` in the working folder what goes wrong.
+    /// `cuFileDriverOpen`. Starts CUDA, and prints to standard output and to `cufile.log` in the working folder what goes wrong.
     fn open(&self) -> Result<(), Code>;
     /// `cuFileDriverGetProperties`.
     fn properties(&self) -> Result<Properties, Code>;

@@ -140,7 +140,7 @@ impl Cufile {
         static CUFILE: OnceLock<Result<Arc<Cufile>, String>> = OnceLock::new();
         let known = CUFILE.get_or_init(|| {
             let opened = Self::library().and_then(|library| {
-                // Without a driver it would fail all the same, and print that to standard error and into a file of the working folder.
+                // Without a driver it would fail all the same, and print that to standard output and into a file of the working folder.
                 Cuda::get()?;
                 Self::open(library)
             });

@@ -198,7 +198,7 @@ fn the_real_library_says_why_it_does_not_open() {
             "{said}"
         );
         // What it does beside answering, which is why it is not asked where there is no driver.
-        assert!(printed.contains("libcuda.so.1"), "{printed}");
+        assert!(said.contains("dlopen error libcuda.so.1"), "{said}");
         assert!(working.path().join("cufile.log").exists());
     }
 }
