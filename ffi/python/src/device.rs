@@ -3,9 +3,7 @@
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
-use kvfabric::transfer::{
-    self, CudaOptions, DeviceMemory, Fragments, RegionOptions, Storage,
-};
+use kvfabric::transfer::{self, CudaOptions, DeviceMemory, Fragments, RegionOptions, Storage};
 use kvfabric::{Error, ErrorKind};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
