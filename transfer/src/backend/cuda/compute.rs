@@ -6,13 +6,31 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::memory_of;
+use super::{CudaBackend, memory_of};
+use crate::agent::Agent;
+use crate::backend::Operation;
 use crate::convert::Grid;
-use crate::region::{Region, RegionUse};
-use crate::sys::cuda::{Cuda, Desk, Flight, Gpu, Groups, Place, SUMS_MAX, Unsent};
+use crate::descriptor::{Descriptor, Side};
+use crate::region::{Region, RegionCore, RegionId, RegionOptions, RegionUse};
+use crate::request::RequestOptions;
+use crate::sys::cuda::{Cuda, Desk, DeviceMemory, Flight, Gpu, Groups, Place, SUMS_MAX, Unsent};
+use crate::sys::memory::HostMemory;
 
 /// The pause between two looks at a device that computes.
 const PAUSE: Duration = Duration::from_micros(20);
+
+/// Bytes over which kernels show that they sum as the processor does: more than a group of their threads takes.
+const PROOF_BYTES: u64 = 300 << 10;
+
+/// What is summed of them: whole segments, parts of some, a single byte.
+const PROOF_RANGES: [(u64, u64); 6] = [
+    (0, PROOF_BYTES),
+    (1, 1023),
+    (1024, 1024),
+    (4095, 2),
+    (8191, 1),
+    (12_289, 262_144),
+];
 
 /// Bytes of a region: where they begin.
 pub type RegionAt<'a> = (&'a Region, u64);
@@ -83,19 +101,55 @@ impl CudaKernels {
         ranges: &[(u64, u64)],
         within: Duration,
     ) -> Result<Vec<u32>> {
+        let place = |&(offset, len): &(u64, u64)| (0, offset, len);
+        let ranges: Vec<_> = ranges.iter().map(place).collect();
+        self.sums(&[region.core()], &ranges, within)
+    }
+
+    /// The CRC-32C of each of these ranges of an agent's regions.
+    ///
+    /// # Errors
+    /// As [`CudaKernels::checksums`]; [`ErrorKind::NotFound`] for a region that the agent does not have.
+    pub fn checksums_of(
+        &self,
+        agent: &Agent,
+        memory: &[Descriptor],
+        within: Duration,
+    ) -> Result<Vec<u32>> {
+        let mut ids: Vec<RegionId> = Vec::new();
+        let mut ranges = Vec::with_capacity(memory.len());
+        for part in memory {
+            // Neighbours are mostly of one region, and there are few.
+            let known = ids.iter().rposition(|id| *id == part.region);
+            let place = known.unwrap_or_else(|| {
+                ids.push(part.region);
+                ids.len() - 1
+            });
+            ranges.push((place, part.offset, part.len));
+        }
+        let exports = agent.core().exports();
+        let regions: Result<Vec<_>> = ids.into_iter().map(|id| exports.find(id)).collect();
+        self.sums(&regions?.iter().collect::<Vec<_>>(), &ranges, within)
+    }
+
+    /// Sums ranges: of which region, from where, how many bytes.
+    fn sums(
+        &self,
+        regions: &[&Arc<RegionCore>],
+        ranges: &[(usize, u64, u64)],
+        within: Duration,
+    ) -> Result<Vec<u32>> {
         let started = Instant::now();
-        for &(offset, len) in ranges {
-            if offset
-                .checked_add(len)
-                .is_none_or(|end| end > region.bytes())
-            {
-                let text = format!("bytes {offset}+{len} of a region of {}", region.bytes());
+        for &(place, offset, len) in ranges {
+            let bytes = regions[place].bytes();
+            if offset.checked_add(len).is_none_or(|end| end > bytes) {
+                let text = format!("bytes {offset}+{len} of a region of {bytes}");
                 return Err(Error::new(ErrorKind::Invalid, text));
             }
         }
         let mut sums = vec![0; ranges.len()];
-        let filled: Vec<usize> = (0..ranges.len()).filter(|&at| ranges[at].1 > 0).collect();
-        let mut job = Job::of(&[region], started, within)?;
+        let filled: Vec<usize> = (0..ranges.len()).filter(|&at| ranges[at].2 > 0).collect();
+        let mut job = Job::of(regions, started, within)?;
         let mut state = self.state()?;
         if !state.has_table && !filled.is_empty() {
             let table = state.desk.make_table();
@@ -103,10 +157,11 @@ impl CudaKernels {
             state.has_table = true;
         }
         for part in filled.chunks(SUMS_MAX) {
-            let list: Vec<_> = part
-                .iter()
-                .map(|&at| ((0, ranges[at].0), ranges[at].1))
-                .collect();
+            let range = |&at: &usize| {
+                let (place, offset, len) = ranges[at];
+                ((place, offset), len)
+            };
+            let list: Vec<_> = part.iter().map(range).collect();
             let sum = state.desk.sum(&job.places, &list);
             state.wait(sum, &mut job)?;
             for (at, sum) in part.iter().zip(state.desk.sums(part.len())?) {
@@ -114,6 +169,44 @@ impl CudaKernels {
             }
         }
         Ok(sums)
+    }
+
+    /// Has the device sum bytes that the processor has summed.
+    fn prove(&self, agent: &Agent, cuda: &Cuda, within: Duration) -> Result<()> {
+        let memory = HostMemory::anonymous(PROOF_BYTES)?;
+        let host = agent.register(memory, RegionOptions::default())?;
+        let device = DeviceMemory::allocate_on(cuda, self.gpu.ordinal(), PROOF_BYTES)?;
+        let device = agent.register_device(device)?;
+        let mut state = 0x9e37_79b9_u32;
+        let bytes = (0..PROOF_BYTES).map(|_| {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            state as u8
+        });
+        host.write_at(0, &bytes.collect::<Vec<u8>>())?;
+        let pair = (
+            host.descriptor(0, PROOF_BYTES),
+            device.descriptor(0, PROOF_BYTES),
+        );
+        let options = RequestOptions {
+            deadline: Some(within),
+            ..RequestOptions::default()
+        };
+        let sent = agent.transfer(Operation::Write, &[pair], Side::Local, options)?;
+        sent.wait(within)?;
+        let found = self.checksums(&device, &PROOF_RANGES, within)?;
+        for (&(offset, len), found) in PROOF_RANGES.iter().zip(found) {
+            let expected = host.checksum(offset, len)?;
+            if found != expected {
+                let device = self.gpu.ordinal();
+                let text = format!(
+                    "cuda device {device} sums bytes {offset}+{len} to {found:08x}, the processor to {expected:08x}"
+                );
+                return Err(Error::new(ErrorKind::Corrupt, text));
+            }
+        }
+        Ok(())
     }
 
     /// Moves the runs of a grid, whose offsets count from the start of each region. The regions may be one if no run overlaps another.
@@ -127,7 +220,7 @@ impl CudaKernels {
         grid: &Grid,
         within: Duration,
     ) -> Result<()> {
-        let mut job = Job::of(&[target, source], Instant::now(), within)?;
+        let mut job = Job::of(&[target.core(), source.core()], Instant::now(), within)?;
         let mut state = self.state()?;
         let (to, from) = (((0, 0), target.bytes()), ((1, 0), source.bytes()));
         let moved = state.desk.rearrange(&job.places, to, from, grid);
@@ -151,7 +244,7 @@ impl CudaKernels {
     }
 
     fn convert(&self, of: &NumberGroups<'_>, is_back: bool, within: Duration) -> Result<()> {
-        let regions = [of.numbers.0, of.scales.0, of.values.0];
+        let regions = [of.numbers.0, of.scales.0, of.values.0].map(Region::core);
         let mut job = Job::of(&regions, Instant::now(), within)?;
         let mut state = self.state()?;
         let groups = Groups {
@@ -175,6 +268,21 @@ impl CudaKernels {
     }
 }
 
+impl Agent {
+    /// The kernels of a device, after they have shown that they sum some bytes as the processor does. Takes a while: the driver compiles
+    /// them for the device when it has not done so before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for an agent without CUDA; as [`CudaKernels::load`]; [`ErrorKind::Corrupt`] for sums that differ, and
+    /// [`ErrorKind::Timeout`] when they are not there within the time.
+    pub fn device_kernels(&self, ordinal: u32, within: Duration) -> Result<CudaKernels> {
+        let backend = CudaBackend::of(self.core())?;
+        let kernels = CudaKernels::on(&backend.cuda.gpu(ordinal)?)?;
+        kernels.prove(self, &backend.cuda, within)?;
+        Ok(kernels)
+    }
+}
+
 /// The regions of a call, kept from being given back.
 struct Job {
     places: Arc<[Place]>,
@@ -184,11 +292,11 @@ struct Job {
 }
 
 impl Job {
-    fn of(regions: &[&Region], started: Instant, within: Duration) -> Result<Self> {
+    fn of(regions: &[&Arc<RegionCore>], started: Instant, within: Duration) -> Result<Self> {
         let (mut places, mut uses) = (Vec::new(), Vec::new());
-        for region in regions {
-            uses.push(RegionUse::begin(region.core().clone())?);
-            let memory = memory_of(region.core()).ok_or_else(|| {
+        for &region in regions {
+            uses.push(RegionUse::begin(region.clone())?);
+            let memory = memory_of(region).ok_or_else(|| {
                 let text = format!("region {} is no memory of a device", region.id());
                 Error::new(ErrorKind::Unsupported, text)
             })?;

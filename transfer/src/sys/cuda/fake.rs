@@ -137,6 +137,8 @@ struct State {
     is_mapped: bool,
     /// Kernels write something else than they should.
     is_spoilt: bool,
+    /// Of which range of the next sums a byte changes before.
+    spoils_sum_of: Option<usize>,
     /// Errors to come, by call: after how many calls of it, and which.
     errors: HashMap<&'static str, VecDeque<(u64, Code)>>,
     counts: HashMap<&'static str, u64>,
@@ -213,6 +215,11 @@ impl Fake {
     /// Kernels write something else than they should from now on.
     pub(crate) fn spoil_kernels(&self) {
         self.lock().is_spoilt = true;
+    }
+
+    /// A byte of this range of the next sums changes before they are made.
+    pub(crate) fn spoil_before_sum(&self, range: usize) {
+        self.lock().spoils_sum_of = Some(range);
     }
 
     /// Whether work is done as soon as somebody asks for it, which it is at first, or only by [`Fake::advance`].

@@ -131,6 +131,34 @@ impl CudaStandIn {
         }
     }
 
+    /// The driver does not take the next kernels that are to be loaded, as one that is older than they are.
+    pub fn fail_next_kernels(&self) {
+        self.fake
+            .fail("cuModuleLoadData", 0, super::fake::UNSUPPORTED_PTX);
+    }
+
+    /// The next kernel that is launched is refused.
+    pub fn fail_next_launch(&self) {
+        self.fake
+            .fail("cuLaunchKernel", 0, super::fake::OUT_OF_MEMORY);
+    }
+
+    /// A byte of the range with this number, of those that a kernel is to sum next, changes just before it does.
+    pub fn spoil_before_sum(&self, range: usize) {
+        self.fake.spoil_before_sum(range);
+    }
+
+    /// Kernels sum wrongly from now on.
+    pub fn spoil_sums(&self) {
+        self.fake.spoil_kernels();
+    }
+
+    /// How often kernels were launched.
+    #[must_use]
+    pub fn launches(&self) -> u64 {
+        self.fake.count("cuLaunchKernel")
+    }
+
     /// # Panics
     /// When something was asked that the real driver would punish.
     pub fn check(&self) {

@@ -124,9 +124,16 @@ impl State {
                 self.wrong("a range of a checksum begins at the wrong segment, or is empty");
             }
             first += bytes.div_ceil(1024);
+            if self.spoils_sum_of == Some(number) {
+                self.spoils_sum_of = None;
+                let middle = start + bytes / 2;
+                let byte = self.get(middle, 1)[0] ^ 0x10;
+                self.put(middle, &[byte]);
+            }
             let content = self.get(start, bytes as usize);
             let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &content) as u32;
             let at = sums + number as u64 * 4;
+            let crc = crc ^ u32::from(self.is_spoilt);
             // It adds to what is there.
             let before = u32::from_ne_bytes(self.get(at, 4).try_into().unwrap());
             self.put(at, &(before ^ crc).to_ne_bytes());
