@@ -70,6 +70,8 @@ pub struct CacheConfig {
     pub peers: PeerLimits,
     /// The deadline of one question to the directory.
     pub locate_timeout: Duration,
+    /// Whether devices sum blocks that land in their memory, by kernels of ours; otherwise those blocks are summed in host memory first.
+    pub device_sums: bool,
     /// How names of blocks are read that others ask the peer service about; without it they are refused.
     pub names: Option<NameReader>,
 }
@@ -139,6 +141,7 @@ impl CacheConfig {
             limits: Limits::default(),
             peers: PeerLimits::default(),
             locate_timeout: Duration::from_millis(500),
+            device_sums: true,
             names: None,
         }
     }

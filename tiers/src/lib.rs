@@ -28,6 +28,6 @@ pub use cache::{
     StoreBlock, StoreReport,
 };
 pub use config::{CacheConfig, DiskConfig, NameReader, ObjectConfig, PeerLimits};
-pub use hbm::{HBM_BUFFERS_DEFAULT, HBM_BUFFERS_MAX, HbmFetch, HbmTier, PromoteReport};
+pub use hbm::{HbmFetch, HbmStats, HbmTier, PromoteReport, seen_from};
 pub use pages::{BlockMemory, Pages, SEGMENTS_MAX, Segment};
 pub use peer::{PeerServer, PeerService};

@@ -240,6 +240,19 @@ impl BlockMemory {
     }
 }
 
+impl BlockMemory {
+    /// The CRC-32C of the block, from those of its pieces in order, of which it takes as many as it has.
+    pub(crate) fn join(&self, sums: &mut impl Iterator<Item = u32>) -> u32 {
+        match &self.0 {
+            Place::Whole(_) => sums.next().unwrap_or_default(),
+            Place::Paged(pages, _) => {
+                let parts = pages.0.parts.iter().zip(sums);
+                parts.fold(0, |before, (part, sum)| part.shift.append(before, sum))
+            }
+        }
+    }
+}
+
 /// Pairs the bytes of two blocks of equal size: the ranges of both, cut wherever either of them is.
 pub(crate) fn pair(
     first: &BlockMemory,

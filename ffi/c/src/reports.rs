@@ -21,6 +21,8 @@ pub enum kvf_source {
     KVF_SOURCE_PEER = 3,
     /// The shared object store.
     KVF_SOURCE_OBJECT = 4,
+    /// A slot of the node's HBM tier.
+    KVF_SOURCE_HBM = 5,
 }
 
 /// What became of a store.
@@ -180,6 +182,7 @@ fn source(source: &Source) -> u32 {
         Source::Disk => kvf_source::KVF_SOURCE_DISK,
         Source::Peer { .. } => kvf_source::KVF_SOURCE_PEER,
         Source::Object => kvf_source::KVF_SOURCE_OBJECT,
+        Source::Device => kvf_source::KVF_SOURCE_HBM,
     };
     source as u32
 }

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::desk::ReadyLease;
 use super::driver::{Driver, give};
-use super::types::{FetchReport, Source, StoreReport};
+use super::types::{FetchReport, Source, StoreReport, Stored};
 
 impl Driver {
     pub(super) fn answer(&mut self, outcome: Outcome) {
@@ -25,7 +25,8 @@ impl Driver {
                         refused,
                         failed,
                     };
-                    give(store.reply, Ok(report));
+                    let corrupt = store.corrupt;
+                    give(store.reply, Ok(Stored { report, corrupt }));
                 }
             }
             Outcome::Fetched {
@@ -86,6 +87,7 @@ impl Driver {
                 sources,
                 unsettled,
                 drained,
+                sums: fetch.sums,
             }),
         );
     }

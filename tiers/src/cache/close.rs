@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use kvcache_core::event::NodeEvent;
-
 use super::desk::{Health, Reply};
 use super::driver::{Closing, Driver, give};
 use super::hold::sync;
@@ -59,8 +57,7 @@ impl Driver {
         while let Some(outcome) = self.manager.poll_outcome() {
             self.answer(outcome);
         }
-        self.position
-            .send_replace(self.sink.publish(vec![NodeEvent::Cleared]));
+        self.announcer.end();
         self.mover.arena.close();
         let Some(closing) = self.closing.take() else {
             return health.ends_in_order();

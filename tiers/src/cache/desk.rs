@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvcache_core::manager::{LeasedBlock, PeerHint, Stats};
-use kvcache_core::{BlockKey, Error, ErrorKind, LeaseId, PeerId, PinId, Result};
+use kvcache_core::{BlockKey, Checksum, Error, ErrorKind, LeaseId, PeerId, PinId, Result};
 use tokio::sync::{mpsc, oneshot};
 
-use super::types::{FetchBlock, FetchReport, HeldDepth, Pinned, Removed, StoreBlock, StoreReport};
+use super::types::{FetchBlock, FetchReport, HeldDepth, Pinned, Removed, StoreBlock, Stored};
 
 /// Requests that may wait for the driver; more are refused as busy.
 pub(super) const REQUESTS_MAX: usize = 1024;
@@ -29,9 +29,8 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T>>;
 #[derive(Debug)]
 pub(super) enum Request {
     Store {
-        blocks: Vec<StoreBlock>,
-        deadline: Instant,
-        reply: Reply<StoreReport>,
+        store: Storing,
+        reply: Reply<Stored>,
     },
     Fetch {
         fetch: Fetch,
@@ -81,6 +80,15 @@ pub(super) enum Request {
         deadline: Instant,
         reply: Reply<()>,
     },
+}
+
+/// A store.
+#[derive(Debug)]
+pub(super) struct Storing {
+    pub(super) blocks: Vec<StoreBlock>,
+    /// What the bytes of each must match, if that is known.
+    pub(super) sums: Vec<Option<Checksum>>,
+    pub(super) deadline: Instant,
 }
 
 /// A fetch, with its holders as the manager knows them.

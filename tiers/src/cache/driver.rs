@@ -5,17 +5,18 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvcache_core::event::NodeEvent;
 use kvcache_core::manager::{FetchRequest, Manager};
-use kvcache_core::ports::{EventSink, Position};
-use kvcache_core::{BlockKey, LeaseId, OperationId, PeerId, PinId, Result, Time};
-use tokio::sync::{mpsc, oneshot, watch};
+use kvcache_core::{BlockKey, Checksum, LeaseId, OperationId, PeerId, PinId, Result, Time};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use super::desk::{Fetch, Health, ReadyLease, Reply, Request, closed};
+use super::announce::Announcer;
+use super::desk::{Fetch, Health, ReadyLease, Reply, Request, Storing, closed};
 use super::execute::Completion;
 use super::grants::Grants;
 use super::hold::Flush;
-use super::types::{FetchReport, HeldDepth, Pinned, StoreBlock, StoreReport};
+use super::types::{FetchReport, HeldDepth, Pinned, Stored};
 use crate::mover::Mover;
 use crate::pages::BlockMemory;
 
@@ -31,6 +32,10 @@ const DEADLINE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// An operation of an engine: its memory, and who waits.
 pub(super) struct Operation<T> {
     memory: Vec<BlockMemory>,
+    /// Of each block: what a store's bytes must match, if that is known; what a fetch's were found to be, when they have come.
+    pub(super) sums: Vec<Option<Checksum>>,
+    /// Blocks of a store, by position, whose bytes were something else.
+    pub(super) corrupt: Vec<u32>,
     pub(super) reply: Reply<T>,
 }
 
@@ -39,12 +44,11 @@ pub(super) struct Driver {
     pub(super) manager: Manager,
     pub(super) mover: Arc<Mover>,
     pub(super) tasks: JoinSet<Completion>,
-    pub(super) sink: Arc<dyn EventSink>,
-    pub(super) position: watch::Sender<Position>,
+    pub(super) announcer: Arc<Announcer>,
     requests: mpsc::Receiver<Request>,
     /// What [`Time`] counts from.
     start: Instant,
-    pub(super) stores: HashMap<OperationId, Operation<StoreReport>>,
+    pub(super) stores: HashMap<OperationId, Operation<Stored>>,
     pub(super) fetches: HashMap<OperationId, Operation<FetchReport>>,
     pub(super) draining: HashMap<OperationId, oneshot::Sender<()>>,
     pub(super) grants: Grants,
@@ -69,8 +73,7 @@ pub(super) struct Closing {
 pub(super) struct Parts {
     pub(super) manager: Manager,
     pub(super) mover: Arc<Mover>,
-    pub(super) sink: Arc<dyn EventSink>,
-    pub(super) position: watch::Sender<Position>,
+    pub(super) announcer: Arc<Announcer>,
     pub(super) requests: mpsc::Receiver<Request>,
     pub(super) start: Instant,
     pub(super) leases_per_peer_max: u32,
@@ -82,8 +85,7 @@ impl Driver {
             manager: parts.manager,
             mover: parts.mover,
             tasks: JoinSet::new(),
-            sink: parts.sink,
-            position: parts.position,
+            announcer: parts.announcer,
             requests: parts.requests,
             start: parts.start,
             stores: HashMap::new(),
@@ -179,9 +181,7 @@ impl Driver {
     /// Hands events to the sink before the answers of what caused them, so that a caller who asks for
     /// the position afterwards finds its own changes in it.
     pub(super) fn publish(&mut self) {
-        if let Some(position) = publish(&mut self.manager, &*self.sink) {
-            self.position.send_replace(position);
-        }
+        publish(&mut self.manager, |events| self.announcer.tell(events));
     }
 
     fn take_requests(&mut self, first: Request) {
@@ -207,11 +207,7 @@ impl Driver {
             Request::Flush { reply, .. } | Request::Shutdown { reply, .. } if closing => {
                 refuse(reply);
             }
-            Request::Store {
-                blocks,
-                deadline,
-                reply,
-            } => self.store(blocks, deadline, reply),
+            Request::Store { store, reply } => self.store(store, reply),
             Request::Fetch { fetch, reply } => self.fetch(fetch, reply),
             Request::Lease {
                 peer,
@@ -249,15 +245,19 @@ impl Driver {
         }
     }
 
-    fn store(&mut self, blocks: Vec<StoreBlock>, deadline: Instant, reply: Reply<StoreReport>) {
-        let infos = blocks.iter().map(|block| block.info).collect();
-        match self
-            .manager
-            .handle_store(self.now(), infos, self.time(deadline))
-        {
+    fn store(&mut self, store: Storing, reply: Reply<Stored>) {
+        let infos = store.blocks.iter().map(|block| block.info).collect();
+        let deadline = self.time(store.deadline);
+        match self.manager.handle_store(self.now(), infos, deadline) {
             Ok(operation) => {
-                let memory = blocks.into_iter().map(|block| block.memory).collect();
-                self.stores.insert(operation, Operation { memory, reply });
+                let memory = store.blocks.into_iter().map(|block| block.memory);
+                let operation_of = Operation {
+                    memory: memory.collect(),
+                    sums: store.sums,
+                    corrupt: Vec::new(),
+                    reply,
+                };
+                self.stores.insert(operation, operation_of);
             }
             Err(error) => give(reply, Err(error)),
         }
@@ -274,8 +274,15 @@ impl Driver {
             .handle_fetch(self.now(), request, self.time(fetch.deadline))
         {
             Ok(operation) => {
-                let memory = fetch.blocks.into_iter().map(|block| block.memory).collect();
-                self.fetches.insert(operation, Operation { memory, reply });
+                let memory = fetch.blocks.into_iter().map(|block| block.memory);
+                let memory: Vec<BlockMemory> = memory.collect();
+                let operation_of = Operation {
+                    sums: vec![None; memory.len()],
+                    memory,
+                    corrupt: Vec::new(),
+                    reply,
+                };
+                self.fetches.insert(operation, operation_of);
             }
             Err(error) => give(reply, Err(error)),
         }
@@ -315,16 +322,15 @@ impl Driver {
     }
 }
 
-/// Hands all of the manager's events to the sink; the position after them, if there were any.
-pub(super) fn publish(manager: &mut Manager, sink: &dyn EventSink) -> Option<Position> {
-    let mut position = None;
+/// Hands all of the manager's events on, in batches.
+pub(super) fn publish(manager: &mut Manager, mut tell: impl FnMut(Vec<NodeEvent>)) {
     loop {
         let events = std::iter::from_fn(|| manager.poll_event());
         let events: Vec<_> = events.take(EVENTS_PER_BATCH_MAX).collect();
         if events.is_empty() {
-            return position;
+            return;
         }
-        position = Some(sink.publish(events));
+        tell(events);
     }
 }
 

@@ -5,16 +5,15 @@ use std::time::Duration;
 
 use kvcache_core::manager::{Command, CommandId, GrantedLease, Move};
 use kvcache_core::place::Place;
-use kvcache_core::{BlockKey, Error, ErrorKind, PeerId, Result, Time};
+use kvcache_core::{BlockKey, Error, ErrorKind, OperationId, PeerId, Result, Time};
 
 use super::driver::Driver;
 use crate::mover::{Answer, Job};
-use crate::pages::BlockMemory;
 
 /// How a task of the driver ended.
 pub(super) enum Completion {
-    /// A copy command, some of whose transfers may still be at work.
-    Copied(CommandId, Answer),
+    /// A copy command, some of whose transfers may still be at work, and which of its moves were of an engine's memory.
+    Copied(CommandId, Answer, Vec<Option<(OperationId, u32)>>),
     /// The last of those transfers.
     Drained(CommandId),
     /// A peer's answer to a lease.
@@ -65,35 +64,49 @@ impl Driver {
         }
     }
 
-    fn copy(&mut self, id: CommandId, moves: Vec<Move>, deadline: Time) {
-        let engine = moves.iter().map(|one| self.engine_end(one)).collect();
+    fn copy(&mut self, id: CommandId, mut moves: Vec<Move>, deadline: Time) {
+        let ends: Vec<_> = moves.iter().map(engine_end).collect();
+        let memory = ends.iter().map(|end| {
+            end.and_then(|(operation, position)| self.engine_memory(operation, position))
+        });
+        let engine = memory.collect();
+        for (one, end) in moves.iter_mut().zip(&ends) {
+            let known = end.and_then(|(operation, position)| {
+                let store = self.stores.get(&operation)?;
+                *store.sums.get(position as usize)?
+            });
+            one.checksum = one.checksum.or(known);
+        }
         let job = Job {
             moves,
             engine,
             deadline: self.instant(deadline),
+            landing: None,
         };
         let mover = self.mover.clone();
         self.tasks
-            .spawn(async move { Completion::Copied(id, mover.copy(&job).await) });
+            .spawn(async move { Completion::Copied(id, mover.copy(job).await, ends) });
     }
 
-    fn engine_end(&self, one: &Move) -> Option<BlockMemory> {
-        match (one.from, one.to) {
-            (
-                Place::Engine {
-                    operation,
-                    position,
-                },
-                _,
-            )
-            | (
-                _,
-                Place::Engine {
-                    operation,
-                    position,
-                },
-            ) => self.engine_memory(operation, position),
-            _ => None,
+    /// Notes what a command says of the bytes in engines' memory.
+    fn note_sums(&mut self, ends: &[Option<(OperationId, u32)>], answer: &Answer) {
+        for (end, result) in ends.iter().zip(&answer.results) {
+            let Some((operation, position)) = *end else {
+                continue;
+            };
+            match (result, self.fetches.get_mut(&operation)) {
+                (Ok(sum), Some(fetch)) => {
+                    if let Some(place) = fetch.sums.get_mut(position as usize) {
+                        *place = Some(*sum);
+                    }
+                }
+                (Err(failure), None) if failure.kind == ErrorKind::Corrupt => {
+                    if let Some(store) = self.stores.get_mut(&operation) {
+                        store.corrupt.push(position);
+                    }
+                }
+                _ => {}
+            }
         }
     }
 
@@ -115,7 +128,9 @@ impl Driver {
     pub(super) fn complete(&mut self, completion: Completion) {
         let now = self.now();
         match completion {
-            Completion::Copied(id, Answer { results, unsettled }) => {
+            Completion::Copied(id, answer, ends) => {
+                self.note_sums(&ends, &answer);
+                let Answer { results, unsettled } = answer;
                 self.manager.handle_copied(now, id, results);
                 if !unsettled.is_empty() {
                     self.tasks.spawn(async move {
@@ -143,4 +158,17 @@ impl Driver {
             Completion::Silent => {}
         }
     }
+}
+
+/// Which block of which operation a move begins or ends at.
+fn engine_end(one: &Move) -> Option<(OperationId, u32)> {
+    [one.from, one.to]
+        .into_iter()
+        .find_map(|place| match place {
+            Place::Engine {
+                operation,
+                position,
+            } => Some((operation, position)),
+            _ => None,
+        })
 }

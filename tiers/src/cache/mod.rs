@@ -1,5 +1,6 @@
 //! The cache of one node: an asynchronous face over the manager and the mover.
 
+mod announce;
 mod answer;
 mod close;
 mod control;
@@ -19,11 +20,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvcache_core::ports::{Directory, EventSink, Located, Position};
-use kvcache_core::{BlockKey, PodName, Result};
+use kvcache_core::{BlockKey, Checksum, PodName, Result};
 use kvfabric_transfer::Agent;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+pub(crate) use announce::Announcer;
 pub(crate) use desk::{Desk, ReadyLease};
 pub(crate) use locate::Locator;
 pub use types::{
@@ -32,10 +34,11 @@ pub use types::{
 };
 
 use crate::config::CacheConfig;
-use crate::mover::Mover;
+use crate::mover::{DeviceSums, Mover};
 use crate::pages::{self, BlockMemory};
 use crate::peer::PeerServer;
-use desk::{Fetch, Request};
+use desk::{Fetch, Request, Storing};
+pub(crate) use types::Stored;
 
 /// The blocks of one node, in its host memory, on its disk and in a shared object store, and the
 /// way to its peers' blocks.
@@ -51,6 +54,7 @@ struct Inner {
     desk: Desk,
     mover: Arc<Mover>,
     locator: Arc<Locator>,
+    announcer: Arc<Announcer>,
     position: watch::Receiver<Position>,
     pod: PodName,
     /// Pieces that a block's memory may be in, so that a command's fit into one request.
@@ -93,18 +97,30 @@ impl Cache {
     /// # Cancel safety
     /// Dropping the future stops nothing: the engine's memory must stay as it is until `deadline`.
     pub async fn store(&self, blocks: Vec<StoreBlock>, deadline: Instant) -> Result<StoreReport> {
+        let sums = vec![None; blocks.len()];
+        Ok(self.store_known(blocks, sums, deadline).await?.report)
+    }
+
+    /// As [`Cache::store`], where what the bytes of blocks must match may be known: others are not kept.
+    pub(crate) async fn store_known(
+        &self,
+        blocks: Vec<StoreBlock>,
+        sums: Vec<Option<Checksum>>,
+        deadline: Instant,
+    ) -> Result<Stored> {
         if blocks.is_empty() {
-            return Ok(StoreReport::default());
+            return Ok(Stored::default());
         }
         self.inner
             .check_memory(blocks.iter().map(|block| &block.memory))?;
+        let store = Storing {
+            blocks,
+            sums,
+            deadline,
+        };
         self.inner
             .desk
-            .ask(|reply| Request::Store {
-                blocks,
-                deadline,
-                reply,
-            })
+            .ask(|reply| Request::Store { store, reply })
             .await
     }
 
@@ -179,6 +195,8 @@ impl Cache {
             scan_faults: self.inner.scan_faults,
             corrupt_blocks: faults.corrupt.load(Ordering::Relaxed),
             stale_reads: faults.generation.load(Ordering::Relaxed),
+            device_landed: faults.landed.load(Ordering::Relaxed),
+            device_lifted: faults.lifted.load(Ordering::Relaxed),
         })
     }
 
@@ -197,6 +215,16 @@ impl Cache {
     /// The agent that moves its bytes.
     pub(crate) fn agent(&self) -> &Agent {
         &self.inner.mover.agent
+    }
+
+    /// Devices that sum what is on them.
+    pub(crate) fn sums(&self) -> &DeviceSums {
+        &self.inner.mover.sums
+    }
+
+    /// Who tells the world.
+    pub(crate) fn announcer(&self) -> &Arc<Announcer> {
+        &self.inner.announcer
     }
 
     /// Whether every block's memory can be one's.

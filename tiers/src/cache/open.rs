@@ -10,13 +10,14 @@ use kvcache_core::{Error, ErrorKind, Result, Time};
 use kvfabric_transfer::{Agent, DESCRIPTORS_MAX};
 use tokio::sync::watch;
 
+use super::announce::Announcer;
 use super::desk::Desk;
 use super::driver::{Driver, Parts, publish};
 use super::{Cache, Inner, Locator};
 use crate::arena::Arena;
 use crate::config::CacheConfig;
 use crate::disk::{PAGE_BYTES, SegmentFiles};
-use crate::mover::{Faults, Lift, Mover, Objects};
+use crate::mover::{DeviceSums, Faults, Lift, Mover, Objects};
 use crate::numbers::Numbers;
 use crate::object::ObjectNames;
 use crate::peer::{PeerServer, Peers, Serving};
@@ -48,9 +49,9 @@ pub(super) async fn open(
         let taken = manager.handle_recovered(Time::default(), recovered.blocks);
         tracing::info!(found, taken, skipped = scan_faults, "disk tier recovered");
     }
-    let cleared = sink.publish(vec![NodeEvent::Cleared]);
-    let snapshot = publish(&mut manager, &*sink);
-    let (position, positions) = watch::channel(snapshot.unwrap_or(cleared));
+    let (position, positions) = watch::channel(sink.publish(vec![NodeEvent::Cleared]));
+    let announcer = Arc::new(Announcer::new(sink, position));
+    publish(&mut manager, |events| announcer.tell(events));
     let (desk, requests) = Desk::new();
     let incarnation = incarnation()?;
     let numbers = Numbers::of(incarnation);
@@ -78,8 +79,7 @@ pub(super) async fn open(
     let parts = Parts {
         manager,
         mover: mover.clone(),
-        sink,
-        position,
+        announcer: announcer.clone(),
         requests,
         start,
         leases_per_peer_max,
@@ -90,6 +90,7 @@ pub(super) async fn open(
         desk,
         mover,
         locator,
+        announcer,
         position: positions,
         pod: config.pod,
         pieces_max,
@@ -149,6 +150,7 @@ fn mover(config: &CacheConfig, limits: &Limits, agent: Agent) -> Result<Mover> {
         block_bytes: config.block_bytes,
     };
     let faults = Faults::default();
+    let sums = DeviceSums::new(&agent, config.device_sums);
     Ok(Mover {
         agent,
         arena,
@@ -158,6 +160,7 @@ fn mover(config: &CacheConfig, limits: &Limits, agent: Agent) -> Result<Mover> {
         pages,
         staging,
         lift: Lift::default(),
+        sums,
         expected,
         faults,
     })

@@ -2,7 +2,7 @@
 
 use kvcache_core::manager::{self, Stats};
 use kvcache_core::ports::Located;
-use kvcache_core::{BlockInfo, PinId, PodName, Tier};
+use kvcache_core::{BlockInfo, Checksum, PinId, PodName, Tier};
 use tokio::sync::oneshot;
 
 use crate::pages::BlockMemory;
@@ -28,6 +28,8 @@ pub struct FetchBlock {
 /// Where the bytes of a fetched block came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
+    /// A slot of this node's HBM tier.
+    Device,
     /// This node's host memory.
     Host,
     /// This node's disk.
@@ -58,6 +60,14 @@ pub struct StoreReport {
     pub failed: u32,
 }
 
+/// What became of a store whose bytes were to match sums.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stored {
+    pub(crate) report: StoreReport,
+    /// The blocks, by position, whose bytes were something else; the report counts them as failed.
+    pub(crate) corrupt: Vec<u32>,
+}
+
 /// What became of a fetch.
 #[derive(Debug, Default)]
 pub struct FetchReport {
@@ -66,7 +76,9 @@ pub struct FetchReport {
     /// The blocks, by position, whose engine memory a failed transfer may still write to: wait for
     /// [`FetchReport::drained`] before using that memory. All of them are misses; mostly there are none.
     pub unsettled: Vec<u32>,
-    pub(super) drained: Option<oneshot::Receiver<()>>,
+    pub(crate) drained: Option<oneshot::Receiver<()>>,
+    /// What the bytes of each block were found to be, of those that came.
+    pub(crate) sums: Vec<Option<Checksum>>,
 }
 
 impl FetchReport {
@@ -111,6 +123,10 @@ pub struct CacheStats {
     pub corrupt_blocks: u64,
     /// Reads from peers thrown away because the slot held another block afterwards.
     pub stale_reads: u64,
+    /// Blocks that came straight into memory of a GPU, and were summed there.
+    pub device_landed: u64,
+    /// Blocks for memory of a GPU that were summed in host memory first.
+    pub device_lifted: u64,
 }
 
 impl CacheStats {
@@ -121,6 +137,8 @@ impl CacheStats {
         entries.push(("scan_faults", self.scan_faults));
         entries.push(("corrupt_blocks", self.corrupt_blocks));
         entries.push(("stale_reads", self.stale_reads));
+        entries.push(("device_landed", self.device_landed));
+        entries.push(("device_lifted", self.device_lifted));
         entries
     }
 }

@@ -1,34 +1,36 @@
 //! The HBM tier: blocks in slots of a GPU's memory, before a [`Cache`].
 //!
-//! Bytes go up from a buffer of the host in which the cache has just verified them, and come down into such a buffer, where they are
-//! summed: a sum other than the one with which they went up is no block. Copies within the GPU are not summed by anybody; there the
-//! memory's own error correction stands for them.
+//! The cache brings blocks up and verifies them: those that land in their slots are summed there by the GPU, all others in host memory
+//! before. What goes down is summed in host memory, and before by the GPU: a sum other than the one with which a block came up is no
+//! block. Copies within the GPU are summed by it, too. Where it does not sum, its memory's own error correction stands for those; they
+//! are counted.
 
 mod moves;
 mod slots;
+mod stats;
+mod stores;
+mod through;
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use kvcache_core::ports::Position;
 use kvcache_core::{BlockInfo, BlockKey, Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, Deregistration, Descriptor, DeviceMemory, Region};
 use tokio::sync::oneshot;
 
-use crate::cache::{Cache, FetchBlock, StoreReport};
-use crate::scratch::Scratch;
+use crate::cache::{Cache, FetchBlock, StoreBlock, StoreReport};
 use slots::{Found, Slots};
-
-/// Blocks on their way up or down at a time, unless it is said otherwise.
-pub const HBM_BUFFERS_DEFAULT: u32 = 16;
-
-/// The most of them.
-pub const HBM_BUFFERS_MAX: u32 = 1024;
+use stats::Counts;
+pub use stats::HbmStats;
+pub use through::seen_from;
 
 /// Blocks in memory of a GPU, each a verified copy of what the cache had.
 ///
-/// What is here is in nobody's index: a node's events tell of host memory, disk and objects. A clone is another handle on the same tier.
+/// The cache's events tell of what is here, as of blocks in [`kvcache_core::Tier::Device`]: stored when a block can be fetched from a
+/// slot, removed before the slot is another block's. A clone is another handle on the same tier; with the last one, or when it is closed,
+/// all that is here is withdrawn.
 ///
 /// All calls end by their deadline, and go on by themselves when their caller leaves. They must be made within a tokio runtime.
 #[derive(Clone)]
@@ -40,11 +42,9 @@ struct Inner {
     cache: Cache,
     agent: Agent,
     memory: Region,
-    buffers: Arc<Scratch>,
-    buffers_max: usize,
     block_bytes: u64,
     slots: Mutex<Slots>,
-    corrupt: AtomicU64,
+    counts: Counts,
 }
 
 /// What became of a promotion.
@@ -67,6 +67,8 @@ pub struct PromoteReport {
 pub struct HbmFetch {
     /// How many blocks, from the first, were brought without a hole.
     pub depth: usize,
+    /// How many it was begun for.
+    tried: usize,
     drained: Option<oneshot::Receiver<()>>,
 }
 
@@ -93,13 +95,12 @@ impl HbmFetch {
 
 impl HbmTier {
     /// Slots of the cache's block size in all of `memory`, which the engine lends or which was allocated for this; its bytes are
-    /// undefined from now on, and the last ones that make no whole block are not used. `buffers` blocks of host memory, for those on their
-    /// way, are pinned when they are first used.
+    /// undefined from now on, and the last ones that make no whole block are not used.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for memory of less than a block and no or too many buffers, [`ErrorKind::Unsupported`] when the cache's agent
-    /// was built without CUDA; otherwise what registering says.
-    pub fn new(cache: &Cache, memory: DeviceMemory, buffers: u32) -> Result<Self> {
+    /// [`ErrorKind::Invalid`] for memory of less than a block, [`ErrorKind::Unsupported`] when the cache's agent was built without CUDA;
+    /// otherwise what registering says.
+    pub fn new(cache: &Cache, memory: DeviceMemory) -> Result<Self> {
         let block_bytes = cache.block_bytes();
         let count = memory.bytes() / block_bytes;
         let slots = match u32::try_from(count) {
@@ -112,21 +113,16 @@ impl HbmTier {
                 ));
             }
         };
-        if !(1..=HBM_BUFFERS_MAX).contains(&buffers) {
-            return Err(Error::invalid("buffers", buffers, 1..=HBM_BUFFERS_MAX));
-        }
         let agent = cache.agent().clone();
         let memory = agent.register_device(memory)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 cache: cache.clone(),
-                buffers: Scratch::new(&agent, buffers, block_bytes)?,
-                buffers_max: buffers as usize,
                 agent,
                 memory,
                 block_bytes,
                 slots: Mutex::new(Slots::new(slots)),
-                corrupt: AtomicU64::new(0),
+                counts: Counts::default(),
             }),
         })
     }
@@ -146,7 +142,8 @@ impl HbmTier {
     }
 
     /// Brings as many of these blocks, in order from the first, as are up. Their memory is registered with the cache's agent, of this
-    /// GPU or of the host. Memory of blocks after the first that is not up is not written to, unless a copy fails.
+    /// GPU or of the host. A block whose copy is not what came up is not brought, and dropped, counted as corrupt. Memory of blocks after
+    /// the first that is not up is not written to, unless a copy fails.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] for memory that is not of a block's size or not registered; [`ErrorKind::Internal`] when the runtime ends.
@@ -157,12 +154,26 @@ impl HbmTier {
         apart(async move { Ok(inner.fetch(&blocks, deadline).await) }).await
     }
 
-    /// Takes blocks down into the cache, and out of this tier once they are there. Blocks that are not up are passed over; those that
-    /// the cache has no room for, or whose copy fails, stay up. A block whose bytes are not those that went up is dropped, counted by
-    /// [`HbmTier::corrupt_blocks`] and as failed.
+    /// Copies blocks of the engine, in memory of this GPU that is registered with the cache's agent, into slots; as [`HbmTier::promote`]
+    /// makes room. The cache has no part in it, and gets a block when it leaves its slot. Where the GPU does not sum, and for other memory,
+    /// blocks are stored in the cache and promoted instead. When it returns nothing reads the engine's memory any more, unless a copy
+    /// failed.
     ///
     /// # Errors
-    /// As [`Cache::store`]; [`ErrorKind::Timeout`] when no buffer is free in time; [`ErrorKind::Internal`] when the runtime ends.
+    /// As [`HbmTier::fetch`] and [`Cache::store`].
+    pub async fn store(&self, blocks: Vec<StoreBlock>, deadline: Instant) -> Result<StoreReport> {
+        let memory = blocks.iter().map(|block| &block.memory);
+        self.inner.cache.check_memory(memory)?;
+        let inner = self.inner.clone();
+        apart(async move { inner.store(blocks, deadline).await }).await
+    }
+
+    /// Takes blocks down into the cache, and out of this tier once they are there. Blocks that are not up are passed over; those that
+    /// the cache has no room for, or whose copy fails, stay up. A block whose bytes are not those that came up is dropped, counted as
+    /// corrupt and as failed.
+    ///
+    /// # Errors
+    /// As [`Cache::store`]; [`ErrorKind::Internal`] when the runtime ends.
     pub async fn offload(&self, keys: Vec<BlockKey>, deadline: Instant) -> Result<StoreReport> {
         let inner = self.inner.clone();
         apart(async move { inner.offload(&keys, deadline).await }).await
@@ -182,15 +193,33 @@ impl HbmTier {
         keys.iter().take_while(is_here).count()
     }
 
-    /// Blocks that came down with other bytes than they went up with.
+    /// What has happened, and what is here.
     #[must_use]
-    pub fn corrupt_blocks(&self) -> u64 {
-        self.inner.corrupt.load(Ordering::Relaxed)
+    pub fn stats(&self) -> HbmStats {
+        let (slots, held) = {
+            let slots = self.inner.slots();
+            (slots.count(), slots.held())
+        };
+        self.inner.counts.read(slots, held, self.inner.block_bytes)
     }
 
-    /// Ends the tier: every later call fails. Memory that was lent may be freed when what this returns has completed.
+    /// Up to where changes have been given to the cache's event sink, those of this tier among them.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.inner.cache.position()
+    }
+
+    /// Ends the tier: all that is here is withdrawn, and every later call fails or finds nothing. Memory that was lent may be freed when
+    /// what this returns has completed.
     pub fn close(&self) -> Deregistration {
+        self.inner.empty();
         self.inner.memory.deregister()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.empty();
     }
 }
 
@@ -214,6 +243,14 @@ async fn apart<T: Send + 'static>(
 impl Inner {
     fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes everything out, for good.
+    fn empty(&self) {
+        let mut slots = self.slots();
+        let gone = slots.close();
+        // Under the lock, so that the world hears of a block's comings and goings in their order.
+        self.cache.announcer().left(&gone);
     }
 
     fn slot(&self, slot: u32) -> Descriptor {

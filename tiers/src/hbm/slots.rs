@@ -48,6 +48,7 @@ pub(super) struct Slots {
     idle: BTreeMap<u64, BlockKey>,
     held: u32,
     wishes: u64,
+    is_closed: bool,
 }
 
 impl Slots {
@@ -59,7 +60,24 @@ impl Slots {
             idle: BTreeMap::new(),
             held: 0,
             wishes: 0,
+            is_closed: false,
         }
+    }
+
+    /// Takes everything out, and lets nothing in any more.
+    pub(super) fn close(&mut self) -> Vec<BlockInfo> {
+        self.is_closed = true;
+        let keys: Vec<BlockKey> = self.places.keys().copied().collect();
+        keys.iter().filter_map(|key| self.remove(key)).collect()
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> u32 {
+        self.states.len() as u32
     }
 
     /// Blocks that are here.
@@ -78,19 +96,23 @@ impl Slots {
     /// A free slot for a block that is neither here nor coming.
     pub(super) fn reserve(&mut self, key: BlockKey) -> Option<u32> {
         assert!(self.find(&key) == Found::Nothing, "a block has one slot");
-        let slot = self.free.pop()?;
+        let slot = (!self.is_closed).then(|| self.free.pop())??;
         self.states[slot as usize] = State::Filling(key);
         self.places.insert(key, slot);
         Some(slot)
     }
 
-    /// All bytes of a reserved slot have arrived.
-    pub(super) fn fill(&mut self, slot: u32, info: BlockInfo, checksum: Checksum) {
+    /// All bytes of a reserved slot have arrived. Whether the block is here: nothing is in slots that are closed.
+    pub(super) fn fill(&mut self, slot: u32, info: BlockInfo, checksum: Checksum) -> bool {
         let state = &mut self.states[slot as usize];
         assert!(
             *state == State::Filling(info.key),
             "slot {slot} was not reserved"
         );
+        if self.is_closed {
+            self.give_up(slot);
+            return false;
+        }
         self.wishes += 1;
         self.held += 1;
         self.idle.insert(self.wishes, info.key);
@@ -100,6 +122,7 @@ impl Slots {
             readers: 0,
             used: self.wishes,
         });
+        true
     }
 
     /// Nothing writes to a reserved slot any more, and no block came.
@@ -150,14 +173,12 @@ impl Slots {
         }
     }
 
-    /// The block is here no more; its slot is free when nobody reads it.
-    pub(super) fn remove(&mut self, key: &BlockKey) {
-        let Some(&slot) = self.places.get(key) else {
-            return;
-        };
+    /// The block is here no more, if it was; its slot is free when nobody reads it.
+    pub(super) fn remove(&mut self, key: &BlockKey) -> Option<BlockInfo> {
+        let slot = *self.places.get(key)?;
         let state = &mut self.states[slot as usize];
         let State::Held(held) = *state else {
-            return;
+            return None;
         };
         self.places.remove(key);
         self.held -= 1;
@@ -169,6 +190,7 @@ impl Slots {
             }
             readers => *state = State::Leaving { readers },
         }
+        Some(held.info)
     }
 
     /// The block that nobody has wanted for the longest time, of those that nobody reads and that shall not stay.
@@ -198,7 +220,7 @@ mod tests {
 
     fn put(slots: &mut Slots, number: u8) -> u32 {
         let slot = slots.reserve(info(number).key).unwrap();
-        slots.fill(slot, info(number), Checksum::crc32c(number.into()));
+        assert!(slots.fill(slot, info(number), Checksum::crc32c(number.into())));
         slot
     }
 
@@ -216,7 +238,7 @@ mod tests {
         assert_eq!(slots.coldest(&HashSet::new()), Some(info(2).key));
         let stay = HashSet::from([info(2).key]);
         assert_eq!(slots.coldest(&stay), Some(info(3).key));
-        slots.remove(&info(2).key);
+        assert_eq!(slots.remove(&info(2).key), Some(info(2)));
         assert_eq!(
             (slots.held(), slots.find(&info(2).key)),
             (2, Found::Nothing)
@@ -232,13 +254,28 @@ mod tests {
         let (slot, _) = slots.read(&info(1).key).unwrap();
         slots.read(&info(1).key).unwrap();
         assert_eq!(slots.coldest(&HashSet::new()), None);
-        slots.remove(&info(1).key);
+        assert_eq!(slots.remove(&info(1).key), Some(info(1)));
         assert!(slots.read(&info(1).key).is_none());
         assert!(slots.reserve(info(2).key).is_none());
         slots.leave(slot);
         assert!(slots.reserve(info(2).key).is_none());
         slots.leave(slot);
         assert_eq!(slots.reserve(info(2).key), Some(slot));
+    }
+
+    /// Closed while one block is read, and another one on its way.
+    #[test]
+    fn nothing_is_in_slots_that_are_closed() {
+        let mut slots = Slots::new(3);
+        put(&mut slots, 1);
+        let coming = slots.reserve(info(2).key).unwrap();
+        let (read, _) = slots.read(&info(1).key).unwrap();
+        assert_eq!(slots.close(), [info(1)]);
+        assert_eq!((slots.held(), slots.reserve(info(3).key)), (0, None));
+        assert!(!slots.fill(coming, info(2), Checksum::crc32c(2)));
+        slots.leave(read);
+        assert_eq!(slots.find(&info(2).key), Found::Nothing);
+        assert_eq!(slots.close(), []);
     }
 
     /// A slot that is being filled serves nobody, and is free again only when it is given up.
@@ -249,7 +286,7 @@ mod tests {
         assert_eq!(slots.find(&info(1).key), Found::Coming);
         assert!(slots.read(&info(1).key).is_none());
         assert_eq!(slots.coldest(&HashSet::new()), None);
-        slots.remove(&info(1).key);
+        assert_eq!(slots.remove(&info(1).key), None);
         assert!(!slots.has_room());
         slots.give_up(slot);
         assert!(slots.has_room());

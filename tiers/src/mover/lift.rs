@@ -1,5 +1,5 @@
-//! Blocks whose engine wants them in memory of a device: they come into buffers of the host first, where their bytes are verified like
-//! all others, and go up from there. A block that is not what it should be never gets to the device.
+//! Blocks whose engine wants them in memory of a device, and that cannot land there: they come into buffers of the host first, where
+//! their bytes are verified like all others, and go up from there. A block that is not what it should be never gets to the device.
 
 use std::sync::{Arc, OnceLock};
 
@@ -68,6 +68,7 @@ impl Mover {
                 moves: moves.to_vec(),
                 engine: places.iter().cloned().map(Some).collect(),
                 deadline: job.deadline,
+                landing: None,
             };
             let mut open = Unsettled::default();
             let mut came = match self.dispatch(&below, &mut open).await {

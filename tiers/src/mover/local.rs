@@ -37,14 +37,15 @@ impl Mover {
             unsettled,
         )
         .await;
+        let sums = self.sum_each(job, to, &came(&copied)).await;
         let mut results = Vec::with_capacity(copied.len());
         for (position, copied) in copied.into_iter().enumerate() {
-            let place = || String::from("host memory");
+            let place = || match &from[position] {
+                Memory::Engine(_) => String::from("the engine's memory"),
+                Memory::Host(_) => String::from("host memory"),
+            };
             results.push(match copied {
-                Ok(()) => {
-                    self.verify(&job.moves[position], &to[position], place)
-                        .await
-                }
+                Ok(()) => self.verify(&job.moves[position], sums[position], place),
                 Err((failure, _)) => {
                     Err(self.blame(&to[position], self.blame(&from[position], failure)))
                 }
@@ -79,12 +80,13 @@ impl Mover {
             unsettled,
         )
         .await;
+        let sums = self.sum_each(job, to, &came(&copied)).await;
         let mut results = Vec::with_capacity(copied.len());
         for (position, copied) in copied.into_iter().enumerate() {
             let one = &job.moves[position];
             let place = || disk.place(from[position]);
             results.push(match copied {
-                Ok(()) => self.verify(one, &to[position], place).await,
+                Ok(()) => self.verify(one, sums[position], place),
                 Err((failure, error)) => {
                     let failure = self.blame(&to[position], failure);
                     if failure.settled && speaks_of_source(failure.kind) {
@@ -174,6 +176,11 @@ impl Mover {
             kvcache_core::Error::new(ErrorKind::Internal, "a disk command without a disk tier")
         })
     }
+}
+
+/// Which copies have come.
+fn came<E>(copied: &[std::result::Result<(), E>]) -> Vec<bool> {
+    copied.iter().map(std::result::Result::is_ok).collect()
 }
 
 /// Whether a failed read says that the bytes cannot be had from there, now or later: a file that

@@ -1,13 +1,15 @@
 //! Carries out the manager's copies through the transfer agent, and vouches for every byte.
 //!
 //! What a copy wrote into memory is summed there, afterwards: the sum must be the one that the block
-//! is known by, or the block counts as corrupt. Bytes for disk and objects leave with the sum in
-//! their header. Commands stay batches: one request to the agent where one can carry them.
+//! is known by, or the block counts as corrupt. What has landed in memory of a device is summed by the device.
+//! Bytes for disk and objects leave with the sum in their header. Commands stay batches: one request to the agent where one can carry them.
 
+mod land;
 mod lift;
 mod local;
 mod object;
 mod peer;
+mod sums;
 mod transport;
 
 use std::collections::BTreeSet;
@@ -27,7 +29,9 @@ use crate::pages::{self, BlockMemory};
 use crate::peer::Peers;
 use crate::record::Expected;
 use crate::scratch::Scratch;
+use land::Landing;
 pub(crate) use lift::Lift;
+pub(crate) use sums::DeviceSums;
 pub(crate) use transport::{Part, Unsettled, transfer_each};
 
 /// How one move of a command ended.
@@ -42,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) engine: Vec<Option<BlockMemory>>,
     /// When it must be done.
     pub(crate) deadline: Instant,
+    /// Where its blocks land, if they do.
+    pub(crate) landing: Option<Landing>,
 }
 
 /// What became of a [`Job`].
@@ -53,14 +59,21 @@ pub(crate) struct Answer {
     pub(crate) unsettled: Unsettled,
 }
 
-/// What went wrong with stored bytes, counted since the start.
+/// What went wrong with stored bytes, and which way others took, counted since the start.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     /// Blocks whose bytes on disk, in objects or at peers were not what they should be.
     pub(crate) corrupt: AtomicU64,
     /// Reads from peers thrown away because the slot had been given to another block.
     pub(crate) generation: AtomicU64,
+    /// Blocks that came straight into memory of a device, and were summed there.
+    pub(crate) landed: AtomicU64,
+    /// Blocks that were summed in host memory before they went up into a device's.
+    pub(crate) lifted: AtomicU64,
 }
+
+/// The sum of a copied block, or why there is none.
+type Summed = Result<Checksum, MoveFailure>;
 
 /// The shared objects of this cache.
 #[derive(Debug)]
@@ -85,6 +98,8 @@ pub(crate) struct Mover {
     pub(crate) staging: Option<Arc<Scratch>>,
     /// The way up to devices.
     pub(crate) lift: Lift,
+    /// Devices that sum what is on them.
+    pub(crate) sums: DeviceSums,
     pub(crate) expected: Expected,
     pub(crate) faults: Faults,
 }
@@ -107,20 +122,21 @@ enum End {
 
 impl Mover {
     /// Carries out one copy command.
-    pub(crate) async fn copy(&self, job: &Job) -> Answer {
+    pub(crate) async fn copy(&self, job: Job) -> Answer {
         let mut unsettled = Unsettled::default();
-        let done = match self.goes_up(job) {
-            true => Box::pin(self.lift(job, &mut unsettled)).await,
-            false => self.dispatch(job, &mut unsettled).await,
+        let blocks = job.moves.len();
+        let done = match self.goes_up(&job) {
+            true => Box::pin(self.bring(job, &mut unsettled)).await,
+            false => self.dispatch(&job, &mut unsettled).await,
         };
         let results = match done {
             Ok(results) => results,
             Err(error) => {
-                tracing::debug!(%error, blocks = job.moves.len(), "copy not started");
-                vec![Err(MoveFailure::settled(error.kind())); job.moves.len()]
+                tracing::debug!(%error, blocks, "copy not started");
+                vec![Err(MoveFailure::settled(error.kind())); blocks]
             }
         };
-        assert!(results.len() == job.moves.len(), "every move is answered");
+        assert!(results.len() == blocks, "every move is answered");
         Answer { results, unsettled }
     }
 
@@ -212,18 +228,41 @@ impl Mover {
         }
     }
 
-    /// Sums what was copied into memory and compares it with what is known of the block.
+    /// Sums what was copied into memory, as far as it came.
+    async fn sum_each(&self, job: &Job, memory: &[Memory], came: &[bool]) -> Vec<Summed> {
+        // Not the source's fault, whatever the kind.
+        let unknown = MoveFailure::settled(ErrorKind::Cancelled);
+        let mut sums = vec![Err(unknown); memory.len()];
+        let wanted = (0..memory.len()).filter(|&at| came[at]);
+        if let Some(landing) = &job.landing {
+            let wanted: Vec<usize> = wanted.collect();
+            let blocks = wanted.iter().map(|&at| self.block(&memory[at]));
+            let blocks: Vec<BlockMemory> = blocks.collect();
+            let blocks: Vec<&BlockMemory> = blocks.iter().collect();
+            if let Ok(summed) = self.sum_landed(job, landing, &blocks).await {
+                for (at, sum) in wanted.into_iter().zip(summed) {
+                    sums[at] = Ok(sum);
+                }
+            }
+            return sums;
+        }
+        for at in wanted {
+            // Summing a large block takes a while: others may run in between.
+            tokio::task::yield_now().await;
+            sums[at] = self.sum(&memory[at]).map_err(|error| {
+                tracing::warn!(%error, "copied bytes cannot be summed");
+                unknown
+            });
+        }
+        sums
+    }
+
+    /// Compares the sum of what was copied with what is known of the block.
     ///
     /// A wrong sum speaks of the source, named by `place`: it is counted, and logged here, once,
     /// because the manager forgets the place on hearing of it.
-    async fn verify(&self, one: &Move, memory: &Memory, place: impl FnOnce() -> String) -> Moved {
-        // Summing a large block takes a while: others may run in between.
-        tokio::task::yield_now().await;
-        let sum = self.sum(memory).map_err(|error| {
-            tracing::warn!(%error, "copied bytes cannot be summed");
-            // Not the source's fault, whatever the kind.
-            MoveFailure::settled(ErrorKind::Cancelled)
-        })?;
+    fn verify(&self, one: &Move, summed: Summed, place: impl FnOnce() -> String) -> Moved {
+        let sum = summed?;
         match one.checksum {
             Some(known) if known != sum => {
                 let what = format!("checksum {:08x}, expected {:08x}", sum.value, known.value);

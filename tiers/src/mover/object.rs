@@ -139,7 +139,7 @@ impl Mover {
         let pairs = pairs(&page, &self.block(to), &object);
         let taken = transfer(&self.agent, Operation::Read, pairs, None, job.deadline).await;
         let result = match taken {
-            Ok(()) => self.check_object(one, to, &name, &page).await,
+            Ok(()) => self.check_object((job, one), to, &name, &page).await,
             Err(failed) => {
                 let text = failed.error.to_string();
                 let failure = self.blame(to, unsettled.note(failed));
@@ -162,7 +162,13 @@ impl Mover {
     }
 
     /// The header must name this block of this model; then the bytes must match the header.
-    async fn check_object(&self, one: &Move, to: &Memory, name: &str, page: &Buffers) -> Moved {
+    async fn check_object(
+        &self,
+        (job, one): (&Job, &Move),
+        to: &Memory,
+        name: &str,
+        page: &Buffers,
+    ) -> Moved {
         let mut bytes = [0; RECORD_HEADER_BYTES];
         page.read(0, 0, &mut bytes)
             .map_err(|error| MoveFailure::settled(error.kind()))?;
@@ -176,7 +182,8 @@ impl Mover {
             }
         });
         let header = header.map_err(|fault| self.corrupt(one, name, fault))?;
-        let sum = self.verify(one, to, || name.to_owned()).await?;
+        let summed = self.sum_each(job, std::slice::from_ref(to), &[true]).await;
+        let sum = self.verify(one, summed[0], || name.to_owned())?;
         if sum != header.checksum {
             let (sum, known) = (sum.value, header.checksum.value);
             let what = format!("checksum {sum:08x}, header says {known:08x}");

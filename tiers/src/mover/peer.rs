@@ -49,16 +49,21 @@ impl Mover {
                 MoveFailure::settled(ErrorKind::Timeout),
             ));
         }
+        let fresh = words.iter().zip(&blocks);
+        let fresh: Vec<bool> = fresh
+            .map(|(word, block)| *word == block.generation)
+            .collect();
+        let sums = self.sum_each(job, to, &fresh).await;
         let mut results = Vec::with_capacity(job.moves.len());
         for (position, one) in job.moves.iter().enumerate() {
             let block = &blocks[position];
-            if words[position] != block.generation {
+            if !fresh[position] {
                 self.faults.generation.fetch_add(1, Ordering::Relaxed);
                 results.push(Err(MoveFailure::settled(ErrorKind::NotFound)));
                 continue;
             }
             let place = || format!("peer {}", lease.link.pod);
-            results.push(match self.verify(one, &to[position], place).await {
+            results.push(match self.verify(one, sums[position], place) {
                 Ok(sum) if sum != block.checksum => {
                     let what = "bytes do not match the checksum of the lease";
                     Err(self.corrupt(one, &place(), what))
@@ -70,7 +75,7 @@ impl Mover {
     }
 
     /// The one lease of the command's moves, and the leased block of each.
-    fn leased(&self, job: &Job) -> Result<(Arc<HeldLease>, Vec<LeasedBlock>)> {
+    pub(super) fn leased(&self, job: &Job) -> Result<(Arc<HeldLease>, Vec<LeasedBlock>)> {
         let mut lease: Option<Arc<HeldLease>> = None;
         let mut blocks = Vec::with_capacity(job.moves.len());
         for one in &job.moves {
@@ -178,7 +183,7 @@ impl Mover {
     }
 }
 
-fn remote(region: u64, offset: u64, len: u64) -> Descriptor {
+pub(super) fn remote(region: u64, offset: u64, len: u64) -> Descriptor {
     Descriptor {
         region: RegionId(region),
         offset,

@@ -129,6 +129,36 @@ pub(super) async fn transfer(
     }
 }
 
+/// The backend that would move a pair of ranges now.
+///
+/// # Errors
+/// As a request for it; nothing is posted.
+pub(super) async fn way(
+    agent: &Agent,
+    operation: Operation,
+    (local, remote): (Descriptor, Descriptor),
+    peer: Option<&PeerHandle>,
+) -> Result<&'static str, Error> {
+    let (agent, peer) = (agent.clone(), peer.cloned());
+    let has_peer = peer.is_some();
+    let asking = move || {
+        let side = peer.as_ref().map_or(Side::Local, Side::Peer);
+        let lists = (
+            agent.prepare(Side::Local, &[local])?,
+            agent.prepare(side, &[remote])?,
+        );
+        let request = agent.request(operation, &lists.0, &lists.1, RequestOptions::default())?;
+        Ok(request.estimate()?.backend)
+    };
+    if !has_peer {
+        return asking();
+    }
+    // Choosing a path and connecting may block for a while.
+    tokio::task::spawn_blocking(asking)
+        .await
+        .map_err(|error| Error::new(ErrorKind::Internal, "a thread that asks").with_source(error))?
+}
+
 /// Moves many blocks' parts as one request; if that fails because of one of them, each by itself, so
 /// that a damaged block costs only itself.
 pub(crate) async fn transfer_each(

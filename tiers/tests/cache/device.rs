@@ -5,7 +5,7 @@ use std::time::Instant;
 use kvcache_core::ports::Located;
 use kvcache_core::{BlockInfo, Tier};
 use kvfabric_tiers::{CacheConfig, FetchBlock, FetchReport, Pages, Segment, Source, StoreBlock};
-use kvfabric_transfer::{CudaOptions, CudaStandIn, Region};
+use kvfabric_transfer::{Agent, CudaOptions, CudaStandIn, Region};
 
 use crate::support::*;
 
@@ -13,18 +13,27 @@ use crate::support::*;
 const MANY: u8 = 40;
 
 /// A node whose engine has its blocks on a GPU.
-struct OnDevice {
-    driver: CudaStandIn,
-    node: Node,
-    engine: Region,
-    address: u64,
+pub(crate) struct OnDevice {
+    pub(crate) driver: CudaStandIn,
+    pub(crate) node: Node,
+    pub(crate) engine: Region,
+    pub(crate) address: u64,
 }
 
 impl OnDevice {
-    async fn open(config: CacheConfig, way: Way, objects: Option<&std::path::Path>) -> Self {
+    pub(crate) async fn open(
+        config: CacheConfig,
+        way: Way,
+        objects: Option<&std::path::Path>,
+    ) -> Self {
         let driver = CudaStandIn::new(1);
         let agent = agent(config.pod.as_str(), way, objects);
         driver.serve(&agent, CudaOptions::default()).unwrap();
+        Self::over(driver, config, agent).await
+    }
+
+    /// With an agent that the driver serves.
+    pub(crate) async fn over(driver: CudaStandIn, config: CacheConfig, agent: Agent) -> Self {
         let node = Node::open(config, agent).await;
         let memory = driver.allocate(0, ENGINE_SLOTS as u64 * BLOCK).unwrap();
         let address = memory.address();
@@ -37,7 +46,12 @@ impl OnDevice {
         }
     }
 
-    async fn report(&self, blocks: &[BlockInfo], hints: Located, deadline: Instant) -> FetchReport {
+    pub(crate) async fn report(
+        &self,
+        blocks: &[BlockInfo],
+        hints: Located,
+        deadline: Instant,
+    ) -> FetchReport {
         let wiped = vec![0xee; ENGINE_SLOTS * BLOCK as usize];
         self.driver.write(self.address, &wiped);
         let wanted = blocks.iter().zip((0..).step_by(BLOCK as usize));
@@ -53,7 +67,7 @@ impl OnDevice {
     }
 
     /// Fetches into wiped memory of the device, and checks every byte of what is said to be there; what is not was not touched.
-    async fn fetch(&self, blocks: &[BlockInfo], hints: Located) -> Vec<Source> {
+    pub(crate) async fn fetch(&self, blocks: &[BlockInfo], hints: Located) -> Vec<Source> {
         let mut report = self.report(blocks, hints, Instant::now() + PATIENCE).await;
         assert!(report.drained().await);
         let depth = report.depth();

@@ -15,7 +15,9 @@ use kvfabric_tiers::{
     Cache, CacheConfig, DiskConfig, FetchBlock, FetchReport, ObjectConfig, Source, StoreBlock,
     StoreReport,
 };
-use kvfabric_transfer::{Agent, DirectMode, HostMemory, ObjectOptions, Region, RegionOptions};
+use kvfabric_transfer::{
+    Agent, DirectMode, HostMemory, ObjectOptions, Region, RegionOptions, UcxOptions,
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -165,13 +167,15 @@ pub(crate) enum Way {
     Memcpy,
     Shm,
     Tcp,
+    Ucx,
 }
 
 /// An agent that has only this way to its peers, and an object store named "cold" in `objects`.
 pub(crate) fn agent(name: &str, way: Way, objects: Option<&Path>) -> Agent {
     let mut builder = Agent::builder(name)
         .memcpy(way == Way::Memcpy)
-        .shm(way == Way::Shm);
+        .shm(way == Way::Shm)
+        .ucx((way == Way::Ucx).then(UcxOptions::default));
     if way == Way::Tcp {
         builder = builder.tcp(Some("127.0.0.1:0".parse().unwrap()));
     }

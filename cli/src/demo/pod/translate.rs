@@ -37,6 +37,7 @@ pub(super) fn count_hits(hits: &mut BTreeMap<String, u64>, source: &str, blocks:
 
 pub(super) fn source_name(source: &Source) -> &'static str {
     match source {
+        Source::Device => "hbm",
         Source::Host => "dram",
         Source::Disk => "nvme",
         Source::Peer { .. } => "peer",
