@@ -294,7 +294,7 @@ impl Inner {
             return Sums::Of(Vec::new());
         }
         let devices = self.cache.sums();
-        if let Some(summer) = devices.of_all(blocks.iter().copied()).await {
+        if let Some(summer) = devices.of_all(blocks.iter().copied(), deadline).await {
             return match devices.sum(&summer, blocks, deadline).await {
                 Ok(sums) => Sums::Of(sums),
                 Err(error) => {

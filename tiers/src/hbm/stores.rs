@@ -22,7 +22,7 @@ impl Inner {
         let devices = self.cache.sums();
         let slot = BlockMemory::from(self.slot(0));
         let all = blocks.iter().map(|block| &block.memory).chain([&slot]);
-        if devices.of_all(all).await.is_none() {
+        if devices.of_all(all, deadline).await.is_none() {
             return self.store_by_host(blocks, deadline).await;
         }
         let mut report = StoreReport::default();

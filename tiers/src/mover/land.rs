@@ -57,9 +57,11 @@ impl Mover {
         let targets = job.engine.iter().map(Option::as_ref);
         let targets: Vec<&BlockMemory> = targets.collect::<Option<_>>()?;
         let (operation, pair, peer) = self.first_pair(job, targets.first()?)?;
-        let taken = way(&self.agent, operation, pair, peer.as_ref()).await;
+        let asked = way(&self.agent, operation, pair, peer.as_ref());
+        let deadline = tokio::time::Instant::from_std(job.deadline);
+        let taken = tokio::time::timeout_at(deadline, asked).await.ok()?;
         let taken = taken.ok().filter(|backend| *backend != BY_HOST)?;
-        let summer = self.sums.of_all(targets.into_iter()).await?;
+        let summer = self.sums.of_all(targets.into_iter(), job.deadline).await?;
         tracing::trace!(way = taken, blocks = job.moves.len(), "blocks land");
         Some(Landing {
             summer,

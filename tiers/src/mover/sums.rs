@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvcache_core::{Checksum, Error, ErrorKind, Result};
 use kvfabric_transfer::{Agent, CudaKernels, Descriptor, MemoryKind};
-use tokio::sync::Mutex;
+use tokio::sync::OnceCell;
 
 use crate::pages::BlockMemory;
 
@@ -19,8 +19,11 @@ const SUMMED_WITHIN: Duration = Duration::from_secs(10);
 pub(crate) struct DeviceSums {
     agent: Agent,
     is_wanted: bool,
-    known: Mutex<BTreeMap<u32, Option<Arc<Summer>>>>,
+    known: Mutex<BTreeMap<u32, Arc<Known>>>,
 }
+
+/// What is known of a device, when it has been asked.
+type Known = OnceCell<Option<Arc<Summer>>>;
 
 /// A device that sums.
 #[derive(Debug)]
@@ -41,34 +44,38 @@ impl DeviceSums {
         }
     }
 
-    /// The device with this number, if it sums blocks.
-    pub(crate) async fn of(&self, device: u32) -> Option<Arc<Summer>> {
+    /// The device that all of these blocks are on, if it sums blocks. Who asks first waits until that is known, for half of the time
+    /// until `deadline`: the rest is for doing without it.
+    pub(crate) async fn of_all<'a>(
+        &self,
+        blocks: impl Iterator<Item = &'a BlockMemory>,
+        deadline: Instant,
+    ) -> Option<Arc<Summer>> {
         if !self.is_wanted {
             return None;
         }
-        let mut known = self.known.lock().await;
-        let found = match known.get(&device) {
+        let device = device_of(&self.agent, blocks)?;
+        let known = {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.entry(device).or_default().clone()
+        };
+        let found = match known.get() {
             Some(found) => found.clone(),
             None => {
-                let made = self.load(device).await;
-                known.insert(device, made.clone());
-                made
+                let agent = self.agent.clone();
+                // It goes on when nobody waits any more.
+                let asking = tokio::spawn(async move {
+                    let found = known.get_or_init(|| Self::load(agent, device)).await;
+                    found.clone()
+                });
+                let left = deadline.saturating_duration_since(Instant::now());
+                tokio::time::timeout(left / 2, asking).await.ok()?.ok()?
             }
         };
         found.filter(|summer| !summer.is_lost())
     }
 
-    /// The device that all of these blocks are on, if it sums blocks.
-    pub(crate) async fn of_all<'a>(
-        &self,
-        blocks: impl Iterator<Item = &'a BlockMemory>,
-    ) -> Option<Arc<Summer>> {
-        let device = device_of(&self.agent, blocks)?;
-        self.of(device).await
-    }
-
-    async fn load(&self, device: u32) -> Option<Arc<Summer>> {
-        let agent = self.agent.clone();
+    async fn load(agent: Agent, device: u32) -> Option<Arc<Summer>> {
         let loading = move || agent.device_kernels(device, SUMMED_WITHIN);
         let loaded = tokio::task::spawn_blocking(loading).await;
         match loaded {
