@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvcache_core::ports::{Holder, Located};
+use kvcache_core::ports::Located;
 use kvcache_core::{BlockInfo, BlockKey, PinId, Result};
 use kvfabric_indexer::client::{LookupAnswer, LookupRequest};
 use kvfabric_tiers::{
-    BlockMemory, FetchBlock, HeldDepth, Pages, Pinned, Reach, Removed, Source, StoreBlock,
-    StoreReport,
+    BlockMemory, FetchBlock, HeldDepth, Pages, Pinned, PromoteReport, Reach, Removed, Source,
+    StoreBlock, StoreReport, seen_from,
 };
+use kvfabric_transfer::DeviceMemory;
 
 use crate::blocks::Prefix;
 use crate::config::NodeConfig;
@@ -143,6 +144,81 @@ impl AttachedNode {
         }))
     }
 
+    /// As [`Node::open_hbm`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_hbm(&self, memory: DeviceMemory) -> Result<()> {
+        self.node.open_hbm(memory)
+    }
+
+    /// As [`Node::promote`], for `count` blocks of a prefix from position `first` on.
+    ///
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for blocks outside the prefix; the rest by the operation.
+    pub fn promote(
+        &self,
+        prefix: &Prefix,
+        first: usize,
+        count: usize,
+        deadline: Duration,
+    ) -> Result<Operation<PromoteReport>> {
+        let blocks = prefix.run(first, count)?.to_vec();
+        let node = self.node.clone();
+        Ok(self
+            .runtime
+            .spawn(async move { node.promote(blocks, deadline).await }))
+    }
+
+    /// As [`AttachedNode::store`], into the HBM tier.
+    ///
+    /// # Errors
+    /// As [`AttachedNode::store`] and [`Node::store_hbm`].
+    pub fn store_hbm(
+        &self,
+        prefix: &Prefix,
+        first: usize,
+        pages: &Pages,
+        blocks: &[u32],
+        deadline: Duration,
+    ) -> Result<Operation<StoreReport>> {
+        let stores = paired(prefix, first, pages, blocks, |info, memory| StoreBlock {
+            info,
+            memory,
+        })?;
+        let node = self.node.clone();
+        Ok(self
+            .runtime
+            .spawn(async move { node.store_hbm(stores, deadline).await }))
+    }
+
+    /// As [`Node::offload`], for `count` blocks of a prefix from position `first` on.
+    ///
+    /// # Errors
+    /// As [`AttachedNode::promote`].
+    pub fn offload(
+        &self,
+        prefix: &Prefix,
+        first: usize,
+        count: usize,
+        deadline: Duration,
+    ) -> Result<Operation<StoreReport>> {
+        let run = prefix.run(first, count)?;
+        let keys = run.iter().map(|info| info.key).collect();
+        let node = self.node.clone();
+        Ok(self
+            .runtime
+            .spawn(async move { node.offload(keys, deadline).await }))
+    }
+
+    /// As [`Node::close_hbm`].
+    #[must_use]
+    pub fn close_hbm(&self, deadline: Duration) -> Operation<()> {
+        let node = self.node.clone();
+        self.runtime
+            .spawn(async move { node.close_hbm(deadline).await })
+    }
+
     /// How many blocks of a prefix this node's own tiers hold.
     #[must_use]
     pub fn held(&self, prefix: &Prefix) -> Operation<HeldDepth> {
@@ -258,25 +334,4 @@ fn paired<T>(
         pairs.push(joined(*info, pages.block(*number)?));
     }
     Ok(pairs)
-}
-
-/// Hints about a prefix, as hints about its blocks from position `first` on.
-fn seen_from(hints: Located, first: usize) -> Located {
-    let first = u32::try_from(first).unwrap_or(u32::MAX);
-    let holders = hints
-        .holders
-        .into_iter()
-        .filter(|holder| holder.depth > first);
-    let shared = hints.shared.into_iter().filter(|range| range.end > first);
-    Located {
-        holders: holders
-            .map(|holder| Holder {
-                depth: holder.depth - first,
-                ..holder
-            })
-            .collect(),
-        shared: shared
-            .map(|range| range.start.saturating_sub(first)..range.end - first)
-            .collect(),
-    }
 }

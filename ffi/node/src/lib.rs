@@ -50,7 +50,7 @@ pub use kvcache_core::{
 };
 pub use kvfabric_indexer::client::{LookupAnswer, LookupRequest, PodDepth, Prompt, SourcePosition};
 pub use kvfabric_tiers::{
-    BlockMemory, FetchBlock, FetchReport, HeldDepth, Pages, Pinned, Reach, Removed, Segment,
-    Source, StoreBlock, StoreReport,
+    BlockMemory, FetchBlock, FetchReport, HbmStats, HeldDepth, Pages, Pinned, PromoteReport, Reach,
+    Removed, Segment, Source, StoreBlock, StoreReport,
 };
 pub use kvfabric_transfer as transfer;

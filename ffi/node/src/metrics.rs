@@ -18,6 +18,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::task::JoinHandle;
 
+use crate::node::Hbm;
+
 /// The content type of the text format that is answered.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -31,16 +33,26 @@ pub(crate) struct MetricsServer {
 struct Sources {
     agent: Agent,
     cache: Cache,
+    hbm: Arc<Hbm>,
 }
 
 impl MetricsServer {
-    pub(crate) async fn start(address: SocketAddr, agent: Agent, cache: Cache) -> Result<Self> {
+    pub(crate) async fn start(
+        address: SocketAddr,
+        agent: &Agent,
+        cache: &Cache,
+        hbm: &Arc<Hbm>,
+    ) -> Result<Self> {
         let listen = |e| Error::io(format!("listen for metrics on {address}"), e);
         let listener = tokio::net::TcpListener::bind(address)
             .await
             .map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let sources = Arc::new(Sources { agent, cache });
+        let sources = Arc::new(Sources {
+            agent: agent.clone(),
+            cache: cache.clone(),
+            hbm: hbm.clone(),
+        });
         let routes = Router::new()
             .route("/metrics", get(scrape))
             .with_state(sources);
@@ -65,7 +77,11 @@ impl Drop for MetricsServer {
 
 async fn scrape(State(sources): State<Arc<Sources>>) -> Response {
     let text = match sources.cache.stats().await {
-        Ok(stats) => render(&stats.entries(), &sources.agent),
+        Ok(stats) => {
+            let mut entries = stats.entries();
+            entries.extend(sources.hbm.stats().entries());
+            render(&entries, &sources.agent)
+        }
         Err(error) => Err(error),
     };
     match text {

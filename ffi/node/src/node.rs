@@ -11,7 +11,7 @@ use kvfabric_tiers::{
     Cache, FetchBlock, FetchReport, HeldDepth, Pages, PeerService, Pinned, Reach, Removed, Segment,
     StoreBlock, StoreReport,
 };
-use kvfabric_transfer::Agent;
+use kvfabric_transfer::{Agent, DeviceMemory};
 
 use crate::blocks::{Describer, Namespace, Prefix};
 use crate::config::NodeConfig;
@@ -21,8 +21,10 @@ use crate::names::Names;
 use crate::parts;
 use crate::ports::Alone;
 
+mod hbm;
 mod index;
 
+pub(crate) use hbm::Hbm;
 pub use index::Lookup;
 
 /// One pod's tiers, fabric and connection to the index. A clone is another handle on the same node.
@@ -38,6 +40,8 @@ struct Inner {
     describer: Describer,
     lookup_deadline: Duration,
     agent: Agent,
+    /// Before the cache, whose blocks it withdraws when it ends.
+    hbm: Arc<Hbm>,
     cache: Cache,
     index: Option<Index>,
     metrics: Option<MetricsServer>,
@@ -73,13 +77,20 @@ impl Node {
             .is_some()
             .then(|| parts::name_reader(&describer));
         let cache = Cache::open(cache, agent.clone(), directory, sink).await?;
+        let hbm = Arc::new(Hbm::default());
+        if let Some(section) = &config.hbm {
+            let memory = DeviceMemory::allocate(section.device, section.bytes);
+            let opened = memory.and_then(|memory| hbm.open(&cache, memory));
+            opened.map_err(|error| error.at("hbm"))?;
+        }
         let index = match publishers {
             Some(publishers) => Some(publishers.register(&config, cache.peer_address()).await?),
             None => None,
         };
         let metrics = match config.metrics_listen {
             Some(address) => {
-                Some(MetricsServer::start(address, agent.clone(), cache.clone()).await?)
+                let served = MetricsServer::start(address, &agent, &cache, &hbm);
+                Some(served.await?)
             }
             None => None,
         };
@@ -93,6 +104,7 @@ impl Node {
             describer,
             lookup_deadline,
             agent,
+            hbm,
             cache,
             index,
             metrics,
@@ -189,7 +201,8 @@ impl Node {
         self.inner.cache.store(blocks, after(deadline)).await
     }
 
-    /// Brings blocks into the engine's memory, from wherever they are; without hints, the index is asked.
+    /// Brings blocks into the engine's memory, from wherever they are, the HBM tier first if there is one; without hints, the index is
+    /// asked.
     ///
     /// The report has a source or a miss for each block. The memory of a missed block may have been written to.
     ///
@@ -201,7 +214,11 @@ impl Node {
         hints: Located,
         deadline: Duration,
     ) -> Result<FetchReport> {
-        self.inner.cache.fetch(blocks, hints, after(deadline)).await
+        let deadline = after(deadline);
+        match self.inner.hbm.tier() {
+            Some(tier) => tier.fetch_through(blocks, hints, deadline).await,
+            None => self.inner.cache.fetch(blocks, hints, deadline).await,
+        }
     }
 
     /// How many blocks of a chain this node's own tiers hold.
@@ -291,11 +308,14 @@ impl Node {
     /// # Errors
     /// [`kvcache_core::ErrorKind::Cancelled`] after the shutdown.
     pub async fn tier_stats(&self) -> Result<Vec<(&'static str, u64)>> {
-        Ok(self.inner.cache.stats().await?.entries())
+        let mut entries = self.inner.cache.stats().await?.entries();
+        entries.extend(self.inner.hbm.stats().entries());
+        Ok(entries)
     }
 
     /// Stops leasing, withdraws what was announced, and writes down to the disk what only host memory has, the most recently
-    /// used first, as far as there is room: what a restart finds again. A longer deadline saves more.
+    /// used first, as far as there is room: what a restart finds again. A longer deadline saves more. What only the HBM tier has is
+    /// lost: [`Node::offload`] before that.
     ///
     /// # Errors
     /// [`kvcache_core::ErrorKind::Timeout`] when that takes longer than the deadline; what was not written is lost, nothing is wrong.

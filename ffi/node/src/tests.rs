@@ -10,6 +10,8 @@ use kvfabric_transfer::{HostMemory, Operation, Priority, RegionOptions, RequestO
 
 use super::*;
 
+mod hbm;
+
 const SECONDS: Duration = Duration::from_secs(20);
 
 fn minimal() -> Vec<(String, String)> {
@@ -49,6 +51,8 @@ fn a_wrong_setting_is_refused_with_its_name() {
         ("engine.hash", "sha256", "name"),
         ("shard.first_layer", "4294967295", "layers is 1"),
         ("peer_listen", "0.0.0.0:0", "peer_listen is 0.0.0.0:0"),
+        ("hbm.bytes", "4095", "hbm.bytes is 4095"),
+        ("hbm.bytes", "8192", "fabric.cuda"),
     ] {
         let error = NodeConfig::load(None, &with(key, value)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{key}={value}: {error}");

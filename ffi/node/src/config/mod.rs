@@ -20,8 +20,8 @@ pub use identity::parse_identity;
 pub use load::Overrides;
 use sections::default_lookup_deadline_ms;
 pub use sections::{
-    DirectSetting, DiskEngineSetting, DiskSection, EngineSection, FabricSection, HostSection,
-    IndexSection, ObjectChecksumSetting, ObjectSection, ShardSection, StorageSetting,
+    DirectSetting, DiskEngineSetting, DiskSection, EngineSection, FabricSection, HbmSection,
+    HostSection, IndexSection, ObjectChecksumSetting, ObjectSection, ShardSection, StorageSetting,
 };
 
 /// Environment variables that override the file begin so; `__` stands between a table and its key, as in
@@ -54,6 +54,8 @@ pub struct NodeConfig {
     pub key_scheme: String,
     /// The DRAM tier.
     pub host: HostSection,
+    /// The HBM tier; none without it, unless the engine lends memory for it.
+    pub hbm: Option<HbmSection>,
     /// The NVMe tier; none without it.
     pub disk: Option<DiskSection>,
     /// The shared object tier; none without it.
@@ -99,6 +101,15 @@ impl NodeConfig {
             engine.check().map_err(|error| error.at("engine"))?;
         }
         TokensPerBlock::try_from(self.block_tokens)?;
+        if let Some(hbm) = &self.hbm {
+            if hbm.bytes < self.block_bytes {
+                return Err(Error::invalid("hbm.bytes", hbm.bytes, self.block_bytes..));
+            }
+            if !self.fabric.cuda {
+                let text = "[hbm] is given without fabric.cuda";
+                return Err(Error::new(ErrorKind::Invalid, text));
+            }
+        }
         self.cache_config()?.check()
     }
 
@@ -167,6 +178,7 @@ impl NodeConfig {
             prefix: object.prefix.clone(),
         });
         cache.peer_listen = self.peer_listen;
+        cache.device_sums = self.fabric.cuda_sums;
         cache.locate_timeout = self.lookup_deadline();
         Ok(cache)
     }

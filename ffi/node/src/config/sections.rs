@@ -72,6 +72,17 @@ pub struct HostSection {
     pub bytes: u64,
 }
 
+/// The HBM tier, in memory of a GPU that the node allocates.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct HbmSection {
+    /// The GPU's number in this process.
+    #[serde(default)]
+    pub device: u32,
+    /// Bytes, rounded down to whole blocks.
+    pub bytes: u64,
+}
+
 /// The NVMe tier.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -217,6 +228,8 @@ pub struct FabricSection {
     pub cuda: bool,
     /// How bytes go between that memory and files.
     pub cuda_storage: StorageSetting,
+    /// GPUs sum blocks that land in their memory, by kernels of ours; otherwise those blocks are summed in host memory first.
+    pub cuda_sums: bool,
 }
 
 /// How bytes go between memory of GPUs and files.
@@ -264,6 +277,7 @@ impl Default for FabricSection {
             verbs_polling_us: verbs.polling.as_micros() as u64,
             cuda: false,
             cuda_storage: StorageSetting::Staged,
+            cuda_sums: true,
         }
     }
 }
