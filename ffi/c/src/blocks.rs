@@ -15,9 +15,9 @@ use crate::status::kvf_status;
 use crate::task::{Work, kvf_task};
 
 /// The longest fetch that names no deadline, in milliseconds.
-const FETCH_DEADLINE_MS: u32 = 5_000;
+pub(crate) const FETCH_DEADLINE_MS: u32 = 5_000;
 /// The longest store that names no deadline, in milliseconds.
-const STORE_DEADLINE_MS: u32 = 30_000;
+pub(crate) const STORE_DEADLINE_MS: u32 = 30_000;
 
 /// A pod that holds the first blocks of a prefix.
 #[derive(Clone, Copy)]
@@ -105,8 +105,8 @@ pub unsafe extern "C" fn kvf_node_store(
     })
 }
 
-/// Begins to fetch `count` blocks of a prefix, from position `first` on, into `pages` under the numbers `blocks`. That memory
-/// is the node's until the task is finished, and that of kvf_task_unsettled blocks longer. `options` may be NULL.
+/// Begins to fetch `count` blocks of a prefix, from position `first` on, into `pages` under the numbers `blocks`: from the HBM tier, if
+/// there is one, and from wherever else they are. That memory is the node's until the task is finished, and that of kvf_task_unsettled blocks longer. `options` may be NULL.
 ///
 /// As kvf_node_store. A block that cannot be had is a miss, not a failure.
 ///
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn kvf_node_fetch(
     })
 }
 
-fn or_default(milliseconds: u32, default: u32) -> u32 {
+pub(crate) fn or_default(milliseconds: u32, default: u32) -> u32 {
     if milliseconds == 0 {
         default
     } else {

@@ -18,6 +18,7 @@ pub mod device;
 pub mod estimate;
 pub mod events;
 mod handles;
+pub mod hbm;
 mod inbox;
 pub mod index;
 pub mod list;

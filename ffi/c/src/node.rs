@@ -17,7 +17,7 @@ use crate::options::{self, SizePrefixed};
 use crate::status::kvf_status;
 
 /// The node keeps to the time that it is given; this is how long its last steps may take beyond it.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+pub(crate) const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 /// Bytes that the name of a counter has room for, with its terminating NUL.
 pub const KVF_STAT_NAME_CAPACITY: usize = 56;

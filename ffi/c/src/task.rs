@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use kvfabric::life::Life;
 use kvfabric::{
-    Error, ErrorKind, Fetched, HeldDepth, Operation, Pinned, Reach, Removed, Result, StoreReport,
+    Error, ErrorKind, Fetched, HeldDepth, Operation, Pinned, PromoteReport, Reach, Removed, Result,
+    StoreReport,
 };
 
 use crate::boundary::{Handle, Out, boundary, enter, into_raw, milliseconds, take};
@@ -49,6 +50,7 @@ pub(crate) enum Work {
     Locate(Operation<Reach>),
     Pin(Operation<Pinned>),
     Remove(Operation<Removed>),
+    Promote(Operation<PromoteReport>),
     /// What reports nothing but its end.
     End(Operation<()>),
 }
@@ -62,6 +64,7 @@ impl Work {
             Self::Locate(_) => "locate",
             Self::Pin(_) => "pin",
             Self::Remove(_) => "removal",
+            Self::Promote(_) => "promotion",
             Self::End(_) => "task without a report",
         }
     }
@@ -75,6 +78,7 @@ impl Work {
             Self::Locate(operation) => operation,
             Self::Pin(operation) => operation,
             Self::Remove(operation) => operation,
+            Self::Promote(operation) => operation,
             Self::End(operation) => operation,
         }
     }

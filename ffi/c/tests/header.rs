@@ -28,6 +28,7 @@ fn the_committed_header_matches_the_sources() {
         "prefix",
         "pages",
         "blocks",
+        "hbm",
         "task",
         "reports",
         "upkeep",
