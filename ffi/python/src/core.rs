@@ -1,10 +1,11 @@
 //! A node, as all objects made from it share it.
 
 use std::mem::ManuallyDrop;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kvfabric::life::Life;
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
+use pyo3::prelude::*;
 
 use crate::fabric::Fabric;
 
@@ -12,13 +13,19 @@ use crate::fabric::Fabric;
 pub(crate) struct Core {
     pub(crate) fabric: Arc<Fabric>,
     pub(crate) node: ManuallyDrop<AttachedNode>,
+    /// What keeps the memory of the HBM tier: for ever, unless the tier is closed.
+    pub(crate) hbm: Mutex<Option<ManuallyDrop<Py<PyAny>>>>,
 }
 
 impl Core {
     pub(crate) fn of(node: AttachedNode) -> Arc<Self> {
         let fabric = Fabric::new(node.life().clone(), node.node().agent().clone());
         let node = ManuallyDrop::new(node);
-        Arc::new(Self { fabric, node })
+        Arc::new(Self {
+            fabric,
+            node,
+            hbm: Mutex::default(),
+        })
     }
 
     pub(crate) fn life(&self) -> &Arc<Life> {

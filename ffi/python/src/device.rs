@@ -107,6 +107,13 @@ impl Lent {
         Ok(Region::on_device(fabric, region, self.address, self.keep))
     }
 
+    /// The memory, and what keeps it.
+    pub(crate) fn into_memory(self) -> Result<(DeviceMemory, Py<PyAny>)> {
+        // SAFETY: an array's memory stays as it is because the array is kept alive, which is returned for that.
+        let memory = unsafe { DeviceMemory::from_raw(self.ordinal, self.address, self.len) }?;
+        Ok((memory, self.keep))
+    }
+
     /// What an object says of its memory: a DLPack capsule, or what gives one, or what has `__cuda_array_interface__`.
     ///
     /// `device` is the number of the device, for those that do not tell it.

@@ -1,9 +1,11 @@
 //! Nodes: their tiers, their prefixes and pages.
 
-use std::sync::{Arc, Mutex};
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvfabric::names::Names;
+use kvfabric::transfer::DeviceMemory;
 use kvfabric::{AttachedNode, Error, ErrorKind, Namespace, PinId, Segment};
 use pyo3::prelude::*;
 use pyo3::types::PyMapping;
@@ -12,6 +14,7 @@ use crate::agent::Agent;
 use crate::blocks::{Pages, Prefix};
 use crate::buffer::integers;
 use crate::core::Core;
+use crate::device::Lent;
 use crate::errors::to_python;
 use crate::hints::located;
 use crate::life::{enter, parse_timeout, patiently};
@@ -59,6 +62,11 @@ impl Node {
             blocks: integers(blocks, "blocks")?,
             deadline: parse_timeout(deadline)?,
         })
+    }
+
+    /// What keeps the memory of the HBM tier.
+    fn kept(&self) -> MutexGuard<'_, Option<ManuallyDrop<Py<PyAny>>>> {
+        self.core.hbm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A prefix that is this node's own.
@@ -247,6 +255,127 @@ impl Node {
             Memory::of(&run.pages.regions),
             move |py, fetched| reports::fetch(py, &life, fetched, Memory::of(&regions)),
         ))
+    }
+
+    /// Opens the HBM tier in memory of a GPU: an array there, or a number of bytes, which are allocated on `device`.
+    #[pyo3(signature = (memory, *, device = None))]
+    fn hbm_open(
+        &self,
+        py: Python<'_>,
+        memory: &Bound<'_, PyAny>,
+        device: Option<u32>,
+    ) -> PyResult<()> {
+        let _call = enter(self.core.life())?;
+        let (memory, keep) = match memory.extract::<u64>() {
+            Ok(bytes) => {
+                let allocated = DeviceMemory::allocate(device.unwrap_or(0), bytes);
+                (allocated.map_err(to_python)?, None)
+            }
+            Err(_) => {
+                let lent = Lent::of_object(memory, device)?;
+                let (memory, keep) = lent.into_memory().map_err(to_python)?;
+                (memory, Some(ManuallyDrop::new(keep)))
+            }
+        };
+        py.detach(|| self.core.node.open_hbm(memory))
+            .map_err(to_python)?;
+        *self.kept() = keep;
+        Ok(())
+    }
+
+    /// Brings blocks of `prefix`, from position `first` on, up into the HBM tier, from wherever they are; `count` of them, or all.
+    #[pyo3(signature = (prefix, *, first = 0, count = None, deadline = 5.0))]
+    fn hbm_promote(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        first: usize,
+        count: Option<usize>,
+        deadline: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let (prefix, deadline) = (self.own(prefix)?, parse_timeout(deadline)?);
+        let operation = py.detach(|| {
+            let prefix = prefix.lock();
+            let count = count.unwrap_or(prefix.len().saturating_sub(first));
+            self.core.node.promote(&prefix, first, count, deadline)
+        });
+        let operation = operation.map_err(to_python)?;
+        let life = self.core.life();
+        Ok(Operation::plain(life, operation, reports::promote))
+    }
+
+    /// As `store`, into the HBM tier, within the GPU.
+    #[pyo3(signature = (prefix, pages, blocks, *, first = 0, deadline = 30.0))]
+    fn hbm_store(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        pages: &Bound<'_, Pages>,
+        blocks: &Bound<'_, PyAny>,
+        first: usize,
+        deadline: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let run = self.run(prefix, pages, blocks, deadline)?;
+        let operation = py.detach(|| {
+            let prefix = run.prefix.lock();
+            self.core
+                .node
+                .store_hbm(&prefix, first, &run.pages.pages, &run.blocks, run.deadline)
+        });
+        Ok(Operation::new(
+            self.core.life(),
+            operation.map_err(to_python)?,
+            Memory::of(&run.pages.regions),
+            reports::store,
+        ))
+    }
+
+    /// Takes blocks of `prefix`, from position `first` on, out of the HBM tier, down into the others; `count` of them, or all.
+    #[pyo3(signature = (prefix, *, first = 0, count = None, deadline = 30.0))]
+    fn hbm_offload(
+        &self,
+        py: Python<'_>,
+        prefix: &Bound<'_, Prefix>,
+        first: usize,
+        count: Option<usize>,
+        deadline: f64,
+    ) -> PyResult<Operation> {
+        let _call = enter(self.core.life())?;
+        let (prefix, deadline) = (self.own(prefix)?, parse_timeout(deadline)?);
+        let operation = py.detach(|| {
+            let prefix = prefix.lock();
+            let count = count.unwrap_or(prefix.len().saturating_sub(first));
+            self.core.node.offload(&prefix, first, count, deadline)
+        });
+        let operation = operation.map_err(to_python)?;
+        Ok(Operation::plain(
+            self.core.life(),
+            operation,
+            reports::store,
+        ))
+    }
+
+    /// Ends the HBM tier: what is only there is lost, and the index is told. Memory that was lent is free then.
+    #[pyo3(signature = (timeout = 30.0))]
+    fn hbm_close(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        let _call = enter(self.core.life())?;
+        let timeout = parse_timeout(timeout)?;
+        let operation = self.core.node.close_hbm(timeout);
+        let ended = patiently(py, timeout + SHUTDOWN_MARGIN, |slice| {
+            operation.wait(slice).map(|ended| ended.copied())
+        })?;
+        match ended {
+            Some(ended) => ended.map_err(to_python)?,
+            None => {
+                let text = format!("the HBM tier did not end within {timeout:?}");
+                return Err(to_python(Error::new(ErrorKind::Timeout, text)));
+            }
+        }
+        let kept = self.kept().take();
+        drop(kept.map(ManuallyDrop::into_inner));
+        Ok(())
     }
 
     /// How many blocks from the first this node's own tiers hold.

@@ -18,6 +18,7 @@ const REPORTS: &str = "kvfabric._reports";
 static TELEMETRY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static ESTIMATE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static STORE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+static PROMOTE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static HELD: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static PIN: PyOnceLock<Py<PyType>> = PyOnceLock::new();
 static REMOVED: PyOnceLock<Py<PyType>> = PyOnceLock::new();
@@ -72,6 +73,20 @@ pub(crate) fn store<'py>(
     STORE.import(py, REPORTS, "StoreReport")?.call1((
         report.stored,
         report.already_held,
+        report.refused,
+        report.failed,
+    ))
+}
+
+/// `kvfabric.PromoteReport`.
+pub(crate) fn promote<'py>(
+    py: Python<'py>,
+    report: &kvfabric::PromoteReport,
+) -> PyResult<Bound<'py, PyAny>> {
+    PROMOTE.import(py, REPORTS, "PromoteReport")?.call1((
+        report.promoted,
+        report.already_held,
+        report.missed,
         report.refused,
         report.failed,
     ))
@@ -164,6 +179,7 @@ pub(crate) fn fetch<'py>(
 
 fn name(source: &Source) -> &'static str {
     match source {
+        Source::Device => "hbm",
         Source::Host => "dram",
         Source::Disk => "nvme",
         Source::Peer { .. } => "peer",
@@ -206,7 +222,7 @@ impl FetchReport {
         self.depth
     }
 
-    /// Where each block came from: "dram", "nvme", "peer", "object" or "miss".
+    /// Where each block came from: "hbm", "dram", "nvme", "peer", "object" or "miss".
     #[getter]
     fn sources(&self) -> Vec<&'static str> {
         self.sources.clone()

@@ -556,3 +556,30 @@ def test_a_forked_child_is_told_by_nodes(node, pool, refused_in_a_fork):
         "wait": operation.wait,
     }
     assert refused_in_a_fork(calls) == sorted(calls)
+
+
+def test_what_needs_an_hbm_tier_is_refused_without_one(node, pool):
+    one = stored(node, pool)
+    for operation in (
+        node.hbm_promote(one),
+        node.hbm_promote(one, first=2, count=3, deadline=1.0),
+        node.hbm_offload(one),
+        node.hbm_store(one, pool.pages, [0], first=1),
+    ):
+        with pytest.raises(kvfabric.UnsupportedError, match="no HBM tier"):
+            operation.wait(TIMEOUT)
+    with pytest.raises(kvfabric.UnsupportedError, match="no HBM tier"):
+        node.hbm_close()
+    for wrong in ({"first": len(one) + 1, "count": 1}, {"count": len(one) + 1}):
+        with pytest.raises(kvfabric.InvalidError):
+            node.hbm_promote(one, **wrong)
+    with pytest.raises(kvfabric.InvalidError):
+        node.hbm_store(one, pool.pages, [POOL_BLOCKS])
+    # Whether there is a driver or none: this is no memory of a device.
+    with pytest.raises(kvfabric.InvalidError, match="__dlpack__"):
+        node.hbm_open(b"bytes")
+    # The node was not told to use CUDA, or there is none.
+    with pytest.raises(kvfabric.UnsupportedError):
+        node.hbm_open(BLOCK_BYTES)
+    stats = node.stats()
+    assert (stats["hbm_slots"], stats["hbm_promoted"], stats["device_landed"]) == (0, 0, 0)

@@ -42,7 +42,7 @@ from ._kvfabric import (
     pack_hashes,
 )
 from ._options import Cuda, CudaDevice, CudaReport, ObjectStore, Tls, Verbs, cuda_probe
-from ._reports import Estimate, Held, Pin, Reach, Removed, StoreReport, Telemetry
+from ._reports import Estimate, Held, Pin, PromoteReport, Reach, Removed, StoreReport, Telemetry
 
 __all__ = [
     "Agent",
@@ -78,6 +78,7 @@ __all__ = [
     "PoisonedError",
     "Prefix",
     "Prepared",
+    "PromoteReport",
     "Reach",
     "Region",
     "Removed",

@@ -27,6 +27,7 @@ from ._reports import Held as Held
 from ._reports import Pin as Pin
 from ._reports import Reach as Reach
 from ._reports import Removed as Removed
+from ._reports import PromoteReport as PromoteReport
 from ._reports import StoreReport as StoreReport
 from ._reports import Estimate as Estimate
 from ._reports import Telemetry as Telemetry
@@ -672,6 +673,58 @@ class Node:
         until the operation is done.
         """
 
+    def hbm_open(self, memory: object, *, device: Optional[int] = None) -> None:
+        """Opens the HBM tier in memory of a GPU: an array there, as `Agent.register_device` takes
+        it, or a number of bytes, which are allocated on `device` (0 if it is not given). The
+        array's content is lost, and it is kept until `hbm_close`. From then on `fetch` looks there
+        first, and the index is told of what is there. The settings `hbm.bytes` and `hbm.device` do
+        the same when the node is opened. `UnsupportedError` without the setting `fabric.cuda`.
+        """
+
+    def hbm_promote(
+        self,
+        prefix: Prefix,
+        *,
+        first: int = 0,
+        count: Optional[int] = None,
+        deadline: float = 5.0,
+    ) -> Operation[PromoteReport]:
+        """Brings `count` blocks of `prefix` (all, if it is not given), from position `first` on, up
+        into the HBM tier, from wherever they are. Those that nobody has wanted for the longest time
+        make room, and go down into the other tiers if those do not have them.
+        """
+
+    def hbm_store(
+        self,
+        prefix: Prefix,
+        pages: Pages,
+        blocks: _Integers,
+        *,
+        first: int = 0,
+        deadline: float = 30.0,
+    ) -> Operation[StoreReport]:
+        """As `store`, into the HBM tier, within the GPU; the other tiers get a block when it leaves
+        its slot. Where the GPU does not compute checksums, and for other memory, blocks are stored
+        in the other tiers and promoted.
+        """
+
+    def hbm_offload(
+        self,
+        prefix: Prefix,
+        *,
+        first: int = 0,
+        count: Optional[int] = None,
+        deadline: float = 30.0,
+    ) -> Operation[StoreReport]:
+        """Takes `count` blocks of `prefix` (all, if it is not given), from position `first` on, out
+        of the HBM tier, down into the others. Those that find no room stay up.
+        """
+
+    def hbm_close(self, timeout: float = 30.0) -> None:
+        """Ends the HBM tier: what is only there is lost, and the index is told. An array that was
+        lent is let go of. `DeadlineError` when something still uses the memory: call it again.
+        """
+
     def fetch(
         self,
         prefix: Prefix,
@@ -801,7 +854,7 @@ class FetchReport:
         """How many blocks from the first are there, verified."""
 
     @property
-    def sources(self) -> List[Literal["dram", "nvme", "peer", "object", "miss"]]:
+    def sources(self) -> List[Literal["hbm", "dram", "nvme", "peer", "object", "miss"]]:
         """Where each block came from."""
 
     @property

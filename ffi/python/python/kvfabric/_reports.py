@@ -48,6 +48,21 @@ class StoreReport(NamedTuple):
     """Not kept, because copying them failed."""
 
 
+class PromoteReport(NamedTuple):
+    """What became of the blocks of a promotion into the HBM tier: each counts once."""
+
+    promoted: int
+    """Came up."""
+    already_held: int
+    """Were up before."""
+    missed: int
+    """Could not be had in time, or come after one that could not."""
+    refused: int
+    """Not up, because there was no slot."""
+    failed: int
+    """Not up, because copying them failed."""
+
+
 class Held(NamedTuple):
     """How many blocks from the first a node could supply by itself."""
 
