@@ -34,7 +34,7 @@ impl Engine {
 }
 
 /// The tier is opened twice, used, and closed; counters and metrics tell of it.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_lends_memory_for_a_tier_and_gets_it_back() {
     let settings = with("metrics_listen", "127.0.0.1:0");
     let node = Node::open(NodeConfig::load(None, &settings).unwrap());
