@@ -390,6 +390,10 @@ enum kvf_source
      The shared object store.
      */
     KVF_SOURCE_OBJECT = 4,
+    /*
+     A slot of the node's HBM tier.
+     */
+    KVF_SOURCE_HBM = 5,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -1265,6 +1269,40 @@ typedef struct kvf_fetch_options {
      */
     uint32_t reserved;
 } kvf_fetch_options;
+
+/*
+ What became of a promotion.
+ */
+typedef struct kvf_promote_report {
+    /*
+     sizeof(struct kvf_promote_report), set by the caller.
+     */
+    size_t size;
+    /*
+     Blocks that came up.
+     */
+    uint32_t promoted;
+    /*
+     Blocks that were up already.
+     */
+    uint32_t already_held;
+    /*
+     Blocks that could not be had in time, or that came after one that could not.
+     */
+    uint32_t missed;
+    /*
+     Blocks for which there was no slot.
+     */
+    uint32_t refused;
+    /*
+     Blocks whose copy failed.
+     */
+    uint32_t failed;
+    /*
+     Zero.
+     */
+    uint32_t reserved;
+} kvf_promote_report;
 
 /*
  What became of a store.
@@ -2599,8 +2637,8 @@ kvf_status kvf_node_store(const struct kvf_node *node,
                           struct kvf_task **task_out);
 
 /*
- Begins to fetch `count` blocks of a prefix, from position `first` on, into `pages` under the numbers `blocks`. That memory
- is the node's until the task is finished, and that of kvf_task_unsettled blocks longer. `options` may be NULL.
+ Begins to fetch `count` blocks of a prefix, from position `first` on, into `pages` under the numbers `blocks`: from the HBM tier, if
+ there is one, and from wherever else they are. That memory is the node's until the task is finished, and that of kvf_task_unsettled blocks longer. `options` may be NULL.
 
  As kvf_node_store. A block that cannot be had is a miss, not a failure.
 
@@ -2626,6 +2664,93 @@ kvf_status kvf_node_fetch(const struct kvf_node *node,
 kvf_status kvf_node_held(const struct kvf_node *node,
                          const struct kvf_prefix *prefix,
                          struct kvf_task **task_out);
+
+/*
+ Opens a node's HBM tier in `len` bytes of memory of the GPU with number `device`: at `address`, where the caller has allocated it, or
+ allocated for this with `address` 0. Its content is lost, and it is the node's until kvf_node_hbm_close has answered KVF_OK, or for
+ ever. From then on kvf_node_fetch looks there first, and the index is told of what is there. The setting hbm.bytes of the node's
+ configuration does the same when the node is opened.
+
+ KVF_BUSY when the node has one; KVF_UNSUPPORTED without the setting fabric.cuda and without CUDA; KVF_INVALID for less than a block,
+ and as kvf_region_register_device; KVF_BUSY also when the device has no memory left.
+
+ # Safety
+ `node` is null or live. The device's memory is kept as said above.
+ */
+kvf_status kvf_node_hbm_open(const struct kvf_node *node,
+                             uint32_t device,
+                             uint64_t address,
+                             uint64_t len);
+
+/*
+ Begins to bring `count` blocks of a prefix, from position `first` on, up into the HBM tier, from wherever they are. Those that
+ nobody has wanted for the longest time make room, and go down into the other tiers if those do not have them. What has not come
+ after `deadline_ms` (0: 5 seconds) is missed.
+
+ KVF_INVALID for blocks outside the prefix. KVF_UNSUPPORTED, by the task, without an HBM tier; KVF_BUSY, too, when too much is in
+ progress. See kvf_task_promote_report.
+
+ # Safety
+ Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ */
+kvf_status kvf_node_hbm_promote(const struct kvf_node *node,
+                                const struct kvf_prefix *prefix,
+                                size_t first,
+                                size_t count,
+                                uint32_t deadline_ms,
+                                struct kvf_task **task_out);
+
+/*
+ Begins to copy `count` blocks of a prefix into the HBM tier within the GPU; otherwise as kvf_node_store. The other tiers get a block
+ when it leaves its slot. Where the GPU does not compute checksums, and for other memory, blocks are stored in the other tiers and
+ promoted. KVF_UNSUPPORTED, by the task, without an HBM tier. Its report is kvf_task_store_report.
+
+ # Safety
+ As kvf_node_store.
+ */
+kvf_status kvf_node_hbm_store(const struct kvf_node *node,
+                              const struct kvf_prefix *prefix,
+                              size_t first,
+                              const struct kvf_pages *pages,
+                              const uint32_t *blocks,
+                              size_t count,
+                              uint32_t deadline_ms,
+                              struct kvf_task **task_out);
+
+/*
+ Begins to take `count` blocks of a prefix, from position `first` on, out of the HBM tier, down into the other tiers; those that are not
+ up are passed over, and those that find no room after `deadline_ms` (0: 30 seconds) stay up. KVF_INVALID for blocks outside the prefix;
+ KVF_UNSUPPORTED, by the task, without an HBM tier. Its report is kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `node` and `prefix` live, `task_out` for a write.
+ */
+kvf_status kvf_node_hbm_offload(const struct kvf_node *node,
+                                const struct kvf_prefix *prefix,
+                                size_t first,
+                                size_t count,
+                                uint32_t deadline_ms,
+                                struct kvf_task **task_out);
+
+/*
+ Ends a node's HBM tier: what is only there is lost, and the index is told. After KVF_OK memory that was lent may be freed.
+
+ KVF_UNSUPPORTED without an HBM tier; KVF_TIMEOUT when something still uses the memory after `timeout_ms`: keep it, and call again.
+
+ # Safety
+ `node` is null or live.
+ */
+kvf_status kvf_node_hbm_close(const struct kvf_node *node,
+                              uint32_t timeout_ms);
+
+/*
+ The report of a kvf_node_hbm_promote; as kvf_task_store_report.
+
+ # Safety
+ Each pointer is null or valid: `task` live, `report_out` for its size in reads and writes.
+ */
+kvf_status kvf_task_promote_report(const struct kvf_task *task,
+                                   struct kvf_promote_report *report_out);
 
 /*
  Says where a task stands, without waiting. Failure of the task is no failure of this call.
