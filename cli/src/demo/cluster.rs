@@ -222,6 +222,7 @@ fn pod_setup(
             host: HostSection {
                 bytes: plan.dram_bytes,
             },
+            hbm: None,
             disk: plan.nvme.map(|nvme| DiskSection {
                 path,
                 bytes: nvme.bytes,

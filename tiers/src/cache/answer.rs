@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::desk::ReadyLease;
 use super::driver::{Driver, give};
-use super::types::{FetchReport, Source, StoreReport, Stored};
+use super::types::{FetchReport, Fetched, Source, StoreReport, Stored};
 
 impl Driver {
     pub(super) fn answer(&mut self, outcome: Outcome) {
@@ -81,15 +81,13 @@ impl Driver {
             drained
         });
         let sources = sources.iter().map(|source| self.source(source)).collect();
-        give(
-            fetch.reply,
-            Ok(FetchReport {
-                sources,
-                unsettled,
-                drained,
-                sums: fetch.sums,
-            }),
-        );
+        let report = FetchReport {
+            sources,
+            unsettled,
+            drained,
+        };
+        let sums = fetch.sums;
+        give(fetch.reply, Ok(Fetched { report, sums }));
     }
 
     fn source(&self, source: &BlockSource) -> Source {

@@ -9,7 +9,7 @@ use kvcache_core::manager::{LeasedBlock, PeerHint, Stats};
 use kvcache_core::{BlockKey, Checksum, Error, ErrorKind, LeaseId, PeerId, PinId, Result};
 use tokio::sync::{mpsc, oneshot};
 
-use super::types::{FetchBlock, FetchReport, HeldDepth, Pinned, Removed, StoreBlock, Stored};
+use super::types::{FetchBlock, Fetched, HeldDepth, Pinned, Removed, StoreBlock, Stored};
 
 /// Requests that may wait for the driver; more are refused as busy.
 pub(super) const REQUESTS_MAX: usize = 1024;
@@ -34,7 +34,7 @@ pub(super) enum Request {
     },
     Fetch {
         fetch: Fetch,
-        reply: Reply<FetchReport>,
+        reply: Reply<Fetched>,
     },
     Lookup {
         keys: Vec<BlockKey>,

@@ -16,7 +16,7 @@ use super::desk::{Fetch, Health, ReadyLease, Reply, Request, Storing, closed};
 use super::execute::Completion;
 use super::grants::Grants;
 use super::hold::Flush;
-use super::types::{FetchReport, HeldDepth, Pinned, Stored};
+use super::types::{Fetched, HeldDepth, Pinned, Stored};
 use crate::mover::Mover;
 use crate::pages::BlockMemory;
 
@@ -49,7 +49,7 @@ pub(super) struct Driver {
     /// What [`Time`] counts from.
     start: Instant,
     pub(super) stores: HashMap<OperationId, Operation<Stored>>,
-    pub(super) fetches: HashMap<OperationId, Operation<FetchReport>>,
+    pub(super) fetches: HashMap<OperationId, Operation<Fetched>>,
     pub(super) draining: HashMap<OperationId, oneshot::Sender<()>>,
     pub(super) grants: Grants,
     /// Who waits for a pin to hold.
@@ -263,7 +263,7 @@ impl Driver {
         }
     }
 
-    fn fetch(&mut self, fetch: Fetch, reply: Reply<FetchReport>) {
+    fn fetch(&mut self, fetch: Fetch, reply: Reply<Fetched>) {
         let request = FetchRequest {
             blocks: fetch.blocks.iter().map(|block| block.info).collect(),
             holders: fetch.holders,

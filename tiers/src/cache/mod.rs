@@ -38,7 +38,7 @@ use crate::mover::{DeviceSums, Mover};
 use crate::pages::{self, BlockMemory};
 use crate::peer::PeerServer;
 use desk::{Fetch, Request, Storing};
-pub(crate) use types::Stored;
+pub(crate) use types::{Fetched, Stored};
 
 /// The blocks of one node, in its host memory, on its disk and in a shared object store, and the
 /// way to its peers' blocks.
@@ -143,8 +143,18 @@ impl Cache {
         hints: Located,
         deadline: Instant,
     ) -> Result<FetchReport> {
+        Ok(self.fetch_summed(blocks, hints, deadline).await?.report)
+    }
+
+    /// As [`Cache::fetch`], with what the bytes of the blocks are.
+    pub(crate) async fn fetch_summed(
+        &self,
+        blocks: Vec<FetchBlock>,
+        hints: Located,
+        deadline: Instant,
+    ) -> Result<Fetched> {
         if blocks.is_empty() {
-            return Ok(FetchReport::default());
+            return Ok(Fetched::default());
         }
         let inner = &self.inner;
         inner.check_memory(blocks.iter().map(|block| &block.memory))?;

@@ -77,6 +77,12 @@ pub struct FetchReport {
     /// [`FetchReport::drained`] before using that memory. All of them are misses; mostly there are none.
     pub unsettled: Vec<u32>,
     pub(crate) drained: Option<oneshot::Receiver<()>>,
+}
+
+/// What became of a fetch, and what its bytes are.
+#[derive(Debug, Default)]
+pub(crate) struct Fetched {
+    pub(crate) report: FetchReport,
     /// What the bytes of each block were found to be, of those that came.
     pub(crate) sums: Vec<Option<Checksum>>,
 }

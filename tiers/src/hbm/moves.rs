@@ -128,9 +128,9 @@ impl Inner {
         });
         let fetch = self
             .cache
-            .fetch(wanted.collect(), Located::default(), deadline);
-        let mut fetched = match fetch.await {
-            Ok(fetched) => fetched,
+            .fetch_summed(wanted.collect(), Located::default(), deadline);
+        let (mut fetched, sums) = match fetch.await {
+            Ok(fetched) => (fetched.report, fetched.sums),
             Err(error) => {
                 if error.kind() == ErrorKind::Internal {
                     // Nobody can tell what still writes to the slots: they are lent to nobody again.
@@ -140,12 +140,7 @@ impl Inner {
             }
         };
         let mut filled = Vec::new();
-        for (one, sum) in room
-            .reserved
-            .iter()
-            .zip(&fetched.sums)
-            .take(fetched.depth())
-        {
+        for (one, sum) in room.reserved.iter().zip(&sums).take(fetched.depth()) {
             // Whatever has come was summed.
             filled.extend(sum.map(|sum| (*one, sum)));
         }

@@ -33,7 +33,6 @@ impl HbmTier {
                 sources,
                 unsettled: (up.depth as u32..up.tried as u32).collect(),
                 drained: up.drained,
-                sums: Vec::new(),
             });
         }
         let below = blocks.split_off(up.depth);

@@ -99,6 +99,25 @@ async fn an_engine_lends_memory_for_a_tier_and_gets_it_back() {
     node.shutdown(SECONDS).await.unwrap();
 }
 
+/// What the engine tells of a block in its own cache on the GPU.
+fn tell_of_engine(node: &Node, tokens: &[u32], is_stored: bool) {
+    let hashes = vec![kvcache_core::EngineHash(77)];
+    let event = match is_stored {
+        true => EngineEvent::Stored {
+            hashes,
+            parent: None,
+            tokens: tokens.to_vec(),
+            block_size: 4,
+            tier: Tier::Device,
+        },
+        false => EngineEvent::Removed {
+            hashes,
+            tier: Tier::Device,
+        },
+    };
+    node.publish_engine(vec![event]).unwrap();
+}
+
 /// The engine's own cache and the node's tier, both on the GPU, have the same block: each is withdrawn by itself, and routers see the
 /// pod's HBM as long as one of them has it.
 #[tokio::test]
@@ -130,23 +149,7 @@ async fn an_engines_own_cache_and_the_tier_are_told_apart() {
             .first()
             .map_or(0, |pod| pod.by_tier[Tier::Device as usize])
     };
-    let of_engine = |is_stored: bool| {
-        let hashes = vec![kvcache_core::EngineHash(77)];
-        let event = match is_stored {
-            true => EngineEvent::Stored {
-                hashes,
-                parent: None,
-                tokens: tokens.to_vec(),
-                block_size: 4,
-                tier: Tier::Device,
-            },
-            false => EngineEvent::Removed {
-                hashes,
-                tier: Tier::Device,
-            },
-        };
-        node.publish_engine(vec![event]).unwrap();
-    };
+    let of_engine = |is_stored| tell_of_engine(&node, &tokens, is_stored);
     let up = async || {
         let block = StoreBlock {
             info: infos[0],
