@@ -1,7 +1,7 @@
 //! A node, as all objects made from it share it.
 
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvfabric::life::Life;
 use kvfabric::{AttachedNode, Error, ErrorKind, Result};
@@ -14,7 +14,7 @@ pub(crate) struct Core {
     pub(crate) fabric: Arc<Fabric>,
     pub(crate) node: ManuallyDrop<AttachedNode>,
     /// What keeps the memory of the HBM tier: for ever, unless the tier is closed.
-    pub(crate) hbm: Mutex<Option<ManuallyDrop<Py<PyAny>>>>,
+    hbm: Mutex<Option<ManuallyDrop<Py<PyAny>>>>,
 }
 
 impl Core {
@@ -26,6 +26,11 @@ impl Core {
             node,
             hbm: Mutex::default(),
         })
+    }
+
+    /// What keeps the memory of the HBM tier.
+    pub(crate) fn kept(&self) -> MutexGuard<'_, Option<ManuallyDrop<Py<PyAny>>>> {
+        self.hbm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn life(&self) -> &Arc<Life> {

@@ -108,7 +108,7 @@ impl Lent {
     }
 
     /// The memory, and what keeps it.
-    pub(crate) fn into_memory(self) -> Result<(DeviceMemory, Py<PyAny>)> {
+    pub(crate) fn into_memory(self) -> kvfabric::Result<(DeviceMemory, Py<PyAny>)> {
         // SAFETY: an array's memory stays as it is because the array is kept alive, which is returned for that.
         let memory = unsafe { DeviceMemory::from_raw(self.ordinal, self.address, self.len) }?;
         Ok((memory, self.keep))

@@ -1,7 +1,7 @@
 //! Nodes: their tiers, their prefixes and pages.
 
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvfabric::names::Names;
@@ -62,11 +62,6 @@ impl Node {
             blocks: integers(blocks, "blocks")?,
             deadline: parse_timeout(deadline)?,
         })
-    }
-
-    /// What keeps the memory of the HBM tier.
-    fn kept(&self) -> MutexGuard<'_, Option<ManuallyDrop<Py<PyAny>>>> {
-        self.core.hbm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A prefix that is this node's own.
@@ -279,7 +274,7 @@ impl Node {
         };
         py.detach(|| self.core.node.open_hbm(memory))
             .map_err(to_python)?;
-        *self.kept() = keep;
+        *self.core.kept() = keep;
         Ok(())
     }
 
@@ -373,7 +368,7 @@ impl Node {
                 return Err(to_python(Error::new(ErrorKind::Timeout, text)));
             }
         }
-        let kept = self.kept().take();
+        let kept = self.core.kept().take();
         drop(kept.map(ManuallyDrop::into_inner));
         Ok(())
     }
