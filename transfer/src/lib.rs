@@ -39,7 +39,7 @@ pub use backend::object::{
 };
 pub use backend::tcp::TlsOptions;
 pub use backend::ucx::UcxOptions;
-pub use backend::verbs::{RdmaPort, VerbsOptions, rdma_ports};
+pub use backend::verbs::{RdmaPort, VerbsConnect, VerbsOptions, rdma_cm, rdma_ports};
 pub use descriptor::{DESCRIPTORS_MAX, Descriptor, PreparedList, Side, Strided};
 pub use estimate::{Estimate, PathCost};
 pub use look::{LOOK_DEFAULT, LOOK_MAX};

@@ -23,7 +23,7 @@ use kvfabric_transfer::backend::conformance::{
 use kvfabric_transfer::backend::sim::{ExchangeConfig, LinkProfile, SimNetwork};
 use kvfabric_transfer::{
     Agent, AgentBuilder, DirectMode, FileEngineMode, FileOptions, ObjectOptions, TlsOptions,
-    UcxOptions, VerbsOptions,
+    UcxOptions, VerbsConnect, VerbsOptions,
 };
 
 /// How many cases the suite has.
@@ -116,6 +116,16 @@ fn tcp_over_tls_conforms() {
     }
 }
 
+/// How the other side is told of RDMA whose queue pairs are connected by rdma_cm.
+const BY_RDMA_CM: &str = "verbs by rdma_cm";
+
+fn by(connect: VerbsConnect) -> VerbsOptions {
+    VerbsOptions {
+        connect,
+        ..VerbsOptions::default()
+    }
+}
+
 /// An agent that reaches others over this backend alone.
 fn over(backend: &str, name: &str, own: IpAddr) -> AgentBuilder {
     // In an emulated machine that is busy otherwise, a connection or a region takes seconds.
@@ -125,7 +135,8 @@ fn over(backend: &str, name: &str, own: IpAddr) -> AgentBuilder {
         "cma" => builder.cma(true),
         "tcp" => builder.tcp(Some(SocketAddr::new(own, 0))),
         "ucx" => builder.ucx(Some(UcxOptions::default())),
-        "verbs" => builder.verbs(Some(VerbsOptions::default())),
+        "verbs" => builder.verbs(Some(by(VerbsConnect::Exchange))),
+        BY_RDMA_CM => builder.verbs(Some(by(VerbsConnect::RdmaCm))),
         other => panic!("no backend {other:?}"),
     }
 }
@@ -155,7 +166,7 @@ fn between_processes(backend: &'static str) {
     let address = other.expect("LISTENS ");
     let own = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let agent = over(backend, "conformance-a", own).build().expect("agent");
-    check(&apart::Apart::connect(backend, agent, &address), 0);
+    check(&apart::Apart::connect(backend, backend, agent, &address), 0);
 }
 
 #[test]
@@ -180,15 +191,24 @@ fn ucx_between_processes_conforms() {
 
 /// Two machines, of which the other one runs [`body_of_the_other_side`]; `make test-rdma` has them.
 fn between_machines(backend: &'static str) {
+    between_machines_by(backend, backend);
+}
+
+fn between_machines_by(backend: &'static str, told: &str) {
     let found = |name: &str| std::env::var(name).ok();
     let (Some(other), Some(own)) = (found("KVFABRIC_OTHER_SIDE"), found("KVFABRIC_OWN_ADDRESS"))
     else {
-        eprintln!("SKIPPED: {backend} between two machines needs another machine");
+        eprintln!("SKIPPED: {told} between two machines needs another machine");
         return;
     };
     let own = own.parse().expect("an address");
-    let agent = over(backend, "conformance-a", own).build().expect("agent");
-    check(&apart::Apart::connect(backend, agent, &other), 0);
+    let agent = over(told, "conformance-a", own).build().expect("agent");
+    check(&apart::Apart::connect(backend, told, agent, &other), 0);
+}
+
+#[test]
+fn verbs_by_rdma_cm_between_machines_conforms() {
+    between_machines_by("verbs", BY_RDMA_CM);
 }
 
 #[test]
@@ -229,7 +249,17 @@ fn ucx_over_tcp_conforms() {
 /// Two agents of this process over RDMA, where there is a device; `make test-rdma` has one.
 #[test]
 fn verbs_conforms() {
-    let options = VerbsOptions::default();
+    over_verbs(VerbsConnect::Exchange);
+}
+
+/// The same, with queue pairs that are connected by rdma_cm.
+#[test]
+fn verbs_by_rdma_cm_conforms() {
+    over_verbs(VerbsConnect::RdmaCm);
+}
+
+fn over_verbs(connect: VerbsConnect) {
+    let options = by(connect);
     // An emulated machine that is busy otherwise takes seconds to hand out a region.
     let build = |name: &str| {
         let builder = alone(name).verbs(Some(options.clone()));

@@ -22,7 +22,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use support::child::{Again, ROLE, hex, unhex};
 use support::hold::hold;
 use support::overtaking::overtakes;
-use support::{OPEN, Pair, WAIT, Way, contents, has_rdma, pattern};
+use support::{OPEN, Pair, WAIT, Way, contents, has_rdma, pattern, verbs_options};
 
 /// So much that it takes soft-RoCE a while.
 const LONG: u64 = 32 << 20;
@@ -337,7 +337,7 @@ fn ends() -> Option<(Pair, String)> {
         let device = Some(device.to_owned());
         let options = VerbsOptions {
             device,
-            ..VerbsOptions::default()
+            ..verbs_options()
         };
         let builder = Agent::builder(name).memcpy(false).shm(false);
         builder.verbs(Some(options)).build().unwrap()

@@ -16,7 +16,7 @@ use kvfabric_transfer::{
     RequestOptions, Side, Status, VerbsOptions,
 };
 
-use support::{OPEN, Pair, WAIT, contents, pattern};
+use support::{OPEN, Pair, WAIT, contents, pattern, verbs_options};
 
 /// So much that it takes soft-RoCE a while.
 const LONG: u64 = 32 << 20;
@@ -55,7 +55,7 @@ fn agent_that_tries(retries: u8, name: &str, devices: &str, rails: u8) -> Agent 
         rails,
         retries,
         timeout: TIMEOUT,
-        ..VerbsOptions::default()
+        ..verbs_options()
     };
     let builder = Agent::builder(name).memcpy(false).shm(false);
     builder.verbs(Some(options)).build().unwrap()
@@ -455,7 +455,7 @@ fn as_many_rails_as_both_sides_have() {
     let first = near.split(',').next().unwrap();
     let one = VerbsOptions {
         device: Some(first.to_owned()),
-        ..VerbsOptions::default()
+        ..verbs_options()
     };
     let builder = Agent::builder("one").memcpy(false).shm(false);
     let one = builder.verbs(Some(one)).build().unwrap();

@@ -4,7 +4,8 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use kvfabric_transfer::{RdmaPort, rdma_ports};
+use kvcache_core::Error;
+use kvfabric_transfer::{RdmaPort, rdma_cm, rdma_ports};
 use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, State};
@@ -43,6 +44,9 @@ pub(super) fn look(folder: &Path) -> Vec<Finding> {
     // Where there are none, or nothing reads them, the ways say so.
     let ports = rdma_ports().unwrap_or_default();
     findings.extend(ports.iter().map(addresses_of));
+    if !ports.is_empty() {
+        findings.push(connections(rdma_cm()));
+    }
     findings.extend(super::gpus::look(
         &read("/proc/driver/nvidia/version"),
         &ports,
@@ -249,6 +253,20 @@ fn rdma(folder: &Path) -> Vec<Finding> {
     findings
 }
 
+/// Whether queue pairs can be connected by IP address.
+fn connections(there: Result<(), Error>) -> Finding {
+    let what = "rdma: connections by rdma_cm";
+    match there {
+        Ok(()) => Finding::ok(what, "librdmacm and rdma_ucm are there"),
+        Err(error) => Finding::new(
+            what,
+            State::Absent,
+            error.to_string(),
+            "`verbs` connects queue pairs by its own exchange; for routes of rdma_cm: the package librdmacm1 and the module rdma_ucm",
+        ),
+    }
+}
+
 /// `4: ACTIVE`, `100 Gb/sec (4X EDR)`, `InfiniBand`
 fn port_of(device: &str, port: &str, [state, rate, layer]: [&str; 3]) -> Finding {
     let what = format!("rdma: {device} port {port}");
@@ -309,6 +327,17 @@ mod tests {
             state(nodes(&["node0".into(), "node1".into()])),
             (State::Hint, false)
         );
+    }
+
+    /// Where something is missing the reason is told, and what adds it.
+    #[test]
+    fn rdma_cm_is_told_with_what_it_lacks() {
+        assert_eq!(state(connections(Ok(()))), (State::Ok, true));
+        let reason = "librdmacm not found";
+        let lacking = Error::new(kvcache_core::ErrorKind::Unsupported, reason);
+        let found = connections(Err(lacking));
+        assert!(found.found.contains(reason), "{}", found.found);
+        assert_eq!(state(found), (State::Absent, false));
     }
 
     /// As the kernel writes them.

@@ -75,6 +75,9 @@ pub struct kvf_verbs_options {
     pub near: *const c_char,
     /// How many ports are used at most, the nearest first, at most 8; 0: 4. Large requests go over all of them.
     pub rails: u32,
+    /// How queue pairs are connected, the same on both sides: "exchange", by what both tell each other over TCP, or "rdma_cm",
+    /// through librdmacm, which must be in the system then: the kernel finds the way between IP addresses; NULL: "exchange".
+    pub connect: *const c_char,
 }
 
 // SAFETY: `repr(C)`, `size` is its first field, and pointers and numbers take any bit pattern.
@@ -302,6 +305,10 @@ unsafe fn parse_verbs(options: &kvf_verbs_options) -> Result<VerbsOptions> {
     let place = "kvf_verbs_options.near";
     // SAFETY: null or a string, by this function's contract.
     let near = unsafe { optional_text(options.near, place) }?;
+    let place = "kvf_verbs_options.connect";
+    // SAFETY: null or a string, by this function's contract.
+    let connect = unsafe { optional_text(options.connect, place) }?;
+    let connect = connect.map(str::parse).transpose()?;
     let default = VerbsOptions::default();
     let place = "kvf_verbs_options.gid_index";
     let gid_index = parse_byte(options.gid_index, place)?;
@@ -313,6 +320,7 @@ unsafe fn parse_verbs(options: &kvf_verbs_options) -> Result<VerbsOptions> {
             count => parse_byte(count, "kvf_verbs_options.rails")?,
         },
         near: near.map(str::to_owned),
+        connect: connect.unwrap_or_default(),
         gid_index: has_gid_index.then_some(gid_index),
         listen,
         mtu: (options.mtu > 0).then_some(options.mtu),

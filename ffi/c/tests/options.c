@@ -185,6 +185,13 @@ static void rdma_is_told_how(void)
     verbs.near = "../etc";
     refused(&options, KVF_INVALID, "verbs near");
     verbs.near = NULL;
+    verbs.connect = "pigeon";
+    refused(&options, KVF_INVALID, "verbs connect");
+    verbs.connect = "rdma_cm";
+    verbs.service_level = 1;
+    refused(&options, KVF_INVALID, "verbs service level by rdma_cm");
+    verbs.service_level = 0;
+    verbs.connect = NULL;
     verbs.timeout = 32;
     refused(&options, KVF_INVALID, "verbs timeout");
     verbs.timeout = 1;

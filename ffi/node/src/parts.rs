@@ -8,12 +8,13 @@ use kvcache_core::{Error, Result};
 use kvfabric_tiers::NameReader;
 use kvfabric_transfer::backend::object::{ObjectChecksum, ObjectOptions};
 use kvfabric_transfer::{
-    Agent, CudaOptions, Priority, Storage, TlsOptions, UcxOptions, VerbsOptions,
+    Agent, CudaOptions, Priority, Storage, TlsOptions, UcxOptions, VerbsConnect, VerbsOptions,
 };
 
 use crate::blocks::Describer;
 use crate::config::{
     EngineSection, FabricSection, NodeConfig, OBJECT_STORE, ObjectChecksumSetting, StorageSetting,
+    VerbsConnectSetting,
 };
 use crate::names::Names;
 
@@ -104,6 +105,10 @@ fn verbs_options(fabric: &FabricSection) -> VerbsOptions {
         rails: fabric.verbs_rails,
         near: fabric.verbs_near.clone(),
         gid_index: fabric.verbs_gid_index,
+        connect: match fabric.verbs_connect {
+            VerbsConnectSetting::Exchange => VerbsConnect::Exchange,
+            VerbsConnectSetting::RdmaCm => VerbsConnect::RdmaCm,
+        },
         listen: fabric.verbs_listen,
         mtu: fabric.verbs_mtu,
         traffic_class: fabric.verbs_traffic_class,

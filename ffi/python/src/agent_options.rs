@@ -35,6 +35,7 @@ pub(crate) struct Verbs {
     polling: f64,
     rails: u8,
     near: Option<String>,
+    connect: String,
 }
 
 /// What the caller has said of an agent.
@@ -133,6 +134,7 @@ impl Verbs {
             retries: self.retries,
             rails: self.rails,
             near: self.near,
+            connect: self.connect.parse().map_err(to_python)?,
         })
     }
 }

@@ -117,6 +117,8 @@ def test_a_peer_that_does_not_answer_is_waited_for_as_long_as_said():
         ({"service_level": 16}, "verbs service level"),
         ({"rails": 0}, "verbs rails"),
         ({"near": "pigeon"}, "verbs near"),
+        ({"connect": "pigeon"}, "verbs connect"),
+        ({"connect": "rdma_cm", "service_level": 1}, "verbs service level by rdma_cm"),
         ({"listen": "pigeon"}, "verbs.listen"),
     ],
 )

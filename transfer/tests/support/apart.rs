@@ -103,12 +103,12 @@ pub(crate) struct Apart {
 struct There(Arc<Wire>);
 
 impl Apart {
-    /// With what [`serve`]s at `address`.
-    pub(crate) fn connect(backend: &'static str, agent: Agent, address: &str) -> Self {
+    /// With what [`serve`]s at `address`, which is told what to use.
+    pub(crate) fn connect(backend: &'static str, told: &str, agent: Agent, address: &str) -> Self {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(SILENCE_MAX)).unwrap();
-        writeln!(&stream, "{backend}").unwrap();
+        writeln!(&stream, "{told}").unwrap();
         let wire = Wire(Mutex::new(BufReader::new(stream)));
         Self {
             backend,

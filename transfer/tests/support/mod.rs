@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvfabric_transfer::{
     Agent, AgentBuilder, Descriptor, HostMemory, Operation, PeerHandle, Region, RegionOptions,
-    Request, RequestOptions, Side, UcxOptions, VerbsOptions,
+    Request, RequestOptions, Side, UcxOptions, VerbsConnect, VerbsOptions,
 };
 
 pub(crate) mod child;
@@ -56,7 +56,7 @@ impl Way {
             .cma(self == Self::Cma)
             .tcp((self == Self::Tcp).then_some(loopback()))
             .ucx((self == Self::Ucx).then(UcxOptions::default))
-            .verbs((self == Self::Verbs).then(VerbsOptions::default))
+            .verbs((self == Self::Verbs).then(verbs_options))
     }
 
     pub(crate) fn agent(self, name: &str) -> Agent {
@@ -71,6 +71,16 @@ impl Way {
                 HostMemory::shared(bytes).unwrap()
             }
         }
+    }
+}
+
+/// The defaults, with queue pairs connected as `KVFABRIC_RDMA_CONNECT` says: so cases run both ways.
+pub(crate) fn verbs_options() -> VerbsOptions {
+    let said = std::env::var("KVFABRIC_RDMA_CONNECT").ok();
+    let connect = said.map(|way| way.parse::<VerbsConnect>().unwrap());
+    VerbsOptions {
+        connect: connect.unwrap_or_default(),
+        ..VerbsOptions::default()
     }
 }
 

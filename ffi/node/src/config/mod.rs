@@ -22,6 +22,7 @@ use sections::default_lookup_deadline_ms;
 pub use sections::{
     DirectSetting, DiskEngineSetting, DiskSection, EngineSection, FabricSection, HbmSection,
     HostSection, IndexSection, ObjectChecksumSetting, ObjectSection, ShardSection, StorageSetting,
+    VerbsConnectSetting,
 };
 
 /// Environment variables that override the file begin so; `__` stands between a table and its key, as in

@@ -127,6 +127,17 @@ pub enum DiskEngineSetting {
     Threads,
 }
 
+/// How queue pairs of RDMA are connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VerbsConnectSetting {
+    /// By what both sides tell each other over TCP.
+    #[default]
+    Exchange,
+    /// Through librdmacm, which must be in the system then: the kernel finds the way between IP addresses.
+    RdmaCm,
+}
+
 /// The shared object tier.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -209,6 +220,8 @@ pub struct FabricSection {
     pub verbs_near: Option<String>,
     /// The entry of each port's GID table; RoCE v2 with an IPv4 address first otherwise.
     pub verbs_gid_index: Option<u8>,
+    /// How queue pairs are connected; the same on all nodes.
+    pub verbs_connect: VerbsConnectSetting,
     /// Where peers ask for connections; the GIDs' own IP addresses otherwise.
     pub verbs_listen: Option<SocketAddr>,
     /// The most bytes of content in a packet; what both ports do otherwise.
@@ -268,6 +281,7 @@ impl Default for FabricSection {
             verbs_rails: verbs.rails,
             verbs_near: None,
             verbs_gid_index: None,
+            verbs_connect: VerbsConnectSetting::Exchange,
             verbs_listen: None,
             verbs_mtu: None,
             verbs_traffic_class: verbs.traffic_class,

@@ -159,3 +159,6 @@ class Verbs(NamedTuple):
     near: Optional[str] = None
     """What ports should be near to: the PCI address of a device, "0000:3b:00.0" for a GPU. The memory node whose processors
     alone this process may use, if it is bound to one, otherwise."""
+    connect: str = "exchange"
+    """How queue pairs are connected, the same on both sides: "exchange" (by what both tell each other over TCP) or "rdma_cm"
+    (through librdmacm, which must be in the system then: the kernel finds the way between IP addresses)."""

@@ -2,6 +2,7 @@
 //! have to find out first where the peer is; and taking them away.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use kvcache_core::Result;
 
@@ -75,23 +76,29 @@ pub(super) struct Meeting {
 }
 
 impl Meeting {
-    fn connect(mut self, cards: &Cards) -> (usize, Result<Wire>) {
-        let card = &cards.cards[self.card];
-        let connected = card.connect(&mut self.wire, &self.own, &self.peer, &cards.options);
-        (self.card, connected.map(|()| self.wire))
+    fn connect(self, cards: &Cards, until: Instant) -> (usize, Result<Wire>) {
+        let ends = (&self.own, &self.peer);
+        let connected = cards.connect(self.card, self.wire, ends, until);
+        (self.card, connected)
     }
 }
 
-/// Connects all, at the same time; the port of each, in order.
-pub(super) fn meet(cards: &Cards, meetings: Vec<Meeting>) -> Vec<(usize, Result<Wire>)> {
+/// Connects all, at the same time, until then; the port of each, in order.
+pub(super) fn meet(
+    cards: &Cards,
+    meetings: Vec<Meeting>,
+    until: Instant,
+) -> Vec<(usize, Result<Wire>)> {
     if meetings.len() < 2 {
         let meetings = meetings.into_iter();
-        return meetings.map(|meeting| meeting.connect(cards)).collect();
+        return meetings
+            .map(|meeting| meeting.connect(cards, until))
+            .collect();
     }
     std::thread::scope(|scope| {
         let threads: Vec<_> = meetings
             .into_iter()
-            .map(|meeting| scope.spawn(move || meeting.connect(cards)))
+            .map(|meeting| scope.spawn(move || meeting.connect(cards, until)))
             .collect();
         let ends = threads.into_iter().map(|thread| match thread.join() {
             Ok(end) => end,

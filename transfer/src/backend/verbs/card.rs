@@ -9,15 +9,18 @@ use std::time::Duration;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::appointment::{Desk, Reception};
 use super::choose::{self, Chosen};
 use super::greeting::Offer;
 use super::near::{Nearness, Place};
-use super::options::{VerbsOptions, mtu_bytes};
+use super::options::{VerbsConnect, VerbsOptions, mtu_bytes};
 use super::using::RailTold;
 use super::wire::{FRAGMENTS, Wire};
 use crate::stats::PortStats;
 use crate::sys::cuda::Gpu;
-use crate::sys::verbs::{Channel, Context, Domain, End, Gid, GidKind, Limits, PairSettings, Port};
+use crate::sys::verbs::{
+    Channel, Context, Domain, End, Gid, GidKind, Limits, PairSettings, Port, Reached,
+};
 
 /// Operations of jobs that a connection has under way at most.
 const WORK_MAX: u32 = 128;
@@ -53,6 +56,8 @@ pub(super) struct Card {
     mtu: u8,
     work: u32,
     patience: Duration,
+    /// Where peers connect by rdma_cm.
+    desk: Option<Desk>,
     /// Of all peers.
     pub(super) told: Arc<PortTold>,
 }
@@ -88,6 +93,8 @@ pub(super) struct Cards {
     pub(super) devices: Vec<Device>,
     /// The nearest first; never none.
     pub(super) cards: Vec<Card>,
+    /// Queue pairs are connected by rdma_cm.
+    pub(super) reception: Option<Reception>,
     pub(super) options: VerbsOptions,
     /// How near each card is to GPUs whose memory was moved, by their PCI addresses.
     near: Mutex<HashMap<String, Arc<[Nearness]>>>,
@@ -116,7 +123,12 @@ impl Cards {
     pub(super) fn open(options: &VerbsOptions) -> Result<Self> {
         options.check()?;
         let mut devices: Vec<Device> = Vec::new();
-        let mut cards = Vec::new();
+        let mut cards: Vec<Card> = Vec::new();
+        let reception = match options.connect {
+            VerbsConnect::Exchange => None,
+            VerbsConnect::RdmaCm => Some(Reception::open()?),
+        };
+        let mut lacking = None;
         for chosen in choose::ports(options)? {
             let known = devices
                 .iter()
@@ -128,11 +140,27 @@ impl Cards {
                     devices.len() - 1
                 }
             };
-            cards.push(Card::new(number, &devices[number], chosen, options)?);
+            let mut card = Card::new(number, &devices[number], chosen, options)?;
+            if let Some(reception) = &reception {
+                let port = (devices[number].context.name(), card.port.number);
+                match reception.listen(cards.len(), port, &card.gid) {
+                    Ok(desk) => card.desk = Some(desk),
+                    Err(error) => {
+                        tracing::warn!(%error, "an RDMA port is not used");
+                        lacking = Some(error);
+                        continue;
+                    }
+                }
+            }
+            cards.push(card);
+        }
+        if let Some(error) = lacking.filter(|_| cards.is_empty()) {
+            return Err(error);
         }
         Ok(Self {
             devices,
             cards,
+            reception,
             options: options.clone(),
             near: Mutex::default(),
         })
@@ -172,10 +200,11 @@ impl Cards {
     }
 
     /// What is told of a rail to this peer.
-    pub(super) fn tell(&self, card: usize, peer: &Offer) -> RailTold {
+    pub(super) fn tell(&self, card: usize, peer: &Offer, reached: Option<Reached>) -> RailTold {
         let card = &self.cards[card];
         let context = &self.devices[card.device].context;
-        RailTold::new(card.describe(peer, context, &self.options), card.to(peer))
+        let what = card.describe(peer, context, &self.options, reached);
+        RailTold::new(what, card.to(peer))
     }
 
     /// Which port of ours goes with which of a peer's: pairs of positions, in the order of the peer's offers. Those of one
@@ -252,6 +281,7 @@ impl Card {
             limits,
             work,
             patience: options.patience(),
+            desk: None,
             told: Arc::new(told),
         })
     }
@@ -259,6 +289,11 @@ impl Card {
     /// The number of its port.
     pub(super) fn port(&self) -> u8 {
         self.port.number
+    }
+
+    /// Where peers connect by rdma_cm.
+    pub(super) fn desk(&self) -> Option<&Desk> {
+        self.desk.as_ref()
     }
 
     /// The most bytes of one operation.
@@ -281,21 +316,21 @@ impl Card {
             is_ethernet: self.port.is_ethernet,
             mtu: self.mtu,
             reads_served: self.limits.reads_served.min(READS_MAX),
+            appointment: None,
         };
         Ok((wire, offer))
     }
 
-    /// Connects a wire that was offered so to the one that the peer has offered.
-    pub(super) fn connect(
+    /// How a wire that was offered so is connected to the one that the peer has offered.
+    pub(super) fn settings(
         &self,
-        wire: &mut Wire,
         own: &Offer,
         peer: &Offer,
         options: &VerbsOptions,
-    ) -> Result<()> {
+    ) -> PairSettings {
         // Within a subnet of InfiniBand packets go by LID.
         let same_subnet = self.gid.bytes[..8] == peer.end.gid[..8];
-        let settings = PairSettings {
+        PairSettings {
             port: self.port.number,
             gid_index: self.gid.index,
             is_global: self.port.is_ethernet || !same_subnet,
@@ -306,8 +341,7 @@ impl Card {
             retries: options.retries,
             reads: self.limits.reads.min(peer.reads_served).min(READS_MAX),
             reads_served: own.reads_served,
-        };
-        wire.connect(&peer.end, own.end.first, &settings)
+        }
     }
 
     /// Where a rail to this peer leads.
@@ -319,35 +353,50 @@ impl Card {
         let any = IpAddr::V6(Ipv6Addr::from(to.bytes));
         let is_routed = self.gid.kind == GidKind::RoceV2;
         let port = if is_routed { ROCE_PORT } else { 0 };
-        SocketAddr::new(to.ip().unwrap_or(any), port)
+        let told = peer.appointment.map(|appointment| appointment.at.ip());
+        SocketAddr::new(told.or_else(|| to.ip()).unwrap_or(any), port)
     }
 
     /// What a rail to this peer is, in words.
-    fn describe(&self, peer: &Offer, context: &Context, options: &VerbsOptions) -> String {
+    fn describe(
+        &self,
+        peer: &Offer,
+        context: &Context,
+        options: &VerbsOptions,
+        reached: Option<Reached>,
+    ) -> String {
         let to = Gid {
             bytes: peer.end.gid,
             ..self.gid
         };
-        let to = to.ip().map_or_else(
+        let told = peer.appointment.map(|appointment| appointment.at.ip());
+        let to = told.or_else(|| to.ip()).map_or_else(
             || format!("LID {}", peer.end.lid),
             |address| address.to_string(),
         );
+        let index = reached.and_then(|reached| reached.gid_index);
+        let by = index.and_then(|index| self.port.gids.iter().find(|gid| gid.index == index));
+        let mtu = reached.map_or(self.mtu.min(peer.mtu), |reached| reached.mtu);
+        let (class, level) = (options.traffic_class, options.service_level);
+        let (class, level) = reached.map_or((class, level), |reached| {
+            (reached.traffic_class, reached.service_level)
+        });
         let near = self.nearness.words();
         let near = near.map_or_else(String::new, |words| format!(" ({words})"));
         let mut text = format!(
             "{} port {}{near}, GID {}, MTU {}",
             context.name(),
             self.port.number,
-            self.gid,
-            mtu_bytes(self.mtu.min(peer.mtu)),
+            by.unwrap_or(&self.gid),
+            mtu_bytes(mtu),
         );
-        for (name, value) in [
-            ("traffic class", options.traffic_class),
-            ("service level", options.service_level),
-        ] {
+        for (name, value) in [("traffic class", class), ("service level", level)] {
             if value > 0 {
                 text.push_str(&format!(", {name} {value}"));
             }
+        }
+        if let Some(desk) = &self.desk {
+            text.push_str(&format!(", by rdma_cm from {}", desk.address.ip()));
         }
         text + &format!(", to {to}")
     }
@@ -372,6 +421,7 @@ mod tests {
             is_ethernet,
             mtu: 5,
             reads_served: 1,
+            appointment: None,
         }
     }
 

@@ -169,6 +169,7 @@ mod tests {
             is_ethernet: true,
             mtu: 3,
             reads_served: 16,
+            appointment: None,
         };
         vec![
             Control::Ask { token: 1 },

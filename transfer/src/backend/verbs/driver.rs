@@ -15,7 +15,7 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use super::aside::Aside;
 use super::card::Cards;
 use super::fair::Fair;
-use super::state::{COMPLETIONS, LINES, LISTENERS, Line, NOTICES, State, WAKE};
+use super::state::{COMPLETIONS, CONNECTIONS, LINES, LISTENERS, Line, NOTICES, State, WAKE};
 use crate::agent::Exports;
 use crate::backend::Job;
 
@@ -76,6 +76,9 @@ impl Driver {
         for (number, device) in (0..).zip(&cards.devices) {
             watched.push((COMPLETIONS + number, device.channel.as_fd()));
             watched.push((NOTICES + number, device.context.notice_fd()));
+        }
+        if let Some(reception) = &cards.reception {
+            watched.push((CONNECTIONS, reception.events.as_fd()));
         }
         let listening = (LISTENERS..).zip(&listeners);
         watched.extend(listening.map(|(number, listener)| (number, listener.as_fd())));
@@ -259,7 +262,8 @@ impl Driver {
         match event.data.u64() {
             WAKE => {}
             number @ LISTENERS..LINES => state.accept((number - LISTENERS) as usize),
-            number @ NOTICES..LISTENERS => state.notices((number - NOTICES) as usize),
+            CONNECTIONS => state.connections(),
+            number @ NOTICES..CONNECTIONS => state.notices((number - NOTICES) as usize),
             number @ COMPLETIONS..NOTICES => state.completions((number - COMPLETIONS) as usize),
             line => {
                 let line = Line(line);

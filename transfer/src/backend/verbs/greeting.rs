@@ -5,14 +5,15 @@
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::options::RAILS_MAX;
+use super::appointment::Appointment;
+use super::options::{RAILS_MAX, VerbsConnect};
 use crate::backend::unix::Outcome;
 use crate::metadata::{Incarnation, check_name};
 use crate::sys::verbs::End;
 use crate::wire::{Reader, put_counted};
 
 /// The version that this build speaks, and the only one that it accepts.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 const MAGIC: [u8; 4] = *b"KVFV";
 
@@ -35,6 +36,8 @@ pub(super) struct Offer {
     pub(super) mtu: u8,
     /// Reads that it answers at once.
     pub(super) reads_served: u8,
+    /// Where it is to be connected by rdma_cm: of what the owner of memory offers.
+    pub(super) appointment: Option<Appointment>,
 }
 
 /// The first message, of the side that connects.
@@ -42,6 +45,8 @@ pub(super) struct Offer {
 pub(super) struct Question {
     pub(super) name: String,
     pub(super) wanted: Incarnation,
+    /// How queue pairs are to be connected.
+    pub(super) connect: VerbsConnect,
     /// One for each rail that is wanted, the best first.
     pub(super) offers: Vec<Offer>,
 }
@@ -83,6 +88,10 @@ impl Offer {
         out.extend_from_slice(&self.end.gid);
         let ethernet = u8::from(self.is_ethernet);
         out.extend_from_slice(&[ethernet, self.mtu, self.reads_served]);
+        out.push(u8::from(self.appointment.is_some()));
+        if let Some(appointment) = &self.appointment {
+            appointment.encode(out);
+        }
     }
 
     pub(super) fn decode(reader: &mut Reader<'_>) -> Result<Self> {
@@ -102,11 +111,17 @@ impl Offer {
             return Err(Error::invalid("mtu", mtu, 1..=5));
         }
         let reads_served = reader.u8("reads")?;
+        let appointment = match reader.u8("appointment")? {
+            0 => None,
+            1 => Some(Appointment::decode(reader)?),
+            other => return Err(Error::invalid("appointment", other, 0..=1)),
+        };
         Ok(Self {
             end,
             is_ethernet,
             mtu,
             reads_served,
+            appointment,
         })
     }
 }
@@ -134,6 +149,10 @@ impl Question {
         let mut out = head();
         out.extend_from_slice(&self.wanted.0.to_le_bytes());
         put_counted(&mut out, self.name.as_bytes());
+        out.push(match self.connect {
+            VerbsConnect::Exchange => 0,
+            VerbsConnect::RdmaCm => 1,
+        });
         out.push(self.offers.len() as u8);
         for offer in &self.offers {
             offer.encode(&mut out);
@@ -147,6 +166,11 @@ impl Question {
         let wanted = Incarnation(reader.u64("wanted incarnation")?);
         let name = reader.text("agent name")?.to_owned();
         check_name(&name)?;
+        let connect = match reader.u8("way to connect")? {
+            0 => VerbsConnect::Exchange,
+            1 => VerbsConnect::RdmaCm,
+            other => return Err(Error::invalid("way to connect", other, 0..=1)),
+        };
         let offers = (0..count(&mut reader)?)
             .map(|_| Offer::decode(&mut reader))
             .collect::<Result<_>>()?;
@@ -154,6 +178,7 @@ impl Question {
         Ok(Self {
             name,
             wanted,
+            connect,
             offers,
         })
     }

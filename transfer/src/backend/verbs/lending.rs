@@ -8,11 +8,9 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::aside::{self, Meeting};
-use super::card::Cards;
 use super::greeting::{self, Question, Taken};
-use super::state::{Line, State, number};
-use super::tie::{Rail, Tie};
+use super::state::{Line, State};
+use super::tie::Tie;
 use crate::agent::{CONNECT_TIMEOUT, Door};
 use crate::backend::Operation;
 use crate::backend::direct::{self, Landing};
@@ -23,13 +21,10 @@ use crate::region::{RegionCore, RegionId, RegionKey};
 use crate::sys::verbs::{Access, Memory};
 
 /// Peers that may use memory of ours.
-const USERS_MAX: usize = 4096;
+pub(super) const USERS_MAX: usize = 4096;
 
 /// Peers that have connected and not said who they are.
 const STRANGERS_MAX: usize = 256;
-
-/// How long a peer that was let in may take to say the first word by a rail.
-const PROVING_MAX: Duration = Duration::from_secs(10);
 
 /// Regions that one peer may use.
 const USED_MAX: usize = 65_536;
@@ -75,13 +70,6 @@ impl Leaving {
         tracing::error!(%region, "memory stays registered with the device; it is kept for good");
         std::mem::forget(self.region);
     }
-}
-
-/// Somebody who is let in as soon as its rails are connected.
-struct Guest {
-    name: String,
-    meetings: Vec<Meeting>,
-    taken: Taken,
 }
 
 impl State {
@@ -147,62 +135,12 @@ impl State {
             return;
         };
         match question.and_then(|question| self.let_in(line, question)) {
-            Ok(guest) => self.meet(line, stranger.stream, guest),
+            Ok(guest) => self.receive_guest(line, stranger.stream, guest),
             Err(error) => self.answer(line, stranger.stream, Err(error)),
         }
     }
 
-    fn let_in(&mut self, line: Line, question: Question) -> Result<Guest> {
-        if self.is_closed || self.users.len() >= USERS_MAX {
-            let text = format!("{USERS_MAX} peers are connected, or the agent is closed");
-            return Err(Error::new(ErrorKind::Busy, text));
-        }
-        self.check(&question.name, question.wanted)?;
-        let (mut meetings, mut taken) = (Vec::new(), Taken::new());
-        for (position, at) in self.cards.pair(&question.offers) {
-            let (wire, own) = self.cards.cards[at].wire(number(line, at))?;
-            let peer = question.offers[position];
-            meetings.push(Meeting {
-                card: at,
-                wire,
-                own,
-                peer,
-            });
-            taken.push((position as u8, own));
-        }
-        if meetings.is_empty() {
-            let text = "one side has InfiniBand, the other one Ethernet";
-            return Err(Error::new(ErrorKind::Unsupported, text));
-        }
-        Ok(Guest {
-            name: question.name,
-            meetings,
-            taken,
-        })
-    }
-
-    /// Connects a guest's rails, and answers.
-    fn meet(&self, line: Line, stream: TcpStream, guest: Guest) {
-        let Guest {
-            name,
-            meetings,
-            taken,
-        } = guest;
-        let met = move |cards: &Cards| aside::meet(cards, meetings);
-        self.aside(met, move |state, met| {
-            let until = Instant::now() + PROVING_MAX;
-            let rails = met.into_iter().map(|(card, wire)| {
-                if let Err(error) = &wire {
-                    tracing::warn!(%error, peer = name, "a rail is not connected yet");
-                }
-                Rail::new(card, wire.ok(), until)
-            });
-            let tie = Tie::new(rails.collect());
-            state.answer(line, stream, Ok((name, (tie, taken))));
-        });
-    }
-
-    fn check(&self, name: &str, wanted: Incarnation) -> Result<()> {
+    pub(super) fn check(&self, name: &str, wanted: Incarnation) -> Result<()> {
         let own = self.exports.incarnation();
         if wanted != own {
             let text = format!("incarnation {wanted:?} is gone, this is {own:?}");
@@ -211,7 +149,12 @@ impl State {
         self.exports.check_allowed(name)
     }
 
-    fn answer(&mut self, line: Line, mut stream: TcpStream, made: Result<(String, (Tie, Taken))>) {
+    pub(super) fn answer(
+        &mut self,
+        line: Line,
+        mut stream: TcpStream,
+        made: Result<(String, (Tie, Taken))>,
+    ) {
         let (made, answer) = match made {
             Ok((name, (tie, taken))) => (Some((name, tie)), Ok(taken)),
             Err(error) => {

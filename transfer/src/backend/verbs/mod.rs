@@ -3,26 +3,31 @@
 //! Agents meet by TCP, where they tell each other their queue pairs, and then talk over those: which region may be used,
 //! notifications. Bytes are read and written by the device, with no word of the peer's. The TCP connection stays: by it a
 //! side learns at once that the other is gone, and that the other's queue pairs are, so that nothing can land any more. A
-//! deregistered region is taken from the device, which then refuses it to everyone.
+//! deregistered region is taken from the device, which then refuses it to everyone. Queue pairs are connected by what was told
+//! of them, or by rdma_cm, if both sides are told to: then the kernel finds the way.
 
 mod active;
+mod appointment;
 mod aside;
 mod asking;
 mod burying;
 mod card;
 mod channel;
 mod choose;
+mod connecting;
 mod controls;
 mod driver;
 mod ending;
 mod fair;
 mod greeting;
+mod guests;
 mod lending;
 mod moving;
 mod near;
 mod options;
 mod ports;
 mod rails;
+mod requests;
 mod returning;
 mod speech;
 mod state;
@@ -50,9 +55,10 @@ use card::Cards;
 use channel::VerbsChannel;
 use driver::Driver;
 use greeting::{Question, Taken};
-pub use options::VerbsOptions;
-pub use ports::{RdmaPort, rdma_ports};
+pub use options::{VerbsConnect, VerbsOptions};
+pub use ports::{RdmaPort, rdma_cm, rdma_ports};
 use state::{Met, Offered, State};
+use wire::Wire;
 
 const NAME: &str = "verbs";
 
@@ -152,13 +158,13 @@ fn is_time_over(error: &std::io::Error) -> bool {
 
 impl VerbsFabric {
     /// Connects the rails that the peer has taken of those that it was offered.
-    fn meet(&self, offered: Offered, taken: &Taken) -> Result<Vec<Met>> {
+    fn meet(&self, offered: Offered, taken: &Taken, until: Instant) -> Result<Vec<Met>> {
         let cards = self.driver.cards();
-        let (mut meetings, mut told) = (Vec::new(), Vec::new());
+        let (mut meetings, mut peers) = (Vec::new(), Vec::new());
         for (position, (card, wire, own)) in offered.into_iter().enumerate() {
             let peer = taken.iter().find(|(at, _)| usize::from(*at) == position);
             let Some(&(_, peer)) = peer else { continue };
-            told.push(cards.tell(card, &peer));
+            peers.push(peer);
             meetings.push(Meeting {
                 card,
                 wire,
@@ -170,8 +176,12 @@ impl VerbsFabric {
             let text = "the peer took rails that were not offered";
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
-        let met = aside::meet(cards, meetings).into_iter().zip(told);
-        let met = met.map(|((card, wire), told)| Met { card, told, wire });
+        let met = aside::meet(cards, meetings, until).into_iter().zip(peers);
+        let met = met.map(|((card, wire), peer)| {
+            let reached = wire.as_ref().ok().and_then(Wire::reached);
+            let told = cards.tell(card, &peer, reached);
+            Met { card, told, wire }
+        });
         Ok(met.collect())
     }
 }
@@ -209,11 +219,14 @@ impl Fabric for VerbsFabric {
         let question = Question {
             name: self.exports.name().to_string(),
             wanted: peer.incarnation,
+            connect: self.driver.cards().options.connect,
             offers: offered.iter().map(|(_, _, offer)| *offer).collect(),
         };
         let taken = ask(&mut stream, &question, until)?;
         lending::tune(&stream)?;
-        let met = self.meet(offered, &taken)?;
+        // What is left over is for the first answers: a rail that leads nowhere must not use up the time of the others.
+        let left = until.saturating_duration_since(Instant::now());
+        let met = self.meet(offered, &taken, until - left / 4)?;
         let opening = Arc::<Call>::default();
         let patience = until.saturating_duration_since(Instant::now());
         let shared = self

@@ -1,6 +1,7 @@
 //! How RDMA is used.
 
 use std::net::SocketAddr;
+use std::str::FromStr;
 use std::time::Duration;
 
 use kvcache_core::{Error, Result};
@@ -20,6 +21,8 @@ pub struct VerbsOptions {
     /// The entry of each port's GID table. None: RoCE v2 with an IPv4 address first, then RoCE v2, then any; on InfiniBand
     /// the first.
     pub gid_index: Option<u8>,
+    /// How queue pairs are connected; the same on both sides.
+    pub connect: VerbsConnect,
     /// Where peers ask for connections, by TCP. None: the IP addresses of the GIDs, any free port; on InfiniBand, whose GIDs
     /// are no addresses, it must be said.
     pub listen: Option<SocketAddr>,
@@ -27,7 +30,8 @@ pub struct VerbsOptions {
     pub mtu: Option<u32>,
     /// The traffic class of packets (in RoCE v2 its upper six bits are the DSCP).
     pub traffic_class: u8,
-    /// The service level, which InfiniBand and priority flow control by VLAN go by; up to 15.
+    /// The service level, which InfiniBand and priority flow control by VLAN go by; up to 15. By rdma_cm the route has it: it
+    /// must be 0 then.
     pub service_level: u8,
     /// A packet that is not acknowledged is sent again after 4.096 µs × 2^this; 1 to 31.
     pub timeout: u8,
@@ -37,6 +41,46 @@ pub struct VerbsOptions {
     pub polling: Duration,
 }
 
+/// How the two queue pairs of a rail learn of each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VerbsConnect {
+    /// Both sides tell each other by TCP: numbers, GIDs, LIDs. What there is between them must need no more: RoCE v2 by IP,
+    /// or one subnet of InfiniBand.
+    #[default]
+    Exchange,
+    /// Through librdmacm: the kernel finds the way from IP address to IP address, on InfiniBand the subnet manager's path
+    /// record, and sees to it that both are connected. TCP only says where, and stays as a sign of life.
+    RdmaCm,
+}
+
+impl VerbsConnect {
+    /// All ways, by their names.
+    const NAMES: [(&str, Self); 2] = [("exchange", Self::Exchange), ("rdma_cm", Self::RdmaCm)];
+
+    /// Its name, in settings and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exchange => "exchange",
+            Self::RdmaCm => "rdma_cm",
+        }
+    }
+}
+
+impl FromStr for VerbsConnect {
+    type Err = Error;
+
+    /// # Errors
+    /// [`kvcache_core::ErrorKind::Invalid`] for what is no way's name.
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::NAMES.iter().find(|(known, _)| *known == name);
+        let names = Self::NAMES.map(|(known, _)| known);
+        found
+            .map(|(_, way)| *way)
+            .ok_or_else(|| Error::invalid("verbs connect", name, names))
+    }
+}
+
 impl Default for VerbsOptions {
     fn default() -> Self {
         Self {
@@ -44,6 +88,7 @@ impl Default for VerbsOptions {
             rails: 4,
             near: None,
             gid_index: None,
+            connect: VerbsConnect::Exchange,
             listen: None,
             mtu: None,
             traffic_class: 0,
@@ -95,6 +140,9 @@ impl VerbsOptions {
         within("verbs timeout", self.timeout, 1..=31)?;
         within("verbs retries", self.retries, 0..=7)?;
         within("verbs service level", self.service_level, 0..=15)?;
+        if self.connect == VerbsConnect::RdmaCm {
+            within("verbs service level by rdma_cm", self.service_level, 0..=0)?;
+        }
         within("verbs rails", self.rails, 1..=RAILS_MAX)?;
         self.places()?;
         self.mtu_number().map(|_| ())

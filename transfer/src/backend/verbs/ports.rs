@@ -6,7 +6,7 @@ use kvcache_core::Error;
 
 use super::choose;
 use super::options::mtu_bytes;
-use crate::sys::verbs::{Context, Domain, device_names, takes_dma_bufs};
+use crate::sys::verbs::{Context, Domain, cm, device_names, takes_dma_bufs};
 
 /// A port of an RDMA device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,4 +59,12 @@ pub fn rdma_ports() -> Result<Vec<RdmaPort>, Error> {
         }
     }
     Ok(all)
+}
+
+/// Whether queue pairs can be connected by rdma_cm on this machine ([`super::VerbsConnect::RdmaCm`]).
+///
+/// # Errors
+/// [`kvcache_core::ErrorKind::Unsupported`] without librdmacm, or without the kernel's part of it.
+pub fn rdma_cm() -> Result<(), Error> {
+    cm::available()
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use kvcache_core::Result;
 
+use super::appointment::Awaited;
 use super::card::Cards;
 use super::controls::{Control, Which};
 use super::greeting::Offer;
@@ -13,7 +14,6 @@ use super::moving::not_fitting;
 use super::rails::{PROOF, PROVING_MAX};
 use super::state::{Line, State, number};
 use super::tie::Condition;
-use super::wire::Wire;
 use crate::backend::unix::Outcome;
 
 impl State {
@@ -90,12 +90,27 @@ impl State {
         let (card, unused) = (one.card, one.wire.take());
         // The user's end of it is gone, so nobody waits for this.
         self.bury(unused.into_iter().collect(), |_, _| ());
-        let (mut wire, own) = self.cards.cards[card].wire(number(line, card))?;
-        let peer = *offer;
-        let connect = move |cards: &Cards| -> Result<Wire> {
-            let (card, options) = (&cards.cards[card], &cards.options);
-            card.connect(&mut wire, &own, &peer, options).map(|()| wire)
-        };
+        let (wire, mut own) = self.cards.cards[card].wire(number(line, card))?;
+        let (peer, now) = (*offer, Instant::now());
+        let run = self.exports.incarnation();
+        if let Some(ticket) = self
+            .cards
+            .appoint(card, &mut own, (run, line.0, at, which.made))?
+        {
+            let Some(tie) = self.tie(line) else {
+                return Ok(());
+            };
+            let one = &mut tie.rails[at];
+            one.wire = Some(wire);
+            one.condition = Condition::Unproved(now + 2 * PROVING_MAX);
+            one.awaited = Some(Box::new(Awaited { ticket, own, peer }));
+            let over = tie.tell(&Control::Taken { which, offer: own })?;
+            self.heat(line, over);
+            self.is_timed = true;
+            return Ok(());
+        }
+        let until = now + PROVING_MAX;
+        let connect = move |cards: &Cards| cards.connect(card, wire, (&own, &peer), until);
         self.aside(connect, move |state, connected| {
             let Some(tie) = state.tie(line) else { return };
             let one = &mut tie.rails[at];
@@ -128,15 +143,13 @@ impl State {
         if one.made != which.made {
             return Ok(());
         }
-        let (Condition::Offered(own, _), Some(mut wire)) = (&one.condition, one.wire.take()) else {
+        let (Condition::Offered(own, _), Some(wire)) = (&one.condition, one.wire.take()) else {
             return Ok(());
         };
         let (own, peer, card) = (**own, *offer, one.card);
-        one.condition = Condition::Unproved(Instant::now() + PROVING_MAX);
-        let connect = move |cards: &Cards| -> Result<Wire> {
-            let (card, options) = (&cards.cards[card], &cards.options);
-            card.connect(&mut wire, &own, &peer, options).map(|()| wire)
-        };
+        let until = Instant::now() + PROVING_MAX;
+        one.condition = Condition::Unproved(until + PROVING_MAX);
+        let connect = move |cards: &Cards| cards.connect(card, wire, (&own, &peer), until);
         self.aside(connect, move |state, connected| {
             let Some(tie) = state.tie(line) else { return };
             let one = &mut tie.rails[rail];
@@ -146,6 +159,7 @@ impl State {
             match connected {
                 Ok(wire) => {
                     one.wire = Some(wire);
+                    one.condition = Condition::Unproved(Instant::now() + PROVING_MAX);
                     state.prove(line, rail);
                 }
                 Err(error) => state.fail_rail(line, rail, &error.to_string()),

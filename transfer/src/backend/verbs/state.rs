@@ -31,10 +31,11 @@ use crate::backend::unix::{Call, Message};
 use crate::region::RegionId;
 use crate::sys::verbs::{Memory, Notice};
 
-/// What the thread is woken for, beside connections: itself, each device's completions and notices, each listener.
+/// What the thread is woken for, beside connections: itself, each device's completions and notices, rdma_cm, each listener.
 pub(super) const WAKE: u64 = 0;
 pub(super) const COMPLETIONS: u64 = 0x100;
 pub(super) const NOTICES: u64 = 0x200;
+pub(super) const CONNECTIONS: u64 = 0x280;
 pub(super) const LISTENERS: u64 = 0x300;
 pub(super) const LINES: u64 = 0x400;
 
@@ -273,7 +274,7 @@ impl State {
         busy
     }
 
-    fn poll(&mut self) -> bool {
+    pub(super) fn poll(&mut self) -> bool {
         let hot = std::mem::take(&mut self.hot);
         let mut busy = false;
         let mut heard = Vec::new();

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::appointment::Awaited;
 use super::controls::{Control, Which};
 use super::greeting::Offer;
 use super::speech::Speech;
@@ -37,6 +38,8 @@ pub(super) struct Rail {
     pub(super) card: usize,
     pub(super) wire: Option<Wire>,
     pub(super) condition: Condition,
+    /// The peer is to connect it by rdma_cm, with this ticket.
+    pub(super) awaited: Option<Box<Awaited>>,
     /// How often it was made before.
     pub(super) made: u32,
     /// Pieces that it has not finished, and may still have an effect of.
@@ -58,6 +61,7 @@ impl Rail {
             card,
             wire,
             condition: Condition::Unproved(until),
+            awaited: None,
             made: 0,
             unfinished: Vec::new(),
             is_going: false,

@@ -11,8 +11,9 @@ use kvcache_core::{Error, ErrorKind, Result};
 
 use super::controls::Control;
 use crate::plan::Extent;
+use crate::sys::verbs::cm::{Events, Id, Param};
 use crate::sys::verbs::{
-    Channel, Depth, Domain, End, Far, Finished, Memory, Pair, PairSettings, Place, Work,
+    Channel, Depth, Domain, End, Far, Finished, Memory, Pair, PairSettings, Place, Reached, Work,
 };
 
 /// Bytes of a fragment, with its first one, which says what it is.
@@ -70,8 +71,18 @@ enum Tag {
     Receive(u32),
 }
 
+/// What rdma_cm knows of a wire.
+struct Connection {
+    number: u64,
+    reached: Reached,
+    /// Tells the other side of the end when it is dropped.
+    _id: Id,
+}
+
 pub(super) struct Wire {
     pair: Pair<Tag>,
+    /// The connection that it was made by rdma_cm, which ends after the queue pair.
+    connection: Option<Connection>,
     /// Places to receive, then places to send from.
     slab: Arc<Memory>,
     /// Places to send from that are free.
@@ -120,6 +131,7 @@ impl Wire {
         pair.arm()?;
         Ok(Self {
             pair,
+            connection: None,
             slab,
             free: (RECEIVES..RECEIVES + SENDS).collect(),
             is_stopped: false,
@@ -138,6 +150,54 @@ impl Wire {
 
     pub(super) fn connect(&mut self, peer: &End, first: u32, how: &PairSettings) -> Result<()> {
         self.pair.connect(peer, first, how)
+    }
+
+    /// Connects it the way that the kernel has found, after the peer has accepted, and tells the peer. What happens to the
+    /// connection is told by `events`, by this number.
+    pub(super) fn establish(
+        &mut self,
+        number: u64,
+        mut id: Id,
+        how: &PairSettings,
+        events: &Arc<Events>,
+    ) -> Result<()> {
+        let reached = self.pair.connect_by(&id, how)?;
+        id.establish(events)?;
+        self.connection = Some(Connection {
+            number,
+            reached,
+            _id: id,
+        });
+        Ok(())
+    }
+
+    /// Connects it for a request, and accepts that. What happens to the connection is told by this number.
+    pub(super) fn accept(
+        &mut self,
+        number: u64,
+        mut id: Id,
+        how: &PairSettings,
+        param: &Param<'_>,
+    ) -> Result<()> {
+        let reached = self.pair.connect_by(&id, how)?;
+        id.number(number);
+        id.accept(param)?;
+        self.connection = Some(Connection {
+            number,
+            reached,
+            _id: id,
+        });
+        Ok(())
+    }
+
+    /// The number of its connection by rdma_cm; none without one.
+    pub(super) fn connection(&self) -> Option<u64> {
+        self.connection.as_ref().map(|one| one.number)
+    }
+
+    /// Which way it was connected by rdma_cm.
+    pub(super) fn reached(&self) -> Option<Reached> {
+        self.connection.as_ref().map(|one| one.reached)
     }
 
     /// Ends all work: it is told of as flushed.

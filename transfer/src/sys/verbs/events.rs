@@ -23,7 +23,7 @@ unsafe impl Send for Channel {}
 unsafe impl Sync for Channel {}
 
 /// Asking for events must not wait for them.
-fn never_block(fd: BorrowedFd<'_>) -> Result<()> {
+pub(super) fn never_block(fd: BorrowedFd<'_>) -> Result<()> {
     let set = fcntl_getfl(fd).and_then(|flags| fcntl_setfl(fd, flags | OFlags::NONBLOCK));
     set.map_err(|e| Error::io("verbs: make events non-blocking", e.into()))
 }

@@ -20,6 +20,8 @@
 mod generated {
     pub(super) mod ibverbs;
 }
+pub(crate) mod cm;
+mod connecting;
 mod context;
 mod device;
 mod events;
@@ -30,6 +32,7 @@ mod pair;
 mod slots;
 mod status;
 
+pub(crate) use connecting::Reached;
 pub(crate) use context::{Context, Limits, Port, device_names};
 pub(crate) use device::takes_dma_bufs;
 pub(crate) use events::{Channel, Notice};

@@ -18,12 +18,6 @@ const RECEIVES: u64 = 1 << 32;
 /// Completions that are taken at a time.
 const BATCH: usize = 32;
 
-/// How long a peer that is not ready is to wait before it tries again: 0.64 ms, as verbs number it.
-const NOT_READY_TIMER: u8 = 12;
-
-/// Tried again for ever when the peer is not ready: messages are bounded otherwise.
-const NOT_READY_RETRIES: u8 = 7;
-
 /// How much work a queue pair has room for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Depth {
@@ -175,7 +169,12 @@ impl<T> Pair<T> {
         unsafe { self.raw.as_ref() }.qp_num
     }
 
-    fn modify(&mut self, doing: &str, attributes: &mut ffi::ibv_qp_attr, mask: u32) -> Result<()> {
+    pub(super) fn modify(
+        &mut self,
+        doing: &str,
+        attributes: &mut ffi::ibv_qp_attr,
+        mask: u32,
+    ) -> Result<()> {
         // SAFETY: the queue pair lives; the mask says which attributes are read.
         let code = unsafe {
             self.domain.context.library.calls.ibv_modify_qp(
@@ -187,7 +186,7 @@ impl<T> Pair<T> {
         check(doing, code)
     }
 
-    fn attributes(state: ffi::ibv_qp_state) -> ffi::ibv_qp_attr {
+    pub(super) fn attributes(state: ffi::ibv_qp_state) -> ffi::ibv_qp_attr {
         // SAFETY: a structure of numbers, for all of which zero is a value.
         let mut attributes: ffi::ibv_qp_attr = unsafe { std::mem::zeroed() };
         attributes.qp_state = state;
@@ -204,47 +203,6 @@ impl<T> Pair<T> {
             | ffi::IBV_QP_PORT
             | ffi::IBV_QP_ACCESS_FLAGS;
         self.modify("make a queue pair ready", &mut attributes, mask)
-    }
-
-    /// Connects it, after [`Pair::prepare`]; `first` is the number of the first packet that it sends.
-    pub(crate) fn connect(&mut self, peer: &End, first: u32, how: &PairSettings) -> Result<()> {
-        let mut attributes = Self::attributes(ffi::IBV_QPS_RTR);
-        attributes.path_mtu = how.mtu.into();
-        attributes.dest_qp_num = peer.pair;
-        attributes.rq_psn = peer.first;
-        attributes.max_dest_rd_atomic = how.reads_served;
-        attributes.min_rnr_timer = NOT_READY_TIMER;
-        attributes.ah_attr.port_num = how.port;
-        attributes.ah_attr.dlid = peer.lid;
-        attributes.ah_attr.sl = how.service_level;
-        if how.is_global {
-            attributes.ah_attr.is_global = 1;
-            attributes.ah_attr.grh.dgid = ffi::ibv_gid { raw: peer.gid };
-            attributes.ah_attr.grh.sgid_index = how.gid_index;
-            attributes.ah_attr.grh.hop_limit = 64;
-            attributes.ah_attr.grh.traffic_class = how.traffic_class;
-        }
-        let mask = ffi::IBV_QP_STATE
-            | ffi::IBV_QP_AV
-            | ffi::IBV_QP_PATH_MTU
-            | ffi::IBV_QP_DEST_QPN
-            | ffi::IBV_QP_RQ_PSN
-            | ffi::IBV_QP_MAX_DEST_RD_ATOMIC
-            | ffi::IBV_QP_MIN_RNR_TIMER;
-        self.modify("connect a queue pair to the peer's", &mut attributes, mask)?;
-        let mut attributes = Self::attributes(ffi::IBV_QPS_RTS);
-        attributes.sq_psn = first;
-        attributes.timeout = how.timeout;
-        attributes.retry_cnt = how.retries;
-        attributes.rnr_retry = NOT_READY_RETRIES;
-        attributes.max_rd_atomic = how.reads;
-        let mask = ffi::IBV_QP_STATE
-            | ffi::IBV_QP_SQ_PSN
-            | ffi::IBV_QP_TIMEOUT
-            | ffi::IBV_QP_RETRY_CNT
-            | ffi::IBV_QP_RNR_RETRY
-            | ffi::IBV_QP_MAX_QP_RD_ATOMIC;
-        self.modify("let a queue pair send", &mut attributes, mask)
     }
 
     /// Ends all work: what is posted finishes as flushed, and nothing is sent or answered any more.

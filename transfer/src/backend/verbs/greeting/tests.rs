@@ -1,11 +1,13 @@
 use proptest::prelude::*;
 
+use super::super::appointment::TICKET_BYTES;
 use super::*;
 
 fn question() -> Question {
     Question {
         name: "a".to_owned(),
         wanted: Incarnation(9),
+        connect: VerbsConnect::RdmaCm,
         offers: vec![offer(17), offer(18)],
     }
 }
@@ -21,6 +23,7 @@ fn offer(pair: u32) -> Offer {
         is_ethernet: true,
         mtu: 3,
         reads_served: 16,
+        appointment: None,
     }
 }
 
@@ -37,7 +40,14 @@ fn greetings_survive_the_way() {
         assert_eq!(whole(&bytes[..cut]).unwrap(), None);
     }
     assert_eq!(Question::decode(body(&bytes)).unwrap(), asked);
-    let taken = vec![(1, offer(3)), (7, offer(4))];
+    let told = Offer {
+        appointment: Some(Appointment {
+            at: "[fd00::7]:9".parse().unwrap(),
+            ticket: [8; TICKET_BYTES],
+        }),
+        ..offer(4)
+    };
+    let taken = vec![(1, offer(3)), (7, told)];
     let answer = encode_answer(&Ok(taken.clone()));
     assert_eq!(decode_answer(body(&answer)).unwrap(), taken);
     // Each offer at most once, in order, and one at least.
@@ -66,7 +76,9 @@ fn strangers_are_refused_with_the_reason() {
     };
     assert_eq!(changed(0, b'X').kind(), ErrorKind::Corrupt);
     assert_eq!(changed(4, 9).kind(), ErrorKind::Version);
-    let rails = 4 + 2 + 8 + 3;
+    let connect = 4 + 2 + 8 + 3;
+    assert!(changed(connect, 2).to_string().contains("way to connect"));
+    let rails = connect + 1;
     assert!(changed(rails, 0).to_string().contains("rails"));
     assert!(changed(rails, 9).to_string().contains("rails"));
     let pair = rails + 1;
@@ -74,6 +86,7 @@ fn strangers_are_refused_with_the_reason() {
     let link = pair + 4 + 4 + 2 + 16;
     assert!(changed(link, 2).to_string().contains("link"));
     assert!(changed(link + 1, 0).to_string().contains("mtu"));
+    assert!(changed(link + 3, 2).to_string().contains("appointment"));
     assert!(whole(&[0xff, 0xff, 0]).is_err());
 }
 
