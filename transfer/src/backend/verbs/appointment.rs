@@ -1,18 +1,19 @@
 //! How queue pairs meet by rdma_cm: the owner of memory says where each of its ports takes requests in, and gives a ticket for
 //! each rail, which the other side shows there.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::greeting::Offer;
 use super::options::RAILS_MAX;
 use crate::metadata::Incarnation;
-use crate::sys::verbs::Gid;
 use crate::sys::verbs::cm::{Events, Id, local_addresses};
+use crate::sys::verbs::{Context, Gid};
 use crate::wire::Reader;
 
 const MAGIC: [u8; 4] = *b"KVFC";
@@ -126,8 +127,47 @@ pub(super) struct Awaited {
     pub(super) peer: Offer,
 }
 
+/// Goodbyes that a port keeps at most; the oldest is said then, although nobody hears it.
+const GOODBYES_MAX: usize = 1024;
+
+/// Connections that have ended while their port was down: the other side is told when it is up again, and not before. Soft-RoCE
+/// takes and sends no requests any more once it could not send a goodbye; and the peer would never hear it.
+pub(super) struct Goodbyes {
+    context: Arc<Context>,
+    port: u8,
+    kept: Mutex<VecDeque<Id>>,
+}
+
+impl Goodbyes {
+    fn kept(&self) -> MutexGuard<'_, VecDeque<Id>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends a connection, now or when the port is up.
+    pub(super) fn say(&self, id: Id) {
+        if self.context.is_up(self.port).unwrap_or(true) {
+            return;
+        }
+        let mut kept = self.kept();
+        let first = (kept.len() >= GOODBYES_MAX).then(|| kept.pop_front());
+        kept.push_back(id);
+        drop(kept);
+        drop(first);
+        // It may have come up meanwhile, which was told before.
+        if self.context.is_up(self.port).unwrap_or(true) {
+            drop(self.take());
+        }
+    }
+
+    /// The port is up: those that are to be said.
+    pub(super) fn take(&self) -> VecDeque<Id> {
+        std::mem::take(&mut *self.kept())
+    }
+}
+
 /// Where a port of ours takes requests in.
 pub(super) struct Desk {
+    pub(super) goodbyes: Arc<Goodbyes>,
     pub(super) address: SocketAddr,
     /// None when its device is gone.
     id: Mutex<Option<Id>>,
@@ -171,7 +211,13 @@ impl Reception {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] when it has none.
-    pub(super) fn listen(&self, at: usize, (device, port): (&str, u8), gid: &Gid) -> Result<Desk> {
+    pub(super) fn listen(
+        &self,
+        at: usize,
+        (context, port): (&Arc<Context>, u8),
+        gid: &Gid,
+    ) -> Result<Desk> {
+        let device = context.name();
         let mut tried = Vec::new();
         let own = gid.ip().into_iter().chain(local_addresses()?);
         for ip in own {
@@ -192,7 +238,16 @@ impl Reception {
                 .is_some_and(|known| known == (device.to_owned(), port))
             {
                 let id = Mutex::new(Some(id));
-                return Ok(Desk { address, id });
+                let goodbyes = Arc::new(Goodbyes {
+                    context: context.clone(),
+                    port,
+                    kept: Mutex::default(),
+                });
+                return Ok(Desk {
+                    goodbyes,
+                    address,
+                    id,
+                });
             }
         }
         let text = format!("{device}:{port} has no IP address by which rdma_cm knows it");

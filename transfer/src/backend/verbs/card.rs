@@ -142,7 +142,7 @@ impl Cards {
             };
             let mut card = Card::new(number, &devices[number], chosen, options)?;
             if let Some(reception) = &reception {
-                let port = (devices[number].context.name(), card.port.number);
+                let port = (&devices[number].context, card.port.number);
                 match reception.listen(cards.len(), port, &card.gid) {
                     Ok(desk) => card.desk = Some(desk),
                     Err(error) => {

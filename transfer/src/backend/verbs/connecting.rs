@@ -4,10 +4,10 @@ use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
-use super::appointment::{self, Reception, Ticket};
+use super::appointment::{self, Ticket};
 use super::card::{Card, Cards};
 use super::greeting::Offer;
-use super::wire::Wire;
+use super::wire::{Ours, Wire};
 use crate::metadata::Incarnation;
 use crate::sys::verbs::PairSettings;
 use crate::sys::verbs::cm::{Id, Param};
@@ -61,7 +61,8 @@ impl Cards {
                 let param = param(&wire, &settings, &appointment.ticket);
                 let id = Id::connect(number, ends, settings.traffic_class, &param, until)?;
                 self.check_port(card, &id)?;
-                wire.establish(number, id, &settings, &reception.events)?;
+                let ours = Ours::new(number, &desk.goodbyes);
+                wire.establish(id, &settings, ours, &reception.events)?;
             }
             _ => {
                 let text = "the peer does not say where it takes requests by rdma_cm";
@@ -85,9 +86,13 @@ impl Cards {
         let card = &self.cards[card];
         let settings = card.settings(own, peer, &self.options);
         self.check_port(card, &id)?;
-        let number = self.reception.as_ref().map_or(0, Reception::number);
+        let (Some(reception), Some(desk)) = (&self.reception, card.desk()) else {
+            let text = "nobody takes requests in by rdma_cm";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        };
+        let ours = Ours::new(reception.number(), &desk.goodbyes);
         let param = param(&wire, &settings, &[]);
-        wire.accept(number, id, &settings, &param)?;
+        wire.accept(id, &settings, ours, &param)?;
         Ok(wire)
     }
 

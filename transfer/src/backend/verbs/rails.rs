@@ -253,6 +253,10 @@ impl State {
             .told
             .is_up
             .store(is_up, Ordering::Relaxed);
+        if is_up && let Some(desk) = self.cards.cards[card].desk() {
+            let goodbyes = desk.goodbyes.take();
+            self.aside(move |_| drop(goodbyes), |_, ()| ());
+        }
         let now = Instant::now();
         for (line, rail) in self.rails_of(|one| one.card == card) {
             let Some(tie) = self.tie(line) else { continue };

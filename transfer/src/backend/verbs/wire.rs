@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvcache_core::{Error, ErrorKind, Result};
 
+use super::appointment::Goodbyes;
 use super::controls::Control;
 use crate::plan::Extent;
 use crate::sys::verbs::cm::{Events, Id, Param};
@@ -71,12 +72,33 @@ enum Tag {
     Receive(u32),
 }
 
+/// What is known of a connection by rdma_cm beside the connection: its number, and who ends it.
+pub(super) struct Ours {
+    number: u64,
+    goodbyes: Arc<Goodbyes>,
+}
+
+impl Ours {
+    pub(super) fn new(number: u64, goodbyes: &Arc<Goodbyes>) -> Self {
+        let goodbyes = goodbyes.clone();
+        Self { number, goodbyes }
+    }
+}
+
 /// What rdma_cm knows of a wire.
 struct Connection {
-    number: u64,
+    ours: Ours,
     reached: Reached,
-    /// Tells the other side of the end when it is dropped.
-    _id: Id,
+    /// The other side is told when it ends.
+    id: Option<Id>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.take() {
+            self.ours.goodbyes.say(id);
+        }
+    }
 }
 
 pub(super) struct Wire {
@@ -153,46 +175,46 @@ impl Wire {
     }
 
     /// Connects it the way that the kernel has found, after the peer has accepted, and tells the peer. What happens to the
-    /// connection is told by `events`, by this number.
+    /// connection is told by `events`, by our number.
     pub(super) fn establish(
         &mut self,
-        number: u64,
         mut id: Id,
         how: &PairSettings,
+        ours: Ours,
         events: &Arc<Events>,
     ) -> Result<()> {
         let reached = self.pair.connect_by(&id, how)?;
         id.establish(events)?;
         self.connection = Some(Connection {
-            number,
+            ours,
             reached,
-            _id: id,
+            id: Some(id),
         });
         Ok(())
     }
 
-    /// Connects it for a request, and accepts that. What happens to the connection is told by this number.
+    /// Connects it for a request, and accepts that. What happens to the connection is told by our number.
     pub(super) fn accept(
         &mut self,
-        number: u64,
         mut id: Id,
         how: &PairSettings,
+        ours: Ours,
         param: &Param<'_>,
     ) -> Result<()> {
         let reached = self.pair.connect_by(&id, how)?;
-        id.number(number);
+        id.number(ours.number);
         id.accept(param)?;
         self.connection = Some(Connection {
-            number,
+            ours,
             reached,
-            _id: id,
+            id: Some(id),
         });
         Ok(())
     }
 
     /// The number of its connection by rdma_cm; none without one.
     pub(super) fn connection(&self) -> Option<u64> {
-        self.connection.as_ref().map(|one| one.number)
+        self.connection.as_ref().map(|one| one.ours.number)
     }
 
     /// Which way it was connected by rdma_cm.

@@ -181,7 +181,16 @@ impl Context {
         (1..=count).map(|number| self.port(number)).collect()
     }
 
-    fn port(&self, number: u8) -> Result<Port> {
+    /// Whether a port is up now.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub(crate) fn is_up(&self, number: u8) -> Result<bool> {
+        let raw = self.port_attributes(number)?;
+        Ok(raw.state == ffi::IBV_PORT_ACTIVE)
+    }
+
+    fn port_attributes(&self, number: u8) -> Result<ffi::ibv_port_attr> {
         let mut raw = std::mem::MaybeUninit::<ffi::ibv_port_attr>::zeroed();
         // SAFETY: the device is open; the call fills a part of the structure that it has had from the first, all of what
         // is read below, and leaves the rest.
@@ -192,7 +201,11 @@ impl Context {
         };
         check(&format!("ask for port {number}"), code)?;
         // SAFETY: as in `limits`.
-        let raw = unsafe { raw.assume_init() };
+        Ok(unsafe { raw.assume_init() })
+    }
+
+    fn port(&self, number: u8) -> Result<Port> {
+        let raw = self.port_attributes(number)?;
         let entries = u8::try_from(raw.gid_tbl_len.max(0)).unwrap_or(GIDS_MAX);
         let gids = (0..entries.min(GIDS_MAX))
             .filter_map(|index| self.gid(number, index))
