@@ -599,6 +599,11 @@ typedef struct kvf_verbs_options {
      How many ports are used at most, the nearest first, at most 8; 0: 4. Large requests go over all of them.
      */
     uint32_t rails;
+    /*
+     How queue pairs are connected, the same on both sides: "exchange", by what both tell each other over TCP, or "rdma_cm",
+     through librdmacm, which must be in the system then: the kernel finds the way between IP addresses; NULL: "exchange".
+     */
+    const char *connect;
 } kvf_verbs_options;
 
 /*
