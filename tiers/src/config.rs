@@ -70,7 +70,8 @@ pub struct CacheConfig {
     pub peers: PeerLimits,
     /// The deadline of one question to the directory.
     pub locate_timeout: Duration,
-    /// Whether devices sum blocks that land in their memory, by kernels of ours; otherwise those blocks are summed in host memory first.
+    /// Whether devices sum blocks that land in their memory, by kernels of ours; otherwise those blocks are summed in host memory first,
+    /// as by default: no device has run the kernels yet.
     pub device_sums: bool,
     /// How names of blocks are read that others ask the peer service about; without it they are refused.
     pub names: Option<NameReader>,
@@ -141,7 +142,7 @@ impl CacheConfig {
             limits: Limits::default(),
             peers: PeerLimits::default(),
             locate_timeout: Duration::from_millis(500),
-            device_sums: true,
+            device_sums: false,
             names: None,
         }
     }

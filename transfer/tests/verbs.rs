@@ -389,6 +389,44 @@ fn bytes_arrive_whole_over_a_link_that_loses_packets() {
     assert!(sent_again() > before, "nothing was lost");
 }
 
+/// A write is given up that stands behind others on a slow link, for longer than what stands still may: it ends when they have, and they
+/// and those behind it are done on the same path.
+#[test]
+fn what_was_given_up_behind_others_ends_none_of_them() {
+    const BYTES: u64 = 4 << 20;
+    let Some((pair, link)) = ends() else { return };
+    let written = || pair.initiator.path_to(&pair.peer).connections[0].sent;
+    let before = written();
+    runs(
+        "tc",
+        &format!("qdisc add dev {link} root netem rate 80mbit"),
+    );
+    let mut requests: Vec<Request> = (0..10)
+        .map(|_| {
+            pair.moves(
+                Operation::Write,
+                &[(0, 0, BYTES)],
+                RequestOptions::default(),
+            )
+        })
+        .collect();
+    let until = Instant::now() + WAIT;
+    while written() == before {
+        assert!(Instant::now() < until, "nothing is written");
+    }
+    // As much as a path has open stands before it and behind it.
+    let given_up = requests.remove(6);
+    given_up.cancel();
+    let error = given_up.wait(WAIT).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+    assert!(given_up.wait_drained(WAIT));
+    for request in &requests {
+        request.wait(WAIT * 2).unwrap();
+    }
+    runs("tc", &format!("qdisc del dev {link} root"));
+    assert!(written() - before >= 9 * BYTES, "another path was made");
+}
+
 /// The cable is pulled in the middle of a write: the request fails with the device's reason, its memory is settled. Plugged
 /// in again, the same agents reach each other again.
 #[test]

@@ -191,6 +191,7 @@ pub(crate) fn config(name: &str, host: u64) -> CacheConfig {
     let pod = PodName::new(name).unwrap();
     let mut config = CacheConfig::new(pod, IDENTITY, BLOCK, host * BLOCK);
     config.peer_listen = Some("127.0.0.1:0".parse().unwrap());
+    config.device_sums = true;
     config
 }
 

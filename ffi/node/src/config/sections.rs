@@ -291,7 +291,7 @@ impl Default for FabricSection {
             verbs_polling_us: verbs.polling.as_micros() as u64,
             cuda: false,
             cuda_storage: StorageSetting::Staged,
-            cuda_sums: true,
+            cuda_sums: false,
         }
     }
 }

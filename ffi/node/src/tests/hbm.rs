@@ -37,8 +37,9 @@ impl Engine {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_lends_memory_for_a_tier_and_gets_it_back() {
     let settings = with("metrics_listen", "127.0.0.1:0");
-    let node = Node::open(NodeConfig::load(None, &settings).unwrap());
-    let node = node.await.unwrap();
+    let mut config = NodeConfig::load(None, &settings).unwrap();
+    config.fabric.cuda_sums = true;
+    let node = Node::open(config).await.unwrap();
     let engine = Engine::beside(&node);
     let infos = node.describe(&Namespace::default(), &[1, 2, 3, 4]).unwrap();
     let error = node.promote(infos.clone(), SECONDS).await.unwrap_err();

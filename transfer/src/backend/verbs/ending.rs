@@ -4,11 +4,19 @@ use std::io::{Read, Write};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::active::Active;
 use super::greeting::{STOP, STOPPED};
 use super::state::{Line, State};
 
 /// How long a path that ends waits for what is under way on it, and for the peer's word.
 const ENDING_MAX: Duration = Duration::from_secs(2);
+
+/// How long what is open of a job that was given up may take while nothing on its path ends. Then the path ends, and with it all that is
+/// open on it.
+pub(super) const GIVEN_UP_MAX: Duration = Duration::from_secs(1);
+
+/// How much longer it may take behind others.
+const BEHIND_OTHERS_MAX: Duration = Duration::from_secs(9);
 
 impl State {
     /// The wire is of no use any more.
@@ -155,11 +163,23 @@ impl State {
             || self.jobs.values().any(|job| job.forced_at.is_some());
     }
 
-    /// Ends paths on which something that was given up does not end.
+    /// Ends paths on which something that was given up does not end. What it stands behind is waited for, as long as that goes on.
     fn force(&mut self, now: Instant) {
-        let jobs = self.jobs.values();
-        let late: Vec<Line> = jobs
-            .filter(|job| job.forced_at.is_some_and(|at| at <= now))
+        let goes_on = |line: &Line| {
+            let using = self.using.get(line);
+            let recently = now.checked_sub(GIVEN_UP_MAX);
+            recently.is_some_and(|then| using.is_some_and(|it| it.tie.has_moved_since(then)))
+        };
+        let is_late = |job: &&Active| {
+            let waited = |at| now.checked_duration_since(at);
+            job.forced_at
+                .and_then(waited)
+                .is_some_and(|waited| waited >= BEHIND_OTHERS_MAX || !goes_on(&job.line))
+        };
+        let late: Vec<Line> = self
+            .jobs
+            .values()
+            .filter(is_late)
             .map(|job| job.line)
             .collect();
         for line in late {

@@ -1,12 +1,13 @@
 //! The side that moves bytes: hands pieces of jobs to the device, settles them.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvcache_core::{Error, ErrorKind, Result};
 
 use super::active::{Active, Phase, STRIPE_BYTES};
 use super::controls::Control;
+use super::ending::GIVEN_UP_MAX;
 use super::near::nearest;
 use super::state::{Line, Memories, State};
 use super::using::{Held, Unsent, Using};
@@ -23,9 +24,6 @@ use crate::sys::verbs::{Far, Place};
 
 /// Pieces that are handed over before others get their turn.
 const TURN_PIECES: usize = 64;
-
-/// How long what is open of a job that was given up may take. Then the path ends, and with it all that is open on it.
-const GIVEN_UP_MAX: Duration = Duration::from_secs(1);
 
 pub(super) fn not_fitting(text: &'static str) -> Error {
     Error::new(ErrorKind::Corrupt, text)

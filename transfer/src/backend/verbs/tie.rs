@@ -210,6 +210,12 @@ impl Tie {
         Err(Error::new(ErrorKind::PeerLost, "no rail is up"))
     }
 
+    /// Whether something is under way, and some of that has ended since.
+    pub(super) fn has_moved_since(&self, then: Instant) -> bool {
+        let mut wires = self.rails.iter().filter_map(|rail| rail.wire.as_ref());
+        wires.any(|wire| wire.has_moved_since(then))
+    }
+
     /// Ends all work on all rails.
     pub(super) fn stop(&mut self) {
         let wires = self.rails.iter_mut().filter_map(|rail| rail.wire.as_mut());

@@ -256,6 +256,11 @@ impl Wire {
         (!self.is_drained()).then(|| self.moved_at + self.patience)
     }
 
+    /// Whether something is under way, and some of that has ended since.
+    pub(super) fn has_moved_since(&self, then: Instant) -> bool {
+        !self.is_drained() && self.moved_at > then
+    }
+
     /// Something is to be posted.
     fn begin(&mut self) {
         if self.is_drained() {
