@@ -84,7 +84,7 @@ fn a_wish_that_cannot_be_met_is_refused_with_the_reason() {
         agent.transfer(Operation::Read, &pairs, Side::Peer(&peer), options)
     };
     let refused = ask(over(&["shm"])).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::PeerLost);
+    assert_eq!(refused.kind(), ErrorKind::Unsupported);
     let text = refused.to_string();
     assert!(text.contains("is not in shared memory"), "{text}");
     assert!(

@@ -394,7 +394,7 @@ impl PeerCore {
             };
             let reason = match channel {
                 Ok(channel) => {
-                    is_reached = true;
+                    is_reached |= fabric.is_way_of_its_own();
                     let Some(reason) = refusal(&*channel, plan) else {
                         self.links.take_back(position);
                         return Ok(channel);
@@ -405,10 +405,9 @@ impl PeerCore {
             };
             refused.push(format!("{name}: {reason}"));
         }
-        let reasons = if refused.is_empty() {
-            "no way is enabled".into()
-        } else {
-            refused.join("; ")
+        let reasons = match refused.is_empty() {
+            true => "no way is enabled".into(),
+            false => refused.join("; "),
         };
         if is_reached {
             let text = format!("no way to peer {:?} does this ({reasons})", self.name);

@@ -209,6 +209,11 @@ pub(crate) trait Fabric: Send + Sync {
         }
     }
 
+    /// Whether a channel of it is proof that the peer is reached; otherwise it makes use of the agent's other ways.
+    fn is_way_of_its_own(&self) -> bool {
+        true
+    }
+
     /// Why none of its channels compares checksums; none if they do.
     fn unchecked(&self) -> Option<&'static str> {
         None

@@ -56,6 +56,10 @@ impl Fabric for StagedFabric {
         }
     }
 
+    fn is_way_of_its_own(&self) -> bool {
+        false
+    }
+
     fn connect(&self, peer: &PeerCard, _timeout: Duration) -> Result<Arc<dyn Channel>> {
         let agent = self.agent.upgrade().ok_or_else(closed)?;
         let known = agent.peer(&peer.name);

@@ -268,7 +268,7 @@ fn what_is_not_granted_says_why() {
     refused(
         &pool,
         Read,
-        ErrorKind::PeerLost,
+        ErrorKind::Unsupported,
         "a pool of cudaMallocAsync",
     );
     let (freed, address) = two.lent(4096, OPEN);
