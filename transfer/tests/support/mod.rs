@@ -50,13 +50,18 @@ impl Way {
     }
 
     pub(crate) fn builder(self, name: &str) -> AgentBuilder {
-        Agent::builder(name)
+        let builder = Agent::builder(name)
             .memcpy(self == Self::Memcpy)
             .shm(self == Self::Shm)
             .cma(self == Self::Cma)
             .tcp((self == Self::Tcp).then_some(loopback()))
             .ucx((self == Self::Ucx).then(UcxOptions::default))
-            .verbs((self == Self::Verbs).then(verbs_options))
+            .verbs((self == Self::Verbs).then(verbs_options));
+        match self {
+            // An emulated machine that is busy otherwise takes seconds to connect, and to hand out a region.
+            Self::Verbs => builder.connect_within(WAIT / 2),
+            _ => builder,
+        }
     }
 
     pub(crate) fn agent(self, name: &str) -> Agent {
