@@ -94,10 +94,7 @@ impl AttachedNode {
         blocks: &[u32],
         deadline: Duration,
     ) -> Result<Operation<StoreReport>> {
-        let stores = paired(prefix, first, pages, blocks, |info, memory| StoreBlock {
-            info,
-            memory,
-        })?;
+        let stores = stores(prefix, first, pages, blocks)?;
         let node = self.node.clone();
         Ok(self
             .runtime
@@ -182,10 +179,7 @@ impl AttachedNode {
         blocks: &[u32],
         deadline: Duration,
     ) -> Result<Operation<StoreReport>> {
-        let stores = paired(prefix, first, pages, blocks, |info, memory| StoreBlock {
-            info,
-            memory,
-        })?;
+        let stores = stores(prefix, first, pages, blocks)?;
         let node = self.node.clone();
         Ok(self
             .runtime
@@ -334,4 +328,10 @@ fn paired<T>(
         pairs.push(joined(*info, pages.block(*number)?));
     }
     Ok(pairs)
+}
+
+/// What is to be stored of a run.
+fn stores(prefix: &Prefix, first: usize, pages: &Pages, blocks: &[u32]) -> Result<Vec<StoreBlock>> {
+    let joined = |info, memory| StoreBlock { info, memory };
+    paired(prefix, first, pages, blocks, joined)
 }

@@ -51,10 +51,7 @@ impl Node {
         blocks: &Bound<'_, PyAny>,
         deadline: f64,
     ) -> PyResult<Run<'a>> {
-        let (prefix, pages) = (prefix.get(), pages.get());
-        self.core
-            .check("blocks of the prefix", &prefix.core)
-            .map_err(to_python)?;
+        let (prefix, pages) = (self.own(prefix)?, pages.get());
         self.core.check("pages", &pages.core).map_err(to_python)?;
         Ok(Run {
             prefix,
@@ -62,6 +59,30 @@ impl Node {
             blocks: integers(blocks, "blocks")?,
             deadline: parse_timeout(deadline)?,
         })
+    }
+
+    /// Begins to copy blocks out of the engine's memory, into the HBM tier or into the others.
+    fn begin_store(
+        &self,
+        py: Python<'_>,
+        run: &Run<'_>,
+        first: usize,
+        is_hbm: bool,
+    ) -> PyResult<Operation> {
+        let operation = py.detach(|| {
+            let prefix = run.prefix.lock();
+            let (node, pages) = (&self.core.node, &run.pages.pages);
+            match is_hbm {
+                true => node.store_hbm(&prefix, first, pages, &run.blocks, run.deadline),
+                false => node.store(&prefix, first, pages, &run.blocks, run.deadline),
+            }
+        });
+        Ok(Operation::new(
+            self.core.life(),
+            operation.map_err(to_python)?,
+            Memory::of(&run.pages.regions),
+            reports::store,
+        ))
     }
 
     /// A prefix that is this node's own.
@@ -196,18 +217,7 @@ impl Node {
     ) -> PyResult<Operation> {
         let _call = enter(self.core.life())?;
         let run = self.run(prefix, pages, blocks, deadline)?;
-        let operation = py.detach(|| {
-            let prefix = run.prefix.lock();
-            self.core
-                .node
-                .store(&prefix, first, &run.pages.pages, &run.blocks, run.deadline)
-        });
-        Ok(Operation::new(
-            self.core.life(),
-            operation.map_err(to_python)?,
-            Memory::of(&run.pages.regions),
-            reports::store,
-        ))
+        self.begin_store(py, &run, first, false)
     }
 
     /// Brings blocks into the engine's memory, from wherever they are: `blocks` are numbers in `pages`, for the positions of
@@ -313,18 +323,7 @@ impl Node {
     ) -> PyResult<Operation> {
         let _call = enter(self.core.life())?;
         let run = self.run(prefix, pages, blocks, deadline)?;
-        let operation = py.detach(|| {
-            let prefix = run.prefix.lock();
-            self.core
-                .node
-                .store_hbm(&prefix, first, &run.pages.pages, &run.blocks, run.deadline)
-        });
-        Ok(Operation::new(
-            self.core.life(),
-            operation.map_err(to_python)?,
-            Memory::of(&run.pages.regions),
-            reports::store,
-        ))
+        self.begin_store(py, &run, first, true)
     }
 
     /// Takes blocks of `prefix`, from position `first` on, out of the HBM tier, down into the others; `count` of them, or all.

@@ -32,6 +32,8 @@ pub mod sim;
 pub(crate) mod spare;
 pub(crate) mod staged;
 pub(crate) mod tcp;
+#[cfg(test)]
+mod trials;
 pub mod ucx;
 pub(crate) mod unix;
 pub mod verbs;

@@ -1,6 +1,6 @@
 //! The backend over a driver that has no device behind it: see [`Fake`].
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvcache_core::ErrorKind;
 
@@ -8,6 +8,7 @@ use super::CudaOptions;
 use crate::agent::Agent;
 use crate::backend::Operation::{self, Read, Write};
 use crate::backend::conformance::{self, Fixture, Place, Receiver};
+use crate::backend::trials::{PATIENCE, pattern, until};
 use crate::descriptor::{Descriptor, Side};
 use crate::region::{MemoryKind, Region, RegionOptions};
 use crate::request::{Priority, Request, RequestOptions};
@@ -25,9 +26,6 @@ mod peers;
 mod pinning;
 mod processes;
 mod refusals;
-
-/// Far beyond what a loaded machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A driver, and an agent that uses it.
 struct Bed {
@@ -100,21 +98,6 @@ impl Bed {
         until(|| fake.is_empty());
         fake.check_empty();
     }
-}
-
-/// Waits for something that comes by itself.
-fn until(done: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < end, "it does not come");
-        std::thread::yield_now();
-    }
-}
-
-fn pattern(seed: u8, bytes: usize) -> Vec<u8> {
-    (0..bytes)
-        .map(|at| (at / 251) as u8 ^ (at % 251) as u8 ^ seed)
-        .collect()
 }
 
 fn content(region: &Region) -> Vec<u8> {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvcache_core::{ErrorKind, Result};
 use tempfile::TempDir;
@@ -11,6 +11,7 @@ use super::super::cuda::{CudaOptions, Storage};
 use crate::agent::Agent;
 use crate::backend::Operation::{self, Read, Write};
 use crate::backend::file::{DirectMode, FileOptions};
+use crate::backend::trials::{PATIENCE, pattern, until, whole};
 use crate::descriptor::{Descriptor, Side};
 use crate::estimate::Estimate;
 use crate::region::Region;
@@ -21,9 +22,6 @@ use crate::sys::cufile::fake::{Ending, FakeCufile};
 
 mod choice;
 mod ending;
-
-/// Far beyond what a loaded machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 const DIRECT: &str = "direct: cuFile 1.14, nvidia-fs 2.22, NVMe";
 
@@ -132,25 +130,6 @@ impl Bed {
         cufile.check();
         fake.check();
     }
-}
-
-/// Waits for something that comes by itself.
-fn until(done: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < end, "it does not come");
-        std::thread::yield_now();
-    }
-}
-
-fn pattern(seed: u8, bytes: usize) -> Vec<u8> {
-    (0..bytes)
-        .map(|at| (at / 251) as u8 ^ (at % 251) as u8 ^ seed)
-        .collect()
-}
-
-fn whole(region: &Region) -> Descriptor {
-    region.descriptor(0, region.bytes())
 }
 
 /// Many calls, also where each moves less than it is asked for, and ends within a page.

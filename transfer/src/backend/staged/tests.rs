@@ -1,7 +1,7 @@
 //! Over files, stores in a folder, and a driver that has no device behind it.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvcache_core::{ErrorKind, Result};
 use tempfile::TempDir;
@@ -11,6 +11,7 @@ use crate::agent::Agent;
 use crate::backend::Operation::{self, Read, Write};
 use crate::backend::file::{FileEngineMode, FileOptions};
 use crate::backend::object::ObjectOptions;
+use crate::backend::trials::{PATIENCE, pattern, until, whole};
 use crate::descriptor::{Descriptor, Side};
 use crate::region::{Region, RegionOptions};
 use crate::request::{Priority, Request, RequestOptions};
@@ -22,9 +23,6 @@ mod ending;
 mod objects;
 mod peers;
 mod property;
-
-/// Far beyond what a loaded machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 type Pairs = Vec<(Descriptor, Descriptor)>;
 
@@ -132,25 +130,6 @@ impl Bed {
         until(|| fake.is_empty());
         fake.check_empty();
     }
-}
-
-/// Waits for something that comes by itself.
-fn until(done: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < end, "it does not come");
-        std::thread::yield_now();
-    }
-}
-
-fn pattern(seed: u8, bytes: usize) -> Vec<u8> {
-    (0..bytes)
-        .map(|at| (at / 251) as u8 ^ (at % 251) as u8 ^ seed)
-        .collect()
-}
-
-fn whole(region: &Region) -> Descriptor {
-    region.descriptor(0, region.bytes())
 }
 
 /// Far more than the window, by io_uring and by threads, with memory that is pinned and memory that is not.
